@@ -222,7 +222,8 @@ def section() -> str:
         lines += finetune_section(finetune)
     if (HERE / "results" / "preference.json").exists():
         lines += pairs_section(_read("preference.json"))
-    for name, make in (("rewards", rewards_section), ("rewards_sampling", sampling_section)):
+    sections = (("rewards", rewards_section), ("rewards_sampling", sampling_section), ("baking", baking_section))
+    for name, make in sections:
         if (HERE / "results" / f"{name}.json").exists():
             lines += make(_read(f"{name}.json"))
     if (HERE / "results" / "shapes.json").exists():
@@ -292,6 +293,33 @@ def sampling_section(results: dict[str, Any]) -> list[str]:
     head = ["answers at once", "Backhand, tokens/s", "llama.cpp, tokens/s", "ratio"]
     about = "Answers to one prompt alone, from the same file (`--sampling`); medians of runs in turns:"
     return ["", about, "", *table(head, rows)]
+
+
+def baking_section(results: dict[str, Any]) -> list[str]:
+    """Return the table of `baking.json`: a context turned into an adapter."""
+    workload, peers = results["workload"], results["peers"]
+    lines = ["", "## Prompt baking", "", "`python benchmarks/baking.py`", "", machine_line(results["machine"]), ""]
+    lines.append(
+        f"A context of {workload['context']}, {workload['prompts']} prompts a step, answers of at most "
+        f"{workload['new_tokens']} tokens, two epochs, {workload['dtype']}. Seconds of all of training, with sampling:"
+    )
+    rows, ours = [], peers["backhand"]
+    for peer, row in peers.items():
+        compared = ["", f"{row['peak_rss_bytes'] / 2**30:.2f} GiB", ""]
+        if peer.startswith("trl"):
+            compared[0] = f"{row['seconds'] / ours['seconds']:.2f} ×"
+            compared[2] = f"{ours['peak_rss_bytes'] / row['peak_rss_bytes']:.2f}"
+        rows.append([_BAKING_NAMES[peer], f"{row['seconds']:.1f} s", f"{row['answer_tokens']:.0f}", *compared])
+    head = ["", "training", "answer tokens", "Backhand is faster by", "peak memory", "of it Backhand's"]
+    return [*lines, "", *table(head, rows)]
+
+
+_BAKING_NAMES = {
+    "backhand": "**Backhand**, the teacher answers once",
+    "backhand-student": "Backhand, the model answers in each step",
+    "trl": "TRL's SDFTTrainer as users run it",
+    "trl-tuned": "TRL's SDFTTrainer, checkpointing off, allocator tuned",
+}
 
 
 def shapes_section(results: dict[str, Any]) -> list[str]:

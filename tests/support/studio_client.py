@@ -38,6 +38,12 @@ class Client:
         return f"http://127.0.0.1:{self.address.port}"
 
     def ask(self, path: str, *, method: str = "GET", body: bytes | None = None, **headers: str) -> Reply:
+        status, data, answered = self.ask_bytes(path, method=method, body=body, **headers)
+        return status, data.decode(), answered
+
+    def ask_bytes(
+        self, path: str, *, method: str = "GET", body: bytes | None = None, **headers: str
+    ) -> tuple[int, bytes, dict[str, str]]:
         """Send one request; headers have underscores for hyphens, and an empty one is left out."""
         connection = http.client.HTTPConnection("127.0.0.1", self.address.port, timeout=60)
         connection.putrequest(method, path, skip_host=True)
@@ -50,7 +56,7 @@ class Client:
                 connection.putheader(name, value)
         connection.endheaders(body)
         reply = connection.getresponse()
-        result = reply.status, reply.read().decode(), {name.lower(): value for name, value in reply.getheaders()}
+        result = reply.status, reply.read(), {name.lower(): value for name, value in reply.getheaders()}
         connection.close()
         return result
 

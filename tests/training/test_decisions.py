@@ -62,22 +62,38 @@ def asked(options: int, targets: Sequence[float]) -> Asked:
 
 
 def decision_examples(rows: int) -> list[Example]:
-    """Rows of two questions as token ids, with hard and soft targets and a spelling that is never right."""
+    """Rows of one or two questions as token ids, with soft targets, spellings that are never right, and names."""
     draw = np.random.default_rng(0)
     examples = []
     for number in range(rows):
         state = draw.integers(3, VOCAB_SIZE, int(draw.integers(30, 50)))
         hard = asked(3, [float(option == number % 3) for option in range(3)])
         soft = asked(2, [0.3, 0.7])
-        decision = DecisionRow(f"state {number}", (hard, soft)[: 1 + number % 2], "row", (1, 0)[: 1 + number % 2])
+        questions = 1 + number % 2
+        decision = DecisionRow(
+            f"state {number}", (hard, soft)[:questions], "row", (1, 0)[:questions], by_name=number % 4 > 1
+        )
+        prompts = [np.concatenate((state, draw.integers(3, VOCAB_SIZE, 4))) for _ in range(questions)]
+        answers = [
+            (prompt, [token])
+            for prompt, labels in zip(prompts, decision.sizes, strict=True)
+            for token in range(5, 5 + labels)
+        ]
+        for prompt, names in zip(prompts, decision.name_sizes, strict=False):
+            answers += [(prompt, [20 + name, *draw.integers(3, VOCAB_SIZE, name)]) for name in range(names)]
         documents = []
-        for labels in decision.sizes:
-            prompt = np.concatenate((state, draw.integers(3, VOCAB_SIZE, 4)))
-            for token in range(5, 5 + labels):
-                ids = np.append(prompt, token).astype(np.int32)
-                documents.append(Example(ids, np.arange(len(ids)) == len(ids) - 1, "row"))
+        for prompt, answer in answers:
+            ids = np.concatenate((prompt, answer)).astype(np.int32)
+            documents.append(Example(ids, np.arange(len(ids)) >= len(prompt), "row"))
         examples.append(replace(documents[0], others=tuple(documents[1:]), decision=decision))
     return examples
+
+
+def log_probability(adapted: Any, document: Example) -> Tensor:
+    """The sum of the log-probabilities of the supervised tokens, 0-d."""
+    ids = torch.from_numpy(document.input_ids.astype(np.int64))
+    log_p = adapted(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+    return log_p.gather(1, ids[1:, None])[:, 0][torch.from_numpy(document.supervised[1:])].sum()
 
 
 def their_loss(adapted: Any, examples: Sequence[Example]) -> Tensor:
@@ -94,6 +110,11 @@ def their_loss(adapted: Any, examples: Sequence[Example]) -> Tensor:
             assert one.targets is not None
             targets = torch.tensor([*one.targets, *[0.0] * (size - len(one.targets))], dtype=logits.dtype)
             of_questions.append(torch.nn.functional.cross_entropy(logits, targets))
+        for one, size in zip(example.decision.named, example.decision.name_sizes, strict=True):
+            mine, documents = documents[:size], documents[size:]
+            sums = torch.stack([log_probability(adapted, document) for document in mine])
+            of_questions.append(torch.nn.functional.cross_entropy(sums, torch.tensor(one.targets, dtype=sums.dtype)))
+        assert not documents
         losses.append(torch.stack(of_questions).mean())
     return torch.stack(losses).mean()
 
@@ -143,7 +164,7 @@ def test_smollm2_on_tickets_equals_autograd(tmp_path: Path) -> None:
     questions = {"team": "Which team?", "urgent": "Is it urgent?", "mood": "How upset is the customer?"}
     data = DataOptions(data=(str(path),), state="text", question=questions)
     examples = prepare(data, open_model(NAME).tokenizer(), purpose="decisions")[0].examples
-    assert [len(example.documents) for example in examples] == [3 + 5 + 3] * 3, "Yes, No and NO are tokens, too"
+    assert [len(example.documents) for example in examples] == [3 + 5 + 3 + 3] * 3, "Yes, No and NO are tokens, too"
     adapted = smollm2_peft(round_to=torch.float32, dtype=torch.float32)
     decoder = smollm2_decoder(adapted, torch.float32)
     loss = their_loss(adapted, list(examples))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.data.context import context_messages, context_text, with_context
+from backhand.data.context import TeacherPrompts, context_messages, context_text, with_context
 from backhand.data.options import DataOptions, RowSources
 from backhand.data.prepare import prepare
 from backhand.data.rows import Completion, Conversation
@@ -137,14 +137,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 
 def packers(tiny: TinyRun, share: bool = True) -> tuple[Decoder, DistilledPacker]:
     source = open_model(str(tiny.model))
-    rows, _ = prepare(DataOptions((str(tiny.rows),), eval_fraction=0.0), source.tokenizer(), context=CONTEXT)
-    lesson = Lesson(Divergence(), 1.0)
-    return Decoder.from_source(source, dtype=torch.float32), DistilledPacker(rows, lesson, share_prefixes=share)
+    options, teacher = DataOptions((str(tiny.rows),), eval_fraction=0.0), TeacherPrompts(CONTEXT)
+    rows, _ = prepare(options, source.tokenizer(), teacher=teacher)
+    packer = DistilledPacker(rows, Lesson(Divergence(), 1.0), share_prefixes=share, teacher_shares=share)
+    return Decoder.from_source(source, dtype=torch.float32), packer
 
 
 def test_the_teacher_reads_the_context_and_gives_the_same_answer(tiny: TinyRun) -> None:
     tokenizer = open_model(str(tiny.model)).tokenizer()
-    rows, _ = prepare(DataOptions((str(tiny.rows),), eval_fraction=0.0), tokenizer, context=CONTEXT)
+    rows, _ = prepare(DataOptions((str(tiny.rows),), eval_fraction=0.0), tokenizer, teacher=TeacherPrompts(CONTEXT))
     for student in rows.examples:
         teacher = student.rejected
         assert teacher is not None
@@ -164,10 +165,10 @@ def test_the_loss_is_the_divergence_from_the_model_with_the_context(
     from backhand.files import FileLayer
 
     store = DiskStateStore(FileLayer(), tmp_path, *shape, print) if on_disk else MemoryStateStore(*shape)
-    packer.learn_from(model, store, 4)
+    packer.learn_from(model, store, packer.teacher_passes(4))
     found = HeldOut(packer.examples, 3, None, packer).loss(model, Communicator())
     tokenizer = open_model(str(tiny.model)).tokenizer()
-    rows, _ = prepare(DataOptions((str(tiny.rows),), eval_fraction=0.0), tokenizer, context=CONTEXT)
+    rows, _ = prepare(DataOptions((str(tiny.rows),), eval_fraction=0.0), tokenizer, teacher=TeacherPrompts(CONTEXT))
     total, tokens = 0.0, 0
     for student in rows.examples:
         logits = []
@@ -183,7 +184,7 @@ def test_the_loss_is_the_divergence_from_the_model_with_the_context(
 @pytest.fixture(scope="module")
 def baked(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("run") / "run"
-    train(tiny.config(output, objective="bake", context=CONTEXT, eval_every=2))
+    train(tiny.config(output, objective="bake", context=CONTEXT, answers_from="rows", eval_every=2))
     return output
 
 
@@ -199,7 +200,7 @@ def test_a_run_comes_closer_to_the_prompted_model(baked: Path) -> None:
 
 def test_a_resumed_run_ends_in_the_same_bits(tiny: TinyRun, baked: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    options = {"objective": "bake", "context": CONTEXT, "eval_every": 2}
+    options = {"objective": "bake", "context": CONTEXT, "answers_from": "rows", "eval_every": 2}
     with pytest.raises(Interrupted):
         train(tiny.config(output, **options), pause_at=3)
     train(tiny.config(output, **options, resume=True))
@@ -238,7 +239,7 @@ def _refused() -> Iterator[Any]:
     yield case(
         "too long", DataError, "nothing in the data carries loss", context=CONTEXT + " name" * 400, max_length=64
     )
-    yield case("transformers", UsageError, "hidden states of the teacher", engine="transformers")
+    yield case("transformers", UsageError, "hidden states of the teacher", engine="transformers", answers_from="rows")
 
 
 @pytest.mark.parametrize(("kind", "match", "options"), list(_refused()))

@@ -71,7 +71,7 @@ def batch_of(
     asked = [row for row in rows for _ in range(GROUP)]
     logprob_check = LogprobCheck(BOUNDS[decoder.dtype], lambda _: None)
     judged = Judged(answers, [], rewards[None], rewards)
-    rollout = Rollout(options, None, None, (), lambda *_: 0, Communicator())
+    rollout = Rollout(options, options.group, (), lambda *_: 0, Communicator(), functions=None, tokenizer=None)
     with at_temperature(decoder, TEMPERATURE):
         return AnswerBatch(decoder, asked, judged, RewardedSteps(rollout, (), beta, 2, logprob_check))
 

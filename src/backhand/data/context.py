@@ -1,13 +1,15 @@
-"""The context of prompt baking: messages in front of every prompt, for the teacher alone."""
+"""Prompts of the teacher in distillation: a context in front of every prompt, or a demonstration in it."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from backhand.data.messages import read_turns
-from backhand.data.rows import Completion, Conversation, Message, OneText, PlainText, Row
+from backhand.data.rows import TEMPLATE_PLACES, Completion, Conversation, Message, OneText, PlainText, Row
 from backhand.errors import DataError, UsageError
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
 from backhand.words import shorten
@@ -88,3 +90,45 @@ def with_context(row: Row, context: tuple[Message, ...]) -> OneText:
             front.insert(0, own[0])
         own, carries = own[1:], carries[1:]
     return replace(row, messages=(*front, *own), supervised=(*(False for _ in front), *carries))
+
+
+def with_demonstration(row: Row, template: str) -> OneText:
+    """Return the prompt of a row with its answer as a demonstration, as the template says, and without the answer.
+
+    Raises:
+        DataError: the row has no prompt that an answer follows.
+    """
+    if isinstance(row, Completion) and row.completion is not None:
+        return replace(row, prompt=_filled(template, row.prompt, row.completion), completion=None)
+    if isinstance(row, Conversation) and [one["role"] for one in row.messages[-2:]] == ["user", "assistant"]:
+        *before, asked, answer = row.messages
+        asked = {**asked, "content": _filled(template, asked["content"], answer["content"])}
+        return replace(row, messages=(*before, asked), supervised=(*row.supervised[:-2], False))
+    raise DataError(
+        "the row has no demonstration, which is an answer to its last prompt",
+        where=row.source,
+        next_step="write the rows as prompt and completion, or as messages that end with user and assistant",
+    )
+
+
+def _filled(template: str, prompt: str, demonstration: str) -> str:
+    values = dict(zip(TEMPLATE_PLACES, (prompt, demonstration), strict=True))
+    places = "|".join(map(re.escape, values))
+    return re.sub(places, lambda place: values[place[0]], template)
+
+
+@dataclass(frozen=True)
+class TeacherPrompts:
+    """The prompts that the teacher reads: with a context, or with the row's own answer as a demonstration."""
+
+    context: str | None = None  # see `context_messages`; None for demonstrations
+    template: str = ""  # see `with_demonstration`
+    sampled: bool = False  # True if answers are sampled later, so that rows are prompts
+
+    @cached_property
+    def _messages(self) -> tuple[Message, ...] | None:
+        return None if self.context is None else context_messages(self.context)
+
+    def of(self, row: Row) -> OneText:
+        """Return the row as the teacher reads it. Raises DataError if the row has not the necessary form."""
+        return with_demonstration(row, self.template) if self._messages is None else with_context(row, self._messages)

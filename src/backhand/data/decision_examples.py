@@ -5,6 +5,10 @@
 
 The last token of each document is its only supervised token. The documents of a row begin with the same tokens, which
 are computed once (`data.prefix_forest`).
+
+Training rows also have the names of the options of each choice as answers to its prompt. A model knows what *billing*
+means, and learns from few rows which texts it fits. The letters learn from the same hidden states. Without the names,
+a small model takes more steps, and decides other rows worse.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ class DecisionEncoder:
 
     def __init__(self, renderer: RowRenderer, max_length: int) -> None:
         self._renderer, self._max_length = renderer, max_length
+        self._replies: dict[str, tuple[int, ...]] = {}
         self._labels = LabelTokens(self._reply)
 
     def example(self, row: DecisionRow, orders: Sequence[Sequence[int]], encoded: Sequence[Example]) -> Example | None:
@@ -60,7 +65,7 @@ class DecisionEncoder:
                 return None
             tokens, others = self._labels.of(asked.question)
             by_option = [tokens[order.index(option)] for option in asked.question.canonical_order]
-            documents += [_ending_in(prompt, token, row.source) for token in (*by_option, *others)]
+            documents += [_ending_in(prompt, (token,), row.source) for token in (*by_option, *others)]
             spellings.append(len(others))
         return replace(documents[0], others=tuple(documents[1:]), decision=replace(row, spellings=tuple(spellings)))
 
@@ -92,28 +97,46 @@ class DecisionEncoder:
             for row, of_row in zip(rows, orders, strict=True)
         ]
 
-    def in_random_order(self, examples: StoredExamples, seed: int = 0) -> StoredExamples:
-        """Return the examples with the options of every choice in a random order, see `encode`.
+    def for_training(self, examples: StoredExamples, seed: int | None) -> StoredExamples:
+        """Return the examples with the names of options as further answers.
 
-        A row that becomes too long keeps its order.
+        Args:
+            seed: show the options of every choice in a random order, see `encode`; None for the canonical order. A row
+                that becomes too long keeps its order.
         """
         writer = ExampleWriter()
         for start in range(0, len(examples), _ROWS_AT_ONCE):
             part = examples[start : start + _ROWS_AT_ONCE]
-            turned = self.encode([not_none(one.decision) for one in part], seed)
+            rows = [not_none(one.decision) for one in part]
+            turned = [None] * len(part) if seed is None else self.encode(rows, seed)
             for example, other in zip(part, turned, strict=True):
-                writer.add(other or example)
+                writer.add(self._with_names(other or example))
         return writer.stored()
 
-    def _reply(self, label: str) -> tuple[int, ...]:
+    def _with_names(self, example: Example) -> Example:
+        """Return the example with the names of options, or unchanged if it has no choice or would become too long."""
+        row, documents = not_none(example.decision), example.documents
+        names: list[Example] = []
+        first = 0
+        for asked, size in zip(row.asked, row.sizes, strict=True):
+            if asked.question.type == "choice":
+                prompt = documents[first].input_ids[:-1]
+                names += [_ending_in(prompt, self._reply(key), row.source) for key in asked.question.keys]
+            first += size
+        if max(map(len, names), default=0) > self._max_length:
+            return example
+        return replace(example, others=(*example.others, *names), decision=replace(row, by_name=True))
+
+    def _reply(self, text: str) -> tuple[int, ...]:
         """Return the tokens of a reply with this text, including those that end it."""
-        (document,) = self._renderer.documents(Completion("?", label, "\n", None, "labels"))
-        example = encode_document(document, self._renderer.encoder)
-        begin, end = example.last_answer
-        return tuple(example.input_ids[begin:end].tolist())
+        if text not in self._replies:
+            (document,) = self._renderer.documents(Completion("?", text, "\n", None, "labels"))
+            example = encode_document(document, self._renderer.encoder)
+            begin, end = example.last_answer
+            self._replies[text] = tuple(example.input_ids[begin:end].tolist())
+        return self._replies[text]
 
 
-def _ending_in(prompt: TokenIds, token: int, source: str) -> Example:
-    supervised = np.zeros(len(prompt) + 1, dtype=np.bool_)
-    supervised[-1] = True
-    return Example(np.append(prompt, np.int32(token)), supervised, source)
+def _ending_in(prompt: TokenIds, answer: Sequence[int], source: str) -> Example:
+    ids = np.append(prompt, np.array(answer, dtype=np.int32))
+    return Example(ids, np.arange(len(ids)) >= len(prompt), source)

@@ -280,11 +280,22 @@ class DecisionRow:
     source: str
     # number of spellings that each question has as options that are never right
     spellings: tuple[int, ...] = ()
+    by_name: bool = False  # True if every choice is asked a second time, with the names of its options as answers
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Number of scored labels of each question: its options, then the other spellings."""
         return tuple(len(one.question.keys) + extra for one, extra in zip(self.asked, self.spellings, strict=True))
+
+    @property
+    def named(self) -> tuple[Asked, ...]:
+        """The questions that are asked a second time, after all others."""
+        return tuple(one for one in self.asked if one.question.type == "choice") if self.by_name else ()
+
+    @property
+    def name_sizes(self) -> tuple[int, ...]:
+        """Number of names of each question that is asked a second time."""
+        return tuple(len(one.question.keys) for one in self.named)
 
     def to_json(self) -> Any:
         """Return everything that the loss depends on, for digests."""

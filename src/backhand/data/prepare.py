@@ -12,7 +12,7 @@ from typing import Any
 from backhand.bounds import check_fields
 from backhand.data import prepared_cache
 from backhand.data.columns import ColumnReader
-from backhand.data.context import context_messages
+from backhand.data.context import TeacherPrompts
 from backhand.data.data_report import DataReport, TruncationStats
 from backhand.data.decision_examples import DecisionEncoder
 from backhand.data.decision_rows import find_questions, question_notes
@@ -42,8 +42,8 @@ def prepare(
     truncation: TruncationStats | None = None,
     prompts: list[Prompt] | None = None,
     questions: Mapping[str, Question] | None = None,
-    context: str | None = None,
     embedding_format: EmbeddingFormat | None = None,
+    teacher: TeacherPrompts | None = None,
 ) -> tuple[PreparedData, PreparedData | None]:
     """Return training examples, and held-out examples or None.
 
@@ -59,11 +59,11 @@ def prepare(
         bad: collects malformed rows; by default it follows `skip_bad`.
         truncation: collects the locations of truncated and dropped documents.
         prompts: collects the rows of `data` in use as prompts, so that a pipe is read only once.
-        questions: the questions of decisions; None to find them in the rows of `data`. With questions, the options of
-            a choice are in canonical order. Otherwise `option_order` determines that of training rows.
-        context: a prompt as in `context.context_messages`. Each example then has a second document, `rejected`, with
-            this prompt in front and the same answer.
+        questions: the questions of decisions; None to find them in the rows of `data`, which are then rows to train on
+            (`DecisionEncoder.for_training`).
         embedding_format: pooling and prompts of rows of embeddings; None for other rows.
+        teacher: the prompts of the teacher in distillation. Each example then has a second document, `rejected`, with
+            the teacher's prompt and the same answer, or with a placeholder for an answer that is sampled later.
 
     Raises:
         UsageError: an option is out of range, or a package is missing.
@@ -81,15 +81,15 @@ def prepare(
         bad=bad,
         truncation=truncation,
         questions=found,
-        context=context,
         embedding_format=embedding_format,
+        teacher=teacher,
     )
 
     def read(names: Sequence[str], *, held_out: bool = False, prompts: list[Prompt] | None = None) -> PreparedData:
         make = partial(examples_of, names, held_out=held_out, prompts=prompts)
         if prompts is not None or bad is not None or truncation is not None:
             return make()  # the cache holds only examples
-        return prepared_cache.cached(make, options, expand(names), tokenizer, names, purpose, context, embedding_format)
+        return prepared_cache.cached(make, options, expand(names), tokenizer, names, purpose, teacher, embedding_format)
 
     train = read(options.data, prompts=prompts)
     held_out: PreparedData | None = None
@@ -110,9 +110,10 @@ def prepare(
                 f"data, for example {shared[0].source}; the held-out loss will be too low"
             )
     if purpose == "decisions":
-        if questions is None and options.option_order == "random":
+        if questions is None:
             encoder = DecisionEncoder(RowRenderer(tokenizer, options), options.max_length)
-            train = replace(train, examples=encoder.in_random_order(train.examples))
+            order_seed = 0 if options.option_order == "random" else None
+            train = replace(train, examples=encoder.for_training(train.examples, order_seed))
         notes = (*train.report.notes, *question_notes(found))
         train = replace(train, questions=found, report=replace(train.report, notes=notes))
     return train, held_out
@@ -144,8 +145,8 @@ def read_examples(
     truncation: TruncationStats | None = None,
     prompts: list[Prompt] | None = None,
     questions: Mapping[str, Question] | None = None,
-    context: str | None = None,
     embedding_format: EmbeddingFormat | None = None,
+    teacher: TeacherPrompts | None = None,
 ) -> PreparedData:
     """Return the examples of the files and hub data sets in `names`.
 
@@ -156,10 +157,9 @@ def read_examples(
     Raises:
         UsageError, DataError: as `prepare`.
     """
-    front = None if context is None else context_messages(context)
     renderer = RowRenderer(tokenizer, options, train_on_all=options.train_on == "all")
     encoder = RowEncoder(
-        renderer, options, None if prompts is None else RowRenderer(tokenizer, options), front, embedding_format
+        renderer, options, None if prompts is None else RowRenderer(tokenizer, options), teacher, embedding_format
     )
     writer = ExampleWriter()
     bad = RowErrors(options.skip_bad) if bad is None else bad
@@ -172,7 +172,8 @@ def read_examples(
         if prompts is not None:
             prompts.extend(rows.prompts)
 
-    answers_only = options.train_on == "completions" and purpose != "prompts"
+    prompts_suffice = teacher is not None and teacher.sampled and teacher.context is not None
+    answers_only = options.train_on == "completions" and purpose != "prompts" and not prompts_suffice
     pipeline = RowPipeline(
         options,
         options,
@@ -180,6 +181,7 @@ def read_examples(
         bad,
         purpose,
         held_out=held_out,
+        allow_prompts=prompts_suffice,
         answers_only=answers_only,
         questions=questions,
         # `backhand lint` collects truncated documents, and reports such a column in a note.
@@ -222,18 +224,17 @@ def prepare_prompts(
     template: TemplateOptions,
     tokenizer: Any,
     named: NamedColumns | None = None,
-    context: str | None = None,
+    teacher: TeacherPrompts | None = None,
 ) -> tuple[tuple[Prompt, ...], DataReport]:
     """Return the rows of `data` as prompts with their reference replies. Rows without an answer are allowed.
 
     Args:
         named: columns given by name.
-        context: a prompt in front of every row, as in `prepare`.
+        teacher: makes the prompts of the rows, as in `prepare`.
 
     Raises:
         UsageError, DataError: as `prepare`.
     """
-    front = None if context is None else context_messages(context)
     check_fields(rows)
     check_fields(template)
     renderer = RowRenderer(tokenizer, template)
@@ -245,7 +246,7 @@ def prepare_prompts(
 
     bad = RowErrors(rows.skip_bad)
     pipeline = RowPipeline(rows, named or NamedColumns(), template.system, bad, allow_prompts=True)
-    report = pipeline.run(RowEncoder(renderer, None, renderer, front), take, rows.data)
+    report = pipeline.run(RowEncoder(renderer, None, renderer, teacher), take, rows.data)
     return tuple(prompts), replace(report, notes=(*renderer.notes(), *report.notes))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from backhand.data.chat import Document, RenderingCounts
-from backhand.data.context import with_context
+from backhand.data.context import TeacherPrompts
 from backhand.data.data_report import TruncationStats
 from backhand.data.decision_examples import DecisionEncoder
 from backhand.data.decisions import DecisionRow
@@ -21,7 +21,6 @@ from backhand.data.options import DataOptions
 from backhand.data.rows import (
     Conversation,
     EmbeddingRow,
-    Message,
     OneText,
     Pair,
     PlainText,
@@ -94,7 +93,8 @@ class RowEncoder:
         renderer: renders the rows.
         options: of the examples; None to make no examples.
         prompts: renders the prompts; None to make no prompts.
-        context: messages in front of prompts. With `options`, they are for the teacher's documents alone.
+        teacher: the teacher's prompts. With `options`, each example has a second document, `rejected`, which is the
+            teacher's; otherwise the prompts are the teacher's.
         embedding_format: of rows of embeddings; None for other rows.
     """
 
@@ -103,13 +103,13 @@ class RowEncoder:
         renderer: RowRenderer,
         options: DataOptions | None,
         prompts: RowRenderer | None,
-        context: tuple[Message, ...] | None = None,
+        teacher: TeacherPrompts | None = None,
         embedding_format: EmbeddingFormat | None = None,
     ) -> None:
         self.renderer = renderer
         self._options = options
         self._prompts = prompts
-        self._context = context
+        self._teacher = teacher
         self._decisions = None if options is None else DecisionEncoder(renderer, options.max_length)
         self._embeddings: EmbeddingEncoder | None = None
         if options is not None and embedding_format is not None:
@@ -169,15 +169,18 @@ class RowEncoder:
         if self._options is not None and isinstance(row, PromptRow):
             parts = [[self.renderer.prompt(row.question)[0]]]
         elif self._options is not None:
-            texts = texts_of(row)
-            if self._context is not None:
-                texts = texts[0], with_context(row, self._context)
-            parts = [self.renderer.documents(text) for text in texts]
+            texts, teacher = texts_of(row), self._teacher
+            if teacher is not None:
+                texts = texts[0], teacher.of(row)
+            if teacher is not None and teacher.sampled:
+                parts = [[self.renderer.prompt(text)[0]] for text in texts]
+            else:
+                parts = [self.renderer.documents(text) for text in texts]
         if self._prompts is None:
             return _RenderedRow(row, parts, [], None)
         text = texts_of(row)[0]
-        if self._options is None and self._context is not None:
-            text = with_context(text, self._context)
+        if self._options is None and self._teacher is not None:
+            text = self._teacher.of(text)
         document, reply = self._prompts.prompt(text)
         return _RenderedRow(row, parts, [document], reply)
 
@@ -186,14 +189,18 @@ class RowEncoder:
         if options is None or decisions is None:
             return []
         if isinstance(row, PromptRow):
-            return _prompt_examples(row, parts[0][0].input_ids, options, stats)
+            prompts = _prompt_examples(row.source, parts[0], options, stats)
+            return [replace(one, prompt_row=row) for one in prompts]
+        if self._teacher is not None and self._teacher.sampled:
+            both = _prompt_examples(row.source, [part[0] for part in parts], options, stats)
+            return [replace(student, rejected=teacher) for student, teacher in zip(both[::2], both[1::2], strict=True)]
         if isinstance(row, DecisionRow):
             encoded = [one for part in parts if (one := _only(part, row)) is not None]
             example = decisions.example(row, [one.question.canonical_order for one in row.asked], encoded)
             if example is None:
                 stats.dropped_long.append(row.source)
             return [] if example is None else [example]
-        if self._context is not None:
+        if self._teacher is not None:
             return _taught_examples(parts[0], parts[1], row.source, options, stats)
         each = [_truncate_all(part, row.source, options, stats) for part in parts]
         if not isinstance(row, Pair | UnpairedRow):
@@ -258,14 +265,20 @@ def _taught_examples(
     return examples
 
 
-def _prompt_examples(row: PromptRow, ids: TokenIds, options: DataOptions, stats: TruncationStats) -> list[Example]:
-    if not len(ids):
-        raise DataError("the prompt is empty", where=row.source)
-    if len(ids) >= options.max_length:
-        stats.dropped_long.append(row.source)
+def _prompt_examples(
+    source: str, prompts: Sequence[Example], options: DataOptions, stats: TruncationStats
+) -> list[Example]:
+    """Return the prompts of a row with a placeholder for the answer; none if one of them is too long."""
+    if not all(map(len, prompts)):
+        raise DataError("the prompt is empty", where=source)
+    if max(map(len, prompts)) >= options.max_length:
+        stats.dropped_long.append(source)
         return []
-    with_placeholder = np.append(ids, ids[-1]), np.append(np.zeros(len(ids), dtype=np.bool_), True)
-    return [Example(*with_placeholder, row.source, prompt_row=row)]
+    examples = []
+    for ids in (prompt.input_ids for prompt in prompts):
+        with_placeholder = np.append(ids, ids[-1]), np.append(np.zeros(len(ids), dtype=np.bool_), True)
+        examples.append(Example(*with_placeholder, source))
+    return examples
 
 
 def _only(examples: list[Example], row: Pair | UnpairedRow | DecisionRow) -> Example | None:

@@ -103,6 +103,9 @@ class TextIdentities(NamedTuple):
 REFERENCES = ("answer", "completion", "response", "output", "solution", "ground_truth", "target")
 """Columns that may contain the reference answer to a prompt, in order of precedence."""
 
+TEMPLATE_PLACES = ("{prompt}", "{privileged_context}")
+"""Places of a row's prompt and of its demonstration in a template of the teacher's prompt, named as in TRL."""
+
 OneText = Conversation | Completion | PlainText
 Row = OneText | Pair | UnpairedRow | PromptRow | DecisionRow | EmbeddingRow
 Purpose = Literal["answers", "pairs", "labels", "prompts", "decisions", "states", "embeddings", "texts"]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backhand.data.context import context_text
+from backhand.data.context import TeacherPrompts, context_text
 from backhand.data.options import NamedColumns
 from backhand.data.prepare import prepare_prompts
 from backhand.data.raw_rows import RowErrors
@@ -202,9 +202,10 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> list[dict[str,
     Raises:
         UsageError, DataError: as `data.prepare.prepare_prompts`.
     """
-    context = None if options.answer.context is None else context_text(options.answer.context)
+    context = options.answer.context
+    teacher = None if context is None else TeacherPrompts(context_text(context))
     read, report = prepare_prompts(
-        options.rows, options.template, loaded.tokenizer, NamedColumns(prompt=options.answer.prompt), context
+        options.rows, options.template, loaded.tokenizer, NamedColumns(prompt=options.answer.prompt), teacher
     )
     session = GenerationSession(loaded, options.template)
     labels = _labels(options, loaded, session)

@@ -65,6 +65,7 @@ def sample(
     stop_ids: Collection[int],
     top_p: float = 1.0,
     batch_rows: int = ROWS_AT_ONCE,
+    as_trained: bool = True,
 ) -> list[Sampled]:
     """Sample an answer to every prompt. Neighbouring prompts that are equal are computed once.
 
@@ -76,6 +77,7 @@ def sample(
         stop_ids: tokens that end an answer.
         top_p: total probability of the tokens to draw from.
         batch_rows: answers sampled at once; finished answers are replaced by the next prompts.
+        as_trained: see `complete_batch`.
 
     Raises:
         CheckError: the model computes NaN or infinity.
@@ -107,7 +109,7 @@ def sample(
         finished,
         max_new_tokens=max_new_tokens,
         batch_rows=batch_rows,
-        as_trained=True,
+        as_trained=as_trained,
     )
     return sampled
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ class HeldOutAnswer:
     base: str
     adapted: str
     rejected: str | None = None  # the rejected answer of a pair; None for other rows
+    prompted: str | None = None  # greedy answer of the teacher in distillation; None for other objectives
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,11 @@ _MEASURED_PAIRS = 8
 
 
 def free_answers(
-    bound: BoundModel, source: ModelSource, examples: Sequence[Example], config: TrainConfig
+    bound: BoundModel,
+    source: ModelSource,
+    examples: Sequence[Example],
+    config: TrainConfig,
+    prompted: Mapping[int, str] = MappingProxyType({}),
 ) -> FreeAnswers:
     """Answer evenly spaced held-out rows and the neutral prompts.
 
@@ -84,14 +90,17 @@ def free_answers(
         source: the model's files.
         examples: the held-out rows.
         config: the configuration of the run, with the number of rows that the report shows.
+        prompted: answers of the teacher in distillation, by row.
     """
     model, tokenizer, stops = bound.completer(), source.tokenizer(), stop_ids(source, config.data)
     new_tokens = max(1, min(MAX_NEW_TOKENS, model.context_tokens // 2))
     longest = min(_LONGEST_PROMPT, model.context_tokens - new_tokens)
     pairs = config.objective.purpose == "pairs"
     count = max(config.run.answers, _MEASURED_PAIRS if pairs else 0)
-    chosen = [examples[number] for number in evenly_spaced(len(examples), count)]
-    parts = [part for part in ((example, *_parts(example, longest)) for example in chosen) if len(part[1])]
+    chosen = {number: examples[number] for number in evenly_spaced(len(examples), count)}
+    of_teacher = {example.source: prompted.get(number) for number, example in chosen.items()}
+    every = ((example, *_parts(example, longest)) for example in chosen.values())
+    parts = [part for part in every if len(part[1])]
     questions = _neutral_questions(LoadedModel(model, tokenizer, stops), config.data, longest)
     prompts = [*(prompt.tolist() for _, prompt, _ in parts), *(ids for _, ids in questions)]
     # The memory plan covers as many rows at once as a micro-batch has. A few short answers take less than a step.
@@ -117,6 +126,7 @@ def free_answers(
         _held_out_answer(tokenizer, example, prompt, [reference[:new_tokens].tolist(), of_base, of_adapted], new_tokens)
         for (example, prompt, reference), of_base, of_adapted in zip(parts, base, adapted, strict=False)
     ]
+    held_out = [replace(answer, prompted=of_teacher[answer.source]) for answer in held_out]
     first = len(parts)
     neutral = [
         NeutralAnswer(prompt=question, base=_decoded(tokenizer, of_base), adapted=_decoded(tokenizer, of_adapted))
@@ -213,7 +223,7 @@ def measured_answers(
     """Return the fields of summary.json on exact match and label scores, of the base model and of the adapted one.
 
     The rows are evenly spaced among the held-out rows whose prompt leaves room for an answer. The result is empty if
-    an answer is long, if the rows are plain text, or if the objective is not SFT.
+    an answer is long, if the rows are plain text, or if the objective compares or samples answers.
 
     Args:
         bound: the model with the adapter to answer with, which is attached again afterwards.
@@ -225,7 +235,8 @@ def measured_answers(
         stopped: returns True if the measurement is to stop. It is called before each of the two models.
     """
     spans = [example.last_answer for example in examples]
-    if config.objective.objective != "sft" or not all(0 < end - begin <= _SHORT_TOKENS for begin, end in spans):
+    own_answers = config.objective.objective == "sft" or config.objective.answers_by == "rows"
+    if not own_answers or not all(0 < end - begin <= _SHORT_TOKENS for begin, end in spans):
         return {}
     model, new_tokens = bound.completer(), max(end - begin for begin, end in spans) + _EXTRA_TOKENS
     examples = [

@@ -52,7 +52,7 @@ class Outcome(NamedTuple):
 
 
 def outcomes_of(rows: Iterable[DecisionRow], sums: Sequence[float]) -> list[Outcome]:
-    """Return the outcome of every question of every row.
+    """Return the outcome of every question of every row. Names of options are left out.
 
     Args:
         sums: log-probability of the label of every document, in the order of the rows.
@@ -65,6 +65,7 @@ def outcomes_of(rows: Iterable[DecisionRow], sums: Sequence[float]) -> list[Outc
             targets = np.zeros(options) if asked.targets is None else np.array(asked.targets)
             outcomes.append(Outcome(asked.question, np.array(sums[start : start + options]), targets, row.source))
             start += size
+        start += sum(row.name_sizes)
     return outcomes
 
 

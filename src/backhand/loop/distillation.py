@@ -4,32 +4,36 @@
         └─ teacher ──► document with the context, same answer ─┴─► PackedBatch with `TeacherStates`
 
 The teacher is the model that the run starts from, with a context in front of the prompt (prompt baking,
-arXiv:2409.13697, and context distillation, arXiv:2112.00861). It is frozen, so its hidden states at the answers are
-computed once. A state and the head determine a next-token distribution, so states are stored instead of logits:
-`hidden` numbers per token instead of `vocab`. The context is a prefix that all teacher documents share, so it is
-computed once per pass.
+arXiv:2409.13697, and context distillation, arXiv:2112.00861), or with a demonstration in the prompt
+(self-distillation, arXiv:2601.19897). A state and the head determine a next-token distribution, so states are stored
+instead of logits: `hidden` numbers per token instead of `vocab`. The context is a prefix that all teacher documents
+share, so it is computed once per pass.
 
-A teacher pass always contains the same rows, whatever the order of the steps and the number of processes. A resumed run
-therefore computes the same bits.
+If the rows contain the answers, or the teacher has sampled them, the teacher's states are computed once. A teacher pass
+then always contains the same rows, whatever the order of the steps and the number of processes, so a resumed run
+computes the same bits. If the adapted model samples the answers of each step, see `distilled_steps`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from backhand.data.packing import RowPacker
+from backhand.data.packing import RowPacker, micro_batches
 from backhand.data.stored_examples import PreparedData, StoredExamples, with_totals
-from backhand.errors import ResourceError
+from backhand.engines.engine import Trainable
+from backhand.errors import ResourceError, not_none
 from backhand.loop.hidden_state_cache import StateStore
+from backhand.loop.sampled_answers import PromptPacker, answered
 from backhand.nn.batch import PackedBatch, TeacherStates
 from backhand.nn.decoder.decoder import Decoder
 from backhand.ops.linear_divergence import Divergence
 from backhand.options.objectives import ObjectiveOptions
-from backhand.printing import counting
 
 
 @dataclass(frozen=True)
@@ -42,65 +46,154 @@ class Lesson:
     @classmethod
     def of(cls, options: ObjectiveOptions) -> Lesson:
         """Return the loss that the options describe."""
-        return cls(Divergence(options.divergence, options.divergence_share), options.divergence_temperature)
+        kind = options.resolved().divergence or "forward"
+        return cls(Divergence(kind, options.divergence_share), options.divergence_temperature)
+
+
+@contextmanager
+def computing_with(model: Trainable, values: Tensor | None) -> Iterator[None]:
+    """Compute with other values of the attached adapter inside the context, or without the adapter for None."""
+    lora = not_none(model.lora)
+    own = None if values is None else lora.values.clone()
+    try:
+        if values is None:
+            model.detach()
+        else:
+            lora.values.copy_(values)
+            lora.refresh_compute(model.dtype)
+        yield
+    finally:
+        if own is None:
+            model.attach(lora)
+        else:
+            lora.values.copy_(own)
+            lora.refresh_compute(model.dtype)
 
 
 def _student_and_teacher(rows: PreparedData) -> tuple[PreparedData, StoredExamples]:
-    """Split rows that were prepared with a context into the student's rows and the teacher's documents."""
+    """Split rows that were prepared with a teacher into the student's rows and the teacher's documents."""
     documents = rows.examples.documents
     students = with_totals(documents.take(slice(0, None, 2)), rows.report)
     return replace(students, held_out_share=rows.held_out_share), documents.take(slice(1, None, 2))
+
+
+def _pass_tokens(teachers: RowPacker, rows: int, new_tokens: int = 0) -> int:
+    """Return an upper bound of the tokens in a pass of the teacher over this number of its longest documents."""
+    longest = int(np.max(teachers.lengths, initial=0)) + new_tokens
+    return teachers.common_prefix + rows * (longest - teachers.common_prefix)
+
+
+class DistilledPrompts(PromptPacker):
+    """Prompts of student and teacher, to which answers are sampled later. No model computes its batches.
+
+    Args:
+        rows: the prompts, prepared with a teacher that samples.
+        lesson: the loss.
+        new_tokens: maximum number of tokens of an answer.
+        share_prefixes: as for `RowPacker`, for the student's rows.
+        teacher_shares: the same for the teacher, which has no dropout.
+
+    Attributes:
+        rows: the student's prompts.
+        teachers: the teacher's prompts, of the same rows.
+    """
+
+    def __init__(
+        self, rows: PreparedData, lesson: Lesson, new_tokens: int, *, share_prefixes: bool, teacher_shares: bool
+    ) -> None:
+        self.rows, self.teachers = _student_and_teacher(rows)
+        super().__init__(self.rows.examples, 1, new_tokens, share_prefixes=share_prefixes)
+        self._lesson, self._teacher_shares = lesson, teacher_shares
+        self._teacher_packer = RowPacker(self.teachers, share_prefixes=teacher_shares)
+
+    def answered(self, rows: Sequence[int], answers: Sequence[Sequence[int]]) -> DistilledPacker:
+        """Return a packer of these rows with their answers, which are token ids."""
+        examples = (
+            replace(answered(self.examples[row], answer), rejected=answered(self.teachers[row], answer))
+            for row, answer in zip(rows, answers, strict=True)
+        )
+        prepared = with_totals(examples, self.rows.report)
+        prepared = replace(prepared, held_out_share=self.rows.held_out_share)
+        shares = {"share_prefixes": self._share_prefixes, "teacher_shares": self._teacher_shares}
+        return DistilledPacker(prepared, self._lesson, **shares)
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longest prompt with an answer, of student or teacher."""
+        return max(super().longest, int(self._teacher_packer.lengths.max()) + self._new)
+
+    def sampled_tokens(self, rows: int) -> int:
+        """Return an upper bound of the tokens of this number of prompts with their answers, which are sampled at once.
+
+        The teacher's prompts are longer than the student's.
+        """
+        return _pass_tokens(self._teacher_packer, rows, self._new)
+
+    teacher_pass_tokens = sampled_tokens
 
 
 class DistilledPacker(RowPacker):
     """Pack the student's rows, each batch with the teacher's states. `learn_from` must be called first.
 
     Args:
-        rows: the rows, prepared with a context (`prepare`).
+        rows: the rows, prepared with a teacher (`prepare`).
         lesson: the loss.
-        share_prefixes: as for `RowPacker`, for the student's rows.
+        share_prefixes, teacher_shares: as for `DistilledPrompts`.
 
     Attributes:
         rows: the student's rows, without the context.
+        teachers: the teacher's documents, of the same rows.
         state_tokens: number of stored states per row, which is its number of supervised tokens.
     """
 
-    def __init__(self, rows: PreparedData, lesson: Lesson, *, share_prefixes: bool) -> None:
-        self.rows, self._teachers = _student_and_teacher(rows)
+    def __init__(self, rows: PreparedData, lesson: Lesson, *, share_prefixes: bool, teacher_shares: bool) -> None:
+        self.rows, self.teachers = _student_and_teacher(rows)
         super().__init__(self.rows.examples, share_prefixes=share_prefixes)
+        self._teacher_packer = RowPacker(self.teachers, share_prefixes=teacher_shares)
         self.state_tokens = [int(count) for count in self._supervised]
         self._lesson = lesson
         self._states: StateStore | None = None
 
-    def learn_from(self, model: Decoder, store: StateStore, rows_per_pass: int) -> None:
-        """Compute the teacher's states of all rows, unless the store has them.
+    def teacher_pass_tokens(self, rows: int) -> int:
+        """Return an upper bound of the tokens in a pass of the teacher over this number of rows."""
+        return _pass_tokens(self._teacher_packer, rows)
+
+    def teacher_passes(self, rows_per_pass: int) -> list[Sequence[int]]:
+        """Return the rows of each pass of the teacher over all rows."""
+        count = len(self.examples)
+        return [range(first, min(first + rows_per_pass, count)) for first in range(0, count, rows_per_pass)]
+
+    def learn_from(
+        self,
+        model: Decoder,
+        store: StateStore,
+        passes: Iterable[Sequence[int]],
+        done: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Compute the teacher's states.
 
         Args:
             model: the model, which computes as the teacher now.
             store: receives the states of every row, (supervised tokens, hidden).
-            rows_per_pass: number of rows in one forward pass.
+            passes: the rows of each forward pass.
+            done: is called after each pass.
 
         Raises:
             ResourceError: the store has no room.
         """
-        count = len(self._teachers)
-        packer = RowPacker(self._teachers, share_prefixes=model.shares_prefixes)
-        groups = [range(first, min(first + rows_per_pass, count)) for first in range(0, count, rows_per_pass)]
-        missing = [group for group in groups if any(row not in store for row in group)]
-        with counting("teacher's states", len(missing), "passes") as done:
-            for group in missing:
-                batch = packer.packed(group, model.device)
-                states = model.supervised_states(batch).split(batch.document_tokens)
-                for row, of_row in zip(group, states, strict=False):  # the padding has no states
-                    store.put(row, of_row.cpu())
-                    if row not in store:
-                        raise ResourceError(
-                            "there is no room for the teacher's hidden states",
-                            where="TMPDIR or the disk of the run directory",
-                            why=f"a row needs {of_row.numel() * of_row.element_size():,} bytes",
-                            next_step="free space, or train on fewer or shorter answers",
-                        )
-                done()
+        for group in passes:
+            batch = self._teacher_packer.packed(group, model.device)
+            states = model.supervised_states(batch).split(batch.document_tokens)
+            for row, of_row in zip(group, states, strict=False):  # the padding has no states
+                store.put(row, of_row.cpu())
+                if row not in store:
+                    raise ResourceError(
+                        "there is no room for the teacher's hidden states",
+                        where="TMPDIR or the disk of the run directory",
+                        why=f"a row needs {of_row.numel() * of_row.element_size():,} bytes",
+                        next_step="free space, or train on fewer or shorter answers",
+                    )
+            done()
         self._states = store
 
     def packed(self, rows: Sequence[int], device: torch.device | str) -> PackedBatch:
@@ -120,3 +213,22 @@ class DistilledPacker(RowPacker):
                 next_step="continue with backhand train --resume",
             )
         return states
+
+
+def agreement(model: Decoder, packer: DistilledPacker, micro_batch_rows: int) -> tuple[float, float]:
+    """Measure how close the model is to the teacher of these rows.
+
+    Returns:
+        the mean KL(teacher ‖ model) in nats per token, and the share of tokens at which both have the same most
+        probable next token.
+    """
+    nats, equal, tokens = 0.0, 0, 0
+    for group in micro_batches(range(len(packer.examples)), packer.lengths, max_rows=micro_batch_rows):
+        batch = packer.packed(group, model.device)
+        teacher = not_none(batch.teacher)._replace(divergence=Divergence(), temperature=1.0)
+        nats += float(model.loss(replace(batch, teacher=teacher)))
+        states = model.supervised_states(batch), batch.per_document(teacher.hidden)
+        of_model, of_teacher = map(model.most_probable_tokens, states)
+        equal += int((of_model == of_teacher).sum())
+        tokens += len(of_model)
+    return nats / tokens, equal / tokens

@@ -12,8 +12,9 @@ from backhand.data.prepare import prepare
 from backhand.distributed.communicator import Communicator
 from backhand.generation.loading import loaded_model
 from backhand.loop.rewards.process import RewardProcess
-from backhand.loop.rewards.rollout import Rollout, check_context, prompt_of
+from backhand.loop.rewards.rollout import Rollout
 from backhand.loop.rewards.steps import HeldOutRewards
+from backhand.loop.sampled_answers import check_context, prompt_of
 from backhand.options.command_options import EvaluateOptions
 from backhand.options.rewards import RewardOptions
 from backhand.terminal import console_for_tables, table_of, working
@@ -41,7 +42,11 @@ def evaluate_rewards(options: EvaluateOptions) -> tuple[int, list[dict[str, floa
         check_vocabulary(examples.beyond(loaded.model.vocab_size), loaded.model.vocab_size, loaded.tokenizer)
         longest = max(len(prompt_of(one)) for one in examples) + rewards.max_new_tokens
         check_context(longest, loaded.model.context_tokens)
-        rollout = Rollout(rewards, functions, loaded.tokenizer, loaded.stop_ids, lambda *_: 0, Communicator())
+        rollout = Rollout(
+            *(rewards, rewards.group, loaded.stop_ids, lambda *_: 0, Communicator()),
+            functions=functions,
+            tokenizer=loaded.tokenizer,
+        )
         held_out = HeldOutRewards(examples, rollout, 0)
         measured = []
         for adapter in (False, True)[: 1 if run.adapter is None else 2]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from typing import Protocol
 
 from backhand.data.packing import RowPacker, Sampler, micro_batches
 from backhand.distributed.communicator import Communicator
@@ -29,11 +30,30 @@ from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.objectives.embed import EmbedObjective
 from backhand.loop.objectives.objective import AnswerObjective, Objective
 from backhand.loop.observers import Observer
-from backhand.loop.rewards.steps import RewardedSteps
 from backhand.loop.state import RunState
-from backhand.loop.step import StepResult, StepWork, training_step
+from backhand.loop.step import AdapterOptimizer, StepResult, StepWork, training_step
 from backhand.loop.step_plan import StepPlan, derived_seed
 from backhand.nn.batch import PackedBatch
+
+
+class SampledSteps(Protocol):
+    """The steps of a run that trains on answers which it samples."""
+
+    tokens: int
+    """Number of tokens of the newest step's prompts and answers."""
+    measured: dict[str, float]
+    """Metrics of the newest step."""
+
+    def sample_answers(self, model: Trainable, step: int, rows: Sequence[int]) -> None:
+        """Sample the answers of a step. Nothing is trained yet. Raises CheckError if a reward function fails."""
+
+    def train(
+        self, model: Trainable, optimizer: AdapterOptimizer, step: int, rows: Sequence[int], rate: float
+    ) -> StepResult:
+        """Train on the answers of the step. Raises CheckError if a guard fires."""
+
+    def repeated(self) -> SampledSteps:
+        """Return a copy for repeating steps, without guards and without logging."""
 
 
 @dataclass(eq=False)
@@ -54,7 +74,7 @@ class TrainingLoop:
     # cache of the hidden states that enter the lowest adapted layer; None if they are computed in every step
     hidden_states: HiddenStateCache | None = None
     objective: Objective | None = None  # preference objective of the training rows; None for cross-entropy
-    rewarded: RewardedSteps | None = None  # trains on sampled answers; None if the rows contain the answers
+    sampled: SampledSteps | None = None  # trains on sampled answers; None if the rows contain the answers
 
     def __post_init__(self) -> None:
         self._uses_dropout = any(slot.dropout > 0 for slot in self.state.lora.slots.values())
@@ -87,8 +107,8 @@ class TrainingLoop:
         start_s = time.perf_counter()
         rate = self.plan.rate.at(progress.step)
         rows = self.sampler.rows_of(progress.step)
-        if self.rewarded is not None:
-            result, tokens = self._rewarded_step(self.rewarded, rows, rate)
+        if self.sampled is not None:
+            result, tokens = self._sampled_step(self.sampled, rows, rate)
         else:
             tokens = self.packer.tokens(rows)
             parts = self._parts(rows)
@@ -102,8 +122,8 @@ class TrainingLoop:
         if progress.step % self.plan.run.log_every == 0 or progress.step == self.plan.total_steps:
             epoch = self.sampler.epochs_done(progress.step)
             metrics = {}
-            if self.rewarded is not None:
-                metrics = self.rewarded.measured
+            if self.sampled is not None:
+                metrics = self.sampled.measured
             elif self.objective is not None:
                 metrics = self.objective.measured(self.processes)
             record = self.evaluator.record(result, rate, tokens, seconds, epoch, metrics)
@@ -112,15 +132,15 @@ class TrainingLoop:
         if self.memory is not None:
             self.memory.after_step()
 
-    def _rewarded_step(self, rewarded: RewardedSteps, rows: Sequence[int], rate: float) -> tuple[StepResult, int]:
+    def _sampled_step(self, sampled: SampledSteps, rows: Sequence[int], rate: float) -> tuple[StepResult, int]:
         """Sample answers to the prompts `rows` and train on them. Return the result and the number of their tokens."""
         step = self.state.progress.step
         try:
-            rewarded.sample_answers(self.model, step, rows)
+            sampled.sample_answers(self.model, step, rows)
         except CheckError:  # a reward function failed, before the adapter was changed
             self.evaluator.save_checkpoint(is_best=False)
             raise
-        return rewarded.train(self.model, self.state.optimizer, step, rows, rate), rewarded.tokens
+        return sampled.train(self.model, self.state.optimizer, step, rows, rate), sampled.tokens
 
     def _work(self, rows: Sequence[int], parts: Sequence[Sequence[int]]) -> StepWork:
         """Return the micro-batches of the next step, of which `parts` are the rows."""

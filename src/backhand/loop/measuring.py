@@ -135,6 +135,8 @@ def quantization_notes(
         if sum(one.supervised_tokens for one in chosen) >= _SUPERVISED_TOKENS:
             break
         chosen.append(example)
+    if not chosen:
+        return ()
     rows = HeldOut(chosen, micro_batch_rows)
 
     def loss(one: ModelSource) -> float:

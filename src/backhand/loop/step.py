@@ -191,20 +191,25 @@ class AdapterOptimizer:
     Args:
         lora: the adapter.
         options: β₁, β₂, ε, weight decay λ, and the norm at which gradients are clipped.
+        average_rate: ρ of the moving average of the values; 0 for no average.
 
     Attributes:
         values, gradients: the adapter's flat buffers, (elements,) float32.
         first_moment, second_moment: m and v, (elements,) float32.
         updates: t, the number of updates so far, 0-d float32.
+        average: exponential moving average of the values, a ← a + ρ (θ - a) after each update, (elements,) float32. It
+            begins with the values. None without an average.
     """
 
-    def __init__(self, lora: LoRAParameters, options: OptimizationOptions) -> None:
+    def __init__(self, lora: LoRAParameters, options: OptimizationOptions, average_rate: float = 0.0) -> None:
         self.lora = lora
         self.options = options
         self.max_grad_norm = options.max_grad_norm
         self.values, self.gradients = lora.values, lora.gradients
         self.first_moment, self.second_moment = torch.zeros_like(self.values), torch.zeros_like(self.values)
         self.updates = torch.zeros((), dtype=torch.float32, device=self.values.device)
+        self.average_rate = average_rate
+        self.average = self.values.clone() if average_rate else None
         self._parameter_groups = self._split_by_rate(options.loraplus_lr_ratio)
 
     def _split_by_rate(self, ratio: float) -> list[tuple[float, list[slice]]]:
@@ -254,7 +259,10 @@ class AdapterOptimizer:
                 maximize=False,
             )
         self.updates += 1
+        if self.average is not None:
+            self.average.lerp_(self.values, self.average_rate)
 
     def moments(self) -> dict[str, Tensor]:
-        """Return AdamW's state under its names in a checkpoint: m is `mean`, v is `squares`, and t is `updates`."""
-        return {"mean": self.first_moment, "squares": self.second_moment, "updates": self.updates}
+        """Return the state by its names in a checkpoint: m is `mean`, v is `squares`, and t is `updates`."""
+        moments = {"mean": self.first_moment, "squares": self.second_moment, "updates": self.updates}
+        return moments if self.average is None else {**moments, "average": self.average}

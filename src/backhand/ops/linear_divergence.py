@@ -6,16 +6,16 @@
     reverse          ℓ = KL(q ‖ p) = Σ q log(q / p)
     jensen-shannon   ℓ = β KL(p ‖ m) + (1 - β) KL(q ‖ m),   m = β p + (1 - β) q      [arXiv:2306.13649, eq. 4]
 
-Z is the head of `linear_cross_entropy`, with the family's rule and, for the student, the head's factors. A temperature
-τ divides both logits; `softened` expresses it by the rule.
+Z is the frozen head of `linear_cross_entropy` with the family's rule. A temperature τ divides both logits; `softened`
+expresses it by the rule.
 
 Backward. p is constant. Write g = ∂ℓ/∂q (a constant added to g has no effect):
     forward: g = -p / q      reverse: g = log(q / p)      jensen-shannon: g = (1 - β) log(q / m)
 The last holds because ∂m/∂q = 1 - β, and the terms p / m and q / m of both logarithms' derivatives add up to the
 constant Σ m / m. Through the softmax, dq = q ⊙ (dZ - ⟨q, dZ⟩), so
     ∂ℓ/∂Z = q ⊙ (g - ⟨q, g⟩)
-For the three forms this is q - p, q ⊙ (log(q / p) - ℓ) and (1 - β) q ⊙ (log(q / m) - KL(q ‖ m)). The gradients of x and
-the factors follow as in `linear_cross_entropy`, with D = w γ ∂ℓ/∂Z: its chunks of rows, buffers and products are used.
+For the three forms this is q - p, q ⊙ (log(q / p) - ℓ) and (1 - β) q ⊙ (log(q / m) - KL(q ‖ m)). The gradient of x
+follows as in `linear_cross_entropy`, with D = w γ ∂ℓ/∂Z: its chunks of rows, buffers and products are used.
 
 The temperature is not compensated by τ²: the loss is the divergence of the softened distributions itself, as in TRL.
 
@@ -33,14 +33,7 @@ from torch import Tensor
 from backhand.kernels import softmax_losses as kernels
 from backhand.kernels.pieces import piece_size
 from backhand.ops.cross_entropy import SOFTMAX_ELEMENTS, softmax_and_log_sum
-from backhand.ops.head_factors import AdaptedHead, HeadFactors
-from backhand.ops.linear_cross_entropy import (
-    LinearCrossEntropyGrads,
-    chunk_logits,
-    chunk_shape,
-    head_backward,
-    head_forward,
-)
+from backhand.ops.linear_cross_entropy import ChunkLoss, chunk_logits, chunk_shape, head_backward, head_forward
 from backhand.ops.logits_rule import PLAIN, LogitsRule, capped, ruled_reference
 from backhand.ops.weight_tiles import FrozenMatrix
 
@@ -55,11 +48,10 @@ class Divergence(NamedTuple):
     beta: float = 0.5
 
 
-class Teacher(NamedTuple):
-    """The teacher of the rows: hidden states after the final norm, (rows, hidden), and its head's factors, or None."""
+class LinearDivergenceGrads(NamedTuple):
+    """The gradient of the student's hidden states."""
 
-    hidden: Tensor
-    head: HeadFactors | None = None
+    d_x: Tensor  # (rows, hidden)
 
 
 def softened(rule: LogitsRule, temperature: float) -> LogitsRule:
@@ -128,28 +120,24 @@ def divergences_in_place(
         _divergence_rows(*parts, divergence, cap, gradient)
 
 
-class _TeacherLogits:
-    """Computes the teacher's logits of a chunk, in a buffer of their own."""
+def _chunk_loss(
+    teacher: Tensor, weight: FrozenMatrix, divergence: Divergence, rule: LogitsRule, *, gradient: bool
+) -> ChunkLoss:
+    """Return the loss of a chunk of the student's logits. The teacher's logits of a chunk have one buffer."""
+    shape = chunk_shape(len(teacher), weight, teacher.dtype)
+    buffer = torch.empty(shape, dtype=teacher.dtype, device=teacher.device)
 
-    def __init__(self, teacher: Teacher, weight: FrozenMatrix, rule: LogitsRule) -> None:
-        x = teacher.hidden
-        self._x, self._weight, self._rule = x, weight, rule
-        self._adapted = None if teacher.head is None else AdaptedHead(teacher.head, x)
-        self._buffer = torch.empty(chunk_shape(len(x), weight, x.dtype), dtype=x.dtype, device=x.device)
+    def loss(chunk: Tensor, part: slice, losses: Tensor) -> None:
+        of_teacher = chunk_logits(teacher[part], weight, rule, buffer[: part.stop - part.start])
+        divergences_in_place(chunk, of_teacher, losses, divergence, rule.cap, gradient=gradient)
 
-    def of(self, part: slice) -> Tensor:
-        """Return γ Z of these rows, (part, vocab)."""
-        logits = chunk_logits(self._x[part], self._weight, self._rule, self._buffer[: part.stop - part.start])
-        if self._adapted is not None:
-            self._adapted.add_logits(logits, part, self._rule.scaling)
-        return logits
+    return loss
 
 
 def linear_divergence_forward(
     x: Tensor,
     weight: FrozenMatrix,
-    teacher: Teacher,
-    head: HeadFactors | None = None,
+    teacher: Tensor,
     divergence: Divergence = Divergence(),  # noqa: B008 - a named tuple is immutable
     rule: LogitsRule = PLAIN,
     *,
@@ -160,8 +148,7 @@ def linear_divergence_forward(
     Args:
         x: (rows, hidden), the student's hidden states after the final norm.
         weight: (vocab, hidden).
-        teacher: the teacher of the same rows.
-        head: the factors of the student's head, or None.
+        teacher: (rows, hidden), the teacher's hidden states of the same rows after the final norm.
         divergence: the form of the loss.
         rule: the logits' multiplier and cap; `softened` by the temperature.
         logits: a buffer of `chunk_shape` and x's dtype, or None.
@@ -169,56 +156,47 @@ def linear_divergence_forward(
     Returns:
         (rows,) losses in nats, float32 or wider.
     """
-    teacher_logits = _TeacherLogits(teacher, weight, rule)
-
-    def loss(chunk: Tensor, part: slice, losses: Tensor) -> None:
-        divergences_in_place(chunk, teacher_logits.of(part), losses, divergence, rule.cap, gradient=False)
-
-    return head_forward(x, weight, loss, head, rule, logits=logits)
+    loss = _chunk_loss(teacher, weight, divergence, rule, gradient=False)
+    return head_forward(x, weight, loss, None, rule, logits=logits)
 
 
 def linear_divergence_backward(
     x: Tensor,
     weight: FrozenMatrix,
-    teacher: Teacher,
-    head: HeadFactors | None = None,
+    teacher: Tensor,
     multiplier: float | Tensor = 1.0,
     divergence: Divergence = Divergence(),  # noqa: B008 - a named tuple is immutable
     rule: LogitsRule = PLAIN,
     *,
     out: Tensor | None = None,
     logits: Tensor | None = None,
-) -> tuple[Tensor, LinearCrossEntropyGrads]:
-    """Compute ℓ of every row and the gradients of Σ w ℓ, forward and backward in one pass over the chunks.
+) -> tuple[Tensor, LinearDivergenceGrads]:
+    """Compute ℓ of every row and the gradient of Σ w ℓ, forward and backward in one pass over the chunks.
 
-    Args and returns are those of `linear_cross_entropy_backward`, with `teacher` and `divergence` instead of targets.
+    Args and returns are those of `linear_cross_entropy_backward`, with `teacher` and `divergence` instead of targets,
+    and without factors of the head.
     """
-    teacher_logits = _TeacherLogits(teacher, weight, rule)
-
-    def loss(chunk: Tensor, part: slice, losses: Tensor) -> None:
-        divergences_in_place(chunk, teacher_logits.of(part), losses, divergence, rule.cap, gradient=True)
-
-    return head_backward(x, weight, loss, head, multiplier, rule, out=out, logits=logits)
+    loss = _chunk_loss(teacher, weight, divergence, rule, gradient=True)
+    losses, grads = head_backward(x, weight, loss, None, multiplier, rule, out=out, logits=logits)
+    return losses, LinearDivergenceGrads(grads.d_x)
 
 
 def linear_divergence_reference(
     x: Tensor,
     weight: Tensor,
-    teacher: Teacher,
-    head: HeadFactors | None = None,
+    teacher: Tensor,
     divergence: Divergence = Divergence(),  # noqa: B008 - a named tuple is immutable
     rule: LogitsRule = PLAIN,
 ) -> Tensor:
     """Compute ℓ of every row with full logits and torch's `kl_div`."""
 
-    def log_probabilities(x: Tensor, head: HeadFactors | None) -> Tensor:
-        full = weight if head is None else weight + head.scaling * (head.lora_B @ head.lora_A)
-        return torch.log_softmax(ruled_reference(x @ full.T, rule), dim=-1)
+    def log_probabilities(x: Tensor) -> Tensor:
+        return torch.log_softmax(ruled_reference(x @ weight.T, rule), dim=-1)
 
     def kl(one: Tensor, other: Tensor) -> Tensor:
         return torch.nn.functional.kl_div(other, one, reduction="none", log_target=True).sum(-1)
 
-    u, v = log_probabilities(x, head), log_probabilities(*teacher)
+    u, v = log_probabilities(x), log_probabilities(teacher)
     if divergence.kind == "forward":
         return kl(v, u)
     if divergence.kind == "reverse":

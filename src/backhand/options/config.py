@@ -17,7 +17,7 @@ from backhand.data.options import DataOptions
 from backhand.errors import UsageError, not_utf8
 from backhand.nn.model_options import BaseModelOptions
 from backhand.options.objectives import ObjectiveOptions
-from backhand.options.rewards import RewardOptions
+from backhand.options.rewards import SAMPLING, RewardOptions
 
 Recompute = Literal["auto", "none", "mlp", "block"]
 CacheFrozen = Literal["auto", "memory", "disk", "off"]
@@ -305,26 +305,29 @@ class TrainConfig(Options):
             )
 
     def _check_rewards(self) -> None:
-        rewarded, given = self.objective.objective == "grpo", self.rewards.given()
-        if given and not rewarded and not self.run.resume:
+        objective = self.objective
+        rewarded, given = objective.objective == "grpo", self.rewards.given()
+        unused = [name for name in given if not (rewarded or (objective.samples and name in SAMPLING))]
+        if unused and not self.run.resume:
+            without = "no rewards" if objective.samples else "no rewards and samples no answers"
             raise UsageError(
-                f"{given[0]} is given, and {self.objective.objective} has no rewards",
-                where=given[0],
+                f"{unused[0]} is given, and {objective.objective} has {without}",
+                where=unused[0],
                 next_step="leave it out, or give --objective grpo",
             )
         if rewarded and not self.rewards.reward and not self.run.resume:
             raise UsageError("grpo rewards nothing", where="reward", next_step="give --reward, see docs/rewards.md")
-        if rewarded and self.adapter.dropout:
+        if objective.trains_on_samples and self.adapter.dropout:
             raise UsageError(
                 f"dropout {self.adapter.dropout} would train another model than the one that samples",
                 where="dropout",
                 next_step="leave out --dropout",
             )
-        if rewarded and self.model.engine == "transformers":
+        if objective.samples and self.model.engine == "transformers":
             raise UsageError(
                 "answers are sampled and trained on by the backhand engine alone",
                 where="engine",
-                why="its sampler and its training pass are one computation, which every step proves",
+                why="its sampler and its training pass are one computation",
                 next_step="leave out --engine",
             )
 

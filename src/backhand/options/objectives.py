@@ -9,16 +9,25 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, get_args
 
 from backhand.bounds import Bound, Check, Options, Text
-from backhand.data.rows import PoolingName, Purpose
+from backhand.data.rows import TEMPLATE_PLACES, PoolingName, Purpose
 from backhand.errors import UsageError
 
-ObjectiveName = Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto", "grpo", "decide", "bake", "embed"]
+ObjectiveName = Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto", "grpo", "decide", "bake", "sdft", "embed"]
 _OfMargin = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"]
 _OfSides = Literal["nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"]
 _Sorted = Literal["aot", "aot_unpaired"]
 _OfLabels = Literal["kto", "apo_zero_unpaired"]
 EmbeddingLoss = Literal["infonce", "symmetric", "triplet", "cosent"]
 DivergenceKind = Literal["forward", "reverse", "jensen-shannon"]
+AnswersFrom = Literal["teacher", "student", "rows"]
+DISTILLED = ("bake", "sdft")
+DEMONSTRATION_TEMPLATE = """{prompt}
+
+This is an example for a response to the question:
+{privileged_context}
+
+Now answer with a response of your own."""
+"""The prompt of arXiv:2601.19897, without its demand for a thinking process, which only some models have."""
 LossType = Literal[_OfMargin, _OfSides, _Sorted, _OfLabels]
 
 _TAKEN: dict[str, tuple[str, ...]] = {
@@ -30,7 +39,11 @@ _TAKEN: dict[str, tuple[str, ...]] = {
     "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight"),
     "grpo": ("beta",),
     "decide": (),
-    "bake": ("context", "divergence", "divergence_share", "divergence_temperature"),
+    "bake": ("context", "answers_from", "divergence", "divergence_share", "divergence_temperature"),
+    "sdft": (
+        *("teacher_prompt_template", "teacher_update_rate"),
+        *("divergence", "divergence_share", "divergence_temperature"),
+    ),
     "embed": (
         *("pooling", "embedding_loss", "similarity_scale", "triplet_margin", "matryoshka_dims"),
         *("query_prompt", "document_prompt"),
@@ -61,8 +74,9 @@ class ObjectiveOptions(Options):
     2305.18290), `ipo` (2310.12036), `orpo` (2403.07691) and `simpo` (2405.14734); for answers labelled desirable or
     undesirable `kto` (2402.01306); for rewards of sampled answers `grpo` (2402.03300; variants: `loss`); for
     questions with a fixed set of answers `decide`, whose probabilities `backhand decide` returns; to make the model
-    answer without a long prompt as it answers with it `bake` (2409.13697), see `context`; for vectors of texts, for
-    search and duplicates, `embed`."""
+    answer without a long prompt as it answers with it `bake` (2409.13697), see `context`; to learn from demonstrations
+    with less forgetting `sdft` (2601.19897), see `teacher_prompt_template`; for vectors of texts, for search and
+    duplicates, `embed`."""
 
     beta: Annotated[float, Bound(at_least=0.0, at_most=_LARGEST)] | None = None
     """Strength with which the model is held to the one it starts from (`dpo`, `kto`; τ of `ipo`). For `orpo` it is λ,
@@ -92,18 +106,31 @@ class ObjectiveOptions(Options):
     context: Text | None = None
     """The prompt that `bake` turns into an adapter: a file, or the text itself. A text is a system message; a JSON list
     of messages may contain examples. It is in front of the prompts of the teacher, which is the model that the run
-    starts from. The adapted model learns the teacher's next-token distributions over the answers of the rows, without
-    seeing the prompt."""
+    starts from. The adapted model learns the teacher's next-token distributions over the answers, without seeing the
+    prompt."""
 
-    divergence: DivergenceKind = "forward"
-    """Distance of the model from its teacher (`bake`): `forward` is KL(teacher ‖ model), `reverse` KL(model ‖ teacher),
-    and `jensen-shannon` a mixture of both (2306.13649)."""
+    answers_from: AnswersFrom | None = None
+    """Origin of the answers of `bake`: the `teacher` samples an answer to each prompt once, before the first step
+    (default); the `student`, the adapted model, samples new ones in each step; or the `rows` contain them."""
+
+    teacher_prompt_template: Text | None = None
+    """Prompt of the teacher of `sdft`. `{prompt}` is the prompt of the row, and `{privileged_context}` its answer, the
+    demonstration. The adapted model answers the prompt alone and learns the teacher's next-token distributions over
+    its own answers. Default: the template of 2601.19897."""
+
+    teacher_update_rate: Annotated[float, Bound(at_least=0.0, at_most=1.0)] = 0.0
+    """Share of the adapter in the teacher of `sdft` after each step: the teacher's adapter is an exponential moving
+    average of the trained one. 0 keeps the model that the run starts from; 1 makes the newest adapter the teacher."""
+
+    divergence: DivergenceKind | None = None
+    """Distance of the model from its teacher: `forward` is KL(teacher ‖ model), `reverse` KL(model ‖ teacher), and
+    `jensen-shannon` a mixture of both (2306.13649). Default: `forward` for `bake`, `reverse` for `sdft`."""
 
     divergence_share: Annotated[float, Bound(above=0.0, below=1.0)] = 0.5
     """The teacher's share β in the mixture of `jensen-shannon`."""
 
     divergence_temperature: Annotated[float, Bound(at_least=0.01, at_most=100.0)] = 1.0
-    """Divide the logits of both sides by this number (`bake`)."""
+    """Divide the logits of both sides by this number in the loss of `bake` and `sdft`."""
 
     pooling: PoolingName | None = None
     """The vector of a text (`embed`): the hidden state of its `last` token, which is the end-of-sequence token, of its
@@ -148,6 +175,14 @@ class ObjectiveOptions(Options):
                 "bake has no prompt to turn into an adapter",
                 where="context",
                 next_step="give --context FILE, or the prompt itself",
+            )
+        template = self.teacher_prompt_template
+        if template is not None and (missing := [place for place in TEMPLATE_PLACES if place not in template]):
+            raise UsageError(
+                f"teacher_prompt_template has no {' and no '.join(missing)}",
+                where="teacher_prompt_template",
+                why="the teacher reads the prompt of the row and its demonstration",
+                next_step="write both places, each in braces",
             )
         if self.divergence != "jensen-shannon" and self.divergence_share != usual.divergence_share:
             raise UsageError(
@@ -203,7 +238,30 @@ class ObjectiveOptions(Options):
         """Return the options with all defaults filled in."""
         beta = self.strength if "beta" in _TAKEN[self.objective] else None
         loss_type = self.form if "loss_type" in _TAKEN[self.objective] else None
-        return replace(self, beta=beta, loss_type=loss_type)
+        resolved = replace(self, beta=beta, loss_type=loss_type)
+        if self.objective == "bake":
+            return replace(resolved, divergence=self.divergence or "forward", answers_from=self.answers_by)
+        if self.objective == "sdft":
+            template = self.teacher_prompt_template or DEMONSTRATION_TEMPLATE
+            return replace(resolved, divergence=self.divergence or "reverse", teacher_prompt_template=template)
+        return resolved
+
+    @property
+    def answers_by(self) -> AnswersFrom | None:
+        """Origin of the answers of a distilled run; None for other objectives."""
+        if self.objective == "sdft":
+            return "student"
+        return (self.answers_from or "teacher") if self.objective == "bake" else None
+
+    @property
+    def samples(self) -> bool:
+        """True if the model samples answers."""
+        return self.objective == "grpo" or self.answers_by in ("teacher", "student")
+
+    @property
+    def trains_on_samples(self) -> bool:
+        """True if the adapted model samples the answers of each step."""
+        return self.objective == "grpo" or self.answers_by == "student"
 
     @property
     def purpose(self) -> Purpose:
@@ -211,6 +269,7 @@ class ObjectiveOptions(Options):
         special: dict[str, Purpose] = {
             "sft": "answers",
             "bake": "answers",
+            "sdft": "answers",
             "kto": "labels",
             "grpo": "prompts",
             "decide": "decisions",

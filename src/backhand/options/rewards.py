@@ -88,6 +88,8 @@ def check_name(where: str, name: object) -> None:
         )
 
 
+SAMPLING = ("max_new_tokens", "temperature", "top_p")
+"""Options of sampling, which objectives without rewards use as well."""
 Loss = Literal["grpo", "dr_grpo", "dapo", "rloo"]
 ScaleRewards = Literal["group", "batch", "none"]
 _Clip = Annotated[float, Bound(above=0, below=1)]
@@ -103,7 +105,7 @@ def check_names(where: str, names: Any) -> None:
 
 @dataclass(frozen=True)
 class RewardOptions(Options):
-    """Sampling of answers and their rewards (`--objective grpo`)."""
+    """Sampling of answers (`--objective grpo`, `bake`, `sdft`), and their rewards (`grpo`)."""
 
     reward: Annotated[tuple[str, ...], Check(check_names)] = ()
     """Reward functions: functions with TRL's signature as `module:function` or `file.py:function`, or `exact`,

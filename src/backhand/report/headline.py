@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from backhand.options.objectives import DISTILLED
 from backhand.report.run_record import RunRecord, is_number
 from backhand.runs.pair_results import PAIR_OBJECTIVES, held_out_pairs, pair_clauses
 from backhand.runs.summary import forgetting, forgotten_nats
@@ -99,6 +100,8 @@ def _outcome(run: RunRecord) -> str:
         answers = run.summary.get("free_answers")
         clauses = [] if pairs is None else pair_clauses(pairs, _held_out_rows(run), run.objective, answers)
         return "; ".join([f"{change} ({run.objective})", *clauses])
+    if run.objective in DISTILLED:
+        return f"{change} nats per token of divergence from its teacher, so it {_verdict(base, best)}"
     nats = f"nats per token (perplexity {perplexity(base)} to {perplexity(best)})"
     return f"{change} {nats}, so it {_verdict(base, best)}{_by_how_much(run, base, best)}"
 

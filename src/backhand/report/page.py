@@ -13,6 +13,7 @@ from backhand.report.headline import base_and_best, headline, verdict
 from backhand.report.proof_tables import ProofTable, proof_tables
 from backhand.report.rendering import NOT_KNOWN, known, render, size, time_taken
 from backhand.report.run_record import RunRecord, is_number
+from backhand.runs.distilled_results import distilled_sentences
 from backhand.runs.pair_results import PAIR_OBJECTIVES, answers_got_worse
 from backhand.runs.records import MAX_NEW_TOKENS
 from backhand.runs.summary import CHOSEN_BY, no_label_fits
@@ -71,6 +72,8 @@ def live_values(run: RunRecord) -> dict[str, Any]:
 def _remarks(run: RunRecord) -> list[str]:
     """Return sentences that qualify the result."""
     remarks = [CHOSEN_BY] if (run.summary.get("evaluations") or 0) > 1 else []
+    if (figures := run.summary.get("distilled")) is not None:
+        remarks = [*distilled_sentences(figures, run.objective), *remarks]
     return [*remarks, no_label_fits(labels)] if (labels := run.summary.get("labels")) else remarks
 
 
@@ -131,14 +134,16 @@ def _over_time(run: RunRecord, line: Mapping[str, Any]) -> list[tuple[int, str]]
 
 def _answer(line: Mapping[str, Any]) -> dict[str, Any]:
     base, adapted, reference = (str(line.get(name, "")) for name in ("base", "adapted", "reference"))
-    left, right = differences(base, adapted)
+    prompted = line.get("prompted")
+    left, right = differences(base if prompted is None else prompted, adapted)
     return {
         "source": line.get("source", ""),
         "prompt_parts": prompt_parts(line),
         "reference": reference,
         "rejected": line.get("rejected"),
-        "base": left,
+        "before": left,
         "adapted": right,
+        "without_prompt": None if prompted is None else base,
         "right": adapted == reference,
     }
 

@@ -41,13 +41,17 @@ ANSWERS = "answers.jsonl"
 REPORT = "report.html"
 LOGS = "logs"
 REFERENCE = "reference.json"
+TEACHER_ANSWERS = "teacher_answers.jsonl"
 LOCK = ".lock"
 TEMPORARY = ".tmp-"
 # The run that `--overwrite` replaces is in REPLACED until the new run has a checkpoint. It is moved through _MOVING.
 REPLACED = ".replaced"
 _MOVING = ".replacing"
 # config.toml is first: without it, a partly moved directory is no run that could be resumed.
-OWNED = (CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, PROOFS, FACTS, STATUS, ANSWERS, REPORT, LOGS, REFERENCE)
+OWNED = (
+    *(CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, PROOFS, FACTS, STATUS, ANSWERS, REPORT, LOGS, REFERENCE),
+    TEACHER_ANSWERS,
+)
 
 
 class RunDirectory:

@@ -51,6 +51,7 @@ class AnswerLine(TypedDict, total=False):
     adapted: str
     reference: str
     rejected: str | None
+    prompted: str | None  # the answer of the teacher in distillation
 
 
 class ModelFacts(TypedDict, total=False):

@@ -67,6 +67,28 @@ class AnswerLengths(TypedDict):
     adapted_cut_off: float
 
 
+class DistilledFigures(TypedDict):
+    """Figures of a distilled run on held-out rows. The teacher reads the prompt with a context or a demonstration."""
+
+    tokens: int  # number of tokens in the agreement
+    # base_kl, adapted_kl: mean KL(teacher ‖ model) in nats per token
+    base_kl: float
+    adapted_kl: float
+    # base_top_1, adapted_top_1: share of tokens at which model and teacher have the same most probable next token
+    base_top_1: float
+    adapted_top_1: float
+    rows: int  # number of prompts answered greedily
+    # base_equal, adapted_equal: share of answers that equal the teacher's; None if the teacher's answers are long
+    base_equal: float | None
+    adapted_equal: float | None
+    # prompt_tokens, prompted_tokens: mean number of tokens before an answer, of the model and of the teacher
+    prompt_tokens: float
+    prompted_tokens: float
+    # first_token_s, prompted_first_token_s: median seconds from the prompt to the first token, of model and teacher
+    first_token_s: float
+    prompted_first_token_s: float
+
+
 class NeutralAnswer(TypedDict):
     """Greedy answers to a prompt that is unrelated to the rows."""
 
@@ -129,6 +151,7 @@ class RunSummary:
     # other objectives
     base_retrieval: dict[str, Any] | None = None
     adapted_retrieval: dict[str, Any] | None = None
+    distilled: DistilledFigures | None = None  # None for other objectives, or if no answers were generated
     evaluations: int = 0  # number of evaluations after the first step, the best of which chose the adapter
     # figures of held-out pairs, see `runs.pair_results`; None for other rows
     held_out_pairs: dict[str, float] | None = None

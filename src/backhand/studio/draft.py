@@ -162,7 +162,7 @@ def changed_run(words: list[str], config: Path, output: Path) -> list[str]:
     """
     offered = {field.option for fields in more_fields().values() for field in fields}
     options = words[3 : words.index("--output")] if "--output" in words else []
-    pairs = list(zip(options[::2], options[1::2], strict=False))
-    if words[:2] != ["backhand", "train"] or not pairs or any(option not in offered for option, _ in pairs):
+    names, values = options[::2], options[1::2]
+    if words[:2] != ["backhand", "train"] or not values or len(names) != len(values) or not offered.issuperset(names):
         raise UsageError("this suggestion cannot be started from the page", next_step="copy the command to a terminal")
-    return ["train", str(config), *(f"{option}={value}" for option, value in pairs), f"--output={output}"]
+    return ["train", str(config), *map("{}={}".format, names, values), f"--output={output}"]

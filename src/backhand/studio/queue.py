@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,7 +87,9 @@ def start_worker(workspace: Workspace) -> None:
     """Start the process of the queue if a run waits. If there is a process already, the new one ends at once."""
     if not waiting(workspace):
         return
-    _started(python_words("backhand.studio.queue", str(workspace.root)), workspace.root, None, ())
+    process = _started(python_words("backhand.studio.queue", str(workspace.root)), workspace.root, None, ())
+    # Without a wait, it would stay in the system's list of processes after its end.
+    threading.Thread(target=process.wait, daemon=True).start()
 
 
 def work(workspace: Workspace) -> None:

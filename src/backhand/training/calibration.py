@@ -113,14 +113,15 @@ _STEPS_COUNTED = 200
 def _forecast(plan: RunPlan, machine: Machine, seconds: Seconds) -> Forecast:
     """Predict the seconds of every part of a run. Steps after the first ones count as their mean."""
     inputs, config = plan.inputs, plan.inputs.config
-    total, rewarded = inputs.total_steps, config.objective.purpose == "prompts"
+    total, sampled = inputs.total_steps, config.objective.trains_on_samples
     counted = [inputs.sampler.rows_of(step) for step in range(min(total, _STEPS_COUNTED))]
     busiest: list[float] = [largest for _, largest in _positions(plan, machine, counted)]
     busiest += [sum(busiest) / len(busiest)] * (total - len(busiest))
     cached_from = inputs.sampler.steps_per_epoch if plan.hidden_states.where != "off" else total
     sampling_s = 0.0
-    if rewarded:
-        answers = config.optimization.batch_rows * config.rewards.group / machine.world_size
+    if sampled:
+        group = config.rewards.group if config.objective.objective == "grpo" else 1
+        answers = config.optimization.batch_rows * group / machine.world_size
         sampling_s = math.ceil(answers / ROWS_AT_ONCE) * config.rewards.max_new_tokens * seconds.decode
     trained = seconds.trained
     if config.objective.purpose == "embeddings" and plan.memory.micro_batch_rows < config.optimization.batch_rows:
@@ -134,7 +135,7 @@ def _forecast(plan: RunPlan, machine: Machine, seconds: Seconds) -> Forecast:
     evaluations = _evaluations_s(plan, machine, seconds)
     save_s = _SAVED_BYTES * plan.size.adapter_elements / _WRITTEN_PER_S
     pauses = {step: evaluations.get(step, 0.0) + (save_s if step else 0.0) for step in sorted({*evaluations, *saves})}
-    return Forecast(steps_s, pauses, _end_s(plan, seconds), at_most=rewarded)
+    return Forecast(steps_s, pauses, _end_s(plan, seconds), at_most=sampled)
 
 
 _SAVED_BYTES, _WRITTEN_PER_S = 16, 1e8

@@ -23,6 +23,7 @@ from backhand.kernels.builds import describe, library
 from backhand.loop.forecast import Forecast
 from backhand.loop.observers import Observer, RunStart
 from backhand.printing import duration, going_on, line_due, may_be_silent, now, say, visible
+from backhand.runs.distilled_results import distilled_sentences
 from backhand.runs.pair_results import pair_clauses
 from backhand.runs.summary import CHOSEN_BY, DecisionFigures, RunSummary, forgetting, no_label_fits
 from backhand.terminal import console
@@ -190,10 +191,8 @@ def _number(value: float | None) -> str:
 
 def closing_lines(summary: RunSummary) -> list[str]:
     """Return the closing summary, one line per fact."""
-    rewarded = summary.objective == "grpo"
-    trained_on = (
-        f"its own answers to prompts of {count_of(summary.rows, 'row')}" if rewarded else count_of(summary.rows, "row")
-    )
+    own = "its own answers to prompts of " if summary.objective in ("grpo", "sdft") else ""
+    trained_on = own + count_of(summary.rows, "row")
     what = (
         f"Trained {summary.trained_parameters:,} parameters in {summary.adapted_modules} modules of {summary.model} "
         f"on {trained_on}: {count_of(summary.steps, 'step')}, {summary.tokens:,} tokens "
@@ -207,6 +206,8 @@ def closing_lines(summary: RunSummary) -> list[str]:
         lines += [f"{clause[0].upper()}{clause[1:]}." for clause in clauses]
     if summary.base_retrieval and summary.adapted_retrieval:
         lines.append(_retrieval_line(summary.base_retrieval, summary.adapted_retrieval))
+    if summary.distilled is not None:
+        lines += distilled_sentences(summary.distilled, summary.objective)
     for name, one in (summary.adapted_decisions or {}).items():
         lines.append(_decision_line(name, (summary.base_decisions or {}).get(name), one))
     if forgot := forgetting(summary.forgotten_nats):
@@ -361,7 +362,8 @@ def opening_facts(
         facts.append(
             f"note: {count_of(len(places), 'row')} {what}: {name_list(places, limit=3)}; write each label in one way"
         )
-    unit = {"prompts": "prompt", "embeddings": "text"}.get(run.config.objective.purpose, "document")
+    objective = run.config.objective
+    unit = "text" if objective.purpose == "embeddings" else "prompt" if objective.trains_on_samples else "document"
     facts += [f"data: {line}" for line in report.lines(unit)]
     if run.inputs.held_out is not None:
         facts += [f"held out: {line}" for line in run.inputs.held_out.report.lines(unit)]

@@ -11,7 +11,7 @@ import numpy as np
 
 from backhand.adapters.base_facts import BaseFacts
 from backhand.adapters.targets import in_numbers
-from backhand.data.context import context_text
+from backhand.data.context import TeacherPrompts, context_text
 from backhand.data.data_report import DataReport
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.packing import RowPacker, Sampler
@@ -22,16 +22,17 @@ from backhand.engines.decoder_engine import DecoderEngine, choose_engine
 from backhand.engines.engine import Engine, RunCache
 from backhand.engines.machine import Machine
 from backhand.errors import UsageError
-from backhand.loop.distillation import DistilledPacker, Lesson
+from backhand.loop.distillation import DistilledPacker, DistilledPrompts, Lesson
 from backhand.loop.forgetting import ForgettingMeter
 from backhand.loop.objectives.compared import check_answers_differ
-from backhand.loop.rewards.rollout import PromptPacker, check_context, prompt_of
+from backhand.loop.sampled_answers import PromptPacker, check_context, prompt_of
 from backhand.loop.step_plan import chosen_rate
 from backhand.nn.decoder.adapted_group import EMBEDDING, HEAD
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.config import OptimizationOptions, TrainConfig
+from backhand.options.objectives import DISTILLED, ObjectiveOptions
 from backhand.training.embedding_inputs import format_of, with_loss, with_pooling
 from backhand.training.starting_adapter import adapter_config, start_notes
 from backhand.words import name_list
@@ -73,7 +74,7 @@ class RunInputs:
     def longest_prompt_and_answer(self) -> int:
         """Return the number of tokens of the longest prompt with an answer, over training and held-out rows."""
         assert isinstance(self.packer, PromptPacker)
-        return _longest(self.packer, self.held_out_examples, self.config.rewards.max_new_tokens)
+        return _longest(self.packer, self.held_out_packer, self.config.rewards.max_new_tokens)
 
 
 def read_inputs(
@@ -110,12 +111,12 @@ def read_inputs(
         train, held_out = _assumed_rows(config), None
     else:
         data, seed, purpose = config.data, config.run.seed, config.objective.purpose
-        context, embedding_format = config.objective.context, format_of(config.objective)
+        teacher, embedding_format = _teacher_prompts(config.objective), format_of(config.objective)
         train, held_out = run_cache.get_or_create(
             "rows",
-            (data, seed, purpose, context, embedding_format),
+            (data, seed, purpose, teacher, embedding_format),
             lambda: prepare(
-                data, tokenizer, seed=seed, purpose=purpose, context=context, embedding_format=embedding_format
+                data, tokenizer, seed=seed, purpose=purpose, teacher=teacher, embedding_format=embedding_format
             ),
             only_newest=True,
         )
@@ -130,9 +131,12 @@ def read_inputs(
             where="early_stopping",
             next_step="give eval_data or eval_fraction as well, or leave out early_stopping",
         )
+    beyond = [data.examples.beyond(engine.vocab_size) for data in (train, held_out) if data is not None]
     packer, held_out_packer = _packers(config, train, held_out, engine, layout)
-    if isinstance(packer, DistilledPacker):
-        train, held_out = packer.rows, held_out_packer.rows if isinstance(held_out_packer, DistilledPacker) else None
+    if isinstance(packer, DistilledPacker | DistilledPrompts):
+        train = packer.rows
+    if isinstance(held_out_packer, DistilledPacker | DistilledPrompts):
+        held_out = held_out_packer.rows
     sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed)
     measures_forgetting = held_out is not None or config.run.max_forgetting is not None
     measures_forgetting = measures_forgetting and objective.objective != "embed"  # its model predicts no tokens
@@ -152,7 +156,6 @@ def read_inputs(
         notes=tuple(notes),
         base_facts=run_cache.get_or_create("base facts", (model.model, model.quantize), lambda: BaseFacts(source)),
     )
-    beyond = (data.examples.beyond(engine.vocab_size) for data in (train, held_out) if data is not None)
     texts = ((text.numpy(), "neutral_texts.txt") for text in neutral.documents)
     check_vocabulary(chain(*beyond, texts), engine.vocab_size, tokenizer)
     return inputs
@@ -185,19 +188,27 @@ def _packers(
 ) -> tuple[RowPacker, RowPacker | None]:
     """Return the packers of training and held-out rows."""
     has_dropout = any(slot.dropout > 0 for slot in layout.slots)
-    objective, options = config.objective, config.rewards
+    objective, options, shares = config.objective, config.rewards, engine.shares_prefixes
+    lesson = Lesson.of(objective) if objective.objective in DISTILLED and config.data.data else None
 
     def packer(rows: PreparedData, share_prefixes: bool) -> RowPacker:
-        if objective.objective == "bake" and config.data.data:
-            return DistilledPacker(rows, Lesson.of(objective), share_prefixes=share_prefixes)
+        sharing = {"share_prefixes": share_prefixes, "teacher_shares": shares}
+        if lesson is not None and objective.samples:
+            return DistilledPrompts(rows, lesson, options.max_new_tokens, **sharing)
+        if lesson is not None:
+            return DistilledPacker(rows, lesson, **sharing)
         return RowPacker(rows.examples, share_prefixes=share_prefixes)
 
-    share_prefixes = engine.shares_prefixes and not has_dropout
-    of_held_out = None if held_out is None else packer(held_out, engine.shares_prefixes)
-    if objective.objective == "bake":
+    if objective.objective in DISTILLED:
         _check_distilled(engine, layout)
-    if objective.purpose != "prompts":
-        return packer(train, share_prefixes), of_held_out
+    of_held_out = None if held_out is None else packer(held_out, shares)
+    of_train = packer(train, shares and not has_dropout)
+    if objective.purpose == "prompts":
+        of_train = PromptPacker(
+            train.examples, options.group, options.max_new_tokens, share_prefixes=shares and not has_dropout
+        )
+    if not isinstance(of_train, PromptPacker):
+        return of_train, of_held_out
     if not isinstance(engine, DecoderEngine):
         raise UsageError(
             "answers of this model cannot be sampled and trained on by the same computation",
@@ -205,17 +216,23 @@ def _packers(
             why=engine.note,
             next_step="choose a model that the backhand engine supports (backhand models)",
         )
-    prompts = PromptPacker(train.examples, options.group, options.max_new_tokens, share_prefixes=share_prefixes)
-    longest = _longest(prompts, () if held_out is None else held_out.examples, options.max_new_tokens)
+    longest = _longest(of_train, of_held_out, options.max_new_tokens)
     check_context(longest, engine.config.max_position_embeddings)
-    return prompts, of_held_out
+    return of_train, of_held_out
+
+
+def _teacher_prompts(objective: ObjectiveOptions) -> TeacherPrompts | None:
+    """Return the teacher's prompts, or None for an objective without a teacher."""
+    if objective.objective not in DISTILLED:
+        return None
+    return TeacherPrompts(objective.context, objective.resolved().teacher_prompt_template or "", objective.samples)
 
 
 def _check_distilled(engine: Engine, layout: AdapterLayout) -> None:
     """Raise UsageError unless the model is computed by the decoder engine, with a frozen embedding and head."""
     if not isinstance(engine, DecoderEngine):
         raise UsageError(
-            "bake needs the hidden states of the teacher, which the transformers engine does not give",
+            "distillation needs the hidden states of the teacher, which the transformers engine does not give",
             where="objective",
             why=engine.note,
             next_step="choose a model that the backhand engine supports (backhand models)",
@@ -223,15 +240,17 @@ def _check_distilled(engine: Engine, layout: AdapterLayout) -> None:
     names = [*(slot.name for slot in layout.slots), *(tensor.name for tensor in layout.full_tensors)]
     if ends := [name for name in names if name.startswith((HEAD, EMBEDDING))]:
         raise UsageError(
-            f"bake trains the blocks of a model, not {name_list(ends)}",
+            f"distillation trains the blocks of a model, not {name_list(ends)}",
             where="target_modules",
             why="teacher and adapted model share the head, so that a hidden state determines a distribution",
             next_step="leave the embedding and the head out of the adapter",
         )
 
 
-def _longest(packer: PromptPacker, held_out: Sequence[Example], new_tokens: int) -> int:
-    return max((packer.longest, *(len(prompt_of(example)) + new_tokens for example in held_out)))
+def _longest(packer: PromptPacker, held_out: RowPacker | None, new_tokens: int) -> int:
+    if held_out is None or isinstance(held_out, PromptPacker):
+        return max(packer.longest, 0 if held_out is None else held_out.longest)
+    return max((packer.longest, *(len(prompt_of(example)) + new_tokens for example in held_out.examples)))
 
 
 def _assumed_rows(config: TrainConfig) -> PreparedData:

@@ -77,7 +77,9 @@ def load_run(
     rate_note = () if reason is None else (f"learning rate: {reason}",)
     resolved = _resolved_config(plan, machine, rate)
     set_values(resolved, bound)
-    documents = chain.from_iterable(rows.examples.documents for rows in (inputs.held_out, inputs.train) if rows)
+    # Without answers, which are sampled later, there is no loss to measure.
+    answered = () if config.objective.samples else (inputs.held_out, inputs.train)
+    documents = chain.from_iterable(rows.examples.documents for rows in answered if rows)
     quantized = quantization_notes(inputs.source, documents, memory.micro_batch_rows, machine.dtype, machine.device)
     return LoadedRun(
         plan,

@@ -18,8 +18,9 @@ from backhand.engines.memory.shapes import StepShape, gradient_copies, largest_s
 from backhand.engines.memory_probe import MeasuredMemory, ProcessBytes
 from backhand.files import free_bytes
 from backhand.generation.sampling import ROWS_AT_ONCE
+from backhand.loop.distillation import DistilledPacker, DistilledPrompts
 from backhand.loop.process_memory import settled_rss_bytes
-from backhand.loop.rewards.rollout import PromptPacker
+from backhand.loop.sampled_answers import PromptPacker
 from backhand.options.config import Recompute, TrainConfig
 from backhand.training.inputs import RunInputs, read_inputs
 
@@ -97,7 +98,7 @@ def _plan_hidden_states(
     # Rows that are computed more than once: training rows from the second epoch on, and held-out rows.
     repeated = cached_tokens(inputs.packer) if inputs.total_steps > inputs.sampler.steps_per_epoch else 0
     return plan_hidden_states(
-        "off" if config.objective.purpose == "prompts" else config.model.cache_frozen,
+        "off" if config.objective.samples else config.model.cache_frozen,
         frozen,
         repeated + cached_tokens(held_out),
         memory,
@@ -174,7 +175,11 @@ def _step_shapes(inputs: RunInputs, machine: Machine) -> Mapping[int, StepShape]
     examined = min(inputs.total_steps, max(sampler.steps_per_epoch, _STEPS_EXAMINED))
     shapes = largest_shapes((sampler.rows_of(step) for step in range(examined)), packer, rows_options)
     sampled_rows = sampled_tokens = 0
-    if isinstance(packer, PromptPacker):
+    distilled = [one for one in (packer, inputs.held_out_packer) if isinstance(one, DistilledPacker | DistilledPrompts)]
+    if isinstance(packer, DistilledPrompts):
+        sampled_rows = min(ROWS_AT_ONCE, max(len(one.lengths) for one in distilled))
+        sampled_tokens = packer.sampled_tokens(sampled_rows)
+    elif isinstance(packer, PromptPacker):
         sampled_rows = min(ROWS_AT_ONCE, rows_per_process * config.rewards.group)
         answer = config.rewards.max_new_tokens
         prompt = inputs.longest_prompt_and_answer() - answer
@@ -187,6 +192,7 @@ def _step_shapes(inputs: RunInputs, machine: Machine) -> Mapping[int, StepShape]
             neutral_tokens=max(inputs.neutral.lengths, default=0),
             sampled_rows=sampled_rows,
             sampled_tokens=sampled_tokens,
+            teacher_tokens=max((one.teacher_pass_tokens(rows) for one in distilled), default=0),
         )
         for rows, shape in shapes.items()
     }

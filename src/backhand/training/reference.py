@@ -16,10 +16,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,19 +30,31 @@ from backhand.engines.engine import BoundModel
 from backhand.errors import CheckError, not_none
 from backhand.json_shape import ShapeError, convert, load
 from backhand.kernels.builds import describe
-from backhand.loop.distillation import DistilledPacker
+from backhand.loop.distillation import computing_with
 from backhand.loop.guards import tensor_digest
-from backhand.loop.hidden_state_cache import DiskStateStore, HiddenStateCache, MemoryStateStore, StateStore
+from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.objectives.compared import KTOObjective, PairObjective, mismatched
 from backhand.loop.objectives.decide import DecideObjective
 from backhand.loop.objectives.embed import EmbedObjective
 from backhand.loop.objectives.objective import Objective, document_sums
-from backhand.nn.decoder.decoder import Decoder
 from backhand.reading import read_plain
 from backhand.runs.directory import REFERENCE, Proof, ProofLog, RunDirectory
 from backhand.training.hidden_states import HiddenStateCaches
 from backhand.training.loaded_run import LoadedRun
 from backhand.words import name_list
+
+
+class Start(NamedTuple):
+    """The model that a run starts from: the base, with the adapter of `--from-adapter` if there is one."""
+
+    frozen_digest: str  # SHA-256 of the frozen tensors
+    values: Tensor | None  # the values of that adapter, (elements,) float32; None without one
+
+    @property
+    def adapter_digest(self) -> str | None:
+        """SHA-256 of the adapter's values in hexadecimal, or None without one."""
+        return None if self.values is None else tensor_digest(self.values).hex()
+
 
 _Set = tuple[RowPacker, HiddenStateCache | None]
 """Rows for the reference model, and the cache of their hidden states, or None."""
@@ -53,12 +64,10 @@ def run_objectives(
     run: LoadedRun,
     directory: RunDirectory,
     processes: Communicator,
-    frozen_digest: str,
+    start: Start,
     caches: HiddenStateCaches,
-    start_adapter: str | None,
     log: ProofLog,
     notify: Callable[[str], None],
-    resources: ExitStack,
 ) -> tuple[Objective | None, Objective | None]:
     """Return the objectives of the training rows and of the held-out rows; None for cross-entropy and without rows.
 
@@ -66,22 +75,15 @@ def run_objectives(
         run: the loaded run. Its model and adapter are restored afterwards.
         directory: the run directory.
         processes: the processes that share the computation.
-        frozen_digest: SHA-256 of the frozen tensors.
+        start: the model that the run starts from.
         caches: caches of hidden states.
-        start_adapter: the adapter that the run was started from, or None.
         log: receives the result of comparing stored with computed values.
         notify: receives a sentence if stored values are computed again.
-        resources: closes files at the end of the run.
 
     Raises:
         CheckError: stored values differ from computed ones, or the adapter that the run started from has changed.
     """
     options, inputs = run.config.objective, run.inputs
-    if isinstance(inputs.packer, DistilledPacker):
-        with _reference_model(run.bound, run.config.model.allow_pickle, start_adapter):
-            start = None if start_adapter is None else tensor_digest(run.bound.lora.values).hex()
-            _remember_start(directory, processes, (_pass_digest(run, frozen_digest), start))
-            _teach(run, directory, notify, resources)
     if options.purpose in ("answers", "prompts"):
         return None, None
     packed = partial(RowPacker, share_prefixes=inputs.engine.shares_prefixes)
@@ -93,10 +95,8 @@ def run_objectives(
             sets[f"{name}_others"] = packed(mismatched(rows.examples, run.config.data.max_length)), None
     sums: dict[str, Tensor] = {}
     if options.has_reference:
-        with _reference_model(run.bound, run.config.model.allow_pickle, start_adapter):
-            start = None if start_adapter is None else tensor_digest(run.bound.lora.values).hex()
-            digests = _pass_digest(run, frozen_digest), start
-            sums = _reference(run, directory, processes, sets, digests, log, notify)
+        with computing_with(run.bound.model, start.values):
+            sums = _reference(run, directory, processes, sets, _digests(run, start), log, notify)
 
     def objective(name: str) -> Objective | None:
         if name not in sets:
@@ -114,53 +114,35 @@ def run_objectives(
     return objective("train"), objective("held_out")
 
 
-@contextmanager
-def _reference_model(bound: BoundModel, allow_pickle: bool, start_adapter: str | None) -> Iterator[None]:
-    """Compute the model that the run starts from inside the context."""
-    lora, values = bound.lora, None if start_adapter is None else bound.lora.values.clone()
-    try:
-        if start_adapter is None:
-            bound.model.detach()
-        else:
-            bound.fill(start_adapter, allow_pickle)
-        yield
-    finally:
-        if values is None:
-            bound.model.attach(lora)
-        else:
-            lora.values.copy_(values)
-            lora.refresh_compute(bound.model.dtype)
+def start_values(bound: BoundModel, start_adapter: str | None, allow_pickle: bool) -> Tensor | None:
+    """Return the values of the adapter that a run starts from, (elements,) float32; None for a fresh adapter.
+
+    Args:
+        bound: the model. Its adapter has its own values again afterwards.
+        start_adapter: the adapter's directory or file, or None.
+        allow_pickle: as for `BoundModel.fill`.
+    """
+    if start_adapter is None:
+        return None
+    with computing_with(bound.model, bound.lora.values):
+        bound.fill(start_adapter, allow_pickle)
+        return bound.lora.values.clone()
 
 
-def _remember_start(directory: RunDirectory, processes: Communicator, digests: tuple[str, str | None]) -> None:
+def remember_start(run: LoadedRun, directory: RunDirectory, processes: Communicator, start: Start) -> None:
     """Write the digest of the adapter that the run starts from to `reference.json`, or compare it with the stored one.
 
     Raises:
         CheckError: the adapter that the run started from has changed.
     """
+    digests = _digests(run, start)
     if processes.is_main_process and _read_stored(directory, digests, {}, lambda _: None) is None:
         _write_stored(directory, digests, {})
 
 
-_STATES_IN_MEMORY_BYTES = 2**28
-"""Largest total size of the teacher's states of a set of rows in memory; larger ones are on the run's disk."""
-
-
-def _teach(run: LoadedRun, directory: RunDirectory, notify: Callable[[str], None], resources: ExitStack) -> None:
-    """Compute the teacher's states of all rows. The model computes as the teacher now."""
-    model = run.bound.model
-    assert isinstance(model, Decoder)
-    for packer in (run.inputs.packer, run.inputs.held_out_packer):
-        if not isinstance(packer, DistilledPacker):
-            continue
-        shape = packer.state_tokens, model.config.hidden_size, model.dtype
-        store: StateStore
-        if sum(packer.state_tokens) * model.config.hidden_size * model.dtype.itemsize <= _STATES_IN_MEMORY_BYTES:
-            store = MemoryStateStore(*shape)
-        else:
-            store = DiskStateStore(directory.files, directory.path, *shape, notify)
-            resources.callback(store.close)
-        packer.learn_from(model, store, run.plan.memory.micro_batch_rows)
+def _digests(run: LoadedRun, start: Start) -> tuple[str, str | None]:
+    """Return the digests of `_pass_digest` and of the adapter that the run starts from, or None without one."""
+    return _pass_digest(run, start.frozen_digest), start.adapter_digest
 
 
 def _pass_digest(run: LoadedRun, frozen_digest: str) -> str:

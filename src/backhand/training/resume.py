@@ -240,7 +240,8 @@ def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) 
     steps = finished.state.progress.step - checkpoint.step
     lora = finished.state.lora
     values, gradients = lora.values.clone(), lora.gradients.clone()
-    repeated = RunState(lora, AdapterOptimizer(lora, finished.state.optimizer.options), Progress())
+    optimizer = finished.state.optimizer
+    repeated = RunState(lora, AdapterOptimizer(lora, optimizer.options, optimizer.average_rate), Progress())
     repeated.restore(checkpoint, finished.model.dtype)
     model, plan, processes = finished.model, finished.plan, finished.processes
     evaluator = Evaluator(model, repeated, plan, held_out=finished.evaluator.held_out, processes=processes)
@@ -253,7 +254,7 @@ def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) 
         evaluator,
         processes=processes,
         objective=finished.objective,
-        rewarded=finished.rewarded and finished.rewarded.repeated(),
+        sampled=finished.sampled and finished.sampled.repeated(),
     )
     try:
         completed = loop.run()

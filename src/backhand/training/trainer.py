@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from backhand.data.decisions import QuestionType
 from backhand.distributed.communicator import Communicator
 from backhand.distributed.launch import broadcast_checkpoint, comparable_settings
@@ -21,11 +23,13 @@ from backhand.engines.machine import MemoryKeeper, crowded_note
 from backhand.errors import not_none
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.loop.answers import free_answers, measured_answers, stop_ids
+from backhand.loop.distillation import DistilledPacker
+from backhand.loop.distilled_figures import distilled_figures
 from backhand.loop.evaluator import Evaluator
 from backhand.loop.guards import BaseGuard, LearningGuard
 from backhand.loop.held_out_vectors import HeldOutEmbeddings
 from backhand.loop.hidden_state_cache import HiddenStateCache
-from backhand.loop.loop import TrainingLoop
+from backhand.loop.loop import SampledSteps, TrainingLoop
 from backhand.loop.measuring import HeldOut
 from backhand.loop.objectives.decide import DecideObjective
 from backhand.loop.objectives.embed import EmbedObjective
@@ -39,7 +43,9 @@ from backhand.loop.state import Progress, RunState, Saver
 from backhand.loop.step import AdapterOptimizer
 from backhand.loop.step_plan import StepPlan, derived_seed
 from backhand.nn.compute import gc_frozen
+from backhand.nn.decoder.decoder import Decoder
 from backhand.options.config_file import config_table, dump_config
+from backhand.options.objectives import DISTILLED
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import ANSWERS, CONFIG, FACTS, METRICS, SUMMARY, Proof, ProofLog, RunDirectory, proof_log
 from backhand.runs.interruption import Interrupted, Interruption
@@ -52,7 +58,7 @@ from backhand.training.console import opening_facts
 from backhand.training.facts import run_facts, summarise
 from backhand.training.hidden_states import HiddenStateCaches, hidden_state_caches
 from backhand.training.loaded_run import LoadedRun
-from backhand.training.reference import run_objectives
+from backhand.training.reference import Start, run_objectives, start_values
 from backhand.training.resume import (
     frozen_differences,
     original_adapter,
@@ -62,6 +68,7 @@ from backhand.training.resume import (
     run_differences,
     state_digests,
 )
+from backhand.training.teaching import distilled_steps, teach
 from backhand.words import name_list
 
 
@@ -81,11 +88,12 @@ class Trainer:
     owns_directory: bool = False  # True once the directory's contents are this run's
     _frozen_digest: str | None = None
     _held_out_objective: Objective | None = None
+    _teacher: Tensor | None = None  # values of the adapter that the run starts from; None without one
 
     def train(self) -> RunSummary:
         """Train to the end. Returns and raises the same as `run.train`."""
         run, config = self.run, self.run.config
-        optimizer = AdapterOptimizer(run.bound.lora, config.optimization)
+        optimizer = AdapterOptimizer(run.bound.lora, config.optimization, config.objective.teacher_update_rate)
         state = RunState(run.bound.lora, optimizer, Progress())
         plan = StepPlan.of(config, run.inputs.total_steps)
         memory = MemoryKeeper(run.plan.memory.peak_bytes) if config.model.tune_allocator else None
@@ -122,18 +130,23 @@ class Trainer:
             if self.checkpoint is not None and self.processes.is_main_process:
                 self._refuse(frozen_differences(self.checkpoint.facts, digest))
             self._assert_equal_processes(state)
+            start = self._start(digest)
+            self._teacher = start.values
+            run = self.run = teach(run, self.directory, self.processes, start, self.observer.noted, resources)
             caches = resources.enter_context(
                 hidden_state_caches(
                     run, self.directory, digest, log=log, notify=self.observer.noted, run_cache=self.run_cache
                 )
             )
-            objective, self._held_out_objective = self._objectives(caches, log, resources)
-            rewarded = self._rewarded(log)
+            objective, self._held_out_objective = run_objectives(
+                run, self.directory, self.processes, start, caches, log, self.observer.noted
+            )
+            sampled = self._sampled(log, start)
             evaluator = Evaluator(
                 run.bound.model,
                 state,
                 plan,
-                held_out=self._held_out(caches, self._held_out_objective, rewarded),
+                held_out=self._held_out(caches, self._held_out_objective, sampled),
                 meter=run.inputs.neutral if run.inputs.neutral.documents else None,
                 base_guard=base_guard,
                 learning_guard=LearningGuard(run.bound.lora, optimizer, log),
@@ -154,7 +167,7 @@ class Trainer:
                 processes=self.processes,
                 hidden_states=caches.train,
                 objective=objective,
-                rewarded=rewarded,
+                sampled=sampled,
             )
             if memory is not None:
                 memory.make_room()  # loading and digests fragment the heap
@@ -170,15 +183,15 @@ class Trainer:
                     for part, table in config_table(config).items()
                     for name, value in table.items()
                 }
-                start = RunStart(
+                opening = RunStart(
                     *(run.inputs.total_steps, state.progress.step, facts, self.directory.path, options),
                     forecast=forecast,
                 )
-                self.observer.started(start)
+                self.observer.started(opening)
                 if not self._run_loop(loop, proof_start):
                     raise self._interrupted(state, f"continue with {self._resume_command()}")
-                if rewarded is not None and not finished_before:
-                    rewarded.logprob_check.finished()
+                if isinstance(sampled, RewardedSteps) and not finished_before:
+                    sampled.logprob_check.finished()
                 summary = self._summary(state, keep=finished_before)
                 if proof_start is not None:
                     self._prove_resume(loop, store, proof_start, log)
@@ -228,7 +241,15 @@ class Trainer:
             return summary
         run.bound.fill(str(self.directory.adapter))
         arguments = run.bound, run.inputs.source, run.inputs.held_out.examples, run.config
-        answers = free_answers(*arguments)
+        prompted: Mapping[int, str] = {}
+        if isinstance(packer := run.inputs.held_out_packer, DistilledPacker) and isinstance(run.bound.model, Decoder):
+            figures, prompted = distilled_figures(
+                *(run.bound.model, packer, self._teacher, run.inputs.source.tokenizer()),
+                *(stop_ids(run.inputs.source, run.config.data), run.plan.memory.micro_batch_rows),
+                shown=run.config.run.answers,
+            )
+            summary = replace(summary, distilled=figures)
+        answers = free_answers(*arguments, prompted)
         self.directory.write(ANSWERS, answers.file(run.config.run.answers))
         summary = replace(summary, free_answers=answers.lengths, neutral_answers=answers.neutral)
         if isinstance(objective, DecideObjective):
@@ -334,40 +355,32 @@ class Trainer:
             raise self._interrupted(loop.state, f"the run is finished but not yet proved: {command}")
         self.observer.noted(f"resumed at step {start}, the run ended in the same bits")
 
-    def _objectives(
-        self, caches: HiddenStateCaches, log: ProofLog, resources: ExitStack
-    ) -> tuple[Objective | None, Objective | None]:
-        """Return the objectives of training and held-out rows, with the reference model's log-probabilities."""
-        assert self._frozen_digest is not None
-        started_from = self.run.config.run.from_adapter
-        if self.run.config.run.resume and self.processes.is_main_process:
+    def _start(self, frozen_digest: str) -> Start:
+        """Return the model that the run starts from, also of a resumed run."""
+        run, started_from = self.run, self.run.config.run.from_adapter
+        if run.config.run.resume and self.processes.is_main_process:
             started_from = original_adapter(self.directory.path)
         started_from = self.processes.broadcast_object(started_from)
-        return run_objectives(
-            self.run,
-            self.directory,
-            self.processes,
-            self._frozen_digest,
-            caches,
-            started_from,
-            log,
-            self.observer.noted,
-            resources,
-        )
+        compares = run.config.objective.has_reference or run.config.objective.objective in DISTILLED
+        adapter = started_from if compares else None
+        return Start(frozen_digest, start_values(run.bound, adapter, run.config.model.allow_pickle))
 
-    def _rewarded(self, log: ProofLog) -> RewardedSteps | None:
-        """Return the sampling and rewarding of answers, or None for an objective without rewards."""
+    def _sampled(self, log: ProofLog, start: Start) -> SampledSteps | None:
+        """Return the steps on sampled answers, or None if the rows contain the answers."""
         run, processes = self.run, self.processes
-        if run.config.objective.purpose != "prompts":
+        if not run.config.objective.trains_on_samples:
             return None
+        if run.config.objective.objective != "grpo":
+            return distilled_steps(run, processes, start)
         options, seed = run.config.rewards, run.config.run.seed
         rollout = Rollout(
             options,
-            self.functions,
-            run.inputs.source.tokenizer(),
+            options.group,
             stop_ids(run.inputs.source, run.config.data),
             lambda step, row, number: derived_seed(seed, "answer", step, row, number),
             processes,
+            functions=self.functions,
+            tokenizer=run.inputs.source.tokenizer(),
         )
         guard = RewardGuard(self.observer.noted)
         lines = self.directory.lines(METRICS) if processes.is_main_process else []
@@ -384,13 +397,13 @@ class Trainer:
         )
 
     def _held_out(
-        self, caches: HiddenStateCaches, objective: Objective | None, rewarded: RewardedSteps | None
+        self, caches: HiddenStateCaches, objective: Objective | None, sampled: SampledSteps | None
     ) -> HeldOut | None:
         run = self.run
         if run.inputs.held_out is None:
             return None
-        if rewarded is not None:
-            return HeldOutRewards(run.inputs.held_out.examples, rewarded.rollout, run.config.run.answers)
+        if isinstance(sampled, RewardedSteps):
+            return HeldOutRewards(run.inputs.held_out.examples, sampled.rollout, run.config.run.answers)
         if isinstance(objective, EmbedObjective):
             return self._held_out_vectors(objective, caches.held_out)
         if isinstance(objective, AnswerObjective):

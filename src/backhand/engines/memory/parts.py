@@ -103,7 +103,9 @@ def parts_of(size: ModelSize, shape: StepShape, step: StepBytes, process_bytes: 
     tokens = shape.sampled_tokens + 2 * PAGE * shape.sampled_rows
     cached = min(tokens * size.cache_bytes, CACHE_BYTES) * 5 // 4
     sampling = cached + shape.sampled_rows * _SAMPLING_COPIES * size.logits_bytes
-    between = max(checkpoint, shape.neutral_tokens * _NEUTRAL_COPIES * size.logits_bytes, sampling) - step.saved
+    teacher = shape.teacher_tokens * (size.stream_bytes + max(size.block_bytes.values()))
+    neutral = shape.neutral_tokens * _NEUTRAL_COPIES * size.logits_bytes
+    between = max(checkpoint, neutral, sampling, teacher) - step.saved
     fullest, most = "workspace", step.workspace
     if between > most:
         fullest, most = "checkpoints and measurements", between

@@ -28,6 +28,7 @@ class StepShape:
     # sampled_rows, sampled_tokens: number of answers that are sampled together, and of their tokens, prompts once
     sampled_rows: int = 0
     sampled_tokens: int = 0
+    teacher_tokens: int = 0  # number of tokens of the largest pass of the teacher in distillation; 0 without a teacher
 
     def cut(self, limit: int) -> StepShape:
         """Return the longest documents that have at most `limit` tokens together, or a part of the longest document.

@@ -1,7 +1,8 @@
 """Decisions: the loss of a row is the mean cross-entropy of its questions (`ops.decide`).
 
-The score of an option is the log-probability of its label, so the sums of an `Objective` are enough. Held-out rows also
-give the temperatures (`loop.decision_scores`).
+The score of an option is the log-probability of its label, so the sums of an `Objective` are enough. In training rows,
+choices are asked a second time, where the score of an option is the log-probability of its name
+(`data.decision_examples`). Held-out rows also give the temperatures (`loop.decision_scores`).
 """
 
 from __future__ import annotations
@@ -33,20 +34,26 @@ class DecideObjective(AnswerObjective):
         decisions = self.decisions(rows)
         targets: list[float] = []
         sizes: list[int] = []
-        weights: list[float] = []  # of each question in the loss of its row
+        counts: list[int] = []  # number of questions of each row
+        is_label: list[bool] = []
         for row in decisions:
             for asked, spellings in zip(row.asked, row.spellings, strict=True):
                 targets += [*not_none(asked.targets), *[0.0] * spellings]
-            sizes += row.sizes
-            weights += [1 / len(row.asked)] * len(row.asked)
+            for asked in row.named:
+                targets += not_none(asked.targets)
+            sizes += (*row.sizes, *row.name_sizes)
+            counts.append(len(row.asked) + len(row.named))
+            is_label += [True] * sum(row.sizes) + [False] * sum(row.name_sizes)
         owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        weight, target = (torch.tensor(values, dtype=torch.float64) for values in (weights, targets))
+        row_of = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
+        weight = 1 / torch.tensor(counts, dtype=torch.float64)[row_of]
+        target = torch.tensor(targets, dtype=torch.float64)
         losses, saved = decide_forward(documents.sums, target, owner, len(sizes))
-        row_of = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row.asked) for row in decisions]))
         of_rows = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row_of, weight * losses)
-        hits = sum(float(one.targets[one.scores.argmax()]) for one in outcomes_of(decisions, documents.sums.tolist()))
-        mass = float(documents.sums.exp().sum())
-        measured = {"accuracy": (hits, len(sizes)), "label_mass": (mass, len(sizes))}
+        outcomes = outcomes_of(decisions, documents.sums.tolist())
+        hits = sum(float(one.targets[one.scores.argmax()]) for one in outcomes)
+        mass = float(documents.sums[torch.tensor(is_label)].exp().sum())
+        measured = {"accuracy": (hits, len(outcomes)), "label_mass": (mass, len(outcomes))}
         return RowLosses(of_rows, decide_backward(weight, saved).d_scores, measured)
 
     def decisions(self, rows: Sequence[int]) -> list[DecisionRow]:

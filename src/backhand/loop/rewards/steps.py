@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +32,8 @@ from backhand.generation.sampling import Sampled, at_temperature
 from backhand.loop.measuring import HeldOut, evenly_spaced
 from backhand.loop.objectives.objective import token_owners
 from backhand.loop.rewards.guards import LogprobCheck, RewardGuard
-from backhand.loop.rewards.rollout import Judged, Rollout, prompt_of
+from backhand.loop.rewards.rollout import Judged, Rollout
+from backhand.loop.sampled_answers import answered, prompt_of
 from backhand.loop.step import AdapterOptimizer, StepResult, StepWork, training_step
 from backhand.nn.batch import TokenLoss
 from backhand.nn.decoder.decoder import Decoder
@@ -63,7 +63,8 @@ class AnswerBatch:
         self._processes, self._logprob_check = steps.rollout.processes, steps.logprob_check
         assert options.epsilon_high is not None and options.scale_rewards is not None
         self._rule = GRPORule(options.loss, options.epsilon, options.epsilon_high, beta)
-        self._packer = RowPacker(list(map(_example, prompts, answers)), share_prefixes=model.shares_prefixes)
+        rows = (answered(prompt, answer.tokens) for prompt, answer in zip(prompts, answers, strict=True))
+        self._packer = RowPacker(rows, share_prefixes=model.shares_prefixes)
         self._old: dict[int, Tensor] = {}
         self._reference: dict[int, Tensor] = {}
         self._metrics: list[list[float]] = []  # tokens, Σ k₃ and clipped tokens of each micro-batch
@@ -171,14 +172,6 @@ class AnswerBatch:
         for rows, values in zip(self._micro_batches, by_batch, strict=True):
             divergence[rows] = torch.tensor(values, dtype=torch.float64)
         return divergence
-
-
-def _example(prompt: Example, answer: Sampled) -> Example:
-    """Return the prompt continued by the answer, whose tokens are supervised."""
-    prompt_ids = prompt_of(prompt)
-    ids = np.array(prompt_ids + answer.tokens, dtype=np.int32)
-    supervised = np.arange(len(ids)) >= len(prompt_ids)
-    return Example(ids, supervised, prompt.source)
 
 
 _ROWS_AT_ONCE = 64

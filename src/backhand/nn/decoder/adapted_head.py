@@ -29,12 +29,7 @@ from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from backhand.ops.head_factors import HeadFactors
 from backhand.ops.linear_cross_entropy import CHUNK_ROWS, linear_cross_entropy_backward, linear_cross_entropy_forward
-from backhand.ops.linear_divergence import (
-    Teacher,
-    linear_divergence_backward,
-    linear_divergence_forward,
-    softened,
-)
+from backhand.ops.linear_divergence import linear_divergence_backward, linear_divergence_forward, softened
 from backhand.ops.logits_rule import LogitsRule, ruled, ruled_backward
 from backhand.ops.weight_tiles import FrozenMatrix
 
@@ -193,8 +188,7 @@ def distillation_losses(x: Tensor, head: Head, teacher: TeacherStates, logits: T
         logits: as in `head_losses`.
     """
     rule = softened(head.rule, teacher.temperature)
-    states = Teacher(teacher.hidden)
-    return linear_divergence_forward(x, head.weight, states, None, teacher.divergence, rule, logits=logits)
+    return linear_divergence_forward(x, head.weight, teacher.hidden, teacher.divergence, rule, logits=logits)
 
 
 def distillation_backward(
@@ -208,7 +202,7 @@ def distillation_backward(
         logits: as in `head_losses`.
     """
     rule, multiplier = softened(head.rule, teacher.temperature), batch.loss_multiplier(loss_scaling, x.dtype)
-    losses, (d_x, *_) = linear_divergence_backward(
-        x, head.weight, Teacher(teacher.hidden), None, multiplier, teacher.divergence, rule, out=x, logits=logits
+    losses, (d_x,) = linear_divergence_backward(
+        x, head.weight, teacher.hidden, multiplier, teacher.divergence, rule, out=x, logits=logits
     )
     return d_x, batch.per_document(losses).sum(dtype=torch.float64)

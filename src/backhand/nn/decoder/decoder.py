@@ -22,6 +22,7 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.nn.module_shapes import ModuleShapes, check_fits
 from backhand.ops.head_factors import HeadFactors
+from backhand.ops.linear_cross_entropy import CHUNK_ROWS
 from backhand.ops.logits_rule import ruled
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
 
@@ -132,6 +133,15 @@ class Decoder(ForwardBackward):
         """Return final norm and output projection, (rows, hidden) to (rows, vocab), before the rule for logits."""
         normed, _ = self._final_norm(x)
         return group_forward(normed, self.active.head, None, self.head_adapter())[0]
+
+    def most_probable_tokens(self, states: Tensor) -> Tensor:
+        """Return the most probable next token, (rows,), for hidden states after the final norm, (rows, hidden).
+
+        The rule for logits increases with its argument, so it is left out. Logits exist for one chunk of rows.
+        """
+        head, adapter = self.active.head, self.head_adapter()
+        tokens = [group_forward(part, head, None, adapter)[0].argmax(-1) for part in states.split(CHUNK_ROWS)]
+        return torch.cat(tokens)
 
     @torch.no_grad()
     def token_losses(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:

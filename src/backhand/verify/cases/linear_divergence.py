@@ -9,18 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.ops.head_factors import HeadFactors
-from backhand.ops.linear_cross_entropy import CHUNK_ROWS, LONG_CHUNK_ROWS, LONG_CHUNK_WIDTH, LinearCrossEntropyGrads
+from backhand.ops.linear_cross_entropy import CHUNK_ROWS, LONG_CHUNK_ROWS, LONG_CHUNK_WIDTH
 from backhand.ops.linear_divergence import (
     Divergence,
-    Teacher,
+    LinearDivergenceGrads,
     linear_divergence_backward,
     linear_divergence_reference,
     softened,
 )
 from backhand.ops.logits_rule import PLAIN, LogitsRule, ruled
 from backhand.verify.mutants import Backward, Mutant, wrong
-from backhand.verify.scaffold import SCALING, Arguments, Axis, Draw, Op
+from backhand.verify.scaffold import Arguments, Axis, Draw, Op
 
 
 class _Inputs(NamedTuple):
@@ -28,34 +27,28 @@ class _Inputs(NamedTuple):
 
     x: Tensor
     weight: Tensor
-    teacher: Teacher
-    head: HeadFactors | None
+    teacher: Tensor
     multiplier: float | Tensor
     divergence: Divergence
     rule: LogitsRule
 
 
-def _backward(_d_y: Tensor, inputs: _Inputs) -> LinearCrossEntropyGrads:
+def _backward(_d_y: Tensor, inputs: _Inputs) -> LinearDivergenceGrads:
     """Run the fused pass as a backward. The upstream gradient is the multiplier, one for all rows or one per row."""
-    if inputs.head is not None:
-        return linear_divergence_backward(*inputs)[1]
     x = inputs.x.clone()  # as in the decoder, the gradient overwrites x
     return linear_divergence_backward(x, *inputs[1:], out=x)[1]
 
 
 def _reference(s: _Inputs) -> Tensor:
-    return linear_divergence_reference(*s[:4], s.divergence, s.rule)
+    return linear_divergence_reference(*s[:3], s.divergence, s.rule)
 
 
 def _baseline(s: _Inputs) -> Tensor:
-    def log_probabilities(x: Tensor, head: HeadFactors | None) -> Tensor:
-        logits = functional.linear(x, s.weight)
-        if head is not None:
-            logits = logits + functional.linear(functional.linear(x, head.lora_A), head.lora_B) * head.scaling
-        logits, _ = ruled(logits, s.rule)
+    def log_probabilities(x: Tensor) -> Tensor:
+        logits, _ = ruled(functional.linear(x, s.weight), s.rule)
         return torch.log_softmax(logits.float(), dim=-1)
 
-    u, v = log_probabilities(s.x, s.head), log_probabilities(*s.teacher)
+    u, v = log_probabilities(s.x), log_probabilities(s.teacher)
     kind, beta = s.divergence
     if kind == "jensen-shannon":
         log_m = (beta * v.exp() + (1 - beta) * u.exp()).log()
@@ -63,20 +56,16 @@ def _baseline(s: _Inputs) -> Tensor:
     return (v.exp() * (v - u)).sum(-1) if kind == "forward" else (u.exp() * (u - v)).sum(-1)
 
 
-def _fused(t: Arguments, backward: Backward) -> tuple[Tensor, LinearCrossEntropyGrads]:
+def _fused(t: Arguments, backward: Backward) -> tuple[Tensor, LinearDivergenceGrads]:
     s: _Inputs = t["s"]
-    losses: Tensor = OP.forward(*s[:4], s.divergence, s.rule)
+    losses: Tensor = OP.forward(*s[:3], s.divergence, s.rule)
     return losses, backward(t["d_y"], s)
 
 
 def _inputs(args: Arguments) -> _Inputs:
-    head = HeadFactors(args["lora_A"], args["lora_B"], SCALING) if "lora_A" in args else None
-    of_teacher = None  # the factors of a teacher that is an adapter itself
-    if "teacher_A" in args:
-        of_teacher = HeadFactors(args["teacher_A"], args["teacher_B"], SCALING)
     d_y = args["d_y"]
     return _Inputs(
-        *(args["x"], args["weight"], Teacher(args["teacher"], of_teacher), head),
+        *(args["x"], args["weight"], args["teacher"]),
         *(d_y if d_y.dim() else float(d_y), args["divergence"], args["rule"]),
     )
 
@@ -94,11 +83,9 @@ def _teacher(draw: Draw, rows: int, hidden: int, x: Tensor, near: float | None) 
 
 OP = Op(
     "linear_divergence",
-    dict(x="size: rows hidden", teacher=_teacher, weight="vocab hidden")
-    | dict(d_y=_d_y, lora_A="rank hidden", lora_B="vocab rank")
-    | dict(teacher_A="teacher_rank hidden", teacher_B="vocab teacher_rank"),
-    dict(rows=Axis(6, 67, 1, 0), hidden=5, vocab=Axis(7, 353), rank=None, multiplier=0.13, size=1.0)
-    | dict(near=None, weighted=False, divergence=Divergence(), rule=PLAIN, teacher_rank=None),
+    dict(x="size: rows hidden", teacher=_teacher, weight="vocab hidden", d_y=_d_y),
+    dict(rows=Axis(6, 67, 1, 0), hidden=5, vocab=Axis(7, 353), multiplier=0.13, size=1.0)
+    | dict(near=None, weighted=False, divergence=Divergence(), rule=PLAIN),
     backward=_backward,
     reference=_reference,
     baseline=_baseline,
@@ -115,39 +102,34 @@ CASES = (
         case
         for name, form in FORMS
         for case in (
-            *OP.standard_cases(f"{name}: ", rank=3, divergence=form),
-            OP.case(name, 6, divergence=form),
-            OP.case(f"{name}, adapted head of both", 6, rank=3, divergence=form, teacher_rank=2),
-            OP.case(f"{name}, several chunks", CHUNK_ROWS + 3, rank=3, divergence=form),
-            OP.case(f"{name}, many classes", 11, vocab=4133, rank=2, threads=3, divergence=form),
-            OP.case(f"{name}, near the teacher", 6, rank=2, near=1e-2, divergence=form),
-            OP.case(f"{name}, large logits", 6, size=2.0, rank=2, divergence=form),
-            OP.case(f"{name}, some rows at a time", 9, rank=3, pieces=28, divergence=form),
-            OP.case(f"{name}, scaled and capped logits", 9, rank=3, rule=LogitsRule(0.6, 2.5), divergence=form),
-            OP.case(f"{name}, temperature", 6, rank=3, rule=softened(LogitsRule(0.6, 2.5), 2.0), divergence=form),
-            OP.case(f"{name}, weights", CHUNK_ROWS + 3, rank=3, weighted=True, divergence=form),
+            *OP.standard_cases(f"{name}: ", divergence=form),
+            OP.case(f"{name}, several chunks", CHUNK_ROWS + 3, divergence=form),
+            OP.case(f"{name}, many classes", 11, vocab=4133, threads=3, divergence=form),
+            OP.case(f"{name}, near the teacher", 6, near=0.1, divergence=form),
+            OP.case(f"{name}, large logits", 6, size=2.0, divergence=form),
+            OP.case(f"{name}, some rows at a time", 9, pieces=28, divergence=form),
+            OP.case(f"{name}, scaled and capped logits", 9, rule=LogitsRule(0.6, 2.5), divergence=form),
+            OP.case(f"{name}, temperature", 6, rule=softened(LogitsRule(0.6, 2.5), 2.0), divergence=form),
+            OP.case(f"{name}, weights", CHUNK_ROWS + 3, weighted=True, divergence=form),
         )
     ),
-    OP.case("several chunks of a wide model", LONG_CHUNK_ROWS + 3, LONG_CHUNK_WIDTH, rank=3),
-    OP.case("even mixture", 6, rank=3, divergence=Divergence("jensen-shannon")),
+    OP.case("several chunks of a wide model", LONG_CHUNK_ROWS + 3, LONG_CHUNK_WIDTH),
+    OP.case("even mixture", 6, divergence=Divergence("jensen-shannon")),
     OP.case("one class", 4, vocab=1),
-    OP.case("wide model", 67, 48, 353, 8, divergence=REVERSE),
+    OP.case("wide model", 67, 48, 353, divergence=REVERSE),
 )
 
 
 def _worked(
     s: _Inputs, change: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None, *, slope: bool = True
-) -> LinearCrossEntropyGrads:
+) -> LinearDivergenceGrads:
     """Return the gradients from full logits, optionally with another ∂ℓ/∂Z.
 
     Args:
         change: from (q, p, g) to ∂ℓ/∂Z, or None for the right one; g is ∂ℓ/∂q.
         slope: include the slope of the cap.
     """
-    logits, of_teacher = (
-        x @ s.weight.T + (0 if head is None else head.scaling * x @ head.lora_A.T @ head.lora_B.T)
-        for x, head in ((s.x, s.head), s.teacher)
-    )
+    logits, of_teacher = s.x @ s.weight.T, s.teacher @ s.weight.T
     (z, tanh), (z_teacher, _) = ruled(logits, s.rule), ruled(of_teacher, s.rule)
     q, p, beta = z.softmax(-1), z_teacher.softmax(-1), s.divergence.beta
     if s.divergence.kind == "forward":
@@ -160,18 +142,13 @@ def _worked(
     if tanh is not None and slope:
         d = d * (1 - tanh**2)
     d = d * (s.multiplier if isinstance(s.multiplier, float) else s.multiplier[:, None]) * s.rule.scaling
-    if s.head is None:
-        return LinearCrossEntropyGrads(d @ s.weight, None, None)
-    d_h = s.head.scaling * d @ s.head.lora_B
-    return LinearCrossEntropyGrads(
-        d @ s.weight + d_h @ s.head.lora_A, d_h.T @ s.x, s.head.scaling * d.T @ (s.x @ s.head.lora_A.T)
-    )
+    return LinearDivergenceGrads(d @ s.weight)
 
 
 def _mistaken(
-    name: str, gradients: str, change: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None, **mistake: Any
+    name: str, change: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None, **mistake: Any
 ) -> tuple[Mutant, ...]:
-    return wrong(name, gradients, lambda s, gradient: getattr(_worked(s, change, **mistake), gradient))
+    return wrong(name, "d_x", lambda s, gradient: getattr(_worked(s, change, **mistake), gradient))
 
 
 def _swapped(s: _Inputs) -> Divergence:
@@ -180,19 +157,15 @@ def _swapped(s: _Inputs) -> Divergence:
 
 
 MUTANTS = (
-    _mistaken("teacher not subtracted", "d_x d_lora_A", lambda q, _p, _g: q),
-    _mistaken("mean of the derivative forgotten", "d_x d_lora_B", lambda q, _p, g: q * g),
-    _mistaken("softmax's factor forgotten", "d_x", lambda q, _p, g: g - (q * g).sum(-1, keepdim=True)),
-    _mistaken("mean under the teacher", "d_x", lambda q, p, g: q * (g - (p * g).sum(-1, keepdim=True))),
-    _mistaken("teacher's softmax as the factor", "d_x", lambda q, p, g: p * (g - (q * g).sum(-1, keepdim=True))),
-    _mistaken("cap's slope missing", "d_x d_lora_A", slope=False),
-    OP.perturb("the other form", "d_x d_lora_A d_lora_B", divergence=_swapped),
-    OP.perturb("the head's factors for the teacher", "d_x", teacher=lambda s: s.teacher._replace(head=s.head)),
-    OP.perturb(
-        "teacher of the next row", "d_x", teacher=lambda s: s.teacher._replace(hidden=s.teacher.hidden.roll(1, 0))
-    ),
-    OP.perturb("multiplier forgotten", "d_x d_lora_A d_lora_B", multiplier=1.0),
-    wrong("logits' multiplier forgotten", "d_x d_lora_A d_lora_B", lambda s, d: d / s.rule.scaling),
-    wrong("scaling forgotten", "d_lora_A d_lora_B", lambda s, d: d / s.head.scaling),
+    _mistaken("teacher not subtracted", lambda q, _p, _g: q),
+    _mistaken("mean of the derivative forgotten", lambda q, _p, g: q * g),
+    _mistaken("softmax's factor forgotten", lambda q, _p, g: g - (q * g).sum(-1, keepdim=True)),
+    _mistaken("mean under the teacher", lambda q, p, g: q * (g - (p * g).sum(-1, keepdim=True))),
+    _mistaken("teacher's softmax as the factor", lambda q, p, g: p * (g - (q * g).sum(-1, keepdim=True))),
+    _mistaken("cap's slope missing", slope=False),
+    OP.perturb("the other form", "d_x", divergence=_swapped),
+    OP.perturb("teacher of the next row", "d_x", teacher=lambda s: s.teacher.roll(1, 0)),
+    OP.perturb("multiplier forgotten", "d_x", multiplier=1.0),
+    wrong("logits' multiplier forgotten", "d_x", lambda s, d: d / s.rule.scaling),
     wrong("mean for sum", "d_x", lambda s, d: d / max(s.x.shape[0], 1)),
 )

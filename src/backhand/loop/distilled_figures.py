@@ -1,0 +1,111 @@
+"""Figures at the end of a distilled run, on held-out prompts: agreement with the teacher, and what a call saves.
+
+The teacher answers the prompts greedily with its context, and the base model and the adapted one without it. The
+seconds to the first token are measured with one prompt at a time, on the same machine and engine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from statistics import fmean, median
+from typing import Any
+
+from torch import Tensor
+
+from backhand.data.examples import Example
+from backhand.generation.completer import complete_greedily
+from backhand.generation.session import decode
+from backhand.loop.distillation import DistilledPacker, agreement, computing_with
+from backhand.loop.measuring import evenly_spaced
+from backhand.nn.decoder.decoder import Decoder
+from backhand.runs.records import MAX_NEW_TOKENS
+from backhand.runs.summary import DistilledFigures
+
+_ROWS = 64
+"""Largest number of prompts that are answered."""
+_TIMED = 3
+"""Number of prompts of which the seconds to the first token are measured."""
+
+
+def distilled_figures(
+    model: Decoder,
+    packer: DistilledPacker,
+    start: Tensor | None,
+    tokenizer: Any,
+    stop_ids: Collection[int],
+    micro_batch_rows: int,
+    shown: int,
+) -> tuple[DistilledFigures | None, dict[int, str]]:
+    """Measure the base model and the attached adapter against the teacher.
+
+    Args:
+        model: the model with the adapter, which is attached again afterwards.
+        packer: the held-out rows with the teacher's states.
+        start: values of the teacher's adapter, or None for the base.
+        tokenizer: decodes answers.
+        stop_ids: tokens that end an answer.
+        micro_batch_rows: number of rows that are computed at once.
+        shown: number of rows that the report shows, evenly spaced.
+
+    Returns:
+        the figures, or None if no prompt leaves room for an answer; and the teacher's answers by row.
+    """
+    rows = len(packer.examples)
+    documents = {row: (packer.examples[row], packer.teachers[row]) for row in range(rows)}
+    prompts = {row: (_prompt(student), _prompt(teacher)) for row, (student, teacher) in documents.items()}
+    context = model.config.max_position_embeddings
+    prompts = {row: both for row, both in prompts.items() if min(map(len, both)) and len(both[1]) < context}
+    numbers = sorted({*evenly_spaced(rows, _ROWS), *evenly_spaced(rows, shown)} & prompts.keys())
+    if not numbers:
+        return None, {}
+    students, teachers = ([prompts[number][side] for number in numbers] for side in (0, 1))
+    limit = min(MAX_NEW_TOKENS, context - max(map(len, teachers)))
+
+    def answers(asked: Sequence[Sequence[int]]) -> list[list[int]]:
+        return complete_greedily(
+            model, asked, max_new_tokens=limit, stop_ids=stop_ids, batch_size=max(micro_batch_rows, _TIMED)
+        )
+
+    adapted, adapted_kl = answers(students), agreement(model, packer, micro_batch_rows)
+    first_s = _first_token_s(model, students[:_TIMED])
+    with computing_with(model, None):
+        base, base_kl = answers(students), agreement(model, packer, micro_batch_rows)
+    with computing_with(model, start):
+        expected, prompted_s = answers(teachers), _first_token_s(model, teachers[:_TIMED])
+    short = all(len(answer) < limit for answer in expected)
+
+    def equal(given: Sequence[list[int]]) -> float | None:
+        return fmean(one == other for one, other in zip(given, expected, strict=True)) if short else None
+
+    figures: DistilledFigures = {
+        "tokens": sum(packer.state_tokens),
+        "base_kl": base_kl[0],
+        "adapted_kl": adapted_kl[0],
+        "base_top_1": base_kl[1],
+        "adapted_top_1": adapted_kl[1],
+        "rows": len(numbers),
+        "base_equal": equal(base),
+        "adapted_equal": equal(adapted),
+        "prompt_tokens": fmean(map(len, students)),
+        "prompted_tokens": fmean(map(len, teachers)),
+        "first_token_s": first_s,
+        "prompted_first_token_s": prompted_s,
+    }
+    return figures, {row: decode(tokenizer, ids).strip() for row, ids in zip(numbers, expected, strict=True)}
+
+
+def _prompt(example: Example) -> list[int]:
+    begin, _ = example.last_answer
+    ids: list[int] = example.input_ids[:begin].tolist()
+    return ids
+
+
+def _first_token_s(model: Decoder, prompts: Sequence[Sequence[int]]) -> float:
+    """Return the median seconds from a prompt to the first token of its answer. The first call is not counted."""
+    seconds = []
+    for prompt in (prompts[0], *prompts):
+        began = time.perf_counter()
+        complete_greedily(model, [prompt], max_new_tokens=1, stop_ids=())
+        seconds.append(time.perf_counter() - began)
+    return median(seconds[1:])

@@ -1,0 +1,205 @@
+"""Distillation before its first step: the teacher samples answers, which are stored, and its states are computed.
+
+`teacher_answers.jsonl` in the run directory contains the answers that the teacher has sampled. Its first line has a
+digest of everything that the answers depend on apart from the machine, and a digest of the answers. A resumed run
+reads the file, so it trains on the same answers on every machine. If the file is missing or damaged, the answers are
+sampled again from the same seeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from backhand.data.packing import RowPacker
+from backhand.distributed.communicator import Communicator
+from backhand.errors import not_none
+from backhand.generation.sampling import at_temperature
+from backhand.generation.session import decode
+from backhand.json_shape import ShapeError, convert, load
+from backhand.loop.answers import stop_ids
+from backhand.loop.distillation import DistilledPacker, DistilledPrompts, computing_with
+from backhand.loop.distilled_steps import DistilledSteps
+from backhand.loop.hidden_state_cache import DiskStateStore, MemoryStateStore, StateStore
+from backhand.loop.sampled_answers import AnswerSampler
+from backhand.loop.step_plan import derived_seed
+from backhand.nn.decoder.decoder import Decoder
+from backhand.printing import counting, going_on
+from backhand.reading import read_plain
+from backhand.runs.directory import TEACHER_ANSWERS, RunDirectory
+from backhand.training.loaded_run import LoadedRun
+from backhand.training.reference import Start, remember_start
+
+_Answers = dict[str, list[list[int]]]
+"""Token ids of the answers to the prompts of each set, `train` and `held_out`."""
+
+
+def teach(
+    run: LoadedRun,
+    directory: RunDirectory,
+    processes: Communicator,
+    start: Start,
+    notify: Callable[[str], None],
+    resources: ExitStack,
+) -> LoadedRun:
+    """Return the run with the teacher's answers as rows and with the teacher's states.
+
+    Held-out prompts are always answered by the teacher, unless the rows contain the answers. A run without a teacher,
+    and training prompts that the adapted model answers, are returned unchanged.
+
+    Args:
+        run: the loaded run.
+        directory: the run directory.
+        processes: the processes that share the sampling.
+        start: the model that the run starts from, which is the teacher.
+        notify: receives a sentence if stored answers are sampled again, or states do not fit on the disk.
+        resources: closes files at the end of the run.
+
+    Raises:
+        CheckError: the adapter that the run started from has changed.
+        ResourceError: there is no room for the states.
+    """
+    inputs = run.inputs
+    packers: dict[str, RowPacker | None] = {"train": inputs.packer, "held_out": inputs.held_out_packer}
+    if not isinstance(inputs.packer, DistilledPacker | DistilledPrompts):
+        return run
+    remember_start(run, directory, processes, start)
+    model = run.bound.model
+    assert isinstance(model, Decoder)
+    prompts = {name: one for name, one in packers.items() if isinstance(one, DistilledPrompts)}
+    if run.config.objective.trains_on_samples:
+        prompts.pop("train", None)
+    with computing_with(model, start.values):
+        if prompts:
+            answers = _answers(run, directory, processes, start, prompts, notify)
+            packers |= {name: one.answered(range(len(one.examples)), answers[name]) for name, one in prompts.items()}
+        for packer in packers.values():
+            if isinstance(packer, DistilledPacker):
+                _compute_states(run, packer, directory, notify, resources)
+    train, held_out = packers["train"], packers["held_out"]
+    inputs = replace(
+        inputs,
+        packer=not_none(train),
+        train=train.rows if isinstance(train, DistilledPacker) else inputs.train,
+        held_out_packer=held_out,
+        held_out=held_out.rows if isinstance(held_out, DistilledPacker) else None,
+    )
+    return replace(run, plan=replace(run.plan, inputs=inputs))
+
+
+def distilled_steps(run: LoadedRun, processes: Communicator, start: Start) -> DistilledSteps:
+    """Return the steps of a run in which the adapted model samples the answers."""
+    assert isinstance(run.inputs.packer, DistilledPrompts)
+    sampler = _sampler(run, processes, "answer")
+    return DistilledSteps(sampler, run.inputs.packer, start.values, run.plan.memory.micro_batch_rows)
+
+
+def _sampler(run: LoadedRun, processes: Communicator, purpose: str) -> AnswerSampler:
+    seed, stops = run.config.run.seed, stop_ids(run.inputs.source, run.config.data)
+    return AnswerSampler(
+        run.config.rewards, 1, stops, lambda *numbers: derived_seed(seed, purpose, *numbers), processes
+    )
+
+
+_STATES_IN_MEMORY_BYTES = 2**28
+"""Largest total size of the teacher's states of a set of rows in memory; larger ones are on the run's disk."""
+
+
+def _compute_states(
+    run: LoadedRun,
+    packer: DistilledPacker,
+    directory: RunDirectory,
+    notify: Callable[[str], None],
+    resources: ExitStack,
+) -> None:
+    model = run.bound.model
+    assert isinstance(model, Decoder)
+    shape = packer.state_tokens, model.config.hidden_size, model.dtype
+    store: StateStore
+    if sum(packer.state_tokens) * model.config.hidden_size * model.dtype.itemsize <= _STATES_IN_MEMORY_BYTES:
+        store = MemoryStateStore(*shape)
+    else:
+        store = DiskStateStore(directory.files, directory.path, *shape, notify)
+        resources.callback(store.close)
+    passes = packer.teacher_passes(run.plan.memory.micro_batch_rows)
+    with counting("teacher's states", len(passes), "passes") as done:
+        packer.learn_from(model, store, passes, done)
+
+
+def _answers(
+    run: LoadedRun,
+    directory: RunDirectory,
+    processes: Communicator,
+    start: Start,
+    prompts: Mapping[str, DistilledPrompts],
+    notify: Callable[[str], None],
+) -> _Answers:
+    """Return the teacher's answers to all prompts, from the file or sampled and stored."""
+    digest = _digest(run, start)
+    counts = {name: len(one.examples) for name, one in prompts.items()}
+    on_main = _read(directory, digest, counts, notify) if processes.is_main_process else None
+    stored: _Answers | None = processes.broadcast_object(on_main)
+    if stored is not None:
+        return stored
+    sampler, model = _sampler(run, processes, "teacher's answer"), run.bound.model
+    assert isinstance(model, Decoder)
+    answers: _Answers = {}
+    with at_temperature(model, run.config.rewards.temperature):
+        for number, (name, one) in enumerate(prompts.items()):
+            rows = range(counts[name])
+            with going_on(f"the teacher's answers to {counts[name]:,} prompts"):
+                sampled = sampler.sampled(model, number, rows, one.teachers, as_trained=False)
+            answers[name] = [answer.tokens for answer in sampled]
+    if processes.is_main_process:
+        _write(directory, digest, prompts, answers, run.inputs.source.tokenizer())
+    return answers
+
+
+def _digest(run: LoadedRun, start: Start) -> str:
+    """Return the SHA-256 of everything that the answers depend on, apart from the machine."""
+    identity = run.identity.facts
+    facts = {name: identity[f"{name}_digest"] for name in ("data", "held_out", "settings")}
+    facts |= {"frozen": start.frozen_digest, "start": start.adapter_digest}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _write(
+    directory: RunDirectory, digest: str, prompts: Mapping[str, DistilledPrompts], answers: _Answers, tokenizer: Any
+) -> None:
+    lines: list[dict[str, Any]] = [{"digest": digest, "answers": _checksum(answers)}]
+    for name, one in prompts.items():
+        for example, tokens in zip(one.examples, answers[name], strict=True):
+            text = decode(tokenizer, tokens)
+            lines.append({"set": name, "source": example.source, "completion": text, "tokens": tokens})
+    directory.write(TEACHER_ANSWERS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _read(
+    directory: RunDirectory, digest: str, counts: Mapping[str, int], notify: Callable[[str], None]
+) -> _Answers | None:
+    """Return the stored answers, or None if the file is missing, damaged or of another run."""
+    try:
+        first, *lines = read_plain(directory.path / TEACHER_ANSWERS).decode().splitlines()
+        header = load(first.encode(), dict[str, str])
+        answers: _Answers = {name: [] for name in counts}
+        for line in lines:
+            stored = load(line.encode(), dict[str, Any])
+            answers[stored["set"]].append(convert(stored["tokens"], list[int]))
+        whole = header.get("answers") == _checksum(answers) and header.get("digest") == digest
+        whole = whole and {name: len(tokens) for name, tokens in answers.items()} == counts
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, ShapeError):
+        whole = False
+    if not whole:
+        notify(f"the teacher samples its answers again: {TEACHER_ANSWERS} is damaged or of another run")
+        return None
+    return answers
+
+
+def _checksum(answers: Mapping[str, Sequence[Sequence[int]]]) -> str:
+    return hashlib.sha256(json.dumps(answers, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,140 @@
+"""From a table to a downloaded adapter, which has the bits of the command that the page shows."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+import shlex
+import zipfile
+from pathlib import Path
+from urllib.parse import urlencode
+
+import pytest
+
+from backhand.cli.main import main
+from backhand.studio import queue
+from backhand.studio.first_rows import first_rows
+from backhand.studio.runs import STATES, all_runs, run_of
+from backhand.studio.workspace import Workspace
+from support.page import Page
+from support.poison import ATTACKS
+from support.studio_client import Client, until
+from support.tiny_run import TinyRun
+
+TABLE = b"question,answer\n" + b"".join(b"the user asks for %d names,a list of %d\n" % (n, n % 3) for n in range(12))
+
+
+def part(text: str) -> Page:
+    return Page(text.encode())
+
+
+def test_a_table_becomes_an_adapter(client: Client, space: Workspace, tiny: TinyRun, tmp_path: Path) -> None:
+    assert client.post("upload?name=faq.csv", body=TABLE)[0] == 200
+    draft = {"typed_model": str(tiny.model), "data": "rows-1.csv"}
+    _, text, _ = client.get(f"part/rows?{urlencode(draft)}")
+    assert [cell.text for cell in part(text).every("th")] == ["question", "answer"]
+    draft |= {"objective": "sft", "prompt": "question", "completion": "answer", "eval_fraction": "0.25"}
+    draft |= {"more.rank": "3", "more.dtype": "float32", "more.answers": "0", "more.max_steps": "2"}
+    _, text, _ = client.get(f"new/start?{urlencode(draft)}")
+    shown = next(pre.text for pre in part(text).every("pre") if pre.text.startswith("backhand train"))
+    status, _, headers = client.post("start", name="My FAQ", **draft)
+    assert status == 303 and headers["location"].endswith("/runs/My%20FAQ")
+    until(lambda: run_of(space, "My FAQ").state == "finished")
+    words = [word.replace(str(space.run("NAME")), str(tmp_path / "typed")) for word in shlex.split(shown)[1:]]
+    assert main(words) == 0
+    _, text, _ = client.post("runs/My%20FAQ/export", to="peft")
+    address = html.unescape(re.findall(r'href="([^"]*download[^"]*)"', text)[0])
+    status, data, headers = client.ask_bytes(address)
+    assert status == 200 and headers["content-disposition"].startswith("attachment")
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        exported = archive.read("adapter_model.safetensors")
+    assert exported == (tmp_path / "typed" / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_rows_are_shown_as_the_model_reads_them(client: Client, tiny: TinyRun) -> None:
+    client.post("upload?name=faq.csv", body=TABLE)
+    draft = {"typed_model": str(tiny.model), "data": "rows-1.csv", "objective": "sft", "eval_fraction": "0.25"}
+    draft |= {"prompt": "question", "completion": "answer"}
+    _, text, _ = client.get(f"part/lint?{urlencode(draft)}")
+    tokens = part(text).every("span", class_="on")
+    assert "9 training documents" in text and "a list of" in "".join(token.text for token in tokens)
+    status, text, _ = client.get(f"part/lint?{urlencode(draft | {'prompt': 'nothing'})}")
+    assert status == 409 and "there is no column &#39;nothing&#39;" in text and "next:" in text
+
+
+def test_a_run_is_stopped_continued_and_tried_again(
+    client: Client, space: Workspace, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished.rename(space.run("one"))
+    started: dict[str, list[str]] = {}
+    monkeypatch.setattr(queue, "enqueue", lambda _, name, words: started.setdefault(name, words))
+    status = (space.run("one") / "status.json").read_text()
+    (space.run("one") / "status.json").write_text(status.replace('"finished"', '"interrupted"'))
+    assert "Continue the run" in client.get("runs/one")[1]
+    assert client.post("runs/one/resume")[0] == 303
+    assert started.pop("one") == ["train", "--resume", f"--output={space.run('one')}"]
+    summary = space.run("one") / "summary.json"
+    before = summary.read_text()
+    for options, allowed in (("--learning-rate 0.01", True), ("--reward x.py:f", False), ("--rank 3; reboot", False)):
+        suggested = f"backhand train config.toml {options} --output runs/again"
+        summary.write_text(re.sub(r'"try_next": [^,\n]*', f'"try_next": "{suggested}"', before))
+        status_code, text, _ = client.post("runs/one/again")
+        assert status_code == (303 if allowed else 409) and (allowed or "copy the command" in text)
+    assert list(started.values()) == [
+        ["train", str(space.run("one") / "config.toml"), "--learning-rate=0.01", f"--output={space.run('one-2')}"]
+    ]
+    assert client.post("runs/one/stop")[0] == 409  # it does not train
+
+
+def test_the_list_has_every_state(client: Client, space: Workspace, finished: Path) -> None:
+    finished.rename(space.run("done"))
+    (space.queue / "000001-later.json").write_text('{"words": ["train"]}')
+    space.job_file("wrong").write_text('{"words": ["train"], "process": 1, "process_start": "x", "exit_code": 2}')
+    space.log_file("wrong").write_text("error: <b>no data</b>")
+    assert {run.name: run.state for run in all_runs(space)} == {
+        "later": "waiting",
+        "done": "finished",
+        "wrong": "not started",
+    }
+    _, text, _ = client.get("runs/wrong")
+    assert STATES["not started"] in text and "&lt;b&gt;no data" in text
+    assert client.post("runs/later/stop")[0] == 303 and not queue.waiting(space)
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "suggested"),
+    [
+        ("prompt,completion", "{n},b", {"objective": "sft"}),
+        ("prompt,chosen,rejected", "{n},b,c", {"objective": "dpo"}),
+        ("prompt,completion,label", "{n},b,true", {"objective": "kto"}),
+        (
+            "title,text,section",
+            "{n},text {n},{k}",
+            {"objective": "decide", "state": "{title}\\n{text}", "question": "section"},
+        ),
+    ],
+)
+def test_columns_suggest_what_to_learn(header: str, row: str, suggested: dict[str, str], tmp_path: Path) -> None:
+    rows = [row.format(n=number, k="AB"[number % 2]) for number in range(20)]
+    (tmp_path / "rows.csv").write_text("\n".join([header, *rows]))
+    first = first_rows(str(tmp_path / "rows.csv"))
+    assert {name: first[name] for name in suggested} == suggested and len(first["rows"]) == 5
+    assert first["columns"] == header.split(",")
+
+
+def test_attacks_in_rows_and_columns_stay_text(client: Client, tiny: TinyRun) -> None:
+    quoted = [attack.replace('"', '""') for attack in ATTACKS]
+    table = "prompt,completion," + ",".join(f'"{attack}"' for attack in quoted)
+    table += "\n" + ",".join(f'"{attack}"' for attack in ["a", "b", *quoted])
+    client.post("upload?name=x.csv", body=table.encode())
+    _, text, _ = client.get("part/rows?data=rows-1.csv")
+    page = part(text)
+    assert not page.every("img") and not page.every("script") and not page.every("iframe")
+    for attack in ATTACKS:
+        assert attack in [cell.text for cell in page.every("th")]
+    query = urlencode(dict(zip(("objective", "prompt", "state", "asked0"), ATTACKS, strict=False)))
+    for place in ("new", "new/rows", "new/learn", "new/start"):
+        page = part(client.get(f"{place}?data=rows-1.csv&{query}")[1])
+        assert not page.every("img") and not page.every("iframe") and len(page.every("script")) <= 1
