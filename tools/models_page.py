@@ -31,6 +31,7 @@ _SIZES = {
 _KNOWN_AS = {
     "bamba": "Bamba",
     "exaone4": "EXAONE 4",
+    "falcon_h1": "Falcon-H1",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3, FunctionGemma",
     "gemma4_text": "Gemma 4, dense (E2B, E4B, 31B)",
@@ -65,6 +66,7 @@ def families_section() -> str:
     for family in FAMILIES:
         dense = {"num_local_experts": 0, "layer_types": ["full_attention"] * 6, "position_embedding_type": "rope"}
         stated = {"granitemoehybrid": dense, "bamba": {"mamba_n_heads": 4, "attn_layer_indices": [3]}}
+        stated["falcon_h1"] = {"mamba_n_heads": 4, "mamba_d_ssm": 64}
         config = decoder_config({"model_type": family, **_SIZES, **stated.get(family, {})})
         architecture = gguf_architecture({"model_type": family})
         stored = f"`{architecture}`" if architecture else "none that is read"
@@ -93,7 +95,8 @@ def _particular(family: str, config: DecoderConfig) -> str:
         ),
         "gated short convolutions in most layers": config.short_conv is not None,
         "the gated delta rule in most layers": config.delta is not None,
-        "Mamba-2 in most layers": config.ssm is not None,
+        "Mamba-2 in most layers": family == "bamba",
+        "Mamba-2 next to attention in every layer": family == "falcon_h1",
         "attention's output multiplied by a gate": config.attention_gate,
         "a sink in each head's softmax": config.sinks,
         "biases of attention": family == "gpt_oss",
@@ -114,6 +117,7 @@ def _particular(family: str, config: DecoderConfig) -> str:
             "granite"
         ),
         "Mamba-2 where `layer_types` says so": family == "granitemoehybrid",
+        "multipliers of the outputs of modules": family == "falcon_h1",
         "no rotary embedding where `position_embedding_type` is not `rope`": family == "granitemoehybrid",
         "late layers that use earlier ones' keys and values, capped logits": config.value_norm,
         "queries scaled by their position": config.query_scaling is not None,

@@ -87,6 +87,7 @@ _IN_THE_WAY_OF: dict[str, set[str]] = {
     "granitemoehybrid": {"sliding_window", "sliding_window_pattern", "rope_local_base_freq"},
     "lfm2": {"sliding_window", "sliding_window_pattern", "rope_local_base_freq"},
     "qwen3_5_text": {"sliding_window", "sliding_window_pattern", "rope_local_base_freq"},
+    "falcon_h1": {"sliding_window", "sliding_window_pattern", "rope_local_base_freq", "layer_types"},
     "bamba": {"sliding_window", "sliding_window_pattern", "rope_local_base_freq", "layer_types"},
 }
 """Names of other families' fields that shared code looks for; nobody has shown that these families do not mind."""

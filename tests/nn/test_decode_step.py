@@ -24,7 +24,18 @@ from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import VARIANTS, tiny_documents, tiny_model
 
 # Experts, sinks, gates, other mixers than attention, angles of neighbouring features, layers of several sizes.
-BLOCK_BY_BLOCK = ("qwen3_moe", "mixtral", "gpt_oss", "qwen3_5", "lfm2", "glm", "gemma4", "granite4-h", "bamba")
+BLOCK_BY_BLOCK = (
+    "qwen3_moe",
+    "mixtral",
+    "gpt_oss",
+    "qwen3_5",
+    "lfm2",
+    "glm",
+    "gemma4",
+    "granite4-h",
+    "bamba",
+    "falcon",
+)
 TAKEN = tuple(variant for variant in VARIANTS if not variant.startswith(BLOCK_BY_BLOCK))
 DIFFERENT = ("llama", "gemma2", "granite", "olmo2")
 

@@ -120,7 +120,7 @@ def test_transformers_rejects_every_mutant_of_the_decoder():
 
 @pytest.mark.parametrize("recompute", ["mlp", "block"])
 @pytest.mark.parametrize(
-    "variant", ["llama", "qwen3", "gemma3_text", "gemma4_text", "lfm2", "qwen3_5_text", "bamba", "gpt_oss"]
+    "variant", ["llama", "qwen3", "gemma3_text", "gemma4_text", "lfm2", "qwen3_5_text", "bamba", "falcon_h1", "gpt_oss"]
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_recomputed_equals_kept(variant, recompute, dropout):
@@ -238,6 +238,7 @@ def test_parts_of_the_model_adapted(targets, expected):
         ("qwen3_5_text", r"model\.layers\.3\.self_attn\.q_proj|.*2\.mlp\.down_proj", 2),
         ("granite4-h", r"model\.layers\.1\.mamba\.in_proj", 1),
         ("bamba", r"model\.layers\.2\.(mamba\.out_proj|feed_forward\.up_proj)", 2),
+        ("falcon_h1", r"model\.layers\.1\.(mamba\.out_proj|self_attn\.k_proj)", 2),
     ],
 )
 def test_parts_of_a_model_with_other_mixers_adapted(variant, targets, expected):

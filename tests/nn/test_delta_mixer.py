@@ -17,7 +17,7 @@ from support.parity import decoder_like, our_gradients, peft_gradients, peft_los
 from support.tiny_gguf import write_tiny_gguf_with_prediction
 from support.tiny_models import attach_lora, full_logits, save_tiny, tiny_documents, tiny_model
 
-VARIANTS = ("qwen3_5_text", "qwen3_5_text-tied", "granite4-h", "bamba-steps")
+VARIANTS = ("qwen3_5_text", "qwen3_5_text-tied", "granite4-h", "bamba-steps", "falcon_h1")
 LENGTHS = (2 * CHUNK_TOKENS + 22, 9, CHUNK_TOKENS + 6, 1)
 SCALING = 1.7
 

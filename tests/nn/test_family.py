@@ -60,6 +60,7 @@ _WINDOWED = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers
         ("granitemoehybrid", {}),
         ("granite4-h", {"position_embedding_type": "rope"}),
         ("bamba", {}),
+        ("falcon_h1", {"mamba_rms_norm": True, "mamba_d_ssm": None, "mamba_d_head": 20}),
         ("lfm2", {}),
         ("smollm3", {"use_sliding_window": True, "sliding_window": 8}),
         ("olmo2", {}),
@@ -323,6 +324,7 @@ def test_the_width_of_lfm2s_mlp(changes: dict[str, Any], width: int) -> None:
         ("granitemoehybrid", {"num_local_experts": 4}, ["num_local_experts = 4"]),
         ("granite4-h", {"layer_types": ["mamba", "sliding_attention"] * 2}, ["full_attention and linear_attention"]),
         ("bamba", {"partial_rotary_factor": 1.0}, ["partial_rotary_factor = 1.0"]),
+        ("falcon_h1", {"projectors_bias": True}, ["projectors_bias = True"]),
         ("lfm2", {"layer_types": ["conv", "sliding_attention", "conv", "conv"]}, ["full_attention and conv"]),
         ("llama", {"rope_scaling": {"rope_type": "axial"}}, ["rope_scaling.rope_type = 'axial'"]),
         ("llama", {"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope_theta = "]),
@@ -415,10 +417,11 @@ def test_values_that_no_model_has_are_errors(changes: dict[str, Any], named: str
         ({"time_step_limit": [0.2, "1"]}, "time_step_limit"),
         ({"time_step_limit": [0.2, 0.1]}, "time_step_limit"),
         ({"attn_layer_indices": ["1"]}, "attn_layer_indices"),
+        ({"mlp_multipliers": [1.0]}, "mlp_multipliers"),
     ],
 )
 def test_sizes_of_mamba_that_no_model_has_are_errors(changes: dict[str, Any], named: str) -> None:
-    variant = "bamba" if "attn_layer_indices" in changes else "granite4-h"
+    variant = {"attn_layer_indices": "bamba", "mlp_multipliers": "falcon_h1"}.get(*changes, "granite4-h")
     with pytest.raises(ArtifactError, match=named):
         decoder_config({**tiny_config(variant).to_dict(), **changes})
 

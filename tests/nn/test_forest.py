@@ -16,8 +16,19 @@ from backhand.verify.packed_tokens import unshare_prefixes
 from support.parity import decoder_like, relative_error
 from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
 
-# Attention, with windows, caps, sinks and experts; convolutions; the delta rule; Mamba-2; keys of other layers.
-MIXERS = ("llama", "gemma3_text", "gemma2", "gpt_oss", "lfm2", "qwen3_5_text", "bamba-steps", "gemma4_text")
+# Attention, with windows, caps, sinks and experts; convolutions; the delta rule; Mamba-2, alone and next to attention;
+# keys of other layers.
+MIXERS = (
+    "llama",
+    "gemma3_text",
+    "gemma2",
+    "gpt_oss",
+    "lfm2",
+    "qwen3_5_text",
+    "bamba-steps",
+    "falcon_h1",
+    "gemma4_text",
+)
 
 
 @cache

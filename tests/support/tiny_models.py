@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -328,6 +329,37 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         },
     ),
+    "falcon_h1": (
+        "falcon_h1",
+        {
+            **_MAMBA,
+            "mamba_d_ssm": 108,
+            "mamba_d_head": 18,
+            "embedding_multiplier": 3.125,
+            "lm_head_multiplier": 0.6,
+            "mlp_multipliers": [0.8, 1.3],
+            "ssm_multipliers": [0.9, 1.2, 0.7, 1.4, 0.8],
+            "key_multiplier": 0.7,
+            "attention_in_multiplier": 1.2,
+            "attention_out_multiplier": 0.9,
+            "ssm_in_multiplier": 1.1,
+            "ssm_out_multiplier": 0.75,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "falcon-norm": (
+        "falcon_h1",
+        {
+            **_MAMBA,
+            "mamba_d_ssm": None,
+            "mamba_n_groups": 2,
+            "mamba_conv_bias": False,
+            "mamba_rms_norm": True,
+            "rms_norm_eps": _DELTA_EPS,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
     "lfm2": (
         "lfm2",
         {
@@ -470,6 +502,7 @@ FAMILIES: tuple[str, ...] = (
     "granitemoehybrid",
     "granite4-h",
     "bamba",
+    "falcon_h1",
     "lfm2",
     "smollm3",
     "gemma2",
@@ -587,7 +620,9 @@ def attach_lora(
     config = peft.LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, task_type="CAUSAL_LM", **lora
     )
-    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    # PEFT refuses `out_proj` of Mamba-2, because fused kernels would not see its factors. Here are no such kernels.
+    with patch("peft.tuners.tuners_utils._check_lora_target_modules_mamba"):
+        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     adapted.create_or_update_model_card = lambda *_: None  # a README nobody reads takes most of the time of saving
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -50,6 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2": {},
     "qwen3_5_text": {},
     "bamba": {"num_hidden_layers": 5},
+    "falcon_h1": {"num_hidden_layers": 5},
     "gemma4_text": {},
     "gpt_oss": {"num_hidden_layers": 5},
 }
@@ -93,6 +94,7 @@ def peaks(
         ("lfm2", torch.float32, "long-row"),
         ("qwen3_5_text", torch.float32, "shared"),
         ("bamba", torch.float32, "shared"),
+        ("falcon_h1", torch.float32, "unlike"),
         ("gemma4_text", torch.float32, "short-rows"),
         ("gpt_oss", torch.float32, "unlike"),
     ],
@@ -228,7 +230,7 @@ def test_what_cannot_fit_is_not_measured(measured: Callable[..., tuple[MeasuredM
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", ["llama", "lfm2", "qwen3_5_text", "granite4-h", "gemma4_text"])
+@pytest.mark.parametrize("variant", ["llama", "lfm2", "qwen3_5_text", "granite4-h", "falcon_h1", "gemma4_text"])
 def test_a_conversation_holds_keys_values_and_states(variant: str, dtype: torch.dtype) -> None:
     """A model that answers during the run holds bytes for each token, and for a row as a whole."""
     config = config_of(variant)
@@ -237,7 +239,9 @@ def test_a_conversation_holds_keys_values_and_states(variant: str, dtype: torch.
     states = sum(state.nbytes for layer in cache.states for state in layer)
     held = sum(part.nbytes for part in (*cache.keys, *cache.values)) + states
     assert 4 * PAGE * size.cache_bytes + size.mixer_state_bytes == held  # with the page of zeros
-    assert size.mixer_state_bytes == states and (states > 0) == (variant in ("lfm2", "qwen3_5_text", "granite4-h"))
+    assert size.mixer_state_bytes == states and (states > 0) == (
+        variant in ("lfm2", "qwen3_5_text", "granite4-h", "falcon_h1")
+    )
     without = second_model_bytes(size, 1000, 0)
     assert second_model_bytes(size, 1000, 37) - without == 37 * size.cache_bytes
 

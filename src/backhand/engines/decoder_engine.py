@@ -26,7 +26,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.frozen_prefix import FrozenPrefix
 from backhand.nn.decoder.weights import DecoderWeights, load_weights, module_shapes
 from backhand.nn.families.config_fields import UNREAD, UnsupportedModel
-from backhand.nn.families.family import EXPERT_GROUPS, GATED_DELTA, SSM, DecoderConfig
+from backhand.nn.families.family import ATTENTION_AND_SSM, EXPERT_GROUPS, GATED_DELTA, SSM, DecoderConfig
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
@@ -83,7 +83,7 @@ class DecoderEngine(Engine):
             batch_dependent = "with capped attention scores a row's last bits depend on the other rows of its batch"
         elif any(one.experts for one in self.config.layers[:layer]):
             batch_dependent = "an expert computes all its rows together, and their last bits depend on one another"
-        elif any(one.mixer in (GATED_DELTA, SSM) for one in self.config.layers[:layer]):
+        elif any(one.mixer in (GATED_DELTA, SSM, ATTENTION_AND_SSM) for one in self.config.layers[:layer]):
             batch_dependent = "the chunks of a layer with a state begin where a prefix that rows share ends"
         elif longest > min(windows, default=longest):
             batch_dependent = (

@@ -23,6 +23,8 @@ from backhand.errors import not_none
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch, document_runs
 from backhand.nn.decoder.adapted_group import BEFORE_BLOCKS, EMBEDDING, HEAD, group_mask_seed, group_of
 from backhand.nn.families.family import (
+    ATTENTION,
+    ATTENTION_AND_SSM,
     FUSED_QKV,
     GATED_DELTA,
     LAYER_SCALAR,
@@ -295,7 +297,8 @@ def reference_block(x: Tensor, at: ReferenceLayer) -> Tensor:
     gate, up = torch.cat([at.linear(branch, part, loss_positions_only=True) for part in config.groups[2]], -1).chunk(
         2, -1
     )
-    branch = at.linear(_activated(gate, config) * up, config.groups[3][0], loss_positions_only=True)
+    product = _activated(gate * config.multipliers.gate, config) * up
+    branch = at.linear(product, config.groups[3][0], loss_positions_only=True) * config.multipliers.down
     x = x + at.norm(branch, config.norms.after_mlp) * times
     if config.per_layer is not None:
         (gate_name,), (projection,) = PER_LAYER_GROUPS
@@ -354,7 +357,7 @@ def _attention(x: Tensor, at: ReferenceLayer) -> Tensor:
     """Return attention's output, (tokens, hidden), from the normed x. Keys and values may be another layer's."""
     config, layer = at.config, at.config.layers[at.number]
     rotary = None if layer.rotary is None else config.rotary[layer.rotary]
-    parts = config.mixers[layer.mixer].groups[0]
+    parts = config.mixers[ATTENTION if layer.mixer == ATTENTION_AND_SSM else layer.mixer].groups[0]
     q, *others = (at.linear(x, part) for part in parts)
     if parts == (FUSED_QKV,):
         heads = [config.num_heads, config.num_key_value_heads, config.num_key_value_heads]
@@ -413,17 +416,31 @@ def _ssm(x: Tensor, at: ReferenceLayer) -> Tensor:
     """Return the output of Mamba-2, (tokens, hidden), by its recurrence, document by document."""
     sizes, runs, weights, inside = not_none(at.config.ssm), at.runs, at.weights, f"{at.name}.mamba"
     (input_name,), (output_name,) = at.config.mixers[SSM].groups
-    z, xbc, a = at.linear(x, input_name).split(sizes.inputs, dim=-1)
+    projected = at.linear(x, input_name)
+    if at.config.multipliers.ssm:
+        parts = zip(projected.split(sizes.parts, dim=-1), at.config.multipliers.ssm, strict=True)
+        projected = torch.cat([part * multiplier for part, multiplier in parts], dim=-1)
+    z, xbc, a = projected.split(sizes.inputs, dim=-1)
     taps = Taps(weights[f"{inside}.conv1d.weight"].squeeze(1), weights.get(f"{inside}.conv1d.bias"))
     shared = sizes.groups * sizes.state_width
     xs, b, c = causal_conv_reference(xbc, taps, runs, silu=True).split([sizes.width, shared, shared], dim=-1)
     xs, (b, c) = xs.unflatten(-1, (sizes.heads, -1)), (part.unflatten(-1, (sizes.groups, -1)) for part in (b, c))
     dt = time_step_reference(a, weights[f"{inside}.dt_bias"], sizes.time_steps)
     scanned = ssd_reference(xs, dt, b, c, weights[f"{inside}.A_log"], weights[f"{inside}.D"], runs).flatten(1)
-    gated = (scanned * functional.silu(z)).unflatten(-1, (sizes.groups, -1))
-    gain = weights[f"{inside}.norm.weight"].unflatten(0, (sizes.groups, -1))
-    normed = _norm(gated, gain, replace(at.config, norm_offset=0.0)).flatten(1)
-    return at.linear(normed, output_name, loss_positions_only=True)
+
+    def normed(y: Tensor) -> Tensor:
+        gain = weights[f"{inside}.norm.weight"].unflatten(0, (sizes.groups, -1))
+        return _norm(y.unflatten(-1, (sizes.groups, -1)), gain, replace(at.config, norm_offset=0.0)).flatten(1)
+
+    gated = (normed(scanned) if sizes.norm == "before_gate" else scanned) * functional.silu(z)
+    output = normed(gated) if sizes.norm == "after_gate" else gated
+    return at.linear(output, output_name, loss_positions_only=True)
+
+
+def _attention_and_ssm(x: Tensor, at: ReferenceLayer) -> Tensor:
+    """Return the sum of attention's and Mamba-2's outputs, each with its multiplier, (tokens, hidden)."""
+    multipliers = at.config.multipliers
+    return _attention(x, at) * multipliers.output + _ssm(x, at) * multipliers.second_output
 
 
 def _short_conv(x: Tensor, at: ReferenceLayer) -> Tensor:
@@ -438,6 +455,7 @@ _MIXERS: dict[str, Callable[[Tensor, ReferenceLayer], Tensor]] = {
     SHORT_CONV: _short_conv,
     GATED_DELTA: _gated_delta,
     SSM: _ssm,
+    ATTENTION_AND_SSM: _attention_and_ssm,
 }
 
 

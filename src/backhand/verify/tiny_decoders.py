@@ -18,6 +18,7 @@ from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.delta_mixer import NORM as DELTA_NORM
 from backhand.nn.decoder.weights import DecoderWeights, dense_views, empty_weights, module_shapes
 from backhand.nn.families.family import (
+    ATTENTION_AND_SSM,
     GATED_DELTA,
     KEYS_AS_VALUES,
     LAYER_SCALAR,
@@ -31,6 +32,7 @@ from backhand.nn.families.family import (
     LayerConfig,
     LayerSizes,
     Mixture,
+    Multipliers,
     PerLayerInput,
     QueryScaling,
     RotaryConfig,
@@ -56,6 +58,7 @@ _LONGROPE = rule("longrope", short_factor=(1.3, 2.1), long_factor=(1.9, 0.7), or
 _FULL, _SLIDING, _CONVOLVED = LayerConfig(), LayerConfig(window=WINDOW), LayerConfig(rotary=None, mixer=SHORT_CONV)
 _DELTA = LayerConfig(rotary=None, mixer=GATED_DELTA)
 _SSM = LayerConfig(rotary=None, mixer=SSM)
+_PARALLEL = LayerConfig(mixer=ATTENTION_AND_SSM)
 
 LLAMA = DecoderConfig(
     family="llama",
@@ -165,6 +168,20 @@ FAMILIES: dict[str, DecoderConfig] = {
         ssm=SSMSizes(4, 5, groups=2, state_width=3, taps=4, conv_bias=False, bias=True, time_steps=(0.2, 1.1)),
         layers=(_SSM, _FULL),
         rotary=(RotaryConfig(100.0, features=4),),
+    ),
+    "falcon-h1, mamba next to attention": _tiny(
+        "falcon_h1",
+        ssm=SSMSizes(3, 4, groups=1, state_width=5, taps=3, norm=None),
+        multipliers=Multipliers(0.6, 1.4, gate=0.8, down=1.7, ssm=(0.9, 1.3, 0.7, 1.6, 1.2)),
+        layers=(_PARALLEL, _PARALLEL),
+        logits=LogitsRule(0.4),
+        embedding_scaling=1.9,
+    ),
+    "falcon-h1, norm before the gate": _tiny(
+        "falcon_h1",
+        norm_eps=0.1,
+        ssm=SSMSizes(4, 5, groups=2, state_width=3, taps=4, norm="before_gate"),
+        layers=(_PARALLEL,),
     ),
     "gemma2, capped": _tiny(
         "gemma2",

@@ -75,6 +75,8 @@ class BlockAdapter(NamedTuple):
     norms: Mapping[str | None, Tensor] = _NO_NORMS
     # gate and projection of the per-layer embeddings; None in families without them
     per_layer: tuple[GroupAdapter, GroupAdapter] | None = None
+    # second output projection of the mixer; None in most mixers
+    second_output: GroupAdapter | None = None
     mixer_extras: bool = False  # True if the mixer sublayer trains more than factors
     mlp_extras: bool = False  # True if the MLP sublayer trains more than factors
 
@@ -149,9 +151,10 @@ def block_adapter(
     if config.per_layer is not None:
         output_sizes += [(config.per_layer.width,), hidden]
 
-    def adapter(group: Group) -> GroupAdapter:
-        names = tuple(f"model.layers.{layer}.{name}" for name in groups[group])
-        group_weights = None if weights is None else [weights[name] for name in groups[group]]
+    def adapter(group: Group, modules: tuple[str, ...] | None = None) -> GroupAdapter:
+        modules = groups[group] if modules is None else modules
+        names = tuple(f"model.layers.{layer}.{name}" for name in modules)
+        group_weights = None if weights is None else [weights[name] for name in modules]
         seed = None if dropout_seed is None else group_mask_seed(dropout_seed, layer, group)
         return group_adapter(lora, names, output_sizes[group], seed, group_weights)
 
@@ -160,8 +163,11 @@ def block_adapter(
     per_layer = None
     if len(groups) > Group.PER_LAYER_GATE:
         per_layer = adapter(Group.PER_LAYER_GATE), adapter(Group.PER_LAYER_PROJECTION)
-    mixer_extras, mlp_extras = (any(each.extras is not None for each in pair) for pair in (adapters[:2], adapters[2:]))
-    return BlockAdapter(*adapters, norms, per_layer, mixer_extras, mlp_extras)
+    # Its mask has the seed of the first projection's, but another width.
+    second = adapter(Group.OUTPUT, mixer.second) if mixer.second else None
+    of_mixer = [*adapters[:2], *([] if second is None else [second])]
+    mixer_extras, mlp_extras = (any(each.extras is not None for each in some) for some in (of_mixer, adapters[2:]))
+    return BlockAdapter(*adapters, norms, per_layer, second, mixer_extras, mlp_extras)
 
 
 def before_blocks_adapter(lora: LoRAParameters | None, dropout_seed: int | None, weight: FrozenMatrix) -> GroupAdapter:

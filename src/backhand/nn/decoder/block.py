@@ -14,7 +14,9 @@ Families differ from these lines as follows:
 - Some normalize q and k before the rotation. Some layers have no rotation.
 - Gemma 3 also normalizes the output of each sublayer, before the sum. OLMo 2 has only this norm: n₁ = x₀ and n₂ = x₁.
 - In some layers another mixer replaces attention, and has its own input projections (`nn.decoder.mixer`).
-- Granite multiplies the output of each sublayer by a residual multiplier m before the sum.
+- Granite multiplies the output of each sublayer by a residual multiplier m before the sum. Falcon-H1 has a multiplier
+  for the output of each of several modules.
+- Falcon-H1's mixer is attention next to Mamba-2, with one projection after each (`nn.decoder.parallel_mixer`).
 - A mixture of experts replaces the MLP sublayer (`nn.decoder.experts`).
 - Gemma 4 adds per-layer embeddings to x₂ and multiplies the sum by a scalar (`nn.decoder.ple_block`).
 
@@ -32,8 +34,8 @@ From d_p it computes ∂L/∂[a u], and from that ∂L/∂h and ∂L/∂B of gat
 down.
 
 `nn.decoder.general_backward` has the backward functions for mixtures of experts, for sublayers that train more than
-LoRA factors, and for a backward pass that ends in the MLP sublayer or at W_o. A LoRA adapter of all linear layers of a
-Llama never needs it: there the backward pass ends at W_qkv of the first block.
+LoRA factors, for Falcon-H1, and for a backward pass that ends in the MLP sublayer or at W_o. A LoRA adapter of all
+linear layers of a Llama never needs it: there the backward pass ends at W_qkv of the first block.
 
 Saved for the backward:
 - x₀, q, k, v, x₁, a, u, and the inverse RMS of n₁ and n₂;
@@ -61,12 +63,15 @@ from backhand.nn.decoder.delta_mixer import GATED_DELTA_RULE
 from backhand.nn.decoder.experts import ExpertsSaved, experts_sublayer_forward
 from backhand.nn.decoder.general_backward import general_mixer_backward, general_mlp_backward
 from backhand.nn.decoder.mixer import BlockContext, MixerSaved, MLPSaved
+from backhand.nn.decoder.parallel_mixer import PARALLEL
 from backhand.nn.decoder.ple_block import PLESaved, ple_backward, ple_forward
 from backhand.nn.decoder.projections import (
+    gate_up_forward,
     gather_rows,
     group_backward,
     group_forward,
     mixer_output_buffer,
+    mixer_output_forward,
     pre_norm_backward,
     pre_norm_forward,
     pre_norm_saved,
@@ -81,6 +86,7 @@ from backhand.nn.decoder.ssm_mixer import STATE_SPACE
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.families.family import (
     ATTENTION,
+    ATTENTION_AND_SSM,
     GATED_DELTA,
     KEYS_AS_VALUES,
     SHARED_KEYS,
@@ -102,6 +108,7 @@ MIXERS = {
     SHORT_CONV: SHORT_CONVOLUTION,
     GATED_DELTA: GATED_DELTA_RULE,
     SSM: STATE_SPACE,
+    ATTENTION_AND_SSM: PARALLEL,
     **dict.fromkeys((VALUE_NORMED, KEYS_AS_VALUES, SHARED_KEYS), SHARED_ATTENTION),
 }
 """Mixers by the names in `LayerConfig.mixer`."""
@@ -141,17 +148,11 @@ def mixer_sublayer_forward(
     n1, inverse_rms = pre_norm_forward(x0, weights.attention_norm, config, context.scratch)
     qkv, h_input = group_forward(n1, weights.input, weights.input_bias, adapter.input)
     o, inner = mixer.forward(qkv, weights, context)
-    x1, h_output, post_norm = residual_forward(
-        gather_rows(x0, positions),
-        gather_rows(o, positions),
-        weights.output,
-        weights.output_bias,
-        adapter.output,
-        weights.after_attention_norm,
-        config,
+    x1, h_output, h_second, post_norm = mixer_output_forward(
+        gather_rows(x0, positions), gather_rows(o, positions), weights, adapter, config
     )
     saved_output = None if mixer.recomputes_output(o, config) else o
-    return x1, MixerSaved(inverse_rms, qkv, saved_output, inner, h_input, h_output, post_norm)
+    return x1, MixerSaved(inverse_rms, qkv, saved_output, inner, h_input, h_output, post_norm, h_second)
 
 
 def mlp_sublayer_forward(
@@ -162,11 +163,18 @@ def mlp_sublayer_forward(
         return experts_sublayer_forward(x1, weights, adapter, config, scratch)
     ffn = config.intermediate_size
     n2, inverse_rms = pre_norm_forward(x1, weights.mlp_norm, config, scratch)
-    gate_up, h_gate_up = group_forward(n2, weights.gate_up, weights.gate_up_bias, adapter.gate_up)
+    gate_up, h_gate_up = gate_up_forward(n2, weights, adapter, config)
     buffer = scratch.take("product", (x1.shape[0], ffn), x1)
     p, _ = glu_forward(gate_up[:, :ffn], gate_up[:, ffn:], config.activation, out=buffer)
     x2, h_down, post_norm = residual_forward(
-        x1, p, weights.down, weights.down_bias, adapter.down, weights.after_mlp_norm, config
+        x1,
+        p,
+        weights.down,
+        weights.down_bias,
+        adapter.down,
+        weights.after_mlp_norm,
+        config,
+        config.multipliers.down,
     )
     return x2, MLPSaved(inverse_rms, gate_up, h_gate_up, h_down, post_norm)
 
@@ -203,13 +211,14 @@ def block_backward(
             return None
         d_x2 = d_before_ple
     config, needs_d_n1 = context.config, Group.INPUT in input_grad_groups
-    if isinstance(mlp_saved, MLPSaved) and Group.GATE_UP in input_grad_groups and not adapter.mlp_extras:
+    plain_mlp = Group.GATE_UP in input_grad_groups and not adapter.mlp_extras and config.multipliers.gate == 1.0
+    if plain_mlp and isinstance(mlp_saved, MLPSaved):
         d_x1: Tensor | None = mlp_sublayer_backward(d_x2, x1, mlp_saved, weights, adapter, config)
     else:
         d_x1 = general_mlp_backward(d_x2, x1, mlp_saved, weights, adapter, config, input_grad_groups)
     if d_x1 is None:
         return None
-    if Group.OUTPUT in input_grad_groups and not adapter.mixer_extras:
+    if Group.OUTPUT in input_grad_groups and not adapter.mixer_extras and weights.second_output is None:
         return mixer_sublayer_backward(d_x1, x0, mixer_saved, weights, adapter, context, needs_d_n1)
     mixer = MIXERS[context.layer.mixer]
     return general_mixer_backward(d_x1, x0, mixer_saved, weights, adapter, context, mixer, input_grad_groups)
@@ -221,8 +230,9 @@ def mlp_sublayer_backward(
     """Map d_x₂ to d_x₁, both of shape (P, hidden), and add the gradients of the MLP's factors to the flat buffer."""
     gate_up, down, norms = adapter.gate_up.group, adapter.down.group, config.norms
     n2_saved = pre_norm_saved(x1, weights.mlp_norm, saved.inverse_rms, config)  # represents n₂ without forming it
-    a_u, h = saved_or_recomputed_gate_up(saved, n2_saved, weights, adapter)
-    d_down = residual_backward(d_x2, saved.post_norm, adapter.norms.get(norms.after_mlp), config)
+    a_u, h = saved_or_recomputed_gate_up(saved, n2_saved, weights, adapter, config)
+    multiplier = config.multipliers.down
+    d_down = residual_backward(d_x2, saved.post_norm, adapter.norms.get(norms.after_mlp), config, multiplier)
     d_h_down = h_gradient(d_down, saved.h_down, down.adapters)
     d_p = group_input_gradient(d_down, d_h_down, weights.down, down)
     del d_down
@@ -249,7 +259,8 @@ def mixer_sublayer_backward(
     config, positions, mixer = context.config, context.loss_positions, MIXERS[context.layer.mixer]
     output, norms = adapter.output.group, config.norms
     n1_saved = pre_norm_saved(x0, weights.attention_norm, saved.inverse_rms, config)
-    d_projected = residual_backward(d_x1, saved.post_norm, adapter.norms.get(norms.after_attention), config)
+    multiplier = config.multipliers.output
+    d_projected = residual_backward(d_x1, saved.post_norm, adapter.norms.get(norms.after_attention), config, multiplier)
     d_h_output = h_gradient(d_projected, saved.h_output, output.adapters)
     d_o = scatter_rows(group_input_gradient(d_projected, d_h_output, weights.output, output), positions, x0)
     del d_projected

@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from backhand.errors import not_none
 from backhand.kernels.builds import kernels_available
 from backhand.kernels.few_rows import QUICK_ROW
 from backhand.nn.batch import document_runs
@@ -42,7 +41,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.kv_cache import KVCache, Where
 from backhand.nn.decoder.mixer import BlockContext, Rows
 from backhand.nn.decoder.ple_block import ple_forward
-from backhand.nn.decoder.projections import group_forward, pre_norm_forward, residual_forward
+from backhand.nn.decoder.projections import group_forward, mixer_output_forward, pre_norm_forward
 from backhand.nn.decoder.weights import DecoderWeights
 from backhand.nn.scratch import Scratch
 from backhand.ops.attention import attention_forward
@@ -282,13 +281,14 @@ class IncrementalDecoder:
         n1, _ = pre_norm_forward(x0, weights.attention_norm, config, context.scratch)
         mixer = MIXERS[context.layer.mixer]
         mixer_input, _ = group_forward(n1, weights.input, weights.input_bias, adapter.input)
-        if mixer.extend is None:
-            q, k, v = not_none(mixer.qkv)(mixer_input, weights, context)[:3]
-            output = gated_output(mixer_input, attend(index, q, k, v), config)
-        else:
-            output = mixer.extend(mixer_input, weights, self.cache.states[index], rows, config)
-        after = weights.after_attention_norm
-        x1, _, _ = residual_forward(x0, output, weights.output, weights.output_bias, adapter.output, after, config)
+        outputs = []
+        if mixer.qkv is not None:
+            q, k, v = mixer.qkv(mixer_input, weights, context)[:3]
+            outputs.append(gated_output(mixer_input, attend(index, q, k, v), config))
+        if mixer.extend is not None:
+            outputs.append(mixer.extend(mixer_input, weights, self.cache.states[index], rows, config))
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        x1, *_ = mixer_output_forward(x0, output, weights, adapter, config)
         x2, _ = mlp_sublayer_forward(x1, weights, adapter, config, context.scratch)
         return x2 if weights.layer_scalar is None else ple_forward(x2, weights, adapter, context)[0]
 

@@ -1,8 +1,9 @@
 """General backward of a block's sublayers, for blocks that the plain order in `nn.decoder.block` does not cover.
 
-There are three such cases:
+There are four such cases:
 - the MLP sublayer is a mixture of experts (`nn.decoder.experts`);
 - the sublayer trains more than LoRA factors (`nn.decoder.group_extras`);
+- the family multiplies the gate of the MLP, or has a second projection after the mixer (Falcon-H1);
 - the backward pass ends in the MLP sublayer, or at the output projection of the mixer.
 
 T, P and the names of tensors are defined in `nn.decoder.block`.
@@ -13,6 +14,7 @@ Each projection receives its input and computes all its gradients in one call, s
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from backhand.errors import not_none
@@ -26,7 +28,9 @@ from backhand.nn.decoder.projections import (
     pre_norm_saved,
     residual_backward,
     saved_or_recomputed_gate_up,
+    scale_gate,
     scatter_rows,
+    split_output,
 )
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.families.family import DecoderConfig
@@ -45,7 +49,8 @@ def general_mlp_backward(
 ) -> Tensor | None:
     """Return d_x₁ for d_x₂, both of shape (P, hidden), or None if the backward pass ends in this sublayer."""
     n2 = pre_norm_saved(x1, weights.mlp_norm, saved.inverse_rms, config)
-    d_y = residual_backward(d_x2, saved.post_norm, adapter.norms.get(config.norms.after_mlp), config)
+    multiplier = config.multipliers.down
+    d_y = residual_backward(d_x2, saved.post_norm, adapter.norms.get(config.norms.after_mlp), config, multiplier)
     if isinstance(saved, ExpertsSaved):
         d_n2 = experts_backward(d_y, n2, saved, weights, adapter, config, input_grad_groups)
     else:
@@ -64,7 +69,7 @@ def _gated_mlp_backward(
 ) -> Tensor | None:
     """Return d_n₂ for ∂L/∂(p W_dᵀ), both of shape (P, hidden), or None if the backward pass ends in this sublayer."""
     ffn = config.intermediate_size
-    a_u, h = saved_or_recomputed_gate_up(saved, n2, weights, adapter)
+    a_u, h = saved_or_recomputed_gate_up(saved, n2, weights, adapter, config)
     unit = GLUSaved(a_u[:, :ffn], a_u[:, ffn:], config.activation)
     p, activated = glu_recompute(unit)
     needs_d_p = Group.DOWN in input_grad_groups
@@ -73,6 +78,7 @@ def _gated_mlp_backward(
     if d_p is None:
         return None
     glu_backward(d_p, unit, ready=activated, out=a_u)
+    scale_gate(a_u, config)
     del activated, d_p
     needs_d_n2 = Group.GATE_UP in input_grad_groups
     return group_backward(a_u, n2, weights.gate_up, adapter.gate_up, h, input_gradient=needs_d_n2)
@@ -91,12 +97,18 @@ def general_mixer_backward(
     """Return d_x₀ (T, hidden) for d_x₁ (P, hidden), or None if the backward pass ends in this sublayer."""
     config, positions, norms = context.config, context.loss_positions, context.config.norms
     n1 = pre_norm_saved(x0, weights.attention_norm, saved.inverse_rms, config)
-    d_projected = residual_backward(d_x1, saved.post_norm, adapter.norms.get(norms.after_attention), config)
+    after = adapter.norms.get(norms.after_attention)
+    d_projected = residual_backward(d_x1, saved.post_norm, after, config, config.multipliers.output)
     o = not_none(mixer.output)(saved, weights, context) if saved.output is None else saved.output
     needs_d_o = Group.OUTPUT in input_grad_groups
-    o_rows = gather_rows(o, positions)
+    o_rows, second = split_output(gather_rows(o, positions), weights)
     d_o = group_backward(d_projected, o_rows, weights.output, adapter.output, saved.h_output, input_gradient=needs_d_o)
-    del o, o_rows, d_projected
+    if weights.second_output is not None:
+        d_projected = residual_backward(d_x1, None, None, config, config.multipliers.second_output)
+        own = weights.second_output, not_none(adapter.second_output), not_none(saved.h_second)
+        d_second = group_backward(d_projected, not_none(second), *own, input_gradient=needs_d_o)
+        d_o = None if d_o is None or d_second is None else torch.cat([d_o, d_second], dim=1)
+    del o, o_rows, second, d_projected
     if d_o is None:
         return None
     d_input = mixer.backward(scatter_rows(d_o, positions, x0), saved, weights, context, adapter, saved.output)

@@ -4,8 +4,8 @@
 
 A mixer combines the tokens of a document. The norm, both groups of projections and the sum are in `nn.decoder.block`
 and the same for all mixers. Each mixer has its own file: `attention_mixer`, `shared_attention`, `short_conv`,
-`delta_mixer` and `ssm_mixer`. Each has a forward, a backward by hand, and a function that continues a text during
-generation.
+`delta_mixer`, `ssm_mixer` and `parallel_mixer`. Each has a forward, a backward by hand, and a function that continues a
+text during generation.
 
 During generation, attention stores the keys and values of every token (`kv_cache`). The other mixers keep a state of
 fixed size that summarizes all tokens of a row. The state after fewer tokens cannot be computed from it.
@@ -55,6 +55,7 @@ class MixerSaved(NamedTuple):
     h_input: Tensor  # (T, Σ rank)
     h_output: Tensor  # (P, rank)
     post_norm: RMSNormSaved | None  # saved by the norm after the sublayer; None without that norm
+    h_second: Tensor | None = None  # (P, rank) of a second output projection, if there is one
 
 
 class MLPSaved(NamedTuple):

@@ -4,8 +4,8 @@
     z  = … [n W₁ᵀ | … ] (+ LoRA) …     modules that share an input form one group (`group_forward`)
     x' = x + m · norm(z Wᵀ (+ LoRA))   most families have no norm here
 
-x is the residual stream, (T, hidden). m is the residual multiplier of the family, 1 in most families. The sublayer
-computes z from n.
+x is the residual stream, (T, hidden). m is a multiplier of the family, 1 in most families. The sublayer computes z from
+n. A mixer of two parts has a projection for each, and the sum has a term for each (Falcon-H1).
 
 Backward. G = ∂L/∂x' reaches both the sublayer and the stream that bypasses it:
     ∂L/∂(z Wᵀ) = (backward of the norm applied to m G)             (T, hidden)
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter
 from backhand.nn.decoder.mixer import BlockContext, MixerSaved, MLPSaved
 from backhand.nn.decoder.weights import BlockWeights
@@ -122,6 +123,7 @@ def residual_forward(
     adapter: GroupAdapter,
     norm_weight: Tensor | None,
     config: DecoderConfig,
+    multiplier: float = 1.0,
 ) -> tuple[Tensor, Tensor, RMSNormSaved | None]:
     """Return stream + m · norm(x Wᵀ (+ LoRA)).
 
@@ -131,38 +133,78 @@ def residual_forward(
         weight: (hidden, in).
         bias: (hidden,) or None.
         norm_weight: (hidden,), or None for no norm.
-        config: the family, for the norm and for m, its residual multiplier.
+        config: the family, for the norm and its residual multiplier.
+        multiplier: of this projection. m is the product of both.
 
     Returns:
         the sum (T, hidden), h (T, rank), and the tensors saved by the norm, or None without a norm.
     """
-    if norm_weight is None and config.residual_multiplier == 1.0:
+    if norm_weight is None and config.residual_multiplier * multiplier == 1.0:
         return *group_forward(x, weight, bias, adapter, stream), None
     y, h = group_forward(x, weight, bias, adapter)
-    x, saved = residual_sum(stream, y, norm_weight, config)
+    x, saved = residual_sum(stream, y, norm_weight, config, multiplier)
     return x, h, saved
 
 
+def mixer_output_forward(
+    stream: Tensor, o: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig
+) -> tuple[Tensor, Tensor, Tensor | None, RMSNormSaved | None]:
+    """Return x₁ = stream + m · norm(o Wᵀ (+ LoRA)), with a second projection of the last features of o if there is one.
+
+    Args:
+        stream: (P, hidden), the input of the mixer sublayer.
+        o: (P, width), output of the mixer.
+
+    Returns:
+        x₁ (P, hidden), h of both projections, (P, rank), and the tensors saved by the norm. None if not there.
+    """
+    first, second = split_output(o, weights)
+    x1, h, saved = residual_forward(
+        stream,
+        first,
+        weights.output,
+        weights.output_bias,
+        adapter.output,
+        weights.after_attention_norm,
+        config,
+        config.multipliers.output,
+    )
+    if second is None or weights.second_output is None:
+        return x1, h, None, saved
+    own = not_none(adapter.second_output), None, config, config.multipliers.second_output
+    x1, h_second, _ = residual_forward(x1, second, weights.second_output, None, *own)
+    return x1, h, h_second, saved
+
+
+def split_output(o: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor | None]:
+    """Return the inputs of the projections after the mixer, views of o (T, width). None without a second one."""
+    if weights.second_output is None:
+        return o, None
+    first, second = o.split([weights.output.shape[1], weights.second_output.shape[1]], dim=1)
+    return first, second
+
+
 def residual_sum(
-    stream: Tensor, y: Tensor, norm_weight: Tensor | None, config: DecoderConfig
+    stream: Tensor, y: Tensor, norm_weight: Tensor | None, config: DecoderConfig, multiplier: float = 1.0
 ) -> tuple[Tensor, RMSNormSaved | None]:
     """Return stream + m · norm(y) of shape (T, hidden) and the tensors saved by the norm. May overwrite y."""
     saved = None
     if norm_weight is not None:
         y, saved = rms_norm_forward(y, norm_weight, config.norm_eps, config.norm_offset)
-    if config.residual_multiplier != 1.0:
-        y.mul_(config.residual_multiplier)
+    if config.residual_multiplier * multiplier != 1.0:
+        y.mul_(config.residual_multiplier * multiplier)
     return y.add_(stream), saved
 
 
 def residual_backward(
-    d_x: Tensor, saved: RMSNormSaved | None, d_weight: Tensor | None, config: DecoderConfig
+    d_x: Tensor, saved: RMSNormSaved | None, d_weight: Tensor | None, config: DecoderConfig, multiplier: float = 1.0
 ) -> Tensor:
     """Return ∂L/∂(z Wᵀ) of shape (T, hidden) for the gradient d_x of the sum, which is not modified.
 
     The gradient of the norm weight is added to `d_weight`, if given.
     """
-    d_y = d_x if config.residual_multiplier == 1.0 else d_x * config.residual_multiplier
+    multiplier *= config.residual_multiplier
+    d_y = d_x if multiplier == 1.0 else d_x * multiplier
     return d_y if saved is None else norm_backward(d_y, saved, d_weight)
 
 
@@ -191,12 +233,27 @@ def mixer_output_buffer(saved: MixerSaved, adapter: BlockAdapter, context: Block
 
 
 def saved_or_recomputed_gate_up(
-    saved: MLPSaved, n2: Tensor | RMSNormSaved, weights: BlockWeights, adapter: BlockAdapter
+    saved: MLPSaved, n2: Tensor | RMSNormSaved, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig
 ) -> tuple[Tensor, Tensor]:
     """Return [a | u] of shape (T, 2f) and h of the group, recomputed from n₂ if they are not saved."""
     if saved.gate_up is not None and saved.h_gate_up is not None:
         return saved.gate_up, saved.h_gate_up
-    return group_forward(normalized(n2), weights.gate_up, weights.gate_up_bias, adapter.gate_up)
+    return gate_up_forward(normalized(n2), weights, adapter, config)
+
+
+def gate_up_forward(
+    n2: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig
+) -> tuple[Tensor, Tensor]:
+    """Return [a | u] of shape (P, 2f), with a multiplied by the family's multiplier, and h of the group."""
+    gate_up, h = group_forward(n2, weights.gate_up, weights.gate_up_bias, adapter.gate_up)
+    scale_gate(gate_up, config)
+    return gate_up, h
+
+
+def scale_gate(gate_up: Tensor, config: DecoderConfig) -> None:
+    """Multiply a in [a | u], or its gradient, (P, 2f), by the family's multiplier of the gate."""
+    if config.multipliers.gate != 1.0:
+        gate_up[:, : config.intermediate_size].mul_(config.multipliers.gate)
 
 
 def gather_rows(x: Tensor, positions: Tensor | None) -> Tensor:

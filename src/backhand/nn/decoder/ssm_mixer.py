@@ -3,7 +3,9 @@
     [z | x b c | a] = in_proj(n₁),   [x b c] ← SiLU(conv([x b c])),   Δ = time_step(a)
     s = scan(x, Δ, b, c),   v = s ⊙ SiLU(z),   y = norm(v)
 
-The norm is computed over the features of each group of heads, and its weight covers all of them.
+The norm is computed over the features of each group of heads, and its weight covers all of them. In Falcon-H1 it may be
+before the gate, y = norm(s) ⊙ SiLU(z), or absent. There z, x, b, c and a have a multiplier each, which is applied to
+the output of in_proj in place.
 
 Backward takes the lines in reverse order and applies the backward of each op. The mixer saves s and the inverse RMS of
 the norm in addition to its input and output. The backward recomputes v, x, b, c and Δ from the input and s, at the cost
@@ -30,7 +32,7 @@ from backhand.nn.families.family import DecoderConfig, SSMSizes
 from backhand.ops.causal_conv import Taps, causal_conv_backward, causal_conv_continued, causal_conv_forward
 from backhand.ops.document_groups import SegmentRun
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward, glu_recompute
-from backhand.ops.rms_norm import RMSNormSaved, rms_norm_forward
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_forward
 from backhand.ops.ssd import SSDSaved, ssd_backward, ssd_forward
 from backhand.ops.time_step import TimeStepSaved, time_step_backward, time_step_forward
 
@@ -38,10 +40,10 @@ NORM = "mamba.norm"
 
 
 class SSMSaved(NamedTuple):
-    """s (T, heads · head width) and the inverse RMS of the norm, (groups, T, 1)."""
+    """s (T, heads · head width) and the inverse RMS of the norm, (groups, T, 1); None without a norm."""
 
     scanned: Tensor
-    inverse_rms: Tensor
+    inverse_rms: Tensor | None
 
 
 class _ScanInputs(NamedTuple):
@@ -57,6 +59,7 @@ class _ScanInputs(NamedTuple):
 def ssm_forward(projected: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, SSMSaved]:
     """Return y of shape (T, heads · head width) for [z | x b c | a], within each document."""
     sizes = not_none(context.config.ssm)
+    _multiply(projected, context.config)
     z, xbc, a = projected.split(sizes.inputs, dim=1)
     convolved, _ = causal_conv_forward(xbc, _taps(weights), context.segment_runs, silu=True)
     scan = _scan_inputs(convolved, a, weights, sizes)
@@ -78,7 +81,7 @@ def ssm_backward(
     d_input = torch.empty_like(saved.input)
     d_z, d_xbc, d_a = d_input.split(sizes.inputs, dim=1)
 
-    d_gate, d_scanned = _gated_backward(d_y, z, inner, weights, adapter.norms.get(NORM))
+    d_gate, d_scanned = _gated_backward(d_y, z, inner, weights, sizes, adapter.norms.get(NORM))
     d_z.copy_(d_gate)
     del d_gate
 
@@ -91,6 +94,7 @@ def ssm_backward(
     d_convolved = torch.cat([part.flatten(1) for part in (d_x, d_b, d_c)], dim=1)
     del scan, convolved, d_x, d_b, d_c
     causal_conv_backward(d_convolved, conv, out=d_xbc)
+    _multiply(d_input, context.config)
     return d_input
 
 
@@ -119,6 +123,7 @@ def ssm_extend(
         rows: the rows that the tokens belong to.
     """
     sizes, (seen, state) = not_none(config.ssm), states
+    _multiply(projected, config)
     z, xbc, a = projected.split(sizes.inputs, dim=1)
     scanned = projected.new_empty(projected.shape[0], sizes.heads, sizes.head_width)
     for first, count, start, new in rows:
@@ -145,33 +150,71 @@ def _scan_inputs(convolved: Tensor, a: Tensor, weights: BlockWeights, sizes: SSM
     return _ScanInputs(x.unflatten(1, (sizes.heads, sizes.head_width)), dt, b, c, time_step)
 
 
+def _multiply(projected: Tensor, config: DecoderConfig) -> None:
+    """Multiply z, x, b, c and a, or their gradients, in place by their multipliers."""
+    if config.multipliers.ssm:
+        parts = projected.split(not_none(config.ssm).parts, dim=1)
+        for part, multiplier in zip(parts, config.multipliers.ssm, strict=True):
+            part.mul_(multiplier)
+
+
 def _by_head(weights: BlockWeights) -> tuple[Tensor, Tensor]:
     """Return A and D of the scan, (heads,) each."""
     return not_none(weights.log_rate), not_none(weights.skip)
 
 
 def _gated(s: Tensor, z: Tensor, weights: BlockWeights, config: DecoderConfig) -> tuple[Tensor, SSMSaved]:
-    """Return norm(s ⊙ SiLU(z)) of shape (T, heads · head width) and the tensors saved for backward."""
+    """Return y of shape (T, heads · head width), s gated and normalized, and the tensors saved for backward."""
+    sizes, inverse_rms, v = not_none(config.ssm), None, s
+    if sizes.norm == "before_gate":
+        v, inverse_rms = _normed(s, weights, config)
+    v, _ = glu_forward(z, v, "silu")
+    if sizes.norm == "after_gate":
+        v, inverse_rms = _normed(v, weights, config)
+    return v, SSMSaved(s, inverse_rms)
+
+
+def _normed(v: Tensor, weights: BlockWeights, config: DecoderConfig) -> tuple[Tensor, Tensor]:
+    """Return norm(v) of shape (T, heads · head width) and the inverse RMS of each group, (groups, T, 1)."""
     groups = not_none(config.ssm).groups
-    v, _ = glu_forward(z, s, "silu")
     parts = zip(v.chunk(groups, dim=1), not_none(weights.gated_norm).chunk(groups), strict=True)
     normed, saved = zip(*(rms_norm_forward(part, weight, config.norm_eps) for part, weight in parts), strict=True)
     inverse_rms = torch.stack([one.inverse_rms for one in saved])
-    return normed[0] if groups == 1 else torch.cat(normed, dim=1), SSMSaved(s, inverse_rms)
+    return normed[0] if groups == 1 else torch.cat(normed, dim=1), inverse_rms
 
 
 def _gated_backward(
-    d_y: Tensor, z: Tensor, saved: SSMSaved, weights: BlockWeights, d_weight: Tensor | None
+    d_y: Tensor, z: Tensor, saved: SSMSaved, weights: BlockWeights, sizes: SSMSizes, d_weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return ∂L/∂z and ∂L/∂s of shape (T, heads · head width), and add the gradient of a trained norm to d_weight."""
-    unit, width = GLUSaved(z, saved.scanned, "silu"), d_y.shape[1] // len(saved.inverse_rms)
+    if saved.inverse_rms is None:
+        return glu_backward(d_y, GLUSaved(z, saved.scanned, "silu"))
+    if sizes.norm == "before_gate":
+        pieces = [rms_norm_apply(*one[:3]) for one in _group_norms(saved.scanned, saved.inverse_rms, weights)]
+        d_gate, d_normed = glu_backward(d_y, GLUSaved(z, torch.cat(pieces, dim=1), "silu"))
+        return d_gate, _normed_backward(d_normed, saved.scanned, saved.inverse_rms, weights, d_weight)
+    unit = GLUSaved(z, saved.scanned, "silu")
     v, activated = glu_recompute(unit)
-    weight, d_v = not_none(weights.gated_norm), torch.empty_like(d_y)
-    for group, inverse_rms in enumerate(saved.inverse_rms):
-        own = slice(group * width, (group + 1) * width)
-        norm = RMSNormSaved(v[:, own], weight[own], inverse_rms, 0.0)
-        d_v[:, own] = norm_backward(d_y[:, own], norm, None if d_weight is None else d_weight[own])
-    return glu_backward(d_v, unit, ready=activated)
+    return glu_backward(_normed_backward(d_y, v, saved.inverse_rms, weights, d_weight), unit, ready=activated)
+
+
+def _normed_backward(
+    d_y: Tensor, v: Tensor, inverse_rms: Tensor, weights: BlockWeights, d_weight: Tensor | None
+) -> Tensor:
+    """Return ∂L/∂v of the norm of v, (T, heads · head width), and add the gradient of a trained norm to d_weight."""
+    groups, d_v = len(inverse_rms), torch.empty_like(d_y)
+    d_weights = [None] * groups if d_weight is None else d_weight.chunk(groups)
+    norms = _group_norms(v, inverse_rms, weights)
+    for d_part, part, norm, own in zip(d_v.chunk(groups, 1), d_y.chunk(groups, 1), norms, d_weights, strict=True):
+        d_part.copy_(norm_backward(part, norm, own))
+    return d_v
+
+
+def _group_norms(v: Tensor, inverse_rms: Tensor, weights: BlockWeights) -> list[RMSNormSaved]:
+    """Return the saved tensors of the norm of each group of v, (T, heads · head width)."""
+    groups = len(inverse_rms)
+    parts = zip(v.chunk(groups, dim=1), not_none(weights.gated_norm).chunk(groups), inverse_rms, strict=True)
+    return [RMSNormSaved(part, weight, one, 0.0) for part, weight, one in parts]
 
 
 def _taps(weights: BlockWeights) -> Taps:

@@ -41,7 +41,7 @@ class BlockWeights:
     With q = heads · head_dim, k = key/value heads · head_dim and f = intermediate size, the shapes are:
 
     - input (Σ sizes, hidden), which is (q + 2k, hidden) for attention
-    - output (hidden, width), which is (hidden, q) for attention
+    - output (hidden, width), which is (hidden, q) for attention; second_output (hidden, width) next to it
     - gate_up (2f, hidden) and down (hidden, f)
     - norms (hidden,); q_norm and k_norm (head_dim,), or (q,) and (k,) for norms over all heads
     - sinks (heads,) of attention with sinks
@@ -60,6 +60,7 @@ class BlockWeights:
     output: FrozenMatrix
     gate_up: FrozenMatrix
     down: FrozenMatrix
+    second_output: FrozenMatrix | None = None
     attention_norm: Tensor | None = None
     mlp_norm: Tensor | None = None
     input_bias: Tensor | None = None
@@ -135,7 +136,9 @@ def block_parts(config: DecoderConfig, layer: LayerConfig) -> list[Part]:
         parts.append(Part(field, (name,), shape[:1], shape[1:], trainable=trainable))
 
     group("input", mixer.groups[0], mixer.sizes, hidden, mixer.biases[0])
-    group("output", mixer.groups[1], [hidden], mixer.width, mixer.biases[1])
+    group("output", mixer.groups[1], [hidden], mixer.width - mixer.second_width, mixer.biases[1])
+    if mixer.second:
+        group("second_output", mixer.second, [hidden], mixer.second_width)
     if mixture is None:
         group("gate_up", config.groups[2], sized.gate_up_sizes, hidden, config.mlp_bias)
         group("down", config.groups[3], [hidden], sized.intermediate_size, config.mlp_bias)

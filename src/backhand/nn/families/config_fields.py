@@ -218,15 +218,19 @@ def delta_sizes(fields: ConfigFields) -> DeltaSizes:
     return sizes
 
 
-def ssm_sizes(fields: ConfigFields) -> SSMSizes:
+def ssm_sizes(fields: ConfigFields, stated_width: int | None = None) -> SSMSizes:
     """Read the sizes of Mamba-2 layers. Absent fields have the class defaults.
 
+    Args:
+        stated_width: features of all heads together; None for `mamba_expand` times the hidden size.
+
     Raises:
-        ArtifactError: a value is not a positive integer, the heads are not a multiple of the groups, or the heads do
-            not have `mamba_expand` times the hidden size together.
+        ArtifactError: a value is not a positive integer, the heads are not a multiple of the groups, or they do not
+            have the width together.
     """
     heads, groups = fields.integer("mamba_n_heads"), fields.integer("mamba_n_groups")
-    width = fields.integer("mamba_expand") * fields.integer("hidden_size")
+    expanded = fields.integer("mamba_expand") * fields.integer("hidden_size")
+    width = expanded if stated_width is None else stated_width
     stated = fields.or_declared("mamba_d_head")
     head_width = width // heads if stated == "auto" else fields.integer("mamba_d_head")
     if heads % groups or head_width * heads != width:

@@ -10,6 +10,7 @@ from backhand.ops.clamped_glu import Clamp
 from backhand.ops.logits_rule import PLAIN, LogitsRule
 
 ATTENTION, SHORT_CONV, GATED_DELTA, SSM = "attention", "short_conv", "gated_delta", "ssm"
+ATTENTION_AND_SSM = "attention_and_ssm"
 VALUE_NORMED, KEYS_AS_VALUES, SHARED_KEYS = "value_normed", "keys_as_values", "shared_keys"
 """Names of mixers, see `MixerShape`."""
 
@@ -132,6 +133,10 @@ class MixerShape(NamedTuple):
     # norms inside the mixer: names and shapes of their tensors, by field of `BlockWeights`
     norms: dict[str, tuple[str, tuple[int, ...]]]
     frozen: dict[str, tuple[str, tuple[int, ...]]]  # tensors inside the mixer that are never trained, in the same form
+    # module of a second group after the mixer, whose output is added to that of the first, and its input: the last
+    # features of the mixer's output. Empty and 0 in most mixers
+    second: tuple[str, ...] = ()
+    second_width: int = 0
 
 
 class ShortConv(NamedTuple):
@@ -172,6 +177,8 @@ class SSMSizes(NamedTuple):
     conv_bias: bool = True
     bias: bool = False  # the projections around the mixer have biases
     time_steps: tuple[float, float] | None = None  # limits of the time step, if any
+    # place of the norm of the output: `after_gate`, `before_gate`, or None for no norm
+    norm: str | None = "after_gate"
 
     @property
     def width(self) -> int:
@@ -187,6 +194,26 @@ class SSMSizes(NamedTuple):
     def inputs(self) -> tuple[int, int, int]:
         """Number of features of z, of [x b c] and of a."""
         return self.width, self.channels, self.heads
+
+    @property
+    def parts(self) -> tuple[int, int, int, int, int]:
+        """Number of features of z, x, b, c and a."""
+        shared = self.groups * self.state_width
+        return self.width, self.width, shared, shared, self.heads
+
+
+class Multipliers(NamedTuple):
+    """Multipliers of the outputs of modules (Falcon-H1)."""
+
+    output: float = 1.0  # of the projection after the mixer
+    second_output: float = 1.0  # of the second one, after Mamba-2
+    gate: float = 1.0  # of the MLP's gate, before the activation
+    down: float = 1.0
+    ssm: tuple[float, ...] = ()  # of z, x, b, c and a of Mamba-2; empty if all are 1
+
+
+NO_MULTIPLIERS = Multipliers()
+"""Multipliers of 1."""
 
 
 ROUTER, GPT_OSS_ROUTER = "mlp.gate", "mlp.router"
@@ -251,15 +278,17 @@ _SANDWICH_NORMS = NormNames(
 _GLM4_NORMS = NormNames("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
 _GLM_GROUPS = (*GROUPS[:2], (FUSED_GATE_UP,), GROUPS[3])
 _GEMMA: dict[str, Any] = {"norm_offset": 1.0, "norms": _SANDWICH_NORMS, "activation": "gelu_tanh"}
+_BAMBA: dict[str, Any] = {
+    "groups": BAMBA_GROUPS,
+    "norms": NormNames("input_layernorm", None, "pre_ff_layernorm", None),
+    "final_norm": "model.final_layernorm",
+}
 _OLMO: dict[str, Any] = {"norms": _NORMS_AFTER, "qk_norm": "width"}
 _QK_NORM: dict[str, Any] = {"qk_norm": "head"}
 
 TRAITS: dict[str, dict[str, Any]] = {
-    "bamba": {
-        "groups": BAMBA_GROUPS,
-        "norms": NormNames("input_layernorm", None, "pre_ff_layernorm", None),
-        "final_norm": "model.final_layernorm",
-    },
+    "bamba": _BAMBA,
+    "falcon_h1": _BAMBA,
     "exaone4": {"norms": _NORMS_AFTER, "qk_norm": "head"},
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA | _QK_NORM,
@@ -329,7 +358,8 @@ class DecoderConfig:
     # families have norms of q and k over each head
     attention_gate: bool = False
     delta: DeltaSizes | None = None  # sizes of layers with the gated delta rule (Qwen3.5), or None
-    ssm: SSMSizes | None = None  # sizes of Mamba-2 layers (Granite 4 H, Bamba), or None
+    ssm: SSMSizes | None = None  # sizes of Mamba-2 (Granite 4 H, Bamba, Falcon-H1), or None
+    multipliers: Multipliers = NO_MULTIPLIERS
     mixture: Mixture | None = None  # settings of layers of experts (Mixtral, Qwen3-MoE, gpt-oss), or None
     short_conv: ShortConv | None = None  # settings of layers with a short convolution (LFM2), or None
     value_norm: bool = False  # values have a norm without weight, and layers may share keys and values (Gemma 4)
@@ -399,8 +429,19 @@ class DecoderConfig:
                 (sum(self.ssm.inputs),),
                 self.ssm.width,
                 (self.ssm.bias, self.ssm.bias),
-                {"gated_norm": ("mamba.norm.weight", (self.ssm.width,))},
+                {"gated_norm": ("mamba.norm.weight", (self.ssm.width,))} if self.ssm.norm else {},
                 frozen | {field: (f"mamba.{name}", (self.ssm.heads,)) for field, name in by_head.items()},
+            )
+            attention, ssm = mixers[ATTENTION], mixers[SSM]
+            mixers[ATTENTION_AND_SSM] = MixerShape(
+                ((*attention.groups[0], *ssm.groups[0]), attention.groups[1]),
+                (*attention.sizes, *ssm.sizes),
+                attention.width + ssm.width,
+                attention.biases,
+                attention.norms | ssm.norms,
+                attention.frozen | ssm.frozen,
+                ssm.groups[1],
+                ssm.width,
             )
         return mixers
 

@@ -59,7 +59,7 @@ from backhand.nn.families.config_fields import UNREAD, ConfigFields, Unsupported
 from backhand.nn.families.expert_families import gpt_oss, mixtral, qwen3_moe
 from backhand.nn.families.family import DecoderConfig
 from backhand.nn.families.gemma4_fields import gemma4_text
-from backhand.nn.families.mixed_families import bamba, granite4, lfm2, qwen3_5
+from backhand.nn.families.mixed_families import bamba, falcon_h1, granite4, lfm2, qwen3_5
 from backhand.nn.families.neutral_fields import FIXED, NEUTRAL, QUANTIZED
 from backhand.nn.families.rotary import (
     FULL,
@@ -257,6 +257,7 @@ def _gemma(fields: ConfigFields, slides: Callable[[int], bool], **options: Any) 
 _FAMILIES: dict[str, Callable[[ConfigFields], DecoderConfig]] = {
     "bamba": bamba,
     "exaone4": _exaone4,
+    "falcon_h1": falcon_h1,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3_text,
     "gemma4_text": gemma4_text,

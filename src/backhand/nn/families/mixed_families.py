@@ -19,8 +19,13 @@ value.
 Bamba, from the same source: layers in `attn_layer_indices` have attention, all others Mamba-2. Half of the features of
 a head are rotated by default.
 
-Both: the heads of Mamba-2 have `mamba_expand` times the hidden size together. The norm of its output is computed for
-each of `mamba_n_groups` groups. The size of a chunk is a choice of the program.
+Falcon-H1, from the same source: every layer has attention and Mamba-2. `mamba_d_ssm` is the width of Mamba-2's heads
+together, if it is not null. Its output is normalized only with `mamba_rms_norm`, after the gate unless
+`mamba_norm_before_gate`. Multipliers of a module's input are here multipliers of its output, which is the same without
+biases. Those of queries and keys are part of the scaling of scores.
+
+Granite and Bamba: the heads of Mamba-2 have `mamba_expand` times the hidden size together. The norm of its output is
+computed for each of `mamba_n_groups` groups. The size of a chunk is a choice of the program.
 
 Qwen3.5 and 3.6, dense, from the same source:
 
@@ -43,14 +48,24 @@ from backhand.errors import ArtifactError
 from backhand.nn.families.common_fields import (
     common_fields,
     layers_of_type,
+    nearest_float32,
     with_biases,
     with_layers,
     with_multipliers,
     without_rotary,
 )
 from backhand.nn.families.config_fields import ConfigFields, delta_sizes, ssm_sizes
-from backhand.nn.families.family import GATED_DELTA, SHORT_CONV, SSM, DecoderConfig, ShortConv
+from backhand.nn.families.family import (
+    ATTENTION_AND_SSM,
+    GATED_DELTA,
+    SHORT_CONV,
+    SSM,
+    DecoderConfig,
+    Multipliers,
+    ShortConv,
+)
 from backhand.nn.families.rotary import FULL, bamba_rotary, lfm2_rotary, qwen35_rotary
+from backhand.ops.logits_rule import LogitsRule
 
 _CONV = "conv"
 _LINEAR = "linear_attention"
@@ -133,6 +148,41 @@ def bamba(fields: ConfigFields) -> DecoderConfig:
     decoder = with_biases(fields, common_fields(fields, rotary_sets=bamba_rotary))
     decoder = replace(decoder, mlp_bias=fields.flag("mlp_bias", False))
     return _with_mamba(fields, decoder, [layer not in attention for layer in range(len(decoder.layers))])
+
+
+def falcon_h1(fields: ConfigFields) -> DecoderConfig:
+    """Falcon-H1."""
+    for key in ("attention_bias", "mlp_bias", "mamba_proj_bias", "projectors_bias"):
+        fields.must_equal(key, False)
+    decoder = common_fields(fields)
+    width = fields.or_declared("mamba_d_ssm")
+    sizes = ssm_sizes(fields, None if width is None else fields.integer("mamba_d_ssm"))
+    place = "before_gate" if fields.flag("mamba_norm_before_gate", True) else "after_gate"
+    attention_in, keys = fields.number("attention_in_multiplier"), fields.number("key_multiplier")
+    gate, down = _multipliers(fields, "mlp_multipliers", 2)
+    # transformers holds the five in a float32 buffer.
+    of_input = fields.number("ssm_in_multiplier")
+    ssm = [of_input * nearest_float32(one) for one in _multipliers(fields, "ssm_multipliers", 5)]
+    multipliers = Multipliers(
+        output=attention_in * fields.number("attention_out_multiplier"),
+        second_output=fields.number("ssm_out_multiplier"),
+        gate=gate,
+        down=down,
+        ssm=() if all(one == 1.0 for one in ssm) else tuple(ssm),
+    )
+    return replace(
+        with_layers(decoder, [True] * len(decoder.layers), mixer=ATTENTION_AND_SSM),
+        ssm=sizes._replace(norm=place if fields.flag("mamba_rms_norm", False) else None),
+        multipliers=multipliers,
+        attention_scaling=decoder.attention_scaling * attention_in**2 * keys,
+        embedding_scaling=nearest_float32(fields.number("embedding_multiplier")),
+        logits=LogitsRule(fields.number("lm_head_multiplier")),
+    )
+
+
+def _multipliers(fields: ConfigFields, key: str, count: int) -> tuple[float, ...]:
+    """Return a list of multipliers, all 1 if the field is null or absent."""
+    return (1.0,) * count if fields.value(key) is None else fields.numbers(key, count)
 
 
 def _with_mamba(fields: ConfigFields, decoder: DecoderConfig, recurrent: Sequence[bool]) -> DecoderConfig:

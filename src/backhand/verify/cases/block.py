@@ -19,7 +19,7 @@ from backhand.nn.decoder.experts import ExpertsSaved
 from backhand.nn.decoder.forward_backward import ForwardBackward
 from backhand.nn.decoder.mixer import BlockContext, MLPSaved
 from backhand.nn.decoder.weights import BlockWeights
-from backhand.nn.families.family import ATTENTION, DecoderConfig, Mixture, SSMSizes
+from backhand.nn.families.family import ATTENTION, NO_MULTIPLIERS, DecoderConfig, Mixture, SSMSizes
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.ops.document_groups import SegmentRun
 from backhand.ops.rotary import RotaryTable
@@ -189,6 +189,7 @@ CASES = (
     OP.case("qwen3.5, delta rule, recompute block", "qwen3.5", recompute="block"),
     OP.case("mamba, loss at some positions", "granite 4 h", rows=(2, 9, 17), dropout=0.3, recompute="mlp"),
     OP.case("mamba of several groups, recompute block", "bamba", recompute="block"),
+    OP.case("falcon-h1, loss at some positions", "falcon-h1, mamba", rows=(2, 9, 17), dropout=0.3, recompute="mlp"),
     OP.case("lfm2, attention", "lfm2, short", layer=1, dropout=0.3),
     OP.case("lfm2, loss at some positions", "lfm2, short", rows=(2, 9, 17), dropout=0.3, recompute="mlp"),
     OP.case("lfm2, biases, recompute block", "lfm2, biases", recompute="block", dropout=0.3),
@@ -355,6 +356,7 @@ MUTANTS = (
     _family("1 + weight read as weight", "d_x0", norm_offset=0.0),
     _family("attention scaling doubled", "d_lora_A", attention_scaling=lambda config: 2 * config.attention_scaling),
     _family("residual multiplier ignored", "d_x0 d_lora_A", residual_multiplier=1.0),
+    _family("multipliers of modules ignored", "d_x0 d_lora_A d_lora_B", multipliers=NO_MULTIPLIERS),
     _family("cap of the scores ignored", "d_x0 d_lora_A", attention_cap=None),
     _family(
         "the other activation", "d_x0", activation=lambda config: "gelu_tanh" if config.activation == "silu" else "silu"

@@ -62,6 +62,8 @@ CASES = (
     OP.case("trees, mamba", "bamba", **TREES),
     OP.case("shared prefix, mamba", "granite 4 h", shared=5, recompute="block"),
     OP.case("several chunks of mamba", "granite 4 h", documents=(70, 5), shared=3),
+    OP.case("trees, mamba next to attention", "falcon-h1, norm", **TREES),
+    OP.case("mamba next to attention, out_proj of the top one alone", "falcon-h1, mamba", "1.mamba.out_proj"),
     OP.case("mamba, in_proj of the top one alone", "granite 4 h", "2.mamba.in_proj"),
     OP.case("short convolutions, out of one alone", "lfm2, short", "2.conv.out_proj"),
     OP.case("short convolutions, w2 and in of one", "lfm2, short", "1.feed_forward.w2 2.conv.in_proj"),
