@@ -200,7 +200,7 @@ def never_silent(command: str) -> Iterator[None]:
     _began = time.monotonic()
 
     def look() -> None:
-        while not ended.wait(_LOOK_S):
+        while not ended.wait(SILENCE_S if _may_be_silent else _LOOK_S):
             if _may_be_silent or not line_due(1 - 2 * _LOOK_S / SILENCE_S):
                 continue
             with suppress(OSError, ValueError):  # standard error is closed

@@ -15,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 if sys.platform == "win32":
     import msvcrt
@@ -346,6 +347,38 @@ def end_with_parent() -> None:
         if read_end not in dict(ends.poll()):
             os.kill(main_process, signal.SIGKILL)
         os._exit(0)
+
+
+def start_detached(
+    words: Sequence[str],
+    directory: Path,
+    environment: Mapping[str, str],
+    *,
+    output: int = subprocess.DEVNULL,
+    inherited: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
+    """Start a process that goes on when this one or its terminal ends.
+
+    Args:
+        environment: variables in addition to those of this process.
+        output: descriptor for standard output and standard error.
+        inherited: descriptors that the process keeps open; none on Windows.
+    """
+    shared: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "cwd": directory}
+    if sys.platform == "win32":
+        shared["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
+    else:
+        shared |= {"start_new_session": True, "pass_fds": inherited}
+    return subprocess.Popen(words, env={**os.environ, **environment}, **shared)
+
+
+def end_group(process: int) -> None:
+    """End a process that leads a session, with all processes in it; on Windows only this process."""
+    with suppress(ProcessLookupError):
+        if sys.platform == "win32":
+            os.kill(process, signal.SIGTERM)
+        else:
+            os.killpg(process, signal.SIGKILL)
 
 
 FORKS = sys.platform == "linux"

@@ -153,6 +153,13 @@ def test_a_value_may_begin_with_a_hyphen_where_it_cannot_be_an_option(
     assert (options.how, options.inner.size) == (value, 4)
 
 
+def test_a_flag_before_an_option_whose_value_has_a_space_stays_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "COMMANDS", (cli_commands.END,))
+    assert main(["end", "--careful", "--where=my run"]) == 0
+    (options,) = cli_commands.last_options
+    assert (options.careful, options.where) == (True, Path("my run"))
+
+
 @pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
 def test_closed_standard_streams(closed: str) -> None:
     script = (

@@ -71,6 +71,12 @@ def test_lines_without_a_kind_go_by_their_command(line: dict[str, str], kind: st
     assert [table.kind for table in tables if table.lines] == [kind]
 
 
+def test_a_command_to_run_quotes_a_path_with_a_space_once(finished: Path) -> None:
+    run = finished.rename(finished.with_name("my run"))
+    commands = [code.text for code in Page(run_page(read_run(run))).every("code")]
+    assert f"backhand verify --run '{run}'" in commands
+
+
 def test_the_page_is_written_again_when_a_command_proves_something(finished: Path, tmp_path: Path) -> None:
     adapter, model = str(finished / "adapter"), str(tiny_model_of(finished))
     page = finished / "report.html"

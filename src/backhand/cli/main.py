@@ -7,6 +7,7 @@ command quietly from the start. Nothing here imports torch; the module of a subc
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -131,14 +132,19 @@ def _check_directory() -> None:
         ) from None
 
 
+_OPTION = re.compile(r"--[a-z][a-z0-9-]*=")
+"""The beginning of an option with its value in the same word."""
+
+
 def _values_joined(words: Sequence[str]) -> list[str]:
     """Join `--prompt -` and `--prompt "- a list"` with an equals sign; the parser would take the values for options.
 
     Only words that cannot be options are joined: a lone hyphen, and words that start with one and contain white space.
+    The white space of `--output=my run` is in its value.
     """
     joined: list[str] = []
     for word in words:
-        value = word == "-" or (word.startswith("-") and len(word.split(maxsplit=1)) > 1)
+        value = word == "-" or (word.startswith("-") and len(word.split(maxsplit=1)) > 1 and not _OPTION.match(word))
         if value and joined and joined[-1].startswith("--") and "=" not in joined[-1] and len(joined[-1]) > 2:
             joined[-1] += f"={word}"
         else:

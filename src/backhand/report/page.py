@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -49,7 +48,7 @@ def page_values(run: RunRecord) -> dict[str, Any]:
 
 def live_values(run: RunRecord) -> dict[str, Any]:
     """Return the values of all sections but that of the adapter, which needs its tensors."""
-    tables = proof_tables(run.proofs, run=shlex.quote(str(run.path)), adapter=shlex.quote(str(run.adapter)))
+    tables = proof_tables(run.proofs, run=str(run.path), adapter=str(run.adapter))
     drawn = charts.run_charts(run)
     has_curves = bool(drawn)
     drawn |= _data_charts(run) | _decision_charts(run)

@@ -6,15 +6,14 @@ import asyncio
 import json
 import os
 import shlex
-import signal
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from backhand.errors import BackhandError
 from backhand.safe_path import python_words, safe_environment
+from backhand.system import end_group
 
 MAX_OUTPUT_BYTES = 32 * 2**20
 _AT_ONCE = 2
@@ -99,7 +98,7 @@ class Commands:
                 output, messages = working.result()
             finally:
                 if process.returncode is None:
-                    _end(process.pid)
+                    end_group(process.pid)
                     await process.wait()
                 working.cancel()
         if len(output) > MAX_OUTPUT_BYTES:
@@ -112,12 +111,3 @@ class Commands:
         if outcome.code:
             raise CommandError(outcome.messages.strip() or f"the command ended with code {outcome.code}")
         return outcome
-
-
-def _end(process: int) -> None:
-    """End a process with those that it has started."""
-    with suppress(ProcessLookupError):
-        if hasattr(os, "killpg"):
-            os.killpg(process, signal.SIGKILL)
-        else:
-            os.kill(process, signal.SIGTERM)

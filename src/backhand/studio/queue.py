@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import threading
 from contextlib import suppress
@@ -25,7 +24,7 @@ from backhand.reading import read_json
 from backhand.runs.status import is_running
 from backhand.safe_path import python_words, safe_environment
 from backhand.studio.workspace import Workspace
-from backhand.system import PLAIN, lock, process_start
+from backhand.system import PLAIN, lock, process_start, start_detached
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,8 @@ def start_worker(workspace: Workspace) -> None:
     """Start the process of the queue if a run waits. If there is a process already, the new one ends at once."""
     if not waiting(workspace):
         return
-    process = _started(python_words("backhand.studio.queue", str(workspace.root)), workspace.root, None, ())
+    words = python_words("backhand.studio.queue", str(workspace.root))
+    process = start_detached(words, workspace.root, safe_environment())
     # Without a wait, it would stay in the system's list of processes after its end.
     threading.Thread(target=process.wait, daemon=True).start()
 
@@ -110,36 +110,13 @@ def work(workspace: Workspace) -> None:
 
 def _run(workspace: Workspace, name: str, words: list[str], turn: int) -> None:
     with workspace.log_file(name).open("wb") as log:
-        process = _started(python_words("backhand", *words), workspace.root, log.fileno(), (turn,))
+        command = python_words("backhand", *words)
+        process = start_detached(command, workspace.root, safe_environment(), output=log.fileno(), inherited=(turn,))
     job = Job(words, process.pid, process_start(process.pid))
     _write(workspace.job_file(name), job)
     code = process.wait()
     if (now := read_job(workspace, name)) is not None and now.process == job.process:
         _write(workspace.job_file(name), Job(words, job.process, job.process_start, code))
-
-
-def _started(
-    words: list[str], directory: Path, output: int | None, inherited: tuple[int, ...]
-) -> subprocess.Popen[bytes]:
-    """Start a process that no terminal and no parent ends."""
-    nowhere = subprocess.DEVNULL
-    out = nowhere if output is None else output
-    environment = os.environ | safe_environment()
-    if sys.platform == "win32":
-        flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
-        return subprocess.Popen(
-            words, stdin=nowhere, stdout=out, stderr=out, cwd=directory, env=environment, creationflags=flags
-        )
-    return subprocess.Popen(
-        words,
-        stdin=nowhere,
-        stdout=out,
-        stderr=out,
-        cwd=directory,
-        env=environment,
-        start_new_session=True,
-        pass_fds=inherited,
-    )
 
 
 def _open(path: Path) -> int:
