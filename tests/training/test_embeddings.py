@@ -49,10 +49,13 @@ from backhand.options.command_options import (
 )
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
+from backhand.report.page import run_page
+from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
 from backhand.training.console import closing_lines
 from backhand.training.run import train
 from support.float64_reference import without_float32_casts
+from support.page import Page
 from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
 from support.ranks import bits_of_several, start_ranks
 from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
@@ -331,6 +334,14 @@ def test_a_run_learns_and_scores_retrieval(straight: TrainConfig) -> None:
     shown = closing_lines(summary)
     assert any("6 held-out anchors among 12 candidates" in line for line in shown)
     assert any(line.startswith("Next: backhand embed") for line in shown)
+
+
+def test_the_page_shows_the_scores_of_base_and_adapter(straight: TrainConfig) -> None:
+    page = Page(run_page(read_run(straight.run.output)))
+    assert {"retrieval", "cosines", "loss"} <= set(page.charts)
+    text = page.one("section", id="answers").text
+    assert "Each of 6 anchors ranks 12 candidates" in text and "answered before and after" not in text
+    assert "ndcg@10 from" in page.one("section", id="result").text and "perplexity" not in page.one("body").text
 
 
 def test_the_adapter_says_how_a_text_becomes_a_vector(straight: TrainConfig) -> None:
