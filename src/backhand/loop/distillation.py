@@ -125,11 +125,13 @@ class DistilledPrompts(PromptPacker):
     def sampled_tokens(self, rows: int) -> int:
         """Return an upper bound of the tokens of this number of prompts with their answers, which are sampled at once.
 
-        The teacher's prompts are longer than the student's.
+        The keys and values of a common prefix are computed once, but each row has a copy.
         """
-        return _pass_tokens(self._teacher_packer, rows, self._new)
+        return rows * self.longest
 
-    teacher_pass_tokens = sampled_tokens
+    def teacher_pass_tokens(self, rows: int) -> int:
+        """Return an upper bound of the tokens in a pass of the teacher over this number of rows."""
+        return _pass_tokens(self._teacher_packer, rows, self._new)
 
 
 class DistilledPacker(RowPacker):
