@@ -6,7 +6,7 @@ All peers have the same prompts, the same context in front of the teacher's prom
 rate, dtype and threads. The loss is KL(teacher ‖ model) over the whole vocabulary. Each run is a process of its own.
 
     backhand          bake: the teacher samples one answer to each prompt, once, and its states are stored
-    backhand-student  the model samples new answers in each step, as SDFTTrainer does
+    backhand-student  sdft: the model samples new answers in each step; teacher's prompt and loss are SDFTTrainer's
     trl               SDFTTrainer as users run it
     trl-tuned         the same at its best here: no checkpointing, the allocator and float32 route of Backhand
 
@@ -34,6 +34,7 @@ from machine import CAPS, cap_instructions, describe_machine
 from preference import _WORDS
 
 HERE = Path(__file__).parent
+TEMPLATE = "{privileged_context}\n\n{prompt}"
 PEERS = ("backhand", "backhand-student", "trl", "trl-tuned")
 
 
@@ -64,8 +65,10 @@ def run_backhand(task: dict[str, Any], output: Path, *, student: bool) -> dict[s
                 epochs=2, batch_rows=task["prompts"], learning_rate=LEARNING_RATE, warmup_steps=0
             ),
             run=RunOptions(output=output / "run", seed=task["seed"], answers=0, save_every=10**6, quiet=True),
-            objective=ObjectiveOptions(
-                objective="bake", context=task["context"], answers_from="student" if student else "teacher"
+            objective=(
+                ObjectiveOptions(objective="sdft", divergence="forward", teacher_prompt_template=TEMPLATE)
+                if student
+                else ObjectiveOptions(objective="bake", context=task["context"])
             ),
             rewards=RewardOptions(max_new_tokens=task["new_tokens"]),
         ),
@@ -87,7 +90,7 @@ def run_trl(task: dict[str, Any], output: Path, *, tuned: bool) -> dict[str, Any
     if tuned:
         tune_process()
     rows = [json.loads(line) for line in Path(task["data"]).read_text(encoding="utf-8").splitlines()]
-    rows = [{**row, "privileged_context": task["context"]} for row in rows]
+    rows = [{"prompt": row["prompt"], "privileged_context": task["context"]} for row in rows]
     trainer = SDFTTrainer(
         model=transformers_model(task["model"], DTYPES[task["dtype"]]),
         args=SDFTConfig(
@@ -99,7 +102,7 @@ def run_trl(task: dict[str, Any], output: Path, *, tuned: bool) -> dict[str, Any
             max_completion_length=task["new_tokens"],
             distillation_mode="full_logits",
             distillation_alpha=0.0,
-            teacher_prompt_template="{privileged_context}\n\n{prompt}",
+            teacher_prompt_template=TEMPLATE,
             learning_rate=LEARNING_RATE,
             warmup_steps=0,
             gradient_checkpointing=not tuned,
@@ -145,11 +148,13 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     draw = random.Random(1)
     data = folder / "prompts.jsonl"
     count = arguments.prompts * arguments.steps // 2
-    rows = [{"prompt": [{"role": "user", "content": f"Go on with this: {words(draw, 12)}"}]} for _ in range(count)]
+    context = f"Answer with these words: {words(draw, arguments.context)}"
+    demonstration = {"completion": [{"role": "assistant", "content": context}]}  # of sdft; bake does not read it
+    asked = [[{"role": "user", "content": f"Go on with this: {words(draw, 12)}"}] for _ in range(count)]
+    rows = [{"prompt": prompt, **demonstration} for prompt in asked]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     task = {"model": arguments.model, "data": str(data), "dtype": arguments.dtype}
-    task |= {"context": f"Answer with these words: {words(draw, arguments.context)}"}
-    task |= {"prompts": arguments.prompts, "new_tokens": arguments.new_tokens}
+    task |= {"context": context, "prompts": arguments.prompts, "new_tokens": arguments.new_tokens}
     found: dict[str, list[dict[str, Any]]] = {peer: [] for peer in arguments.peers}
     for repeat in range(arguments.repeats):
         for peer in arguments.peers:
