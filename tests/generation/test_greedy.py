@@ -147,6 +147,19 @@ def test_few_rows_at_once_where_keys_and_values_would_not_fit(monkeypatch: pytes
     assert set(rows) == {1}
 
 
+def test_a_prefix_of_all_prompts_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    capacities: list[int] = []
+
+    class Recorded(decoding.IncrementalDecoder):
+        def __init__(self, *args: Any, capacity: int, **kwargs: Any) -> None:
+            capacities.append(capacity)
+            super().__init__(*args, capacity=capacity, **kwargs)
+
+    monkeypatch.setattr(batch, "IncrementalDecoder", Recorded)
+    complete_greedily(base_decoder(), prompts(3, 7, 7, 2, prefix=20), max_new_tokens=4, stop_ids=())
+    assert capacities == [20, 20 + 3 + 7 + 7 + 2 + 4 * 4]
+
+
 def test_nothing_asked_nothing_answered() -> None:
     assert complete_greedily(base_decoder(), [], max_new_tokens=5, stop_ids=()) == []
     assert complete_greedily(base_decoder(), [[3]], max_new_tokens=0, stop_ids=()) == [[]]

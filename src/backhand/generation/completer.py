@@ -210,13 +210,15 @@ class _Batch:
         self.last_token: list[int] = []
         self.answered: list[int] = []
         firsts = self._group_starts(list(self.waiting))
-        # All answers to a prompt share its keys and values.
-        tokens = len(prompts[self.waiting[0]]) / (len(prompts) / len(firsts)) + self.max_new_tokens
+        common = 0 if self.shared is None else self.shared.cache.lengths[0]
+        # All answers to a prompt share its keys and values, and all prompts share those of their common prefix.
+        longest = len(prompts[self.waiting[0]]) - common
+        tokens = longest / (len(prompts) / len(firsts)) + self.max_new_tokens
         row_bytes = tokens * bytes_per_token(decoder.config, decoder.dtype)
         row_bytes += state_bytes(decoder.config, decoder.dtype)
         rows = min(self.batch_rows, len(prompts), max(1, int(CACHE_BYTES / row_bytes)))
         # Most answers are far shorter than the limit, and the cache grows on demand.
-        capacity = sum(len(prompts[self.waiting[place]]) for place in firsts if place < rows)
+        capacity = common + sum(len(prompts[self.waiting[place]]) - common for place in firsts if place < rows)
         capacity += rows * min(self.max_new_tokens, 64)
         head = Decoder.head if self.as_trained else None
         self.state = IncrementalDecoder(decoder, rows=rows, capacity=capacity, head=head)

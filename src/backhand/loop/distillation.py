@@ -125,9 +125,9 @@ class DistilledPrompts(PromptPacker):
     def sampled_tokens(self, rows: int) -> int:
         """Return an upper bound of the tokens of this number of prompts with their answers, which are sampled at once.
 
-        The keys and values of a common prefix are computed once, but each row has a copy.
+        A prefix that all prompts of the teacher share is stored once.
         """
-        return rows * self.longest
+        return max(rows * super().longest, self.teacher_pass_tokens(rows))
 
     def teacher_pass_tokens(self, rows: int) -> int:
         """Return an upper bound of the tokens in a pass of the teacher over this number of rows."""
