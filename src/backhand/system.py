@@ -372,6 +372,12 @@ def start_detached(
     return subprocess.Popen(words, env={**os.environ, **environment}, **shared)
 
 
+def terminate(process: int) -> None:
+    """Ask a process to end, if it exists. Windows ends it at once."""
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGTERM)
+
+
 def end_group(process: int) -> None:
     """End a process that leads a session, with all processes in it; on Windows only this process."""
     with suppress(ProcessLookupError):

@@ -151,6 +151,16 @@ def test_a_value_cannot_become_another_option(client: Client) -> None:
     assert "--prompt=--reward" in text and "&#39;--system=x --reward y.py:f&#39;" in text
 
 
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [("faq", "faq"), ("../../my rows!", "my rows"), ("…", "run"), ("x" * 99, "x" * 50), ("a_b.c", "a b c")],
+)
+def test_a_name_is_suggested_that_is_possible_and_free(space: Workspace, label: str, name: str) -> None:
+    assert space.free_name(label) == checked_name(name)
+    space.run(name).mkdir()
+    assert space.free_name(label) == checked_name(f"{name}-2")
+
+
 def test_runs_are_renamed_and_deleted_without_following_links(
     client: Client, space: Workspace, finished: Path, tmp_path: Path
 ) -> None:

@@ -40,7 +40,18 @@ EXTRAS = {extra: names(requirements) for extra, requirements in DECLARED["option
 
 
 def test_the_package_imports_what_it_declares() -> None:
-    optional = ("datasets", "demo", "tensorboard", "wandb", "mlflow", "trackio", "search", "rewards", "decisions")
+    optional = (
+        "datasets",
+        "demo",
+        "tensorboard",
+        "wandb",
+        "mlflow",
+        "trackio",
+        "search",
+        "rewards",
+        "decisions",
+        "studio",
+    )
     assert imported("src/backhand") <= CORE.union(*(EXTRAS[extra] for extra in optional))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import tempfile
 import zipfile
@@ -214,8 +215,16 @@ async def _first_rows_part(site: Site, request: Request) -> Response:
     return site.part("rows", **values)
 
 
-async def _lint_part(site: Site, request: Request) -> Response:
+async def _draft(site: Site, request: Request) -> Draft:
+    """Return the draft in the address; list the models first if its model may be one of them."""
     draft = Draft.of(request.query_params.items())
+    if site.models is None and not draft.get("typed_model") and os.sep in draft.get("model"):
+        site.models = list((await site.commands.checked(["models", "--json"], request.is_disconnected)).json())
+    return draft
+
+
+async def _lint_part(site: Site, request: Request) -> Response:
+    draft = await _draft(site, request)
     words = draft.lint_words(site.space, site.model_names)
     outcome = await site.commands.run([*words, "--json", f"--show={_SHOWN_ROWS}"], request.is_disconnected)
     report = outcome.json()
@@ -224,8 +233,9 @@ async def _lint_part(site: Site, request: Request) -> Response:
 
 
 async def _start_step(site: Site, request: Request) -> Response:
-    draft = Draft.of(request.query_params.items())
+    draft = await _draft(site, request)
     words = draft.train_words(site.space, site.model_names, site.space.run("NAME"))
+    label = draft.get("typed_data") or dict(site.space.uploads())[draft.get("data")]
     values = {
         "title": "New run: start",
         "draft": draft,
@@ -234,13 +244,14 @@ async def _start_step(site: Site, request: Request) -> Response:
         "titles": MORE,
         "choices": choices_of,
         "default": default_of,
+        "name": draft.get("name") or site.space.free_name(Path(label).stem),
         "busy": any(run.at_work or run.state == "waiting" for run in all_runs(site.space)),
     }
     return site.page("new_start.html.j2", values)
 
 
 async def _plan_part(site: Site, request: Request) -> Response:
-    draft = Draft.of(request.query_params.items())
+    draft = await _draft(site, request)
     words = ["plan", *draft.run_words(site.space, site.model_names)]
     outcome = await site.commands.checked([*words, "--json"], request.is_disconnected)
     return site.part("plan", plan=outcome.json(), words=words)
@@ -277,7 +288,7 @@ async def _resume(site: Site, request: Request) -> Response:
 async def _again(site: Site, request: Request) -> Response:
     run = site.run(request)
     suggested = read_run(run.path).summary.get("try_next") or ""
-    name = next(name for number in range(2, 10_000) if not site.space.run(name := f"{run.name[:50]}-{number}").exists())
+    name = site.space.free_name(run.name)
     try:
         suggestion = shlex.split(suggested)
     except ValueError:

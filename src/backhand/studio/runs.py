@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,6 +30,7 @@ from backhand.runs.directory import (
 from backhand.runs.status import RunStatus, read_status
 from backhand.studio.queue import Job, read_job, waiting
 from backhand.studio.workspace import Workspace
+from backhand.system import terminate
 
 _SHOWN = (CONFIG, METRICS, PROOFS, ANSWERS, FACTS, SUMMARY, STATUS, ADAPTER, REPORT, f"{CHECKPOINTS}/latest")
 LIVE_SECTIONS = ("answers", "curves", "proofs", "data", "repeat")
@@ -146,8 +145,7 @@ def stop(run: ListedRun) -> None:
         process = run.job.process
     if process is None:
         raise UsageError(f"the run {run.name} does not train", next_step="reload the page")
-    with suppress(ProcessLookupError):
-        os.kill(process, signal.SIGTERM)
+    terminate(process)
 
 
 def version_of(run: ListedRun, log: Path | None) -> str:

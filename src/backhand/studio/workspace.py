@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -173,6 +174,12 @@ class Workspace:
     def run(self, name: str) -> Path:
         """Return the path for a run of this name, which need not exist. Raises UsageError."""
         return self.runs / checked_name(name)
+
+    def free_name(self, wanted: str) -> str:
+        """Return a possible name that no run has, made from another text."""
+        stem = re.sub(r"[^\w-]+|_+", " ", wanted).strip(" -")[:50].strip(" -") or "run"
+        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        return next(name for name in names if not self.run(name).exists() and not self.job_file(name).exists())
 
     def job_file(self, name: str) -> Path:
         """Return the path of the record of a run's last start."""

@@ -121,9 +121,9 @@ async function follow() {
         await window.drawn;
         await update();
         document.documentElement.dataset.updated = version;
-        delete document.documentElement.dataset.offline;
+        document.getElementById("offline").hidden = true;
       } catch {
-        document.documentElement.dataset.offline = "";
+        document.getElementById("offline").hidden = false;
       }
     }
     await new Promise((resolve) => setTimeout(resolve, EVERY_MS));
