@@ -41,6 +41,8 @@ def test_a_table_becomes_an_adapter(client: Client, space: Workspace, tiny: Tiny
     status, _, headers = client.post("start", name="My FAQ", **draft)
     assert status == 303 and headers["location"].endswith("/runs/My%20FAQ")
     until(lambda: run_of(space, "My FAQ").state == "finished")
+    (settings,) = re.findall(r'href="[^"]*(new/start\?[^"]*)"', client.get("runs/My%20FAQ")[1])
+    assert shown in html.unescape(client.get(html.unescape(settings))[1])
     words = [word.replace(str(space.run("NAME")), str(tmp_path / "typed")) for word in shlex.split(shown)[1:]]
     assert main(words) == 0
     _, text, _ = client.post("runs/My%20FAQ/export", to="peft")
@@ -69,7 +71,7 @@ def test_a_run_is_stopped_continued_and_tried_again(
 ) -> None:
     finished.rename(space.run("one"))
     started: dict[str, list[str]] = {}
-    monkeypatch.setattr(queue, "enqueue", lambda _, name, words: started.setdefault(name, words))
+    monkeypatch.setattr(queue, "enqueue", lambda _, name, words, form="": started.setdefault(name, words))
     status = (space.run("one") / "status.json").read_text()
     (space.run("one") / "status.json").write_text(status.replace('"finished"', '"interrupted"'))
     assert "Continue the run" in client.get("runs/one")[1]
@@ -99,7 +101,8 @@ def test_the_list_has_every_state(client: Client, space: Workspace, finished: Pa
         "wrong": "not started",
     }
     _, text, _ = client.get("runs/wrong")
-    assert STATES["not started"] in text and "&lt;b&gt;no data" in text
+    assert STATES["not started"] in text and "&lt;b&gt;no data" in text and "Start it again" in text
+    assert client.post("runs/done/restart")[0] == 409
     assert client.post("runs/later/stop")[0] == 303 and not queue.waiting(space)
 
 

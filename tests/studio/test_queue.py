@@ -13,6 +13,7 @@ import pytest
 
 from backhand.errors import UsageError
 from backhand.studio import queue
+from backhand.studio.runs import run_of
 from backhand.studio.workspace import Workspace
 from support.studio_client import until
 
@@ -92,6 +93,7 @@ def test_a_run_that_waits_is_cancelled_and_the_others_keep_their_order(space: Wo
 def test_the_code_and_the_message_of_a_run_that_cannot_start_are_kept(space: Workspace, start: Start) -> None:
     queue.enqueue(space, "one", ["train", "--rang=1", f"--output={space.run('one')}"])
     assert start().wait(60) == 0
+    assert run_of(space, "one").can_restart and run_of(space, "one").state == "not started"
     assert code(space, "one") == 2 and "Did you mean --rank" in space.log_file("one").read_text()
     assert not space.run("one").exists()
 

@@ -123,6 +123,25 @@ def test_addresses_lead_nowhere_else(client: Client, place: str) -> None:
     assert status in (404, 409) and "root:" not in text and "import" not in text
 
 
+def test_a_command_ends_when_nobody_waits_for_it_any_more(client: Client, space: Workspace, tiny: TinyRun) -> None:
+    pipe = space.root / "pipe.csv"
+    os.mkfifo(pipe)
+    head = f"GET {client.address.root}/part/rows?typed_data=pipe.csv HTTP/1.1\r\n"
+    head += f"Host: 127.0.0.1:{client.address.port}\r\nCookie: {client.cookie}\r\n\r\n"
+
+    def is_read() -> bool:
+        try:
+            os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:
+            return False
+        return True
+
+    with socket.create_connection(("127.0.0.1", client.address.port), timeout=60) as connection:
+        connection.sendall(head.encode())
+        until(is_read)
+    until(lambda: not is_read(), 20)
+
+
 def test_paths_are_read_below_allowed_folders_only(client: Client, space: Workspace, tiny: TinyRun) -> None:
     assert space.allowed(str(tiny.model)) == tiny.model.resolve()
     outside = tiny.model.parent / "rows.jsonl"

@@ -264,7 +264,8 @@ async def _start(site: Site, request: Request) -> Response:
     output = site.space.run(name)
     if output.exists() or site.space.job_file(name).exists():
         raise UsageError(f"there is a run {name} already", next_step="give another name")
-    queue.enqueue(site.space, name, draft.train_words(site.space, site.model_names, output))
+    words = draft.train_words(site.space, site.model_names, output)
+    queue.enqueue(site.space, name, words, draft.query(name=""))
     return site.go_to_run(name)
 
 
@@ -281,7 +282,17 @@ async def _stop(site: Site, request: Request) -> Response:
 
 async def _resume(site: Site, request: Request) -> Response:
     run = site.run(request)
-    queue.enqueue(site.space, run.name, ["train", "--resume", f"--output={run.path}"])
+    form = run.job.form if run.job is not None else ""
+    queue.enqueue(site.space, run.name, ["train", "--resume", f"--output={run.path}"], form)
+    return site.go_to_run(run.name)
+
+
+async def _restart(site: Site, request: Request) -> Response:
+    run = site.run(request)
+    if not run.can_restart or run.job is None:
+        raise UsageError(f"the run {run.name} cannot be started again", next_step="continue it, or start another one")
+    words = [word for word in run.job.words if word != "--overwrite"]
+    queue.enqueue(site.space, run.name, [*words, *["--overwrite"] * run.path.exists()], run.job.form)
     return site.go_to_run(run.name)
 
 
@@ -326,6 +337,7 @@ def _at_rest(site: Site, request: Request) -> str:
 _ACTIONS: dict[str, Answer] = {
     "stop": _stop,
     "resume": _resume,
+    "restart": _restart,
     "again": _again,
     "rename": _rename,
     "delete": _delete,

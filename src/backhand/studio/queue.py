@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from backhand.errors import UsageError
@@ -32,6 +32,7 @@ class Job:
     """The last start of a run, or a start that waits."""
 
     words: list[str]  # the words after `backhand`
+    form: str = ""  # the form that described the run, as the query of an address; "" if there was none
     process: int | None = None  # None until it is started
     process_start: str | None = None  # see `runs.status.is_running`
     exit_code: int | None = None  # None until it has ended
@@ -52,7 +53,7 @@ def waiting(workspace: Workspace) -> dict[str, Job]:
     return jobs
 
 
-def enqueue(workspace: Workspace, name: str, words: list[str]) -> None:
+def enqueue(workspace: Workspace, name: str, words: list[str], form: str = "") -> None:
     """Add a run to the queue, and start the process if there is none.
 
     Raises:
@@ -63,7 +64,7 @@ def enqueue(workspace: Workspace, name: str, words: list[str]) -> None:
     if name in waiting(workspace) or (last is not None and last.running):
         raise UsageError(f"the run {name} waits or trains already", next_step="wait for it, or cancel it")
     numbers = [int(path.name.partition("-")[0]) for path in workspace.queue.glob("*.json")]
-    _write(workspace.queue / f"{max(numbers, default=0) + 1:06}-{name}.json", Job(words))
+    _write(workspace.queue / f"{max(numbers, default=0) + 1:06}-{name}.json", Job(words, form))
     start_worker(workspace)
 
 
@@ -105,18 +106,18 @@ def work(workspace: Workspace) -> None:
         with suppress(FileNotFoundError):  # it has just been cancelled
             paths[0].rename(workspace.job_file(name))
             if job is not None:
-                _run(workspace, name, job.words, turn)
+                _run(workspace, name, job, turn)
 
 
-def _run(workspace: Workspace, name: str, words: list[str], turn: int) -> None:
+def _run(workspace: Workspace, name: str, job: Job, turn: int) -> None:
     with workspace.log_file(name).open("wb") as log:
-        command = python_words("backhand", *words)
+        command = python_words("backhand", *job.words)
         process = start_detached(command, workspace.root, safe_environment(), output=log.fileno(), inherited=(turn,))
-    job = Job(words, process.pid, process_start(process.pid))
+    job = replace(job, process=process.pid, process_start=process_start(process.pid))
     _write(workspace.job_file(name), job)
     code = process.wait()
     if (now := read_job(workspace, name)) is not None and now.process == job.process:
-        _write(workspace.job_file(name), Job(words, job.process, job.process_start, code))
+        _write(workspace.job_file(name), replace(job, exit_code=code))
 
 
 def _open(path: Path) -> int:

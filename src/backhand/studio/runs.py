@@ -85,6 +85,12 @@ class ListedRun:
         """True if `train --resume` can continue the run."""
         return self.state in ("interrupted", "failed", "killed") and newest_checkpoint(self.path) is not None
 
+    @property
+    def can_restart(self) -> bool:
+        """True if the run ended without a checkpoint, and the command that started it is known."""
+        ended = self.state in ("not started", "interrupted", "failed", "killed") and not self.can_continue
+        return ended and self.job is not None and "--resume" not in self.job.words
+
 
 def listed_run(path: Path, job: Job | None = None, *, waits: bool = False) -> ListedRun:
     """Return a run as it is now.
