@@ -77,7 +77,7 @@ class World:
         with subprocess.Popen(
             ["bash", "-c", f"exec {command}"],
             cwd=self.directory,
-            env=self.environment,
+            env={**self.environment, "HOME": str(self.directory)},  # where the studio keeps its files
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
