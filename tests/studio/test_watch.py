@@ -9,12 +9,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from backhand.cli.main import main
 from backhand.studio import app
 from backhand.studio.command import serving
+from backhand.studio.commands import Commands, Outcome
 from support.page import Page
 from support.poison import ATTACKS, poison_run
 from support.studio_client import Client
@@ -123,6 +125,35 @@ def test_base_and_adapter_answer_with_the_newest_checkpoint(watched: Client, fin
     for prompt, message in (("  ", "the prompt is empty"), ("x", "there is no checkpoint yet")):
         status, text, _ = watched.post("runs/run/try", prompt=prompt)
         assert status == 409 and message in text
+
+
+def test_decisions_and_labels_have_probabilities(
+    watched: Client, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    answers: dict[str, Any] = {
+        "team": {"type": "choice", "choice": "<b>", "probabilities": {"<b>": 0.75, "sales": 0.25}, "confidence": 0.5},
+        "urgent": {"type": "noul", "noul": 0.9},
+    }
+
+    async def checked(_: Commands, words: list[str], *__: object, **___: object) -> Outcome:
+        asked.append(words)
+        return Outcome(0, json.dumps({"answers": answers}), "")
+
+    monkeypatch.setattr(Commands, "checked", checked)
+    config = (finished / "config.toml").read_text()
+    (finished / "config.toml").write_text(config.replace('objective = "sft"', 'objective = "decide"'))
+    _, text, _ = watched.post("runs/run/try", prompt="--state")
+    cells = [[cell.text for cell in row.children if cell.text] for row in Page(text.encode()).every("tr")]
+    assert cells == [["<b>", "75.0%"], ["sales", "25.0%"], ["yes", "90.0%"]]
+    assert asked[0][0] == "decide" and asked[0][-1] == "--state=--state"
+    (finished / "config.toml").write_text(config)
+    answers = {
+        side: {"completion": "x", "probability": 0.6, "probabilities": {"x": 0.6}} for side in ("base", "adapted")
+    }
+    monkeypatch.setattr(Outcome, "json", lambda _: answers)
+    _, text, _ = watched.post("runs/run/try", prompt="a")
+    assert [cell.text for cell in Page(text.encode()).every("td", class_="number")] == ["60.0%", "60.0%"]
 
 
 def model_of(run: Path) -> str:
