@@ -111,6 +111,7 @@ def test_the_list_has_every_state(client: Client, space: Workspace, finished: Pa
     [
         ("prompt,completion", "{n},b", {"objective": "sft"}),
         ("prompt,chosen,rejected", "{n},b,c", {"objective": "dpo"}),
+        ("anchor,positive,negative", "{n},b,c", {"objective": "embed"}),
         ("prompt,completion,label", "{n},b,true", {"objective": "kto"}),
         (
             "title,text,section",

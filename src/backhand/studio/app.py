@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from functools import wraps
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -31,15 +31,26 @@ from backhand.studio.runs import adapter_of, all_runs, asking_words, log_of, pag
 from backhand.studio.site import Site, static
 from backhand.studio.workspace import checked_name
 
+
+class Download(NamedTuple):
+    """A format of the export form."""
+
+    text: str
+    to: str  # value of `export --to`
+    suffix: str  # of the file: `gguf`, or `zip` for a directory
+    options: tuple[str, ...] = ()
+    objective: str | None = None  # the only objective whose adapters have this format; None for all
+
+
 EXPORTS = {
-    "peft": ("zip", "PEFT adapter, also for transformers and vLLM (zip)", ()),
-    "gguf": ("gguf", "Adapter for llama.cpp (GGUF)", ()),
-    "merged": ("gguf", "Base model with the adapter for llama.cpp and LM Studio (GGUF)", ("--merge",)),
-    "ollama": ("zip", "Adapter with a Modelfile for Ollama (zip)", ()),
+    "peft": Download("PEFT adapter, also for transformers and vLLM (zip)", "peft", "zip"),
+    "decision": Download("Decision model for llama.cpp (GGUF)", "gguf", "gguf", ("--decision",), "decide"),
+    "vectors": Download("Model for sentence-transformers (zip)", "sentence-transformers", "zip", ("--merge",), "embed"),
+    "gguf": Download("Adapter for llama.cpp (GGUF)", "gguf", "gguf"),
+    "merged": Download("Base model with the adapter, for llama.cpp and LM Studio (GGUF)", "gguf", "gguf", ("--merge",)),
+    "ollama": Download("Adapter with a Modelfile for Ollama (zip)", "ollama", "zip"),
 }
-"""Downloads: suffix of the file, description, and further options of `export`."""
-_TO = {"merged": "gguf"}
-"""Formats of `export` whose name is not that of the download."""
+"""Formats of the export form, by name."""
 _SHOWN_ROWS = 3
 _MAX_SHOWN_TOKENS = 600
 
@@ -110,16 +121,16 @@ async def _run_page(site: Site, request: Request) -> Response:
 
     def page() -> Response:
         values = page_of(run)
-        record_words = ["train", str(run.path / CONFIG), "--output=runs/again"]
-        shared = {
+        objective = values["run"].objective if values and "run" in values else ""
+        shared: dict[str, Any] = {
             "title": run.name,
             "listed": run,
             "log": "" if log is None else log_of(log),
-            "exports": EXPORTS,
+            "exports": {kind: one.text for kind, one in EXPORTS.items() if one.objective in (None, objective)},
+            "objective": objective,
             "charts": {},
             "sections": [],
             "page": values,
-            "again": record_words,
         }
         return site.page("run_page.html.j2", shared | (values or {}))
 
@@ -349,16 +360,16 @@ async def _export(site: Site, request: Request) -> Response:
     kind = str((await request.form()).get("to", ""))
     if kind not in EXPORTS:
         raise UsageError("this is not a format of the page", next_step="choose one of the list")
-    suffix, _, options = EXPORTS[kind]
+    export = EXPORTS[kind]
     model = read_run(run.path).config.get("model", {}).get("model", "smollm2-135m")
-    output = site.space.exports / run.name / (f"{run.name}-{kind}" + (".gguf" if suffix == "gguf" else ""))
-    words = ["export", f"--model={model}", f"--adapter={adapter_of(run)}", f"--to={_TO.get(kind, kind)}", *options]
+    output = site.space.exports / run.name / (f"{run.name}-{kind}" + (".gguf" if export.suffix == "gguf" else ""))
+    words = ["export", f"--model={model}", f"--adapter={adapter_of(run)}", f"--to={export.to}", *export.options]
     words.append(f"--output={output}")
     await run_in_threadpool(remove_tree, FileLayer(), output.parent)
     output.parent.mkdir(mode=0o700)
     outcome = await site.commands.checked(words, request.is_disconnected)
-    path = output.with_name(f"{output.name}.zip") if suffix == "zip" else output
-    if suffix == "zip":
+    path = output.with_name(f"{output.name}.zip") if export.suffix == "zip" else output
+    if export.suffix == "zip":
         await run_in_threadpool(_zip, output, path)
     messages = outcome.output + outcome.messages
     return site.part("export", file=path, run=run.name, size=path.stat().st_size, messages=messages, words=words)

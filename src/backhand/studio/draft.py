@@ -26,6 +26,7 @@ OBJECTIVES = {
     "orpo": "Pairs, from a base model that was not trained on answers before (ORPO)",
     "simpo": "Pairs, without comparing with the base model (SimPO)",
     "kto": "Good and bad answers: each answer has a label (KTO)",
+    "embed": "Vectors for search: texts that belong together get similar vectors",
 }
 """Objectives of the page, with a description."""
 
@@ -38,7 +39,7 @@ MORE = {
     "data": ("max_length", "long_rows", "skip_bad", "train_on", "system", "option_order"),
     "run": ("eval_every", "save_every", "keep", "early_stopping", "max_forgetting", "answers", "seed"),
     "model": ("dtype", "engine", "base", "memory", "recompute"),
-    "objective": ("beta", "loss_type", "label_smoothing"),
+    "objective": ("beta", "loss_type", "label_smoothing", "pooling", "query_prompt", "document_prompt"),
 }
 """Options under "more", by section. None of them names a file or code."""
 
@@ -125,10 +126,10 @@ class Draft:
 
     def lint_words(self, workspace: Workspace, listed: Iterable[str]) -> list[str]:
         """Return the words of `lint`. Raises UsageError as `model_words` and `data_words`."""
-        purpose = {"decide": ["--decisions"], "kto": ["--labels"]}.get(self.objective, [])
+        flags = {"decide": ["--decisions"], "kto": ["--labels"], "embed": ["--embeddings"]}
         more = [name for name in MORE["data"] if name != "option_order"]
-        words = [*self.model_words(workspace, listed), *self.data_words(workspace), *self._more(more), *purpose]
-        return ["lint", *words]
+        words = [*self.model_words(workspace, listed), *self.data_words(workspace), *self._more(more)]
+        return ["lint", *words, *flags.get(self.objective, [])]
 
     def run_words(self, workspace: Workspace, listed: Iterable[str]) -> list[str]:
         """Return the options of `train` and `plan`. Raises UsageError as `model_words` and `data_words`."""

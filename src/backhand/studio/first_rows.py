@@ -48,6 +48,8 @@ def _suggested(columns: Sequence[str], classes: Sequence[str]) -> dict[str, str]
     small = {column.lower() for column in columns}
     if {"chosen", "rejected"} <= small:
         return {"objective": "dpo"}
+    if {"anchor", "positive"} <= small or {"sentence1", "sentence2", "score"} <= small:
+        return {"objective": "embed"}
     if {"prompt", "completion", "label"} <= small:
         return {"objective": "kto"}
     if small & {"messages", "conversations"} or {"prompt", "completion"} <= small or not classes:
