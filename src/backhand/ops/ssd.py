@@ -136,9 +136,8 @@ class _Chunk(NamedTuple):
     to_end: Tensor  # e^{γ_n - γ}
     b: Tensor  # (m, g, n, state width)
     c: Tensor  # (m, g, n, state width)
-    pairs: Tensor  # L (m, g, r, n, n)
-    weights: Tensor  # P (m, g, r, n, n)
     update: Tensor  # U (m, g, n, r, head width)
+    exponents: Tensor  # γ (m, g, n, r)
 
     @property
     def over(self) -> Tensor:
@@ -198,20 +197,23 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
 
 
 def _chunk(saved: SSDSaved, step: Step) -> _Chunk:
-    """Gather a step's inputs and compute the matrices that depend on no state."""
-    n, wide, (_, groups, _) = step.length, torch.promote_types(saved.x.dtype, torch.float32), saved.b.shape
+    """Gather a step's inputs, and compute everything that depends neither on a state nor on pairs of tokens."""
+    wide, groups = torch.promote_types(saved.x.dtype, torch.float32), saved.b.shape[1]
     x = gather(saved.x.unflatten(1, (groups, -1)), step, wide)
     dt = gather(saved.dt.unflatten(1, (groups, -1)), step, wide)
     b, c = (gather(one, step, wide) for one in (saved.b, saved.c))
     exponents = (dt * -_rates(saved)).cumsum(2)
-    by_head = exponents.transpose(2, 3).contiguous()
-    pairs = (
-        (by_head.unsqueeze(-1) - by_head.unsqueeze(-2)).clamp_(LOWEST, -LOWEST).exp_().mul_(_past(n, wide, x.device))
-    )
-    weights = pairs * (c @ b.mT).unsqueeze(2)
     to_here, to_end = exponents.clamp(min=LOWEST).exp_(), (exponents[:, :, -1:] - exponents).clamp_(min=LOWEST).exp_()
     dt, to_here, to_end = (one.unsqueeze(-1) for one in (dt, to_here, to_end))
-    return _Chunk(x, dt, to_here, to_end, b, c, pairs, weights, dt * x)
+    return _Chunk(x, dt, to_here, to_end, b, c, dt * x, exponents)
+
+
+def _pairs(chunk: _Chunk) -> tuple[Tensor, Tensor]:
+    """Return L and P, (m, g, r, n, n) each."""
+    by_head, n = chunk.exponents.transpose(2, 3).contiguous(), chunk.exponents.shape[2]
+    pairs = (by_head.unsqueeze(-1) - by_head.unsqueeze(-2)).clamp_(LOWEST, -LOWEST).exp_()
+    pairs.mul_(_past(n, pairs.dtype, pairs.device))
+    return pairs, pairs * (chunk.c @ chunk.b.mT).unsqueeze(2)
 
 
 @functools.lru_cache(maxsize=16)
@@ -228,7 +230,8 @@ def _rates(saved: SSDSaved) -> Tensor:
 
 def _output(chunk: _Chunk, skip: Tensor, state: Tensor | None) -> Tensor:
     """Return Y (m, g, n, r, head width)."""
-    y = (chunk.weights @ chunk.update.transpose(2, 3)).transpose(2, 3)
+    _, weights = _pairs(chunk)
+    y = (weights @ chunk.update.transpose(2, 3)).transpose(2, 3)
     if state is not None:
         y = torch.addcmul(y, chunk.to_here, chunk.by_head(chunk.c @ state))
     return torch.addcmul(y, chunk.x, _skips(skip, chunk))
@@ -287,8 +290,9 @@ def _chunk_back(
         g: G, of the shape of the chunk's x.
         d_following: S̄ of the first documents of the chunk; None if no chunk follows.
     """
-    g_heads, sent = g.transpose(2, 3), None
-    d_update = (chunk.weights.mT @ g_heads).transpose(2, 3).contiguous()
+    pairs, weights = _pairs(chunk)
+    g_heads, sent = g.transpose(2, 3).contiguous(), None
+    d_update = (weights.mT @ g_heads).transpose(2, 3).contiguous()
     if d_following is not None:
         there = slice(0, d_following.shape[0])
         sent = chunk.by_head(chunk.b[there] @ d_following).mul_(chunk.to_end[there])  # e^{γ_n - γ} ⊙ (B S̄)
@@ -297,8 +301,8 @@ def _chunk_back(
     d_dt = torch.linalg.vecdot(d_update, chunk.x)
 
     d_weights = g_heads @ chunk.update.transpose(2, 3).mT
-    d_products = torch.linalg.vecdot(chunk.pairs, d_weights, dim=2)  # dM
-    exponents = d_weights.mul_(chunk.weights)
+    d_products = torch.linalg.vecdot(pairs, d_weights, dim=2)  # dM
+    exponents = d_weights.mul_(weights)
     exponents.diagonal(0, -2, -1).zero_()
     sums = exponents.sum(-1, dtype=torch.float64) - exponents.sum(-2, dtype=torch.float64)
     d_sums = sums.transpose(2, 3)  # ∂L/∂γ, without what passes through S'
