@@ -41,7 +41,7 @@ class AdaptedGLUSaved(NamedTuple):
     """Inputs of the backward."""
 
     gate_up: Tensor  # [a | u], (..., 2n)
-    activation: str  # `silu`, `gelu_tanh` or `sigmoid`
+    activation: str  # `silu`, `gelu`, `gelu_tanh` or `sigmoid`
     gate_up_group: LoRAGroup  # the factors of gate and up
     h: Tensor  # their hidden activations, (..., Σ rank)
     down_group: LoRAGroup = _NO_GROUP  # the factors of the projection that takes p
@@ -65,7 +65,7 @@ def adapted_glu_forward(
 
     Args:
         gate_up: [a₀ | u₀], (..., 2n).
-        activation: `silu`, `gelu_tanh` or `sigmoid`.
+        activation: `silu`, `gelu`, `gelu_tanh` or `sigmoid`.
         gate_up_group: the factors of gate and up.
         h: their hidden activations, (..., Σ rank).
         down_group: the factors of the projection that takes p.

@@ -21,7 +21,6 @@ once, like in torch's kernels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,10 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.ops.activation import gelu_tanh
-
-SQRT_HALF = math.sqrt(0.5)
-DENSITY_AT_ZERO = 1 / math.sqrt(2 * math.pi)
+from backhand.ops.activation import gelu, gelu_tanh
 
 
 class OutputSaved(NamedTuple):
@@ -51,18 +47,6 @@ class ElementwiseGrads(NamedTuple):
     """d_x, of the shape and dtype of x."""
 
     d_x: Tensor
-
-
-def _gelu(x: Tensor) -> Tensor:
-    return x * _normal_distribution(x)
-
-
-def _gelu_gradient(d_y: Tensor, x: Tensor) -> Tensor:
-    return d_y * (_normal_distribution(x) + x * DENSITY_AT_ZERO * torch.exp(-0.5 * x * x))
-
-
-def _normal_distribution(x: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.erf(SQRT_HALF * x))
 
 
 def _silu_gradient(d_y: Tensor, x: Tensor) -> Tensor:
@@ -111,7 +95,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 relu_forward, relu_backward = _of_output(torch.relu, lambda d_y, y: torch.where(y > 0, d_y, 0.0))
 tanh_forward, tanh_backward = _of_output(torch.tanh, lambda d_y, y: d_y * (1 - y * y))
 sigmoid_forward, sigmoid_backward = _of_output(torch.sigmoid, lambda d_y, y: d_y * y * (1 - y))
-gelu_forward, gelu_backward = _of_input(_gelu, _gelu_gradient)
+gelu_forward, gelu_backward = _of_input(lambda x: gelu(x).value, lambda d_y, x: d_y * gelu(x).slope)
 gelu_tanh_forward, gelu_tanh_backward = _of_input(lambda x: gelu_tanh(x).value, lambda d_y, x: d_y * gelu_tanh(x).slope)
 silu_forward, silu_backward = _of_input(lambda x: x * torch.sigmoid(x), _silu_gradient)
 

@@ -1,6 +1,6 @@
 """Elementwise part of a gated linear unit: SwiGLU, GeGLU, and the plain GLU that gates attention's output.
 
-    y = φ(a) ⊙ u,   φ = SiLU, GELU (tanh form) or σ      [arXiv:2002.05202, eq. 6]
+    y = φ(a) ⊙ u,   φ = SiLU, GELU or σ      [arXiv:2002.05202, eq. 6]
 
 Backward. dy = φ'(a) ⊙ u ⊙ da + φ(a) ⊙ du, so with G = ∂L/∂y
     ∂L/∂a = G ⊙ u ⊙ φ'(a)      (..., n)
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from backhand.kernels import glu as kernels
-from backhand.ops.activation import CUBIC, KAPPA, Activated, activate, activated
+from backhand.ops.activation import CUBIC, KAPPA, SQRT_HALF, Activated, activate, activated
 
 
 class GLUSaved(NamedTuple):
@@ -45,7 +45,7 @@ def glu_forward(gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None
     Args:
         gate: a, (..., n).
         up: u, (..., n).
-        activation: `silu`, `gelu_tanh` or `sigmoid`.
+        activation: `silu`, `gelu`, `gelu_tanh` or `sigmoid`.
         out: of gate's shape and dtype, to receive y; or None.
     """
     y = kernels.glu(gate, up, activation, out)
@@ -94,9 +94,11 @@ def glu_backward(
 
 
 def glu_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """Compute the same y from the definitions: a / (1 + e⁻ᵃ), 1 / (1 + e⁻ᵃ), or the tanh form written out."""
+    """Compute the same y from the definitions: a / (1 + e⁻ᵃ), 1 / (1 + e⁻ᵃ), or GELU's forms written out."""
     if activation == "sigmoid":
         return up / (1 + torch.exp(-gate))
     if activation == "silu":
         return gate / (1 + torch.exp(-gate)) * up
+    if activation == "gelu":
+        return 0.5 * gate * torch.erfc(-SQRT_HALF * gate) * up
     return 0.5 * gate * (1 + torch.tanh(KAPPA * (gate + CUBIC * gate**3))) * up

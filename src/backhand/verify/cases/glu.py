@@ -19,7 +19,9 @@ def activated(gate: Tensor, activation: str) -> Tensor:
     """Compute φ as usually written for autograd."""
     if activation == "sigmoid":
         return torch.sigmoid(gate)
-    return functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
+    if activation == "silu":
+        return functional.silu(gate)
+    return functional.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def baseline_unit(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -52,10 +54,13 @@ OP = Op(
 CASES = (
     *OP.standard_cases("SwiGLU: ", activation="silu"),
     *OP.standard_cases("GeGLU: ", activation="gelu_tanh"),
+    *OP.standard_cases("exact GeGLU: ", activation="gelu"),
     *OP.standard_cases("GLU: ", activation="sigmoid"),
     OP.case("SwiGLU, side by side in one buffer", "silu", (5,), side_by_side=True),
     OP.case("GeGLU, side by side in one buffer", "gelu_tanh", (2, 5), side_by_side=True),
     OP.case("GLU, side by side in one buffer", "sigmoid", (2, 5), side_by_side=True),
+    OP.case("exact GeGLU, saturated", "gelu", (5,), size=30.0),
+    OP.case("exact GeGLU, several chunks side by side", "gelu", (3, 3), 5, side_by_side=True, pieces=20),
     OP.case("GLU, saturated", "sigmoid", (5,), size=20.0),
     OP.case("SwiGLU, saturated", "silu", (5,), size=30.0),
     OP.case("GeGLU, saturated", "gelu_tanh", (5,), size=30.0),
@@ -78,7 +83,7 @@ def _gelu_slope_without_inner(s: GLUSaved) -> Tensor:
 
 def _first_chunk(s: GLUSaved, d: Tensor) -> Tensor:
     """Return the gradient of the activation that is computed in chunks."""
-    if s.activation != "gelu_tanh":
+    if s.activation not in ("gelu", "gelu_tanh"):
         return d
     return later_pieces_missing(d, piece_size(CHUNK_ELEMENTS) // max(d.shape[-1], 1))
 
@@ -87,6 +92,7 @@ MUTANTS = (
     wrong("slope of the first chunk alone", "d_gate", lambda s, d: _first_chunk(s, d)),
     OP.perturb("up forgotten", "d_gate", up=lambda s: torch.ones_like(s.up)),
     wrong("inner derivative missing", "d_gate", lambda g, s: g * s.up * _gelu_slope_without_inner(s)),
+    wrong("density missing", "d_gate", lambda g, s: g * s.up * activated(s.gate, s.activation) / s.gate),
     wrong("φ for φ′", "d_gate", lambda g, s: g * s.up * activated(s.gate, s.activation)),
     wrong("activation forgotten", "d_gate", lambda g, s: g * s.up),
     OP.perturb(
