@@ -229,9 +229,9 @@ _blocks: dict[tuple[Any, ...], np.ndarray[Any, Any]] = {}
 def _writer(model: PreTrainedModel, path: Path, parts: int) -> gguf.GGUFWriter:
     config = _readable(model.config)
     tensors = len(tiny_gguf_tensors(model))
-    writer = gguf.GGUFWriter(
-        path, _ARCHITECTURE[config.model_type], split_max_tensors=-(-tensors // parts) if parts > 1 else 0
-    )
+    both = getattr(config, "use_bidirectional_attention", False)
+    architecture = "gemma-embedding" if both else _ARCHITECTURE[config.model_type]
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=-(-tensors // parts) if parts > 1 else 0)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_name("tiny")
     writer.add_block_count(config.num_hidden_layers)
@@ -288,7 +288,8 @@ def _writer(model: PreTrainedModel, path: Path, parts: int) -> gguf.GGUFWriter:
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if config.model_type in ("gemma3_text", "olmo3", "exaone4") and config.sliding_window is not None:
-        writer.add_sliding_window(config.sliding_window)
+        # transformers halves the window of EmbeddingGemma when it reads the config
+        writer.add_sliding_window((config.sliding_window - 1) * 2 if both else config.sliding_window)
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
     if "sliding_attention" in rotary:
         writer.add_rope_freq_base_swa(rotary["sliding_attention"]["rope_theta"])

@@ -586,7 +586,8 @@ def _multiplies_plainly(model: torch.nn.Module, name: str) -> bool:
     """Whether it is a norm's weight, and not one from which the norm makes 1 + weight."""
     if type(model).__name__.startswith("Qwen3_5"):
         return name.endswith("linear_attn.norm.weight")
-    return name.endswith("norm.weight") and not type(model).__name__.startswith(("Gemma2", "Gemma3"))
+    offset = type(model).__name__.startswith(("Gemma2", "Gemma3"))
+    return name.endswith(("norm.weight", "LayerNorm.weight")) and not offset
 
 
 def save_tiny(model: PreTrainedModel, directory: Path, *, max_shard_size: str = "1GB", tokenizer: bool = True) -> Path:
@@ -605,6 +606,7 @@ def attach_lora(
     target_modules: str | Sequence[str] = "all-linear",
     dropout: float = 0.0,
     seed: int = 1,
+    task_type: str | None = "CAUSAL_LM",
     **lora: Any,
 ) -> Any:
     """The model with PEFT's LoRA around it, lora_A and lora_B both random and not zero, in the model's own dtype.
@@ -618,7 +620,7 @@ def attach_lora(
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
         lora = {"target_parameters": list(EXPERT_PARAMETERS), **lora}
     config = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, task_type="CAUSAL_LM", **lora
+        r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, task_type=task_type, **lora
     )
     # PEFT refuses `out_proj` of Mamba-2, because fused kernels would not see its factors. Here are no such kernels.
     with patch("peft.tuners.tuners_utils._check_lora_target_modules_mamba"):

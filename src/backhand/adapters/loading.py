@@ -62,6 +62,7 @@ def match_linear_adapter(contents: AdapterContents, module_shapes: Mapping[str, 
     """
     shapes = ModuleShapes.of(module_shapes)
     modules, experts = [*shapes, *shapes.embeddings], list(shapes.experts)
+    contents = _of_the_whole_model(_without_unused(contents, shapes.outside), {*modules, *experts})
 
     def expected(config: LoRAConfig) -> Expected:
         # Names that match nothing are no problem in themselves: the tensors determine the adapted modules.
@@ -70,6 +71,21 @@ def match_linear_adapter(contents: AdapterContents, module_shapes: Mapping[str, 
         return Expected(targets, slot_shapes(slots), trained, slots)
 
     return match_adapter(contents, modules, expected)
+
+
+def _without_unused(contents: AdapterContents, outside: Collection[str]) -> AdapterContents:
+    """Leave out the factors of modules that only transformers computes, if they change nothing.
+
+    PEFT adapts BERT's pooler with `dense`. A loss of mean or first states gives it no gradient, so lora_B stays zero.
+    """
+    factors = {key: factor for key in contents.tensors if (factor := factor_of(key)) and factor[0] in outside}
+    changed = {
+        module for key, (module, part) in factors.items() if "lora_B" in part and contents.tensors[key].any().item()
+    }
+    unused = {key for key, (module, _) in factors.items() if module not in changed}
+    if not unused:
+        return contents
+    return replace(contents, tensors={key: x for key, x in contents.tensors.items() if key not in unused})
 
 
 def match_adapter(
@@ -380,7 +396,20 @@ _IN_A_PATTERN = re.compile(r"(?:model(?:\\?\.))?(?:language_model|text_model)(?:
 
 def of_the_text_model(contents: AdapterContents) -> AdapterContents:
     """Rename the contents to the text model's names if they adapt the text part of an image model."""
-    names = {key: _inside(key) for key in (*contents.tensors, *(contents.unusable or ()))}
+    return _renamed(contents, _inside)
+
+
+def _of_the_whole_model(contents: AdapterContents, modules: Collection[str]) -> AdapterContents:
+    """Rename the contents if they adapt the class of a decoder without its head, whose names lack `model.`."""
+    adapted = {factor[0] for key in contents.tensors if (factor := factor_of(key))}
+    if not adapted or not all(name not in modules and f"model.{name}" in modules for name in adapted):
+        return contents
+    return _renamed(contents, lambda key: f"{PREFIX}model.{key.removeprefix(PREFIX)}")
+
+
+def _renamed(contents: AdapterContents, name_of: Callable[[str], str | None]) -> AdapterContents:
+    """Return the contents under other names. `name_of` returns None for a name that stays."""
+    names = {key: name_of(key) for key in (*contents.tensors, *(contents.unusable or ()))}
     if all(name is None or name == key for key, name in names.items()):
         return contents
 

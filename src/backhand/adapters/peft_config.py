@@ -184,16 +184,16 @@ def written_targets(
 ) -> tuple[str | list[str], str | list[str] | None, list[int] | None]:
     """Return target_modules, exclude_modules and layers_to_transform with which PEFT adapts exactly `names`.
 
-    Names and a regular expression are written as given, since PEFT interprets them in the same way. `all-linear` has no
+    Names and a regular expression are written as given, since PEFT interprets them in the same way. Modules that only
+    transformers computes are excluded (`ModuleShapes.outside`). `all-linear` has no
     common definition, and becomes a list: of module names without their path if these select nothing else among
     `module_names`, of full paths otherwise.
     """
     targets = config.target_modules
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
-        exclude = config.exclude_modules
         return (
             targets if isinstance(targets, str) else sorted(targets),
-            exclude if isinstance(exclude, str) and exclude else sorted(exclude) or None,
+            _written_exclusion(config, names, module_names or ()),
             None if config.layers_to_transform is None else sorted(config.layers_to_transform),
         )
     ends = sorted({name.rpartition(".")[2] for name in names})
@@ -204,6 +204,18 @@ def written_targets(
     else:
         exact = not config.exclude_modules and config.layers_to_transform is None
     return (ends if exact else sorted(names)), None, None
+
+
+def _written_exclusion(
+    config: LoRAConfig, names: Sequence[str], module_names: Collection[str]
+) -> str | list[str] | None:
+    """Return exclude_modules, with the modules that `config` selects among `module_names` in addition to `names`."""
+    exclude, adapted = config.exclude_modules, set(names)
+    picked = resolve_targets(config, list(module_names), strict=False) if adapted & set(module_names) else []
+    others = [target.name for target in picked if target.name not in adapted]
+    if isinstance(exclude, str) and exclude:
+        return "|".join((f"(?:{exclude})", *map(re.escape, others))) if others else exclude
+    return sorted((*exclude, *others)) or None
 
 
 def written_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:

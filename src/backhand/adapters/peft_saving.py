@@ -57,7 +57,7 @@ def adapter_files(
 
     Args:
         record: origin and digests for backhand.json; package versions and file digests are added here.
-        module_names: all linear modules of the model; see `peft_config.written_targets`.
+        module_names: all linear modules of the model in transformers; see `peft_config.written_targets`.
         wrapper: the image model that contains this text model; the files then use the names of the whole model.
 
     Raises:
@@ -90,7 +90,7 @@ def adapter_files(
     return contents
 
 
-_AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM"}
+_AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "FEATURE_EXTRACTION": "AutoModel"}
 
 
 def model_card(

@@ -52,7 +52,7 @@ class DecoderEngine(Engine):
         self.config = config = decoder_config(source.config)
         self.notes = (*self.notes, *config.notes)
         self.layers = len(config.layers)
-        self.shares_prefixes = not config.length_limits  # with a limit, rotary angles depend on the document's length
+        self.shares_prefixes = config.shares_prefixes
 
     @property
     def vocab_size(self) -> int:
@@ -74,11 +74,15 @@ class DecoderEngine(Engine):
         - With a sliding window, the order depends on the block of queries. A shared prefix shifts the blocks.
         - The delta rule and Mamba-2 count their chunks from the end of a shared prefix.
         """
-        lowest = backward_end(layout, self.layers).layer
+        lowest = backward_end(layout, self.config).layer
         layer, batch_dependent = self.config.start_layer(min(lowest, self.layers - 1)), None
         windows = [one.window for one in self.config.layers[:layer] if one.window is not None]
         if not kernels_available():
             batch_dependent = "without the compiled kernels a row's last bits depend on the other rows of its batch"
+        elif not self.config.causal:
+            batch_dependent = (
+                "with attention in both directions a row's last bits depend on the other rows of its batch"
+            )
         elif self.config.attention_cap is not None:
             batch_dependent = "with capped attention scores a row's last bits depend on the other rows of its batch"
         elif any(one.experts for one in self.config.layers[:layer]):
@@ -142,8 +146,10 @@ class _BoundDecoder(BoundModel):
         self._decoder = decoder
 
     def adapter_files(self, record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
-        parts = AdapterParts.of(PEFTConfig(self.config, self.base_name, "CAUSAL_LM"), self.lora)
-        names, wrapper = list(self._decoder.module_shapes()), self.source.wrapper
+        task_type = "CAUSAL_LM" if self._decoder.config.has_head else "FEATURE_EXTRACTION"
+        parts = AdapterParts.of(PEFTConfig(self.config, self.base_name, task_type), self.lora)
+        shapes, wrapper = self._decoder.module_shapes(), self.source.wrapper
+        names = [*shapes, *shapes.outside]
         return adapter_files(parts, record=record, card=card, module_names=names, wrapper=wrapper)
 
     def completer(self) -> EngineCompleter:

@@ -24,10 +24,9 @@ from backhand.engines.engine import MoreBlocks, ShortModel
 from backhand.nn.decoder.adapted_group import backward_end
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.weights import DecoderWeights, dense_views, empty_weights
-from backhand.nn.families.family import DecoderConfig
+from backhand.nn.families.family import DecoderConfig, split_layer
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters, LoRASlot, TrainedTensor
 
-_BLOCKS = "model.layers."
 _DRAWN = 1 << 20
 
 
@@ -49,14 +48,14 @@ def short_decoder(
         load: reads the weights of a configuration's layers, the first layers of the file; None for small random ones.
     """
     count = len(config.layers)
-    lowest = min(backward_end(layout, count).layer, count - 1)
+    lowest = min(backward_end(layout, config).layer, count - 1)
     kinds = [_kind(config, layer) for layer in range(count)]
     region = range(lowest, count)
     weight_of = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
     adapted = Counter[int]()  # number of trained elements per layer
     for slot in layout.slots:
-        if slot.name.startswith(_BLOCKS):
-            adapted[int(slot.name.split(".")[2])] += slot.element_count
+        if (place := split_layer(slot.name)) is not None:
+            adapted[place[0]] += slot.element_count
     trained = {kind: max((n for n in region if kinds[n] == kind), key=adapted.__getitem__) for kind in kinds[lowest:]}
     between = {kinds[layer]: layer for layer in region[1:-1]}  # the last layer of each kind
     chosen = sorted({lowest, count - 1, *between.values()})
@@ -83,7 +82,8 @@ def short_decoder(
         )
         blocks = replace(weights, blocks=[weights.blocks[number] for number in stored])
         decoder = Decoder(replace(config, layers=short), blocks, recompute=recompute)
-        slots, tensors = _renamed(layout.slots, adapters), _renamed(layout.full_tensors, adapters)
+        slots = _renamed(layout.slots, adapters, config)
+        tensors = _renamed(layout.full_tensors, adapters, config)
         lora = LoRAParameters(slots, full_tensors=tensors, device=decoder.device)
         lora.initialise(torch.Generator(device=decoder.device).manual_seed(0))
         decoder.attach(lora)
@@ -112,15 +112,16 @@ def _kind(config: DecoderConfig, number: int) -> tuple[object, ...]:
 Named = TypeVar("Named", LoRASlot, TrainedTensor)
 
 
-def _renamed(parts: Sequence[Named], adapters: Sequence[int]) -> list[Named]:
+def _renamed(parts: Sequence[Named], adapters: Sequence[int], config: DecoderConfig) -> list[Named]:
     """Return the parts outside the blocks and those of layers `adapters`, renumbered from 0 in this order."""
-    renamed = [part for part in parts if not part.name.startswith(_BLOCKS)]
+    places = [(part, split_layer(part.name)) for part in parts]
+    renamed = [part for part, place in places if place is None]
     for number, layer in enumerate(adapters):
-        prefix = f"{_BLOCKS}{layer}."
+        path = config.block_path(number)
         renamed += [
-            replace(part, name=f"{_BLOCKS}{number}.{part.name.removeprefix(prefix)}")
-            for part in parts
-            if part.name.startswith(prefix)
+            replace(part, name=f"{path}.{place[1]}")
+            for part, place in places
+            if place is not None and place[0] == layer
         ]
     return renamed
 

@@ -87,7 +87,7 @@ class Embedder:
             return str(known.get(name, "")) if given is None else given
 
         pooling = cast("PoolingName", options.pooling or known["pooling"])
-        check_pooling(pooling)
+        check_pooling(pooling, causal=loaded.model.decoder.config.causal)
         return cls(
             loaded,
             pooling,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from backhand.ops.document_groups import SegmentRun, Span
 from backhand.ops.linear_divergence import Divergence
@@ -66,6 +67,9 @@ class PackedBatch:
     document_ends: tuple[int, ...] | None = None
     # cached hidden states with which the forward pass starts at a higher layer; None to start at the token ids
     start: StartStates | None = None
+    # (tokens,) int64, the number of the text of a pair to which each token belongs, for encoders with token types; None
+    # if all are 0
+    token_types: Tensor | None = None
     # for distillation: the loss is the divergence from these states instead of the cross-entropy; else None
     teacher: TeacherStates | None = None
 
@@ -204,7 +208,8 @@ class PackedBatch:
         start = None if self.start is None else self.start._replace(states=self.start.states.to(device))
         teacher = None if self.teacher is None else self.teacher._replace(hidden=self.teacher.hidden.to(device))
         ids, labels = self.input_ids.to(device), self.labels.to(device)
-        return replace(self, input_ids=ids, labels=labels, start=start, teacher=teacher)
+        types = None if self.token_types is None else self.token_types.to(device)
+        return replace(self, input_ids=ids, labels=labels, start=start, token_types=types, teacher=teacher)
 
 
 def document_runs(lengths: Sequence[int], parents: Sequence[int] = ()) -> tuple[SegmentRun, ...]:
@@ -244,6 +249,7 @@ def pad_to_bucket(batch: PackedBatch) -> PackedBatch:
         input_ids=torch.cat((batch.input_ids, batch.input_ids.new_zeros(missing))),
         labels=torch.cat((batch.labels, batch.labels.new_full((missing,), IGNORE_INDEX))),
         lengths=(*batch.lengths, missing),
+        token_types=None if batch.token_types is None else functional.pad(batch.token_types, (0, missing)),
         parents=(*batch.parents, -1) if batch.parents else (),
         document_ends=batch.ends,
     )

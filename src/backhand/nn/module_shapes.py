@@ -21,6 +21,8 @@ class ModuleShapes(dict[str, tuple[int, int]]):
         experts: (experts, out, in) of every parameter that contains the matrices of all experts, from which
             `target_parameters` chooses.
         interleaved: those parameters of `experts` that interleave the outputs of gate and up.
+        outside: linear modules of transformers' class that the model does not compute here, such as BERT's pooler. PEFT
+            would adapt them if their names match.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class ModuleShapes(dict[str, tuple[int, int]]):
         frozen: Iterable[str] = (),
         experts: Mapping[str, tuple[int, int, int]] | None = None,
         interleaved: Iterable[str] = (),
+        outside: Iterable[str] = (),
     ) -> None:
         super().__init__(linear)
         self.embeddings = dict(embeddings)
@@ -41,6 +44,7 @@ class ModuleShapes(dict[str, tuple[int, int]]):
         self.frozen = tuple(frozen)
         self.experts = dict(experts or {})
         self.interleaved = frozenset(interleaved)
+        self.outside = tuple(outside)
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, int]]) -> ModuleShapes:

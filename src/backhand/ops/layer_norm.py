@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from backhand.kernels.library import wide_dtype
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply
 
 
 class LayerNormSaved(NamedTuple):
@@ -33,6 +34,10 @@ class LayerNormSaved(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     statistics: Tensor
+
+
+NormSaved = RMSNormSaved | LayerNormSaved
+"""Saved tensors of either kind of norm. They represent its output, which a layer after it can recompute."""
 
 
 class LayerNormGrads(NamedTuple):
@@ -75,10 +80,15 @@ def layer_norm_apply(saved: LayerNormSaved) -> Tensor:
     return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
+def norm_apply(saved: NormSaved) -> Tensor:
+    """Recompute the output of either kind of norm from its saved tensors."""
+    return layer_norm_apply(saved) if isinstance(saved, LayerNormSaved) else rms_norm_apply(*saved)
+
+
 def _x_hat(saved: LayerNormSaved) -> Tensor:
     """Return x̂ of x's shape in the statistics' dtype."""
-    mean, rho = saved.statistics.split(1, dim=-1)
-    return (saved.x - mean).mul_(rho)
+    x_hat: Tensor = saved.x - saved.statistics[..., :1]
+    return x_hat.mul_(saved.statistics[..., 1:])
 
 
 def layer_norm_backward(

@@ -32,9 +32,10 @@ from torch import Tensor
 
 from backhand.kernels.dense_product import LowRankUpdate
 from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear, fuse_down_projection
+from backhand.ops.layer_norm import NormSaved, norm_apply
 from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.ops.low_rank import LoRAFactors, add_lora_A_gradients, down_projection, h_gradient
-from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply
+from backhand.ops.rms_norm import RMSNormSaved
 from backhand.ops.weight_tiles import FrozenMatrix
 
 
@@ -48,7 +49,7 @@ class LoRAGroup(NamedTuple):
 class LoRAGroupSaved(NamedTuple):
     """Saved for the backward: x (..., in), the stacked weight, the group, h (..., Σ rank)."""
 
-    x: Tensor | RMSNormSaved  # a caller may replace a norm's output by its saved tensors
+    x: Tensor | NormSaved  # a caller may replace a norm's output by its saved tensors
     weight: FrozenMatrix
     group: LoRAGroup
     h: Tensor
@@ -114,9 +115,9 @@ def lora_group_backward(d_y: Tensor, saved: LoRAGroupSaved, *, input_gradient: b
     )
 
 
-def group_gradients(g: Tensor, x: Tensor | RMSNormSaved, d_h: Tensor, weight: FrozenMatrix, group: LoRAGroup) -> Tensor:
+def group_gradients(g: Tensor, x: Tensor | NormSaved, d_h: Tensor, weight: FrozenMatrix, group: LoRAGroup) -> Tensor:
     """Add ∂L/∂A_i like `group_A_gradients`, and return ∂L/∂x like `group_input_gradient`; m is generated once."""
-    rows = (x.x if isinstance(x, RMSNormSaved) else x).flatten(0, -2)
+    rows = (x if isinstance(x, Tensor) else x.x).flatten(0, -2)
     m = None if group.dropout is None or not group.adapters else multiplier(rows, group.dropout)
     group_A_gradients(x, d_h, group, m)
     return group_input_gradient(g, d_h, weight, group, m)
@@ -136,7 +137,7 @@ def group_input_gradient(
     return d_x.add_(low_rank) if m is None else d_x.addcmul_(m, low_rank)
 
 
-def group_A_gradients(x: Tensor | RMSNormSaved, d_h: Tensor, group: LoRAGroup, m: Tensor | None = None) -> None:
+def group_A_gradients(x: Tensor | NormSaved, d_h: Tensor, group: LoRAGroup, m: Tensor | None = None) -> None:
     """Add ∂L/∂A_i to each `d_lora_A`, from x (..., in) or the saved tensors of its norm, and ∂L/∂h (rows, Σ rank)."""
     grad_buffers = [adapter.d_lora_A for adapter in group.adapters]
     if isinstance(x, RMSNormSaved) and group.dropout is None:
@@ -144,7 +145,7 @@ def group_A_gradients(x: Tensor | RMSNormSaved, d_h: Tensor, group: LoRAGroup, m
             x._replace(x=x.x.flatten(0, -2), inverse_rms=x.inverse_rms.flatten(0, -2)), d_h, grad_buffers
         )
     elif grad_buffers:
-        x_rows = (rms_norm_apply(*x) if isinstance(x, RMSNormSaved) else x).flatten(0, -2)
+        x_rows = (x if isinstance(x, Tensor) else norm_apply(x)).flatten(0, -2)
         if m is None and group.dropout is not None:
             m = multiplier(x_rows, group.dropout)
         add_lora_A_gradients(x_rows if m is None else x_rows * m, d_h, grad_buffers)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from backhand.kernels import low_rank as kernels
+from backhand.ops.layer_norm import LayerNormSaved, NormSaved, layer_norm_apply
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply
 
 
@@ -82,10 +83,11 @@ def h_gradient(g: Tensor, h: Tensor, adapters: Sequence[LoRAFactors]) -> Tensor:
     return d_h
 
 
-def add_lora_A_gradients(x: Tensor | RMSNormSaved, d_h: Tensor, accumulate_into: Sequence[Tensor]) -> None:
+def add_lora_A_gradients(x: Tensor | NormSaved, d_h: Tensor, accumulate_into: Sequence[Tensor]) -> None:
     """Add the rows of (∂L/∂h)ᵀ x to the gradient buffers of the factors, in their order.
 
-    The output x = ρ X ⊙ (c + w) of a norm is not formed: (∂L/∂h)ᵀ x = ((ρ ∂L/∂h)ᵀ X) ⊙ (c + w), and ρ ∂L/∂h is small.
+    The output x = ρ X ⊙ (c + w) of an RMS norm is not formed: (∂L/∂h)ᵀ x = ((ρ ∂L/∂h)ᵀ X) ⊙ (c + w), and ρ ∂L/∂h is
+    small. The output of a layer norm is recomputed.
 
     Args:
         x: (rows, in), or the saved tensors of the norm that produced x.
@@ -94,6 +96,7 @@ def add_lora_A_gradients(x: Tensor | RMSNormSaved, d_h: Tensor, accumulate_into:
     """
     if not accumulate_into:
         return
+    x = layer_norm_apply(x) if isinstance(x, LayerNormSaved) else x
     rows, weight, inverse_rms, offset = x if isinstance(x, RMSNormSaved) else (x, None, None, 0.0)
     if kernels.add_lora_A_gradients(rows, weight, inverse_rms, offset, d_h, accumulate_into):
         return

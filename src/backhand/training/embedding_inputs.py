@@ -46,14 +46,14 @@ def with_pooling(
     files = None
     if None in given:
         files = read_embedding_files(source.path)
-    files = files or EmbeddingFiles("last", "", "")
+    files = files or EmbeddingFiles("last" if engine.config.causal else "mean", "", "")
     options = replace(
         options,
         pooling=options.pooling or cast("PoolingName", files.pooling),
         query_prompt=files.query_prompt if options.query_prompt is None else options.query_prompt,
         document_prompt=files.document_prompt if options.document_prompt is None else options.document_prompt,
     )
-    check_pooling(not_none(options.pooling))
+    check_pooling(not_none(options.pooling), causal=engine.config.causal)
     width = engine.config.hidden_size
     if any(size >= width for size in options.matryoshka_dims):
         raise UsageError(
@@ -62,6 +62,19 @@ def with_pooling(
             next_step="give smaller lengths; the whole vector is always trained",
         )
     return options
+
+
+def check_positions(engine: Engine, longest: int) -> None:
+    """Raise UsageError if the longest text has more tokens than an encoder has learned positions."""
+    if not isinstance(engine, DecoderEngine) or engine.config.inputs is None:
+        return
+    positions = engine.config.max_position_embeddings
+    if engine.config.inputs.positions is not None and longest > positions:
+        raise UsageError(
+            f"the longest text has {longest:,} tokens, and the model takes {positions:,}",
+            where="max_length",
+            next_step=f"give --max-length {positions} or lower",
+        )
 
 
 def format_of(options: ObjectiveOptions) -> EmbeddingFormat | None:

@@ -27,13 +27,14 @@ from backhand.loop.forgetting import ForgettingMeter
 from backhand.loop.objectives.compared import check_answers_differ
 from backhand.loop.sampled_answers import PromptPacker, check_context, prompt_of
 from backhand.loop.step_plan import chosen_rate
-from backhand.nn.decoder.adapted_group import EMBEDDING, HEAD
+from backhand.nn.decoder.adapted_group import HEAD
+from backhand.nn.decoder.adapted_head import require_head
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.options.objectives import DISTILLED, ObjectiveOptions
-from backhand.training.embedding_inputs import format_of, with_loss, with_pooling
+from backhand.training.embedding_inputs import check_positions, format_of, with_loss, with_pooling
 from backhand.training.starting_adapter import adapter_config, start_notes
 from backhand.words import name_list
 
@@ -104,6 +105,8 @@ def read_inputs(
         config = replace(config, objective=replace(objective, context=context_text(objective.context)))
     if objective.objective == "embed":
         config = replace(config, objective=with_pooling(objective, source, engine, layout))
+    elif isinstance(engine, DecoderEngine):
+        require_head(engine.config)
     config = replace(config, adapter=in_numbers(config.adapter, [slot.name for slot in layout.slots]))
     notes = start_notes(config, source, engine, layout)
     tokenizer = source.tokenizer()
@@ -133,6 +136,9 @@ def read_inputs(
         )
     beyond = [data.examples.beyond(engine.vocab_size) for data in (train, held_out) if data is not None]
     packer, held_out_packer = _packers(config, train, held_out, engine, layout)
+    for rows in (packer, held_out_packer):
+        if rows is not None:
+            check_positions(engine, int(rows.by_document.lengths.max(initial=0)))
     if isinstance(packer, DistilledPacker | DistilledPrompts):
         train = packer.rows
     if isinstance(held_out_packer, DistilledPacker | DistilledPrompts):
@@ -238,7 +244,7 @@ def _check_distilled(engine: Engine, layout: AdapterLayout) -> None:
             next_step="choose a model that the backhand engine supports (backhand models)",
         )
     names = [*(slot.name for slot in layout.slots), *(tensor.name for tensor in layout.full_tensors)]
-    if ends := [name for name in names if name.startswith((HEAD, EMBEDDING))]:
+    if ends := [name for name in names if name.startswith((HEAD, engine.config.embedding))]:
         raise UsageError(
             f"distillation trains the blocks of a model, not {name_list(ends)}",
             where="target_modules",

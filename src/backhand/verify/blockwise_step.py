@@ -153,7 +153,7 @@ class BlockwiseStep:
     def forward(self, dropout_seed: int | None, rows: Tensor | None = None) -> list[Tensor]:
         """Return x₀ of every block and the last block's output, or the given rows of it."""
         # The embedding's rounding in the compute dtype is part of the function.
-        x, config, weights = self.decoder.embed(self.batch.input_ids).double(), self.decoder.config, self._per_layer()
+        x, config, weights = self.decoder.input_states(self.batch).double(), self.decoder.config, self._per_layer()
         self.cross_layer, inputs = CrossLayer(config.kv_sources), [x]
         if weights is not None:
             ple, self._ple_saved = ple_inputs_forward(x, self.batch.input_ids, weights, config, self.lora, dropout_seed)
@@ -173,7 +173,7 @@ class BlockwiseStep:
         factors = self.decoder.head_factors(self.dropout_seed)
         if factors is not None:
             factors = factors._replace(lora_A=self.lora.lora_A(HEAD), lora_B=self.lora.lora_B(HEAD))
-        normed, norm = rms_norm_forward(x, weights.final_norm.double(), config.norm_eps, config.norm_offset)
+        normed, norm = rms_norm_forward(x, not_none(weights.final_norm).double(), config.norm_eps, config.norm_offset)
         head, loss = float64_dense(weights.head), None
         times = self.batch.weights
         multiplier: float | Tensor = self.loss_scaling if times is None else self.loss_scaling * times
@@ -204,8 +204,8 @@ class BlockwiseStep:
 
     def named_weights(self, layer: int) -> Tensors:
         """Return a float64 copy of the block's weights by their Hugging Face names."""
-        views = named_views(self.decoder.weights, self.decoder.config)
-        return {name: float64_dense(view) for name, view in views if name.startswith(f"model.layers.{layer}.")}
+        views, path = named_views(self.decoder.weights, self.decoder.config), self.decoder.config.block_path(layer)
+        return {name: float64_dense(view) for name, view in views if name.startswith(f"{path}.")}
 
     def context(self, layer: int, rows: Tensor | None = None) -> BlockContext:
         """The block's, of whose last one only these rows are wanted, None for all."""

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
-from backhand.nn.decoder.adapted_group import EMBEDDING
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.weights import BlockWeights, DecoderWeights, module_shapes
 from backhand.nn.families.family import (
     DecoderConfig,
 )
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters, LoRASlot, TrainedTensor
+from backhand.ops.weight_tiles import frozen_dense
 from backhand.verify.mutants import Backward
-from backhand.verify.reference_decoder import ReferenceAdapter, reference_loss
+from backhand.verify.reference_decoder import ReferenceAdapter, reference_loss, state_loss, state_weights
 from backhand.verify.scaffold import Arguments, Draw, Op, Tensors
 from backhand.verify.tiny_decoders import (
     adapter_slots,
@@ -77,7 +77,16 @@ def decoder_step(_d_y: Tensor, inputs: DecoderInputs) -> DecoderGrads:
     decoder, lora, batch, loss_scaling, dropout_seed = inputs
     decoder.attach(lora)
     lora.gradients.zero_()
-    loss = decoder.loss_and_gradients(batch, loss_scaling, dropout_seed)
+    if decoder.config.has_head:
+        loss = decoder.loss_and_gradients(batch, loss_scaling, dropout_seed)
+    else:
+        # The loss of an encoder is `state_loss`, whose upstream gradient is the loss scaling.
+        loss = decoder.state_gradients(
+            batch,
+            lambda states: (state_loss(states).double(), loss_scaling * state_weights(states)),
+            batch.supervised_positions,
+            dropout_seed,
+        )
     return DecoderGrads(loss, *(tuple(lora.gradient(name).clone() for name in _names(lora, kind)) for kind in KINDS))
 
 
@@ -96,9 +105,9 @@ def _slots(
         name: slot if slot.experts else replace(slot, use_dora=use_dora, lora_bias=lora_bias)
         for name, slot in adapter_slots(config, targets, dropout).items()
     }
-    if targets is not None and EMBEDDING.endswith(tuple(targets.split())):
+    if targets is not None and config.embedding.endswith(tuple(targets.split())):
         sizes = config.vocab_size, config.hidden_size
-        slots[EMBEDDING] = LoRASlot(EMBEDDING, *sizes, 3, 1.3, 0.0, use_dora, embedding=True)
+        slots[config.embedding] = LoRASlot(config.embedding, *sizes, 3, 1.3, 0.0, use_dora, embedding=True)
     return {name: slot for name, slot in slots.items() if not f"{name}.weight".endswith(tuple(whole.split()))}
 
 
@@ -107,7 +116,7 @@ def _trained(family: str, whole: str, tokens: tuple[int, ...]) -> tuple[TrainedT
     """Return the fully trained tensors."""
     config = family_of(family)
     shapes, ends = module_shapes(config).parameters, tuple(whole.split())
-    rows = TrainedTensor(f"{EMBEDDING}.{TOKENS}", (len(tokens), config.hidden_size), tokens)
+    rows = TrainedTensor(f"{config.embedding}.{TOKENS}", (len(tokens), config.hidden_size), tokens)
     tensors = tuple(TrainedTensor(name, shape) for name, shape in shapes.items() if name.endswith(ends))
     return (*tensors, rows) if tokens else tensors
 
@@ -122,11 +131,11 @@ def _batch(ids: Tensor, labels: Tensor, lengths: tuple[int, ...], parents: tuple
     return PackedBatch(ids, labels, lengths, (-1, *(0,) * (len(lengths) - 1)) if shared else parents)
 
 
-def _values(draw: Draw, trained: tuple[TrainedTensor, ...], base: Tensors) -> Tensors:
+def _values(draw: Draw, trained: tuple[TrainedTensor, ...], base: Tensors, config: DecoderConfig) -> Tensors:
     """Return values of fully trained tensors that differ from the base's."""
     values: Tensors = {}
     for tensor in trained:
-        start = base.get(tensor.base_name, base[f"{EMBEDDING}.weight"])
+        start = base.get(tensor.base_name, base[f"{config.embedding}.weight"])
         start = start if tensor.token_ids is None else start[list(tensor.token_ids)]
         values[tensor.name] = start + draw.normal(*tensor.shape, size=0.2)
     return values
@@ -134,13 +143,17 @@ def _values(draw: Draw, trained: tuple[TrainedTensor, ...], base: Tensors) -> Te
 
 def _step(t: Arguments, backward: Backward) -> tuple[Tensor, Tensors]:
     weights = engine_weights(t["config"], t["base"])
-    lora = lora_parameters(t["slots"], t, weights.final_norm, t["trained"])
+    lora = lora_parameters(t["slots"], t, frozen_dense(weights.embedding), t["trained"])
     decoder = Decoder(t["config"], weights, recompute=t["recompute"])
     grads = backward(t["d_y"], DecoderInputs(decoder, lora, t["batch"], float(t["d_y"]), t["dropout_seed"]))
     by_kind, loss = ((_names(lora, kind), getattr(grads, kind)) for kind in KINDS), grads.loss
     if decoder.lora is None:  # only the forward is needed, and the backward was not run
         decoder.attach(lora)
-        loss = decoder.token_losses(t["batch"], t["dropout_seed"]).sum(dtype=torch.float64)
+        batch, seed = t["batch"], t["dropout_seed"]
+        if decoder.config.has_head:
+            loss = decoder.token_losses(batch, seed).sum(dtype=torch.float64)
+        else:
+            loss = state_loss(decoder.final_states(batch, batch.supervised_positions, seed)).double()
     return loss, {name: d for names, ds in by_kind for name, d in zip(names, ds, strict=True)}
 
 

@@ -57,7 +57,7 @@ def prove_merging(step: BlockwiseStep) -> Iterator[Result]:
 def _block_error(step: BlockwiseStep, layer: int, x0: Tensor, x2: Tensor) -> float:
     """Return the relative error of the merged block's output against x2, the output with the adapter."""
     weights = step.block_weights(layer)
-    prefix = f"model.layers.{layer}."
+    prefix = f"{step.decoder.config.block_path(layer)}."
     for part, weight in linear_parts(weights, step.decoder.config, layer).items():
         name = prefix + part
         if name in step.lora:
@@ -80,7 +80,7 @@ def _inputs_error(step: BlockwiseStep, x: Tensor) -> float:
 def _exact_logits(step: BlockwiseStep, x: Tensor, *, merged: bool) -> Tensor:
     """Return the float64 logits, (tokens, vocabulary), of the last block's output."""
     config, weights, exact = step.decoder.config, step.decoder.weights, step.lora
-    normed, _ = rms_norm_forward(x, weights.final_norm.double(), config.norm_eps, config.norm_offset)
+    normed, _ = rms_norm_forward(x, not_none(weights.final_norm).double(), config.norm_eps, config.norm_offset)
     head = frozen_dense(weights.head).double()
     logits = normed @ (merged_weight(head, exact, HEAD) if merged else head).T
     if HEAD in exact and not merged:

@@ -24,7 +24,7 @@ from torch import Tensor
 from backhand.data.examples import Example
 from backhand.errors import not_none
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
-from backhand.nn.decoder.adapted_group import EMBEDDING, HEAD
+from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.decoder.cross_layer import KeysAndValues
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.weights import named_views
@@ -159,8 +159,8 @@ class GradientProofs:
         config, weights = step.decoder.config, step.decoder.weights
         d_x, by_hand = step.head(x)
         head = float64_dense(weights.head)
-        named = {f"{config.final_norm}.weight": weights.final_norm.double()}
-        named |= {f"{EMBEDDING}.weight": head, f"{HEAD}.weight": head}
+        named = {f"{config.final_norm}.weight": not_none(weights.final_norm).double()}
+        named |= {f"{config.embedding}.weight": head, f"{HEAD}.weight": head}
         labels = step.batch.labels[step.batch.supervised_positions]
 
         def nats_loss(nats: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ class GradientProofs:
             shared = reference.shared_kv[layer] if from_users is not None else ()
             return (x2 if loss_positions is None else x2[loss_positions], *shared), (d_x2, *(from_users or ()))
 
-        names = [name for name in step.lora.slots if name.startswith(f"model.layers.{layer}.")]
+        names = [name for name in step.lora.slots if name.startswith(f"{config.block_path(layer)}.")]
         _, by_autograd = self._prove(names, extra, forward)
         self._compare(f"d_x0 of layer {layer}", d_x0, by_autograd["x"])
         if source is not None:

@@ -22,6 +22,7 @@ from backhand.data.rows import Purpose
 from backhand.errors import DataError, UsageError
 from backhand.generation.held_base import stays_quantized
 from backhand.nn.compute import resolve_device, resolve_dtype
+from backhand.nn.decoder.adapted_head import require_head
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family_parsing import decoder_config
@@ -70,13 +71,16 @@ def load_setup(
     dtype = resolve_dtype(model, device)
     source = open_model(model.model, quantize=model.quantize)
     try:
-        vocab_size = decoder_config(source.config).vocab_size
+        config = decoder_config(source.config)
     except UnsupportedModel as error:
         error.next_step = _WITHOUT_ENGINE
         raise
+    require_head(config)
     decisions = decisions or data.state is not None or bool(data.question)
     examples, rows, note = _documents(data, source.tokenizer(), max_tokens, decisions=decisions)
-    check_vocabulary(((example.input_ids, example.source) for example in examples), vocab_size, source.tokenizer())
+    check_vocabulary(
+        ((example.input_ids, example.source) for example in examples), config.vocab_size, source.tokenizer()
+    )
     quantized = stays_quantized(model, source, dtype, device)
     decoder = Decoder.from_source(source, dtype=dtype, device=device, quantized=quantized)
     adapter_notes: tuple[str, ...] = ()

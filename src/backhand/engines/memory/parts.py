@@ -27,7 +27,7 @@ from backhand.kernels.dense_product import amx_available
 from backhand.nn.decoder.adapted_group import backward_end
 from backhand.nn.decoder.kv_cache import PAGE, bytes_per_token, state_bytes
 from backhand.nn.decoder.weights import empty_weights, named_views
-from backhand.nn.families.family import DecoderConfig
+from backhand.nn.families.family import DecoderConfig, split_layer
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.ops.linear_cross_entropy import chunk_rows
 from backhand.options.config import Recompute
@@ -155,8 +155,8 @@ def decoder_size(
     # A fully trained tensor needs a second gradient outside the buffer. An embedding with trained rows is copied.
     copied = sum(math.prod(tensor.shape) for tensor in layout.full_tensors if tensor.token_ids is None)
     copied += config.vocab_size * d if any(tensor.token_ids is not None for tensor in layout.full_tensors) else 0
-    adapted = layers[backward_end(layout, len(layers)).layer :]
-    ranks = sum(slot.rank for slot in layout.slots if slot.name.startswith("model.layers."))
+    adapted = layers[backward_end(layout, config).layer :]
+    ranks = sum(slot.rank for slot in layout.slots if split_layer(slot.name) is not None)
     # `mixers` has the width of each mixer's input and output together. `widths` has the intermediate size of each MLP
     # or of the experts that a token passes.
     mixers = [sum(one.sizes) + one.width for one in (config.at(layer).mixers[layer.mixer] for layer in adapted)]

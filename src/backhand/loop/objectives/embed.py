@@ -221,9 +221,13 @@ def excluded_pairs(rows: Sequence[TextIdentities]) -> Tensor:
     return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
 
 
-def check_pooling(pooling: Pooling) -> None:
-    """Raise UsageError if the vectors of all texts would be equal."""
-    if pooling == "cls":
+def check_pooling(pooling: Pooling, *, causal: bool) -> None:
+    """Raise UsageError if the vectors of all texts would be equal.
+
+    Args:
+        causal: the attention of the model is causal.
+    """
+    if pooling == "cls" and causal:
         raise UsageError(
             "the first token of a text does not see the others in this model",
             where="pooling",

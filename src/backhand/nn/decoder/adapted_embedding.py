@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from backhand.nn.decoder.adapted_group import EMBEDDING
 from backhand.nn.families.family import DecoderConfig
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters, LoRASlot
 from backhand.ops.dora import DoRASaved, dora_backward, dora_forward, dora_norm
@@ -35,8 +34,8 @@ def _embedding_forward(
     ids: Tensor, table: FrozenMatrix, config: DecoderConfig, lora: LoRAParameters
 ) -> tuple[Tensor, LoRAEmbeddingSaved, DoRASaved | None]:
     """Return the embedded tokens and the saved tensors of the factors and of DoRA, None without DoRA."""
-    slot = lora.slots[EMBEDDING]
-    factors = lora.compute_A(EMBEDDING), lora.compute_B(EMBEDDING)
+    slot = lora.slots[config.embedding]
+    factors = lora.compute_A(slot.name), lora.compute_B(slot.name)
     z, saved = lora_embedding_forward(ids, table, *factors, slot.scaling, config.padding_id)
     if not slot.use_dora:
         return z, saved, None
@@ -46,8 +45,8 @@ def _embedding_forward(
 
 def _magnitude(table: FrozenMatrix, lora: LoRAParameters, slot: LoRASlot) -> tuple[Tensor, Tensor]:
     """Return DoRA's m and c of shape (hidden,) each. A channel of the embedding is a column of the table."""
-    norm = dora_norm(frozen_dense(table).T, lora.compute_A(EMBEDDING), lora.compute_B(EMBEDDING), slot.scaling)
-    return lora.tensor(f"{EMBEDDING}.lora_magnitude").to(norm.dtype), norm
+    norm = dora_norm(frozen_dense(table).T, lora.compute_A(slot.name), lora.compute_B(slot.name), slot.scaling)
+    return lora.tensor(f"{slot.name}.lora_magnitude").to(norm.dtype), norm
 
 
 def embedding_gradients(
@@ -60,21 +59,22 @@ def embedding_gradients(
         ids: (tokens,) int64.
         table: (vocab, hidden).
     """
-    if EMBEDDING in lora:
+    name = config.embedding
+    if name in lora:
         _, saved_factors, dora_saved = _embedding_forward(ids, table, config, lora)
         d_z = d_x
         if dora_saved is not None:
             d_z, d_magnitude = dora_backward(d_x, dora_saved)
-            lora.gradient(f"{EMBEDDING}.lora_magnitude").add_(d_magnitude)
+            lora.gradient(f"{name}.lora_magnitude").add_(d_magnitude)
         factor_grads = lora_embedding_backward(d_z, saved_factors)
-        lora.d_lora_A(EMBEDDING).add_(factor_grads.d_lora_A)
-        lora.d_lora_B(EMBEDDING).add_(factor_grads.d_lora_B)
-    if f"{EMBEDDING}.weight" in lora.full_tensors:
+        lora.d_lora_A(name).add_(factor_grads.d_lora_A)
+        lora.d_lora_B(name).add_(factor_grads.d_lora_B)
+    if f"{name}.weight" in lora.full_tensors:
         if config.padding_id is not None:
             d_x = d_x.masked_fill((ids == config.padding_id)[:, None], 0.0)
         grads = embedding_backward(d_x, EmbeddingSaved(ids, table.shape[0], 1.0))
-        lora.gradient(f"{EMBEDDING}.weight").add_(grads.d_weight)
-    rows = f"{EMBEDDING}.{TOKENS}"
+        lora.gradient(f"{name}.weight").add_(grads.d_weight)
+    rows = f"{name}.{TOKENS}"
     if rows in lora.full_tensors:
         token_ids = lora.token_ids(rows)
         saved = TokenEmbeddingSaved(token_places(ids, token_ids), len(token_ids))

@@ -22,14 +22,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from backhand.nn.decoder.group_extras import GroupExtras, group_extras
-from backhand.nn.families.family import GROUP_OF, PER_LAYER_MODEL, PER_LAYER_NORM, DecoderConfig
+from backhand.nn.families.family import GROUP_OF, PER_LAYER_MODEL, PER_LAYER_NORM, DecoderConfig, split_layer
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.ops.lora_group import LoRAGroup
 from backhand.ops.lora_linear import Dropout
 from backhand.ops.low_rank import LoRAFactors
 from backhand.ops.weight_tiles import FrozenMatrix
 
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+HEAD = "lm_head"
 
 
 class Group(IntEnum):
@@ -111,7 +111,7 @@ class BackwardEnd(NamedTuple):
     input_grad_groups: frozenset[Group]  # groups of that layer whose input gradient is needed
 
 
-def backward_end(layout: AdapterLayout, layers: int) -> BackwardEnd:
+def backward_end(layout: AdapterLayout, config: DecoderConfig) -> BackwardEnd:
     """Return the place at which the backward pass ends.
 
     It ends at the lowest group with a trained tensor, and only the groups after this one need input gradients. If a
@@ -120,11 +120,11 @@ def backward_end(layout: AdapterLayout, layers: int) -> BackwardEnd:
     """
     trained = [slot.name for slot in layout.slots]
     trained += [tensor.base_name.rpartition(".")[0] for tensor in layout.full_tensors]
-    if EMBEDDING in trained or PER_LAYER_MODEL in trained:
+    if config.embedding in trained or PER_LAYER_MODEL in trained:
         return BackwardEnd(0, ALL_GROUPS)
-    in_blocks = [_layer_and_group(name) for name in trained if name.startswith("model.layers.")]
+    in_blocks = [_layer_and_group(*place) for name in trained if (place := split_layer(name)) is not None]
     if not in_blocks:
-        return BackwardEnd(layers, frozenset())
+        return BackwardEnd(len(config.layers), frozenset())
     layer, lowest_group = min(in_blocks)
     return BackwardEnd(layer, frozenset(group for group in Group if group > lowest_group))
 
@@ -153,13 +153,13 @@ def block_adapter(
 
     def adapter(group: Group, modules: tuple[str, ...] | None = None) -> GroupAdapter:
         modules = groups[group] if modules is None else modules
-        names = tuple(f"model.layers.{layer}.{name}" for name in modules)
+        names = tuple(f"{config.block_path(layer)}.{name}" for name in modules)
         group_weights = None if weights is None else [weights[name] for name in modules]
         seed = None if dropout_seed is None else group_mask_seed(dropout_seed, layer, group)
         return group_adapter(lora, names, output_sizes[group], seed, group_weights)
 
     adapters = adapter(Group.INPUT), adapter(Group.OUTPUT), adapter(Group.GATE_UP), adapter(Group.DOWN)
-    norms = _NO_NORMS if lora is None or not lora.full_tensors else _norm_gradients(lora, layer)
+    norms = _NO_NORMS if lora is None or not lora.full_tensors else _norm_gradients(lora, config.block_path(layer))
     per_layer = None
     if len(groups) > Group.PER_LAYER_GATE:
         per_layer = adapter(Group.PER_LAYER_GATE), adapter(Group.PER_LAYER_PROJECTION)
@@ -234,16 +234,16 @@ def group_mask_seed(micro_batch_seed: int, layer: int, group: int) -> int:
     return mask_seed(micro_batch_seed, first + group % BLOCK_GROUPS)
 
 
-def trains_embedding(lora: LoRAParameters) -> bool:
+def trains_embedding(lora: LoRAParameters, config: DecoderConfig) -> bool:
     """Return True if the adapter trains anything in the embedding."""
-    return EMBEDDING in lora or any(name.startswith(f"{EMBEDDING}.") for name in lora.full_tensors)
+    name = config.embedding
+    return name in lora or any(one.startswith(f"{name}.") for one in lora.full_tensors)
 
 
-def _layer_and_group(name: str) -> tuple[int, int]:
+def _layer_and_group(layer: int, name_in_block: str) -> tuple[int, int]:
     """Return the layer of a module in a block, and its group. For a norm, return the group before it."""
-    _, _, layer, name_in_block = name.split(".", 3)
     group = GROUP_OF.get(name_in_block)
-    return int(layer), _GROUP_BEFORE_NORM[name_in_block] if group is None else group
+    return layer, _GROUP_BEFORE_NORM[name_in_block] if group is None else group
 
 
 def group_of(name_in_block: str) -> int:
@@ -251,7 +251,7 @@ def group_of(name_in_block: str) -> int:
     return GROUP_OF[name_in_block]
 
 
-def _norm_gradients(lora: LoRAParameters, layer: int) -> dict[str | None, Tensor]:
+def _norm_gradients(lora: LoRAParameters, block: str) -> dict[str | None, Tensor]:
     """Return views of the gradients of the block's trained norms; the key is the norm's name inside the block."""
-    weights = {norm: f"model.layers.{layer}.{norm}.weight" for norm in _GROUP_BEFORE_NORM}
+    weights = {norm: f"{block}.{norm}.weight" for norm in _GROUP_BEFORE_NORM}
     return {norm: lora.gradient(weight) for norm, weight in weights.items() if weight in lora.full_tensors}

@@ -55,7 +55,7 @@ def recomputes_output(x: Tensor, config: DecoderConfig) -> bool:
 
     With gates, the output of attention before gating is saved instead.
     """
-    return not config.attention_gate and can_recompute_output(x, config.attention_cap)
+    return not config.attention_gate and can_recompute_output(x, config.attention_cap, causal=config.causal)
 
 
 def recomputed_output(saved: MixerSaved, weights: BlockWeights, context: BlockContext) -> Tensor:
@@ -71,7 +71,7 @@ def attention_setting(weights: BlockWeights, context: BlockContext) -> tuple[tup
 
 def layer_scores(config: DecoderConfig, layer: LayerConfig, weights: BlockWeights) -> Scores:
     """Return the settings of a layer's attention scores."""
-    return Scores(config.attention_scaling, layer.window, config.attention_cap, weights.sinks)
+    return Scores(config.attention_scaling, layer.window, config.attention_cap, weights.sinks, config.causal)
 
 
 def gated_output(qkv: Tensor, attended: Tensor, config: DecoderConfig) -> Tensor:

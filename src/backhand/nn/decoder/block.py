@@ -13,6 +13,8 @@ activation. Projections, norms and residual sums are in `nn.decoder.projections`
 Families differ from these lines as follows:
 - Some normalize q and k before the rotation. Some layers have no rotation.
 - Gemma 3 also normalizes the output of each sublayer, before the sum. OLMo 2 has only this norm: n₁ = x₀ and n₂ = x₁.
+- BERT normalizes the sums instead: x₁ = norm(x₀ + …), with n₁ = x₀ and n₂ = x₁. Its MLP has no gate: p = φ(a).
+- Encoders have layer norms, and attention in both directions.
 - In some layers another mixer replaces attention, and has its own input projections (`nn.decoder.mixer`).
 - Granite multiplies the output of each sublayer by a residual multiplier m before the sum. Falcon-H1 has a multiplier
   for the output of each of several modules.
@@ -26,16 +28,17 @@ only at the P loss positions, and ∂L/∂o is zero at all others. In the other 
 
 Backward takes the lines in reverse order and applies the backward of each op. At both sums the gradient of the residual
 stream has two terms: d_x₁ = d_x₂ + (through the MLP) and d_x₀ = d_x₁ + (through attention). With a residual multiplier
-m the sublayers receive m d_x₂ and m d_x₁. The backward of a projection consists of three functions (`ops.lora_group`):
-the first returns ∂L/∂h and adds ∂L/∂B, the second returns ∂L/∂x, and the third adds ∂L/∂A. The third needs the input
-of the projection, which is saved or recomputed, or replaced by the saved tensors of the norm that computed it.
-`ops.adapted_glu` computes the backward of the gated unit p = φ(a) ⊙ u, and parts of the backward of gate, up and down.
-From d_p it computes ∂L/∂[a u], and from that ∂L/∂h and ∂L/∂B of gate and up. It also recomputes p and adds ∂L/∂A of
-down.
+m the sublayers receive m d_x₂ and m d_x₁. With norms of the sums, their backward comes first. The backward of a
+projection consists of three functions (`ops.lora_group`): the first returns ∂L/∂h and adds ∂L/∂B, the second returns
+∂L/∂x, and the third adds ∂L/∂A. The third needs the input of the projection, which is saved or recomputed, or replaced
+by the saved tensors of the norm that computed it. `ops.adapted_glu` computes the backward of the gated unit p = φ(a) ⊙
+u, and parts of the backward of gate, up and down. From d_p it computes ∂L/∂[a u], and from that ∂L/∂h and ∂L/∂B of gate
+and up. It also recomputes p and adds ∂L/∂A of down.
 
-`nn.decoder.general_backward` has the backward functions for mixtures of experts, for sublayers that train more than
-LoRA factors, for Falcon-H1, and for a backward pass that ends in the MLP sublayer or at W_o. A LoRA adapter of all
-linear layers of a Llama never needs it: there the backward pass ends at W_qkv of the first block.
+`nn.decoder.general_backward` has the backward functions for mixtures of experts, for MLPs without a gate, for
+Falcon-H1, and for sublayers that train more than LoRA factors. It is also used if the backward pass ends in the MLP
+sublayer or at W_o. A LoRA adapter of all linear layers of a Llama never needs it: there the backward pass ends at W_qkv
+of the first block.
 
 Saved for the backward:
 - x₀, q, k, v, x₁, a, u, and the inverse RMS of n₁ and n₂;
@@ -48,7 +51,7 @@ With `recompute="mlp"`, a, u and their h are not saved. With `recompute="block"`
 runs the forward pass of the block again.
 
 The backward recomputes p and the normalized q and k. It recomputes n₁ and n₂ only if it needs them as tensors, for
-example with dropout. Otherwise it computes ∂L/∂A from x₀ or x₁ and the inverse RMS (`ops.low_rank`).
+example with dropout. Otherwise it computes ∂L/∂A from x₀ or x₁ and the statistics of the norm (`ops.low_rank`).
 """
 
 from __future__ import annotations
@@ -96,6 +99,7 @@ from backhand.nn.families.family import (
     DecoderConfig,
 )
 from backhand.nn.scratch import Scratch
+from backhand.ops.activation import activate
 from backhand.ops.adapted_glu import AdaptedGLUSaved, adapted_glu_backward
 from backhand.ops.glu import glu_forward
 from backhand.ops.lora_group import group_A_gradients, group_gradients, group_input_gradient
@@ -145,14 +149,14 @@ def mixer_sublayer_forward(
 ) -> tuple[Tensor, MixerSaved]:
     """Map x₀ (T, hidden) to x₁ (P, hidden), and return x₁ and the tensors saved for the backward."""
     config, positions, mixer = context.config, context.loss_positions, MIXERS[context.layer.mixer]
-    n1, inverse_rms = pre_norm_forward(x0, weights.attention_norm, config, context.scratch)
+    n1, statistics = pre_norm_forward(x0, weights.attention_norm, weights.attention_norm_bias, config, context.scratch)
     qkv, h_input = group_forward(n1, weights.input, weights.input_bias, adapter.input)
     o, inner = mixer.forward(qkv, weights, context)
     x1, h_output, h_second, post_norm = mixer_output_forward(
         gather_rows(x0, positions), gather_rows(o, positions), weights, adapter, config
     )
     saved_output = None if mixer.recomputes_output(o, config) else o
-    return x1, MixerSaved(inverse_rms, qkv, saved_output, inner, h_input, h_output, post_norm, h_second)
+    return x1, MixerSaved(statistics, qkv, saved_output, inner, h_input, h_output, post_norm, h_second)
 
 
 def mlp_sublayer_forward(
@@ -162,21 +166,24 @@ def mlp_sublayer_forward(
     if weights.router is not None:
         return experts_sublayer_forward(x1, weights, adapter, config, scratch)
     ffn = config.intermediate_size
-    n2, inverse_rms = pre_norm_forward(x1, weights.mlp_norm, config, scratch)
+    n2, statistics = pre_norm_forward(x1, weights.mlp_norm, weights.mlp_norm_bias, config, scratch)
     gate_up, h_gate_up = gate_up_forward(n2, weights, adapter, config)
     buffer = scratch.take("product", (x1.shape[0], ffn), x1)
-    p, _ = glu_forward(gate_up[:, :ffn], gate_up[:, ffn:], config.activation, out=buffer)
+    if config.gated_mlp:
+        p, _ = glu_forward(gate_up[:, :ffn], gate_up[:, ffn:], config.activation, out=buffer)
+    else:
+        p = activate(gate_up, config.activation, buffer)
     x2, h_down, post_norm = residual_forward(
         x1,
         p,
         weights.down,
         weights.down_bias,
         adapter.down,
-        weights.after_mlp_norm,
+        (weights.after_mlp_norm, weights.after_mlp_norm_bias),
         config,
         config.multipliers.down,
     )
-    return x2, MLPSaved(inverse_rms, gate_up, h_gate_up, h_down, post_norm)
+    return x2, MLPSaved(statistics, gate_up, h_gate_up, h_down, post_norm)
 
 
 def block_backward(
@@ -211,8 +218,8 @@ def block_backward(
             return None
         d_x2 = d_before_ple
     config, needs_d_n1 = context.config, Group.INPUT in input_grad_groups
-    plain_mlp = Group.GATE_UP in input_grad_groups and not adapter.mlp_extras and config.multipliers.gate == 1.0
-    if plain_mlp and isinstance(mlp_saved, MLPSaved):
+    plain_mlp = config.gated_mlp and not adapter.mlp_extras and config.multipliers.gate == 1.0
+    if plain_mlp and Group.GATE_UP in input_grad_groups and isinstance(mlp_saved, MLPSaved):
         d_x1: Tensor | None = mlp_sublayer_backward(d_x2, x1, mlp_saved, weights, adapter, config)
     else:
         d_x1 = general_mlp_backward(d_x2, x1, mlp_saved, weights, adapter, config, input_grad_groups)
@@ -229,10 +236,11 @@ def mlp_sublayer_backward(
 ) -> Tensor:
     """Map d_x₂ to d_x₁, both of shape (P, hidden), and add the gradients of the MLP's factors to the flat buffer."""
     gate_up, down, norms = adapter.gate_up.group, adapter.down.group, config.norms
-    n2_saved = pre_norm_saved(x1, weights.mlp_norm, saved.inverse_rms, config)  # represents n₂ without forming it
+    # represents n₂ without forming it
+    n2_saved = pre_norm_saved(x1, weights.mlp_norm, weights.mlp_norm_bias, saved.statistics, config)
     a_u, h = saved_or_recomputed_gate_up(saved, n2_saved, weights, adapter, config)
-    multiplier = config.multipliers.down
-    d_down = residual_backward(d_x2, saved.post_norm, adapter.norms.get(norms.after_mlp), config, multiplier)
+    d_weight, multiplier = adapter.norms.get(norms.after_mlp), config.multipliers.down
+    d_down, d_stream = residual_backward(d_x2, saved.post_norm, d_weight, config, multiplier)
     d_h_down = h_gradient(d_down, saved.h_down, down.adapters)
     d_p = group_input_gradient(d_down, d_h_down, weights.down, down)
     del d_down
@@ -240,7 +248,7 @@ def mlp_sublayer_backward(
     d_a_u, d_h, *_ = adapted_glu_backward(d_p, unit, out=a_u)
     del d_p
     d_n2 = group_gradients(d_a_u, n2_saved, d_h, weights.gate_up, gate_up)
-    return pre_norm_backward(d_n2, n2_saved, adapter.norms.get(norms.before_mlp), d_x2)
+    return pre_norm_backward(d_n2, n2_saved, adapter.norms.get(norms.before_mlp), d_stream)
 
 
 def mixer_sublayer_backward(
@@ -258,9 +266,9 @@ def mixer_sublayer_backward(
     """
     config, positions, mixer = context.config, context.loss_positions, MIXERS[context.layer.mixer]
     output, norms = adapter.output.group, config.norms
-    n1_saved = pre_norm_saved(x0, weights.attention_norm, saved.inverse_rms, config)
-    multiplier = config.multipliers.output
-    d_projected = residual_backward(d_x1, saved.post_norm, adapter.norms.get(norms.after_attention), config, multiplier)
+    n1_saved = pre_norm_saved(x0, weights.attention_norm, weights.attention_norm_bias, saved.statistics, config)
+    d_weight, multiplier = adapter.norms.get(norms.after_attention), config.multipliers.output
+    d_projected, d_stream = residual_backward(d_x1, saved.post_norm, d_weight, config, multiplier)
     d_h_output = h_gradient(d_projected, saved.h_output, output.adapters)
     d_o = scatter_rows(group_input_gradient(d_projected, d_h_output, weights.output, output), positions, x0)
     del d_projected
@@ -273,6 +281,6 @@ def mixer_sublayer_backward(
     del d_qkv
     if d_n1 is None:
         return None
-    residual_grad = d_x1 if positions is None else None
+    residual_grad = d_stream if positions is None else None
     d_x0 = pre_norm_backward(d_n1, n1_saved, adapter.norms.get(norms.before_attention), residual_grad)
-    return d_x0 if positions is None else d_x0.index_add_(0, positions, d_x1)
+    return d_x0 if positions is None else d_x0.index_add_(0, positions, d_stream)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.adapted_group import HEAD, GroupAdapter
-from backhand.nn.decoder.adapted_head import distillation_losses, head_adapter, head_factors, head_losses
+from backhand.nn.decoder.adapted_head import distillation_losses, head_adapter, head_factors, head_losses, require_head
 from backhand.nn.decoder.forward_backward import ForwardBackward
 from backhand.nn.decoder.projections import group_forward
 from backhand.nn.decoder.weights import load_weights, module_shapes, named_views
@@ -120,6 +120,7 @@ class Decoder(ForwardBackward):
             input_ids: (tokens,) int64.
             document_lengths: lengths that sum to the number of tokens; None for one document.
         """
+        require_head(self.config)
         lengths = (input_ids.shape[0],) if document_lengths is None else tuple(document_lengths)
         batch = PackedBatch(input_ids, torch.full_like(input_ids, IGNORE_INDEX), lengths)
         return self.head(self.hidden_states(batch))
@@ -146,8 +147,8 @@ class Decoder(ForwardBackward):
     @torch.no_grad()
     def token_losses(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
         """Return losses in nats, (supervised tokens,), document by document, without gradients."""
-        normed = self.final_states(batch, batch.supervised_positions, dropout_seed)
         head = self._head_of(dropout_seed)
+        normed = self.final_states(batch, batch.supervised_positions, dropout_seed)
         if batch.teacher is not None:
             return batch.per_document(distillation_losses(normed, head, batch.teacher))
         return batch.per_document(head_losses(normed, batch.labels[batch.supervised_positions], head))

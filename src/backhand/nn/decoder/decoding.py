@@ -31,9 +31,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from backhand.errors import not_none
 from backhand.kernels.builds import kernels_available
 from backhand.kernels.few_rows import QUICK_ROW
 from backhand.nn.batch import document_runs
+from backhand.nn.decoder.adapted_head import require_head
 from backhand.nn.decoder.attention_mixer import gated_output, layer_scores
 from backhand.nn.decoder.block import MIXERS, mlp_sublayer_forward
 from backhand.nn.decoder.decode_step import DecodeStep, decode_step
@@ -81,9 +83,13 @@ class IncrementalDecoder:
 
     Attributes:
         cache: keys and values. Rows are added and removed there.
+
+    Raises:
+        UsageError: the model is an encoder or has no head.
     """
 
     def __init__(self, decoder: Decoder, *, rows: int = 1, capacity: int = 256, head: Head | None = None) -> None:
+        require_head(decoder.config)
         self.decoder = decoder
         self._head = head or head_logits
         # A single answer, whose bits are not compared with another's.
@@ -278,7 +284,7 @@ class IncrementalDecoder:
     def _block(self, index: int, x0: Tensor, context: BlockContext, attend: Attend, rows: Sequence[Rows]) -> Tensor:
         """Return x₂ of one block, (tokens, hidden), with attention computed by `attend`. See `nn.decoder.block`."""
         config, weights, adapter = context.config, self.decoder.active.blocks[index], self._adapters[index]
-        n1, _ = pre_norm_forward(x0, weights.attention_norm, config, context.scratch)
+        n1, _ = pre_norm_forward(x0, weights.attention_norm, weights.attention_norm_bias, config, context.scratch)
         mixer = MIXERS[context.layer.mixer]
         mixer_input, _ = group_forward(n1, weights.input, weights.input_bias, adapter.input)
         outputs = []
@@ -325,7 +331,7 @@ def head_logits(decoder: Decoder, x: Tensor) -> Tensor:
         return ruled(narrow, rule)[0]
     candidates = narrow.topk(min(EXACT_CANDIDATES, narrow.shape[1]), sorted=False).indices
     weights, adapter = decoder.active, decoder.head_adapter()
-    normed, _ = rms_norm_forward(x, weights.final_norm, decoder.config.norm_eps, decoder.config.norm_offset)
+    normed, _ = rms_norm_forward(x, not_none(weights.final_norm), decoder.config.norm_eps, decoder.config.norm_offset)
     columns = normed.float().unsqueeze(2)
     exact = (frozen_rows(weights.head, candidates).float() @ columns).squeeze(2)
     for factors in adapter.group.adapters:

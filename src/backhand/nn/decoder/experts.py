@@ -61,7 +61,7 @@ from backhand.ops.expert_rows import (
 )
 from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward, glu_recompute
-from backhand.ops.rms_norm import RMSNormSaved
+from backhand.ops.layer_norm import NormSaved
 from backhand.ops.router import RouterSaved, router_backward, router_forward
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_part
 
@@ -69,14 +69,14 @@ from backhand.ops.weight_tiles import FrozenMatrix, frozen_part
 class ExpertsSaved(NamedTuple):
     """Saved tensors of the sublayer for T tokens with k choices each. f is the width of one expert."""
 
-    inverse_rms: Tensor | None  # (T, 1), of the norm before the sublayer; None without that norm
+    statistics: Tensor | None  # of the norm before the sublayer, as in `MLPSaved`
     routed: RouterSaved  # (T, k), or (T, experts) if a share is relative to all experts
     shares: Tensor  # (T, k)
     routing: Routing
     gate_up: Tensor | None  # (T · k, 2f), sorted by expert; None if recomputed
     h_gate_up: Tensor | None  # (T · k, rank); None if recomputed
     h_down: Tensor  # (T · k, rank)
-    post_norm: RMSNormSaved | None  # saved by the norm after the sublayer; None without that norm
+    post_norm: NormSaved | None  # saved by the norm after the sublayer; None without that norm
 
 
 class ExpertMatrices(Sequence[FrozenMatrix]):
@@ -113,7 +113,7 @@ def experts_sublayer_forward(
 ) -> tuple[Tensor, ExpertsSaved]:
     """Map x₁ to x₂, both of shape (T, hidden), and return x₂ and the tensors saved for the backward."""
     mixture = not_none(config.mixture)
-    n2, inverse_rms = pre_norm_forward(x1, weights.mlp_norm, config, scratch)
+    n2, statistics = pre_norm_forward(x1, weights.mlp_norm, weights.mlp_norm_bias, config, scratch)
     logits = frozen_linear(n2, not_none(weights.router), weights.router_bias)
     shares, routed = router_forward(logits, mixture.chosen, of_all=mixture.of_all)
     routing = route(routed.chosen, mixture.experts)
@@ -130,13 +130,13 @@ def experts_sublayer_forward(
     y, _ = combine_forward(z, routing)
     if weights.down_bias is not None:
         y.add_(expert_bias_forward(shares, routed.chosen, _by_expert(weights.down_bias, mixture))[0])
-    x2, post_norm = residual_sum(x1, y, weights.after_mlp_norm, config)
-    return x2, ExpertsSaved(inverse_rms, routed, shares, routing, gate_up, h_gate_up, down.h, post_norm)
+    x2, post_norm = residual_sum(x1, y, (weights.after_mlp_norm, weights.after_mlp_norm_bias), config)
+    return x2, ExpertsSaved(statistics, routed, shares, routing, gate_up, h_gate_up, down.h, post_norm)
 
 
 def experts_backward(
     d_y: Tensor,
-    n2: Tensor | RMSNormSaved,
+    n2: Tensor | NormSaved,
     saved: ExpertsSaved,
     weights: BlockWeights,
     adapter: BlockAdapter,

@@ -26,12 +26,13 @@ from backhand.errors import not_none
 from backhand.nn.batch import PackedBatch, StateLoss, TokenLoss
 from backhand.nn.decoder.adapted_embedding import adapted_embedding, embedding_gradients
 from backhand.nn.decoder.adapted_group import ALL_GROUPS, BlockAdapter, GroupAdapter, block_adapter
-from backhand.nn.decoder.adapted_head import Head, distillation_backward, general_head_backward, head_of
+from backhand.nn.decoder.adapted_head import Head, distillation_backward, general_head_backward, head_of, require_head
 from backhand.nn.decoder.block import RECOMPUTE_MODES, BlockSaved, block_backward, block_forward
 from backhand.nn.decoder.cross_layer import CrossLayer
+from backhand.nn.decoder.encoder_inputs import encoder_inputs_backward, encoder_inputs_forward
 from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.ple_inputs import PLEInputsSaved, embedding_output_gradient, ple_inputs_forward
-from backhand.nn.decoder.projections import norm_backward
+from backhand.nn.decoder.projections import norm_backward, norm_forward
 from backhand.nn.decoder.trained_parts import TrainedParts, trained_parts
 from backhand.nn.decoder.trained_weights import TrainedWeights
 from backhand.nn.decoder.weights import DecoderWeights, linear_parts
@@ -40,8 +41,8 @@ from backhand.nn.families.rotary_frequencies import frequencies_of
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.nn.scratch import Scratch
 from backhand.ops.frozen_matrix import frozen_rows
+from backhand.ops.layer_norm import NormSaved
 from backhand.ops.linear_cross_entropy import chunk_shape, linear_cross_entropy_backward
-from backhand.ops.rms_norm import RMSNormSaved, rms_norm_forward
 from backhand.ops.rotary import RotaryTable, angles, scaled_for_queries
 
 
@@ -58,8 +59,8 @@ class ForwardBackward:
         device: device of the weights.
         recompute: which activations of a block are recomputed in the backward pass instead of saved. One of `none`,
             `mlp` and `block` (`nn.decoder.block`).
-        shares_prefixes: True if documents of a batch may share a prefix. False if rotary angles depend on the length
-            of a document.
+        shares_prefixes: True if documents of a batch may share a prefix. False if attention is not causal, or if rotary
+            angles depend on the length of a document.
     """
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, *, recompute: str = "none") -> None:
@@ -69,7 +70,7 @@ class ForwardBackward:
         self.weights = weights
         self.active = weights
         self.recompute = recompute
-        self.shares_prefixes = not config.length_limits
+        self.shares_prefixes = config.shares_prefixes
         self.dtype, self.device = weights.embedding.dtype, weights.embedding.device
         self._attach(None)
         self._layer_configs = [config.at(layer) for layer in config.layers]  # sizes may differ from layer to layer
@@ -97,11 +98,16 @@ class ForwardBackward:
             self.active = self._trained_weights.current()
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Return c · table[ids] (tokens, hidden), the input of block 0. c is √hidden in Gemma and 1 in most models."""
+        """Return c · table[ids] (tokens, hidden). c is √hidden in Gemma and 1 in most models."""
         table = self.active.embedding
         if self.lora is None or not self._trained.embedding_factors:
             return self._scale_embedding(frozen_rows(table, input_ids))
         return self._scale_embedding(adapted_embedding(input_ids, table, self.config, self.lora))
+
+    def input_states(self, batch: PackedBatch) -> Tensor:
+        """Return the input of block 0, (tokens, hidden): the embedded tokens, in encoders after `encoder_inputs`."""
+        x, weights = self.embed(batch.input_ids), self.active.inputs
+        return x if weights is None else encoder_inputs_forward(x, batch, weights, self.config.norm_eps)[0]
 
     def _scale_embedding(self, x: Tensor) -> Tensor:
         """Return c x, with c rounded to the compute dtype as in transformers."""
@@ -145,7 +151,8 @@ class ForwardBackward:
             dtype: as in `rotary_tables`.
         """
         if batch.parents and not self.shares_prefixes:
-            raise ValueError("documents cannot share a prefix, because rotary angles depend on the document's length")
+            reason = "rotary angles depend on the document's length" if self.config.causal else "later tokens change it"
+            raise ValueError(f"documents cannot share a prefix, because {reason}")
         tables, scratch = self.rotary_tables(batch.positions, batch.document_lengths, dtype), Scratch()
         cross_layer = cross_layer or self.cross_layer(batch.input_ids)[0]
         contexts = [
@@ -215,7 +222,9 @@ class ForwardBackward:
 
         Raises:
             ValueError: no adapter is attached, or the batch starts above a trained layer.
+            UsageError: the model has no head.
         """
+        require_head(self.config)
         logits_shape = None
         if self.recompute == "none" and self._trained.plain_head:
             logits_shape = chunk_shape(len(batch.supervised_positions), self.active.head, self.dtype)
@@ -252,7 +261,7 @@ class ForwardBackward:
             scratch.release()
             states, norm = self._final_norm(x)
             loss, d_states = state_loss(states)
-            return norm_backward(d_states, norm, self._trained.d_final_norm), loss
+            return self._final_norm_backward(d_states, norm), loss
 
         return self._block_gradients(batch, positions, top, dropout_seed)
 
@@ -283,7 +292,7 @@ class ForwardBackward:
         contexts = self.contexts(batch, positions, cross_layer)
         adapters, scratch = self.block_adapters(dropout_seed), contexts[-1].scratch
         if logits_shape is not None:
-            scratch.reserve(logits_shape, self.active.final_norm)
+            scratch.reserve(logits_shape, torch.empty(0, dtype=self.dtype, device=self.device))
 
         x, saved = self._forward(batch, adapters, contexts, trained.end.layer)
         d_x: Tensor | None
@@ -302,7 +311,7 @@ class ForwardBackward:
                     d_x, cross_layer, ple_saved, ple_weights, self.config, lora, dropout_seed
                 )
             if trained.embedding:
-                d_x = self._scale_embedding(d_x)
+                d_x = self._scale_embedding(self._through_inputs(d_x, batch))
                 embedding_gradients(d_x, batch.input_ids, self.active.embedding, self.config, lora)
         return loss
 
@@ -313,7 +322,7 @@ class ForwardBackward:
 
         Blocks below `lowest_layer` need no backward. Their entries are None.
         """
-        first, x = (0, self.embed(batch.input_ids)) if batch.start is None else batch.start
+        first, x = (0, self.input_states(batch)) if batch.start is None else batch.start
         if first > lowest_layer:
             raise ValueError(f"the batch starts at layer {first}, above the trained layer {lowest_layer}")
         if first and first > self.config.start_layer(first):
@@ -366,10 +375,24 @@ class ForwardBackward:
             )
             loss = batch.per_document(losses).sum(dtype=torch.float64)
         scratch.release(reserved=True)
-        return norm_backward(d_normed, norm, trained.d_final_norm), loss
+        return self._final_norm_backward(d_normed, norm), loss
 
     def _head_of(self, dropout_seed: int | None) -> Head:
         return head_of(self.active.head, self.config, self.lora, self._trained, dropout_seed)
 
-    def _final_norm(self, x: Tensor) -> tuple[Tensor, RMSNormSaved]:
-        return rms_norm_forward(x, self.active.final_norm, self.config.norm_eps, self.config.norm_offset)
+    def _final_norm(self, x: Tensor) -> tuple[Tensor, NormSaved | None]:
+        """Return the normalized output of the last block and the saved tensors, or x and None without a final norm."""
+        if self.active.final_norm is None:
+            return x, None
+        return norm_forward(x, self.active.final_norm, self.active.final_norm_bias, self.config)
+
+    def _final_norm_backward(self, d_normed: Tensor, saved: NormSaved | None) -> Tensor:
+        return d_normed if saved is None else norm_backward(d_normed, saved, self._trained.d_final_norm)
+
+    def _through_inputs(self, d_x: Tensor, batch: PackedBatch) -> Tensor:
+        """Map ∂L/∂x₀ to the gradient of the embedded tokens. What an encoder computes between them is recomputed."""
+        weights = self.active.inputs
+        if weights is None:
+            return d_x
+        _, saved = encoder_inputs_forward(self.embed(batch.input_ids), batch, weights, self.config.norm_eps)
+        return encoder_inputs_backward(d_x, saved)

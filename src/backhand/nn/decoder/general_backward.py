@@ -1,7 +1,8 @@
 """General backward of a block's sublayers, for blocks that the plain order in `nn.decoder.block` does not cover.
 
-There are four such cases:
+There are five such cases:
 - the MLP sublayer is a mixture of experts (`nn.decoder.experts`);
+- the MLP has no gate, as in BERT;
 - the sublayer trains more than LoRA factors (`nn.decoder.group_extras`);
 - the family multiplies the gate of the MLP, or has a second projection after the mixer (Falcon-H1);
 - the backward pass ends in the MLP sublayer, or at the output projection of the mixer.
@@ -34,8 +35,9 @@ from backhand.nn.decoder.projections import (
 )
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.families.family import DecoderConfig
+from backhand.ops.activation import activated
 from backhand.ops.glu import GLUSaved, glu_backward, glu_recompute
-from backhand.ops.rms_norm import RMSNormSaved
+from backhand.ops.layer_norm import NormSaved
 
 
 def general_mlp_backward(
@@ -48,19 +50,19 @@ def general_mlp_backward(
     input_grad_groups: frozenset[Group],
 ) -> Tensor | None:
     """Return d_x₁ for d_x₂, both of shape (P, hidden), or None if the backward pass ends in this sublayer."""
-    n2 = pre_norm_saved(x1, weights.mlp_norm, saved.inverse_rms, config)
-    multiplier = config.multipliers.down
-    d_y = residual_backward(d_x2, saved.post_norm, adapter.norms.get(config.norms.after_mlp), config, multiplier)
+    n2 = pre_norm_saved(x1, weights.mlp_norm, weights.mlp_norm_bias, saved.statistics, config)
+    d_weight, multiplier = adapter.norms.get(config.norms.after_mlp), config.multipliers.down
+    d_y, d_stream = residual_backward(d_x2, saved.post_norm, d_weight, config, multiplier)
     if isinstance(saved, ExpertsSaved):
         d_n2 = experts_backward(d_y, n2, saved, weights, adapter, config, input_grad_groups)
     else:
-        d_n2 = _gated_mlp_backward(d_y, n2, saved, weights, adapter, config, input_grad_groups)
-    return None if d_n2 is None else pre_norm_backward(d_n2, n2, adapter.norms.get(config.norms.before_mlp), d_x2)
+        d_n2 = _mlp_backward(d_y, n2, saved, weights, adapter, config, input_grad_groups)
+    return None if d_n2 is None else pre_norm_backward(d_n2, n2, adapter.norms.get(config.norms.before_mlp), d_stream)
 
 
-def _gated_mlp_backward(
+def _mlp_backward(
     d_y: Tensor,
-    n2: Tensor | RMSNormSaved,
+    n2: Tensor | NormSaved,
     saved: MLPSaved,
     weights: BlockWeights,
     adapter: BlockAdapter,
@@ -70,16 +72,24 @@ def _gated_mlp_backward(
     """Return d_n₂ for ∂L/∂(p W_dᵀ), both of shape (P, hidden), or None if the backward pass ends in this sublayer."""
     ffn = config.intermediate_size
     a_u, h = saved_or_recomputed_gate_up(saved, n2, weights, adapter, config)
-    unit = GLUSaved(a_u[:, :ffn], a_u[:, ffn:], config.activation)
-    p, activated = glu_recompute(unit)
+    unit = GLUSaved(a_u[:, :ffn], a_u[:, ffn:], config.activation) if config.gated_mlp else None
+    if unit is None:
+        p, slope = activated(a_u, config.activation)
+    else:
+        p, ready = glu_recompute(unit)
     needs_d_p = Group.DOWN in input_grad_groups
     d_p = group_backward(d_y, p, weights.down, adapter.down, saved.h_down, input_gradient=needs_d_p)
     del p
     if d_p is None:
         return None
-    glu_backward(d_p, unit, ready=activated, out=a_u)
-    scale_gate(a_u, config)
-    del activated, d_p
+    if unit is None:
+        torch.mul(d_p, slope, out=a_u)
+        del slope
+    else:
+        glu_backward(d_p, unit, ready=ready, out=a_u)
+        scale_gate(a_u, config)
+        del ready
+    del d_p
     needs_d_n2 = Group.GATE_UP in input_grad_groups
     return group_backward(a_u, n2, weights.gate_up, adapter.gate_up, h, input_gradient=needs_d_n2)
 
@@ -96,15 +106,15 @@ def general_mixer_backward(
 ) -> Tensor | None:
     """Return d_x₀ (T, hidden) for d_x₁ (P, hidden), or None if the backward pass ends in this sublayer."""
     config, positions, norms = context.config, context.loss_positions, context.config.norms
-    n1 = pre_norm_saved(x0, weights.attention_norm, saved.inverse_rms, config)
+    n1 = pre_norm_saved(x0, weights.attention_norm, weights.attention_norm_bias, saved.statistics, config)
     after = adapter.norms.get(norms.after_attention)
-    d_projected = residual_backward(d_x1, saved.post_norm, after, config, config.multipliers.output)
+    d_projected, d_stream = residual_backward(d_x1, saved.post_norm, after, config, config.multipliers.output)
     o = not_none(mixer.output)(saved, weights, context) if saved.output is None else saved.output
     needs_d_o = Group.OUTPUT in input_grad_groups
     o_rows, second = split_output(gather_rows(o, positions), weights)
     d_o = group_backward(d_projected, o_rows, weights.output, adapter.output, saved.h_output, input_gradient=needs_d_o)
     if weights.second_output is not None:
-        d_projected = residual_backward(d_x1, None, None, config, config.multipliers.second_output)
+        d_projected, _ = residual_backward(d_x1, None, None, config, config.multipliers.second_output)
         own = weights.second_output, not_none(adapter.second_output), not_none(saved.h_second)
         d_second = group_backward(d_projected, not_none(second), *own, input_gradient=needs_d_o)
         d_o = None if d_o is None or d_second is None else torch.cat([d_o, d_second], dim=1)
@@ -117,6 +127,6 @@ def general_mixer_backward(
     d_n1 = group_backward(d_input, n1, weights.input, adapter.input, saved.h_input, input_gradient=needs_d_n1)
     if d_n1 is None:
         return None
-    residual_grad = d_x1 if positions is None else None
+    residual_grad = d_stream if positions is None else None
     d_x0 = pre_norm_backward(d_n1, n1, adapter.norms.get(norms.before_attention), residual_grad)
-    return d_x0 if positions is None else d_x0.index_add_(0, positions, d_x1)
+    return d_x0 if positions is None else d_x0.index_add_(0, positions, d_stream)

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
+from backhand.errors import not_none
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.adapted_group import HEAD, block_adapter
 from backhand.nn.decoder.block import block_forward
@@ -37,7 +38,7 @@ def merge_into(decoder: Decoder, lora: LoRAParameters) -> None:
     if is_quantized(decoder):
         raise ValueError("quantized matrices cannot be changed in place")
     weights = {
-        f"model.layers.{layer}.{part}": frozen_dense(weight)
+        f"{decoder.config.block_path(layer)}.{part}": frozen_dense(weight)
         for layer, block in enumerate(decoder.weights.blocks)
         for part, weight in linear_parts(block, decoder.config, layer).items()
     } | {HEAD: frozen_dense(decoder.weights.head)}
@@ -68,7 +69,7 @@ def merged_logits(decoder: Decoder, lora: LoRAParameters, batch: PackedBatch) ->
     """
     _check_plain(lora)
     weights, config = decoder.weights, decoder.config
-    x = decoder.embed(batch.input_ids)
+    x = decoder.input_states(batch)
     for layer, context in enumerate(decoder.contexts(batch, cross_layer=_cross_layer(decoder, lora, batch, x))):
         stored = weights.blocks[layer]
         tensors = {field.name: getattr(stored, field.name) for field in fields(stored)}
@@ -76,14 +77,14 @@ def merged_logits(decoder: Decoder, lora: LoRAParameters, batch: PackedBatch) ->
             stored, **{name: frozen_dense(part).clone() for name, part in tensors.items() if part is not None}
         )
         for name, weight in linear_parts(block, config, layer).items():
-            module = f"model.layers.{layer}.{name}"
+            module = f"{config.block_path(layer)}.{name}"
             if module in lora and isinstance(weight, Tensor):
                 weight.copy_(merged_weight(weight, lora, module))
         no_adapter = block_adapter(None, config, layer, None)
         x, _ = block_forward(x, block, no_adapter, context, "block")
     if HEAD not in lora:
         return decoder.head(x)
-    normed, _ = rms_norm_forward(x, weights.final_norm, config.norm_eps, config.norm_offset)
+    normed, _ = rms_norm_forward(x, not_none(weights.final_norm), config.norm_eps, config.norm_offset)
     return normed @ merged_weight(frozen_dense(weights.head), lora, HEAD).T
 
 

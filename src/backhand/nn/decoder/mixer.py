@@ -25,7 +25,7 @@ from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.families.family import DecoderConfig, LayerConfig
 from backhand.nn.scratch import Scratch
 from backhand.ops.document_groups import SegmentRun
-from backhand.ops.rms_norm import RMSNormSaved
+from backhand.ops.layer_norm import NormSaved
 from backhand.ops.rotary import RotaryTable
 
 
@@ -47,25 +47,27 @@ class BlockContext(NamedTuple):
 class MixerSaved(NamedTuple):
     """Tensors saved by the mixer sublayer for its backward. T and P are defined in `nn.decoder.block`."""
 
-    inverse_rms: Tensor | None  # (T, 1), of the norm before the sublayer; None without that norm
+    # of the norm before the sublayer: (T, 1) inverse RMS, or (T, 2) of a layer norm; None without that norm
+    statistics: Tensor | None
     # (T, Σ sizes): output of the first group. Attention rotates it in place unless a q/k norm comes first
     input: Tensor
     output: Tensor | None  # (T, width): output of the mixer; None if its backward recomputes it
     inner: Any  # saved by the mixer's own forward
     h_input: Tensor  # (T, Σ rank)
     h_output: Tensor  # (P, rank)
-    post_norm: RMSNormSaved | None  # saved by the norm after the sublayer; None without that norm
+    post_norm: NormSaved | None  # saved by the norm after the sublayer; None without that norm
     h_second: Tensor | None = None  # (P, rank) of a second output projection, if there is one
 
 
 class MLPSaved(NamedTuple):
     """Tensors saved by the MLP sublayer. P is defined in `nn.decoder.block`; f is the width of the MLP."""
 
-    inverse_rms: Tensor | None  # (P, 1), of the norm before the sublayer; None without that norm
-    gate_up: Tensor | None  # (P, 2f); None if it is recomputed
+    # of the norm before the sublayer: (P, 1) inverse RMS, or (P, 2) of a layer norm; None without that norm
+    statistics: Tensor | None
+    gate_up: Tensor | None  # (P, 2f), or (P, f) without a gate; None if it is recomputed
     h_gate_up: Tensor | None  # (P, Σ rank); None if it is recomputed
     h_down: Tensor  # (P, rank)
-    post_norm: RMSNormSaved | None  # saved by the norm after the sublayer; None without that norm
+    post_norm: NormSaved | None  # saved by the norm after the sublayer; None without that norm
 
 
 class Rows(NamedTuple):

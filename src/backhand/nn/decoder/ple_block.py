@@ -36,7 +36,7 @@ from backhand.nn.decoder.projections import (
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.families.family import PER_LAYER_NORM
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
-from backhand.ops.rms_norm import RMSNormSaved
+from backhand.ops.layer_norm import NormSaved
 
 
 class PLESaved(NamedTuple):
@@ -46,7 +46,7 @@ class PLESaved(NamedTuple):
     gate: Tensor | None  # (P, p)
     h_gate: Tensor | None  # (P, rank)
     h_projection: Tensor | None  # (P, rank)
-    post_norm: RMSNormSaved | None
+    post_norm: NormSaved | None
 
 
 def ple_forward(
@@ -60,8 +60,9 @@ def ple_forward(
     assert weights.per_layer_gate is not None and weights.per_layer_projection is not None
     gate, h_gate = group_forward(x2, weights.per_layer_gate, None, gate_adapter)
     p, _ = glu_forward(gate, _layer_embeddings(context), config.activation)
+    norm = weights.per_layer_norm, None
     x3, h_projection, post_norm = residual_forward(
-        x2, p, weights.per_layer_projection, None, projection_adapter, weights.per_layer_norm, config
+        x2, p, weights.per_layer_projection, None, projection_adapter, norm, config
     )
     return x3.mul_(scalar), PLESaved(x2, gate, h_gate, h_projection, post_norm)
 
@@ -81,7 +82,7 @@ def ple_backward(
         return d_x3
     gate_adapter, projection_adapter = not_none(adapter.per_layer)
     assert weights.per_layer_gate is not None and weights.per_layer_projection is not None
-    d_projected = residual_backward(d_x3, saved.post_norm, adapter.norms.get(PER_LAYER_NORM), config)
+    d_projected, _ = residual_backward(d_x3, saved.post_norm, adapter.norms.get(PER_LAYER_NORM), config)
     unit = GLUSaved(saved.gate, _layer_embeddings(context), config.activation)
     p, _ = glu_forward(unit.gate, unit.up, unit.activation)
     d_p = group_backward(

@@ -90,6 +90,6 @@ def embedding_output_gradient(
     dropout_seed: int | None,
 ) -> Tensor:
     """Return ∂L/∂h of shape (T, hidden): d_x from the stream, plus the PLE term if the embedding is trained."""
-    needs_d_h, d_e = trains_embedding(lora), not_none(cross_layer.d_ple)
+    needs_d_h, d_e = trains_embedding(lora, config), not_none(cross_layer.d_ple)
     d_h = ple_inputs_backward(d_e, saved, weights, config, lora, dropout_seed, input_gradient=needs_d_h)
     return d_x if d_h is None else d_x + d_h

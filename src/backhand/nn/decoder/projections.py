@@ -3,17 +3,20 @@
     n  = norm(x)                       n = x in families without a norm before the sublayer
     z  = … [n W₁ᵀ | … ] (+ LoRA) …     modules that share an input form one group (`group_forward`)
     x' = x + m · norm(z Wᵀ (+ LoRA))   most families have no norm here
+    x' = norm(x + z Wᵀ (+ LoRA))       BERT, which has no norm before the sublayer
 
 x is the residual stream, (T, hidden). m is a multiplier of the family, 1 in most families. The sublayer computes z from
-n. A mixer of two parts has a projection for each, and the sum has a term for each (Falcon-H1).
+n. A mixer of two parts has a projection for each, and the sum has a term for each (Falcon-H1). Norms are RMS norms, or
+layer norms in encoders.
 
 Backward. G = ∂L/∂x' reaches both the sublayer and the stream that bypasses it:
     ∂L/∂(z Wᵀ) = (backward of the norm applied to m G)             (T, hidden)
     ∂L/∂x = G + (backward of the norm applied to ∂L/∂n)            (T, hidden)
+With a norm of the sum, its backward is applied to G first, and both receive the result.
 
-The sublayers are in `nn.decoder.block` and `nn.decoder.experts`. The inverse RMS of the norm before a sublayer is saved
-instead of n, which is recomputed from it. For the norm after a sublayer, the input is saved as well. The gradient of a
-trained norm weight is added to the flat buffer, like the gradients of factors.
+The sublayers are in `nn.decoder.block` and `nn.decoder.experts`. The statistics of the norm before a sublayer are saved
+instead of n, which is recomputed from them. For the norm after a sublayer, the input is saved as well. The gradient of
+a trained norm weight is added to the flat buffer, like the gradients of factors. Layer norms stay frozen.
 """
 
 from __future__ import annotations
@@ -26,8 +29,9 @@ from backhand.nn.decoder.mixer import BlockContext, MixerSaved, MLPSaved
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.families.family import DecoderConfig
 from backhand.nn.scratch import Scratch
+from backhand.ops.layer_norm import LayerNormSaved, NormSaved, layer_norm_backward, layer_norm_forward, norm_apply
 from backhand.ops.lora_group import LoRAGroupSaved, lora_group_backward, lora_group_forward
-from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_backward, rms_norm_forward
 from backhand.ops.weight_tiles import FrozenMatrix
 
 
@@ -53,7 +57,7 @@ def group_forward(
 
 def group_backward(
     d_y: Tensor,
-    x: Tensor | RMSNormSaved,
+    x: Tensor | NormSaved,
     weight: FrozenMatrix,
     adapter: GroupAdapter,
     h: Tensor,
@@ -76,31 +80,62 @@ def group_backward(
     return lora_group_backward(d_y, LoRAGroupSaved(x, weight, adapter.group, h), input_gradient=input_gradient).d_x
 
 
+def norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, config: DecoderConfig, out: Tensor | None = None
+) -> tuple[Tensor, NormSaved]:
+    """Return norm(x) of x's shape, by the family's kind of norm, and its saved tensors."""
+    if config.norm == "layer":
+        return layer_norm_forward(x, weight, bias, config.norm_eps, out=out)
+    return rms_norm_forward(x, weight, config.norm_eps, config.norm_offset, out=out)
+
+
+def norm_backward(
+    d_y: Tensor,
+    saved: NormSaved,
+    d_weight: Tensor | None,
+    residual_grad: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return ∂L/∂x of a norm plus `residual_grad`, of d_y's shape, and add ∂L/∂weight to `d_weight`, if given."""
+    if isinstance(saved, LayerNormSaved):
+        return layer_norm_backward(d_y, saved, weight_gradient=False, residual=residual_grad, out=out).d_x
+    grads = rms_norm_backward(d_y, saved, weight_gradient=d_weight is not None, residual=residual_grad, out=out)
+    if d_weight is not None and grads.d_weight is not None:
+        d_weight.add_(grads.d_weight)
+    return grads.d_x
+
+
 def pre_norm_forward(
-    x: Tensor, weight: Tensor | None, config: DecoderConfig, scratch: Scratch
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, config: DecoderConfig, scratch: Scratch
 ) -> tuple[Tensor, Tensor | None]:
-    """Return norm(x) of shape (T, hidden) and the inverse RMS, (T, 1). Without a norm, return x and None."""
+    """Return norm(x) of shape (T, hidden) and the norm's statistics. Without a norm, return x and None.
+
+    The statistics are the inverse RMS, (T, 1), or mean and inverse deviation of a layer norm, (T, 2).
+    """
     if weight is None:
         return x, None
-    out = scratch.take("normed", x.shape, x)
-    n, norm = rms_norm_forward(x, weight, config.norm_eps, config.norm_offset, out=out)
-    return n, norm.inverse_rms
+    n, saved = norm_forward(x, weight, bias, config, out=scratch.take("normed", x.shape, x))
+    return n, saved.statistics if isinstance(saved, LayerNormSaved) else saved.inverse_rms
 
 
 def pre_norm_saved(
-    x: Tensor, weight: Tensor | None, inverse_rms: Tensor | None, config: DecoderConfig
-) -> Tensor | RMSNormSaved:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor | None, config: DecoderConfig
+) -> Tensor | NormSaved:
     """Return the saved tensors of the norm before a sublayer, which represent n, or x itself without a norm."""
-    return x if weight is None or inverse_rms is None else RMSNormSaved(x, weight, inverse_rms, config.norm_offset)
+    if weight is None or statistics is None:
+        return x
+    if config.norm == "layer":
+        return LayerNormSaved(x, weight, bias, statistics)
+    return RMSNormSaved(x, weight, statistics, config.norm_offset)
 
 
-def normalized(n: Tensor | RMSNormSaved) -> Tensor:
+def normalized(n: Tensor | NormSaved) -> Tensor:
     """Return n as a tensor, (T, hidden), recomputed from the norm's saved tensors if necessary."""
-    return rms_norm_apply(*n) if isinstance(n, RMSNormSaved) else n
+    return n if isinstance(n, Tensor) else norm_apply(n)
 
 
 def pre_norm_backward(
-    d_n: Tensor, n: Tensor | RMSNormSaved, d_weight: Tensor | None, residual_grad: Tensor | None
+    d_n: Tensor, n: Tensor | NormSaved, d_weight: Tensor | None, residual_grad: Tensor | None
 ) -> Tensor:
     """Return ∂L/∂x of shape (T, hidden) in the memory of d_n: backward of the norm plus `residual_grad`.
 
@@ -108,9 +143,9 @@ def pre_norm_backward(
         d_n: ∂L/∂n.
         n: from `pre_norm_saved`.
         d_weight: buffer to which the gradient of the norm weight is added, or None if it is frozen.
-        residual_grad: ∂L/∂x' of the whole stream, or None.
+        residual_grad: the gradient of the stream from `residual_backward`, or None.
     """
-    if isinstance(n, RMSNormSaved):
+    if not isinstance(n, Tensor):
         return norm_backward(d_n, n, d_weight, residual_grad, out=d_n)
     return d_n if residual_grad is None else d_n.add_(residual_grad)
 
@@ -121,34 +156,38 @@ def residual_forward(
     weight: FrozenMatrix,
     bias: Tensor | None,
     adapter: GroupAdapter,
-    norm_weight: Tensor | None,
+    norm: tuple[Tensor | None, Tensor | None],
     config: DecoderConfig,
     multiplier: float = 1.0,
-) -> tuple[Tensor, Tensor, RMSNormSaved | None]:
-    """Return stream + m · norm(x Wᵀ (+ LoRA)).
+) -> tuple[Tensor, Tensor, NormSaved | None]:
+    """Return stream + m · norm(x Wᵀ (+ LoRA)), or norm(stream + x Wᵀ (+ LoRA)).
 
     Args:
         stream: (T, hidden), the input of the sublayer.
         x: (T, in).
         weight: (hidden, in).
         bias: (hidden,) or None.
-        norm_weight: (hidden,), or None for no norm.
+        norm: weight and bias of the norm, (hidden,) each. The weight is None for no norm.
         config: the family, for the norm and its residual multiplier.
         multiplier: of this projection. m is the product of both.
 
     Returns:
         the sum (T, hidden), h (T, rank), and the tensors saved by the norm, or None without a norm.
     """
-    if norm_weight is None and config.residual_multiplier * multiplier == 1.0:
-        return *group_forward(x, weight, bias, adapter, stream), None
+    if config.residual_multiplier * multiplier == 1.0 and (norm[0] is None or config.norms_of_sums):
+        y, h = group_forward(x, weight, bias, adapter, stream)
+        if norm[0] is None:
+            return y, h, None
+        x, saved = norm_forward(y, norm[0], norm[1], config)
+        return x, h, saved
     y, h = group_forward(x, weight, bias, adapter)
-    x, saved = residual_sum(stream, y, norm_weight, config, multiplier)
-    return x, h, saved
+    x, post_norm = residual_sum(stream, y, norm, config, multiplier)
+    return x, h, post_norm
 
 
 def mixer_output_forward(
     stream: Tensor, o: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig
-) -> tuple[Tensor, Tensor, Tensor | None, RMSNormSaved | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, NormSaved | None]:
     """Return x₁ = stream + m · norm(o Wᵀ (+ LoRA)), with a second projection of the last features of o if there is one.
 
     Args:
@@ -165,13 +204,13 @@ def mixer_output_forward(
         weights.output,
         weights.output_bias,
         adapter.output,
-        weights.after_attention_norm,
+        (weights.after_attention_norm, weights.after_attention_norm_bias),
         config,
         config.multipliers.output,
     )
     if second is None or weights.second_output is None:
         return x1, h, None, saved
-    own = not_none(adapter.second_output), None, config, config.multipliers.second_output
+    own = not_none(adapter.second_output), (None, None), config, config.multipliers.second_output
     x1, h_second, _ = residual_forward(x1, second, weights.second_output, None, *own)
     return x1, h, h_second, saved
 
@@ -185,41 +224,35 @@ def split_output(o: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor | Non
 
 
 def residual_sum(
-    stream: Tensor, y: Tensor, norm_weight: Tensor | None, config: DecoderConfig, multiplier: float = 1.0
-) -> tuple[Tensor, RMSNormSaved | None]:
+    stream: Tensor,
+    y: Tensor,
+    norm: tuple[Tensor | None, Tensor | None],
+    config: DecoderConfig,
+    multiplier: float = 1.0,
+) -> tuple[Tensor, NormSaved | None]:
     """Return stream + m · norm(y) of shape (T, hidden) and the tensors saved by the norm. May overwrite y."""
     saved = None
-    if norm_weight is not None:
-        y, saved = rms_norm_forward(y, norm_weight, config.norm_eps, config.norm_offset)
+    if norm[0] is not None:
+        y, saved = norm_forward(y, norm[0], norm[1], config)
     if config.residual_multiplier * multiplier != 1.0:
         y.mul_(config.residual_multiplier * multiplier)
     return y.add_(stream), saved
 
 
 def residual_backward(
-    d_x: Tensor, saved: RMSNormSaved | None, d_weight: Tensor | None, config: DecoderConfig, multiplier: float = 1.0
-) -> Tensor:
-    """Return ∂L/∂(z Wᵀ) of shape (T, hidden) for the gradient d_x of the sum, which is not modified.
+    d_x: Tensor, saved: NormSaved | None, d_weight: Tensor | None, config: DecoderConfig, multiplier: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Map the gradient d_x of the sum to ∂L/∂(z Wᵀ) and the gradient of the stream, both (T, hidden).
 
-    The gradient of the norm weight is added to `d_weight`, if given.
+    The stream's gradient is d_x itself unless the norm is that of the sum. d_x is not modified. The gradient of the
+    norm weight is added to `d_weight`, if given.
     """
+    if saved is not None and config.norms_of_sums:
+        d_sum = norm_backward(d_x, saved, d_weight)
+        return d_sum, d_sum
     multiplier *= config.residual_multiplier
     d_y = d_x if multiplier == 1.0 else d_x * multiplier
-    return d_y if saved is None else norm_backward(d_y, saved, d_weight)
-
-
-def norm_backward(
-    d_y: Tensor,
-    saved: RMSNormSaved,
-    d_weight: Tensor | None,
-    residual_grad: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Return ∂L/∂x of a norm plus `residual_grad`, of d_y's shape, and add ∂L/∂weight to `d_weight`, if given."""
-    grads = rms_norm_backward(d_y, saved, weight_gradient=d_weight is not None, residual=residual_grad, out=out)
-    if d_weight is not None and grads.d_weight is not None:
-        d_weight.add_(grads.d_weight)
-    return grads.d_x
+    return d_y if saved is None else norm_backward(d_y, saved, d_weight), d_x
 
 
 def mixer_output_buffer(saved: MixerSaved, adapter: BlockAdapter, context: BlockContext, like: Tensor) -> Tensor | None:
@@ -233,7 +266,7 @@ def mixer_output_buffer(saved: MixerSaved, adapter: BlockAdapter, context: Block
 
 
 def saved_or_recomputed_gate_up(
-    saved: MLPSaved, n2: Tensor | RMSNormSaved, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig
+    saved: MLPSaved, n2: Tensor | NormSaved, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig
 ) -> tuple[Tensor, Tensor]:
     """Return [a | u] of shape (T, 2f) and h of the group, recomputed from n₂ if they are not saved."""
     if saved.gate_up is not None and saved.h_gate_up is not None:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from backhand.nn.decoder.adapted_group import (
     ALL_GROUPS,
-    EMBEDDING,
     HEAD,
     BackwardEnd,
     backward_end,
@@ -35,21 +34,20 @@ class TrainedParts(NamedTuple):
 
 def trained_parts(lora: LoRAParameters | None, config: DecoderConfig) -> TrainedParts:
     """Return the parts that this adapter trains. Without an adapter, nothing is trained."""
-    layers = len(config.layers)
     if lora is None:
-        end = BackwardEnd(layers, frozenset())
+        end = BackwardEnd(len(config.layers), frozenset())
         return TrainedParts(end, False, False, False, False, True, None, None, False, False)
     slots, slot = lora.slots.values(), lora.slots.get(HEAD)
-    rows, norm = f"{EMBEDDING}.{TOKENS}", f"{config.final_norm}.weight"
+    rows, norm = f"{config.embedding}.{TOKENS}", f"{config.final_norm}.weight"
     head_rows = rows if config.tied_head and rows in lora.full_tensors else None
     general_head = head_rows is not None or any(name.startswith(f"{HEAD}.") for name in lora.full_tensors)
     general_head = general_head or (slot is not None and (slot.use_dora or slot.lora_bias))
-    end = backward_end(lora.layout, layers)
+    end = backward_end(lora.layout, config)
     return TrainedParts(
         end,
         below_blocks=end == BackwardEnd(0, ALL_GROUPS),
-        embedding=trains_embedding(lora),
-        embedding_factors=EMBEDDING in lora,
+        embedding=trains_embedding(lora, config),
+        embedding_factors=config.embedding in lora,
         head=general_head or slot is not None,
         plain_head=not general_head,
         head_rows=head_rows,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from backhand.nn.decoder.adapted_group import EMBEDDING
+from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.decoder.weights import BlockWeights, DecoderWeights, block_parts, part_views
 from backhand.nn.families.family import DecoderConfig
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters
@@ -39,17 +39,18 @@ class TrainedWeights:
         def current(name: str, weight: FrozenMatrix) -> FrozenMatrix:
             return lora.compute(name) if name in lora.full_tensors else weight
 
-        embedding, head = current(f"{EMBEDDING}.weight", base.embedding), current("lm_head.weight", base.head)
+        table = self._config.embedding
+        embedding, head = current(f"{table}.weight", base.embedding), current(f"{HEAD}.weight", base.head)
         norm = f"{self._config.final_norm}.weight"
         final_norm = lora.compute(norm) if norm in lora.full_tensors else base.final_norm
-        if f"{EMBEDDING}.{TOKENS}" in lora.full_tensors:
+        if f"{table}.{TOKENS}" in lora.full_tensors:
             embedding = self._with_rows()
             head = embedding if self._config.tied_head else head
-        return DecoderWeights(embedding, blocks, final_norm, head, base.per_layer)
+        return replace(base, embedding=embedding, blocks=blocks, final_norm=final_norm, head=head)
 
     def block(self, layer: int, block: BlockWeights) -> BlockWeights:
         """Return one block's weights with the adapter's tensors in it, or `block` itself if it trains none of them."""
-        lora, prefix = self._lora, f"model.layers.{layer}."
+        lora, prefix = self._lora, f"{self._config.block_path(layer)}."
         names = [name for name in lora.full_tensors if name.startswith(prefix)]
         trained = {name.removeprefix(prefix): lora.compute(name) for name in names}
         changes: dict[str, Tensor] = {}
@@ -65,7 +66,7 @@ class TrainedWeights:
 
     def _with_rows(self) -> Tensor:
         """Return the embedding table with the trained rows written into one cached copy."""
-        name = f"{EMBEDDING}.{TOKENS}"
+        name = f"{self._config.embedding}.{TOKENS}"
         rows = self._lora.compute(name)
         if self._table is None:
             table = frozen_dense(self._base.embedding)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from backhand.kernels.quantized_matrix import QuantizedMatrix
-from backhand.nn.decoder.adapted_group import EMBEDDING
+from backhand.nn.decoder.adapted_group import HEAD
+from backhand.nn.decoder.encoder_inputs import InputWeights
 from backhand.nn.families.family import (
     EXPERT_GROUPS,
     LAYER_SCALAR,
@@ -43,7 +44,7 @@ class BlockWeights:
     - input (Σ sizes, hidden), which is (q + 2k, hidden) for attention
     - output (hidden, width), which is (hidden, q) for attention; second_output (hidden, width) next to it
     - gate_up (2f, hidden) and down (hidden, f)
-    - norms (hidden,); q_norm and k_norm (head_dim,), or (q,) and (k,) for norms over all heads
+    - norms and their biases (hidden,); q_norm and k_norm (head_dim,), or (q,) and (k,) for norms over all heads
     - sinks (heads,) of attention with sinks
     - conv (hidden, 1, taps) and conv_bias (hidden,) of a short convolution
     - conv (channels, 1, taps), log_rate and rate_bias (value heads,), gated_norm (value width,) of a gated delta rule
@@ -71,6 +72,10 @@ class BlockWeights:
     k_norm: Tensor | None = None
     after_attention_norm: Tensor | None = None
     after_mlp_norm: Tensor | None = None
+    attention_norm_bias: Tensor | None = None
+    mlp_norm_bias: Tensor | None = None
+    after_attention_norm_bias: Tensor | None = None
+    after_mlp_norm_bias: Tensor | None = None
     conv: Tensor | None = None
     conv_bias: Tensor | None = None
     log_rate: Tensor | None = None
@@ -98,14 +103,17 @@ class PerLayerWeights(NamedTuple):
 class DecoderWeights:
     """All frozen weights: embedding (vocab, hidden), blocks, final_norm (hidden,), head (vocab, hidden).
 
-    A tied head is the embedding itself. per_layer is None in families without per-layer embeddings.
+    A tied head is the embedding itself, and so is the unused head of an encoder. Parts that a family does not have are
+    None. inputs belongs to encoders.
     """
 
     embedding: FrozenMatrix
     blocks: list[BlockWeights]
-    final_norm: Tensor
+    final_norm: Tensor | None
     head: FrozenMatrix
     per_layer: PerLayerWeights | None = None
+    final_norm_bias: Tensor | None = None
+    inputs: InputWeights | None = None
 
 
 class Part(NamedTuple):
@@ -161,8 +169,10 @@ def block_parts(config: DecoderConfig, layer: LayerConfig) -> list[Part]:
         alone(field, name, *shape, trainable=False)
     places = "attention_norm", "after_attention_norm", "mlp_norm", "after_mlp_norm"
     for field, norm in zip(places, config.norms, strict=True):
-        if norm is not None:
-            alone(field, f"{norm}.weight", hidden)
+        if norm is not None and (layer.input_norm or field != "attention_norm"):
+            alone(field, f"{norm}.weight", hidden, trainable=config.norm == "rms")
+            if config.norm_bias:
+                alone(f"{field}_bias", f"{norm}.bias", hidden, trainable=False)
     if mixture is not None:
         alone("router", f"{mixture.router}.weight", mixture.experts, hidden, trainable=False)
         if mixture.bias:
@@ -192,34 +202,64 @@ def empty_weights(
         tensors: dict[str, Any] = {}
         for part in block_parts(config, layer):
             shape = (sum(part.rows), *part.columns)
-            modules = [f"model.layers.{index}.{name.removesuffix('.weight')}" for name in part.names]
+            modules = [f"{config.block_path(index)}.{name.removesuffix('.weight')}" for name in part.names]
             tensors[part.field] = matrix(modules, *shape) if part.multiplies else new(*shape)
         return BlockWeights(**tensors)
 
-    embedding = matrix([EMBEDDING], config.vocab_size, hidden)
-    head = embedding if config.tied_head else matrix(["lm_head"], config.vocab_size, hidden)
+    embedding = matrix([config.embedding], config.vocab_size, hidden)
+    has_own_head = config.has_head and not config.tied_head
+    head = matrix([HEAD], config.vocab_size, hidden) if has_own_head else embedding
     per_layer = None
     if ple is not None:
         features = ple.layers * ple.width
         table = matrix([PER_LAYER_TABLE], ple.vocab_size, features)
         per_layer = PerLayerWeights(table, matrix([PER_LAYER_MODEL], features, hidden), new(ple.width))
     blocks = [block(index, layer) for index, layer in enumerate(config.layers)]
-    return DecoderWeights(embedding, blocks, new(hidden), head, per_layer)
+    final_norm = None if config.final_norm is None else new(hidden)
+    bias = new(hidden) if config.norm_bias and final_norm is not None else None
+    inputs = None
+    if (names := config.inputs) is not None:
+        inputs = InputWeights(
+            new(hidden),
+            new(hidden) if config.norm_bias else None,
+            None if names.positions is None else new(config.max_position_embeddings, hidden),
+            None if names.token_types is None else new(names.types, hidden),
+        )
+    return DecoderWeights(embedding, blocks, final_norm, head, per_layer, bias, inputs)
 
 
 def named_views(weights: DecoderWeights, config: DecoderConfig) -> Iterator[tuple[str, FrozenMatrix]]:
     """Yield (Hugging Face name, view or quantized matrix) of all weights. A tied head appears once, as embedding."""
-    yield "model.embed_tokens.weight", weights.embedding
+    yield f"{config.embedding}.weight", weights.embedding
+    yield from _input_views(weights, config)
     for index, block in enumerate(weights.blocks):
         for part in block_parts(config, config.layers[index]):
             for name, view in part_views(block, part):
-                yield f"model.layers.{index}.{name}", view
-    yield f"{config.final_norm}.weight", weights.final_norm
+                yield f"{config.block_path(index)}.{name}", view
+    if weights.final_norm is not None:
+        yield f"{config.final_norm}.weight", weights.final_norm
+    if weights.final_norm_bias is not None:
+        yield f"{config.final_norm}.bias", weights.final_norm_bias
     if weights.per_layer is not None:
         for name, view in zip(_PER_LAYER_NAMES, weights.per_layer, strict=True):
             yield f"{name}.weight", view
-    if not config.tied_head:
-        yield "lm_head.weight", weights.head
+    if config.has_head and not config.tied_head:
+        yield f"{HEAD}.weight", weights.head
+
+
+def _input_views(weights: DecoderWeights, config: DecoderConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield (Hugging Face name, tensor) of what an encoder has before its first block. These tensors stay frozen."""
+    names, tensors = config.inputs, weights.inputs
+    if names is None or tensors is None:
+        return
+    for name, tensor in (
+        (f"{names.norm}.weight", tensors.norm),
+        (f"{names.norm}.bias", tensors.norm_bias),
+        (f"{names.positions}.weight", tensors.positions),
+        (f"{names.token_types}.weight", tensors.token_types),
+    ):
+        if tensor is not None:
+            yield name, tensor
 
 
 def part_views(block: BlockWeights, part: Part) -> Iterator[tuple[str, FrozenMatrix]]:
@@ -290,11 +330,14 @@ def module_shapes(config: DecoderConfig) -> ModuleShapes:
     hidden, mixture, per_layer = config.hidden_size, config.mixture, config.per_layer
     shapes: dict[str, tuple[int, int]] = {}
     experts: dict[str, tuple[int, int, int]] = {}
+    weights = empty_weights(config, torch.float32, "meta")
     fixed = [] if per_layer is None else [f"{name}.weight" for name in _PER_LAYER_NAMES]
+    fixed += [name for name, _ in _input_views(weights, config)]
+    fixed += [f"{config.final_norm}.{part}" for part in ("weight", "bias") if config.norm != "rms"]
     if per_layer is not None:
         shapes[PER_LAYER_MODEL] = (per_layer.layers * per_layer.width, hidden)
     for index, layer in enumerate(config.layers):
-        prefix = f"model.layers.{index}."
+        prefix = f"{config.block_path(index)}."
         for part in block_parts(config, layer):
             if part.multiplies and (mixture is None or part.field not in ("gate_up", "down")):
                 for name, size in zip(part.names, part.rows, strict=True):
@@ -304,16 +347,18 @@ def module_shapes(config: DecoderConfig) -> ModuleShapes:
             (gate_up,), (down,) = EXPERT_GROUPS
             experts[prefix + gate_up] = (mixture.experts, 2 * mixture.width, hidden)
             experts[prefix + down] = (mixture.experts, hidden, mixture.width)
-    shapes["lm_head"] = (config.vocab_size, hidden)
-    views, held = named_views(empty_weights(config, torch.float32, "meta"), config), set(fixed)
+    views, held = named_views(weights, config), set(fixed)
     parameters = {name: tuple(view.shape) for name, view in views if name not in held}
-    parameters.setdefault("lm_head.weight", shapes["lm_head"])
+    if config.has_head:
+        shapes[HEAD] = (config.vocab_size, hidden)
+        parameters.setdefault(f"{HEAD}.weight", shapes[HEAD])
     return ModuleShapes(
         shapes,
-        embeddings={"model.embed_tokens": (config.vocab_size, hidden)},
+        embeddings={config.embedding: (config.vocab_size, hidden)},
         parameters=parameters,
-        tied={"lm_head.weight": "model.embed_tokens.weight"} if config.tied_head else {},
+        tied={f"{HEAD}.weight": f"{config.embedding}.weight"} if config.has_head and config.tied_head else {},
         frozen=fixed,
         experts=experts,
         interleaved=[name for name in experts if mixture and mixture.interleaved and name.endswith(EXPERT_GROUPS[0])],
+        outside=config.outside,
     )

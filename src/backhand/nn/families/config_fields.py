@@ -14,6 +14,8 @@ from backhand.nn.families.family import DeltaSizes, SSMSizes
 
 UNREAD = "unread of the GGUF file"
 """Field of a config made from a GGUF file: metadata and tensors, by name, that the reader does not understand."""
+HEADLESS = "files without a head"
+"""Field of the config of files that hold a decoder without its head, which the config does not tie to the embedding."""
 FOREIGN = "foreign in the GGUF file"
 """Field of a config made from a GGUF file: names of metadata that no model has."""
 

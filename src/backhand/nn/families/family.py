@@ -1,7 +1,12 @@
-"""Model families as data: everything that the one decoder needs to know of a model, read from a Hugging Face config."""
+"""Model families as data: everything that the one decoder needs to know of a model, read from a Hugging Face config.
+
+Encoders such as BERT are configurations of the same blocks: norms of the residual sums, biases, an MLP without a gate,
+and attention in both directions.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -50,7 +55,8 @@ class LayerSizes(NamedTuple):
 class LayerConfig:
     """Settings that may differ between layers."""
 
-    # sliding-window size in tokens: a query sees itself and the window - 1 tokens before it. None for full attention
+    # sliding-window size in tokens: a query sees itself and the window - 1 tokens before it, in encoders also as many
+    # tokens after it. None for full attention
     window: int | None = None
     # index into `DecoderConfig.rotary`; None if queries and keys are not rotated (SmolLM3, EXAONE 4)
     rotary: int | None = 0
@@ -60,6 +66,8 @@ class LayerConfig:
     sizes: LayerSizes | None = None  # None if they are those of `DecoderConfig`; see `DecoderConfig.at`
     # number of the lower layer whose keys and values this layer uses; None if it computes its own
     kv_source: int | None = None
+    # False if attention reads the stream itself, without the norm before it (the first layer of ModernBERT)
+    input_norm: bool = True
 
 
 class QueryScaling(NamedTuple):
@@ -94,6 +102,17 @@ BAMBA_GROUPS = (*GROUPS[:2], ("feed_forward.gate_proj", "feed_forward.up_proj"),
 
 SHORT_CONV_GROUPS: tuple[tuple[str, ...], ...] = (("conv.in_proj",), ("conv.out_proj",))
 """Groups of the gated short convolution. The first computes [B | C | x] in one module."""
+
+BERT_GROUPS: tuple[tuple[str, ...], ...] = (
+    ("attention.self.query", "attention.self.key", "attention.self.value"),
+    ("attention.output.dense",),
+    ("intermediate.dense",),
+    ("output.dense",),
+)
+"""Groups by BERT's names. Its MLP has no gate."""
+
+MODERNBERT_GROUPS: tuple[tuple[str, ...], ...] = (("attn.Wqkv",), ("attn.Wo",), ("mlp.Wi",), ("mlp.Wo",))
+"""Groups by ModernBERT's names: q, k and v are one module, and so are gate and up."""
 
 PER_LAYER_GROUPS: tuple[tuple[str, ...], ...] = (("per_layer_input_gate",), ("per_layer_projection",))
 """Gemma 4's groups after the MLP, in the order of the forward pass."""
@@ -244,7 +263,7 @@ EXPERT_GROUPS: tuple[tuple[str, ...], ...] = (("mlp.experts.gate_up_proj",), ("m
 GROUP_OF = {
     part: index
     for first, groups in (
-        *((0, each) for each in (GROUPS, LFM2_GROUPS, GRANITE4_GROUPS, BAMBA_GROUPS)),
+        *((0, each) for each in (GROUPS, LFM2_GROUPS, GRANITE4_GROUPS, BAMBA_GROUPS, BERT_GROUPS, MODERNBERT_GROUPS)),
         *((0, each) for each in (SHORT_CONV_GROUPS, GATED_DELTA_GROUPS, SSM_GROUPS)),
         *((0, ((FUSED_QKV,), (), (FUSED_GATE_UP,))), (2, EXPERT_GROUPS), (4, PER_LAYER_GROUPS)),
     )
@@ -254,12 +273,41 @@ GROUP_OF = {
 """Group number of each linear module, keyed by its name inside the block."""
 
 
+_IN_BLOCK = re.compile(r"[a-z_.]+\.(\d+)\.(.+)")
+
+
+def split_layer(name: str) -> tuple[int, str] | None:
+    """Split the path of a module or tensor into layer number and name inside the block; None if it is in no block.
+
+    `model.layers.3.self_attn.q_proj` → (3, `self_attn.q_proj`).
+    """
+    match = _IN_BLOCK.fullmatch(name)
+    return None if match is None else (int(match[1]), match[2])
+
+
+class EncoderInputs(NamedTuple):
+    """Names of what an encoder computes between its embedding and its first block (`nn.decoder.encoder_inputs`).
+
+    Attributes:
+        norm: the norm of the sum of the embeddings.
+        positions: the learned embedding of positions, or None.
+        token_types: the embedding of token types, or None.
+        types: number of token types.
+    """
+
+    norm: str
+    positions: str | None = None
+    token_types: str | None = None
+    types: int = 0
+
+
 class NormNames(NamedTuple):
     """Names of a block's norms. None if the family has no norm at that place.
 
     Attributes:
         before_attention, before_mlp: norms of a sublayer's input. Without one, the sublayer reads the stream itself.
-        after_attention, after_mlp: norms of a sublayer's output, before the residual sum.
+        after_attention, after_mlp: norms of a sublayer's output before the residual sum, or of the sum
+            (`DecoderConfig.norms_of_sums`).
     """
 
     before_attention: str | None
@@ -286,9 +334,29 @@ _BAMBA: dict[str, Any] = {
 _OLMO: dict[str, Any] = {"norms": _NORMS_AFTER, "qk_norm": "width"}
 _QK_NORM: dict[str, Any] = {"qk_norm": "head"}
 
+_ENCODER: dict[str, Any] = {"causal": False, "has_head": False, "norm": "layer"}
+
 TRAITS: dict[str, dict[str, Any]] = {
     "bamba": _BAMBA,
     "falcon_h1": _BAMBA,
+    "bert": _ENCODER
+    | {
+        "groups": BERT_GROUPS,
+        "embedding": "embeddings.word_embeddings",
+        "layers_path": "encoder.layer",
+        "norms": NormNames(None, "attention.output.LayerNorm", None, "output.LayerNorm"),
+        "norms_of_sums": True,
+        "norm_bias": True,
+        "outside": ("pooler.dense",),
+        "final_norm": None,
+        "gated_mlp": False,
+        "qkv_bias": True,
+        "output_bias": True,
+        "mlp_bias": True,
+        "inputs": EncoderInputs(
+            "embeddings.LayerNorm", "embeddings.position_embeddings", "embeddings.token_type_embeddings", 2
+        ),
+    },
     "exaone4": {"norms": _NORMS_AFTER, "qk_norm": "head"},
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA | _QK_NORM,
@@ -305,6 +373,15 @@ TRAITS: dict[str, dict[str, Any]] = {
         "final_norm": "model.embedding_norm",
         "qk_norm": "head",
         "qk_norms": ("self_attn.q_layernorm", "self_attn.k_layernorm"),
+    },
+    "modernbert": _ENCODER
+    | {
+        "groups": MODERNBERT_GROUPS,
+        "embedding": "embeddings.tok_embeddings",
+        "layers_path": "layers",
+        "norms": NormNames("attn_norm", None, "mlp_norm", None),
+        "final_norm": "final_norm",
+        "inputs": EncoderInputs("embeddings.norm"),
     },
     "olmo2": _OLMO,
     "olmo3": _OLMO,
@@ -338,13 +415,26 @@ class DecoderConfig:
     # linear modules of a block with attention: `GROUPS`, or fused modules (Phi-3, GLM)
     groups: tuple[tuple[str, ...], ...] = GROUPS
     norms: NormNames = NORMS_BEFORE  # names of the block's norms in its files
-    final_norm: str = "model.norm"  # name of the norm before the head
+    final_norm: str | None = "model.norm"  # name of the norm before the head; None in families without it
+    embedding: str = "model.embed_tokens"  # name of the token embedding
+    layers_path: str = "model.layers"  # path of the list of blocks
+    # False for encoders, whose result are hidden states, and for files without a head. `DecoderWeights.head` is then
+    # the embedding and is not used
+    has_head: bool = True
+    causal: bool = True  # attention is causal; False for both directions
+    norm: str = "rms"  # kind of the norms of blocks and of the final norm: `rms` or `layer`
+    norm_bias: bool = False  # these norms have biases
+    norms_of_sums: bool = False  # the norms after the sublayers are those of the residual sums (BERT)
+    gated_mlp: bool = True  # the MLP has a gate; False for φ(x W_upᵀ) W_downᵀ (BERT)
+    # linear modules of transformers' class that are not computed: BERT's pooler, which a text's embedding does not need
+    outside: tuple[str, ...] = ()
+    inputs: EncoderInputs | None = None  # embeddings and norm before the first block of encoders, or None
     # extent of the RMSNorm of queries and keys before the rotation: `head`, each head separately (Qwen3, Gemma 3,
     # EXAONE 4), or `width`, all heads together (OLMo 2); None without such norms
     qk_norm: str | None = None
     # names of the norms of queries and keys
     qk_norms: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
-    activation: str = "silu"  # activation of the gate: `silu` or `gelu_tanh`
+    activation: str = "silu"  # activation of the gate: `silu`, `gelu` or `gelu_tanh`
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -372,6 +462,15 @@ class DecoderConfig:
     padding_id: int | None = None
     # messages about config fields without effect on the result
     notes: tuple[str, ...] = field(default=(), compare=False)
+
+    def block_path(self, layer: int) -> str:
+        """Return the path of a block, such as `model.layers.3`."""
+        return f"{self.layers_path}.{layer}"
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """True if documents may share a prefix: its hidden states depend neither on later tokens nor on the length."""
+        return self.causal and not self.length_limits
 
     @cached_property
     def mixers(self) -> dict[str, MixerShape]:
@@ -490,6 +589,8 @@ class DecoderConfig:
     def gate_up_sizes(self) -> tuple[int, ...]:
         """Output features of each module of the third group."""
         f = self.intermediate_size
+        if not self.gated_mlp:
+            return (f,)
         return (f, f) if len(self.groups[2]) == 2 else (2 * f,)
 
     @cached_property

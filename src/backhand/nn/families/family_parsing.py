@@ -27,6 +27,8 @@ transformers 5.24:
   one norm over all of q and one over all of k.
 - Gemma's embedding is multiplied by √hidden, computed in float32 and then rounded to the weight's dtype.
   `embedding_scaling` is the float32 number, and the multiplication rounds it to the dtype of the weight.
+- Encoders: see `nn.families.encoder_families`. Gemma 3 with `use_bidirectional_attention` is an encoder too
+  (EmbeddingGemma). `sliding_window` is then the width of the whole window, and a query sees half of it to each side.
 - LFM2, Granite 4, Bamba and Qwen3.5: see `nn.families.mixed_families`. Mixtral, Qwen3-MoE and gpt-oss: see
   `nn.families.expert_families`. Gemma 4: see `nn.families.gemma4_fields`.
 - Rotary: see `nn.families.rotary`. Gemma 3's full layers have base 1e6 and optional scaling, its sliding layers 1e4.
@@ -55,7 +57,8 @@ from backhand.nn.families.common_fields import (
     with_multipliers,
     without_rotary,
 )
-from backhand.nn.families.config_fields import UNREAD, ConfigFields, UnsupportedModel
+from backhand.nn.families.config_fields import HEADLESS, UNREAD, ConfigFields, UnsupportedModel
+from backhand.nn.families.encoder_families import bert, modernbert
 from backhand.nn.families.expert_families import gpt_oss, mixtral, qwen3_moe
 from backhand.nn.families.family import DecoderConfig
 from backhand.nn.families.gemma4_fields import gemma4_text
@@ -84,9 +87,9 @@ def decoder_config(config: Mapping[str, object]) -> DecoderConfig:
         ArtifactError: a value that no model has, such as a negative size.
     """
     model_type = config.get("model_type")
-    parse = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    parse = {**_FAMILIES, **_ENCODERS}.get(model_type) if isinstance(model_type, str) else None
     if parse is None:
-        known = ", ".join(FAMILIES)
+        known = ", ".join((*FAMILIES, *ENCODERS))
         raise UnsupportedModel(str(model_type), [f"model_type = {model_type!r}: the engine knows {known}"])
     fields = ConfigFields(config, str(model_type))
     fields.neutral(*NEUTRAL)
@@ -96,6 +99,8 @@ def decoder_config(config: Mapping[str, object]) -> DecoderConfig:
         if not _is_mxfp4(fields.value(key), str(model_type)):
             fields.must_equal(key, reason="the engine reads quantized weights from GGUF files only")
     result = parse(fields)
+    if fields.value(HEADLESS):
+        result = replace(result, has_head=False)
     fields.take_unread()
     fields.close()
     if fields.problems:
@@ -126,8 +131,8 @@ def _notes(fields: ConfigFields, model_type: str) -> tuple[str, ...]:
         count = f"{len(fields.foreign)} fields" if len(fields.foreign) > 1 else "one field"
         notes.append(f"the configuration has {count} that no {model_type} model of transformers reads: {shown}")
     notes += [
-        f"{key} = {dropout!r} stays off: the base model computes as it does at generation"
-        for key in ("attention_dropout", "resid_pdrop")
+        f"{key} = {dropout!r} stays off: the base model computes as it does at inference"
+        for key in ("attention_dropout", "resid_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob")
         if (dropout := fields.value(key))
     ]
     if fields.value("mtp_num_hidden_layers"):
@@ -228,8 +233,9 @@ def _ministral3(fields: ConfigFields) -> DecoderConfig:
 
 
 def _gemma2(fields: ConfigFields) -> DecoderConfig:
+    fields.must_equal("use_bidirectional_attention", False)
     return replace(
-        _gemma(fields, sliding_except_every(2)),
+        _gemma(fields, window_size(fields), sliding_except_every(2)),
         attention_cap=number_or_none(fields, "attn_logit_softcapping"),
         logits=LogitsRule(cap=number_or_none(fields, "final_logit_softcapping")),
     )
@@ -240,13 +246,16 @@ def _gemma3_text(fields: ConfigFields) -> DecoderConfig:
     fields.must_equal("final_logit_softcapping")
     # A config saved by transformers 5 has the pattern under a private name, and layer_types, which decides.
     pattern = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))
-    return _gemma(fields, sliding_except_every(pattern), rotary_sets=gemma_rotary)
+    both, window = fields.flag("use_bidirectional_attention", False), window_size(fields)
+    if both and window is not None:
+        window = window // 2 + 1
+    decoder = _gemma(fields, window, sliding_except_every(pattern), rotary_sets=gemma_rotary)
+    return replace(decoder, causal=not both, has_head=not both)
 
 
-def _gemma(fields: ConfigFields, slides: Callable[[int], bool], **options: Any) -> DecoderConfig:
+def _gemma(fields: ConfigFields, window: int | None, slides: Callable[[int], bool], **options: Any) -> DecoderConfig:
     """Read the fields that Gemma 2 and 3 share."""
-    fields.must_equal("use_bidirectional_attention", False)
-    decoder = common_fields(fields, window=window_size(fields), slides=slides, activation=GELU, **options)
+    decoder = common_fields(fields, window=window, slides=slides, activation=GELU, **options)
     return replace(
         with_biases(fields, decoder),
         attention_scaling=fields.number("query_pre_attn_scalar", 256) ** -0.5,
@@ -283,3 +292,8 @@ _FAMILIES: dict[str, Callable[[ConfigFields], DecoderConfig]] = {
 
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 """Values of `model_type` that the engine knows."""
+
+_ENCODERS: dict[str, Callable[[ConfigFields], DecoderConfig]] = {"bert": bert, "modernbert": modernbert}
+
+ENCODERS: tuple[str, ...] = tuple(_ENCODERS)
+"""Values of `model_type` of encoders that the engine knows. They have no language-model head."""

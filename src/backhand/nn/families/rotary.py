@@ -121,6 +121,11 @@ lfm2_rotary = partial(rotary, theta={FULL: ("rope_theta", 1e6)})
 gemma_rotary = partial(rotary, theta={FULL: ("rope_theta", 1e6), SLIDING: ("rope_local_base_freq", 1e4)})
 """Gemma 3: angles of full and of sliding attention."""
 
+modernbert_rotary = partial(
+    rotary, theta={FULL: ("global_rope_theta", 160_000.0), SLIDING: ("local_rope_theta", 10_000.0)}
+)
+"""ModernBERT: angles of full and of sliding attention."""
+
 olmo3_rotary = partial(rotary, theta={FULL: ("rope_theta", 5e5), SLIDING: ("", 5e5)})
 """OLMo 3: two sets of angles. In older configs `rope_theta` applies to the full layers only."""
 

@@ -5,7 +5,8 @@ numbers that are constants in llama.cpp's code:
 
 - **Gemma.** The base of local rope is 1e4, and every sixth layer is full attention. Queries are scaled by
   head_dim^-½, in the largest models (46 layers of Gemma 2, 62 of Gemma 3) by (hidden / heads)^-½. In Gemma 2 every
-  second layer is full attention, and the caps are 50 and 30. Gemma 4: see `gguf_gemma4`.
+  second layer is full attention, and the caps are 50 and 30. EmbeddingGemma is Gemma 3 in both directions. Gemma 4: see
+  `gguf_gemma4`.
 - **Mixtral** files have architecture `llama` and experts. The weights of a token's experts add up to 1.
 - **Qwen3-MoE.** llama.cpp gives every layer experts. Backhand gives none to a layer without a router in the file.
 - **gpt-oss.** Every second layer is full attention, beginning with the second. The constants of the experts' gated
@@ -247,6 +248,12 @@ def _gemma3(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
     }
 
 
+def _gemma_embedding(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
+    _gemma3(config, metadata, file)
+    metadata.get("attention.causal")  # llama.cpp attends in both directions, whatever the file says
+    config |= {"use_bidirectional_attention": True}
+
+
 FAMILY_PARTS: dict[str, FamilyPart] = {
     "llama": _llama,
     "qwen35": _qwen35,
@@ -263,6 +270,7 @@ FAMILY_PARTS: dict[str, FamilyPart] = {
     "glm4": _glm,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
+    "gemma-embedding": _gemma_embedding,
     "gemma4": gemma4_config,
 }
 """Architecture → function that adds the family's fields to a config. Other architectures have no such fields."""

@@ -87,6 +87,7 @@ _TABLE = {
     "glm4": Architecture(("glm4",)),
     "gemma2": Architecture(("gemma2",), norm_offset=1.0),
     "gemma3": Architecture(("gemma3_text",), norm_offset=1.0),
+    "gemma-embedding": Architecture(("gemma3_text",), norm_offset=1.0),
     "gemma4": Architecture(
         ("gemma4_text",),
         _PER_LAYER_MODULES,
@@ -97,7 +98,10 @@ _TABLE = {
 }
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(_TABLE)
 """Values of general.architecture that can be read and written."""
-_ARCHITECTURE_OF = {family: name for name, row in ARCHITECTURES.items() for family in row.families}
+_EMBEDDING_GEMMA = "gemma-embedding"
+_ARCHITECTURE_OF = {
+    family: name for name, row in ARCHITECTURES.items() for family in row.families if name != _EMBEDDING_GEMMA
+}
 
 _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 _OF_EXPERTS = re.compile(rf"blk\.(?P<layer>\d+)\.(?P<stack>{'|'.join(_EXPERTS)})\.(?P<kind>weight|bias)")
@@ -145,6 +149,8 @@ def _block_modules(row: Architecture) -> list[str]:
 
 def gguf_architecture(config: Mapping[str, Any]) -> str | None:
     """Return the general.architecture of a model with this Hugging Face config, or None if it is not supported."""
+    if config.get("model_type") == "gemma3_text" and config.get("use_bidirectional_attention"):
+        return _EMBEDDING_GEMMA
     return _ARCHITECTURE_OF.get(str(config.get("model_type")))
 
 

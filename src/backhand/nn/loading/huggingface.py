@@ -15,6 +15,7 @@ from torch import Tensor
 from backhand.errors import ArtifactError, short_reason
 from backhand.kernels.dequantize import block_shape
 from backhand.kernels.quantized_matrix import StoredRows
+from backhand.nn.families.config_fields import HEADLESS
 from backhand.nn.loading.expert_tensors import ExpertSlice, may_hold_experts, split_experts
 from backhand.nn.loading.mxfp4_experts import (
     MXFP4,
@@ -29,7 +30,7 @@ from backhand.nn.loading.safetensors_file import SafetensorsFile
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.tied_head import HEAD_WEIGHT, has_separate_head, ties_head
 from backhand.nn.loading.tokenizer_patterns import check_patterns
-from backhand.nn.loading.wrappers import is_excluded, text_name, unwrap_config
+from backhand.nn.loading.wrappers import encoder_name, is_excluded, text_name, unwrap_config
 from backhand.reading import MAX_TABLES_BYTES, open_plain, read_plain
 
 if TYPE_CHECKING:
@@ -131,11 +132,13 @@ class HuggingFaceDirectory(ModelSource):
             return self._with_experts(text)
         # Names in a model that was saved without its head, as by transformers' AutoModel, lack the prefix `model.`.
         bare = "model.embed_tokens.weight" not in stored and "embed_tokens.weight" in stored
+        if bare and HEAD_WEIGHT not in stored and not ties_head(self.config):
+            self.config[HEADLESS] = True
         places = {}
         for name, file in stored.items():
-            if is_excluded(self.config, name):
-                continue
-            places[f"model.{name}" if bare and not name.startswith("lm_head.") else name] = (file, name)
+            ours = encoder_name(self.config, name)
+            if ours is not None and not is_excluded(self.config, name):
+                places[f"model.{ours}" if bare and not name.startswith("lm_head.") else ours] = (file, name)
         return self._with_experts(places)
 
     def _with_experts(self, places: dict[str, tuple[SafetensorsFile, str]]) -> dict[str, _Location]:

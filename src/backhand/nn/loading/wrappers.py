@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from backhand.nn.families.config_fields import config_class
-from backhand.nn.families.family_parsing import FAMILIES
+from backhand.nn.families.family_parsing import ENCODERS, FAMILIES
 
 WRAPPERS: tuple[str, ...] = (
     "aya_vision", "gemma3", "gemma4", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "lfm2_vl",
@@ -64,6 +64,25 @@ def text_name(name: str) -> str | None:
         return name if name.split(".", maxsplit=1)[0] == "lm_head" else None
     rest = match["rest"]
     return rest if rest.split(".")[0] == "lm_head" else f"model.{rest}"
+
+
+_ENCODER_PREFIX = re.compile(r"(?:bert|model)\.")
+"""Prefix of an encoder's tensors in files of a model with a head for another task."""
+_ENCODER_PARTS = ("embeddings.", "encoder.", "layers.", "final_norm.")
+_OLDER_NORMS = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
+
+
+def encoder_name(config: Mapping[str, Any], name: str) -> str | None:
+    """Return the name of an encoder's tensor without prefixes, or None if it belongs to a pooler or a head.
+
+    For other models, return the name itself. Older BERT files have other names for the tensors of norms.
+    """
+    if config.get("model_type") not in ENCODERS:
+        return name
+    name = _ENCODER_PREFIX.sub("", name, count=1) if _ENCODER_PREFIX.match(name) else name
+    for older, newer in _OLDER_NORMS:
+        name = name.removesuffix(older) + newer if name.endswith(older) else name
+    return name if name.startswith(_ENCODER_PARTS) and not name.endswith(".position_ids") else None
 
 
 def is_excluded(config: Mapping[str, Any], name: str) -> bool:

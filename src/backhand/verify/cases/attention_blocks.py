@@ -36,8 +36,8 @@ OP = Op(
     derived={
         "query_count": lambda n, queries: n if queries is None else queries,
         "lengths": lambda real: None if real is None else torch.tensor(real),
-    }
-    | attention.DERIVED,
+        **attention.DERIVED,
+    },
 )
 
 CASES = (
