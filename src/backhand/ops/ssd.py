@@ -165,8 +165,8 @@ def _scan(saved: SSDSaved, y: Tensor | None = None, states: Tensor | None = None
     Returns:
         The state before each step of each level; None for zero.
     """
-    levels, (tokens, groups, width) = saved.levels, saved.b.shape
-    shape = groups, width, saved.x[0].numel() // max(groups, 1) if tokens else 0
+    levels, (_, groups, width) = saved.levels, saved.b.shape
+    shape = groups, width, saved.x.shape[1] // groups * saved.x.shape[2]
     before: list[list[Tensor | None]] = [[] for _ in levels]
     ends = states
     for depth, level in enumerate(levels):

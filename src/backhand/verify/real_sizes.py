@@ -142,6 +142,8 @@ def real_sizes() -> Iterator[RealSize]:
     # Little is forgotten, so that the state is a sum over all tokens.
     name, op = "4,096 tokens of one document", _op("gated_delta_rule")
     yield RealSize(op, op.case(name, (4_096,), 1, 1, 32, 32, forgetting=1e-4, chunk=CHUNK_TOKENS), None)
+    op = _op("ssd")
+    yield RealSize(op, op.case(name, (4_096,), 1, 2, 32, 32, step=1e-4, chunk=CHUNK_TOKENS), None)
     yield from _embeddings(many)
     op = _op("lora_bias")
     case = _pushed(op.case(many, (POSITIONS, 24)))
