@@ -1,0 +1,362 @@
+"""Decisions against other programs, in turns: training against classifiers, and deciding against llama.cpp's server.
+
+    python benchmarks/decisions.py train [--rows 300] [--output FILE]
+    python benchmarks/decisions.py decide ADAPTER DECISION.gguf [--states 1000] [--output FILE]
+    python benchmarks/decisions.py agree ADAPTER DECISION.gguf [--states 200]
+
+`train`: rows with a state of some 80 tokens and three questions, on SmolLM2 in float32. The other side is transformers
+and PEFT with `AutoModelForSequenceClassification`, which needs a classifier per question: each of its steps is three
+forward and backward passes of the states alone, without a prompt, padded to the longest one. Both sides adapt all
+linear layers at rank 16 with AdamW, 8 rows per step.
+
+`decide`: an adapter trained with `--objective decide`, and the file that `backhand export --to gguf --decision` wrote.
+Both programs read this file, and use the same number of threads. States are decided in groups of 64, which llama.cpp's
+server receives one by one, as its API takes one state per request.
+
+`agree`: the largest difference between a probability of the server and one of `backhand decide` with the adapter. The
+server keeps keys and values in float32, so that the file alone makes the difference.
+
+In `train` and `decide`, each side is a process of its own, and the sides take turns, so that other load concerns both
+alike. The figures are medians over the turns. They are written with the load of the machine to
+benchmarks/results/decisions_train.json and decisions_decide.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from machine import describe_machine
+
+HERE = Path(__file__).parent
+BATCH_ROWS, GROUP_STATES, RANK = 8, 64, 16
+WORDS = {
+    "billing": ("invoice", "refund", "charge", "card", "payment"),
+    "delivery": ("parcel", "courier", "address", "box", "tracking"),
+    "technical": ("login", "error", "screen", "update", "crash"),
+}
+COMMON = (
+    "please",
+    "help",
+    "me",
+    "with",
+    "this",
+    "because",
+    "the",
+    "order",
+    "from",
+    "last",
+    "week",
+    "was",
+    "not",
+    "what",
+)
+QUESTIONS = {
+    "team": {"type": "choice", "instructions": "Which team should answer?", "criteria": dict.fromkeys(WORDS)},
+    "urgent": {"type": "noul", "instructions": "Is a reply needed today?"},
+    "mood": {"type": "score", "instructions": "How upset is the writer?", "criteria": ["calm", "annoyed", "furious"]},
+}
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Write rows of 70 words with answers to three questions."""
+    draw = random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            team, urgent, mood = draw.choice(sorted(WORDS)), draw.random() < 0.4, draw.randrange(3)
+            words = [draw.choice((*WORDS[team], *COMMON)) for _ in range(70)]
+            words += ["urgent"] * urgent + ["!"] * mood
+            answers = {"team": team, "urgent": urgent, "mood": mood}
+            file.write(json.dumps({"state": " ".join(words), "questions": QUESTIONS, "answers": answers}) + "\n")
+
+
+def resident_peak() -> int:
+    """Return the peak resident size of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def backhand_trainer(rows: Path) -> Callable[[int], int]:
+    """Return a function that makes one step and returns its number of rows."""
+    import torch
+
+    from backhand.data.options import DataOptions
+    from backhand.data.packing import RowPacker, Sampler
+    from backhand.data.prepare import prepare
+    from backhand.distributed.communicator import Communicator
+    from backhand.loop.objectives.decide import DecideObjective
+    from backhand.loop.step import AdapterOptimizer, StepWork, training_step
+    from backhand.nn.decoder.decoder import Decoder
+    from backhand.nn.loading import open_model
+    from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
+    from backhand.options.config import OptimizationOptions
+
+    source = open_model("smollm2-135m")
+    data = DataOptions(data=(str(rows),), eval_fraction=0.0)
+    examples = prepare(data, source.tokenizer(), purpose="decisions")[0].examples
+    decoder = Decoder.from_source(source, dtype=torch.float32, device=torch.device("cpu"))
+    shapes = decoder.module_shapes().items()
+    lora = LoRAParameters(LoRASlot(name, i, o, RANK, 2.0) for name, (o, i) in shapes if name != "lm_head")
+    for name, view in lora.named_tensors():
+        view.normal_(std=0.02) if name.endswith("lora_A") else view.zero_()
+    decoder.attach(lora)
+    optimizer = AdapterOptimizer(lora, OptimizationOptions())
+    packer, sampler = RowPacker(examples, share_prefixes=True), Sampler(len(examples), BATCH_ROWS, 0)
+    objective = DecideObjective(packer)
+
+    def step(number: int) -> int:
+        group = sampler.rows_of(number)
+        work = StepWork(
+            lambda _: packer.packed(group, "cpu"),
+            [packer.packed_tokens(group)],
+            packer.supervised_tokens(group),
+            [None],
+            len(group),
+            lambda _: objective.token_loss(0, group),
+        )
+        training_step(decoder, optimizer, work, Communicator(), 2e-4)
+        return len(group)
+
+    return step
+
+
+def classifier_trainer(rows: Path) -> Callable[[int], int]:
+    """The same for transformers and PEFT, a classifier per question."""
+    import peft
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from backhand.nn.loading import open_model
+    from backhand.nn.loading.transformers_model import load_transformers_model
+
+    source = open_model("smollm2-135m")
+    tokenizer, whole = source.tokenizer(), load_transformers_model(source, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_config(whole.config)
+    model.base_model.load_state_dict(whole.base_model.state_dict())
+    model.config.pad_token_id = tokenizer.pad_token_id
+    del whole
+    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="SEQ_CLS")
+    model.config.num_labels = model.num_labels = 3
+    model.score = torch.nn.Linear(model.config.hidden_size, 3, bias=False)
+    adapted = peft.get_peft_model(model, config)
+    optimizer = torch.optim.AdamW((one for one in adapted.parameters() if one.requires_grad), lr=2e-4)
+    lines = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    teams = sorted(WORDS)
+
+    def step(number: int) -> int:
+        start = number * BATCH_ROWS % len(lines)
+        group = lines[start : start + BATCH_ROWS]
+        batch = tokenizer([line["state"] for line in group], return_tensors="pt", padding=True)
+        answers = [[teams.index(a["team"]), int(a["urgent"]), a["mood"]] for a in (line["answers"] for line in group)]
+        for question in range(len(QUESTIONS)):
+            labels = torch.tensor([answer[question] for answer in answers])
+            adapted(**batch, labels=labels).loss.backward()
+            torch.nn.utils.clip_grad_norm_(adapted.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return len(group)
+
+    return step
+
+
+def _states(count: int) -> list[str]:
+    draw = random.Random(1)
+    every = [word for words in WORDS.values() for word in words] + [*COMMON]
+    return [" ".join(draw.choices(every, k=40)) for _ in range(count)]
+
+
+def backhand_decider(adapter: Path, file: Path, threads: int, states: int) -> Callable[[int], int]:
+    """Return a function that decides a group of states and returns their number."""
+    import torch
+
+    from backhand.adapters.record import read_record
+    from backhand.data.decisions import Asked, DecisionRow
+    from backhand.data.options import TemplateOptions
+    from backhand.generation.completer import EngineCompleter
+    from backhand.generation.loading import LoadedModel
+    from backhand.loop.decide import Decider
+    from backhand.nn.decoder.decoder import Decoder
+    from backhand.nn.loading import open_model
+
+    torch.set_num_threads(threads)
+    record = read_record(json.loads((adapter / "backhand.json").read_text(encoding="utf-8")), str(adapter))
+    source = open_model(str(file))
+    decoder = Decoder.from_source(source, dtype=torch.float32, device=torch.device("cpu"))
+    loaded = LoadedModel(EngineCompleter(decoder), source.tokenizer(), (), decisions=record.decisions)
+    decider = Decider.of(loaded, TemplateOptions(), GROUP_STATES)
+    asked = tuple(Asked(question, None) for question in decider.questions.values())
+    rows = [DecisionRow(state, asked, "state") for state in _states(states)]
+
+    def turn(number: int) -> int:
+        start = number * GROUP_STATES % len(rows)
+        return len(list(decider.answers(rows[start : start + GROUP_STATES])))
+
+    return turn
+
+
+def llama_cpp_server(file: Path, threads: int, *, exact: bool = False) -> Any:
+    """Return llama.cpp's server with this file.
+
+    Args:
+        exact: keep keys and values in float32 instead of float16.
+    """
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx = params.n_batch = params.n_ubatch = 2048
+    params.n_gpu_layers = 0
+    params.verbosity = -1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    if exact:
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    return xllamacpp.Server(params)
+
+
+def _questions(adapter: Path) -> dict[str, Any]:
+    record = json.loads((adapter / "backhand.json").read_text(encoding="utf-8"))
+    questions: dict[str, Any] = record["decisions"]["questions"]
+    return questions
+
+
+def agreement(adapter: Path, file: Path, threads: int, states: int) -> dict[str, Any]:
+    """Return the number of decided questions, and the largest and the mean difference of a probability."""
+    import backhand
+
+    server, questions, rows = llama_cpp_server(file, threads, exact=True), _questions(adapter), _states(states)
+    ours = backhand.decide(states=rows, adapter=adapter, model="smollm2-135m", dtype="float32", threads=threads)
+    differences = []
+    for state, mine in zip(rows, ours, strict=True):
+        theirs = server.handle_systemone({"state": state, "questions": questions})["answers"]
+        for name, answer in mine.items():
+            if "noul" in answer:
+                differences.append(abs(answer["noul"] - theirs[name]["noul"]))
+            else:
+                pairs = ((p, theirs[name]["probabilities"][key]) for key, p in answer["probabilities"].items())
+                differences.append(max(abs(one - other) for one, other in pairs))
+    return {"decisions": len(differences), "largest": max(differences), "mean": statistics.mean(differences)}
+
+
+def llama_cpp_decider(adapter: Path, file: Path, threads: int, states: int) -> Callable[[int], int]:
+    """The same for llama.cpp's server."""
+    server, questions, rows = llama_cpp_server(file, threads), _questions(adapter), _states(states)
+
+    def turn(number: int) -> int:
+        start = number * GROUP_STATES % len(rows)
+        group = rows[start : start + GROUP_STATES]
+        for state in group:
+            server.handle_systemone({"state": state, "questions": questions})
+        return len(group)
+
+    return turn
+
+
+def serve(turn: Callable[[int], int]) -> None:
+    """Take one turn for each line of standard input, and answer with its time."""
+    turn(0)  # the first turn compiles kernels
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        count = turn(int(line))
+        seconds = time.perf_counter() - began
+        print(json.dumps({"per_s": count / seconds, "peak_bytes": resident_peak()}), flush=True)
+
+
+def in_turns(commands: dict[str, list[str]], turns: int) -> dict[str, Any]:
+    """Return the median speed of each side and its peak memory."""
+    sides = {
+        name: subprocess.Popen([sys.executable, __file__, *command], stdin=-1, stdout=-1, text=True)
+        for name, command in commands.items()
+    }
+    answers: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+
+    def read(name: str) -> dict[str, Any]:
+        output = sides[name].stdout
+        assert output is not None
+        while not (line := output.readline()).startswith("{"):
+            if not line:
+                raise RuntimeError(f"{name} has ended")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    for name in sides:
+        read(name)
+    for number in range(1, turns + 1):
+        for name, process in sides.items():
+            assert process.stdin is not None
+            process.stdin.write(f"{number}\n")
+            process.stdin.flush()
+            answers[name].append(read(name))
+    for process in sides.values():
+        process.communicate()
+    return {
+        name: {
+            "per_s": round(statistics.median(one["per_s"] for one in answers[name]), 3),
+            "peak_bytes": int(max(one["peak_bytes"] for one in answers[name])),
+        }
+        for name in sides
+    }
+
+
+SIDES = ("train-backhand", "train-peft", "by-backhand", "by-llama")
+
+
+def main() -> None:
+    """Run a comparison, or one side of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "decide", "agree", *SIDES))
+    parser.add_argument("paths", nargs="*", type=Path)
+    parser.add_argument("--rows", type=int, default=300)
+    parser.add_argument("--states", type=int, default=1000)
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    if given.what == "train-backhand":
+        serve(backhand_trainer(*given.paths))
+    elif given.what == "train-peft":
+        serve(classifier_trainer(*given.paths))
+    elif given.what in ("by-backhand", "by-llama"):
+        made = backhand_decider if given.what == "by-backhand" else llama_cpp_decider
+        serve(made(*given.paths, given.threads, given.states))
+    elif given.what == "agree":
+        print(json.dumps(agreement(*given.paths, given.threads, given.states), indent=1))
+    else:
+        compare(given)
+
+
+def compare(given: argparse.Namespace) -> None:
+    """Compare the two sides, and print the result."""
+    if given.what == "train":
+        rows = Path("decision_rows.jsonl").resolve()
+        write_rows(rows, given.rows)
+        commands = {"backhand": ["train-backhand", str(rows)], "transformers + PEFT": ["train-peft", str(rows)]}
+    else:
+        more = [*map(str, given.paths), "--threads", str(given.threads), "--states", str(given.states)]
+        commands = {"backhand": ["by-backhand", *more], "llama.cpp": ["by-llama", *more]}
+    try:
+        result = in_turns(commands, given.turns)
+    finally:
+        if given.what == "train":
+            rows.unlink()
+    ours, theirs = result.values()
+    result["speed-up"] = round(ours["per_s"] / theirs["per_s"], 2)
+    result["memory"] = round(ours["peak_bytes"] / theirs["peak_bytes"], 2)
+    whole = {"machine": describe_machine(), "load": os.getloadavg()[0], "turns": given.turns, "figures": result}
+    print(json.dumps(whole, indent=1))
+    output = given.output or HERE / "results" / f"decisions_{given.what}.json"
+    output.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
