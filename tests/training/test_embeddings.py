@@ -23,6 +23,7 @@ from backhand.data.examples import Example
 from backhand.data.lint import lint
 from backhand.data.options import DataOptions, RowSources
 from backhand.data.packing import RowPacker, micro_batches
+from backhand.data.prepare import prepare
 from backhand.data.rows import EmbeddingRow, PoolingName, TextIdentities
 from backhand.data.text_encoder import TextEncoder
 from backhand.distributed.communicator import Communicator
@@ -200,13 +201,13 @@ def test_both_passes_have_the_same_dropout_masks(monkeypatch: pytest.MonkeyPatch
     state_loss = EmbedObjective.state_loss
 
     def recorded(self: EmbedObjective, rows: Sequence[int], batch: Any, scaling: float) -> Any:
-        loss = state_loss(self, rows, batch, scaling)
+        loss, positions = state_loss(self, rows, batch, scaling)
 
         def wrapped(states: Tensor) -> Any:
             second.append(batch.per_document(states).clone())
             return loss(states)
 
-        return wrapped
+        return wrapped, positions
 
     monkeypatch.setattr("backhand.loop.objectives.embed.embed_batch", embedded)
     monkeypatch.setattr(EmbedObjective, "state_loss", recorded)
@@ -391,6 +392,17 @@ def test_options_that_do_not_fit_are_refused(
         train(config(tiny, tmp_path, tmp_path / "run", **options))
 
 
+def test_columns_by_name_and_negatives_are_read_and_others_are_named(tiny: TinyRun, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("title,negative_2,body,negative_1,date\nuser,for,asks json,is,1\nlist,,a name,one,2\n")
+    data = DataOptions(data=(str(path),), prompt="title", completion="body", eval_fraction=0.0)
+    tokenizer = open_model(str(tiny.model)).tokenizer()
+    rows, _ = prepare(data, tokenizer, purpose="embeddings", embedding_format=EmbeddingFormat("mean"))
+    assert rows.report.notes == ("not read: the column date",)
+    words = [[tokenizer.decode(one.input_ids[:-1]).strip() for one in row.documents] for row in rows.examples]
+    assert words == [["user", "asks json", "is", "for"], ["list", "a name", "one"]]
+
+
 def test_lint_reports_texts_that_teach_nothing_or_the_wrong_thing(tiny: TinyRun, tmp_path: Path) -> None:
     rows = [
         {"anchor": "user asks", "positive": "user asks"},
@@ -468,6 +480,24 @@ def test_a_merged_model_gives_the_same_vectors_in_sentence_transformers(
         data=RowSources(data=(str(texts),)), model=BaseModelOptions(model=str(output), dtype="float32", threads=1)
     )
     assert float((embed(again) - torch.from_numpy(model.encode_document(TEXTS))).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_llama_cpp_gives_the_same_vectors_of_a_gguf_file(
+    straight: TrainConfig, tiny: TinyRun, tmp_path: Path, pooling: PoolingName
+) -> None:
+    """The export asks llama.cpp, and fails if a vector differs."""
+    adapter = straight.run.output / "adapter"
+    if pooling == "mean":
+        train(config(tiny, tmp_path, tmp_path / "run", pooling="mean", max_steps=2))
+        adapter = tmp_path / "run" / "adapter"
+    output = tmp_path / "merged.gguf"
+    export_command(
+        ExportOptions(adapter, output, straight.model.model, to="gguf", merge=True, dtype="float32", quiet=True)
+    )
+    proofs = [json.loads(line) for line in (adapter.parent / "proofs.jsonl").read_text().splitlines()]
+    (proof,) = [one for one in proofs if "/v1/embeddings" in one["proof"]]
+    assert proof["passed"] and proof["value"] <= 1e-5
 
 
 def test_evaluating_vectors_gives_the_scores_of_the_run(

@@ -8,23 +8,12 @@ text                                                                      a text
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable
 from typing import Any
 
-from backhand.data.forms import Form
+from backhand.data.forms import SCORES, Form, negative_columns
 from backhand.data.raw_rows import RawRow, describe
 from backhand.data.rows import EmbeddingRow
 from backhand.errors import DataError
-
-_SCORES = ("score", "label")
-_NEGATIVE = re.compile(r"negatives?|negative_(\d+)")
-
-
-def negative_columns(columns: Iterable[str]) -> list[str]:
-    """Return the columns of hard negatives, in the order of their numbers."""
-    found = [(int(match[1] or 0), name) for name in columns if (match := _NEGATIVE.fullmatch(name))]
-    return [name for _, name in sorted(found)]
 
 
 def read_embedding(form: Form, raw: RawRow) -> EmbeddingRow:
@@ -33,10 +22,10 @@ def read_embedding(form: Form, raw: RawRow) -> EmbeddingRow:
     Raises:
         DataError: a text is empty or no text, or the score is no number.
     """
-    names = [name for name in form.columns if name not in _SCORES]
+    names = [name for name in form.columns if name not in SCORES]
     texts = [_text(name, raw.values[name], raw.source) for name in names]
     score = None
-    if form.columns[-1] in _SCORES:
+    if form.columns[-1] in SCORES:
         score = _score(form.columns[-1], raw.values[form.columns[-1]], raw.source)
     elif len(names) > 1:
         for name in negative_columns(raw.values):

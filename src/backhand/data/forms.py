@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from backhand.data.column_hints import suggestion
@@ -34,7 +35,7 @@ class Form:
             return self.columns[-2:]
         return self.columns[1:2] if self.kind == "labelled" else self.columns[-1:]
 
-    def unread(self, columns: Iterable[str], *, conversation: bool) -> list[str]:
+    def unread(self, columns: Collection[str], *, conversation: bool) -> list[str]:
         """Return the columns that are not read.
 
         Args:
@@ -43,6 +44,8 @@ class Form:
         alone = self.kind in ("text", "embedding")
         shared = _SHARED_COLUMNS if conversation else () if alone else _SHARED_COLUMNS[:1]
         read = (*self.columns, *self.optional, self.system, *shared)
+        if self.kind == "embedding" and self.columns[-1] not in SCORES:
+            read = (*read, *negative_columns(columns))
         return [column for column in columns if column not in read]
 
 
@@ -50,6 +53,15 @@ _SHARED_COLUMNS = ("system", "tools", "functions")
 """Columns that are read in addition to a conversation; only the first one in addition to a prompt."""
 
 PREFERENCE = ("chosen", "rejected")
+SCORES = ("score", "label")
+_NEGATIVE = re.compile(r"negatives?|negative_(\d+)")
+
+
+def negative_columns(columns: Iterable[str]) -> list[str]:
+    """Return the columns of hard negatives, in the order of their numbers."""
+    found = [(int(match[1] or 0), name) for name in columns if (match := _NEGATIVE.fullmatch(name))]
+    return [name for _, name in sorted(found)]
+
 
 FORMS = (
     Form(("messages",), "conversation"),

@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from gguf import GGMLQuantizationType
 
+from backhand.adapters.record import AdapterRecord
 from backhand.data.held_out import neutral_texts
 from backhand.errors import ArtifactError, not_none
 from backhand.files import staged
 from backhand.interop.gguf_adapter_writer import context_length
 from backhand.interop.gguf_decision import gguf_decision, prove_decisions
 from backhand.interop.gguf_model_writer import write_gguf_model
+from backhand.interop.gguf_vectors import prove_gguf_vectors, text_end, vector_entries
 from backhand.interop.huggingface_writer import write_huggingface
 from backhand.interop.merged_weights import MergedWeights, ModuleLoss
 from backhand.interop.opened_adapter import OpenedAdapter, open_adapter, refuse
@@ -94,7 +96,8 @@ def merge_adapter(
     prover.say_notes(opened.loaded)
     if vectors:
         embedding_of(opened)  # raises before anything is written
-    more = gguf_decision(opened).add_to if decision else None
+    pools = gguf and bool((opened.loaded.record or AdapterRecord()).embedding)
+    more = gguf_decision(opened).add_to if decision else vector_entries(opened) if pools else None
     base = describe_base(opened.source)
     prover.say(f"base: {base}")
     weights = merged_weights(opened)
@@ -116,7 +119,9 @@ def merge_adapter(
             card=merge_card(opened, base),
         )
     print_losses(weights.losses, prover)
-    _prove(options, opened, weights, path, prover)
+    _prove(options, opened, weights, path, prover, text_end(opened) if pools else ())
+    if pools:
+        prove_gguf_vectors(str(path), opened, prover, exact=options.dtype == "float32")
     if vectors:
         write_files(path, opened)
         prove_vectors(path, opened, prover)
@@ -144,12 +149,17 @@ def merged_weights(opened: OpenedAdapter) -> MergedWeights:
 
 
 def _prove(
-    options: AdaptedModelOptions, opened: OpenedAdapter, weights: MergedWeights, path: Path, prover: Prover
+    options: AdaptedModelOptions,
+    opened: OpenedAdapter,
+    weights: MergedWeights,
+    path: Path,
+    prover: Prover,
+    end: Sequence[int],
 ) -> None:
     """Compare the written model, read once, with the digests, and with the logits of base and adapter."""
     base, wanted = not_none(weights.walk).logits()
     written = open_model(path)
-    check_same_model(weights.source, written, untied=weights.unties_head)
+    check_same_model(weights.source, written, untied=weights.unties_head, text_end=end)
     walk = BlockWalk(written, opened.documents)
     wrong = weights.wrong_tensors(written, walk)
     statement = f"all {len(weights.digests)} tensors read back from the file bit by bit"
@@ -221,11 +231,12 @@ def merge_card(opened: OpenedAdapter, base: str) -> str:
     return f"{header}\n# Merged model\n\nBase: {' '.join(base.split())}.\n\nAdapter: {adapted}.\n"
 
 
-def check_same_model(source: ModelSource, written: ModelSource, *, untied: bool) -> None:
+def check_same_model(source: ModelSource, written: ModelSource, *, untied: bool, text_end: Sequence[int] = ()) -> None:
     """Compare everything except the weights.
 
     Args:
         untied: True if the head was made a matrix of its own.
+        text_end: tokens that the written tokenizer adds to every text, and that of the source does not.
 
     Raises:
         ArtifactError: if the format cannot express the configuration or the tokenizer.
@@ -244,7 +255,7 @@ def check_same_model(source: ModelSource, written: ModelSource, *, untied: bool)
     except ArtifactError:
         return
     for text in neutral_texts():
-        if list(tokenizer(text)["input_ids"]) != list(written.tokenizer()(text)["input_ids"]):
+        if [*tokenizer(text)["input_ids"], *text_end] != list(written.tokenizer()(text)["input_ids"]):
             raise ArtifactError(
                 "the written tokenizer gives other tokens",
                 where=written.path.name,

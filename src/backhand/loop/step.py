@@ -67,17 +67,17 @@ class StepWork:
     mean_over: int  # n, the divisor of the loss: number of supervised tokens, or of rows
     # Returns the `TokenLoss` of micro-batch i; None for cross-entropy.
     token_loss: Callable[[int], TokenLoss] | None = None
-    # Returns the loss of the hidden states of a micro-batch, given its number, its packed rows and the factor of its
-    # gradient; None for a loss of tokens.
-    state_loss: Callable[[int, PackedBatch, float], StateLoss] | None = None
+    # Returns the loss of the hidden states of a micro-batch and the positions that it reads (None for all), given its
+    # number, its packed rows and the factor of its gradient; None for a loss of tokens.
+    state_loss: Callable[[int, PackedBatch, float], tuple[StateLoss, Tensor | None]] | None = None
 
     def gradients(self, model: Trainable, number: int, batch: PackedBatch) -> Tensor:
         """Add the gradients of a micro-batch to those of the model's adapter, and return its loss."""
         scaling, seed = 1.0 / self.mean_over, self.dropout_seeds[number]
         if self.state_loss is not None:
             assert isinstance(model, Decoder), "other engines are refused before"
-            loss = self.state_loss(number, batch, scaling)
-            return model.state_gradients(batch, loss, batch.supervised_positions, seed)
+            loss, positions = self.state_loss(number, batch, scaling)
+            return model.state_gradients(batch, loss, positions, seed)
         return model.loss_and_gradients(
             batch, scaling, seed, None if self.token_loss is None else self.token_loss(number)
         )

@@ -123,17 +123,20 @@ class EmbedObjective(Objective):
         self._step = _Step(dict(zip(in_order, result.losses.tolist(), strict=True)), places, result.d_embeddings)
         self._measured = {0: result.measured}
 
-    def state_loss(self, rows: Sequence[int], batch: PackedBatch, loss_scaling: float) -> StateLoss:
-        """Return the loss of a micro-batch, Σ ℓ of its rows, as a function of the states at its supervised positions.
+    def state_loss(
+        self, rows: Sequence[int], batch: PackedBatch, loss_scaling: float
+    ) -> tuple[StateLoss, Tensor | None]:
+        """Return the loss of a micro-batch, Σ ℓ of its rows, as a function of hidden states, and their positions.
 
         Args:
             rows: the rows of the micro-batch.
             batch: the packed rows.
             loss_scaling: factor of the gradient.
         """
-        lengths = batch.document_tokens
+        lengths, supervised, positions = batch.document_tokens, batch.supervised_positions, state_positions(batch)
 
-        def loss(states: Tensor) -> tuple[Tensor, Tensor]:
+        def loss(all_states: Tensor) -> tuple[Tensor, Tensor]:
+            states = all_states if positions is not None else all_states[supervised]
             if self._step is None:  # the micro-batch is the whole step
                 embeddings, saved = pooling_forward(batch.per_document(states), lengths, self.pooling)
                 result = self.losses(rows, embeddings.cpu())
@@ -145,9 +148,10 @@ class EmbedObjective(Objective):
                 value = torch.tensor([self._step.losses[row] for row in rows], dtype=torch.float64).sum()
                 d_embeddings = self._step.d_embeddings[places]
             d_states = pooling_backward((loss_scaling * d_embeddings).to(states.device), saved).d_x
-            return value, batch.sum_at_positions(d_states)
+            d_read = batch.sum_at_positions(d_states)
+            return value, d_read if positions is not None else all_states.zero_().index_copy_(0, supervised, d_read)
 
-        return loss
+        return loss, positions
 
     def losses(self, rows: Sequence[int], embeddings: Tensor) -> EmbeddingLosses:
         """Compute the losses of rows and their gradient from the vectors of all their documents.
@@ -236,10 +240,23 @@ def check_pooling(pooling: Pooling, *, causal: bool) -> None:
         )
 
 
+def state_positions(batch: PackedBatch) -> Tensor | None:
+    """Return the positions to compute in the last block: those that the pooling reads, or None for all.
+
+    The number of tokens of a batch is one of few sizes, for which the matrix library compiles its kernels once. The
+    number of read positions is any. If most positions are read, computing all of them is faster.
+    """
+    supervised = batch.supervised_positions
+    return None if 2 * len(supervised) > len(batch.input_ids) else supervised
+
+
 def embed_batch(model: object, batch: PackedBatch, pooling: Pooling, dropout_seed: int | None = None) -> Tensor:
     """Return the vectors of a batch, (documents, hidden) float32 or wider on the CPU, without gradients."""
     assert isinstance(model, Decoder), "other engines are refused before"
-    states = model.final_states(batch, batch.supervised_positions, dropout_seed)
+    positions = state_positions(batch)
+    states = model.final_states(batch, positions, dropout_seed)
+    if positions is None:
+        states = states[batch.supervised_positions]
     return pooling_forward(batch.per_document(states), batch.document_tokens, pooling)[0].cpu()
 
 
