@@ -195,8 +195,9 @@ def test_parts_of_a_split_file(tmp_path: Path) -> None:
     _assert_equal(*_pair(path, torch.float32), _ADAPTERS["factors"], _batch())
 
 
-def test_a_hugging_face_directory_as_it_is_stored(tmp_path: Path) -> None:
-    path = save_tiny(tiny_model("llama", dtype=torch.bfloat16), tmp_path / "tiny")
+@pytest.mark.parametrize("variant", ["llama", "granite4-h", "falcon_h1"])
+def test_a_hugging_face_directory_as_it_is_stored(variant: str, tmp_path: Path) -> None:
+    path = save_tiny(tiny_model(variant, dtype=torch.bfloat16), tmp_path / "tiny")
     dense, quantized = _pair(path, torch.float32)
     _assert_equal(dense, quantized, _ADAPTERS["factors"], _batch())
     assert torch.equal(frozen_dense(quantized.weights.head), dense.weights.head)
