@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import UnusableAdapterError
+from backhand.adapters.peft_config import peft_notes
 from backhand.adapters.record import AdapterRecord, base_differences, read_record, record_bytes, wrong_base
 from backhand.errors import ArtifactError, CheckError, UsageError
 from backhand.nn.lora_parameters import LoRAParameters
@@ -127,6 +129,22 @@ def test_modules_of_delta_rules_go_to_peft_and_come_back(tmp_path: Path) -> None
         *(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")),
         *("linear_attn.out_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     }
+
+
+@pytest.mark.parametrize(("variant", "refused"), [("falcon_h1", True), ("granite4-h", False), ("bamba", False)])
+def test_a_note_names_families_whose_out_proj_peft_refuses(variant: str, refused: bool) -> None:
+    model = tiny_model(variant)
+    modules = [name for name in linear_shapes(model) if name.endswith("mamba.out_proj")]
+    with pytest.raises(ValueError, match="'out_proj' is incompatible") if refused else nullcontext():
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["out_proj"]))
+    notes = peft_notes(model.config.model_type, modules)
+    assert ["--exclude-modules out_proj" in note for note in notes] == [True] * refused
+    assert peft_notes(model.config.model_type, ["model.layers.0.mamba.in_proj"]) == ()
+
+
+def test_modules_of_mamba_go_to_peft_and_come_back(tmp_path: Path) -> None:
+    slots = _to_peft_and_back("granite4-h", tmp_path)
+    assert {"mamba.in_proj", "mamba.out_proj", "self_attn.o_proj"} <= {name.split(".", 3)[3] for name in slots}
 
 
 @pytest.mark.parametrize("name", ["all-linear", "fused"])

@@ -27,6 +27,23 @@ class PEFTConfig:
     notes: tuple[str, ...] = field(default=(), compare=False)
 
 
+_REFUSED_OUTPUTS = ("falcon_h1",)
+"""Model types that are trained by hand, and whose modules named `out_proj` PEFT refuses to adapt."""
+
+
+def peft_notes(model_type: object, modules: Collection[str]) -> tuple[str, ...]:
+    """Return a note if PEFT refuses an adapter of these modules.
+
+    Fused kernels read the weight of `out_proj` without its factors. PEFT refuses the module by the type of the model,
+    also where no such kernel runs.
+    """
+    refused = [name for name in modules if name.rpartition(".")[2] == "out_proj"]
+    if model_type not in _REFUSED_OUTPUTS or not refused:
+        return ()
+    remedy = "for one that PEFT loads, add --exclude-modules out_proj, or merge"
+    return (f"PEFT refuses an adapter of out_proj in {model_type} models: {remedy}",)
+
+
 def read_peft_config(raw: Mapping[str, Any]) -> tuple[PEFTConfig, list[str]]:
     """Convert the object in adapter_config.json into our configuration.
 

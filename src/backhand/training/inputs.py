@@ -10,6 +10,7 @@ from itertools import chain
 import numpy as np
 
 from backhand.adapters.base_facts import BaseFacts
+from backhand.adapters.peft_config import peft_notes
 from backhand.adapters.targets import in_numbers
 from backhand.data.context import TeacherPrompts, context_text
 from backhand.data.data_report import DataReport
@@ -109,6 +110,7 @@ def read_inputs(
         require_head(engine.config)
     config = replace(config, adapter=in_numbers(config.adapter, [slot.name for slot in layout.slots]))
     notes = start_notes(config, source, engine, layout)
+    notes += peft_notes(source.config.get("model_type"), [slot.name for slot in layout.slots])
     tokenizer = source.tokenizer()
     if assumed_rows and not config.data.data:
         train, held_out = _assumed_rows(config), None
