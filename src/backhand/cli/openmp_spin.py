@@ -71,6 +71,8 @@ def _watch(done: threading.Event) -> None:
     waited, at = _run_queue_wait_s(), time.monotonic()
     try:
         while not done.wait(INTERVAL_S):
+            if "torch" not in sys.modules:
+                continue  # nothing computes, as in `backhand studio`
             waited_before, at_before = waited, at
             waited, at = _run_queue_wait_s(), time.monotonic()
             if waited is not None and waited_before is not None:
