@@ -122,7 +122,7 @@ class Access:
         A redirect of the server would not send the strict cookie if the link was opened from another site.
         """
         response = HTMLResponse(
-            '<!doctype html><html lang="en"><title>Backhand</title>'
+            '<!doctype html><html lang="en"><title>Backhand</title><link rel="icon" href="data:,">'
             f'<p><a href="{self.root}/">Continue to Backhand</a></p></html>'
         )
         response.headers["Refresh"] = f"0;url={self.root}/"
