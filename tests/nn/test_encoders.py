@@ -19,6 +19,7 @@ from backhand.engines.engine import RunCache
 from backhand.errors import ArtifactError, UsageError
 from backhand.files import write_together
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
+from backhand.nn.decoder.config_facts import config_facts
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.nn.families.config_fields import UnsupportedModel
@@ -244,6 +245,12 @@ def test_a_real_encoder_equals_transformers():
     with torch.no_grad():
         theirs = states_of(model, documents)
     assert relative_error(decoder.final_states(packed(documents)), theirs) <= 1e-5
+
+
+def test_the_facts_of_a_configuration_are_the_same_after_json():
+    model = tiny_encoder("bert")
+    facts = config_facts(InMemoryModel(model.config.to_dict(), model.state_dict()))
+    assert json.loads(json.dumps(facts)) == facts
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("query", "key", "value", "dense")], ids=["all-linear", "named"])

@@ -59,7 +59,8 @@ from support.float64_reference import without_float32_casts
 from support.page import Page
 from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
 from support.ranks import bits_of_several, start_ranks
-from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
+from support.tiny_encoders import tiny_encoder
+from support.tiny_models import VOCAB_SIZE, attach_lora, save_tiny, tiny_model
 from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
 
 RANK, ALPHA, ROWS = 5, 8.5, 7
@@ -335,6 +336,20 @@ def test_a_run_learns_and_scores_retrieval(straight: TrainConfig) -> None:
     shown = closing_lines(summary)
     assert any("6 held-out anchors among 12 candidates" in line for line in shown)
     assert any(line.startswith("Next: backhand embed") for line in shown)
+
+
+def test_an_encoder_trains_on_vectors_and_on_nothing_else(tiny: TinyRun, tmp_path: Path) -> None:
+    model = save_tiny(tiny_encoder("bert", max_position_embeddings=96), tmp_path / "model")
+    made = config(tiny, tmp_path, tmp_path / "run", epochs=1)
+    made = replace(made, model=replace(made.model, model=str(model)))
+    train(made)
+    written = json.loads((made.run.output / "adapter" / "adapter_config.json").read_text())
+    assert written["task_type"] == "FEATURE_EXTRACTION"
+    with pytest.raises(UsageError, match="this bert model has no language-model head"):
+        train(with_options(tiny.config(tmp_path / "sft"), model=str(model)))
+    short = save_tiny(tiny_encoder("bert", max_position_embeddings=8), tmp_path / "short")
+    with pytest.raises(UsageError, match="and the model takes 8"):
+        train(with_options(replace(made, run=replace(made.run, output=tmp_path / "cut")), model=str(short)))
 
 
 def test_the_page_shows_the_scores_of_base_and_adapter(straight: TrainConfig) -> None:

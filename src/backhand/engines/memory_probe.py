@@ -30,6 +30,8 @@ from backhand.engines.engine import ShortModel, Trainable
 from backhand.engines.memory.parts import WIDE_GAPS, ModelSize, StepBytes, estimated_step, fixed_parts, parts_of
 from backhand.engines.memory.plan import MARGIN
 from backhand.engines.memory.shapes import StepShape
+from backhand.nn.batch import PackedBatch
+from backhand.nn.decoder.decoder import Decoder
 from backhand.ops.weight_tiles import drop_scratch
 from backhand.options.config import Recompute
 
@@ -89,12 +91,20 @@ def _storages(value: object) -> Iterator[torch.UntypedStorage]:
             yield from _storages(item)
 
 
+def trial_pass(model: Trainable, batch: PackedBatch) -> None:
+    """Run a forward and backward pass to measure it. A model without a head has the loss Σ states² / 2."""
+    if isinstance(model, Decoder) and not model.config.has_head:
+        model.state_gradients(batch, lambda states: (states.square().sum() / 2, states), batch.supervised_positions, 0)
+    else:
+        model.loss_and_gradients(batch, 1.0, 0)
+
+
 def peak_of(model: Trainable, shapes: Sequence[StepShape], vocab_size: int) -> int:
     """Return the peak of tensor bytes in passes of these shapes, in addition to tensors that existed before."""
     batches = [shape.batch(vocab_size, model.device) for shape in shapes]
     with TensorBytes() as counted:
         for batch in batches:
-            model.loss_and_gradients(batch, 1.0, 0)
+            trial_pass(model, batch)
     peak_bytes: int = counted.peak_bytes
     return peak_bytes
 

@@ -23,12 +23,14 @@ from backhand.data.packing import RowPacker, micro_batches
 from backhand.distributed.gradient_sums import assign
 from backhand.engines.engine import ShortModel, Trainable
 from backhand.engines.machine import Machine
+from backhand.engines.memory_probe import trial_pass
 from backhand.errors import not_none
 from backhand.generation.sampling import ROWS_AT_ONCE
 from backhand.loop.forecast import Forecast
 from backhand.loop.step import AdapterOptimizer
 from backhand.loop.step_plan import five_times
 from backhand.nn.batch import PackedBatch
+from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.options.config import OptimizationOptions
 from backhand.runs.records import MAX_NEW_TOKENS
@@ -209,7 +211,9 @@ def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float
         return shape.tokens, fastest(models, shape.batch(vocab_size, machine.device), deadline)
 
     few = torch.arange(_DECODED_TOGETHER, device=machine.device) % vocab_size
-    few_s = fastest_calls([partial(model.logits, few) for model in models], machine.device, 0.0)
+    few_s = [0.0] * len(models)
+    if not (isinstance(short.model, Decoder) and not short.model.config.has_head):  # an encoder answers nothing
+        few_s = fastest_calls([partial(model.logits, few) for model in models], machine.device, 0.0)
     tokens, seconds = timed(_PROBE_TOKENS, 0.0)
     affordable = int((deadline - time.perf_counter()) / (_PASSES * sum(seconds) / tokens))
     if affordable > tokens:
@@ -256,9 +260,7 @@ def fastest(models: Sequence[Trainable], batch: PackedBatch, deadline: float) ->
         batch: the micro-batch.
         deadline: value of `time.perf_counter` at which to stop. Every model makes at least two passes.
     """
-    return fastest_calls(
-        [partial(model.loss_and_gradients, batch, 1.0, 0) for model in models], models[0].device, deadline
-    )
+    return fastest_calls([partial(trial_pass, model, batch) for model in models], models[0].device, deadline)
 
 
 def fastest_calls(calls: Sequence[Callable[[], object]], device: torch.device, deadline: float) -> list[float]:

@@ -87,7 +87,12 @@ def _flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             for index, one in enumerate(item):
                 yield from _flat(one, f"{prefix}{name}.{index}.")
         else:
-            yield f"{prefix}{name}", list(item) if isinstance(item, tuple) else item
+            yield f"{prefix}{name}", _as_json(item)
+
+
+def _as_json(value: Any) -> Any:
+    """Return nested tuples as the lists that JSON gives back."""
+    return [_as_json(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _members(value: Any) -> dict[str, tuple[Any, Any]]:
