@@ -22,6 +22,11 @@ def count_of(count: float, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
+def capitalized(clause: str) -> str:
+    """Return a clause as a sentence."""
+    return f"{clause[:1].upper()}{clause[1:]}."
+
+
 def share_interval(share: float, rows: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a share that was measured on `rows` independent rows.
 
@@ -40,6 +45,18 @@ def share_interval(share: float, rows: int) -> tuple[float, float]:
 
 _Z = 1.96
 """A standard normal variable is within ±1.96 with a probability of 95 %."""
+
+
+def gain_interval(before: float, after: float, rows: int) -> tuple[float, float]:
+    """Return Newcombe's 95 % interval of the difference of two shares that were each measured on `rows` rows.
+
+    With the Wilson intervals (l, u) of both shares:
+
+    low = d - √((p₂ - l₂)² + (u₁ - p₁)²),   high = d + √((u₂ - p₂)² + (p₁ - l₁)²),   d = p₂ - p₁
+    """
+    (low_1, high_1), (low_2, high_2) = share_interval(before, rows), share_interval(after, rows)
+    gain = after - before
+    return gain - math.hypot(after - low_2, high_1 - before), gain + math.hypot(high_2 - after, before - low_1)
 
 
 def interval_text(share: float, rows: int) -> str:

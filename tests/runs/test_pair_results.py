@@ -11,7 +11,7 @@ from backhand.options.config import DataOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
 from backhand.runs.pair_results import answers_got_worse, held_out_pairs, pair_clauses
 from backhand.runs.summary import AnswerLengths, RunSummary
-from backhand.training.advice import pair_advice
+from backhand.training.advice import answer_advice
 from support.tiny_run import with_options
 
 PAIRS = {
@@ -41,7 +41,8 @@ def test_the_words_name_order_margin_probabilities_and_lengths() -> None:
     order, probabilities, free = pair_clauses(PAIRS, 12, "dpo", lengths(6, 55, cut_off=1.0))
     assert order == "12 of 12 held-out pairs are ordered rightly (95 % interval 76–100 %), with a mean margin of 2.5"
     assert "chosen answers fell by 12 nats per answer, that of rejected ones fell by 70" in probabilities
-    assert free.startswith("free answers have 6 → 55 (100% cut off) tokens, chosen ones 3 and rejected ones 40")
+    assert free.startswith("the model's own answers to 8 held-out prompts have a mean of 6 → 55 tokens")
+    assert "(0% → 100% of them cut off at 64), chosen answers 3 and rejected answers 40" in free
     assert free.endswith("they got worse")
 
 
@@ -77,7 +78,7 @@ def test_figures_come_from_the_step_whose_adapter_is_kept() -> None:
 def advised(summary: RunSummary, answers: AnswerLengths | None, **options: object) -> tuple[str, str] | None:
     config = TrainConfig(objective=ObjectiveOptions(objective="dpo"), data=DataOptions(data=("my pairs.jsonl",)))
     config = with_options(config, learning_rate=2e-4, **options)
-    return pair_advice(config, replace(summary, held_out_pairs=PAIRS, free_answers=answers), Path("runs/short"))
+    return answer_advice(config, replace(summary, held_out_pairs=PAIRS, free_answers=answers), Path("runs/short"))
 
 
 def test_the_next_step_is_the_chosen_answers_and_then_the_pairs(summary: RunSummary) -> None:
@@ -89,6 +90,9 @@ def test_the_next_step_is_the_chosen_answers_and_then_the_pairs(summary: RunSumm
         "backhand train runs/short/config.toml --from-adapter runs/short-chosen/adapter --output runs/short-again"
     )
     assert advised(summary, lengths(30, 4)) is None, "near the chosen answers"
+    separated = advised(replace(summary, best_eval_loss=0.0003, steps=40), lengths(30, 4), from_adapter="first")
+    assert separated is not None and "chosen answers became less probable by 12 nats" in separated[0]
+    assert "config.toml --from-adapter first --max-steps 20 " in separated[1]
     unchanged = advised(summary, lengths(54, 53))
     assert unchanged is not None and "train on the chosen answers first" in unchanged[0]
     assert advised(summary, lengths(64, 64, chosen=200.0, cut_off=1.0)) is None, (

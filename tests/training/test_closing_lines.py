@@ -17,19 +17,22 @@ from backhand.data.options import DataOptions
 from backhand.generation.command import generate_command
 from backhand.generation.options import AnswerOptions, GenerateOptions
 from backhand.loop import evaluate as evaluation
+from backhand.loop.answers import rows_to_show
 from backhand.loop.evaluate import evaluate
 from backhand.nn.model_options import BaseModelOptions, pretrained_arguments
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.config import ModelOptions
+from backhand.options.config_file import load_config
 from backhand.options.objectives import ObjectiveOptions
 from backhand.report.headline import headline
-from backhand.report.page import run_page
+from backhand.report.page import VERDICTS, run_page
 from backhand.report.run_record import RunRecord, read_run
-from backhand.runs.summary import LabelFigures, NeutralAnswer, RunSummary, forgotten_nats
+from backhand.runs.summary import LabelFigures, LabelRow, NeutralAnswer, RunSummary, forgotten_nats
 from backhand.terminal import _Now, console, working
+from backhand.training.advice import answer_advice
 from backhand.training.console import closing_lines
 from backhand.training.run import train
-from backhand.words import share_interval
+from backhand.words import gain_interval, share_interval
 from support.page import Page
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import tiny_model
@@ -79,7 +82,8 @@ def test_forgetting_is_said_in_words(ended: RunSummary) -> None:
     assert "forgot" not in headline(with_forgetting(run, None, None, None))
     answers = (NeutralAnswer(prompt="What is the capital of France?", base="It is\nParis.", adapted="politics"),)
     forgetful = replace(ended, forgotten_nats=1.26, advice="All is well.", neutral_answers=answers)
-    assert f"It forgot: {forgot}." in closing_lines(forgetful)
+    (line,) = (line for line in closing_lines(forgetful) if line.startswith(f"It forgot: {forgot}."))
+    assert "--learning-rate" in line and "--max-forgetting" in line
     assert "  What is the capital of France?  “It is Paris.” → “politics”" in closing_lines(forgetful)
     assert not any("capital" in line for line in closing_lines(replace(forgetful, forgotten_nats=0.1)))
     records: list[dict[str, Any]] = [{"step": step, "forgetting_nats": step / 4} for step in range(5)]
@@ -95,8 +99,7 @@ def test_neutral_prompts_are_answered_before_and_after(finished: Path) -> None:
 
 
 def test_shares_carry_their_interval_and_say_what_their_rows_chose(ended: RunSummary) -> None:
-    row = {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 25}
-    labels = LabelFigures(accuracy=1.0, f1_macro=1.0, per_label={"spam": row}, confusion={}, invented=0)  # type: ignore[typeddict-item]
+    labels = label_figures(1.0, spam=15, ham=10)
     measured = replace(
         ended,
         base_exact_match=0.0,
@@ -107,10 +110,82 @@ def test_shares_carry_their_interval_and_say_what_their_rows_chose(ended: RunSum
     )
     text = "\n".join(closing_lines(measured))
     assert "Exactly right answers 0.0% → 92.0% (95 % interval 75–98 %) of 25 held-out rows." in text
-    assert "accuracy 100.0% → 100.0% (95 % interval 87–100 %)" in text
+    assert "from 100.0% (95 % interval 87–100 %) to 100.0% (95 % interval 87–100 %)" in text
     chosen = "The same held-out rows chose the best step"
     assert ended.evaluations == 2 and chosen in text
     assert chosen not in "\n".join(closing_lines(replace(measured, evaluations=1)))
+
+
+def label_figures(accuracy: float, **supports: int) -> LabelFigures:
+    rows = {label: LabelRow(precision=1.0, recall=1.0, f1=1.0, support=count) for label, count in supports.items()}
+    return LabelFigures(accuracy=accuracy, f1_macro=1.0, per_label=rows, confusion={}, invented=0)
+
+
+@pytest.mark.parametrize(
+    ("base", "adapted", "words", "verdict"),
+    [
+        (0.25, 0.425, "not clearly better than the base model or a constant answer", "unclear"),
+        (0.25, 0.90, "better than by the base model or a constant answer", "helped"),
+        (0.90, 0.25, "the base model answers the labels better", "hurt"),
+    ],
+)
+def test_a_lower_loss_helped_only_if_the_labels_are_clearly_better(
+    base: float, adapted: float, words: str, verdict: str, ended: RunSummary
+) -> None:
+    """The loss of labels falls as soon as the form of the answers is learnt."""
+    before, after = (label_figures(share, animals=11, happy=10, sad=10, sport=9) for share in (base, adapted))
+    measured = replace(
+        ended,
+        base_exact_match=0.0,
+        adapted_exact_match=adapted,
+        exact_match_rows=40,
+        base_labels=before,
+        adapted_labels=after,
+    )
+    (line,) = (line for line in closing_lines(measured) if line.startswith("The accuracy"))
+    assert words in line and "always answering 'animals' is right in 27.5%" in line and f"{base:.1%} (95 %" in line
+    stored = json.loads(Path(ended.output, "summary.json").read_text()) | json.loads(measured.to_json())
+    run = replace(read_run(Path(ended.output)), summary=stored)
+    page = Page(run_page(run)).one("section", id="result").text
+    assert words in page and "so it helped" not in page
+    assert VERDICTS[verdict][0] in page
+    suggested = answer_advice(load_config(Path(ended.output) / "config.toml"), measured, Path("runs/one"))
+    assert (suggested is None) is (verdict == "helped")
+
+
+def test_the_loss_before_a_run_is_that_of_the_adapter_it_starts_from(ended: RunSummary) -> None:
+    continued = replace(ended, objective="dpo", base_eval_loss=2.2304, first_eval_loss=0.6931, best_eval_loss=0.0003)
+    (line,) = (line for line in closing_lines(continued) if line.startswith("Held-out loss"))
+    assert line.startswith("Held-out loss 0.6931 → 0.0003 (dpo)") and line.endswith("the base model alone has 2.2304.")
+    worse = " ".join(closing_lines(replace(continued, best_eval_loss=0.7)))
+    assert "no evaluation was better than the adapter it started from" in worse
+
+
+def test_rows_that_no_step_contained_are_not_counted_as_trained_on(ended: RunSummary) -> None:
+    assert ended.rows == 11 and ended.rows_seen == 8, "two steps of four rows"
+    assert " on 8 of 11 rows: 2 steps" in closing_lines(ended)[0]
+    assert " on 8 of 11 rows of " in headline(read_run(Path(ended.output)))
+
+
+def test_rewards_of_a_short_run_are_not_compared(ended: RunSummary) -> None:
+    rewarded = replace(
+        ended, objective="grpo", first_reward=0.307, last_reward=0.1404, reading=" --reward rew.py:right"
+    )
+    lines = closing_lines(rewarded)
+    assert any("too few to tell a change from chance" in line for line in lines)
+    assert any("backhand evaluate" in line and line.endswith("--reward rew.py:right") for line in lines)
+    assert not any("too few to tell" in line for line in closing_lines(replace(rewarded, steps=200)))
+    assert any("backhand export" in line for line in lines)
+
+
+def test_the_rows_shown_are_spread_over_answers_and_mistakes() -> None:
+    references = ["animals"] * 6 + ["happy", "sad", "happy", "sad"]
+    shown = rows_to_show(references, ["animals"] * 10, 4)
+    assert [references[number] for number in shown].count("animals") == 1
+    assert len(set(shown)) == 4 and {"happy", "sad"} <= {references[number] for number in shown}
+    assert len(rows_to_show(["a"] * 5, ["a"] * 5, 4)) == 4
+    wrong = rows_to_show(["a"] * 8, ["a"] * 7 + ["b"], 2)
+    assert wrong == [0, 7]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +194,11 @@ def test_shares_carry_their_interval_and_say_what_their_rows_chose(ended: RunSum
 )
 def test_the_interval_is_wilsons(share: float, rows: int, low: float, high: float) -> None:
     assert share_interval(share, rows) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_the_interval_of_a_difference_is_newcombes() -> None:
+    assert gain_interval(48 / 80, 56 / 80, 80) == pytest.approx((-0.0470, 0.2400), abs=5e-3)
+    assert gain_interval(0.3, 0.3, 50)[0] == pytest.approx(-gain_interval(0.3, 0.3, 50)[1])
 
 
 def test_labels_come_with_what_they_lack(ended: RunSummary) -> None:

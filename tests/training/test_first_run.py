@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from backhand.adapters.base_facts import BaseFacts
+from backhand.data.data_report import DataReport
 from backhand.errors import UsageError
 from backhand.loop.observers import Observer, RunStart
 from backhand.loop.step_plan import COMPARING_RATE, HIGHEST_RATE, RATE, chosen_rate
@@ -20,10 +21,11 @@ from backhand.nn.loading import open_model
 from backhand.nn.lora_parameters import AdapterLayout, LoRASlot
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.options.config_file import config_from_table, load_config
+from backhand.options.objectives import ObjectiveOptions
 from backhand.report.headline import headline
 from backhand.report.run_record import read_run
 from backhand.runs.interruption import Interrupted
-from backhand.training.advice import Curves, Until, advice, first_finding, rates_until
+from backhand.training.advice import Curves, Until, advice, first_finding, rates_until, too_few_rows
 from backhand.training.inputs import scaled_matrices, weight_scale
 from backhand.training.run import train
 from support.tiny_run import TinyRun, with_options, write_pairs, write_rows
@@ -197,6 +199,32 @@ def test_the_advice_is_in_summary_and_report_and_can_be_pasted(tiny: TinyRun, tm
     assert summary.try_next.startswith(f"backhand train '{output}/config.toml' --learning-rate ")
     assert json.loads((output / "summary.json").read_text())["try_next"] == summary.try_next
     assert "a token of the right answer has a probability" in headline(read_run(output))
+
+
+def test_few_held_out_rows_and_rows_not_seen_change_the_advice(tmp_path: Path) -> None:
+    def said(losses: Sequence[float], objective: str = "sft", **counts: int) -> tuple[str, str | None] | None:
+        config = with_options(TrainConfig(objective=ObjectiveOptions(objective=objective)), learning_rate=1e-3)
+        held_out = [(10 * number, loss) for number, loss in enumerate(losses)]
+        return advice(config, Curves(held_out, []), 50, 1e-3, tmp_path, **counts)
+
+    few = said([2.0, 1.0, 0.6, 0.7, 0.8, 0.85], few_rows=5)
+    assert few is not None and few[0].startswith("Only 5 rows are held out, too few") and few[1] is None
+    assert too_few_rows(DataReport(documents=5, supervised_tokens=21)) == 5
+    assert too_few_rows(DataReport(documents=5, supervised_tokens=9000)) == 0
+    unseen = said(FALLING, unseen_rows=116)
+    assert unseen is not None and unseen[0].startswith("116 rows were not trained on yet")
+    assert unseen[1] is not None and "--epochs 6" in unseen[1]
+    fine = said([*FALLING[:-1], 0.481], unseen_rows=116)
+    assert fine is not None and fine[0].startswith("Nothing in its curves")
+    assert said([-0.5, -0.6], "grpo") is None
+    fell = said([-0.5, -0.4], "grpo")
+    assert fell is not None and "did not rise" in fell[0]
+
+
+def test_a_short_run_is_not_repeated_with_one_step_less(tmp_path: Path) -> None:
+    config = with_options(TrainConfig(), learning_rate=1e-3, schedule="linear", warmup_steps=0)
+    found = advice(config, Curves([(0, 2.0), (3, 0.7), (6, 0.62), (9, 0.67)], []), 9, 1e-3, tmp_path)
+    assert found is not None and "nearly all of its steps" in found[0] and found[1] is None
 
 
 def test_a_low_rate_is_raised_before_steps_are_added(tmp_path: Path) -> None:

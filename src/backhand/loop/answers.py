@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -85,6 +85,8 @@ def free_answers(
 ) -> FreeAnswers:
     """Answer evenly spaced held-out rows and the neutral prompts.
 
+    If the rows have short answers, more rows are answered with the adapter, and half of those shown are mistakes.
+
     Args:
         bound: the model with the adapter to answer with, which is attached again afterwards.
         source: the model's files.
@@ -97,31 +99,35 @@ def free_answers(
     longest = min(_LONGEST_PROMPT, model.context_tokens - new_tokens)
     pairs = config.objective.purpose == "pairs"
     count = max(config.run.answers, _MEASURED_PAIRS if pairs else 0)
-    chosen = {number: examples[number] for number in evenly_spaced(len(examples), count)}
+    short = not pairs and not prompted and all(0 < end - begin <= _LABEL_TOKENS for begin, end in _spans(examples))
+    candidates = _CANDIDATES * count if short else count
+    chosen = {number: examples[number] for number in evenly_spaced(len(examples), candidates)}
     of_teacher = {example.source: prompted.get(number) for number, example in chosen.items()}
     every = ((example, *_parts(example, longest)) for example in chosen.values())
     parts = [part for part in every if len(part[1])]
     questions = _neutral_questions(LoadedModel(model, tokenizer, stops), config.data, longest)
-    prompts = [*(prompt.tolist() for _, prompt, _ in parts), *(ids for _, ids in questions)]
     # The memory plan covers as many rows at once as a micro-batch has. A few short answers take less than a step.
     at_once = max(_FEW_ROWS, config.optimization.micro_batch_rows or 1)
-    completions: list[list[list[int]]] = []
+
+    def completions(adapter: bool) -> list[list[int]]:
+        prompts = [*(prompt.tolist() for _, prompt, _ in parts), *(ids for _, ids in questions)]
+        model.use_adapter(adapter)
+        with counting("answers for the report", len(prompts)) as done:
+            return complete_greedily(
+                model, prompts, max_new_tokens=new_tokens, stop_ids=stops, batch_size=at_once, on_done=done
+            )
+
     try:
-        for adapter in (True, False):
-            model.use_adapter(adapter)
-            with counting("answers for the report", len(prompts)) as done:
-                completions.append(
-                    complete_greedily(
-                        *(model, prompts),
-                        max_new_tokens=new_tokens,
-                        stop_ids=stops,
-                        batch_size=at_once,
-                        on_done=done,
-                    )
-                )
+        adapted = completions(adapter=True)
+        if candidates > count:
+            references = [_decoded(tokenizer, reference[:new_tokens].tolist()) for _, _, reference in parts]
+            given = [_decoded(tokenizer, ids) for ids in adapted[: len(parts)]]
+            numbers = rows_to_show(references, given, count)
+            adapted = [*(adapted[number] for number in numbers), *adapted[len(parts) :]]
+            parts = [parts[number] for number in numbers]
+        base = completions(adapter=False)
     finally:
         bound.model.attach(bound.lora)
-    adapted, base = completions
     held_out = [
         _held_out_answer(tokenizer, example, prompt, [reference[:new_tokens].tolist(), of_base, of_adapted], new_tokens)
         for (example, prompt, reference), of_base, of_adapted in zip(parts, base, adapted, strict=False)
@@ -138,6 +144,29 @@ def free_answers(
 
 
 _FEW_ROWS = 4
+_LABEL_TOKENS = 16
+"""Largest number of tokens of answers that are cheap to generate for more rows than are shown."""
+_CANDIDATES = 4
+"""Number of rows with short answers that are answered per row shown, to find mistakes."""
+
+
+def rows_to_show(references: Sequence[str], answers: Sequence[str], count: int) -> list[int]:
+    """Return the numbers of up to `count` rows, spread over the different references, about half of them mistakes.
+
+    The first half does not depend on the answers, so that reports of several runs have rows in common.
+    """
+    by_reference: dict[str, list[int]] = {}
+    for number, reference in enumerate(references):
+        by_reference.setdefault(reference, []).append(number)
+    rounds = itertools.zip_longest(*by_reference.values())
+    spread = [number for one_of_each in rounds for number in one_of_each if number is not None]
+    first, others = spread[: -(-count // 2)], spread[-(-count // 2) :]
+    others.sort(key=lambda number: answers[number] == references[number])
+    return sorted((first + others)[:count])
+
+
+def _spans(examples: Iterable[Example]) -> Iterator[tuple[int, int]]:
+    return (example.last_answer for example in examples)
 
 
 def _neutral_questions(loaded: LoadedModel, template: TemplateOptions, longest: int) -> list[tuple[str, list[int]]]:
@@ -234,7 +263,7 @@ def measured_answers(
         trained_tokens: number of tokens that the run has trained on, which limits the number of rows.
         stopped: returns True if the measurement is to stop. It is called before each of the two models.
     """
-    spans = [example.last_answer for example in examples]
+    spans = list(_spans(examples))
     own_answers = config.objective.objective == "sft" or config.objective.answers_by == "rows"
     if not own_answers or not all(0 < end - begin <= _SHORT_TOKENS for begin, end in spans):
         return {}

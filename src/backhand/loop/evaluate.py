@@ -59,8 +59,9 @@ from backhand.loop.objectives.objective import document_sums, means
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.objectives import ObjectiveOptions
 from backhand.printing import counting
+from backhand.runs.label_results import LABEL_VERDICTS, constant_answer, label_verdict
 from backhand.terminal import console_for_tables, table_of, working
-from backhand.words import count_of, interval_text, name_list, shorten, show_notes
+from backhand.words import capitalized, count_of, interval_text, name_list, shorten, show_notes
 
 
 @dataclass(frozen=True)
@@ -386,13 +387,20 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str
         of_labels = (f"{labels.accuracy:.1%}", f"{labels.f1_macro:.3f}", f"{labels.invented:,}") if labels else ()
         shown.add_row(name, f"{one.loss:.4f}", f"{one.perplexity:.3f}", match, *of_labels)
     console_for_tables().print(shown)
+    for name, one in measured:
+        shares = {"exact match": one.exact_match, "accuracy": None if one.labels is None else one.labels.accuracy}
+        known = [f"{what} {interval_text(share, result.rows)}" for what, share in shares.items() if share is not None]
+        if known:
+            console_for_tables().print(f"{name}: {', '.join(known)}", soft_wrap=True)
     name, last = measured[-1]
-    shares = {"exact match": last.exact_match, "accuracy": None if last.labels is None else last.labels.accuracy}
-    known = [f"{what} {interval_text(share, result.rows)}" for what, share in shares.items() if share is not None]
-    if known:
-        console_for_tables().print(f"{name}: {', '.join(known)}", soft_wrap=True)
     if last.labels:
         print_labels(name, last.labels)
+        base = None if last is result.base else result.base.labels
+        line = constant_answer(last.labels.per_label)
+        if base is not None:
+            verdict = label_verdict(base.accuracy, last.labels.accuracy, last.labels.majority, result.rows)
+            line += f": {LABEL_VERDICTS[verdict]}"
+        console_for_tables().print(capitalized(line), soft_wrap=True)
     for name, one in measured:
         if one.pairs is not None:
             values_text = ", ".join(f"{key} {value:.4g}" for key, value in one.pairs.items())

@@ -4,6 +4,7 @@
     recall    = share of correct rows among those that have the label
     F1        = 2 · precision · recall / (precision + recall), 0 if no row is correct
     accuracy  = correct rows / rows
+    majority  = rows with the most frequent label / rows, the accuracy of a constant answer
     macro F1  = mean F1 of the labels that occur as the true or the predicted label of a row
 
 These are the definitions of scikit-learn's f1_score with average="macro" and zero_division=0.
@@ -23,6 +24,7 @@ class LabelScore:
     """The scores of one model on rows whose answers are labels."""
 
     accuracy: float
+    majority: float
     f1_macro: float
     # precision, recall, f1 and support (number of rows that have the label) of each label, also of labels without rows
     per_label: dict[str, dict[str, float]]
@@ -57,6 +59,7 @@ def label_score(right: Sequence[str], given: Sequence[str], labels: Iterable[str
     inventions = Counter(answer for answer in free if answer not in per_label)
     return LabelScore(
         sum(pairs[label, label] for label in labels) / len(right),
+        max(has.values()) / len(right),
         sum(met) / len(met),
         per_label,
         confusion,

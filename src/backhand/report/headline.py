@@ -4,28 +4,43 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from backhand.options.objectives import DISTILLED
 from backhand.report.run_record import RunRecord, is_number
+from backhand.runs.label_results import figures_verdict, label_clause
 from backhand.runs.pair_results import PAIR_OBJECTIVES, held_out_pairs, pair_clauses
-from backhand.runs.summary import forgetting, forgotten_nats
+from backhand.runs.summary import LabelFigures, forgetting, forgotten_nats, rows_trained_on
 from backhand.words import count_of
 
 
 def verdict(run: RunRecord) -> str:
-    """Return `helped`, `hurt` or `unknown`. The loss of pairs does not tell whether answers got better: `unknown`."""
+    """Return `helped`, `hurt`, `unclear` or `unknown`, from the labels of held-out rows or else from their loss.
+
+    The loss of pairs does not tell whether answers got better: `unknown`.
+    """
     base, best = base_and_best(run)
+    if (labels := _labels(run)) is not None:
+        return figures_verdict(*labels)
     if base is None or best is None or run.objective in PAIR_OBJECTIVES:
         return "unknown"
     return "helped" if best < base else "hurt"
 
 
+def _labels(run: RunRecord) -> tuple[Any, Any, int] | None:
+    """Return the label scores of base and adapter and the number of rows, or None if the answers are no labels."""
+    base, adapted, rows = (run.summary.get(key) for key in ("base_labels", "adapted_labels", "exact_match_rows"))
+    complete = all(one and set(one) >= LabelFigures.__required_keys__ for one in (base, adapted))
+    return (base, adapted, int(rows)) if complete and is_number(rows) else None
+
+
 def base_and_best(run: RunRecord) -> tuple[float | None, float | None]:
-    """Return the held-out loss of the base model and the lowest one after a step; None if not measured."""
+    """Return the held-out loss before the first step and the lowest one after a step; None if not measured.
+
+    The run may have started from an adapter, whose loss is then the first one.
+    """
     losses = run.held_out_losses()
-    base = run.summary.get("base_eval_loss")
-    if not is_number(base):
-        base = next((loss for step, loss in losses if step == 0), None)
+    base = next((loss for step, loss in losses if step == 0), run.summary.get("base_eval_loss"))
     return base, min((loss for step, loss in losses if step > 0), default=None)
 
 
@@ -78,7 +93,8 @@ def _rows(run: RunRecord) -> str:
     sources = run.config.get("data", {}).get("data") or ()
     names = ", ".join(Path(str(source)).name for source in sources)
     rows = run.summary.get("rows", run.rows.get("examples", run.rows.get("documents")))  # a pair is two documents
-    counted = count_of(rows, "row") if is_number(rows) else "rows"
+    seen = run.summary.get("rows_seen")
+    counted = rows_trained_on(rows, seen if is_number(seen) else None) if is_number(rows) else "rows"
     return f"on {counted} of {names}" if names else f"on {counted}"
 
 
@@ -95,6 +111,8 @@ def _outcome(run: RunRecord) -> str:
             f": the reward on held-out rows went from {-base:.3f} to {-best:.3f}, so it {_verdict(base, best)}{reward}"
         )
     change = f": the loss on held-out rows went from {base:.3f} to {best:.3f}"
+    if (labels := _labels(run)) is not None:
+        return f"{change}; {label_clause(*labels)}"
     if run.objective in PAIR_OBJECTIVES:
         pairs = held_out_pairs(run.evaluations, _best_step(run))
         answers = run.summary.get("free_answers")

@@ -115,7 +115,12 @@ def _result_tile(run: RunRecord) -> tuple[str, str, str]:
     return (value, f"{name}: {helped}", colour)
 
 
-VERDICTS = {"helped": ("it helped", "good"), "hurt": ("it did not help", "bad"), "unknown": ("not measured", "")}
+VERDICTS = {
+    "helped": ("it helped", "good"),
+    "hurt": ("it did not help", "bad"),
+    "unclear": ("not clear whether it helped", ""),
+    "unknown": ("not measured", ""),
+}
 _SHARE = "{:.0%}".format
 
 

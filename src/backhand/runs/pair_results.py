@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from backhand.runs.summary import AnswerLengths
-from backhand.words import interval_text
+from backhand.words import count_of, interval_text
 
 PAIR_OBJECTIVES = frozenset(("dpo", "ipo", "orpo", "simpo", "kto"))
 """Objectives that compare answers, whose loss does not measure how good a free answer is."""
@@ -38,6 +38,16 @@ def held_out_pairs(records: Iterable[Mapping[str, Any]], best_step: int | None) 
     return known if figures["rewards/margins"] is not None else None
 
 
+def chosen_change(pairs: Mapping[str, float]) -> float | None:
+    """Return the change of the chosen answers' mean log-probability since the first step; None if not measured."""
+    return _change(pairs, "chosen")
+
+
+def _change(pairs: Mapping[str, float], side: str) -> float | None:
+    after, before = pairs.get(f"logps/{side}"), pairs.get(f"logps/{side}_before")
+    return None if after is None or before is None else after - before
+
+
 def pair_clauses(pairs: Mapping[str, float], rows: int, objective: str, answers: AnswerLengths | None) -> list[str]:
     """Return clauses about order and margin, the log-probabilities of the answers, and the free answers.
 
@@ -53,31 +63,26 @@ def pair_clauses(pairs: Mapping[str, float], rows: int, objective: str, answers:
         clauses[0] = (
             f"{ordered} ({interval_text(accuracy, rows)}), with a mean margin of {pairs['rewards/margins']:.3g}"
         )
-    changes = {
-        side: pairs[f"logps/{side}"] - pairs[f"logps/{side}_before"]
-        for side in ("chosen", "rejected")
-        if {f"logps/{side}", f"logps/{side}_before"} <= pairs.keys()
-    }
-    if len(changes) == 2:
+    chosen, rejected = (_change(pairs, side) for side in ("chosen", "rejected"))
+    if chosen is not None and rejected is not None:
         unit = "nats per token" if objective in ("simpo", "orpo") else "nats per answer"
-        verbs = {side: "rose" if change > 0 else "fell" for side, change in changes.items()}
+        verbs = ["rose" if change > 0 else "fell" for change in (chosen, rejected)]
         clauses.append(
-            f"the log-probability of chosen answers {verbs['chosen']} by {abs(changes['chosen']):.3g} {unit}, that of "
-            f"rejected ones {verbs['rejected']} by {abs(changes['rejected']):.3g}"
+            f"the log-probability of chosen answers {verbs[0]} by {abs(chosen):.3g} {unit}, that of rejected ones "
+            f"{verbs[1]} by {abs(rejected):.3g}"
         )
     if answers is not None:
-        base = f"{answers['base']:.0f}{_cut_off(answers['base_cut_off'])}"
-        adapted = f"{answers['adapted']:.0f}{_cut_off(answers['adapted_cut_off'])}"
         worse = ": they got worse" if answers_got_worse(answers) else ""
+        cut = ""
+        if answers["base_cut_off"] or answers["adapted_cut_off"]:
+            shares = f"{answers['base_cut_off']:.0%} → {answers['adapted_cut_off']:.0%}"
+            cut = f" ({shares} of them cut off at {answers['limit']})"
         clauses.append(
-            f"free answers have {base} → {adapted} tokens, chosen ones {answers['chosen']:.0f} and rejected ones "
-            f"{answers['rejected']:.0f}{worse}"
+            f"the model's own answers to {count_of(answers['rows'], 'held-out prompt')} have a mean of "
+            f"{answers['base']:.0f} → {answers['adapted']:.0f} tokens{cut}, chosen answers {answers['chosen']:.0f} and "
+            f"rejected answers {answers['rejected']:.0f}{worse}"
         )
     return clauses
-
-
-def _cut_off(share: float) -> str:
-    return f" ({share:.0%} cut off)" if share else ""
 
 
 _FARTHER = 1.25

@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 from backhand.files import FileLayer
 from backhand.reading import read_json
 from backhand.runs.directory import METRICS, RunDirectory
-from backhand.words import name_list, shorten
+from backhand.words import count_of, name_list, shorten
 
 
 class LabelRow(TypedDict):
@@ -125,7 +125,7 @@ class RunSummary:
     # trained_parameters, adapted_modules: the adapter's number of parameters and of modules
     trained_parameters: int
     adapted_modules: int
-    # rows, held_out_rows: number of documents trained on and held out
+    # rows, held_out_rows: number of documents to train on and held out
     rows: int
     held_out_rows: int
     malformed_rows: int  # rows left out under `skip_bad`
@@ -136,6 +136,9 @@ class RunSummary:
     base: str = "dense"  # or `quantized`
     world_size: int = 1  # processes at the end of the run; peak_rss_bytes is that of one process
     objective: str = "sft"  # value of `--objective`
+    rows_seen: int | None = None  # number of different `rows` in the steps done; None in older files
+    # held-out loss before the first step; differs from base_eval_loss if the run started from an adapter
+    first_eval_loss: float | None = None
     # base_exact_match, adapted_exact_match: share of the `exact_match_rows` held-out rows that the base model and the
     # adapter answer exactly right; None if answers are long, or no rows are held out
     base_exact_match: float | None = None
@@ -213,6 +216,11 @@ def forgotten_nats(records: Iterable[Mapping[str, Any]], best_step: int | None) 
     return next(reversed([nats for nats in measured if nats is not None]), None)
 
 
+def rows_trained_on(rows: int, seen: int | None) -> str:
+    """Return the number of rows that the steps contained, such as `64 of 180 rows` or `180 rows`."""
+    return count_of(rows, "row") if seen is None or seen >= rows else f"{seen:,} of {count_of(rows, 'row')}"
+
+
 def forgetting(nats: float | None) -> str:
     """Return a clause about the rise of `forgotten_nats`, or "" if it is small or unknown."""
     if nats is None or nats <= FORGOTTEN_NATS:
@@ -220,8 +228,11 @@ def forgetting(nats: float | None) -> str:
     return f"it forgot: on neutral texts the loss rose by {nats:.2f} nats per token"
 
 
+REMEMBERING = (
+    "A lower --learning-rate or fewer --epochs forget less, and --max-forgetting 0.5 stops a run that forgets more."
+)
 CHOSEN_BY = (
-    "The same held-out rows chose the best step: other rows may do a little worse. Measure them with backhand evaluate."
+    "The same held-out rows chose the best step, so other rows may do worse. Measure them with backhand evaluate."
 )
 
 

@@ -30,12 +30,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from backhand.data.data_report import DataReport
 from backhand.loop.step import LearningRate
 from backhand.loop.step_plan import SUPERVISED, five_times
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.runs.directory import ADAPTER, CONFIG
-from backhand.runs.pair_results import answers_far_from_chosen, answers_got_worse
-from backhand.runs.summary import RunSummary
+from backhand.runs.label_results import figures_verdict
+from backhand.runs.pair_results import answers_far_from_chosen, answers_got_worse, chosen_change
+from backhand.runs.summary import AnswerLengths, RunSummary
+from backhand.words import count_of
 
 Finding = Literal["unsteady", "not better", "hardly moved", "rose", "still falling", "forgot", "low", "fine"]
 
@@ -55,6 +58,12 @@ HIGH = 1.5
 """Above this multiple of `auto`'s rate, `auto`'s rate is proposed first."""
 MOST = 0.9
 """If the best evaluation is after this share of the steps, a shorter run is not worth trying."""
+SAVED = 3
+"""A run that is shorter by fewer steps is not worth trying either."""
+FEWEST_ROWS, FEWEST_TOKENS = 16, 1000
+"""If fewer rows with fewer supervised tokens are held out, the course of their loss is mostly chance."""
+SEPARATED = 0.1
+"""Below this held-out loss, pairs are told apart almost certainly."""
 PIECE = 0.01
 """A last piece with a smaller share of the sum of all rates is too noisy to use."""
 SPIKE = 1.3
@@ -144,7 +153,14 @@ def first_finding(curves: Curves, until: Until, share: float = 1.0) -> Finding |
 
 
 def advice(
-    config: TrainConfig, curves: Curves, total_steps: int, auto_rate: float, run: Path
+    config: TrainConfig,
+    curves: Curves,
+    total_steps: int,
+    auto_rate: float,
+    run: Path,
+    *,
+    few_rows: int = 0,
+    unseen_rows: int = 0,
 ) -> tuple[str, str | None] | None:
     """Return a sentence about the run and the command to try next, or None for either.
 
@@ -154,22 +170,40 @@ def advice(
         total_steps: number of steps of the schedule.
         auto_rate: the learning rate that `auto` chooses for this run.
         run: the run directory.
+        few_rows: number of held-out rows if they are too few for advice from the course of their loss, else 0.
+        unseen_rows: number of training rows that no step contained.
     """
     rate, objective = float(config.optimization.learning_rate), config.objective.objective
     until = rates_until(config.optimization, total_steps)
     relative = rate / auto_rate if objective in SUPERVISED else 1.0
-    finding = None if objective == "grpo" else first_finding(curves, until, relative)
+    options, twice = config.optimization, _twice_as_long(config, total_steps)
+    if objective == "grpo":
+        if len(curves.held_out) < 2 or curves.best[1] < curves.held_out[0][1]:
+            return None
+        sentence = (
+            "The reward of held-out prompts did not rise: more steps, or a larger --group, give more to learn from."
+        )
+        return sentence, _again(run, twice)
+    finding = first_finding(curves, until, relative)
     if finding is None:
         return None
-    step, forgotten, options = curves.best[0], curves.forgotten_nats or 0.0, config.optimization
+    if few_rows and finding in ("rose", "low", "still falling", "fine"):
+        what = f"Only {count_of(few_rows, 'row')} {'is' if few_rows == 1 else 'are'} held out"
+        return (
+            f"{what}, too few for advice from their loss: --eval-fraction 0.3, or --eval-data FILE, holds out more.",
+            None,
+        )
+    step, forgotten = curves.best[0], curves.forgotten_nats or 0.0
+    if finding == "fine" and unseen_rows and step == curves.held_out[-1][0]:
+        unseen = f"{count_of(unseen_rows, 'row')} {'was' if unseen_rows == 1 else 'were'} not trained on yet"
+        return f"{unseen}, and the held-out loss was lowest at the last step.", _again(run, twice)
     higher = f"--learning-rate {auto_rate if rate < LOW * auto_rate else 3 * rate:.2g}"
-    twice = f"--max-steps {2 * total_steps}" if options.max_steps else f"--epochs {2 * options.epochs}"
     fewer = max((options.warmup_steps or 0) + 1, round(until(step, total_steps) * total_steps))
     lower = f"--learning-rate {auto_rate if rate > HIGH * auto_rate else rate / 3:.2g}"
     why, instead = "fewer steps would do", f"--max-steps {fewer} --eval-every {five_times(fewer)}"
     if rate > HIGH * auto_rate:
         why, instead = "the learning rate is high", lower
-    elif fewer > MOST * total_steps:
+    elif fewer > MOST * total_steps or total_steps - fewer < SAVED:
         why, instead = "nearly all of its steps were needed", ""
     sentence, changes = {
         "unsteady": ("The training loss came back above where it began: the learning rate is too high.", lower),
@@ -192,17 +226,40 @@ def advice(
     return sentence, _again(run, changes)
 
 
-def pair_advice(config: TrainConfig, summary: RunSummary, run: Path) -> tuple[str, str] | None:
-    """Return a sentence and a command if free answers are not like the chosen ones, otherwise None.
+def too_few_rows(held_out: DataReport) -> int:
+    """Return the number of held-out rows if it is too small for advice from the course of their loss, otherwise 0."""
+    few = held_out.documents < FEWEST_ROWS and held_out.supervised_tokens < FEWEST_TOKENS
+    return held_out.documents if few else 0
+
+
+def answer_advice(config: TrainConfig, summary: RunSummary, run: Path) -> tuple[str, str] | None:
+    """Return a sentence and a command if the answers of held-out rows ask for another run, otherwise None.
 
     Args:
         config: the resolved configuration of the run.
-        summary: its results, with the lengths of free answers.
+        summary: its results, with the measurements of the answers.
         run: the run directory.
     """
-    answers, started_from = summary.free_answers, config.run.from_adapter
-    if answers is None or not (answers_got_worse(answers) or answers_far_from_chosen(answers)):
+    if summary.free_answers is not None:
+        return _pair_advice(config, summary, summary.free_answers, run)
+    base, adapted, rows = summary.base_labels, summary.adapted_labels, summary.exact_match_rows
+    if not base or not adapted or not rows or figures_verdict(base, adapted, rows) == "helped":
         return None
+    sentence = "The labels themselves are not clearly learnt: more rows, or more steps, may teach them."
+    return sentence, summary.try_next or _again(run, _twice_as_long(config, summary.steps))
+
+
+def _pair_advice(config: TrainConfig, summary: RunSummary, answers: AnswerLengths, run: Path) -> tuple[str, str] | None:
+    started_from = config.run.from_adapter
+    if not (answers_got_worse(answers) or answers_far_from_chosen(answers)):
+        fell = chosen_change(summary.held_out_pairs or {})
+        loss = summary.best_eval_loss
+        if fell is None or fell >= 0 or loss is None or loss >= SEPARATED or summary.objective in ("orpo", "simpo"):
+            return None
+        sentence = f"The pairs are told apart, but chosen answers became less probable by {-fell:.3g} nats: fewer steps"
+        fewer = max((config.optimization.warmup_steps or 0) + 1, summary.steps // 2)
+        start = f"--from-adapter {shlex.quote(started_from)} " if started_from is not None else ""
+        return f"{sentence} change them less.", _again(run, f"{start}--max-steps {fewer}")
     if started_from is not None:
         if not answers_got_worse(answers):
             return None
@@ -217,6 +274,11 @@ def pair_advice(config: TrainConfig, summary: RunSummary, run: Path) -> tuple[st
         "Pairs teach which answer is better, not what to say: train on the chosen answers first, then on the pairs.",
         f"{train} && {_again(run, f'--from-adapter {adapter}')}",
     )
+
+
+def _twice_as_long(config: TrainConfig, total_steps: int) -> str:
+    options = config.optimization
+    return f"--max-steps {2 * total_steps}" if options.max_steps else f"--epochs {2 * options.epochs}"
 
 
 def _again(run: Path, changes: str) -> str:

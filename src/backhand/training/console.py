@@ -24,11 +24,20 @@ from backhand.loop.forecast import Forecast
 from backhand.loop.observers import Observer, RunStart
 from backhand.printing import duration, going_on, line_due, may_be_silent, now, say, visible
 from backhand.runs.distilled_results import distilled_sentences
+from backhand.runs.label_results import label_clause
 from backhand.runs.pair_results import pair_clauses
-from backhand.runs.summary import CHOSEN_BY, DecisionFigures, RunSummary, forgetting, no_label_fits
+from backhand.runs.summary import (
+    CHOSEN_BY,
+    REMEMBERING,
+    DecisionFigures,
+    RunSummary,
+    forgetting,
+    no_label_fits,
+    rows_trained_on,
+)
 from backhand.terminal import console
 from backhand.training.loaded_run import LoadedRun
-from backhand.words import count_of, in_words, interval_text, labelled, name_list, shorten
+from backhand.words import capitalized, count_of, in_words, interval_text, labelled, name_list, shorten
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 16
@@ -192,7 +201,7 @@ def _number(value: float | None) -> str:
 def closing_lines(summary: RunSummary) -> list[str]:
     """Return the closing summary, one line per fact."""
     own = "its own answers to prompts of " if summary.objective in ("grpo", "sdft") else ""
-    trained_on = own + count_of(summary.rows, "row")
+    trained_on = own + rows_trained_on(summary.rows, summary.rows_seen)
     what = (
         f"Trained {summary.trained_parameters:,} parameters in {summary.adapted_modules} modules of {summary.model} "
         f"on {trained_on}: {count_of(summary.steps, 'step')}, {summary.tokens:,} tokens "
@@ -203,7 +212,7 @@ def closing_lines(summary: RunSummary) -> list[str]:
     lines += _improvement(summary)
     if (pairs := summary.held_out_pairs) is not None:
         clauses = pair_clauses(pairs, summary.held_out_rows, summary.objective, summary.free_answers)
-        lines += [f"{clause[0].upper()}{clause[1:]}." for clause in clauses]
+        lines += map(capitalized, clauses)
     if summary.base_retrieval and summary.adapted_retrieval:
         lines.append(_retrieval_line(summary.base_retrieval, summary.adapted_retrieval))
     if summary.distilled is not None:
@@ -212,7 +221,7 @@ def closing_lines(summary: RunSummary) -> list[str]:
         lines.append(_decision_line(name, (summary.base_decisions or {}).get(name), one))
     if forgot := forgetting(summary.forgotten_nats):
         if not (summary.advice or "").startswith("It forgot"):
-            lines.append(f"{forgot[0].upper()}{forgot[1:]}.")
+            lines.append(f"{capitalized(forgot)} {REMEMBERING}")
         lines += [
             f"  {one['prompt']}  {_quoted(one['base'])} → {_quoted(one['adapted'])}" for one in summary.neutral_answers
         ]
@@ -236,27 +245,32 @@ def closing_lines(summary: RunSummary) -> list[str]:
     if summary.system and not system_option(summary.system):
         where = f"{len(summary.system):,} characters, in backhand.json of the adapter"
         lines.append(f"All rows had the same system message ({where}); give it with --system.")
+    given = f"--model {model} --adapter {adapter}"
     return [
         *lines,
         f"Adapter: {adapter}",
-        f"Next: backhand decide --model {model} --adapter {adapter} --state '…'"
+        f"Next: backhand decide {given} --state '…'"
         if summary.objective == "decide"
-        else f"Next: backhand embed --model {model} --adapter {adapter} --data FILE --output vectors.npy"
+        else f"Next: backhand embed {given} --data FILE --output vectors.npy"
         if summary.objective == "embed"
-        else f"Next: backhand generate --model {model} --adapter {adapter}{labels} --compare{summary.asking}",
-        f"      backhand evaluate --model {model} --adapter {adapter} --data FILE{summary.reading}"
-        + " --vectors" * (summary.objective == "embed"),
+        else f"Next: backhand generate {given}{labels} --compare{summary.asking}",
+        f"      backhand evaluate {given} --data FILE{summary.reading}" + " --vectors" * (summary.objective == "embed"),
+        f"      backhand export {given} --to gguf --output adapter.gguf",
     ]
 
 
 def _improvement(summary: RunSummary) -> list[str]:
     """Return the lines on loss and reward."""
     base, best = summary.base_eval_loss, summary.best_eval_loss
+    start = base if summary.first_eval_loss is None else summary.first_eval_loss
     lines = []
     if summary.first_reward is not None and summary.last_reward is not None:
         rose = f"{summary.first_reward:.4f} → {summary.last_reward:.4f}"
-        lines = [f"Reward of its own answers to training rows {rose} (first and last tenth of the steps)."]
-    if base is None or best is None:
+        of_what = "first and last tenth of the steps, whose prompts differ"
+        if summary.steps < _FEWEST_COMPARED_STEPS:
+            of_what = "first and last step, whose prompts differ: too few to tell a change from chance"
+        lines = [f"Reward of its own answers to training rows {rose} ({of_what})."]
+    if base is None or start is None or best is None:
         if summary.first_loss is None or summary.last_loss is None:
             return ["No step could be taken."]
         worth = "margins and accuracy" if summary.objective not in ("sft", "kto", "grpo") else "what it is worth"
@@ -264,16 +278,22 @@ def _improvement(summary: RunSummary) -> list[str]:
         loss = "" if lines else f"Training loss from {summary.first_loss:.4f} to {summary.last_loss:.4f}; "
         return [*lines, f"{loss}{'N' if lines else 'n'}othing was held out ({unmeasured})."]
     when = f"best after step {summary.best_step}"
-    if best >= base:
-        when = f"no evaluation was better than the base model; the adapter kept is that of step {summary.best_step}"
-    of_rows = f"on {count_of(summary.held_out_rows, 'row')}, {when}."
+    if best >= start:
+        before = "the base model" if start == base else "the adapter it started from"
+        when = f"no evaluation was better than {before}; the adapter kept is that of step {summary.best_step}"
+    sign = -1 if summary.objective == "grpo" else 1
+    alone = "" if start == base else f"; the base model alone has {sign * base:.4f}"
+    of_rows = f"on {count_of(summary.held_out_rows, 'row')}, {when}{alone}."
     if summary.objective == "grpo":
-        return [*lines, f"Held-out reward {-base:.4f} → {-best:.4f} {of_rows}"]
-    change = f"{1 - best / base:.0%} lower" if best < base and base > 0 else "better" if best < base else "not better"
-    nats = f"nats per token (perplexity {_exp(base)} → {_exp(best)}, {change})"
+        return [*lines, f"Held-out reward {-start:.4f} → {-best:.4f} {of_rows}"]
+    change = "not better" if best >= start else f"{1 - best / start:.0%} lower" if start > 0 else "better"
+    nats = f"nats per token (perplexity {_exp(start)} → {_exp(best)}, {change})"
     loss = nats if summary.objective == "sft" else f"({summary.objective})"
-    return [f"Held-out loss {base:.4f} → {best:.4f} {loss} {of_rows}"]
+    return [f"Held-out loss {start:.4f} → {best:.4f} {loss} {of_rows}"]
 
+
+_FEWEST_COMPARED_STEPS = 20
+"""In a shorter run, the first and last tenth are one step each, whose rewards depend on their few prompts."""
 
 _SCORE_NAMES = {"ndcg@10": "nDCG@10", "recall@1": "recall@1", "recall@10": "recall@10", "spearman": "Spearman"}
 
@@ -312,12 +332,7 @@ def _right(summary: RunSummary) -> list[str]:
     right = f"{base:.1%} → {adapted:.1%} ({interval_text(adapted, rows)})"
     lines = [f"Exactly right answers {right} of {count_of(rows, 'held-out row')}."]
     if summary.base_labels and summary.adapted_labels:
-        before, after = summary.base_labels, summary.adapted_labels
-        lines[0] += (
-            f" By the most probable of {len(after['per_label'])} labels: accuracy {before['accuracy']:.1%} → "
-            f"{after['accuracy']:.1%} ({interval_text(after['accuracy'], rows)}), macro F1 {before['f1_macro']:.3f} → "
-            f"{after['f1_macro']:.3f}."
-        )
+        lines.append(capitalized(label_clause(summary.base_labels, summary.adapted_labels, rows)))
     return lines
 
 
@@ -333,13 +348,13 @@ _STEPS_COUNTED = 200
 
 
 def opening_facts(
-    run: LoadedRun, continued: bool, processes: Communicator, forecast: Forecast | None = None
+    run: LoadedRun, continued: int | None, processes: Communicator, forecast: Forecast | None = None
 ) -> tuple[str, ...]:
     """Return the lines to print before the first step.
 
     Args:
         run: the loaded run.
-        continued: True if the run is resumed from a checkpoint.
+        continued: step of the checkpoint from which the run is resumed; None for a new run.
         processes: the processes of the run.
         forecast: the predicted duration, or None.
     """
@@ -365,6 +380,8 @@ def opening_facts(
     objective = run.config.objective
     unit = "text" if objective.purpose == "embeddings" else "prompt" if objective.trains_on_samples else "document"
     facts += [f"data: {line}" for line in report.lines(unit)]
+    if objective.purpose == "pairs" and report.documents == 2 * report.rows:
+        facts.append("data: each row has two documents, with the chosen and with the rejected answer")
     if run.inputs.held_out is not None:
         facts += [f"held out: {line}" for line in run.inputs.held_out.report.lines(unit)]
     facts.append(
@@ -395,6 +412,6 @@ def opening_facts(
             f"processes: {processes.world_size}, {processes.local_world_size} of them on this machine, where {each}; "
             f"gradients {how}"
         )
-    if continued:
-        facts.append("continuing from a checkpoint")
+    if continued is not None:
+        facts.append(f"continuing from the checkpoint of step {continued:,}")
     return tuple(facts)

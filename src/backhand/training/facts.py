@@ -22,7 +22,7 @@ import torch
 
 from backhand.adapters.record import installed_packages
 from backhand.data.examples import Example
-from backhand.data.options import asking_options, reading_options
+from backhand.data.options import asking_options, reading_options, shell_quoted
 from backhand.data.stored_examples import PreparedData
 from backhand.loop.state import Progress, RunState
 from backhand.nn.loading.gguf_model import GGUFModel
@@ -166,6 +166,7 @@ def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_si
         trained_parameters=state.lora.element_count,
         adapted_modules=len(state.lora.slots),
         rows=len(run.inputs.train.examples),
+        rows_seen=_rows_seen(run, progress.step),
         held_out_rows=0 if run.inputs.held_out is None else len(run.inputs.held_out.examples),
         malformed_rows=run.inputs.train.report.skipped_bad,
         world_size=world_size,
@@ -174,11 +175,24 @@ def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_si
         held_out_pairs=held_out_pairs(lines, progress.best_step),
         **_rewards(lines, progress),
         forgotten_nats=forgotten_nats(lines, progress.best_step),
-        reading=reading_options(run.config.data),
+        reading=_reading(run),
         asking=asking_options(run.config.data, run.inputs.train.report.system),
         system=run.inputs.train.report.system,
         labels=tuple(run.identity.labels),
     )
+
+
+def _rows_seen(run: LoadedRun, steps: int) -> int:
+    """Return the number of different rows in the steps done. Every epoch contains each row once."""
+    sampler = run.inputs.sampler
+    epochs = sampler.epochs_done(steps)
+    return sampler.rows if epochs >= 1 else round(epochs * sampler.rows)
+
+
+def _reading(run: LoadedRun) -> str:
+    """Return the options of `evaluate` for rows like those of the run."""
+    rewards = run.config.rewards.reward if run.config.objective.objective == "grpo" else ()
+    return reading_options(run.config.data) + "".join(f" --reward {shell_quoted(name)}" for name in rewards)
 
 
 def _rewards(lines: Sequence[Mapping[str, Any]], progress: Progress) -> dict[str, Any]:

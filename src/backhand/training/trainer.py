@@ -52,7 +52,7 @@ from backhand.runs.interruption import Interrupted, Interruption
 from backhand.runs.status import status_kept
 from backhand.runs.summary import RunSummary, read_summary
 from backhand.system import available_bytes
-from backhand.training.advice import Curves, advice, pair_advice
+from backhand.training.advice import Curves, advice, answer_advice, too_few_rows
 from backhand.training.calibration import forecast_run
 from backhand.training.console import opening_facts
 from backhand.training.facts import run_facts, summarise
@@ -177,7 +177,7 @@ class Trainer:
                 if not config.run.quiet and not finished_before:
                     forecast = forecast_run(run.plan, run.machine, run.bound.model)
                     forecast.begin(state.progress.step, state.progress.train_s)
-                facts = opening_facts(run, self.checkpoint is not None, self.processes, forecast)
+                facts = opening_facts(run, self.checkpoint and self.checkpoint.step, self.processes, forecast)
                 options = {
                     f"{part}.{name}": value
                     for part, table in config_table(config).items()
@@ -257,7 +257,7 @@ class Trainer:
         if summary.adapted_exact_match is None:
             labels, stopped = run.identity.labels, lambda: self.processes.stop_requested
             summary = replace(summary, **measured_answers(*arguments, labels, summary.tokens, stopped))
-        if (suggestion := pair_advice(run.config, summary, self.directory.path)) is not None:
+        if (suggestion := answer_advice(run.config, summary, self.directory.path)) is not None:
             summary = replace(summary, advice=suggestion[0], try_next=suggestion[1])
         self.directory.write(SUMMARY, summary.to_json())
         return summary
@@ -338,7 +338,11 @@ class Trainer:
         if self.processes.is_main_process:
             curves = Curves.of(self.directory.lines(METRICS))
             rate, _ = self.run.inputs.learning_rate(replace(self.run.config.optimization, learning_rate="auto"))
-            suggestion = advice(self.run.config, curves, self.run.inputs.total_steps, rate, self.directory.path)
+            suggestion = advice(
+                *(self.run.config, curves, self.run.inputs.total_steps, rate, self.directory.path),
+                few_rows=0 if self.run.inputs.held_out is None else too_few_rows(self.run.inputs.held_out.report),
+                unseen_rows=summary.rows - not_none(summary.rows_seen),
+            )
             summary = replace(summary, advice=suggestion and suggestion[0], try_next=suggestion and suggestion[1])
             self.directory.write(SUMMARY, summary.to_json())
         return summary
