@@ -15,7 +15,16 @@ import pytest
 
 from backhand.data.columns import ColumnReader
 from backhand.data.forms import detect
-from backhand.data.options import DataOptions, NamedColumns, asking_options, reading_options, shell_quoted
+from backhand.data.lint import lint
+from backhand.data.options import (
+    DataOptions,
+    NamedColumns,
+    RowSources,
+    TemplateOptions,
+    asking_options,
+    reading_options,
+    shell_quoted,
+)
 from backhand.data.prepare import prepare, prepare_prompts
 from backhand.data.raw_rows import RawRow, RowErrors
 from backhand.data.row_encoder import Prompt
@@ -163,19 +172,15 @@ def test_usual_names_are_understood_where_nothing_is_doubtful(tmp_path: Path, he
     assert any("is read as the prompt" in note for note in notes)
 
 
-def test_text_next_to_one_column_says_how_to_learn_that(tmp_path: Path) -> None:
-    _, notes = asked(written(tmp_path / "t.csv", "text,label\nhello,good\n"), None)
-    assert notes[-1].endswith(
-        "not read: the column label; to train on label as the answer: --prompt '{text}' --completion label"
-    )
+def test_a_class_next_to_a_text_is_found_by_its_name_or_its_values(tmp_path: Path) -> None:
+    def refused(text: str) -> str:
+        with pytest.raises(DataError, match="would not be read") as raised:
+            asked(written(tmp_path / "t.csv", text), None)
+        return str(raised.value.next_step)
 
-
-def test_few_different_short_values_next_to_a_text_may_be_learnt(tmp_path: Path) -> None:
+    assert "is the answer, add: --prompt '{text}' --completion label\n" in refused("text,label\nhello,good\n")
     rows = "".join(f"{i},text {i},{'ab'[i % 2]}\n" for i in range(8))
-    _, notes = asked(written(tmp_path / "t.csv", f"id,text,Section\n{rows}"), None)
-    assert notes[-1].endswith(
-        "columns id, Section; to train on Section as the answer: --prompt '{text}' --completion Section"
-    )
+    assert "--prompt '{text}' --completion Section" in refused(f"id,text,Section\n{rows}")
     _, notes = asked(written(tmp_path / "t.csv", f"id,text,Split\n{rows}"))
     assert notes[-1].endswith("not read: the columns id, Split")  # which says where a row belongs, not what it is
     _, notes = asked(written(tmp_path / "t.csv", "text,author\n" + "".join(f"t,{i}\n" for i in range(8))))
@@ -185,12 +190,12 @@ def test_few_different_short_values_next_to_a_text_may_be_learnt(tmp_path: Path)
 def test_whole_texts_are_not_learned_by_mistake_next_to_their_class(tmp_path: Path) -> None:
     news = "".join(f"Headline {i},{'long ' * 20}{i},{('sport', 'politics')[i % 2]}\n" for i in range(8))
     path = written(tmp_path / "news.csv", f"title,text,section\n{news}")
-    with pytest.raises(DataError, match="text would be learned as it is, and section would not be read") as raised:
+    with pytest.raises(DataError, match="text would be read as it is, and section would not be read") as raised:
         prepare(DataOptions(data=path), byte_level())
     assert raised.value.why == "section has few, short values, as a class has: sport, politics"
     _, learns, whole = str(raised.value.next_step).split("\n    - ")
-    assert learns.endswith(f"backhand train --data {path} --prompt '{{title}}\\n{{text}}' --completion section")
-    assert whole.endswith(f"backhand train --data {path} --train-on text")
+    assert learns == "if section is the answer, add: --prompt '{title}\\n{text}' --completion section"
+    assert whole == "if whole texts are meant, add: --train-on text"
     for options in (
         {"train_on": "text"},
         {"train_on": "all"},
@@ -198,7 +203,12 @@ def test_whole_texts_are_not_learned_by_mistake_next_to_their_class(tmp_path: Pa
     ):
         train, _ = prepare(DataOptions(data=path, **options), byte_level())
         assert len(train.examples) == 8
-    prepare(DataOptions(data=path), byte_level(), purpose=None)  # evaluation measures what is there
+    with pytest.raises(DataError, match="section would not be read"):
+        lint(DataOptions(data=path), byte_level())
+    rows = RowSources(data=(str(path),))
+    with pytest.raises(DataError, match="section would not be read") as raised:
+        prepare_prompts(rows, TemplateOptions(), byte_level())
+    assert "--prompt '{title}\\n{text}'\n" in str(raised.value.next_step)
     other = written(tmp_path / "other.jsonl", '{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(DataError, match="the rows have the form prompt/completion, and train_on 'text' reads texts"):
         prepare(DataOptions(data=other, train_on="text"), byte_level())
@@ -256,3 +266,25 @@ def test_cells_of_other_types_are_text_and_nan_is_empty(tmp_path: Path) -> None:
     found = list(ColumnReader(NamedColumns(prompt="q", completion="{a}!")).rows(iter(raws), bad))
     assert [row.values["completion"] for row in found] == ["2024-05-01!", "1.50!", '["2024-05-01"]!']
     assert [error.where for error in bad.errors] == ["f:2", "f:3"]
+
+
+def test_columns_of_training_are_read_if_no_others_are_named(tmp_path: Path) -> None:
+    recorded = NamedColumns(prompt="{text}", completion="label")
+    path = written(tmp_path / "held.csv", "text,label\nhello,good\nbye,bad\n")
+    options = DataOptions(data=(str(path),))
+    prompts: list[Prompt] = []
+    train, _ = prepare(options, byte_level(), purpose=None, prompts=prompts, recorded=recorded)
+    assert [prompt.reply for prompt in prompts] == ["good", "bad"]
+    assert any("as in the adapter's training: --prompt '{text}' --completion label" in n for n in train.report.notes)
+    read, _ = prepare_prompts(options, options, byte_level(), recorded=recorded)
+    assert [prompt.reply for prompt in read] == ["good", "bad"]
+    typed, _ = prepare_prompts(options, options, byte_level(), NamedColumns(prompt="label"), recorded=recorded)
+    assert "good" in typed[0].text and "hello" not in typed[0].text
+    unanswered = written(tmp_path / "new.jsonl", '{"text": "hello", "id": 1}\n')
+    (asked_of,), _ = prepare_prompts(
+        RowSources(data=(str(unanswered),)), TemplateOptions(), byte_level(), recorded=recorded
+    )
+    assert asked_of.reply is None and "hello" in asked_of.text
+    other = written(tmp_path / "other.jsonl", '{"prompt": "a", "completion": "b"}\n')
+    train, _ = prepare(DataOptions(data=(str(other),)), byte_level(), recorded=recorded)
+    assert len(train.examples) == 1 and not train.report.notes

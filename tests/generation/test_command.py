@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from backhand.cli.main import main
+from backhand.generation.session import GenerationSession
 
 QUESTION = "name a list"
 
@@ -125,6 +126,35 @@ def test_a_file_of_rows_in_their_order(
             alone = answered(capsys, [*base, "--prompt", prompt, "--greedy", "--quiet"])
             assert alone.rstrip("\n") == line["completion"].rstrip("\n")
             assert line["finish_reason"] in ("stop", "length")
+
+
+def test_an_interrupted_file_of_rows_keeps_its_answers(
+    base: list[str],
+    rows_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real, answered_rows = GenerationSession.answer_all, []
+
+    def interrupted(*arguments: Any, on_answer: Any, **options: Any) -> Any:
+        def take(number: int, answer: Any) -> None:
+            on_answer(number, answer)
+            answered_rows.append(number)
+            if len(answered_rows) == 2:
+                raise KeyboardInterrupt
+
+        return real(*arguments, on_answer=take, **options)
+
+    monkeypatch.setattr(GenerationSession, "answer_all", interrupted)
+    output = tmp_path / "answers.jsonl"
+    assert main([*base, "--data", str(rows_file), "--output", str(output), "--greedy"]) == 130
+    partial = tmp_path / "answers.jsonl.partial"
+    lines = [json.loads(line) for line in partial.read_text().splitlines()]
+    assert [line["reference"] for line in lines] == [
+        ("one", "two", "three")[number] for number in sorted(answered_rows)
+    ]
+    assert not output.exists() and f"2 of 3 rows were answered: {partial}" in capsys.readouterr().err
 
 
 def test_rows_compared_on_standard_output(

@@ -49,7 +49,7 @@ def test_pairs_are_rows_and_measured_where_some_are_held_out(tiny: TinyRun, tmp_
     made = tiny.config(tmp_path / "run", data=(str(rows),), eval_data=(), max_steps=1)
     summary = train(replace(made, objective=ObjectiveOptions(objective="dpo")))
     record = read_run(tmp_path / "run")
-    assert " on 9 rows of pairs.jsonl" in headline(record)
+    assert " on 4 of 9 rows of pairs.jsonl" in headline(record)
     assert " on 9 rows of pairs.jsonl" in headline(replace(record, summary={})), "before it is over"
     (line,) = (line for line in closing_lines(summary) if "nothing was held out" in line)
     assert "--eval-fraction" in line and "margins and accuracy" in line
@@ -57,7 +57,7 @@ def test_pairs_are_rows_and_measured_where_some_are_held_out(tiny: TinyRun, tmp_
 
 def test_no_evaluation_better_than_the_base(ended: RunSummary) -> None:
     assert any("best after step" in line for line in closing_lines(ended))
-    worse = replace(ended, base_eval_loss=1.0, best_eval_loss=1.5, best_step=2)
+    worse = replace(ended, base_eval_loss=1.0, first_eval_loss=1.0, best_eval_loss=1.5, best_step=2)
     lines = " ".join(closing_lines(worse))
     assert "no evaluation was better than the base model" in lines and "best after step" not in lines
     rewarded = " ".join(closing_lines(replace(worse, objective="grpo")))

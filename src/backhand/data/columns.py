@@ -15,7 +15,15 @@ from typing import Any
 
 from backhand.data.column_hints import COUNTING
 from backhand.data.forms import fits
-from backhand.data.options import PIECES, WRITTEN, DecisionColumns, NamedColumns, columns_named, has_columns
+from backhand.data.options import (
+    PIECES,
+    WRITTEN,
+    DecisionColumns,
+    NamedColumns,
+    columns_named,
+    has_columns,
+    shell_quoted,
+)
 from backhand.data.raw_rows import RawRow, RowErrors
 from backhand.errors import DataError, UsageError
 from backhand.words import name_list, nearest_names
@@ -35,6 +43,8 @@ class ColumnReader:
     Args:
         system: the value of `--system`. Columns in braces are filled in.
         guess: recognize common names of spreadsheet columns.
+        recorded: columns that an adapter was trained on. They are read if no option names others and the file has them.
+        answers: the rows need answers, so `recorded` columns of answers must be there too.
 
     Attributes:
         given: column or template by option.
@@ -42,15 +52,23 @@ class ColumnReader:
         note: sentence about guessed columns, or None.
     """
 
-    def __init__(self, named: NamedColumns, system: str | None = None, *, guess: bool = False) -> None:
-        self.given: dict[str, str] = {
-            name: text for name in ("prompt", "completion", "messages") if (text := getattr(named, name)) is not None
-        }
+    def __init__(
+        self,
+        named: NamedColumns,
+        system: str | None = None,
+        *,
+        guess: bool = False,
+        recorded: NamedColumns | None = None,
+        answers: bool = True,
+    ) -> None:
+        self.given = _by_option(named)
         self._answers: tuple[str, ...] = ()  # columns of answers to questions
         if isinstance(named, DecisionColumns) and named.state is not None:
             self.given["state"], self._answers = named.state, tuple(named.question)
         self._system = system if self.given and system is not None and has_columns(system) else None
         self._guess = guess and not self.given
+        self._recorded = {} if recorded is None or self.given else _by_option(recorded)
+        self._needs_answers = answers
         self.used: frozenset[str] = frozenset()
         self.note: str | None = None
 
@@ -63,7 +81,9 @@ class ColumnReader:
         first = next(raws, None)
         if first is None:
             return
-        if self._guess:
+        if self._recorded:
+            self._take_recorded(first)
+        if self._guess and not self.given:
             self._guess_from(first)
         for option, text in [*self.given.items(), *(("question", name) for name in self._answers)]:
             self._check(option, text, first)
@@ -108,6 +128,18 @@ class ColumnReader:
                     + "Write columns in braces, and double the braces that belong to the text: {{ and }}",
                 )
 
+    def _take_recorded(self, row: RawRow) -> None:
+        present = {
+            option: text
+            for option, text in self._recorded.items()
+            if all(name in row.values for name in columns_named(text))
+        }
+        if not present.keys() & {"prompt", "messages"} or (self._needs_answers and present != self._recorded):
+            return
+        self.given = present
+        options = "".join(f" --{option} {shell_quoted(text)}" for option, text in present.items())
+        self.note = f"the columns are read as in the adapter's training:{options}"
+
     def _guess_from(self, row: RawRow) -> None:
         small = {name.strip().lower(): name for name in row.values}
         prompts, answers = _PROMPTS & small.keys(), _ANSWERS & small.keys()
@@ -120,6 +152,11 @@ class ColumnReader:
             f"the column {prompt} is read as the prompt and {answer} as its completion; "
             "--prompt and --completion name others"
         )
+
+
+def _by_option(named: NamedColumns) -> dict[str, str]:
+    given = {option: getattr(named, option) for option in ("prompt", "completion", "messages")}
+    return {option: text for option, text in given.items() if text is not None}
 
 
 def _filled(option: str, text: str, raw: RawRow) -> Any:

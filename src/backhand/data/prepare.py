@@ -44,6 +44,7 @@ def prepare(
     questions: Mapping[str, Question] | None = None,
     embedding_format: EmbeddingFormat | None = None,
     teacher: TeacherPrompts | None = None,
+    recorded: NamedColumns | None = None,
 ) -> tuple[PreparedData, PreparedData | None]:
     """Return training examples, and held-out examples or None.
 
@@ -64,6 +65,7 @@ def prepare(
         embedding_format: pooling and prompts of rows of embeddings; None for other rows.
         teacher: the prompts of the teacher in distillation. Each example then has a second document, `rejected`, with
             the teacher's prompt and the same answer, or with a placeholder for an answer that is sampled later.
+        recorded: columns that an adapter was trained on, which are read if `options` names none and the rows have them.
 
     Raises:
         UsageError: an option is out of range, or a package is missing.
@@ -83,13 +85,15 @@ def prepare(
         questions=found,
         embedding_format=embedding_format,
         teacher=teacher,
+        recorded=recorded,
     )
 
     def read(names: Sequence[str], *, held_out: bool = False, prompts: list[Prompt] | None = None) -> PreparedData:
         make = partial(examples_of, names, held_out=held_out, prompts=prompts)
         if prompts is not None or bad is not None or truncation is not None:
             return make()  # the cache holds only examples
-        return prepared_cache.cached(make, options, expand(names), tokenizer, names, purpose, teacher, embedding_format)
+        further = names, purpose, teacher, embedding_format, recorded
+        return prepared_cache.cached(make, options, expand(names), tokenizer, *further)
 
     train = read(options.data, prompts=prompts)
     held_out: PreparedData | None = None
@@ -147,12 +151,14 @@ def read_examples(
     questions: Mapping[str, Question] | None = None,
     embedding_format: EmbeddingFormat | None = None,
     teacher: TeacherPrompts | None = None,
+    recorded: NamedColumns | None = None,
 ) -> PreparedData:
     """Return the examples of the files and hub data sets in `names`.
 
     Args:
         held_out: for a hub name without a split, read the validation split.
         questions: the questions of rows of decisions that do not contain their own.
+        recorded: see `prepare`.
 
     Raises:
         UsageError, DataError: as `prepare`.
@@ -184,9 +190,9 @@ def read_examples(
         allow_prompts=prompts_suffice,
         answers_only=answers_only,
         questions=questions,
-        # `backhand lint` collects truncated documents, and reports such a column in a note.
-        refuses_classes=answers_only and purpose == "answers" and truncation is None,
+        refuses_classes=answers_only and purpose in ("answers", None),
         texts_only=options.train_on == "text",
+        recorded=recorded,
     )
     report = pipeline.run(encoder, take, names)
     notes = list(renderer.notes())
@@ -225,12 +231,13 @@ def prepare_prompts(
     tokenizer: Any,
     named: NamedColumns | None = None,
     teacher: TeacherPrompts | None = None,
+    recorded: NamedColumns | None = None,
 ) -> tuple[tuple[Prompt, ...], DataReport]:
     """Return the rows of `data` as prompts with their reference replies. Rows without an answer are allowed.
 
     Args:
         named: columns given by name.
-        teacher: makes the prompts of the rows, as in `prepare`.
+        teacher, recorded: as in `prepare`.
 
     Raises:
         UsageError, DataError: as `prepare`.
@@ -245,7 +252,12 @@ def prepare_prompts(
         renderer.add_counts(encoded.counts)
 
     bad = RowErrors(rows.skip_bad)
-    pipeline = RowPipeline(rows, named or NamedColumns(), template.system, bad, allow_prompts=True)
+    pipeline = RowPipeline(
+        *(rows, named or NamedColumns(), template.system, bad),
+        allow_prompts=True,
+        refuses_classes=True,
+        recorded=recorded,
+    )
     report = pipeline.run(RowEncoder(renderer, None, renderer, teacher), take, rows.data)
     return tuple(prompts), replace(report, notes=(*renderer.notes(), *report.notes))
 

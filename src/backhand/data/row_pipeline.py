@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,10 +50,17 @@ class RowPipeline:
     questions: Mapping[str, Question] | None = None  # the questions of rows of decisions, see `FormReader`
     refuses_classes: bool = False  # whole texts next to a column of classes are an error
     texts_only: bool = False  # any other form than whole texts is an error
+    recorded: NamedColumns | None = None  # columns that an adapter was trained on, see `ColumnReader`
 
     def open_file(self, name: str) -> tuple[ColumnReader, FormReader, Iterator[Row]]:
         """Return the readers of a file's columns and form, and its valid rows."""
-        named = ColumnReader(self.named, self.system, guess=self.purpose in ("answers", None))
+        named = ColumnReader(
+            self.named,
+            self.system,
+            guess=self.purpose in ("answers", None),
+            recorded=self.recorded,
+            answers=not self.allow_prompts,
+        )
         reader = FormReader(
             allow_prompts=self.allow_prompts, purpose=self.purpose, named=named.given, questions=self.questions
         )
@@ -108,16 +114,14 @@ class RowPipeline:
             total += rows
         if unread:
             columns = list(unread)
-            hint = ""
             labels = [column for column in columns if column in classes]
-            if {form.form for form in forms} == {"text"} and labels:
+            if self.refuses_classes and {form.form for form in forms} == {"text"} and labels:
                 label = next((column for column in labels if column.lower() in CLASSES), labels[-1])
-                options = suggestion((), reader.columns, {"completion": label})
-                if options and self.refuses_classes:
-                    raise _class_next_to_text(names, label, reader.class_columns.values(label), options)
-                hint = f"; to train on {label} as the answer: {options}" if options else ""
+                if options := suggestion((), reader.columns, {"completion": label}):
+                    values = reader.class_columns.values(label)
+                    raise _class_next_to_text(names, label, values, options, prompts=self.allow_prompts)
             several = "s" if len(columns) > 1 else ""
-            notes.append(f"not read: the column{several} {name_list(map(shorten, columns))}{hint}")
+            notes.append(f"not read: the column{several} {name_list(map(shorten, columns))}")
         empty_lines = bad.empty_lines - empty_lines_before
         if empty_lines > max(_FEW_EMPTY_LINES, total):
             notes.append(f"{empty_lines:,} empty lines were skipped")
@@ -209,14 +213,26 @@ def _no_answers(name: str, reader: FormReader, rows: int, empty_sides: Collectio
     )
 
 
-def _class_next_to_text(names: Sequence[str], label: str, values: Sequence[str], options: str) -> DataError:
-    start = f"backhand train --data {' '.join(map(shlex.quote, names))}"
+def _class_next_to_text(
+    names: Sequence[str], label: str, values: Sequence[str], options: str, *, prompts: bool
+) -> DataError:
+    """Return the error with the options to add, which are the same for all commands that read answers.
+
+    Args:
+        prompts: only prompts are read, so no option names the answer.
+    """
+    if prompts:
+        choices = {
+            "to answer about each text": options.rpartition(" --completion ")[0],
+            "to continue whole texts": "--prompt '{text}' --chat-template none",
+        }
+    else:
+        choices = {f"if {shorten(label)} is the answer": options, "if whole texts are meant": "--train-on text"}
     return DataError(
-        f"the column text would be learned as it is, and {shorten(label)} would not be read",
+        f"the column text would be read as it is, and {shorten(label)} would not be read",
         where=", ".join(names),
         why=f"{shorten(label)} has few, short values, as a class has: {name_list(map(shorten, values), limit=4)}",
-        next_step=f"\n    - to learn {shorten(label)} as the answer: {start} {options}"
-        f"\n    - to learn whole texts: {start} --train-on text",
+        next_step="".join(f"\n    - {case}, add: {added}" for case, added in choices.items()),
     )
 
 

@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from backhand.data.prepare import prepare_prompts
 from backhand.data.raw_rows import RowErrors
 from backhand.data.row_encoder import Prompt
 from backhand.data.rows import with_answer
-from backhand.errors import DataError, UsageError
+from backhand.errors import DataError, UsageError, not_none
 from backhand.files import make_directory, replaceable_mode, write_atomically
 from backhand.generation.labels import (
     AUTO,
@@ -166,17 +166,30 @@ def _write_answers(options: GenerateOptions, loaded: LoadedModel) -> None:
     """Write a line of JSON for every row, after the last answer."""
     started = time.perf_counter()
     lines = answer_rows(options, loaded)
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if options.answer.output is None:
-        write_answer(text)
+        write_answer(_json_lines(lines))
         return
-    write_atomically(options.answer.output, text.encode("utf-8"))
+    write_atomically(options.answer.output, _json_lines(lines).encode("utf-8"))
     if not options.answer.quiet:
         took_s = time.perf_counter() - started
         say(
             f"{len(lines)} rows answered in {took_s:.1f} s: {shlex.quote(str(options.answer.output))}",
             *_exactly_right(lines, options.answer.compare),
         )
+
+
+def _json_lines(lines: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _keep_answers(lines: Sequence[Mapping[str, Any]], rows: int, output: Path | None) -> None:
+    """Write the answers of an interrupted command: next to `output`, or to standard output."""
+    if output is None:
+        write_answer(_json_lines(lines))
+    elif lines:
+        partial = output.with_name(f"{output.name}.partial")
+        write_atomically(partial, _json_lines(lines).encode("utf-8"))
+        say(f"{len(lines):,} of {count_of(rows, 'row')} were answered: {shlex.quote(str(partial))}")
 
 
 def _exactly_right(lines: Sequence[Mapping[str, Any]], compared: bool) -> list[str]:
@@ -205,7 +218,8 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> list[dict[str,
     context = options.answer.context
     teacher = None if context is None else TeacherPrompts(context_text(context))
     read, report = prepare_prompts(
-        options.rows, options.template, loaded.tokenizer, NamedColumns(prompt=options.answer.prompt), teacher
+        *(options.rows, options.template, loaded.tokenizer, NamedColumns(prompt=options.answer.prompt), teacher),
+        recorded=loaded.columns,
     )
     session = GenerationSession(loaded, options.template)
     labels = _labels(options, loaded, session)
@@ -233,39 +247,61 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> list[dict[str,
 def _lines(
     options: GenerateOptions, loaded: LoadedModel, session: GenerationSession, prompts: Sequence[Prompt], labels: Labels
 ) -> list[dict[str, Any]]:
-    if options.answer.as_rows:
-        answers = _answers(session, prompts, options, "answers", labels)
-        texts = (answer["completion"] for answer in answers)
-        rows = [prompt.row for prompt in prompts if prompt.row is not None]
-        return [with_answer(row, text) for row, text in zip(rows, texts, strict=True)]
-    lines: list[dict[str, Any]] = [{"prompt": prompt.text, "reference": prompt.reply} for prompt in prompts]
-    if not options.answer.compare:
-        answers = _answers(session, prompts, options, "answers", labels)
-        return [line | answer for line, answer in zip(lines, answers, strict=True)]
-    for key, with_adapter in (("base", False), ("adapted", True)):
-        loaded.model.use_adapter(with_adapter)
-        for line, answer in zip(lines, _answers(session, prompts, options, key, labels), strict=True):
-            line[key] = answer
-    return lines
+    lines: dict[int, dict[str, Any]] = {}  # by number of the prompt, in the order of completion
+
+    def take(number: int, answer: dict[str, Any]) -> None:
+        prompt = prompts[number]
+        if options.answer.as_rows:
+            lines[number] = with_answer(not_none(prompt.row), answer["completion"])
+        else:
+            lines[number] = {"prompt": prompt.text, "reference": prompt.reply, **answer}
+
+    try:
+        if not options.answer.compare:
+            _answer_rows(session, prompts, options, "answers", labels, take)
+        else:
+            compared: list[dict[str, Any]] = [{} for _ in prompts]
+            for key, with_adapter in (("base", False), ("adapted", True)):
+                loaded.model.use_adapter(with_adapter)
+
+                def add(number: int, answer: dict[str, Any], key: str = key) -> None:
+                    compared[number][key] = answer
+                    take(number, compared[number])
+
+                _answer_rows(session, prompts, options, key, labels, add)
+    except KeyboardInterrupt:
+        _keep_answers([lines[number] for number in sorted(lines)], len(prompts), options.answer.output)
+        raise
+    return [lines[number] for number in range(len(prompts))]
 
 
-def _answers(
-    session: GenerationSession, prompts: Sequence[Prompt], options: GenerateOptions, key: str, labels: Labels
-) -> list[dict[str, Any]]:
+def _answer_rows(
+    session: GenerationSession,
+    prompts: Sequence[Prompt],
+    options: GenerateOptions,
+    key: str,
+    labels: Labels,
+    take: Callable[[int, dict[str, Any]], None],
+) -> None:
+    """Answer every prompt. `take` receives the number of each prompt and its answer when it is complete."""
     asked = [prompt.input_ids.tolist() for prompt in prompts]
     with working(quiet=options.answer.quiet), counting(key, len(asked)) as done:
         if labels:
             chosen = choose_labels(session.model, asked, labels, done)
-            usual = [(row, *next(iter(row.items()))) for row in chosen]
-            return [{"completion": one, "probability": p, "probabilities": row} for row, one, p in usual]
-        answers = session.answer_all(
+            for number, row in enumerate(chosen):
+                label, probability = next(iter(row.items()))
+                take(number, {"completion": label, "probability": probability, "probabilities": row})
+            return
+        session.answer_all(
             asked,
             options.sampling,
             sources=[prompt.source for prompt in prompts],
             batch_rows=options.answer.batch_rows,
             on_done=done,
+            on_answer=lambda number, answer: take(
+                number, {"completion": answer.text, "finish_reason": answer.finish_reason}
+            ),
         )
-    return [{"completion": answer.text, "finish_reason": answer.finish_reason} for answer in answers]
 
 
 def read_text(read: Callable[[], str], what: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from backhand.adapters.loading import check_source, load_adapter_for, read_adapter
 from backhand.adapters.record import AdapterRecord
 from backhand.data.chat import read_template, stopping_role_ids
-from backhand.data.options import TemplateOptions, system_option
+from backhand.data.options import NamedColumns, TemplateOptions, system_option
 from backhand.generation.completer import Completer, EngineCompleter
 from backhand.generation.held_base import stays_quantized
 from backhand.generation.labels import Labels
@@ -37,6 +37,7 @@ class LoadedModel:
     decisions: Mapping[str, Any] = field(default_factory=dict)
     embedding: Mapping[str, Any] = field(default_factory=dict)  # see `AdapterRecord.embedding`
     path: Path | None = None  # file or directory of the base model
+    columns: NamedColumns | None = None  # columns that the adapter was trained on, from its record
 
     def missing_system(self, given: str | None) -> list[str]:
         """Return a note if the adapter was trained with a system message and `given` is None; else an empty list."""
@@ -113,9 +114,17 @@ def loaded_model(
         known = all(0 <= token < model.vocab_size for ids in labels.values() for token in ids)
         system = None if record is None else record.system
         decisions, embedding = ({}, {}) if record is None else (record.decisions, record.embedding)
+        columns = None if record is None else _columns(record)
         yield LoadedModel(
-            *(model, tokenizer, stop_ids, notes, labels if known else {}, system, decisions, embedding, source.path)
+            *(model, tokenizer, stop_ids, notes, labels if known else {}, system, decisions, embedding, source.path),
+            columns=columns,
         )
+
+
+def _columns(record: AdapterRecord) -> NamedColumns:
+    """Return the columns that the rows of training were read from."""
+    texts = {option: record.config.get(f"data.{option}") for option in ("prompt", "completion", "messages")}
+    return NamedColumns(**{option: text for option, text in texts.items() if isinstance(text, str)})
 
 
 _Loaded = tuple[Completer, tuple[str, ...], AdapterRecord | None]

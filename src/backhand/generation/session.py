@@ -87,6 +87,7 @@ class GenerationSession:
         batch_rows: int = 64,
         on_text: Callable[[int, str], None] | None = None,
         on_done: Callable[[int], None] | None = None,
+        on_answer: Callable[[int, Answer], None] | None = None,
     ) -> list[Answer]:
         """Answer many prompts at once. Each answer has its own random generator, so it does not depend on the others.
 
@@ -97,6 +98,7 @@ class GenerationSession:
             batch_rows: maximum number of prompts computed together.
             on_text: receives (number of the prompt, piece of its answer) as soon as a piece is certain.
             on_done: receives the number of each prompt when its answer is complete.
+            on_answer: receives the number of each prompt and its complete answer.
 
         Raises:
             DataError: a prompt leaves no room for an answer, or holds tokens that the model does not know.
@@ -125,10 +127,12 @@ class GenerationSession:
                 on_text(number, text)
             if reply.finish_reason is not None and on_done is not None:
                 on_done(number)
+            if reply.finish_reason is not None and on_answer is not None:
+                on_answer(number, reply.answer())
             return reply.finish_reason is not None
 
         self.model.complete(prompts, choose, finished, max_new_tokens=options.max_new_tokens, batch_rows=batch_rows)
-        return [Answer(reply.stream.text, reply.tokens, reply.finish_reason or "length") for reply in replies]
+        return [reply.answer() for reply in replies]
 
     def _encode(self, row: OneText) -> list[int]:
         document, _ = self.renderer.prompt(row)
@@ -191,6 +195,10 @@ class _Reply:
             self.finish_reason = "length"
             text += self.stream.finish()
         return text
+
+    def answer(self) -> Answer:
+        """Return the answer so far."""
+        return Answer(self.stream.text, self.tokens, self.finish_reason or "length")
 
 
 # The choice of the next token: greedy, or drawn from an explicit generator.

@@ -118,12 +118,17 @@ def evaluation_rows(data: DataOptions, loaded: LoadedModel, run: EvaluateRunOpti
     """
     data = replace(data, eval_data=(), eval_fraction=0.0)  # evaluate every given row and hold none out
     all_prompts: list[Prompt] = []
-    examples, _ = prepare(data, loaded.tokenizer, purpose=None, prompts=all_prompts if run.completions else None)
+    examples, _ = prepare(
+        *(data, loaded.tokenizer),
+        purpose=None,
+        prompts=all_prompts if run.completions else None,
+        recorded=loaded.columns,
+    )
     prompts = tuple(prompt for prompt in all_prompts if prompt.reply is not None)
     vocab_size = loaded.model.vocab_size
     prompt_ids = ((prompt.input_ids, prompt.source) for prompt in prompts)
     check_vocabulary(chain(examples.examples.beyond(vocab_size), prompt_ids), vocab_size, loaded.tokenizer)
-    notes = examples.report.left_out()
+    notes = [*examples.report.left_out(), *examples.report.notes]
     if without_reply := len(all_prompts) - len(prompts):
         notes.append(f"{count_of(without_reply, 'row')} without a reply at the end: no exact match, the loss alone")
     rows = len(np.unique(examples.examples.column("source_digest")))
@@ -339,8 +344,8 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     check_kind("options", options, EvaluateOptions)
     options.validate()
     run, data = options.run, options.data
-    if data.state is None:
-        check_first_rows(data)
+    if data.state is None and run.adapter is None:
+        check_first_rows(data)  # the record of an adapter may name the columns
     with loaded_model(options.model, run.adapter, template=data) as loaded:
         show_notes(loaded.notes)
         if loaded.decisions:
