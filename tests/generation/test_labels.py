@@ -152,7 +152,9 @@ def test_a_run_judges_its_labels_and_writes_them_down(labelled: tuple[TinyRun, P
     assert summary["adapted_exact_match"] > 0.9 < score["accuracy"] and score["invented"] <= 1
     assert list(score["per_label"]) == sorted(LABELS) and summary["base_labels"]["invented"] == 32
     reported = read_summary(run / "summary.json")
-    assert reported is not None and any("accuracy 2" in line and "macro F1" in line for line in closing_lines(reported))
+    assert reported is not None and any(
+        "The accuracy" in line and "macro F1" in line for line in closing_lines(reported)
+    )
     record = json.loads((run / "adapter" / "backhand.json").read_text())
     assert list(record["labels"]) == sorted(LABELS)
     page = Page(run_page(read_run(run)))
@@ -188,7 +190,9 @@ def test_evaluate_judges_labels_where_rows_have_them(
     with pytest.raises(DataError, match="have no labels"):
         evaluate(evaluated(tiny, few, labels=("auto",)))
     evaluate_command(evaluated(tiny, path, run / "adapter"))
-    assert "macro F1" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "macro F1" in shown and "base: exact match 95 % interval" in shown and "adapted: exact match" in shown
+    assert "Always answering" in shown and "answered better than by the base model or a constant answer." in shown
 
 
 def test_generate_answers_with_a_label_and_its_probability(

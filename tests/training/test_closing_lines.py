@@ -19,6 +19,7 @@ from backhand.generation.options import AnswerOptions, GenerateOptions
 from backhand.loop import evaluate as evaluation
 from backhand.loop.answers import rows_to_show
 from backhand.loop.evaluate import evaluate
+from backhand.loop.evaluate_rewards import gain_words
 from backhand.nn.model_options import BaseModelOptions, pretrained_arguments
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.config import ModelOptions
@@ -176,6 +177,15 @@ def test_rewards_of_a_short_run_are_not_compared(ended: RunSummary) -> None:
     assert any("backhand evaluate" in line and line.endswith("--reward rew.py:right") for line in lines)
     assert not any("too few to tell" in line for line in closing_lines(replace(rewarded, steps=200)))
     assert any("backhand export" in line for line in lines)
+
+
+def test_a_gain_of_reward_has_an_interval() -> None:
+    base = torch.tensor([0.5, 0.5, 0.5, 0.5], dtype=torch.float64)
+    unclear = gain_words(base, base + torch.tensor([0.3, -0.2, 0.1, -0.1], dtype=torch.float64))
+    assert unclear.startswith("reward gained per row +0.025 (95 % interval -0.1923 to +0.2423)")
+    assert unclear.endswith("too few rows to tell the change from chance")
+    assert "too few" not in gain_words(base, base + 0.1)
+    assert "too few" in gain_words(base[:1], base[:1])
 
 
 def test_the_rows_shown_are_spread_over_answers_and_mistakes() -> None:

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+FULL_LENGTH = " if every answer has its full length"
+"""Clause after a forecast of steps that sample answers."""
 _KEPT = 0.95
 """Factor by which the weight of earlier steps decreases per logged step."""
 
@@ -27,7 +29,7 @@ class Forecast:
     steps_s: Sequence[float]  # predicted seconds of each step
     pauses_s: Mapping[int, float]  # predicted seconds of the pause after each of these steps; 0: before the first step
     end_s: float  # predicted seconds from the last pause to the end of the command
-    at_most: bool = False  # True if steps may be shorter, because sampled answers may be
+    full_length: bool = False  # True if sampled answers are assumed to have their full length; steps may be shorter
 
     # _began: time at which the run began or was resumed; _began_at: its steps and seconds in steps until then
     _began: float = field(default_factory=time.monotonic)

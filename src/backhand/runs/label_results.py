@@ -62,6 +62,7 @@ def label_clause(base: LabelFigures, adapted: LabelFigures, rows: int) -> str:
     """Return a clause about the accuracy of both models, their intervals, and a constant answer."""
     before, after = (f"{one['accuracy']:.1%} ({interval_text(one['accuracy'], rows)})" for one in (base, adapted))
     return (
-        f"the accuracy by the most probable of {len(adapted['per_label'])} labels went from {before} to {after}; "
+        f"the accuracy by the most probable of {len(adapted['per_label'])} labels went from {before} to {after}, "
+        f"macro F1 from {base['f1_macro']:.3f} to {adapted['f1_macro']:.3f}; "
         f"{constant_answer(adapted['per_label'])}: {LABEL_VERDICTS[figures_verdict(base, adapted, rows)]}"
     )

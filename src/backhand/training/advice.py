@@ -63,7 +63,7 @@ SAVED = 3
 FEWEST_ROWS, FEWEST_TOKENS = 16, 1000
 """If fewer rows with fewer supervised tokens are held out, the course of their loss is mostly chance."""
 SEPARATED = 0.1
-"""Below this held-out loss, pairs are told apart almost certainly."""
+"""Below this held-out loss, pairs are ordered almost certainly."""
 PIECE = 0.01
 """A last piece with a smaller share of the sum of all rates is too noisy to use."""
 SPIKE = 1.3
@@ -256,7 +256,7 @@ def _pair_advice(config: TrainConfig, summary: RunSummary, answers: AnswerLength
         loss = summary.best_eval_loss
         if fell is None or fell >= 0 or loss is None or loss >= SEPARATED or summary.objective in ("orpo", "simpo"):
             return None
-        sentence = f"The pairs are told apart, but chosen answers became less probable by {-fell:.3g} nats: fewer steps"
+        sentence = f"The pairs are ordered, but chosen answers became less probable by {-fell:.3g} nats: fewer steps"
         fewer = max((config.optimization.warmup_steps or 0) + 1, summary.steps // 2)
         start = f"--from-adapter {shlex.quote(started_from)} " if started_from is not None else ""
         return f"{sentence} change them less.", _again(run, f"{start}--max-steps {fewer}")

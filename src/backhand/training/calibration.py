@@ -137,7 +137,7 @@ def _forecast(plan: RunPlan, machine: Machine, seconds: Seconds) -> Forecast:
     evaluations = _evaluations_s(plan, machine, seconds)
     save_s = _SAVED_BYTES * plan.size.adapter_elements / _WRITTEN_PER_S
     pauses = {step: evaluations.get(step, 0.0) + (save_s if step else 0.0) for step in sorted({*evaluations, *saves})}
-    return Forecast(steps_s, pauses, _end_s(plan, seconds), at_most=sampled)
+    return Forecast(steps_s, pauses, _end_s(plan, seconds), full_length=sampled)
 
 
 _SAVED_BYTES, _WRITTEN_PER_S = 16, 1e8

@@ -20,7 +20,7 @@ from backhand.data.options import system_option
 from backhand.data.packing import micro_batches
 from backhand.distributed.communicator import Communicator
 from backhand.kernels.builds import describe, library
-from backhand.loop.forecast import Forecast
+from backhand.loop.forecast import FULL_LENGTH, Forecast
 from backhand.loop.observers import Observer, RunStart
 from backhand.printing import duration, going_on, line_due, may_be_silent, now, say, visible
 from backhand.runs.distilled_results import distilled_sentences
@@ -393,7 +393,8 @@ def opening_facts(
     facts.append(
         f"plan: {count_of(run.inputs.total_steps, 'step')} of {count_of(options.batch_rows, 'row')}, {cut}; "
         f"peak memory about {in_words(run.plan.memory.peak_bytes)}"
-        + ("" if forecast is None else f"; {'at most' if forecast.at_most else 'about'} {duration(forecast.total_s)}")
+        + ("" if forecast is None else f"; about {duration(forecast.total_s)}")
+        + FULL_LENGTH * (forecast is not None and forecast.full_length)
     )
     # If rows share prefixes, fewer tokens are computed than trained on. The first steps are counted.
     packer = run.inputs.packer

@@ -14,6 +14,7 @@ from rich.console import Console
 from backhand.data.examples import Example
 from backhand.engines.machine import Machine, resolve_machine
 from backhand.engines.memory.plan import LIVE_VIEW, HeldBase
+from backhand.loop.forecast import FULL_LENGTH
 from backhand.loop.rewards.process import RewardProcess
 from backhand.nn.compute import compute_settings
 from backhand.options.command_options import PlanOptions
@@ -178,6 +179,8 @@ def _print_speed(console: Console, report: PlanReport, speed: Speed) -> None:
     text = (
         f"{speed.tokens_per_s:,.0f} tokens/s{of_all} (measured for {speed.measured_s:.0f} s): "
         f"{plan.inputs.total_steps:,} steps take about {duration(speed.train_s)}"
+        + FULL_LENGTH
+        * plan.inputs.config.objective.trains_on_samples
     )
     if speed.evaluate_s:
         text += f", evaluations {duration(speed.evaluate_s)} more"
