@@ -195,6 +195,23 @@ def test_evaluate_judges_labels_where_rows_have_them(
     assert "Always answering" in shown and "answered better than by the base model or a constant answer." in shown
 
 
+def test_other_files_are_read_by_the_columns_of_training(labelled: tuple[TinyRun, Path, Path], tmp_path: Path) -> None:
+    tiny, path, run = labelled
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    table = tmp_path / "held.jsonl"
+    table.write_text(
+        "".join(json.dumps({"text": row["prompt"], "label": row["completion"]}) + "\n" for row in rows[:8])
+    )
+    with pytest.raises(DataError, match="label would not be read"):
+        evaluate(evaluated(tiny, table, run / "adapter"))
+    adapter = Path(shutil.copytree(run / "adapter", tmp_path / "adapter"))
+    record = json.loads((adapter / "backhand.json").read_text())
+    record["config"] |= {"data.prompt": "{text}", "data.completion": "label"}
+    (adapter / "backhand.json").write_text(json.dumps(record))
+    found = evaluate(evaluated(tiny, table, adapter)).adapted
+    assert found is not None and found.labels is not None and found.labels.accuracy > 0.5
+
+
 def test_generate_answers_with_a_label_and_its_probability(
     labelled: tuple[TinyRun, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from backhand.data.prepare import prepare_prompts
 from backhand.data.raw_rows import RowErrors
 from backhand.data.row_encoder import Prompt
 from backhand.data.rows import with_answer
-from backhand.errors import DataError, UsageError, not_none
+from backhand.errors import DataError, UsageError
 from backhand.files import make_directory, replaceable_mode, write_atomically
 from backhand.generation.labels import (
     AUTO,
@@ -252,7 +252,8 @@ def _lines(
     def take(number: int, answer: dict[str, Any]) -> None:
         prompt = prompts[number]
         if options.answer.as_rows:
-            lines[number] = with_answer(not_none(prompt.row), answer["completion"])
+            assert prompt.row is not None
+            lines[number] = with_answer(prompt.row, answer["completion"])
         else:
             lines[number] = {"prompt": prompt.text, "reference": prompt.reply, **answer}
 

@@ -216,7 +216,7 @@ def forgotten_nats(records: Iterable[Mapping[str, Any]], best_step: int | None) 
     return next(reversed([nats for nats in measured if nats is not None]), None)
 
 
-def rows_trained_on(rows: int, seen: int | None) -> str:
+def rows_trained_on(rows: float, seen: float | None) -> str:
     """Return the number of rows that the steps contained, such as `64 of 180 rows` or `180 rows`."""
     return count_of(rows, "row") if seen is None or seen >= rows else f"{seen:,} of {count_of(rows, 'row')}"
 

@@ -177,7 +177,8 @@ class Trainer:
                 if not config.run.quiet and not finished_before:
                     forecast = forecast_run(run.plan, run.machine, run.bound.model)
                     forecast.begin(state.progress.step, state.progress.train_s)
-                facts = opening_facts(run, self.checkpoint and self.checkpoint.step, self.processes, forecast)
+                from_step = None if self.checkpoint is None else self.checkpoint.step
+                facts = opening_facts(run, from_step, self.processes, forecast)
                 options = {
                     f"{part}.{name}": value
                     for part, table in config_table(config).items()
