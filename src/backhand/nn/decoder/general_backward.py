@@ -35,7 +35,7 @@ from backhand.nn.decoder.projections import (
 )
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.families.family import DecoderConfig
-from backhand.ops.activation import activated
+from backhand.ops.activation import activate, activation_gradient
 from backhand.ops.glu import GLUSaved, glu_backward, glu_recompute
 from backhand.ops.layer_norm import NormSaved
 
@@ -74,7 +74,7 @@ def _mlp_backward(
     a_u, h = saved_or_recomputed_gate_up(saved, n2, weights, adapter, config)
     unit = GLUSaved(a_u[:, :ffn], a_u[:, ffn:], config.activation) if config.gated_mlp else None
     if unit is None:
-        p, slope = activated(a_u, config.activation)
+        p, ready = activate(a_u, config.activation, None), None
     else:
         p, ready = glu_recompute(unit)
     needs_d_p = Group.DOWN in input_grad_groups
@@ -83,13 +83,11 @@ def _mlp_backward(
     if d_p is None:
         return None
     if unit is None:
-        torch.mul(d_p, slope, out=a_u)
-        del slope
+        activation_gradient(d_p, a_u, config.activation, a_u)
     else:
         glu_backward(d_p, unit, ready=ready, out=a_u)
         scale_gate(a_u, config)
-        del ready
-    del d_p
+    del ready, d_p
     needs_d_n2 = Group.GATE_UP in input_grad_groups
     return group_backward(a_u, n2, weights.gate_up, adapter.gate_up, h, input_gradient=needs_d_n2)
 
