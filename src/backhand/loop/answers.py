@@ -99,7 +99,8 @@ def free_answers(
     longest = min(_LONGEST_PROMPT, model.context_tokens - new_tokens)
     pairs = config.objective.purpose == "pairs"
     count = max(config.run.answers, _MEASURED_PAIRS if pairs else 0)
-    short = not pairs and not prompted and all(0 < end - begin <= _LABEL_TOKENS for begin, end in _spans(examples))
+    fixed = prompted or config.objective.trains_on_samples  # other files have answers of evenly spaced rows
+    short = not pairs and not fixed and all(0 < end - begin <= _LABEL_TOKENS for begin, end in _spans(examples))
     candidates = _CANDIDATES * count if short else count
     chosen = {number: examples[number] for number in evenly_spaced(len(examples), candidates)}
     of_teacher = {example.source: prompted.get(number) for number, example in chosen.items()}
