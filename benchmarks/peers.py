@@ -6,6 +6,7 @@ its own (see `worker.py`), so that allocator settings and caches of one cannot h
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -49,9 +50,13 @@ def tune_process() -> None:
         torch.set_float32_matmul_precision("medium")
 
 
-def initial_factor(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
-    """The same starting numbers for every peer; lora_B is small but not zero, so that every gradient is at work."""
-    generator = torch.Generator().manual_seed(seed * 100_003 + index)
+def initial_factor(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return the same starting numbers for every peer. lora_B is not zero, so that every gradient is at work.
+
+    Args:
+        name: of the factor, such as `model.layers.0.self_attn.q_proj.lora_A`.
+    """
+    generator = torch.Generator().manual_seed(seed * 100_003 + zlib.crc32(name.encode()))
     return torch.randn(shape, generator=generator) * 0.02
 
 
@@ -81,8 +86,8 @@ class BackhandPeer:
         from backhand.options.config import OptimizationOptions
 
         self.model, self.lora = model, lora
-        for index, (_, view) in enumerate(self.lora.named_tensors()):
-            view.copy_(initial_factor(workload.seed, index, tuple(view.shape)))
+        for name, view in self.lora.named_tensors():
+            view.copy_(initial_factor(workload.seed, name, tuple(view.shape)))
         self.model.attach(self.lora)
         # Its moments are part of the step's memory, as torch.optim's are, which appear in the first step.
         self.make_optimizer = lambda: AdapterOptimizer(self.lora, OptimizationOptions(learning_rate=LEARNING_RATE))
@@ -157,8 +162,8 @@ class PeftPeer:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    index = peft_order(name)
-                    parameter.copy_(initial_factor(workload.seed, index, tuple(parameter.shape)))
+                    own = name.removeprefix("base_model.model.").removesuffix(".default.weight")
+                    parameter.copy_(initial_factor(workload.seed, own, tuple(parameter.shape)))
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=LEARNING_RATE, weight_decay=0.0, **({"fused": True} if tuned else {})
         )
@@ -172,17 +177,6 @@ class PeftPeer:
         norm = torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         return float(loss.detach()), float(norm)
-
-
-_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def peft_order(name: str) -> int:
-    """The position that our flat buffer gives to this PEFT parameter."""
-    parts = name.split(".")
-    layer = int(parts[parts.index("layers") + 1])
-    module = next(i for i, part in enumerate(_ORDER) if part in parts)
-    return (layer * len(_ORDER) + module) * 2 + ("lora_B" in parts)
 
 
 def transformers_model(name: str, dtype: torch.dtype) -> Any:

@@ -9,7 +9,7 @@ two steps of a turn the second is timed. Before a time is believed, all peers mu
 gradient norm above zero. Peers that are tuned have what a run of ours sets for itself, the ceiling too: the allocator,
 large pages, the route of float32 products. The medians, spreads and ratios, with machine and versions, go to
 benchmarks/results/train_step.json; with --add in addition to the results of other workloads. A model is a file, a
-directory, a known name, or the shape of one in random_gguf.py.
+directory, a known name, the shape of one in random_gguf.py, or granite-4-h (random_hybrid.py).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from typing import Any
 from environment import peer_environment
 from machine import CAPS, cap_instructions, describe_machine
 from random_gguf import SHAPES, write_random_model
+from random_hybrid import NAME as HYBRID
+from random_hybrid import write_random_hybrid
 
 HERE = Path(__file__).parent
 PEERS = (
@@ -195,7 +197,9 @@ def main() -> None:
     cap_instructions(arguments.instructions)
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model
-        if model in SHAPES:
+        if model == HYBRID:
+            model = str(write_random_hybrid(Path(folder) / model))
+        elif model in SHAPES:
             model = str(write_random_model(Path(folder) / f"{model}.gguf", SHAPES[model]))
         runs = [measure(dtype, model, arguments) for dtype in arguments.dtype]
     for run in runs:
