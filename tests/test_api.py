@@ -194,8 +194,9 @@ def test_evaluate_takes_options_by_name_and_returns_what_json_prints(
     words = ["--adapter", trained.adapter, "--model", str(tiny.model), "--threads", "1", "--data", str(path), "--json"]
     assert main(["evaluate", *words]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(result.as_dict()))
-    with pytest.raises(UsageError, match="rewards are measured by the command"):
-        backhand.evaluate(data=ROWS, reward="exact")
+    for name, value in (("reward", "exact"), ("vectors", True)):
+        with pytest.raises(UsageError, match=f"{name} is measured by the command"):
+            backhand.evaluate(data=ROWS, **{name: value})
 
 
 def test_export_returns_the_path(trained: Any, tiny: TinyRun, tmp_path: Path) -> None:

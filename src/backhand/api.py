@@ -119,12 +119,13 @@ def evaluate(
         check_kind("options", options, EvaluateOptions)
     given = _named(data=data, adapter=adapter, model=model) | further
     built = _options("evaluate", EvaluateOptions, given, options)
-    if built.run.reward:
-        raise UsageError(
-            "rewards are measured by the command",
-            where="reward",
-            next_step="backhand evaluate --reward NAME --json …",
-        )
+    for name, given_option, words in (("reward", built.run.reward, " NAME"), ("vectors", built.run.vectors, "")):
+        if given_option:
+            raise UsageError(
+                f"{name} is measured by the command",
+                where=name,
+                next_step=f"backhand evaluate --{name}{words} --json …",
+            )
     return evaluation.evaluate(built)
 
 
