@@ -100,7 +100,6 @@ def _gemma4(**overrides: Any) -> DecoderConfig:
 
 
 _THREES = {"num_heads": 6, "num_key_value_heads": 3}
-_EACH_ITS_KEY = {"num_heads": 4, "num_key_value_heads": 4}
 _GRANITE = {"embedding_scaling": 2.9, "residual_multiplier": 0.37, "logits": LogitsRule(1 / 1.7)}
 
 FAMILIES: dict[str, DecoderConfig] = {
@@ -220,13 +219,12 @@ FAMILIES: dict[str, DecoderConfig] = {
         rotary=(RotaryConfig(1000.0), RotaryConfig(10.0)),
         embedding_scaling=3.7,
     ),
-    "bert": _tiny("bert", activation="gelu", rotary=(), layers=(_STILL, _STILL), **_EACH_ITS_KEY),
+    "bert": _tiny("bert", activation="gelu", rotary=(), layers=(_STILL, _STILL)),
     "modernbert": _tiny(
         "modernbert",
         activation="gelu",
         layers=(replace(_FULL, input_norm=False), _SLIDING_BY_THE_OTHER),
         rotary=(RotaryConfig(1000.0), RotaryConfig(10.0)),
-        **_EACH_ITS_KEY,
     ),
     "modernbert, biases": _tiny(
         "modernbert",
@@ -237,7 +235,6 @@ FAMILIES: dict[str, DecoderConfig] = {
         mlp_bias=True,
         layers=(replace(_SLIDING_BY_THE_OTHER, input_norm=False), _FULL),
         rotary=(RotaryConfig(1000.0), RotaryConfig(10.0)),
-        **_EACH_ITS_KEY,
     ),
 }
 
