@@ -358,15 +358,15 @@ def test_verify_proves_the_loss_of_pairs(tiny: TinyRun, rows: dict[str, Path]) -
     setup = load_setup(
         ModelOptions(model=str(tiny.model), dtype="float32"), DataOptions(data=(str(rows["pairs"]),)), None, 128
     )
-    assert len(setup.examples) == 2 * len(setup.pairs) > 0
+    assert len(setup.examples) == 2 * len(setup.rows) > 0
     batch = pack(setup.examples)
-    proofs = [*GradientProofs(setup.decoder, batch, setup.dropout_seed, setup.pairs).by_block()]
+    proofs = [*GradientProofs(setup.decoder, batch, setup.dropout_seed, setup.rows).by_block()]
     assert proofs[0].case == "loss of pairs (DPO) = reference, float64"
     assert all(proof.passed for proof in proofs)
     # A pair the wrong way round has another loss.
-    wrong = GradientProofs(setup.decoder, batch, setup.dropout_seed, setup.pairs)
-    assert wrong.step.pair_loss is not None
-    wrong.step.pair_loss = replace(wrong.step.pair_loss, owners=wrong.step.pair_loss.owners ^ 1)
+    wrong = GradientProofs(setup.decoder, batch, setup.dropout_seed, setup.rows)
+    assert wrong.step.row_loss is not None
+    wrong.step.row_loss = replace(wrong.step.row_loss, owners=wrong.step.row_loss.owners ^ 1)
     assert not next(iter(wrong.by_block())).passed
 
 
