@@ -12,7 +12,7 @@ from backhand.verify.scaffold import Case
 from backhand.verify.tiny_decoders import FAMILIES
 
 GEMMA4 = "gemma4, shared"
-OP = decoder_op("decoder_kinds", (9, 5, 1, 11), "_proj")
+OP = decoder_op("decoder_kinds", (9, 5, 1, 11), "_proj query value dense Wqkv Wo Wi")
 TIED = "llama 3"
 
 
