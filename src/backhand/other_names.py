@@ -35,6 +35,11 @@ def command_answers() -> dict[str, str]:
     return _by_name(_table()["commands"])
 
 
+def value_answers() -> dict[str, str]:
+    """Return our own value for each value of another tool."""
+    return _by_name(_table()["values"])
+
+
 def _by_name(names_of: Mapping[str, str], prefix: str = "") -> dict[str, str]:
     return {name: prefix + answer for answer, names in names_of.items() for name in names.split()}
 

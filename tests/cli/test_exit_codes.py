@@ -134,6 +134,16 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
     assert 'Did you mean "train"?' in capsys.readouterr().err
 
 
+def test_the_value_of_another_tool_is_answered_and_required_options_are_checked_before_torch_is_imported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["export", "--to", "llama.cpp", "--adapter", "a"]) == 2
+    assert '"sentence-transformers". Its equivalent is gguf.\n' in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "backhand.interop.command", None)
+    assert cli.main(["export", "--to", "gguf", "--adapter", "a"]) == 2
+    assert "no output is given" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("word", "text"),
     [("--verison", "Unknown option: --verison. Did you mean --version?"), ("--qqq", "Unknown option: --qqq.\n")],

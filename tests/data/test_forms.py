@@ -245,8 +245,8 @@ def test_bad_rows_before_the_first_good_one_do_not_fix_the_form() -> None:
     [
         ({"question": "q", "output": "a", "system_prompt": "s"}, "rename the column output to answer"),
         ({"instruction": "q", "answer": "a"}, "rename the column answer to output"),
-        ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, "keep chosen and rename it to messages"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "keep prompt and chosen, and rename chosen to completion"),
+        ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, "answers only with --messages chosen"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "answers only with --completion chosen"),
     ],
 )
 def test_what_to_rename_is_said(values: dict[str, Any], remedy: str) -> None:

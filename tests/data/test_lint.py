@@ -12,7 +12,7 @@ from backhand.data.mojibake import find_mojibake
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare
 from backhand.data.template_report import describe_template
-from backhand.data.token_view import token_lines, view_tokens
+from backhand.data.token_view import token_lines, token_texts, view_tokens
 from backhand.errors import DataError
 from support.tiny_tokenizer import CHAT_TEMPLATE
 from support.tokenizer_kinds import (
@@ -188,4 +188,6 @@ def test_tokens_for_eyes(tmp_path: Path) -> None:
     assert lines[0] == f"{path}:1"
     assert lines[-1].startswith("*") and lines[-1].endswith("'<|im_end|>'")
     assert lines[1].startswith(" ")
-    assert "'Ã'" in "".join(lines), "part of a character is shown as the tokenizer spells it"
+    whole = next(number for number, line in enumerate(lines) if line.endswith("'é'"))
+    assert lines[whole + 1].endswith("(more of the same character)")
+    assert token_texts(tokenizer("aé").input_ids[:2], tokenizer) == ["a", "Ã"], "a truncated one as it is spelt"

@@ -45,7 +45,9 @@ def test_good_rows_pass(lint: Lint) -> None:
     assert (code, err) == (0, "")
     assert "prompt/completion" in out and "3 training documents" in out
     assert "no problems found" in out
-    for kind, (words, *_) in CHECKS.items():
+    concerned = {kind: check.words for kind, check in CHECKS.items() if check.form in ("", "documents", "labels")}
+    assert not any(check.words in out for kind, check in CHECKS.items() if kind not in concerned)
+    for kind, words in concerned.items():
         (line,) = (line for line in out.splitlines() if words in line)
         assert ("no held-out rows" if kind == "overlap" else "none") in line
 
@@ -60,6 +62,13 @@ def test_what_would_stop_training_is_named_and_is_an_error(lint: Lint, tmp_path:
         assert what in out.splitlines()[place]
     assert out.count("  next: ") == 2
     assert f"{tmp_path}/rows.jsonl:4: training would stop: 2 malformed rows" in err
+
+
+def test_an_objective_is_no_option_and_labels_are_counted(lint: Lint) -> None:
+    code, _, err = lint(GOOD, "--objective", "dpo")
+    assert code == 2 and "an option of `backhand train`. `lint` detects the form of the rows from their columns." in err
+    rows = [{"prompt": f"q{number}", "completion": "yes" if number % 3 else "no"} for number in range(9)]
+    assert "documents per answer: yes 6, no 3\n" in lint(rows)[1]
 
 
 def test_bad_rows_that_are_left_out_stop_nothing(lint: Lint) -> None:

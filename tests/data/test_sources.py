@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,6 +35,27 @@ def test_missing_names_and_empty_folders_are_errors(tmp_path: Path) -> None:
         expand(["folder/rows.jsonl"])
     with pytest.raises(DataError, match="no such file"):
         expand(["nowhere"])
+
+
+def test_plain_text_is_answered_with_the_command_that_makes_rows(tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("One.\nStill one.\n\n\nTwo: é.\n")
+    with pytest.raises(DataError, match="plain text") as refused:
+        list(read_rows(str(notes), RowErrors()))
+    command = str(refused.value.next_step).partition("of each paragraph: ")[2]
+    subprocess.run(["sh", "-c", command.replace("python3", sys.executable)], cwd=tmp_path, check=True)
+    assert [row.values["text"] for row in read_rows(str(tmp_path / "notes.jsonl"), RowErrors())] == (
+        ["One.\nStill one.", "\nTwo: é.\n"]
+    )
+
+
+def test_rows_of_other_kinds_on_standard_input_are_answered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    piped = tmp_path / "piped"
+    piped.write_text("text,label\na,b\n")
+    monkeypatch.setattr("backhand.data.sources.STANDARD_INPUT", str(piped))
+    with pytest.raises(DataError, match="standard input is not JSON lines") as refused:
+        list(read_rows(str(piped), RowErrors()))
+    assert "--data FILE" in str(refused.value.next_step)
 
 
 def test_parquet_rows(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from backhand.errors import BackhandError, ResourceError, UsageError
+from backhand.errors import BackhandError, DataError, ResourceError, UsageError
 from backhand.options.config import TrainConfig
 from backhand.runs.directory import opened
 from backhand.training.run import train
@@ -209,6 +209,23 @@ def test_a_link_for_a_checkpoint_is_never_written_through(tiny: TinyRun, tmp_pat
     assert not list((tmp_path / "elsewhere").iterdir()) and not (tmp_path / "nowhere").exists()
     with pytest.raises(UsageError, match="already contains a run"):
         train(config)
+
+
+def test_a_fault_of_the_data_is_reported_before_a_taken_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for taken in ("run/adapter", "run-2"):
+        (tmp_path / taken).mkdir(parents=True)
+    (tmp_path / "latin1.csv").write_bytes(b"prompt,completion\na,caf\xe9\n")
+    (tmp_path / "rows.csv").write_bytes(b"prompt,completion\na,b\n")
+    for data, error in (((), UsageError), (("absent.csv",), DataError), (("latin1.csv",), DataError)):
+        with pytest.raises(error) as refused:
+            train(with_options(TrainConfig(), data=data, quiet=True))
+        assert "already contains" not in str(refused.value)
+    with pytest.raises(UsageError, match="already contains a run") as refused:
+        train(with_options(TrainConfig(), data=("rows.csv",), quiet=True))
+    assert str(refused.value.next_step).endswith("or give --output run-3")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX alone has named pipes")

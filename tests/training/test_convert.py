@@ -104,13 +104,41 @@ def test_a_trl_file_whose_values_are_not_all_possible(tmp_path: Path) -> None:
     assert "# warmup_ratio: 0.1: here it is warmup_steps, a number of steps; 3 % of them unless given" in text
 
 
+def test_a_llama_factory_file(tmp_path: Path) -> None:
+    config, text = converted(
+        "finetuning_type: lora\nlora_rank: 4\nlora_target: all\ntemplate: llama3\ndataset: alpaca_en_demo\n"
+        "dataset_dir: sets\n",
+        tmp_path,
+    )
+    assert config.adapter.target_modules == "all-linear" and config.data.data == ()
+    assert (config.adapter.rank, config.adapter.alpha) == (4, 8)
+    assert "alpha = 8  # the default of LLaMA-Factory, twice the rank" in text
+    assert "# template: llama3: the model's own chat template is used" in text
+    assert "# dataset: alpaca_en_demo: alpaca_en_demo is a name in a list of data sets; give the file that sets" in text
+
+
+def test_names_of_modules_and_data_sets_separated_by_commas(tmp_path: Path) -> None:
+    config, _ = converted("lora_target: q_proj, v_proj\ndataset: a.jsonl,owner/name\nr: 4\n", tmp_path)
+    assert config.adapter.target_modules == ("q_proj", "v_proj") and config.data.data == ("a.jsonl", "owner/name")
+    assert (config.adapter.rank, config.adapter.alpha) == (4, 8)
+
+
+def test_training_with_the_file_of_another_tool_names_convert(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "theirs.yaml"
+    path.write_text(AXOLOTL)
+    assert main(["train", str(path)]) == 2
+    assert f"next: backhand convert {path} --output run.toml; or key by key:" in capsys.readouterr().err
+
+
 def test_the_command_prints_or_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, output = tmp_path / "theirs.yaml", tmp_path / "run.toml"
     path.write_text("lora_r: 8\npacking: true\n")
     assert main(["convert", str(path)]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith("# From theirs.yaml.\n\n[adapter]\nrank = 8  # lora_r\n")
-    assert "1 key converted, 1 in comments; next: backhand train run.toml" in shown.err
+    assert f"1 key converted, 1 in comments; next: backhand convert {path} --output run.toml writes" in shown.err
     assert main(["convert", str(path), "--output", str(output)]) == 0
     assert load_config(output).adapter.rank == 8 and f"backhand train {output}" in capsys.readouterr().err
     assert main(["convert", str(path), "--output", str(output)]) == 2

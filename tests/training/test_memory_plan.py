@@ -46,7 +46,12 @@ def parts(shape: StepShape, recompute: Recompute) -> dict[str, int]:
 
 
 def chosen(
-    budget_mb: int | None, *, rows: int | None = None, recompute: Recompute = "auto", watched: bool = False
+    budget_mb: int | None,
+    *,
+    rows: int | None = None,
+    recompute: Recompute = "auto",
+    watched: bool = False,
+    smaller_base: str | None = None,
 ) -> MemoryPlan:
     ASKED.clear()
     return choose(
@@ -57,6 +62,7 @@ def chosen(
         micro_batch_rows=rows,
         recompute=recompute,
         answering_bytes=PROCESS if watched else None,
+        smaller_base=smaller_base,
     )
 
 
@@ -109,8 +115,9 @@ def test_where_nothing_fits_shorter_rows_are_proposed_if_they_do() -> None:
     found = re.search(r"--micro-batch-rows 1 --max-length (\d+) --recompute block", str(refused.value.next_step))
     assert found is not None
     assert sum(parts(SHAPES[1].cut(int(found[1])), "block").values()) <= 0.95 * 580 * MB
-    with pytest.raises(ResourceError, match="or a smaller model"):
-        chosen(400)
+    with pytest.raises(ResourceError, match="or a smaller model") as refused:
+        chosen(400, smaller_base="--base quantized")
+    assert "--base quantized" in str(refused.value.next_step)
 
 
 def test_a_second_model_counts() -> None:

@@ -175,12 +175,13 @@ def test_a_run_plans_no_base_that_decides_nothing(
     }
 
 
-def test_the_last_base_that_was_requested_says_what_would_fit() -> None:
+def test_the_quantized_base_says_what_would_fit() -> None:
     def plan(base: HeldBase, _limited: bool) -> MemoryPlan:
         raise ResourceError(f"{base} takes too much")
 
-    with pytest.raises(ResourceError, match="quantized takes too much"):
-        choose_base(("dense", "quantized"), plan)
+    for order in (("dense", "quantized"), ("quantized", "dense")):
+        with pytest.raises(ResourceError, match="quantized takes too much"):
+            choose_base(order, plan)
 
 
 def test_what_answers_is_dense_where_that_fits(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:

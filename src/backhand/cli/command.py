@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from cyclopts import Group, Parameter, Token, convert
 
-from backhand.bounds import union_members
+from backhand.bounds import Options, union_members
 from backhand.cli.option_fields import OptionField, build, is_mapping, option_fields, takes_several, value_of
 from backhand.errors import ResourceError, UsageError
 from backhand.system import affinity_cores, may_reserve
@@ -80,6 +80,8 @@ def command(entry: Command) -> Callable[..., Prepared]:
                 values |= {name: by_name[name].default for name in yielding}
             built = build(options, _words_in_file(base, by_name) | values, base)
             _check_paths(built, by_name)
+            if isinstance(built, Options):
+                built.validate()  # before PyTorch is imported
             more = {"typed": frozenset(typed)} if entry.tell_typed else {}
             run = entry.report_of and entry.report_of(built)
             _check_address_space()

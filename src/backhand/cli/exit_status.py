@@ -138,9 +138,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _usage(error: cyclopts.CycloptsError, arguments: Sequence[str]) -> str:
     import difflib
 
-    from cyclopts import UnknownCommandError, UnknownOptionError, UnusedCliTokensError
+    from cyclopts import CoercionError, UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
-    from backhand.other_names import command_answers
+    from backhand.other_names import command_answers, value_answers
 
     words = list(error.unused_tokens or ())
     if isinstance(error, UnusedCliTokensError):
@@ -166,13 +166,17 @@ def _usage(error: cyclopts.CycloptsError, arguments: Sequence[str]) -> str:
         several = (text.removeprefix("Unknown option: ") for text in messages)
         return messages[0] if len(messages) == 1 else "\n    - ".join(["Unknown options:", *several])
     message = str(error).strip()
+    value = error.token.value.lower() if isinstance(error, CoercionError) and error.token else ""
+    if (same := value_answers().get(value)) is not None and f'"{same}"' in message:
+        return f"{message.partition(' Did you mean')[0]} Its equivalent is {same}."
     none = message.lower().startswith('invalid value "none" for --report-to.')
     return f"{message} No tracker is the default: leave --report-to out." if none else message
 
 
 def _unknown_option(typed: str, value: str, options: Set[str]) -> str:
     """Explain an unknown option: by its equivalent if it is another tool's, otherwise by the nearest name."""
-    from backhand.cli.option_fields import as_option
+    from backhand.cli.option_fields import as_option, option_fields
+    from backhand.options.config import TrainConfig
     from backhand.other_names import HERE, NOT_NEEDED, translate_option
     from backhand.words import nearest_names
 
@@ -187,6 +191,10 @@ def _unknown_option(typed: str, value: str, options: Set[str]) -> str:
         return f"Unknown option: {typed}" + (f"; {meant}" if meant.startswith(NOT_NEEDED) else f". {suggestion}")
     if meant := translate_option(typed, as_option, value=value):
         return f"Unknown option: {typed}. It is an option of `backhand train`: {meant.removeprefix(HERE)}."
+    if plain in {field.name for field in option_fields(TrainConfig)}:
+        lint = plain == "objective" and "labels" in known
+        advice = " `lint` detects the form of the rows from their columns." if lint else ""
+        return f"Unknown option: {typed}. It is an option of `backhand train`.{advice}"
     nearest = nearest_names(plain, known, count=1, cutoff=0.6)
     return f"Unknown option: {typed}." + "".join(f" Did you mean {as_option(name)}?" for name in nearest)
 

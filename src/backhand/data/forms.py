@@ -203,11 +203,11 @@ class _Columns:
         if not self.present.issuperset(PREFERENCE):
             return None
         alone = "prompt" not in self.present and isinstance(self.raw.values["chosen"], list)
-        keep = "chosen and rename it to messages" if alone else "prompt and chosen, and rename chosen to completion"
+        named = "--messages chosen" if alone else "--completion chosen"
         return DataError(
             "these are preference pairs (chosen, rejected)",
             where=self.raw.source,
-            next_step=f"train on them with --objective dpo; to train on the chosen answers only, keep {keep}",
+            next_step=f"train on them with --objective dpo, or on the chosen answers only with {named}",
         )
 
     def without_answer(self) -> DataError | None:

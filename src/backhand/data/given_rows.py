@@ -22,7 +22,7 @@ Rows = str | PurePath | Iterable[str | PurePath | Mapping[str, Any]] | Frame
 """Rows as a program gives them: a source, several sources, a list of dicts, or a data frame."""
 
 PREFIX = "python:"
-_STANDARD_INPUT = "/dev/stdin"
+STANDARD_INPUT = "/dev/stdin"
 """The name of the rows that `-` stands for."""
 _INDEX = "__index_level_0__"
 """The column that pandas adds for the numbers of rows that were selected or shuffled."""
@@ -63,7 +63,7 @@ def as_sources(value: Any) -> Any:
         if parts and all(isinstance(part, Mapping) for part in parts):
             return (GivenRows.of(parts),)
         paths = (str(part) if isinstance(part, PurePath) else part for part in parts)
-        return tuple(_STANDARD_INPUT if part == "-" else part for part in paths)
+        return tuple(STANDARD_INPUT if part == "-" else part for part in paths)
     return value
 
 

@@ -39,6 +39,7 @@ class Check(NamedTuple):
     words: str  # label in a table
     what: str = ""  # follows the number of documents
     remedy: str = ""
+    form: str = ""  # the rows that it concerns: documents, labels, pairs, unpaired, decisions, embeddings; "" for all
 
 
 CHECKS = {
@@ -61,50 +62,68 @@ CHECKS = {
         "no end token carries loss",
         "in which no end token carries loss, so the model does not learn to stop",
         "use a chat template that ends replies (--chat-template)",
+        form="documents",
     ),
-    "empty_reply": Check("empty replies", "with an empty reply", "fill it in or remove the rows"),
-    "equal_pair": Check("pairs of equal answers", "with equal answers, which teach nothing", "remove the rows"),
+    "empty_reply": Check("empty replies", "with an empty reply", "fill it in or remove the rows", form="documents"),
+    "equal_pair": Check(
+        "pairs of equal answers", "with equal answers, which teach nothing", "remove the rows", form="pairs"
+    ),
     "one_label": Check(
         "labels of one kind only",
         "of {:,}, each {}desirable: there is nothing to distinguish",
         "give answers of both kinds",
+        form="unpaired",
     ),
-    "spelling": Check("labels that differ in case or spaces", "{}", "write each label the same way in all rows"),
+    "spelling": Check(
+        "labels that differ in case or spaces", "{}", "write each label the same way in all rows", form="labels"
+    ),
     "unused_option": Check(
         "options that are never the answer",
         "with options that no row has as its answer ({})",
         "add rows with these answers, or remove the options",
+        form="decisions",
     ),
     "alike_options": Check(
-        "options that differ in case or spaces", "with options named alike ({})", "write each option the same way"
+        "options that differ in case or spaces",
+        "with options named alike ({})",
+        "write each option the same way",
+        form="decisions",
     ),
     "contradiction": Check(
         "equal states with other answers",
         "whose state has another answer in an earlier row ({})",
         "correct one of them, or give probabilities as the answer",
+        form="decisions",
     ),
     "one_answer": Check(
         "one answer for 90 % of the rows",
         "of a question with one frequent answer ({}), which a constant model gives, too",
         "add rows with other answers",
+        form="decisions",
     ),
     "equal_positive": Check(
-        "positives equal to their anchor", "whose positive is the anchor, which teaches nothing", "remove the rows"
+        "positives equal to their anchor",
+        "whose positive is the anchor, which teaches nothing",
+        "remove the rows",
+        form="embeddings",
     ),
     "positive_negative": Check(
         "negatives that are positives",
         "with a negative that is a positive of the same anchor in some row",
         "remove the negative",
+        form="embeddings",
     ),
     "few_positives": Check(
         "few different positives",
         "of rows with {:,} different positives: most texts of a step are no negatives of each other",
         "train labels with --objective decide, or give rows with more different positives",
+        form="embeddings",
     ),
     "doubled_bos": Check(
         "two begin-of-sequence tokens",
         "starting with two begin-of-sequence tokens",
         "remove the token from the rows or from the chat template",
+        form="documents",
     ),
     "duplicate": Check("exact duplicates", "equal to an earlier one", "remove the duplicates"),
     "overlap": Check(
@@ -114,6 +133,7 @@ CHECKS = {
         "text that looks wrongly decoded",
         "with text that looks wrongly decoded, such as {!r}",
         "decode the original file again, as UTF-8",
+        form="documents",
     ),
 }
 """Kinds of findings. `_finding` fills in the braces."""
@@ -143,6 +163,8 @@ class LintReport:
     template: tuple[str, ...]  # properties of the chat template, one sentence each
     findings: tuple[Finding, ...]
     not_checked: dict[str, str]  # kinds of findings that could not be checked, with the reason
+    checked: tuple[str, ...]  # kinds of findings that concern these rows
+    labels: dict[str, int]  # training documents per answer, most frequent first; empty unless answers are labels
 
     @property
     def errors(self) -> int:
@@ -157,6 +179,7 @@ class LintReport:
             "lengths": self.lengths,
             "template": list(self.template),
             "not_checked": self.not_checked,
+            "labels": self.labels,
             "errors": self.errors,
             "findings": [asdict(finding) | {"where": list(finding.where)} for finding in self.findings],
         }
@@ -195,6 +218,8 @@ def lint(
         ("too_long", truncation.dropped_long),
         ("unsupervised", truncation.dropped_unsupervised),
     ]
+    labels: dict[str, int] = {}
+    forms = {"", purpose} if purpose in ("embeddings", "decisions") else {"", "documents", *_row_forms(train.examples)}
     if purpose == "embeddings":
         problems += problems_of_embeddings(train.examples)
     elif purpose == "decisions":
@@ -204,6 +229,9 @@ def lint(
         problems += [*_in_documents(documents, tokenizer, truncation), *_in_rows(train.examples)]
         spellings = label_spellings(tokenizer, train.examples, held_out.examples if held_out else ())
         problems += [("spelling", places, what) for what, places in spellings]
+        counts = _answer_counts(tokenizer, train.examples)
+        labels = {ways.most_common(1)[0][0]: ways.total() for ways in counts.values()}
+        forms |= {"labels"} if labels or spellings else set()
     not_checked = {}
     if held_out is None:
         not_checked["overlap"] = "no held-out rows"
@@ -224,8 +252,17 @@ def lint(
         template=tuple(describe_template(tokenizer, options)),
         findings=tuple(sorted(findings, key=lambda finding: finding.severity)),
         not_checked=not_checked,
+        checked=tuple(kind for kind, check in CHECKS.items() if check.form in forms),
+        labels=dict(sorted(labels.items(), key=lambda label: -label[1])),
     )
     return report, train
+
+
+def _row_forms(examples: StoredExamples) -> set[str]:
+    pairs = {"pairs"} if (examples.document_counts == 2).any() else set()
+    first_of_labels = np.unique(examples.column("label"), return_index=True)[1]
+    unpaired = any(examples[int(number)].desirable is not None for number in first_of_labels)
+    return pairs | ({"unpaired"} if unpaired else set())
 
 
 def _malformed(bad: RowErrors, severity: Severity) -> list[Finding]:
@@ -293,26 +330,39 @@ _MOST_LABELS, _LONGEST_LABEL, _ROWS_PER_LABEL = 128, 60, 3
 
 def label_spellings(tokenizer: Any, *examples: Iterable[Example]) -> list[tuple[str, list[str]]]:
     """Return (phrase, locations) for short trained answers that equal another answer except for case or spaces."""
+    spellings = _answer_counts(tokenizer, *examples).values()
+    return [
+        (
+            f"with the answer {text!r} next to {next(iter(ways))!r}, which are trained as two labels",
+            [one.source for one in chain.from_iterable(examples) if _answer_text(tokenizer, _answer(one)) == text],
+        )
+        for ways in spellings
+        for text in list(ways)[1:]
+    ]
+
+
+def _answer_counts(tokenizer: Any, *examples: Iterable[Example]) -> dict[str, Counter[str]]:
+    """Return the number of documents per answer, by the answer without case and spaces; empty if they are no labels.
+
+    Answers are labels if they are few, short and repeated.
+    """
     counts: Counter[tuple[int, ...]] = Counter()
     for example in chain.from_iterable(examples):
         ids = _answer(example)
         if not ids or (ids not in counts and len(counts) == _MOST_LABELS):
-            return []
+            return {}
         counts[ids] += 1
-    alike: dict[str, dict[str, set[tuple[int, ...]]]] = {}
-    for ids, _ in counts.most_common():
-        text = str(tokenizer.decode(ids, skip_special_tokens=True)).removesuffix("\n")
-        alike.setdefault(" ".join(text.split()).casefold(), {}).setdefault(text, set()).add(ids)
+    alike: dict[str, Counter[str]] = {}
+    for ids, count in counts.most_common():
+        text = _answer_text(tokenizer, ids)
+        alike.setdefault(" ".join(text.split()).casefold(), Counter())[text] += count
     if _ROWS_PER_LABEL * len(alike) > counts.total() or any(len(text) > _LONGEST_LABEL for text in alike):
-        return []
-    return [
-        (
-            f"with the answer {text!r} next to {next(iter(ways))!r}, which are trained as two labels",
-            [example.source for example in chain.from_iterable(examples) if _answer(example) in written],
-        )
-        for ways in alike.values()
-        for text, written in list(ways.items())[1:]
-    ]
+        return {}
+    return alike
+
+
+def _answer_text(tokenizer: Any, ids: tuple[int, ...]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).removesuffix("\n")
 
 
 def _answer(example: Example) -> tuple[int, ...]:

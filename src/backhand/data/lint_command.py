@@ -71,6 +71,7 @@ def lint_command(options: LintOptions) -> LintReport:
     return report
 
 
+SHOWN_LABELS = 20
 _STYLES = {"error": "bold red", "warning": "yellow"}
 
 
@@ -95,6 +96,10 @@ def print_lint(console: Console, report: LintReport) -> None:
     for name, quantiles in report.lengths.items():
         lengths.add_row(name, *(f"{quantiles[column]:,}" for column in columns))
     console.print(lengths)
+    if report.labels:
+        shown = [f"{label} {count:,}" for label, count in list(report.labels.items())[:SHOWN_LABELS]]
+        more = f", {len(report.labels) - SHOWN_LABELS:,} others" if len(report.labels) > SHOWN_LABELS else ""
+        console.print(Text(visible(f"documents per answer: {', '.join(shown)}{more}")), soft_wrap=True)
     console.print(_checks(report))
     for note in (*train.notes, *report.template):
         console.print(f"note: {note}", soft_wrap=True)
@@ -107,7 +112,8 @@ def print_lint(console: Console, report: LintReport) -> None:
 
 def _checks(report: LintReport) -> Table:
     table = table_of("check", "found", right=("found",))
-    for kind, check in CHECKS.items():
+    for kind in report.checked:
+        check = CHECKS[kind]
         findings = [finding for finding in report.findings if finding.kind == kind]
         count = sum(finding.count for finding in findings)
         if kind in report.not_checked:

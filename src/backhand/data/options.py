@@ -38,6 +38,11 @@ RESERVED_TEMPLATE_ARGS = frozenset(
 """Arguments of a template that the renderer itself sets."""
 
 
+def no_data() -> UsageError:
+    """Return the error if no data is given."""
+    return UsageError("there is no data", where="data", next_step="give --data FILE")
+
+
 def check_sources(where: str, sources: object) -> None:
     """Raise UsageError unless `sources` is a tuple or list of non-empty strings."""
     if not isinstance(sources, tuple | list) or any(
@@ -358,4 +363,4 @@ class LintOptions(Options):
 
     def _check_together(self) -> None:
         if not self.data.data:
-            raise UsageError("there is no data", where="data", next_step="give --data FILE")
+            raise no_data()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from backhand.bounds import check_fields
@@ -21,14 +22,14 @@ from backhand.data.documents import RowRenderer
 from backhand.data.embedding_examples import EmbeddingFormat
 from backhand.data.forms import Form, detect
 from backhand.data.held_out import default_held_out_share, overlap, split
-from backhand.data.options import DataOptions, NamedColumns, RowSources, TemplateOptions
+from backhand.data.options import DataOptions, NamedColumns, RowSources, TemplateOptions, no_data
 from backhand.data.raw_rows import RawRow, RowErrors
 from backhand.data.row_encoder import EncodedRows, Prompt, RowEncoder
 from backhand.data.row_pipeline import RowPipeline
 from backhand.data.rows import Purpose
 from backhand.data.sources import expand, neighbouring_held_out, read_rows
 from backhand.data.stored_examples import ExampleWriter, PreparedData, with_totals
-from backhand.errors import DataError, UsageError
+from backhand.errors import DataError
 from backhand.words import count_of
 
 
@@ -73,7 +74,7 @@ def prepare(
     """
     options.validate()
     if not options.data:
-        raise UsageError("there is no data", where="data", next_step="give --data FILE")
+        raise no_data()
     found = questions or (training_questions(options) if purpose == "decisions" else {})
     examples_of = partial(
         read_examples,
@@ -223,6 +224,23 @@ def check_first_rows(options: DataOptions) -> None:
     pipeline = RowPipeline(options, options, options.system, RowErrors(options.skip_bad), None)
     for name in filter(os.path.isfile, expand(options.data)):  # a pipe can be read only once
         next(pipeline.open_file(name)[2], None)
+
+
+def check_readable(options: DataOptions) -> None:
+    """Read the first rows of each file, so that a fault of them is reported before a refused output.
+
+    Raises:
+        UsageError, DataError: as `prepare`, except for the form of the rows.
+    """
+    if not options.data:
+        raise no_data()
+    for name in expand((*options.data, *options.eval_data)):
+        if Path(name).is_file():
+            for _ in islice(read_rows(name, RowErrors(options.skip_bad)), _READ_FIRST):
+                pass
+
+
+_READ_FIRST = 10_000
 
 
 def prepare_prompts(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from backhand.data.data_file import head_of, open_bytes, start_text
 from backhand.data.external_rows import GYM, HUB_NAME, read_gym, read_hub, read_parquet
-from backhand.data.given_rows import PREFIX, read_given
+from backhand.data.given_rows import PREFIX, STANDARD_INPUT, read_given
 from backhand.data.raw_rows import RawRow, RowErrors
 from backhand.data.text_files import read_csv, read_json_lines, read_json_values
 from backhand.errors import DataError
@@ -17,6 +18,7 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TRAINING_STEMS = ("train", "training")
 HELD_OUT_STEMS = ("valid", "validation", "eval", "dev")
 _TEST_STEMS = ("test",)
+_PLAIN_TEXT = (".txt", ".text", ".md", ".rst")
 
 
 def expand(names: Sequence[str]) -> tuple[str, ...]:
@@ -86,13 +88,33 @@ def read_rows(name: str, bad: RowErrors, *, held_out: bool = False) -> Iterator[
             elif suffix in (".jsonl", ".ndjson") or head.lstrip().startswith(b"{"):
                 yield from read_json_lines(reader, path, bad)
             else:
-                raise DataError(
-                    "this is not JSON, and its name has no known suffix",
-                    where=f"{path}:1",
-                    next_step=f"rename the file to end with one of {', '.join(SUFFIXES)}",
-                )
+                raise _unknown_kind(path)
             return
     yield from read_parquet(path, bad)
+
+
+def _unknown_kind(path: Path) -> DataError:
+    """Return the error for a file that is neither JSON nor has a known suffix."""
+    if str(path) == STANDARD_INPUT:
+        return DataError(
+            "standard input is not JSON lines",
+            where=f"{path}:1",
+            next_step="write one JSON object per line; any other kind of file is given by its name, --data FILE",
+        )
+    if data_suffix(path) in _PLAIN_TEXT:
+        made, split = shlex.quote(f"{path.stem}.jsonl"), r'"\n\n"'
+        code = f'[print(json.dumps({{"text": t}})) for t in sys.stdin.read().split({split}) if t.strip()]'
+        return DataError(
+            "this is plain text, not rows",
+            where=f"{path}:1",
+            next_step='write each document as a row {"text": …}; this makes one of each paragraph: '
+            f"python3 -c 'import json, sys; {code}' < {shlex.quote(str(path))} > {made}",
+        )
+    return DataError(
+        "this is not JSON, and its name has no known suffix",
+        where=f"{path}:1",
+        next_step=f"rename the file to end with one of {', '.join(SUFFIXES)}",
+    )
 
 
 def data_suffix(path: Path) -> str:

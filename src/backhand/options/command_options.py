@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 from backhand.bounds import Check, Count, CountFromZero, OptionalPath, Options, Share, Text
-from backhand.data.options import DataOptions, RowSources, Sources, TemplateOptions
+from backhand.data.options import DataOptions, RowSources, Sources, TemplateOptions, no_data
 from backhand.data.rows import PoolingName
 from backhand.errors import UsageError
 from backhand.generation.options import LabelNames
@@ -168,7 +168,7 @@ class EmbedRunOptions:
 
 def _check_data(data: RowSources) -> None:
     if not data.data:
-        raise UsageError("there is no data", where="data", next_step="give --data FILE")
+        raise no_data()
 
 
 @dataclass(frozen=True)

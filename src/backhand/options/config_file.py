@@ -20,7 +20,7 @@ import tomllib
 import types
 import typing
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -324,8 +324,16 @@ def _unknown_keys(
     return UsageError(
         f"unknown keys {name_list([repr(prefix + key) for key in keys])}",
         where=origin,
-        next_step="\n    - ".join(["", *lines]),
+        next_step="\n    - ".join([_conversion(keys, prefix, origin), *lines]),
     )
+
+
+def _conversion(keys: Iterable[str], prefix: str, origin: str) -> str:
+    """Return the command that converts a file of another tool, or "" if it is none."""
+    foreign = sum(translate_option(key, str) is not None for key in keys)
+    if prefix or foreign < 2 or Path(origin).suffix not in (".yaml", ".yml", ".toml"):
+        return ""
+    return f"backhand convert {shlex.quote(origin)} --output run.toml; or key by key:"
 
 
 def typed_value(value: Any, hint: Any, where: str) -> Any:

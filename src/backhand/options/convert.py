@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from backhand.adapters.config import ALL_LINEAR, parse_modules
 from backhand.bounds import check_value, hints_of
 from backhand.errors import UsageError
 from backhand.files import write_atomically
@@ -21,7 +22,7 @@ from backhand.options.config import TrainConfig
 from backhand.options.config_file import config_from_table, read_plain_table, toml_value, typed_value
 from backhand.other_names import HERE, translate_option
 from backhand.printing import say, visible
-from backhand.words import count_of, shorten
+from backhand.words import count_of, name_list, shorten
 
 Values = dict[str, Any]
 
@@ -40,8 +41,11 @@ def convert_command(options: ConvertOptions) -> None:
         raise UsageError(f"{options.output} exists", where="output", next_step="name another file, or remove it first")
     else:
         write_atomically(options.output, text.encode("utf-8"))
-    run = shlex.quote(str(options.output or "run.toml"))
-    say(f"{count_of(converted, 'key')} converted, {left:,} in comments; next: backhand train {run}")
+    if options.output is None:
+        following = f"backhand convert {shlex.quote(str(options.file))} --output run.toml writes the file"
+    else:
+        following = f"backhand train {shlex.quote(str(options.output))}"
+    say(f"{count_of(converted, 'key')} converted, {left:,} in comments; next: {following}")
 
 
 def convert(path: Path) -> tuple[str, int, int]:
@@ -70,6 +74,8 @@ def convert(path: Path) -> tuple[str, int, int]:
             left[key] = translate_option(key, str, value=value) or "no option is meant by this name"
         values |= found
         origins |= dict.fromkeys(found, key)
+    for name, (default, tool) in _other_defaults(table, values).items():
+        values[name], origins[name] = default, f"the default of {tool}"
     config_from_table(_in_parts(values, parts), str(path)).validate()
     lines = [f"# From {visible(path.name)}."]
     for part, options in _in_parts(values, parts).items():
@@ -115,10 +121,20 @@ def _equivalents(key: str, value: Any, table: Mapping[str, Any]) -> Values:
         option = name
     if option not in _hints()[0]:
         return {}
-    listed = option in ("data", "eval_data", "reward", "target_modules", "modules_to_save")
-    if listed and isinstance(value, str) and value != "all-linear":
+    if option in ("data", "eval_data", "reward", "modules_to_save") and isinstance(value, str):
         value = [value]
     return {option: int(value) if isinstance(value, float) and value.is_integer() and option != "alpha" else value}
+
+
+def _other_defaults(table: Mapping[str, Any], values: Values) -> dict[str, tuple[int, str]]:
+    """Return the rank and alpha that the other tool chooses for keys that are absent, with the tool's name."""
+    if "alpha" in values:
+        return {}
+    if any(key in table for key in ("finetuning_type", "lora_target", "cutoff_len")):
+        rank = values.get("rank", 8)
+        chosen = {"alpha": (2 * rank, "LLaMA-Factory, twice the rank")}
+        return chosen if "rank" in values else {"rank": (rank, "LLaMA-Factory"), **chosen}
+    return {"alpha": (8, "PEFT")} if "r" in table else {}
 
 
 def _number(table: Mapping[str, Any], *names: str) -> int | None:
@@ -160,6 +176,45 @@ def _sources(option: str) -> Callable[[Any, Mapping[str, Any]], Values]:
     return rule
 
 
+def _listed_names(option: str) -> Callable[[Any, Mapping[str, Any]], Values]:
+    """Return a rule for data sets by name. A name without a suffix or an owner is one of LLaMA-Factory's own list."""
+
+    def rule(value: Any, table: Mapping[str, Any]) -> Values:
+        if not isinstance(value, str):
+            return {option: value}
+        names = [name.strip() for name in value.split(",")]
+        if unknown := [name for name in names if "/" not in name and not Path(name).suffix]:
+            folder = Path(str(table.get("dataset_dir", "data")))
+            raise UsageError(
+                f"{name_list(unknown)} {'is a name' if len(unknown) == 1 else 'are names'} in a list of data sets",
+                next_step=f'give the file that {folder / "dataset_info.json"} names, as {option} = ["FILE"]',
+            )
+        return {option: names}
+
+    return rule
+
+
+def _dataset_dir(*_: Any) -> Values:
+    raise UsageError("data sets are not found by name", next_step='give their files, as data = ["FILE"]')
+
+
+def _target(value: Any, _: Mapping[str, Any]) -> Values:
+    """Convert names of modules. LLaMA-Factory writes `all`, and separates names by commas."""
+    if value in ("all", ["all"]):
+        return {"target_modules": ALL_LINEAR}
+    parsed = parse_modules(value.replace(" ", "")) if isinstance(value, str) else value
+    return {"target_modules": list(parsed) if isinstance(parsed, tuple) else parsed}
+
+
+def _template(value: Any, _: Mapping[str, Any]) -> Values:
+    if isinstance(value, str) and (Path(value).suffix or Path(value).exists()):
+        return {"chat_template": value}
+    raise UsageError(
+        "the model's own chat template is used; templates have no names here",
+        next_step="give a file as chat_template to use another one",
+    )
+
+
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
@@ -192,6 +247,11 @@ _RULES: Mapping[str, Callable[[Any, Mapping[str, Any]], Values]] = {
     "mask_prompt": _if({"train_on": "completions"}, {"train_on": "all"}),
     "completion_only_loss": _if({"train_on": "completions"}, {"train_on": "all"}),
     "assistant_only_loss": _if({"train_on": "completions"}, {"train_on": "all"}),
+    **dict.fromkeys(("lora_target", "lora_target_modules", "target_modules"), _target),
+    **dict.fromkeys(("template", "chat_template", "chat_template_path"), _template),
+    **dict.fromkeys(("dataset", "train_dataset"), _listed_names("data")),
+    "eval_dataset": _listed_names("eval_data"),
+    "dataset_dir": _dataset_dir,
     "datasets": _sources("data"),
     "test_datasets": _sources("eval_data"),
     "lora_parameters": _mlx,

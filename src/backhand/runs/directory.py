@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -343,10 +345,16 @@ def _check_contents(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise UsageError(
             f"{path} already contains {'a run' if run else 'files'}",
             where="output",
-            next_step="continue it with --resume, replace it with --overwrite, or give another directory"
+            next_step=f"continue it with --resume, replace it with --overwrite, or give --output {free_name(path)}"
             if run
-            else "give another directory, or --overwrite to add to them",
+            else f"give --output {free_name(path)}, or --overwrite to add to them",
         )
+
+
+def free_name(path: Path) -> str:
+    """Return the first of `NAME-2`, `NAME-3` and so on that does not exist, as a word of a shell."""
+    free = next(name for number in count(2) if not (name := path.with_name(f"{path.name}-{number}")).exists())
+    return shlex.quote(str(free.relative_to(Path.cwd()) if free.is_relative_to(Path.cwd()) else free))
 
 
 def _locked(path: Path) -> int:

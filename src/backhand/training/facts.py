@@ -24,6 +24,7 @@ from backhand.adapters.record import installed_packages
 from backhand.data.examples import Example
 from backhand.data.options import asking_options, reading_options, shell_quoted
 from backhand.data.stored_examples import PreparedData
+from backhand.data.token_view import token_texts
 from backhand.loop.state import Progress, RunState
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.ops.weight_tiles import frozen_dense
@@ -129,7 +130,7 @@ def _histogram(counts: npt.NDArray[np.int32]) -> list[dict[str, int]]:
 def _token_by_token(example: Example, tokenizer: Any) -> dict[str, Any]:
     """Return the first tokens of a document as [text, True if supervised], and the number of other tokens."""
     ids = example.input_ids[:SHOWN_TOKENS].tolist()
-    texts = tokenizer.batch_decode([[token] for token in ids], clean_up_tokenization_spaces=False)
+    texts = token_texts(ids, tokenizer)
     return {
         "source": example.source,
         "tokens": [[text, bool(marked)] for text, marked in zip(texts, example.supervised, strict=False)],

@@ -151,6 +151,7 @@ def _plan_bases(
             micro_batch_rows=config.optimization.micro_batch_rows,
             recompute=config.model.recompute,
             answering_bytes=answering_bytes,
+            smaller_base=_smaller_base(inputs, base),
         )
         return replace(chosen, base=base)
 
@@ -160,6 +161,13 @@ def _plan_bases(
     choose_base(candidates, plan, others)  # The first pass measures. Only then is the memory of the process known.
     bases = choose_base(candidates, plan, others)
     return bases, budget(bases.chosen.base)
+
+
+def _smaller_base(inputs: RunInputs, base: HeldBase) -> str | None:
+    """Return the option that holds the base in less memory than `base`, or None."""
+    if "quantized" not in inputs.engine.bases or (inputs.source.quantized and base == "quantized"):
+        return None
+    return "--base quantized" if inputs.source.quantized else "--quantize q4_0"
 
 
 def _step_shapes(inputs: RunInputs, machine: Machine) -> Mapping[int, StepShape]:

@@ -7,11 +7,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from backhand.data.prepare import check_readable
 from backhand.distributed.communicator import Communicator
 from backhand.distributed.launch import (
     broadcast_checkpoint,
@@ -111,6 +113,8 @@ def _train(
     all_observers = [terminal, *chosen_loggers(config.run.report_to, terminal.noted), *as_observers(callbacks)]
     run = config.run
     try:
+        if processes.is_main_process and os.path.lexists(run.output) and not (run.resume or run.overwrite):
+            check_readable(config.data)
         # Only rank 0 locks the directory and writes to it. The other ranks use its name in messages.
         run_directory: AbstractContextManager[RunDirectory] = (
             opened(run.output, resume=run.resume, overwrite=run.overwrite, files=files)

@@ -15,12 +15,12 @@ import torch
 
 from backhand.engines.memory.parts import FLOAT32_BYTES, ModelSize, second_model_bytes
 from backhand.engines.memory.shapes import StepShape
-from backhand.errors import ResourceError, not_none
+from backhand.errors import ResourceError
 from backhand.nn.batch import bucket_size
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.model_options import Base
 from backhand.options.config import Recompute
-from backhand.words import in_words
+from backhand.words import count_of, in_words
 
 HeldBase = Literal["dense", "quantized"]
 PREFERRED_TOKENS = 4096
@@ -83,6 +83,7 @@ def choose(
     micro_batch_rows: int | None,
     recompute: Recompute,
     answering_bytes: int | None = None,
+    smaller_base: str | None = None,
 ) -> MemoryPlan:
     """Return the fastest plan that fits. Slower plans are not measured.
 
@@ -93,6 +94,7 @@ def choose(
         budget_bytes: memory that may be used in total; None for no limit.
         micro_batch_rows, recompute: the options' values; None or `auto` to choose.
         answering_bytes: bytes of a second process that answers prompts, without its model; None for no such process.
+        smaller_base: the option that holds the base in less memory, for the error; None if there is none.
 
     Raises:
         ResourceError: nothing fits. Shows the parts of the smallest plan and options that would fit.
@@ -121,13 +123,22 @@ def choose(
     requested = min(tried, key=lambda candidate: candidate.total_bytes)
     smaller = next((candidate for candidate in candidates(sorted(shapes), size.saved_bytes) if fits(candidate)), None)
     if smaller is not None:
-        remedy = _options(smaller, requested)
+        remedy = _options(smaller, requested, smaller_base=smaller_base)
     else:
-        rows, mode = min(shapes), min(size.saved_bytes, key=lambda mode: size.saved_bytes[mode])
+        rows = min(shapes)
         tokens = shapes[rows].tokens
-        while not fits(least := plan(MemoryPlan(rows, mode, shapes[rows].cut(tokens)))) and tokens > _SHORTEST_TOKENS:
+
+        def smallest(tokens: int) -> MemoryPlan:
+            plans = (plan(MemoryPlan(rows, mode, shapes[rows].cut(tokens))) for mode in size.saved_bytes)
+            return min(plans, key=lambda candidate: candidate.total_bytes)
+
+        while not fits(least := smallest(tokens)) and tokens > _SHORTEST_TOKENS:
             tokens = bucket_size(tokens // 2)
-        remedy = _options(least, None, tokens) if fits(least) else _too_large(size, least, tokens)
+        if fits(least):
+            remedy = _options(least, None, tokens, smaller_base=smaller_base)
+        else:
+            least = min(least, requested, key=lambda candidate: candidate.total_bytes)
+            remedy = _too_large(size, least, smaller_base)
     raise ResourceError(
         f"training needs about {in_words(requested.total_bytes)}, and {in_words(budget_bytes)} may be used, "
         "of which 5 % are to stay free",
@@ -137,7 +148,13 @@ def choose(
     )
 
 
-def _options(fitting: MemoryPlan, requested: MemoryPlan | None, max_length: int | None = None) -> str:
+def _options(
+    fitting: MemoryPlan,
+    requested: MemoryPlan | None,
+    max_length: int | None = None,
+    *,
+    smaller_base: str | None,
+) -> str:
     """Return the options that change the requested plan into a fitting one; with None, all options of that plan."""
     options = []
     if requested is None or fitting.micro_batch_rows != requested.micro_batch_rows:
@@ -146,19 +163,21 @@ def _options(fitting: MemoryPlan, requested: MemoryPlan | None, max_length: int 
         options.append(f"--max-length {max_length}")
     if fitting.recompute != ("none" if requested is None else requested.recompute):
         options.append(f"--recompute {fitting.recompute}")
-    return f"give {' '.join(options)}, which takes about {in_words(fitting.total_bytes)}; or more memory with --memory"
+    others = "".join(f"{remedy}, or " for remedy in [smaller_base] if remedy) + "more memory with --memory"
+    return f"give {' '.join(options)}, which takes about {in_words(fitting.total_bytes)}; or {others}"
 
 
-def _too_large(size: ModelSize, least: MemoryPlan, tokens: int) -> str:
+def _too_large(size: ModelSize, least: MemoryPlan, smaller_base: str | None) -> str:
     """Return the advice if not even the smallest plan fits."""
-    remedies = ["give more memory with --memory"]
+    remedies = ["give more memory with --memory", *([smaller_base] if smaller_base else [])]
     if size.dtype_bytes == FLOAT32_BYTES:
         remedies.append("--dtype bfloat16")
     if size.adapter_elements * _ADAPTER_ELEMENT_BYTES > size.weight_bytes:
         remedies.append("a lower --rank")
     return (
-        f"even one row of {tokens} tokens at a time takes {in_words(least.total_bytes)}: {', '.join(remedies)}, "
-        "or a smaller model"
+        f"even {count_of(least.micro_batch_rows, 'row')} of {least.shape.tokens:,} tokens in all at a time "
+        f"{'takes' if least.micro_batch_rows == 1 else 'take'} {in_words(least.total_bytes)}: "
+        f"{', '.join(remedies)}, or a smaller model; backhand plan shows what each part needs"
     )
 
 
@@ -209,19 +228,20 @@ def choose_base(
         others: further forms to plan for display. Planning may measure, so forms that are not needed are not planned.
 
     Raises:
-        ResourceError: none fits. The error is that of the last form, which needs the least memory.
+        ResourceError: none fits. The error is that of the quantized form if it was tried, which needs less memory.
     """
     plans: dict[HeldBase, MemoryPlan] = {}
-    failed: ResourceError | None = None
+    failed: dict[HeldBase, ResourceError] = {}
     for base in dict.fromkeys((*preferred, *others)):
         if plans and base not in others:
             break
         try:
             plans[base] = plan(base, True)
         except ResourceError as error:
-            failed = error if base in preferred else failed
+            if base in preferred:
+                failed[base] = error
     fitting = frozenset(plans)
     chosen = next((plans[base] for base in preferred if base in plans), None)
     if chosen is None:
-        raise not_none(failed)
+        raise failed["quantized" if "quantized" in failed else preferred[-1]]
     return BaseChoice(chosen, plans | {base: plan(base, False) for base in others if base not in plans}, fitting)
