@@ -11,7 +11,7 @@ from backhand.data.lint import LintReport, lint
 from backhand.data.mojibake import find_mojibake
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare
-from backhand.data.template_report import describe_template
+from backhand.data.template_report import default_system, describe_template
 from backhand.data.token_view import token_lines, token_texts, view_tokens
 from backhand.errors import DataError
 from support.tiny_tokenizer import CHAT_TEMPLATE
@@ -174,6 +174,16 @@ def test_every_damaged_accent_is_found() -> None:
         except UnicodeDecodeError:
             continue
         assert find_mojibake(f"x{damaged}y") == damaged
+
+
+def test_the_system_message_of_a_template_by_default() -> None:
+    tokenizer = byte_level()
+    assert default_system(tokenizer) is None
+    plain = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    tokenizer.chat_template = "{% if messages[0].role != 'system' %}<system>Be kind.{% endif %}" + plain
+    assert default_system(tokenizer) == "Be kind."
+    tokenizer.chat_template = "{% if messages[0].role != 'system' %}[intro]{% endif %}" + plain
+    assert default_system(tokenizer) is None, "text that no system message writes"
 
 
 def test_tokens_for_eyes(tmp_path: Path) -> None:

@@ -84,6 +84,10 @@ def test_commands_for_other_programs_name_adapter_and_base(finished: Path, tiny:
         assert program in text
     assert f"PeftModel.from_pretrained(base, '{finished / 'adapter'}')" in text
     assert f"AutoModelForCausalLM.from_pretrained('{tiny.model}')" in text
+    assert "quantized weights" not in text
+    run = read_run(finished)
+    quantized = replace(run, facts=run.facts | {"model": run.facts["model"] | {"quantized": True}})
+    assert Page(run_page(quantized)).one("section", id="result").text.count("Training used quantized weights") == 2
 
 
 def test_answers_of_base_and_adapter_side_by_side(finished: Path, tiny: TinyRun) -> None:

@@ -47,7 +47,8 @@ def test_a_tenth_of_fifty_rows_is_held_out(tiny: TinyRun, tmp_path: Path, kind: 
     heard = Heard()
     summary = train(tiny.config(tmp_path / "run", **options), callbacks=[heard])
     assert (summary.rows, summary.held_out_rows) == (45, 5) and summary.best_eval_loss is not None
-    assert "held out: 5 of these 50 rows" in heard.facts
+    (held_out,) = (line for line in heard.facts if line.startswith("held out: "))
+    assert "5 of these 50 rows" in held_out
     assert any("--eval-fraction 0" in line for line in heard.facts)
     assert load_config(tmp_path / "run" / "config.toml").data.eval_fraction == 0.1
     assert train(tiny.config(tmp_path / "all", **options, eval_fraction=0.0)).held_out_rows == 0

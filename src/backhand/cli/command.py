@@ -23,6 +23,7 @@ from cyclopts import Group, Parameter, Token, convert
 from backhand.bounds import Options, union_members
 from backhand.cli.option_fields import OptionField, build, is_mapping, option_fields, takes_several, value_of
 from backhand.errors import ResourceError, UsageError
+from backhand.printing import going_on
 from backhand.system import affinity_cores, may_reserve
 from backhand.words import shorten
 
@@ -85,7 +86,9 @@ def command(entry: Command) -> Callable[..., Prepared]:
             more = {"typed": frozenset(typed)} if entry.tell_typed else {}
             run = entry.report_of and entry.report_of(built)
             _check_address_space()
-            return Prepared(partial(imported(entry.function), built, **more), run, name_origin)
+            with going_on("importing PyTorch"):
+                function = imported(entry.function)
+            return Prepared(partial(function, built, **more), run, name_origin)
         except UsageError as error:
             name_origin(error)
             raise

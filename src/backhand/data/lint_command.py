@@ -65,7 +65,6 @@ def lint_command(options: LintOptions) -> LintReport:
         raise DataError(
             f"training would stop: {report.errors:,} malformed row{'s' if report.errors > 1 else ''} in all",
             where=stops[0].where[0],
-            why=stops[0].what,
             next_step="correct them, or leave them out with --skip-bad",
         )
     return report
@@ -107,7 +106,8 @@ def print_lint(console: Console, report: LintReport) -> None:
         for finding in findings:
             console.print(_problem(finding), soft_wrap=True)
         console.print(Text(f"  next: {visible(remedy)}"), soft_wrap=True)
-    console.print(_verdict(report))
+    if not report.errors:  # else the error follows
+        console.print(_verdict(report))
 
 
 def _checks(report: LintReport) -> Table:
@@ -135,8 +135,6 @@ def _problem(finding: Finding) -> Text:
 
 def _verdict(report: LintReport) -> Text:
     warnings = sum(finding.severity == "warning" for finding in report.findings)
-    if report.errors:
-        return Text(f"training would stop: {count_of(report.errors, 'malformed row')}", style=_STYLES["error"])
     if warnings:
         return Text(f"training can start; {count_of(warnings, 'kind')} of problems to look at", style="yellow")
     return Text("no problems found", style="bold green")

@@ -12,7 +12,7 @@ from backhand.data.text_encoder import TextEncoder
 from backhand.errors import DataError
 from backhand.words import shorten
 
-_QUESTION, _ANSWER = "QUESTION", "ANSWER"
+_SYSTEM, _QUESTION, _ANSWER = "SYSTEM", "QUESTION", "ANSWER"
 
 
 def describe_template(tokenizer: Any, options: TemplateOptions) -> list[str]:
@@ -42,6 +42,21 @@ def describe_template(tokenizer: Any, options: TemplateOptions) -> list[str]:
         properties.append("the chat template refuses a second user message")
     properties += _reply_properties(chat, encoder)
     return properties
+
+
+def default_system(tokenizer: Any) -> str | None:
+    """Return the system message that the chat template writes if a conversation has none; None without one."""
+    template = read_template(None, tokenizer)
+    if template is None:
+        return None
+    chat = ChatRenderer(tokenizer, TextEncoder(tokenizer, template), template, TemplateOptions())
+    given, default = _prompt(chat, ("system", _SYSTEM), ("user", _QUESTION)), _prompt(chat, ("user", _QUESTION))
+    if given is None or default is None or given.count(_SYSTEM) != 1:
+        return None
+    before, after = given.split(_SYSTEM)
+    message = default.removeprefix(before).removesuffix(after)
+    same = message and _prompt(chat, ("system", message), ("user", _QUESTION)) == default == before + message + after
+    return message if same else None
 
 
 def _reply_properties(chat: ChatRenderer, encoder: TextEncoder) -> list[str]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 from backhand.adapters.contents import read_adapter_directory
 from backhand.adapters.loading import match_linear_adapter, read_adapter
 from backhand.adapters.module_factors import Factors, factors_of
 from backhand.adapters.record import AdapterRecord
-from backhand.errors import ResourceError, UsageError, short_reason
+from backhand.data.template_report import default_system
+from backhand.errors import BackhandError, ResourceError, UsageError, short_reason
 from backhand.files import staged, write_atomically
 from backhand.interop.gguf_adapter_writer import llama_cpp_notes, write_gguf_adapter
 from backhand.interop.merging import merge_adapter
@@ -28,6 +30,7 @@ from backhand.interop.other_formats import (
     write_modelfile,
 )
 from backhand.interop.proving import Prover, prove_export
+from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_layouts import stored_sizes
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.gguf_tensors import gguf_architecture
@@ -150,7 +153,7 @@ def _write(options: ExportOptions, opened: OpenedAdapter, path: Path) -> Factors
     path.mkdir()
     if options.to == "ollama":
         _write_gguf(opened, path / ADAPTER_FILE)
-        system = opened.loaded.record.system if opened.loaded.record else None
+        system = _system(opened.loaded.record, opened.source)
         write_modelfile(path, ollama_base(opened.source, path), adapter=ADAPTER_FILE, system=system)
         return _read(opened, path / ADAPTER_FILE)
     if options.to == "mlx":
@@ -160,6 +163,15 @@ def _write(options: ExportOptions, opened: OpenedAdapter, path: Path) -> Factors
     for name, data in files.items():
         write_atomically(path / name, data)
     return read_mlx_files(path) if options.to == "mlx" else _read(opened, path)
+
+
+def _system(record: AdapterRecord | None, source: ModelSource) -> str | None:
+    """Return the system message of training: that of the rows, or the one that the chat template writes by default."""
+    if record is not None and record.system is not None:
+        return record.system
+    with suppress(BackhandError):  # no tokenizer, or no usable template
+        return default_system(source.tokenizer())
+    return None
 
 
 def _write_gguf(opened: OpenedAdapter, path: Path) -> None:
@@ -199,7 +211,7 @@ def _export_merged(options: ExportOptions, output: Path, prover: Prover) -> None
             path.mkdir()
             merge_adapter(options, path / MODEL_FILE, prover, gguf=True)
             record = None if options.adapter is None else read_adapter_directory(options.adapter).record
-            write_modelfile(path, f"./{MODEL_FILE}", system=record.system if record else None)
+            write_modelfile(path, f"./{MODEL_FILE}", system=_system(record, open_model(options.model)))
         else:
             vectors = options.to == "sentence-transformers"
             merge_adapter(options, path, prover, gguf=options.to == "gguf", decision=options.decision, vectors=vectors)

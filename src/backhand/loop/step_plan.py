@@ -45,7 +45,7 @@ def chosen_rate(
     if objective not in SUPERVISED:
         return COMPARING_RATE, f"{COMPARING_RATE:g}, the usual one for {objective}; another by --learning-rate"
     rate = float(f"{min(HIGHEST_RATE, RATE * math.sqrt(weight_scale())):.2g}")
-    return rate, f"{rate:g}, chosen by the size of the frozen weights (docs/rates.md); another by --learning-rate"
+    return rate, f"{rate:g}, chosen by the size of the frozen weights; another by --learning-rate"
 
 
 RATE, HIGHEST_RATE = 5.2e-4, 5e-3

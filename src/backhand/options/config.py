@@ -316,7 +316,9 @@ class TrainConfig(Options):
                 next_step="leave it out, or give --objective grpo",
             )
         if rewarded and not self.rewards.reward and not self.run.resume:
-            raise UsageError("grpo rewards nothing", where="reward", next_step="give --reward, see docs/rewards.md")
+            raise UsageError(
+                "grpo rewards nothing", where="reward", next_step="give --reward NAME or --reward FILE.py:FUNCTION"
+            )
         if objective.trains_on_samples and self.adapter.dropout:
             raise UsageError(
                 f"dropout {self.adapter.dropout} would train another model than the one that samples",

@@ -66,6 +66,7 @@ class ModelFacts(TypedDict, total=False):
     note: str | None  # why the decoder engine does not run it
     dtype: str
     base: str
+    quantized: bool
 
 
 class _Named(TypedDict):

@@ -188,9 +188,9 @@ def _facts(record: Mapping[str, Any]) -> str:
         cut_off, flat = record["clipped_answers"], record["no_gradient_groups"]
         parts[0] = f"reward {_number(record['reward'])}  {record['completion_tokens']:.0f} tokens an answer"
         parts[0] += f" ({cut_off:.0%} cut off)" if cut_off else ""
-        parts[0] += f"  {flat:.0%} of groups alike" if flat else ""
+        parts[0] += f"  {flat:.0%} of groups with equal rewards" if flat else ""
         if "sampling_gap" in record:
-            parts[0] += f"  gap {record['sampling_gap']:.1g}"
+            parts[0] += f"  sampler off by {record['sampling_gap']:.1g} nats"
     return "  ".join(parts)
 
 
@@ -383,7 +383,7 @@ def opening_facts(
     if objective.purpose == "pairs" and report.documents == 2 * report.rows:
         facts.append("data: each row has two documents, with the chosen and with the rejected answer")
     if run.inputs.held_out is not None:
-        facts += [f"held out: {line}" for line in run.inputs.held_out.report.lines(unit)]
+        facts.append(f"held out: {'; '.join(run.inputs.held_out.report.lines(unit))}")
     facts.append(
         f"adapter: {lora.element_count:,} parameters in {len(dict(lora.named_tensors()))} tensors of {len(lora.slots)} "
         f"modules, rank {rank}"

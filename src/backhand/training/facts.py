@@ -59,6 +59,7 @@ def run_facts(run: LoadedRun) -> dict[str, Any]:
             "note": run.inputs.engine.note,
             "dtype": run.config.model.dtype,
             "base": run.plan.memory.base,
+            "quantized": run.inputs.source.quantized,
         },
         "modules": _modules(run),
         "memory": {"predicted_bytes": run.plan.memory.peak_bytes, "parts": dict(run.plan.memory.parts)},
