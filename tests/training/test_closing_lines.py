@@ -112,6 +112,8 @@ def test_shares_carry_their_interval_and_say_what_their_rows_chose(ended: RunSum
     text = "\n".join(closing_lines(measured))
     assert "Exactly right answers 0.0% → 92.0% (95 % interval 75–98 %) of 25 held-out rows." in text
     assert "from 100.0% (95 % interval 87–100 %) to 100.0% (95 % interval 87–100 %)" in text
+    memory = replace(ended, peak_rss_bytes=1028 << 20, predicted_rss_bytes=955 << 20)
+    assert "Peak memory 1.0 GiB, 8% more than the predicted 955 MiB." in closing_lines(memory)
     chosen = "The same held-out rows chose the best step"
     assert ended.evaluations == 2 and chosen in text
     assert chosen not in "\n".join(closing_lines(replace(measured, evaluations=1)))

@@ -225,7 +225,11 @@ def closing_lines(summary: RunSummary) -> list[str]:
         lines += [
             f"  {one['prompt']}  {_quoted(one['base'])} → {_quoted(one['adapted'])}" for one in summary.neutral_answers
         ]
-    predicted = f", {in_words(summary.predicted_rss_bytes)} predicted" if summary.predicted_rss_bytes else ""
+    predicted = ""
+    if summary.predicted_rss_bytes:
+        change = summary.peak_rss_bytes / summary.predicted_rss_bytes - 1
+        predicted = f", {abs(change):.0%} {'more' if change > 0 else 'less'} than the predicted "
+        predicted += in_words(summary.predicted_rss_bytes)
     lines += _right(summary)
     if summary.evaluations > 1:
         lines.append(CHOSEN_BY)
