@@ -219,7 +219,11 @@ def lint(
         ("unsupervised", truncation.dropped_unsupervised),
     ]
     labels: dict[str, int] = {}
-    forms = {"", purpose} if purpose in ("embeddings", "decisions") else {"", "documents", *_row_forms(train.examples)}
+    forms: set[str] = {""}
+    if purpose in ("embeddings", "decisions"):
+        forms.add(str(purpose))
+    else:
+        forms |= {"documents", *_row_forms(train.examples)}
     if purpose == "embeddings":
         problems += problems_of_embeddings(train.examples)
     elif purpose == "decisions":
