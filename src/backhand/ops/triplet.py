@@ -46,7 +46,8 @@ def triplet_forward(
     """Compute ℓ of every anchor.
 
     Args:
-        anchors, positives: a and p, (n, d).
+        anchors: a, (n, d).
+        positives: p, (n, d).
         negatives: q, (negatives, d).
         owners: (negatives,) int64, the anchor of each negative.
         margin: m.
