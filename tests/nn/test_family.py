@@ -486,7 +486,7 @@ def test_queries_grow_by_the_original_length_of_any_rule() -> None:
 def test_unknown_families_are_named() -> None:
     with pytest.raises(UnsupportedModel, match="'roberta'"):
         decoder_config({"model_type": "roberta"})
-    with pytest.raises(UnsupportedModel, match="'gemma3': the engine knows exaone4, "):
+    with pytest.raises(UnsupportedModel, match="'gemma3': the engine knows bamba, "):
         decoder_config({"model_type": "gemma3", "text_config": _GEMMA3_1B})
     assert set(FAMILIES) == {tiny_config(variant).model_type for variant in VARIANTS}
 

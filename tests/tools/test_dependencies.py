@@ -50,6 +50,7 @@ def test_the_package_imports_what_it_declares() -> None:
         "search",
         "rewards",
         "decisions",
+        "vectors",
         "studio",
     )
     assert imported("src/backhand") <= CORE.union(*(EXTRAS[extra] for extra in optional))

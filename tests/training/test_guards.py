@@ -85,8 +85,8 @@ def hold(prefix: str) -> Callable[[pytest.MonkeyPatch, TrainConfig], TrainConfig
         held: dict[str, Tensor] = {}
         original = AdapterOptimizer.__init__
 
-        def init(self: AdapterOptimizer, lora: Any, options: Any) -> None:
-            original(self, lora, options)
+        def init(self: AdapterOptimizer, lora: Any, *options: Any) -> None:
+            original(self, lora, *options)
             held.update({name: tensor.clone() for name, tensor in lora.named_tensors() if name.startswith(prefix)})
 
         def put_back(optimizer: AdapterOptimizer, _: int) -> None:
@@ -104,8 +104,8 @@ def hold(prefix: str) -> Callable[[pytest.MonkeyPatch, TrainConfig], TrainConfig
 def leave_out_of_the_optimizer(patch: pytest.MonkeyPatch, config: TrainConfig) -> TrainConfig:
     original = AdapterOptimizer.__init__
 
-    def init(self: AdapterOptimizer, lora: Any, options: Any) -> None:
-        original(self, lora, options)
+    def init(self: AdapterOptimizer, lora: Any, *options: Any) -> None:
+        original(self, lora, *options)
         last = list(lora.slots)[-1]
         left_out = lora.lora_A(last).numel() + lora.lora_B(last).numel()
         self.values, self.gradients = lora.values[:-left_out], lora.gradients[:-left_out]
@@ -117,8 +117,8 @@ def leave_out_of_the_optimizer(patch: pytest.MonkeyPatch, config: TrainConfig) -
 def copy_in_the_optimizer(patch: pytest.MonkeyPatch, config: TrainConfig) -> TrainConfig:
     original = AdapterOptimizer.__init__
 
-    def init(self: AdapterOptimizer, lora: Any, options: Any) -> None:
-        original(self, lora, options)
+    def init(self: AdapterOptimizer, lora: Any, *options: Any) -> None:
+        original(self, lora, *options)
         self.values = lora.values.clone()
 
     patch.setattr(AdapterOptimizer, "__init__", init)

@@ -81,7 +81,7 @@ def test_the_delta_rule_keeps_nothing(four: TinyRun, tmp_path: Path) -> None:
     config = config_of(four, tmp_path / "run", model=str(model), layers="last:5", cache_frozen="memory")
     with pytest.raises(UsageError, match="has nothing to cache") as found:
         train(config)
-    assert "the delta rule's chunks" in str(found.value.why)
+    assert "the chunks of a layer with a state" in str(found.value.why)
 
 
 @pytest.mark.parametrize("fixtures", [(), ("products_by_rows",)], ids=["", "products-by-rows"])

@@ -214,13 +214,14 @@ def _sink_of_rows(sinks: Tensor | None, like: Tensor, kv_heads: int, queries: in
     return rows
 
 
-def _padding(lengths: Tensor | None, keys: int, kv_heads: int, dtype: torch.dtype) -> Tensor | None:
+def _padding(lengths: Tensor | None, k: Tensor) -> Tensor | None:
     """Return what is added to scores for padded keys, (documents · kv_heads, 1, keys), or None without padding."""
     if lengths is None:
         return None
-    hidden = torch.arange(keys, device=lengths.device) >= lengths.repeat_interleave(kv_heads)[:, None]
-    added = torch.zeros(hidden.shape, dtype=dtype, device=lengths.device)
-    return added.masked_fill_(hidden, torch.finfo(dtype).min / 2).unsqueeze(1)
+    _, keys, kv_heads, _ = k.shape
+    hidden = torch.arange(keys, device=k.device) >= lengths.to(k.device).repeat_interleave(kv_heads)[:, None]
+    added = torch.zeros(hidden.shape, dtype=k.dtype, device=k.device)
+    return added.masked_fill_(hidden, torch.finfo(k.dtype).min / 2).unsqueeze(1)
 
 
 def _scaled(left: Tensor, right: Tensor, scaling: float) -> Tensor:
@@ -248,7 +249,7 @@ def attention_blocks_forward(
     kv_heads, sinks = k.shape[2], scores.sinks
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    keys, values, padding = _rows(k, kv_heads), _rows(v, kv_heads), _padding(lengths, k.shape[1], kv_heads, q.dtype)
+    keys, values, padding = _rows(k, kv_heads), _rows(v, kv_heads), _padding(lengths, k)
     for block in _blocks(q.shape[1], k.shape[1], scores, q.shape[2] // kv_heads, q):
         part = slice(block.start, block.stop)
         sink = _sink_of_rows(sinks, q, kv_heads, block.stop - block.start)
@@ -279,7 +280,7 @@ def attention_blocks_backward(
     kv_heads, scaling, sinks = k.shape[2], scores.scaling, scores.sinks
     if out is None:
         out = AttentionBlocksGrads(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)))
-    keys, values, padding = _rows(k, kv_heads), _rows(v, kv_heads), _padding(lengths, k.shape[1], kv_heads, q.dtype)
+    keys, values, padding = _rows(k, kv_heads), _rows(v, kv_heads), _padding(lengths, k)
     blocks = list(_blocks(q.shape[1], k.shape[1], scores, q.shape[2] // kv_heads, q))
     # If a single block sees every key, its share of ∂L/∂K and ∂L/∂V is the whole.
     lone = len(blocks) == 1 and blocks[0].first == 0
