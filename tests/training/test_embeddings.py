@@ -267,6 +267,13 @@ def test_retrieval_scores_are_those_of_sentence_transformers() -> None:
     assert scores.mean_cosine == pytest.approx(np.mean(cosines))
 
 
+def test_a_text_in_two_roles_has_the_vector_of_each_role() -> None:
+    rows = [TextIdentities((1, 2), None), TextIdentities((2, 3), None)]
+    # Text 2 as a candidate is near text 1, and as a query near text 3.
+    embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+    assert score_vectors(rows, embeddings).values["recall@1"] == 1.0
+
+
 def test_spearman_is_that_of_scipy() -> None:
     draw = np.random.default_rng(0)
     one, other = draw.normal(size=40), draw.integers(5, size=40).astype(np.float64)
@@ -569,7 +576,8 @@ def test_the_hardest_negatives_are_those_of_a_full_search(monkeypatch: pytest.Mo
     found = [*hardest(anchors, candidates, positives, own, 3, 0.1)]
     for number, negatives in enumerate(found):
         scores = (candidates @ anchors[number]).tolist()
-        limit = 0.9 * max(scores[place] for place in positives[number])
+        nearest = max(scores[place] for place in positives[number])
+        limit = nearest - 0.1 * abs(nearest)
         left = [n for n in range(20) if n not in (*positives[number], own[number]) and scores[n] <= limit]
         assert negatives == sorted(left, key=lambda n: -scores[n])[:3]
 

@@ -19,7 +19,7 @@ import numpy as np
 from backhand.data.data_report import TruncationStats
 from backhand.data.examples import Example
 from backhand.data.rows import EmbeddingRow, PoolingName, TextIdentities
-from backhand.data.text_encoder import TextEncoder, TokenIds
+from backhand.data.text_encoder import LONGEST_TEXT, TextEncoder, TokenIds, too_long
 from backhand.errors import DataError
 
 _PLACEHOLDER = 0
@@ -65,11 +65,18 @@ class EmbeddingEncoder:
 
     def encode(self, rows: Sequence[EmbeddingRow], stats: TruncationStats) -> list[Example | DataError | None]:
         """Encode rows: an example each, an error for a text without tokens, None if a text is too long."""
+        long = [next((text for text in row.texts if len(text) > LONGEST_TEXT), None) for row in rows]
         texts = [
-            prompt + text for row in rows for prompt, text in zip(self._format.prompts(row), row.texts, strict=True)
+            prompt + text
+            for row, one in zip(rows, long, strict=True)
+            if one is None
+            for prompt, text in zip(self._format.prompts(row), row.texts, strict=True)
         ]
         encoded = iter(self._encoder.ids_of(texts))
-        return [self._example(row, [next(encoded) for _ in row.texts], stats) for row in rows]
+        return [
+            self._example(row, [next(encoded) for _ in row.texts], stats) if one is None else too_long(one, row.source)
+            for row, one in zip(rows, long, strict=True)
+        ]
 
     def _example(
         self, row: EmbeddingRow, texts: Sequence[TokenIds], stats: TruncationStats

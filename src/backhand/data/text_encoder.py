@@ -133,12 +133,7 @@ class TextEncoder:
             DataError: the tokenizer turns other characters into a control token.
         """
         if len(text) > LONGEST_TEXT:
-            raise DataError(
-                f"this row makes a text of {len(text):,} characters; at most {LONGEST_TEXT:,} can be encoded at once",
-                where=source,
-                why="a tokenizer needs some three hundred bytes per character",
-                next_step="divide it into several rows",
-            )
+            raise too_long(text, source)
         if mark is None and not breaks:
             encoding = encoding or self._backend.encode(text, add_special_tokens=False)
             input_ids = _token_ids(encoding.ids)
@@ -189,6 +184,16 @@ def _token_ids(ids: Sequence[int]) -> TokenIds:
             why="no model has that many tokens",
             next_step="use the tokenizer of the model",
         ) from None
+
+
+def too_long(text: str, source: str) -> DataError:
+    """Return the error for a text of more than `LONGEST_TEXT` characters."""
+    return DataError(
+        f"this row makes a text of {len(text):,} characters; at most {LONGEST_TEXT:,} can be encoded at once",
+        where=source,
+        why="a tokenizer needs some three hundred bytes per character",
+        next_step="divide it into several rows",
+    )
 
 
 def unused_mark(texts: Iterable[str]) -> str:

@@ -106,7 +106,7 @@ def _kind(config: DecoderConfig, number: int) -> tuple[object, ...]:
     """Return a key that is equal for layers of the same memory and time. Each layer with shared KV has its own key."""
     layer = config.layers[number]
     kv_source = number if number in config.kv_sources else None
-    return layer.mixer, layer.sizes, layer.experts, layer.window, layer.kv_source, kv_source
+    return layer.mixer, layer.sizes, layer.experts, layer.window, layer.input_norm, layer.kv_source, kv_source
 
 
 Named = TypeVar("Named", LoRASlot, TrainedTensor)

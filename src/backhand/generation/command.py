@@ -182,14 +182,19 @@ def _json_lines(lines: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def _keep_answers(lines: Sequence[Mapping[str, Any]], rows: int, output: Path | None) -> None:
-    """Write the answers of an interrupted command: next to `output`, or to standard output."""
+def _keep_answers(lines: Sequence[Mapping[str, Any]], whole: int, rows: int, output: Path | None) -> None:
+    """Write the answers of an interrupted command: next to `output`, or to standard output.
+
+    Args:
+        whole: number of rows with the answers of every model.
+        rows: number of all rows.
+    """
     if output is None:
         write_answer(_json_lines(lines))
     elif lines:
         partial = output.with_name(f"{output.name}.partial")
         write_atomically(partial, _json_lines(lines).encode("utf-8"))
-        say(f"{len(lines):,} of {count_of(rows, 'row')} were answered: {shlex.quote(str(partial))}")
+        say(f"{whole:,} of {count_of(rows, 'row')} were answered: {shlex.quote(str(partial))}")
 
 
 def _exactly_right(lines: Sequence[Mapping[str, Any]], compared: bool) -> list[str]:
@@ -271,7 +276,9 @@ def _lines(
 
                 _answer_rows(session, prompts, options, key, labels, add)
     except KeyboardInterrupt:
-        _keep_answers([lines[number] for number in sorted(lines)], len(prompts), options.answer.output)
+        answered = [lines[number] for number in sorted(lines)]
+        whole = sum("adapted" in line for line in answered) if options.answer.compare else len(answered)
+        _keep_answers(answered, whole, len(prompts), options.answer.output)
         raise
     return [lines[number] for number in range(len(prompts))]
 

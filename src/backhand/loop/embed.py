@@ -324,7 +324,8 @@ def hardest(
         scores = anchors[start : start + size] @ candidates.T
         for number, of_anchor in enumerate(scores, start):
             right = list(positives[number])
-            limit = float(of_anchor[right].max()) * (1 - relative_margin)
+            nearest = float(of_anchor[right].max())
+            limit = nearest - relative_margin * abs(nearest)
             of_anchor[of_anchor > limit] = -torch.inf
             same = own[number]
             of_anchor[right if same is None else [*right, same]] = -torch.inf

@@ -55,9 +55,13 @@ def score_vectors(rows: Sequence[TextIdentities], embeddings: Tensor) -> VectorS
         embeddings: (documents, hidden), the vectors of all texts of the rows, in their order.
     """
     units = normalize_forward(embeddings)[0]
-    texts = [text for row in rows for text in row.texts]
-    place_of = {text: place for place, text in reversed(list(enumerate(texts)))}  # first occurrence
-    of_texts = units[list(place_of.values())]
+    firsts: tuple[dict[int, int], dict[int, int]] = {}, {}  # place of the first occurrence as an anchor, as a candidate
+    place = 0
+    for row in rows:
+        for number, text in enumerate(row.texts):
+            firsts[number > 0].setdefault(text, place)
+            place += 1
+    of_texts = units[list((firsts[1] | firsts[0]).values())]
     if rows[0].score is not None:
         cosines = (units[::2] * units[1::2]).sum(1).double().numpy()
         given = np.array([row.score for row in rows], dtype=np.float64)
@@ -68,7 +72,7 @@ def score_vectors(rows: Sequence[TextIdentities], embeddings: Tensor) -> VectorS
         relevant[row.texts[0]].add(row.texts[1])
     corpus = list(dict.fromkeys(text for row in rows for text in row.texts[1:]))
     column_of = {text: column for column, text in enumerate(corpus)}
-    queries, candidates = (units[[place_of[text] for text in some]] for some in (relevant, corpus))
+    queries, candidates = (units[list(first.values())] for first in firsts)  # in the order of `relevant` and `corpus`
     own = {number: column_of[text] for number, text in enumerate(relevant) if text in column_of}
     ranks = _ranks(queries, candidates, [[column_of[text] for text in relevant[one]] for one in relevant], own)
     of_queries = {name: np.array([score(one) for one in ranks]) for name, score in _SCORES.items()}

@@ -175,7 +175,7 @@ def _write(
         for example, tokens in zip(one.examples, answers[name], strict=True):
             text = decode(tokenizer, tokens)
             lines.append({"set": name, "source": example.source, "completion": text, "tokens": tokens})
-    directory.write(TEACHER_ANSWERS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    directory.write(TEACHER_ANSWERS, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _read(
