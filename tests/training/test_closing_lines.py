@@ -152,8 +152,11 @@ def test_a_lower_loss_helped_only_if_the_labels_are_clearly_better(
     page = Page(run_page(run)).one("section", id="result").text
     assert words in page and "so it helped" not in page
     assert VERDICTS[verdict][0] in page
-    suggested = answer_advice(load_config(Path(ended.output) / "config.toml"), measured, Path("runs/one"))
+    config = load_config(Path(ended.output) / "config.toml")
+    suggested = answer_advice(config, replace(measured, try_next=None), Path("runs/one"))
     assert (suggested is None) is (verdict == "helped")
+    # The sentence of the curves belongs to their command.
+    assert answer_advice(config, replace(measured, try_next="backhand train …"), Path("runs/one")) is None
 
 
 def test_the_loss_before_a_run_is_that_of_the_adapter_it_starts_from(ended: RunSummary) -> None:

@@ -245,8 +245,10 @@ def answer_advice(config: TrainConfig, summary: RunSummary, run: Path) -> tuple[
     base, adapted, rows = summary.base_labels, summary.adapted_labels, summary.exact_match_rows
     if not base or not adapted or not rows or figures_verdict(base, adapted, rows) == "helped":
         return None
+    if summary.try_next is not None:  # the curves ask for another run already
+        return None
     sentence = "The labels themselves are not clearly learnt: more rows, or more steps, may teach them."
-    return sentence, summary.try_next or _again(run, _twice_as_long(config, summary.steps))
+    return sentence, _again(run, _twice_as_long(config, summary.steps))
 
 
 def _pair_advice(config: TrainConfig, summary: RunSummary, answers: AnswerLengths, run: Path) -> tuple[str, str] | None:
