@@ -9,17 +9,18 @@ import stat
 import subprocess
 import sys
 import time
+import webbrowser
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from backhand.errors import UsageError
-from backhand.studio import access, server
+from backhand.studio import access, command, server
 from backhand.studio.command import serving
 from backhand.studio.options import LOOPBACK, StudioOptions
 from backhand.studio.workspace import Workspace
-from support.studio_client import Client
+from support.studio_client import Client, until
 
 PLACES = ("", "new", "new/rows", "runs/one", "runs/one/report", "static/studio.js", "part/models", "upload")
 
@@ -150,6 +151,27 @@ def test_other_users_read_neither_directory_nor_token(space: Workspace) -> None:
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (space.root, *space.root.iterdir())}
     assert modes.pop("studio.json") == 0o600 and set(modes.values()) == {0o700}
     assert Workspace(space.root).token == space.token  # an open tab survives a new start
+
+
+def test_the_browser_is_sent_to_the_address_by_a_file_that_others_cannot_read(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    monkeypatch.setattr(command, "_has_screen", lambda: True)
+    monkeypatch.setattr(command, "_wait", lambda: until(lambda: bool(opened)))
+    command.studio_command(StudioOptions(directory=space.root))
+    assert opened == [(space.root / "open.html").as_uri()]
+    text = (space.root / "open.html").read_text()
+    assert stat.S_IMODE((space.root / "open.html").stat().st_mode) == 0o600
+    assert f"/?token={space.token}" in text and 'http-equiv="refresh"' in text
+
+
+def test_without_its_settings_the_directory_has_another_token(space: Workspace) -> None:
+    space.opener("http://127.0.0.1:1/")
+    (space.root / "studio.json").unlink()
+    (space.root / ".tmp-studio.json-1").touch()  # the start was killed
+    assert Workspace(space.root).token != space.token
 
 
 def test_a_directory_of_others_is_refused(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import html
 import io
+import json
 import re
 import shlex
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -95,6 +97,9 @@ def test_the_list_has_every_state(client: Client, space: Workspace, finished: Pa
     (space.queue / "000001-later.json").write_text('{"words": ["train"]}')
     space.job_file("wrong").write_text('{"words": ["train"], "process": 1, "process_start": "x", "exit_code": 2}')
     space.log_file("wrong").write_text("error: <b>no data</b>")
+    for odd in ("rows.v2", "-x", ".hidden"):
+        space.run("x").with_name(odd).mkdir()
+    space.job_file("rows.v2").write_text('{"words": ["train"]}')
     assert {run.name: run.state for run in all_runs(space)} == {
         "later": "waiting",
         "done": "finished",
@@ -104,6 +109,24 @@ def test_the_list_has_every_state(client: Client, space: Workspace, finished: Pa
     assert STATES["not started"] in text and "&lt;b&gt;no data" in text and "Start it again" in text
     assert client.post("runs/done/restart")[0] == 409
     assert client.post("runs/later/stop")[0] == 303 and not queue.waiting(space)
+
+
+def test_a_renamed_run_starts_again_in_its_own_directory(
+    client: Client, space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale = ["train", "--rank=3", f"--output={space.run('a')}", "--overwrite"]
+    space.job_file("a").write_text(json.dumps({"words": stale, "process": 1, "process_start": "x", "exit_code": 2}))
+    assert client.post("runs/a/rename", new="b")[0] == 303
+    renamed = queue.read_job(space, "b")
+    assert renamed is not None and f"--output={space.run('b')}" in renamed.words
+    space.run("a").mkdir()
+    space.run("b").mkdir()
+    started: dict[str, list[str]] = {}
+    monkeypatch.setattr(queue, "enqueue", lambda _, name, words, form="": started.setdefault(name, words))
+    for words in (renamed.words, stale):  # the second ones are those of an earlier version
+        space.job_file("b").write_text(json.dumps({**asdict(renamed), "words": words}))
+        assert client.post("runs/b/restart")[0] == 303
+        assert started.pop("b") == ["train", "--rank=3", f"--output={space.run('b')}", "--overwrite"]
 
 
 @pytest.mark.parametrize(

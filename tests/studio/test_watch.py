@@ -130,14 +130,14 @@ def test_base_and_adapter_answer_with_the_newest_checkpoint(watched: Client, fin
 def test_decisions_and_labels_have_probabilities(
     watched: Client, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[list[str]] = []
+    asked: list[tuple[list[str], str]] = []
     answers: dict[str, Any] = {
         "team": {"type": "choice", "choice": "<b>", "probabilities": {"<b>": 0.75, "sales": 0.25}, "confidence": 0.5},
         "urgent": {"type": "noul", "noul": 0.9},
     }
 
-    async def checked(_: Commands, words: list[str], *__: object, **___: object) -> Outcome:
-        asked.append(words)
+    async def checked(_: Commands, words: list[str], __: object, *, text: str = "") -> Outcome:
+        asked.append((words, text))
         return Outcome(0, json.dumps({"answers": answers}), "")
 
     monkeypatch.setattr(Commands, "checked", checked)
@@ -146,7 +146,8 @@ def test_decisions_and_labels_have_probabilities(
     _, text, _ = watched.post("runs/run/try", prompt="--state")
     cells = [[cell.text for cell in row.children if cell.text] for row in Page(text.encode()).every("tr")]
     assert cells == [["<b>", "75.0%"], ["sales", "25.0%"], ["yes", "90.0%"]]
-    assert asked[0][0] == "decide" and asked[0][-1] == "--state=--state"
+    words, rows = asked[0]
+    assert words[0] == "decide" and words[-2:] == ["--data=-", "--state=state"] and rows == '{"state": "--state"}\n'
     (finished / "config.toml").write_text(config)
     answers = {
         side: {"completion": "x", "probability": 0.6, "probabilities": {"x": 0.6}} for side in ("base", "adapted")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,6 +18,7 @@ import pytest
 from backhand.errors import UsageError
 from backhand.studio import access, workspace
 from backhand.studio.command import Address
+from backhand.studio.queue import Job
 from backhand.studio.runs import run_of
 from backhand.studio.workspace import Workspace, checked_name
 from support.studio_client import Client, until
@@ -49,6 +52,34 @@ def test_names_count_up_and_keep_the_suffix(client: Client, space: Workspace) ->
     assert client.post("delete-rows", data="rows-2.jsonl.gz", query="")[0] == 303
     assert client.post("delete-rows", data="../studio.json", query="")[0] == 409
     assert {name for name, _ in space.uploads()} == {"rows-1.csv", "rows-3.parquet"}
+
+
+def test_the_name_of_a_deleted_upload_is_not_used_again(client: Client, space: Workspace) -> None:
+    (space.rows / "rows-mine.csv").write_bytes(ROWS)
+    for number in (1, 2):
+        stored = f"rows-{number}.csv"
+        assert client.post("upload?name=secret.csv", body=ROWS)[1] == stored
+        assert client.post("delete-rows", data=stored, query="")[0] == 303
+    assert not [path for path in space.rows.iterdir() if path.is_file() and b"secret" in path.read_bytes()]
+
+
+@pytest.mark.parametrize("named_by", ["words", "form", "configuration"])
+def test_rows_that_a_waiting_run_needs_are_not_deleted(client: Client, space: Workspace, named_by: str) -> None:
+    client.post("upload?name=x.csv", body=ROWS)
+    job = Job(["train", f"--data={space.rows / 'rows-1.csv'}"])
+    if named_by == "form":
+        job = Job(["train", "--resume"], "objective=sft&data=rows-1.csv")
+    elif named_by == "configuration":
+        config = space.run("other") / "config.toml"
+        config.parent.mkdir()
+        config.write_text(f'[data]\ndata = ["{space.rows / "rows-1.csv"}"]\n')
+        job = Job(["train", str(config)])
+    waits = space.queue / "000001-later.json"
+    waits.write_text(json.dumps(asdict(job)))
+    status, text, _ = client.post("delete-rows", data="rows-1.csv", query="")
+    assert status == 409 and "needed by later" in text and (space.rows / "rows-1.csv").exists()
+    waits.unlink()
+    assert client.post("delete-rows", data="rows-1.csv", query="")[0] == 303
 
 
 @pytest.mark.parametrize("name", ["rows.exe", "rows", "", "rows.csv.sh", "evil.py"])
@@ -177,7 +208,8 @@ def test_a_value_cannot_become_another_option(client: Client) -> None:
 def test_a_name_is_suggested_that_is_possible_and_free(space: Workspace, label: str, name: str) -> None:
     assert space.free_name(label) == checked_name(name)
     space.run(name).mkdir()
-    assert space.free_name(label) == checked_name(f"{name}-2")
+    (space.queue / f"000001-{name}-2.json").write_text('{"words": ["train"]}')
+    assert space.free_name(label) == checked_name(f"{name}-3")
 
 
 def test_runs_are_renamed_and_deleted_without_following_links(
@@ -186,6 +218,9 @@ def test_runs_are_renamed_and_deleted_without_following_links(
     finished.rename(space.run("one"))
     (space.run("two")).mkdir()
     assert client.post("runs/one/rename", new="two")[0] == 409
+    (space.queue / "000001-later.json").write_text('{"words": ["train"]}')
+    assert client.post("runs/one/rename", new="later")[0] == 409
+    (space.queue / "000001-later.json").unlink()
     assert client.post("runs/one/rename", new="../three")[0] == 409
     assert client.post("runs/one/rename", new="three")[0] == 303
     assert not space.run("one").exists() and run_of(space, "three").state == "finished"

@@ -169,11 +169,12 @@ async def _try(site: Site, request: Request) -> Response:
     if not prompt.strip():
         raise UsageError("the prompt is empty")
     words = asking_words(run, prompt)
-    asked, text = words, ""
-    if words[0] == "generate":  # a row has its answers as JSON
-        asked, text = [*words[:-1], "--data=-", "--quiet"], json.dumps({"prompt": prompt}) + "\n"
+    # The prompt goes to standard input, because other users can see the words of a process.
+    decides = words[0] == "decide"
+    asked = [*words[:-1], "--data=-", "--state=state" if decides else "--quiet"]
+    text = json.dumps({"state" if decides else "prompt": prompt}) + "\n"
     outcome = await site.commands.checked(asked, request.is_disconnected, text=text)
-    return site.part("answers", answer=outcome.json(), words=words, decisions=words[0] == "decide")
+    return site.part("answers", answer=outcome.json(), words=words, decisions=decides)
 
 
 # ---- a new run ---------------------------------------------------------------------------------------------------
@@ -208,7 +209,13 @@ async def _upload(site: Site, request: Request) -> Response:
 
 async def _delete_rows(site: Site, request: Request) -> Response:
     form = await request.form()
-    site.space.delete_upload(str(form.get("data", "")))
+    rows = site.space.upload(str(form.get("data", "")))
+    if users := queue.users_of(site.space, rows):
+        raise UsageError(
+            f"these rows are needed by {', '.join(users)}",
+            next_step="wait for the end of the run, or stop it",
+        )
+    site.space.delete_upload(rows.name)
     return site.go(f"new/rows?{form.get('query', '')}")
 
 
@@ -273,7 +280,7 @@ async def _start(site: Site, request: Request) -> Response:
     draft = Draft.of((name, value) for name, value in form.items() if isinstance(value, str))
     name = checked_name(draft.get("name").strip())
     output = site.space.run(name)
-    if output.exists() or site.space.job_file(name).exists():
+    if site.space.taken(name):
         raise UsageError(f"there is a run {name} already", next_step="give another name")
     words = draft.train_words(site.space, site.model_names, output)
     queue.enqueue(site.space, name, words, draft.query(name=""))
@@ -302,7 +309,7 @@ async def _restart(site: Site, request: Request) -> Response:
     run = site.run(request)
     if not run.can_restart or run.job is None:
         raise UsageError(f"the run {run.name} cannot be started again", next_step="continue it, or start another one")
-    words = [word for word in run.job.words if word != "--overwrite"]
+    words = queue.with_output([word for word in run.job.words if word != "--overwrite"], run.path)
     queue.enqueue(site.space, run.name, [*words, *["--overwrite"] * run.path.exists()], run.job.form)
     return site.go_to_run(run.name)
 
@@ -324,7 +331,7 @@ async def _rename(site: Site, request: Request) -> Response:
     run = _at_rest(site, request)
     new = checked_name(str((await request.form()).get("new", "")).strip())
     if new != run:
-        site.space.rename(run, new)
+        queue.rename(site.space, run, new)
     return site.go_to_run(new)
 
 

@@ -60,7 +60,9 @@ def studio_command(options: StudioOptions) -> None:
                 "and start runs, and the connection is not encrypted."
             )
         if options.browser and _has_screen():
-            threading.Thread(target=webbrowser.open, args=(address.url,), daemon=True).start()
+            # Other users can see the words of a browser's process, so that they must not contain the token.
+            page = workspace.opener(address.url).as_uri()
+            threading.Thread(target=webbrowser.open, args=(page,), daemon=True).start()
         _wait()
 
 

@@ -14,13 +14,15 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from backhand.errors import UsageError
 from backhand.files import FileLayer, replace_file
-from backhand.reading import read_json
+from backhand.reading import read_json, read_settings
+from backhand.runs.directory import CONFIG
 from backhand.runs.status import is_running
 from backhand.safe_path import python_words, safe_environment
 from backhand.studio.workspace import Workspace
@@ -46,10 +48,10 @@ class Job:
 def waiting(workspace: Workspace) -> dict[str, Job]:
     """Return the runs that wait, in their order, with their commands."""
     jobs = {}
-    for path in sorted(workspace.queue.glob("*.json")):
+    for name, path in workspace.queued().items():
         job = _read(path)
         if job is not None:
-            jobs[_name_of(path)] = job
+            jobs[name] = job
     return jobs
 
 
@@ -70,12 +72,45 @@ def enqueue(workspace: Workspace, name: str, words: list[str], form: str = "") -
 
 def cancel(workspace: Workspace, name: str) -> bool:
     """Remove a run that waits; return False if it does not wait."""
-    for path in workspace.queue.glob("*.json"):
-        if _name_of(path) == name:
-            with suppress(FileNotFoundError):  # it has just been started
-                path.unlink()
-                return True
+    if (path := workspace.queued().get(name)) is not None:
+        with suppress(FileNotFoundError):  # it has just been started
+            path.unlink()
+            return True
     return False
+
+
+def rename(workspace: Workspace, old: str, new: str) -> None:
+    """Rename a run that does not wait, and its directory in the command that started it.
+
+    Raises:
+        UsageError: the new name is taken or not possible.
+    """
+    workspace.rename(old, new)
+    if (job := read_job(workspace, new)) is not None:
+        _write(workspace.job_file(new), replace(job, words=with_output(job.words, workspace.run(new))))
+
+
+def with_output(words: list[str], output: Path) -> list[str]:
+    """Return the words of a command with another run directory."""
+    return [*(word for word in words if not word.startswith("--output=")), f"--output={output}"]
+
+
+def users_of(workspace: Workspace, rows: Path) -> list[str]:
+    """Return the runs that wait or train, and whose command or configuration names these rows."""
+    jobs = waiting(workspace)
+    for path in workspace.jobs.glob("*.json"):
+        if (job := _read(path)) is not None and job.running:
+            jobs[path.stem] = job
+    return [name for name, job in jobs.items() if any(rows.name in text for text in _texts(workspace, name, job))]
+
+
+def _texts(workspace: Workspace, name: str, job: Job) -> Iterator[str]:
+    yield from (*job.words, job.form)
+    # A continued run reads its own configuration, and a changed run that of another one.
+    for path in (workspace.runs / name / CONFIG, *map(Path, job.words)):
+        if path.name == CONFIG:
+            with suppress(OSError):
+                yield read_settings(path)
 
 
 def read_job(workspace: Workspace, name: str) -> Job | None:
@@ -101,10 +136,11 @@ def work(workspace: Workspace) -> None:
     turn = _open(workspace.queue / ".lock")
     lock(turn, wait=True)
     os.close(successor)
-    while paths := sorted(workspace.queue.glob("*.json")):
-        name, job = _name_of(paths[0]), _read(paths[0])
+    while queued := workspace.queued():
+        name, path = next(iter(queued.items()))
+        job = _read(path)
         with suppress(FileNotFoundError):  # it has just been cancelled
-            paths[0].rename(workspace.job_file(name))
+            path.rename(workspace.job_file(name))
             if job is not None:
                 _run(workspace, name, job, turn)
 
@@ -122,10 +158,6 @@ def _run(workspace: Workspace, name: str, job: Job, turn: int) -> None:
 
 def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | PLAIN, 0o600)
-
-
-def _name_of(path: Path) -> str:
-    return path.stem.partition("-")[2]
 
 
 def _read(path: Path) -> Job | None:

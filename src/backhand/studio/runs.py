@@ -29,7 +29,7 @@ from backhand.runs.directory import (
 )
 from backhand.runs.status import RunStatus, read_status
 from backhand.studio.queue import Job, read_job, waiting
-from backhand.studio.workspace import Workspace
+from backhand.studio.workspace import Workspace, is_possible
 from backhand.system import terminate
 
 _SHOWN = (CONFIG, METRICS, PROOFS, ANSWERS, FACTS, SUMMARY, STATUS, ADAPTER, REPORT, f"{CHECKPOINTS}/latest")
@@ -119,7 +119,7 @@ def all_runs(workspace: Workspace) -> list[ListedRun]:
     queue = waiting(workspace)
     names = {path.name for path in workspace.runs.iterdir() if path.is_dir() and not path.is_symlink()}
     names |= {path.stem for path in workspace.jobs.glob("*.json")} | queue.keys()
-    runs = [run_of(workspace, name, queue) for name in names if not name.startswith(".")]
+    runs = [run_of(workspace, name, queue) for name in names if is_possible(name)]
     order = {name: place for place, name in enumerate(queue)}
     runs.sort(key=lambda run: (run.began, run.name), reverse=True)
     runs.sort(key=lambda run: -2 if run.at_work else order.get(run.name, 0) - len(order) if run.name in order else 0)

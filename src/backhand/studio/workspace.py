@@ -1,6 +1,6 @@
 """The studio's directory. Other users can read none of it.
 
-- `studio.json`: token and port of the address.
+- `studio.json`: token and port of the address. `open.html` sends the browser to this address.
 - `rows/`: uploads, under names of our own.
 - `runs/NAME/`: run directories, the only state of a run.
 - `queue/`: runs that wait, see `queue`.
@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import os
@@ -31,7 +32,9 @@ MAX_UPLOADS = 200
 _FREE_BYTES = 2**28
 """Space that an upload leaves on the disk."""
 _SETTINGS = "studio.json"
+_OPENER = "open.html"
 _PARTS = ("rows", "runs", "queue", "jobs", "exports")
+_UPLOAD = re.compile(r"rows-([0-9]+)\..*")
 _NAME = re.compile(r"[^\W_](?:[\w -]{0,58}\w)?")
 
 
@@ -81,6 +84,22 @@ class Workspace:
         with save_errors(_SETTINGS, self.root, len(data)):
             replace_file(FileLayer(), self.root / _SETTINGS, data, 0o600)
 
+    def opener(self, url: str) -> Path:
+        """Write a page that goes on to an address. Return its path, which the process list may show.
+
+        Raises:
+            ResourceError: the page cannot be written.
+        """
+        path, address = self.root / _OPENER, html.escape(url)
+        data = (
+            '<!doctype html><html lang="en"><title>Backhand</title>'
+            f'<meta http-equiv="refresh" content="0;url={address}">'
+            f'<p><a href="{address}">Continue to Backhand</a></p></html>\n'
+        ).encode()
+        with save_errors(_OPENER, self.root, len(data)):
+            replace_file(FileLayer(), path, data, 0o600)
+        return path
+
     def _check_ours(self) -> None:
         if others_can_write(self.root.stat()):
             raise UsageError(
@@ -88,7 +107,8 @@ class Workspace:
                 where="directory",
                 next_step="give another directory, or take the permission away: chmod go-w",
             )
-        if not (self.root / _SETTINGS).exists() and any(self.root.iterdir()):
+        names = {path.name for path in self.root.iterdir() if not path.name.startswith(TEMPORARY)}
+        if _SETTINGS not in names and not names.issubset((*_PARTS, _OPENER)):
             raise UsageError(
                 f"{self.root} contains other files",
                 where="directory",
@@ -108,7 +128,7 @@ class Workspace:
         return [(path.name, _text(path.with_name(f"{path.name}.name")) or path.name) for path in files]
 
     async def save_upload(self, name: str, parts: AsyncIterator[bytes]) -> str:
-        """Write an upload under the next free name; return the name. An unfinished upload leaves nothing.
+        """Write an upload under a name that no upload had before; return the name. An unfinished upload leaves nothing.
 
         Raises:
             DataError: the suffix is not that of a file of rows.
@@ -133,8 +153,9 @@ class Workspace:
                         file.write(part)
                     file.flush()
                     os.fsync(file.fileno())
-                numbers = [int(path.name.split(".")[0].removeprefix("rows-")) for path in self.rows.glob("rows-*")]
-                stored = self.rows / f"rows-{max(numbers, default=0) + 1}{suffix}"
+                names = (_UPLOAD.fullmatch(path.name) for path in self.rows.iterdir())
+                number = max((int(name[1]) for name in names if name), default=0) + 1
+                stored = self.rows / f"rows-{number}{suffix}"
                 label = stored.with_name(f"{stored.name}.name")
                 replace_file(FileLayer(), label, name[:200].encode("utf-8", "replace"))
                 temporary.rename(stored)
@@ -145,8 +166,9 @@ class Workspace:
     def delete_upload(self, name: str) -> None:
         """Delete an upload. Raises UsageError if there is none of this name."""
         path = self.upload(name)
-        path.with_name(f"{path.name}.name").unlink(missing_ok=True)
         path.unlink()
+        # An empty label remains, so that a command with this path never reads the rows of a later upload.
+        replace_file(FileLayer(), path.with_name(f"{path.name}.name"), b"")
 
     def upload(self, name: str) -> Path:
         """Return the path of an upload. Raises UsageError if there is none of this name."""
@@ -179,7 +201,15 @@ class Workspace:
         """Return a possible name that no run has, made from another text."""
         stem = re.sub(r"[^\w-]+|_+", " ", wanted).strip(" -")[:50].strip(" -") or "run"
         names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-        return next(name for name in names if not self.run(name).exists() and not self.job_file(name).exists())
+        return next(name for name in names if not self.taken(name))
+
+    def taken(self, name: str) -> bool:
+        """Return True if a run, or a start that waits, has this name."""
+        return self.run(name).exists() or self.job_file(name).exists() or name in self.queued()
+
+    def queued(self) -> dict[str, Path]:
+        """Return the files of the starts that wait, by the name of the run, in their order."""
+        return {path.stem.partition("-")[2]: path for path in sorted(self.queue.glob("*.json"))}
 
     def job_file(self, name: str) -> Path:
         """Return the path of the record of a run's last start."""
@@ -191,7 +221,7 @@ class Workspace:
 
     def rename(self, old: str, new: str) -> None:
         """Rename a run with its log and exports. Raises UsageError if the new name is taken or not possible."""
-        if self.run(new).exists() or self.job_file(new).exists():
+        if self.taken(new):
             raise UsageError(f"there is a run {new} already", next_step="give another name")
         for place in (self.run, self.job_file, self.log_file, self.exports.joinpath):
             if place(old).exists():
@@ -205,9 +235,14 @@ class Workspace:
                 remove_tree(files, path)
 
 
+def is_possible(name: str) -> bool:
+    """Return True if a run may have this name."""
+    return _NAME.fullmatch(name) is not None
+
+
 def checked_name(name: str) -> str:
     """Return a run's name. Raises UsageError unless it is letters, digits, spaces, underscores and hyphens."""
-    if not _NAME.fullmatch(name):
+    if not is_possible(name):
         raise UsageError(
             f"{name!r} is not a possible name of a run",
             why="a name has at most 60 letters, digits, spaces, underscores and hyphens, and starts with a letter",
