@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -373,7 +374,7 @@ def test_the_adapter_says_how_a_text_becomes_a_vector(straight: TrainConfig) -> 
         "pooling": "last",
         "query_prompt": "what is ",
         "document_prompt": "",
-        "max_length": 2048,
+        "max_length": 128,  # the model takes no more; the limit of the rows is 2,048
         "matryoshka_dims": [32],
     }
 
@@ -482,7 +483,11 @@ def test_a_merged_model_gives_the_same_vectors_in_sentence_transformers(
     straight: TrainConfig, texts: Path, tmp_path: Path
 ) -> None:
     """The export proves it for neutral texts, too."""
-    output, adapter = tmp_path / "merged", straight.run.output / "adapter"
+    output, adapter = tmp_path / "merged", tmp_path / "adapter"
+    shutil.copytree(straight.run.output / "adapter", adapter)
+    record = json.loads((adapter / "backhand.json").read_text())
+    record["embedding"]["max_length"] = 2048  # more than the model takes
+    (adapter / "backhand.json").write_text(json.dumps(record))
     export_command(
         ExportOptions(
             *(adapter, output, straight.model.model),
@@ -493,7 +498,7 @@ def test_a_merged_model_gives_the_same_vectors_in_sentence_transformers(
         )
     )
     model = SentenceTransformer(str(output), device="cpu")
-    assert model.prompts == {"query": "what is ", "document": ""}
+    assert model.prompts == {"query": "what is ", "document": ""} and model.max_seq_length == 128
     for queries, encode in ((False, model.encode_document), (True, model.encode_query)):
         ours = embed(embed_options(straight, texts, queries=queries))
         assert float((ours - torch.from_numpy(encode(TEXTS))).abs().max()) <= 1e-5
@@ -561,6 +566,12 @@ def test_a_model_without_a_pooling_is_refused(straight: TrainConfig, texts: Path
     options = replace(embed_options(straight, texts), run=EmbedRunOptions())
     with pytest.raises(UsageError, match="neither the adapter nor the model says"):
         embed(options)
+    scored = EvaluateOptions(
+        straight.model, DataOptions(data=straight.data.eval_data), EvaluateRunOptions(vectors=True)
+    )
+    with pytest.raises(UsageError, match="neither the adapter nor the model says") as raised:
+        evaluate_command(scored)  # it has no --pooling
+    assert "give --adapter" in str(raised.value.next_step) and "backhand embed" in str(raised.value.next_step)
     with pytest.raises(UsageError, match="causal"):
         embed(replace(options, vectors=VectorOptions(pooling="cls")))
     assert embed(replace(options, vectors=VectorOptions(pooling="mean"))).shape == (3, 60)

@@ -56,6 +56,7 @@ def embedding_of(opened: OpenedAdapter) -> Mapping[str, Any]:
 def write_files(directory: Path, opened: OpenedAdapter) -> None:
     """Add the files of sentence-transformers to a merged model."""
     embedding, width = embedding_of(opened), opened.config.hidden_size
+    longest = min(embedding["max_length"], opened.config.max_position_embeddings)
     modules = [
         {
             "idx": number,
@@ -71,7 +72,7 @@ def write_files(directory: Path, opened: OpenedAdapter) -> None:
         MODULES: modules,
         "1_Pooling/config.json": {"word_embedding_dimension": width, **pooling, "include_prompt": True},
         PROMPTS: {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
-        LENGTH: {"max_seq_length": embedding["max_length"], "do_lower_case": False},
+        LENGTH: {"max_seq_length": longest, "do_lower_case": False},
     }
     (directory / "1_Pooling").mkdir()
     (directory / "2_Normalize").mkdir()

@@ -73,27 +73,31 @@ class Embedder:
                 next_step="choose a model that the backhand engine supports (backhand models)",
             )
         known: Mapping[str, Any] = loaded.embedding
-        if not known and loaded.path is not None and (files := read_embedding_files(loaded.path)) is not None:
-            known = files._asdict()
+        given = options.pooling, options.query_prompt, options.document_prompt
+        if not known and loaded.path is not None and None in given:
+            files = read_embedding_files(loaded.path)
+            known = {} if files is None else files._asdict()
         if options.pooling is None and not known:
             raise UsageError(
                 "neither the adapter nor the model says how a text becomes a vector",
-                where="pooling",
-                next_step="give --pooling last or mean, or train an adapter with --objective embed",
+                where="model",
+                next_step="give --adapter with an adapter of --objective embed, or use backhand embed or mine with "
+                "--pooling last or mean",
             )
 
         def prompt(name: str) -> str:
-            given: str | None = getattr(options, name)
-            return str(known.get(name, "")) if given is None else given
+            value: str | None = getattr(options, name)
+            return str(known.get(name, "")) if value is None else value
 
         pooling = cast("PoolingName", options.pooling or known["pooling"])
         check_pooling(pooling, causal=loaded.model.decoder.config.causal)
+        context = loaded.model.context_tokens
         return cls(
             loaded,
             pooling,
             prompt("query_prompt"),
             prompt("document_prompt"),
-            min(int(known.get("max_length", loaded.model.context_tokens)), loaded.model.context_tokens),
+            min(int(known.get("max_length") or context), context),
             options.micro_batch_rows,
         )
 

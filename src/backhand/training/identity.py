@@ -22,6 +22,7 @@ from backhand.data.stored_examples import PreparedData
 from backhand.generation.labels import Labels, found_labels
 from backhand.loop.answers import stop_ids
 from backhand.nn.decoder.config_facts import config_facts, recorded_facts
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.source import ModelSource
 from backhand.options.config import TrainConfig
 from backhand.options.config_file import config_from_table, config_table
@@ -98,7 +99,8 @@ class Identity:
             return {}
         names = ("pooling", "query_prompt", "document_prompt")
         kept = {name: getattr(options, name) for name in names}
-        return {**kept, "max_length": self.config.data.max_length, "matryoshka_dims": list(options.matryoshka_dims)}
+        longest = min(self.config.data.max_length, decoder_config(self.source.config).max_position_embeddings)
+        return {**kept, "max_length": longest, "matryoshka_dims": list(options.matryoshka_dims)}
 
     def _decisions(self, temperatures: Mapping[QuestionType, float]) -> dict[str, Any]:
         """Return what programs need to ask the adapter's questions; empty for other objectives."""

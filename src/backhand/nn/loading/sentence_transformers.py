@@ -1,4 +1,4 @@
-"""Pooling and prompts of a model in the form of sentence-transformers: the files next to its weights."""
+"""Pooling, prompts and length of a model in the form of sentence-transformers: the files next to its weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from backhand.errors import ArtifactError
 from backhand.reading import read_json
 
 MODULES, PROMPTS, LENGTH = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
-POOLING_NAMES = {"mean": "mean", "cls": "cls", "last": "lasttoken"}
-"""Names of the poolings in the files."""
-_LEGACY = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "lasttoken"}
-_QUERY, _DOCUMENT = ("query",), ("document", "passage")
+_LEGACY = "pooling_mode_"  # prefix of the keys that older versions write, each with true or false
+_POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last", "mean_tokens": "mean", "cls_token": "cls"}
+"""Poolings by their names in the files, without `_LEGACY`."""
+_WITHOUT_FILES = "give --pooling, --query-prompt and --document-prompt, which train, embed and mine use instead"
+_PROMPTS = ("query",), ("document", "passage")
+"""Names of the query prompt, and of the document prompt."""
 
 
 class EmbeddingFiles(NamedTuple):
@@ -21,10 +23,11 @@ class EmbeddingFiles(NamedTuple):
     pooling: str  # `mean`, `cls` or `last`
     query_prompt: str
     document_prompt: str
+    max_length: int | None = None  # longest text in tokens; None if the files do not limit it
 
 
 def read_embedding_files(directory: Path) -> EmbeddingFiles | None:
-    """Return pooling and prompts, or None for a model that is no model of sentence-transformers.
+    """Return the contents of the files, or None for a model that is no model of sentence-transformers.
 
     Raises:
         ArtifactError: the files are malformed, or the model computes more than a pooling and a normalization.
@@ -41,30 +44,50 @@ def read_embedding_files(directory: Path) -> EmbeddingFiles | None:
                 f"the model consists of {', '.join(kinds)}",
                 where=str(directory / MODULES),
                 why="a transformer, a pooling and a normalization are supported",
-                next_step="give --pooling, --query-prompt and --document-prompt to train the transformer alone",
+                next_step=_WITHOUT_FILES,
             )
-        config = read_json(directory / modules[1]["path"] / "config.json", dict[str, Any])
-        modes = config.get("pooling_mode") or [mode for key, mode in _LEGACY.items() if config.get(key)]
-        mode = modes[0] if isinstance(modes, list) and len(modes) == 1 else modes
-        pooling = next((name for name, written in POOLING_NAMES.items() if written == mode), None)
-        if pooling is None:
-            raise ArtifactError(
-                f"the pooling {mode!r} is not supported",
-                where=str(directory / modules[1]["path"] / "config.json"),
-                next_step=f"give --pooling {' or '.join(POOLING_NAMES)}",
-            )
+        pooling_file = directory / modules[1]["path"] / "config.json"
+        config = read_json(pooling_file, dict[str, Any])
         prompts: dict[str, Any] = {}
         if (directory / PROMPTS).is_file():
             prompts = read_json(directory / PROMPTS, dict[str, Any]).get("prompts") or {}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        query, document = (next((str(prompts[name]) for name in names if prompts.get(name)), "") for names in _PROMPTS)
+        max_length = _max_length(directory / modules[0].get("path", "") / LENGTH)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ArtifactError(
             "the files of sentence-transformers cannot be read",
             where=str(directory),
             why=str(error),
             next_step="fetch the model again",
         ) from None
+    if config.get("include_prompt") is False and (query or document):
+        raise ArtifactError(
+            "the pooling leaves out the tokens of the prompt, which is not supported",
+            where=f"{pooling_file}: include_prompt",
+            why="the vector of a text is computed from all its tokens, those of the prompt included",
+            next_step=_WITHOUT_FILES,
+        )
+    return EmbeddingFiles(_pooling(config, pooling_file), query, document, max_length)
 
-    def prompt(names: tuple[str, ...]) -> str:
-        return next((str(prompts[name]) for name in names if prompts.get(name)), "")
 
-    return EmbeddingFiles(pooling, prompt(_QUERY), prompt(_DOCUMENT))
+def _pooling(config: dict[str, Any], path: Path) -> str:
+    modes = config.get("pooling_mode") or [
+        key.removeprefix(_LEGACY) for key, value in config.items() if key.startswith(_LEGACY) and value
+    ]
+    modes = [str(mode) for mode in modes] if isinstance(modes, list) else [str(modes)]
+    if len(modes) != 1 or modes[0] not in _POOLINGS:
+        raise ArtifactError(
+            f"the pooling is {' and '.join(modes) or 'not stated'}",
+            where=str(path),
+            why="exactly one pooling is supported: mean, cls or lasttoken",
+            next_step=_WITHOUT_FILES,
+        )
+    return _POOLINGS[modes[0]]
+
+
+def _max_length(path: Path) -> int | None:
+    """Return the longest text in tokens, or None. Raises OSError and ValueError."""
+    length = read_json(path, dict[str, Any]).get("max_seq_length") if path.is_file() else None
+    if length is not None and (type(length) is not int or length < 2):
+        raise ValueError(f"{path.name}: max_seq_length = {length!r} is no number of tokens from 2")
+    return length
