@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -15,9 +16,11 @@ from backhand.adapters.contents import UnusableAdapterError
 from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import resolve_adapter
 from backhand.engines.decoder_engine import DecoderEngine
-from backhand.engines.engine import RunCache
+from backhand.engines.engine import BoundModel, RunCache
 from backhand.errors import ArtifactError, UsageError
 from backhand.files import write_together
+from backhand.interop.opened_adapter import open_adapter
+from backhand.interop.other_formats import peft_directory_files
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.config_facts import config_facts
 from backhand.nn.decoder.decoder import Decoder
@@ -253,18 +256,24 @@ def test_the_facts_of_a_configuration_are_the_same_after_json():
     assert json.loads(json.dumps(facts)) == facts
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ("query", "key", "value", "dense")], ids=["all-linear", "named"])
-def test_our_adapter_of_an_encoder_loads_in_peft(tmp_path, targets):
-    model = tiny_encoder("bert")
-    model.save_pretrained(tmp_path / "base")
-    bound = DecoderEngine(open_model(tmp_path / "base"), torch.float32).load(
-        LoRAConfig(target_modules=targets, rank=RANK), torch.device("cpu"), "none", "dense", RunCache()
+def saved_by_a_run(model: transformers.PreTrainedModel, config: LoRAConfig, directory: Path) -> BoundModel:
+    """A random adapter of a model's files, which is written to `adapter` next to them."""
+    model.save_pretrained(directory / "base")
+    bound = DecoderEngine(open_model(directory / "base"), torch.float32).load(
+        config, torch.device("cpu"), "none", "dense", RunCache()
     )
     generator = torch.Generator().manual_seed(3)
     bound.initialise(generator)
     bound.lora.values.add_(0.2 * torch.randn(bound.lora.values.shape, generator=generator))
     bound.lora.refresh_compute(torch.float32)
-    write_together(tmp_path / "adapter", bound.adapter_files(AdapterRecord(), {}))
+    write_together(directory / "adapter", bound.adapter_files(AdapterRecord(), {}))
+    return bound
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("query", "key", "value", "dense")], ids=["all-linear", "named"])
+def test_our_adapter_of_an_encoder_loads_in_peft(tmp_path, targets):
+    model = tiny_encoder("bert")
+    bound = saved_by_a_run(model, LoRAConfig(target_modules=targets, rank=RANK), tmp_path)
     adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
     assert not any("lora_" in name for name, _ in adapted.get_base_model().pooler.named_parameters())
     documents = tiny_documents(LENGTHS)
@@ -272,6 +281,58 @@ def test_our_adapter_of_an_encoder_loads_in_peft(tmp_path, targets):
         theirs = states_of(adapted.get_base_model(), documents)
     assert relative_error(bound.model.final_states(packed(documents)), theirs) <= 1e-5
     assert "AutoModel.from_pretrained" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("embeddinggemma", {"layers_to_transform": (0,)}),
+        ("qwen3-embedding", {"target_modules": r"model\.layers\..*\.down_proj"}),
+        (
+            "qwen3-embedding",
+            {
+                "target_modules": ("embed_tokens", "model.layers.0.self_attn.q_proj", "down_proj"),
+                "exclude_modules": (r"model.layers.1.mlp.down_proj",),
+                "modules_to_save": ("model.layers.0.input_layernorm",),
+                "rank_pattern": {r"^model\.layers\.0\.mlp\.down_proj": 2},
+                "alpha_pattern": {r"model\.layers\.0\.mlp\.down_proj": 3},
+            },
+        ),
+    ],
+    ids=["all-linear", "expression", "paths"],
+)
+def test_our_adapter_of_a_decoder_without_its_head_loads_in_peft(tmp_path, name, options):
+    """The class that its card names, AutoModel, has no `model.` in the paths of its modules."""
+    bound = saved_by_a_run(tiny_encoder(name).model, LoRAConfig(rank=RANK, **options), tmp_path)
+    assert "AutoModel.from_pretrained" in (tmp_path / "adapter" / "README.md").read_text()
+    again = load_adapter(tmp_path / "adapter", bound.model.module_shapes())
+    assert all(torch.equal(again.factors[tensor], values) for tensor, values in bound.lora.named_tensors())
+    assert {one.name: (one.rank, one.scaling) for one in again.targets} == {
+        slot.name: (slot.rank, slot.scaling) for slot in bound.lora.slots.values()
+    }
+    documents = tiny_documents(LENGTHS)
+    base = transformers.AutoModel.from_pretrained(tmp_path / "base", attn_implementation="eager").eval()
+    with torch.no_grad():
+        plain = states_of(base, documents)
+        adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        theirs = states_of(adapted.get_base_model(), documents)
+    lora_B = {key: x for key, x in adapted.named_parameters() if "lora_B" in key or "lora_embedding_B" in key}
+    assert len(lora_B) == len(bound.lora.slots) and all(bool(x.any()) for x in lora_B.values())
+    assert relative_error(plain, theirs) > 1e-2
+    assert relative_error(bound.model.final_states(packed(documents)), theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_an_exported_adapter_of_a_decoder_without_its_head_keeps_the_names_of_its_class(tmp_path, uniform):
+    trunk = tiny_encoder("qwen3-embedding").model
+    trunk.save_pretrained(tmp_path / "base")
+    adapted = attach_lora(trunk, rank=RANK, alpha=ALPHA, target_modules=["q_proj"], task_type=None)
+    adapted.save_pretrained(tmp_path / "adapter")
+    opened = open_adapter(str(tmp_path / "base"), tmp_path / "adapter", force_base=True)
+    write_together(tmp_path / "exported", peft_directory_files(opened, uniform=uniform))
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "exported"))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert "AutoModel.from_pretrained" in (tmp_path / "exported" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

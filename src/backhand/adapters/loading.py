@@ -62,7 +62,8 @@ def match_linear_adapter(contents: AdapterContents, module_shapes: Mapping[str, 
     """
     shapes = ModuleShapes.of(module_shapes)
     modules, experts = [*shapes, *shapes.embeddings], list(shapes.experts)
-    contents = _of_the_whole_model(_without_unused(contents, shapes.outside), {*modules, *experts})
+    holders = {name.rpartition(".")[0] for name in experts}
+    contents = _of_the_whole_model(_without_unused(contents, shapes.outside), {*modules, *holders})
 
     def expected(config: LoRAConfig) -> Expected:
         # Names that match nothing are no problem in themselves: the tensors determine the adapted modules.
@@ -396,19 +397,31 @@ _IN_A_PATTERN = re.compile(r"(?:model(?:\\?\.))?(?:language_model|text_model)(?:
 
 def of_the_text_model(contents: AdapterContents) -> AdapterContents:
     """Rename the contents to the text model's names if they adapt the text part of an image model."""
-    return _renamed(contents, _inside)
+    return _renamed(contents, _inside, lambda key: _IN_A_PATTERN.sub(r"model\\.", key))
 
 
 def _of_the_whole_model(contents: AdapterContents, modules: Collection[str]) -> AdapterContents:
     """Rename the contents if they adapt the class of a decoder without its head, whose names lack `model.`."""
-    adapted = {factor[0] for key in contents.tensors if (factor := factor_of(key))}
+    adapted = {factor[0].replace(".base_layer", "") for key in contents.tensors if (factor := factor_of(key))}
     if not adapted or not all(name not in modules and f"model.{name}" in modules for name in adapted):
         return contents
-    return _renamed(contents, lambda key: f"{PREFIX}model.{key.removeprefix(PREFIX)}")
+    # Without `^`, a pattern matches the end of a path, and therefore the longer path as well.
+    return _renamed(
+        contents,
+        lambda key: f"{PREFIX}model.{key.removeprefix(PREFIX)}",
+        lambda key: re.sub(r"^\^(?!model\b)", r"^model\\.", key),
+    )
 
 
-def _renamed(contents: AdapterContents, name_of: Callable[[str], str | None]) -> AdapterContents:
-    """Return the contents under other names. `name_of` returns None for a name that stays."""
+def _renamed(
+    contents: AdapterContents, name_of: Callable[[str], str | None], pattern_of: Callable[[str], str]
+) -> AdapterContents:
+    """Return the contents under other names.
+
+    Args:
+        name_of: returns the new name of a tensor, or None for a name that stays.
+        pattern_of: returns a key of rank_pattern or alpha_pattern, perhaps a regular expression, for the new names.
+    """
     names = {key: name_of(key) for key in (*contents.tensors, *(contents.unusable or ()))}
     if all(name is None or name == key for key, name in names.items()):
         return contents
@@ -422,8 +435,8 @@ def _renamed(contents: AdapterContents, name_of: Callable[[str], str | None]) ->
         config,
         target_modules=tuple(sorted(modules)),
         **NO_OTHER_CHOICE,
-        rank_pattern=_patterns(config.rank_pattern),
-        alpha_pattern=_patterns(config.alpha_pattern),
+        rank_pattern={pattern_of(key): value for key, value in config.rank_pattern.items()},
+        alpha_pattern={pattern_of(key): value for key, value in config.alpha_pattern.items()},
         modules_to_save=tuple(text_name(name) or name for name in config.modules_to_save),
     )
     return replace(
@@ -440,8 +453,3 @@ def _inside(key: str) -> str | None:
         return None
     name = text_name(key.removeprefix(PREFIX))
     return None if name is None else PREFIX + name
-
-
-def _patterns(pattern: Any) -> dict[str, Any]:
-    """Return rank_pattern or alpha_pattern with keys, perhaps regular expressions, without the prefix."""
-    return {_IN_A_PATTERN.sub(r"model\\.", key): value for key, value in pattern.items()}

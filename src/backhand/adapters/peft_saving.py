@@ -18,9 +18,9 @@ from backhand.adapters.contents import CARD_FILE, CONFIG_FILE, RECORD_FILE, TENS
 from backhand.adapters.peft_config import PEFTConfig, peft_config_bytes
 from backhand.adapters.peft_keys import PREFIX, FactorShapes, slot_shapes, trained_key
 from backhand.adapters.record import AdapterRecord, bytes_digest, installed_packages, record_bytes
-from backhand.adapters.targets import Target, module_values
+from backhand.adapters.targets import Target, module_values, targeted_parameters
 from backhand.errors import CheckError
-from backhand.nn.loading.wrappers import Wrapper
+from backhand.nn.loading.wrappers import TRUNK, Wrapper
 from backhand.nn.lora_parameters import LoRAParameters, TrainedTensor
 from backhand.nn.model_options import pretrained_arguments
 
@@ -72,9 +72,12 @@ def adapter_files(
         )
     tensors = {key: factors[name] for module in shapes for name, key, _ in module.tensors()}
     tensors |= {trained_key(tensor): factors[tensor.name] for tensor in trained}
-    if wrapper is not None:
-        described, targets = in_wrapper(described, targets, wrapper, module_names)
-        tensors = {PREFIX + wrapper.wrapped_name(key.removeprefix(PREFIX)): tensor for key, tensor in tensors.items()}
+    around = wrapper
+    if around is None and described.task_type == HEADLESS_TASK and any(t.name.startswith("model.") for t in targets):
+        around = TRUNK
+    if around is not None:
+        described, targets = in_wrapper(described, targets, around, module_names)
+        tensors = {PREFIX + around.wrapped_name(key.removeprefix(PREFIX)): tensor for key, tensor in tensors.items()}
     elements = sum(tensor.numel() for tensor in tensors.values())
     contents = {
         CARD_FILE: model_card(described, targets, elements, card or {}, wrapper).encode("utf-8"),
@@ -90,7 +93,9 @@ def adapter_files(
     return contents
 
 
-_AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "FEATURE_EXTRACTION": "AutoModel"}
+HEADLESS_TASK = "FEATURE_EXTRACTION"
+"""PEFT's task type for a model without a head, whose class is AutoModel."""
+_AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", HEADLESS_TASK: "AutoModel"}
 
 
 def model_card(
@@ -152,11 +157,12 @@ def _text(value: object) -> str:
     return re.sub(r"[\\`*_<>\[\]|&!]", r"\\\g<0>", " ".join(str(value).split()))
 
 
-# An adapter of a text model under the names of the image model around it.
+# An adapter of a text model under the names of the image model around it, or of a decoder's class without its head.
 #
 # PEFT matches the names of target_modules against the ends of module paths, and an image model's vision part has a
 # q_proj as well. For the whole model, a regular expression over the text model's paths is therefore written if it
-# selects exactly the adapted modules, and full paths otherwise.
+# selects exactly the adapted modules, and full paths otherwise. The same holds without the head, since PEFT finds no
+# layer number in `layers.0.mlp`.
 
 _IN_LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<end>.+)")
 NO_OTHER_CHOICE: dict[str, Any] = {"exclude_modules": (), "layers_to_transform": None, "layers_pattern": ()}
@@ -166,15 +172,23 @@ NO_OTHER_CHOICE: dict[str, Any] = {"exclude_modules": (), "layers_to_transform":
 def in_wrapper(
     described: PEFTConfig, targets: Sequence[Target], wrapper: Wrapper, module_names: Collection[str] | None
 ) -> tuple[PEFTConfig, tuple[Target, ...]]:
-    """Return configuration and targets under the names of the whole model.
+    """Return configuration and targets under the names of the whole model, or of `TRUNK`.
 
     Args:
         described: configuration and names of the text model.
         module_names: all linear modules of the text model, None if they are not known.
     """
     renamed = tuple(replace(target, name=wrapper.wrapped_name(target.name)) for target in targets)
-    wanted = _expression([target.name for target in targets], wrapper, module_names or ())
-    config = replace(described.config, target_modules=wanted, **NO_OTHER_CHOICE)
+    names = [target.name for target in targets]
+    parameters = set(targeted_parameters(described.config, names))
+    modules = [name for name in names if name not in parameters]
+    config = replace(
+        described.config,
+        target_modules=_expression(modules, wrapper, module_names or ()),
+        target_parameters=tuple(map(wrapper.wrapped_name, described.config.target_parameters)),
+        modules_to_save=tuple(map(wrapper.wrapped_name, described.config.modules_to_save)),
+        **NO_OTHER_CHOICE,
+    )
     return replace(described, config=config), renamed
 
 
@@ -193,4 +207,4 @@ def _expression(names: Sequence[str], wrapper: Wrapper, module_names: Collection
     everywhere = {match["layer"] for name in module_names if (match := _IN_LAYER.fullmatch(name))}
     numbers = r"\d+" if layers == everywhere else f"(?:{'|'.join(sorted(layers, key=int))})"
     inside = "|".join(re.escape(end) for end in sorted(ends))
-    return rf"{re.escape(wrapper.prefix)}\.layers\.{numbers}\.(?:{inside})"
+    return rf"{re.escape(wrapper.wrapped_name('model.layers'))}\.{numbers}\.(?:{inside})"

@@ -9,7 +9,7 @@ import torch
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.loading import match_linear_adapter, read_adapter
 from backhand.adapters.peft_config import PEFTConfig
-from backhand.adapters.peft_saving import AdapterParts, adapter_files
+from backhand.adapters.peft_saving import HEADLESS_TASK, AdapterParts, adapter_files
 from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import resolve_adapter
 from backhand.adapters.trained_tensors import tied_notes
@@ -146,7 +146,7 @@ class _BoundDecoder(BoundModel):
         self._decoder = decoder
 
     def adapter_files(self, record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
-        task_type = "CAUSAL_LM" if self._decoder.config.has_head else "FEATURE_EXTRACTION"
+        task_type = "CAUSAL_LM" if self._decoder.config.has_head else HEADLESS_TASK
         parts = AdapterParts.of(PEFTConfig(self.config, self.base_name, task_type), self.lora)
         shapes, wrapper = self._decoder.module_shapes(), self.source.wrapper
         names = [*shapes, *shapes.outside]

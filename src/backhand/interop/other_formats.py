@@ -29,7 +29,7 @@ from backhand.adapters.contents import AdapterContents, read_json_object, read_t
 from backhand.adapters.module_factors import Factors, ModuleFactors, factors_without_model
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import slot_shapes
-from backhand.adapters.peft_saving import AdapterParts, adapter_files
+from backhand.adapters.peft_saving import HEADLESS_TASK, AdapterParts, adapter_files
 from backhand.adapters.targets import Target
 from backhand.errors import ArtifactError, UsageError
 from backhand.files import write_atomically
@@ -165,7 +165,11 @@ def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False, text_m
         text_model: use the names of the text model alone, if the base's files contain an image model around it.
     """
     loaded = opened.loaded
-    described = replace(loaded.described, base_model=loaded.described.base_model or opened.base_name)
+    described = replace(
+        loaded.described,
+        base_model=loaded.described.base_model or opened.base_name,
+        task_type=loaded.described.task_type or (None if opened.config.has_head else HEADLESS_TASK),
+    )
     names = list(opened.shapes)
     wrapper = None if text_model else opened.source.wrapper
     if not uniform:

@@ -47,14 +47,18 @@ _INHERITED_KEYS = ("eos_token_id", "bos_token_id", "dtype", "torch_dtype", "tran
 
 @dataclass(frozen=True)
 class Wrapper:
-    """The image model around a text model."""
+    """The image model around a text model, or `TRUNK`."""
 
     model_type: str  # model_type of the image model
-    prefix: str  # path of the text model in transformers' class, such as `model.language_model`
+    prefix: str  # path of the text model in transformers' class, such as `model.language_model`, or empty
 
     def wrapped_name(self, name: str) -> str:
-        """Return the image model's name of a module or tensor of the text model."""
-        return f"{self.prefix}.{name.removeprefix('model.')}" if name.startswith("model.") else name
+        """Return the name in transformers' class of a module or tensor of the text model."""
+        return f"{self.prefix}.{name.removeprefix('model.')}".lstrip(".") if name.startswith("model.") else name
+
+
+TRUNK = Wrapper("", "")
+"""The class of a decoder without its head, transformers' AutoModel: its names lack the prefix `model.`."""
 
 
 def text_name(name: str) -> str | None:
