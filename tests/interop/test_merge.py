@@ -27,9 +27,11 @@ from backhand.interop.merging import merge_command
 from backhand.interop.opened_adapter import open_adapter
 from backhand.interop.options import ExportOptions, MergedType, MergeOptions
 from backhand.interop.proving import Prover, run_of
+from backhand.nn.families.family import split_layer
 from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_file import GGUFFile
 from support.tiny_adapters import SCALINGS, adapted, save_tiny_adapter
+from support.tiny_encoders import ENCODERS, states_of, tiny_encoder
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import FAMILIES, full_logits, save_tiny, tiny_documents, tiny_model
 
@@ -68,6 +70,45 @@ def test_so_it_does_for_every_family(variant: str, tmp_path: Path) -> None:
     output = merge(base, adapter, tmp_path / "merged")
     expected = full_logits(adapted(model), tiny_documents([19])[0])
     assert distance(logits_in_transformers(output), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "qwen3-embedding"])
+def test_the_final_states_of_a_merged_encoder_are_proved(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_encoder(name)
+    trunk = getattr(model, "model", model)
+    lora: dict[str, Any] = {"target_modules": ENCODERS[name][2], "task_type": None}
+    base, adapter = save_tiny(trunk, tmp_path / "base"), save_tiny_adapter(trunk, tmp_path / "adapter", **lora)
+    say, said = Prover.say, list[str]()
+    monkeypatch.setattr(Prover, "say", lambda self, text: (said.append(text), say(self, text)))
+    output = merge(base, adapter, tmp_path / "merged")
+    assert any(re.match(r"proved: on \d+ probe tokens the final states of the merged model", line) for line in said)
+    documents = tiny_documents([19])
+    with torch.no_grad():
+        expected = states_of(adapted(trunk, **lora).get_base_model(), documents)
+        found = states_of(transformers.AutoModel.from_pretrained(output, attn_implementation="eager"), documents)
+        assert distance(states_of(trunk, documents), expected) > 0.1
+    assert distance(found, expected) < 1e-5
+
+    make = MergedWeights.make
+
+    def damaged(self: MergedWeights, tensor: str, rounded: Any) -> torch.Tensor:
+        changes = self.is_merged(tensor) and split_layer(tensor) is not None
+        return make(self, tensor, lambda values: rounded(values * 1.01 if changes else values))
+
+    monkeypatch.setattr(MergedWeights, "make", damaged)
+    with pytest.raises(CheckError, match="probe tokens the final states"):
+        merge(base, adapter, tmp_path / "damaged", dtype="float32")
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_a_changed_embedding_adds_no_head_to_a_model_without_one(tmp_path: Path) -> None:
+    trunk: Any = tiny_encoder("qwen3-embedding").model
+    base = save_tiny(trunk, tmp_path / "base")
+    adapter = save_tiny_adapter(trunk, tmp_path / "adapter", target_modules=["embed_tokens"], task_type=None)
+    output = merge(base, adapter, tmp_path / "merged")
+    assert {*open_model(output).tensor_names()} == {*open_model(base).tensor_names()}
 
 
 @pytest.mark.parametrize("name", ["merged", "merged.gguf"])

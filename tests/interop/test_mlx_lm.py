@@ -20,6 +20,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
 from support.tiny_adapters import SCALINGS, save_tiny_adapter
+from support.tiny_encoders import tiny_encoder
 from support.tiny_models import save_tiny, tiny_model
 
 IDS = [5, 9, 3, 77, 101, 2, 8, 44]
@@ -99,3 +100,7 @@ def test_angles_said_twice_are_read_as_the_same() -> None:
         twice = with_older_names(config)
         assert "rope_theta" in twice and "rope_theta" not in config
         assert decoder_config(twice) == decoder_config(config)
+    config = tiny_encoder("modernbert").config.to_dict()
+    twice = with_older_names(config)
+    assert {"global_rope_theta", "local_rope_theta"} <= twice.keys() - config.keys() and "rope_theta" not in twice
+    assert decoder_config(twice) == decoder_config(config)

@@ -22,6 +22,7 @@ from backhand.interop.options import ExportOptions, MergeOptions
 from backhand.interop.proving import BlockWalk, Difference, difference
 from backhand.kernels import dequantize as unpacking
 from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import gguf_values, huggingface, open_model
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.quantizing import QuantizingSource
@@ -184,7 +185,7 @@ def test_a_digest_is_taken_of_tiles(base: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_walk_gives_a_blocks_tensors_while_it_is_there(tmp_path: Path) -> None:
     source = open_model(save_tiny(tiny_model("llama", **_SIZES), tmp_path / "base"))
-    documents = probe_documents(source)
+    documents = probe_documents(source, decoder_config(source.config))
     walk = BlockWalk(source, documents)
     assert walk.tensor("model.embed_tokens.weight") is None
     for layer in (0, 2):
@@ -192,8 +193,8 @@ def test_a_walk_gives_a_blocks_tensors_while_it_is_there(tmp_path: Path) -> None
         found = walk.tensor(name)
         assert found is not None and torch.equal(found, source.load(name))
     assert walk.tensor("model.layers.1.self_attn.k_proj.weight") is None, "it has been passed"
-    (logits,) = walk.logits()
-    assert torch.equal(logits, BlockWalk(source, documents).logits()[0])
+    (logits,) = walk.outputs()
+    assert torch.equal(logits, BlockWalk(source, documents).outputs()[0])
     decoder = Decoder.from_source(source, dtype=torch.float32)
     ids = torch.tensor([token for document in documents for token in document])
     assert torch.equal(logits, decoder.logits(ids, [len(document) for document in documents]))

@@ -346,13 +346,24 @@ def test_a_run_learns_and_scores_retrieval(straight: TrainConfig) -> None:
     assert any(line.startswith("Next: backhand embed") for line in shown)
 
 
-def test_an_encoder_trains_on_vectors_and_on_nothing_else(tiny: TinyRun, tmp_path: Path) -> None:
+def test_an_encoder_trains_on_vectors_alone_and_is_exported(tiny: TinyRun, tmp_path: Path) -> None:
     model = save_tiny(tiny_encoder("bert", max_position_embeddings=96), tmp_path / "model")
     made = config(tiny, tmp_path, tmp_path / "run", epochs=1)
     made = replace(made, model=replace(made.model, model=str(model)))
     train(made)
     written = json.loads((made.run.output / "adapter" / "adapter_config.json").read_text())
     assert written["task_type"] == "FEATURE_EXTRACTION"
+    export_command(
+        ExportOptions(
+            *(made.run.output / "adapter", tmp_path / "merged", str(model)),
+            to="sentence-transformers",
+            merge=True,
+            quiet=True,
+        )
+    )
+    proofs = [json.loads(line) for line in (made.run.output / "proofs.jsonl").read_text().splitlines()]
+    exported = [proof for proof in proofs if proof["command"] == "export"]
+    assert len(exported) == 3 and all(proof["passed"] for proof in exported)
     with pytest.raises(UsageError, match="this bert model has no language-model head"):
         train(with_options(tiny.config(tmp_path / "sft"), model=str(model)))
     short = save_tiny(tiny_encoder("bert", max_position_embeddings=8), tmp_path / "short")

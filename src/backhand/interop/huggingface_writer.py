@@ -187,6 +187,12 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 # MLX-LM 0.32, for example, reads `rope_theta` and `rope_scaling` of Llama and Qwen2 models, and uses its own default if
 # they are missing. With `rope_parameters` alone, a model gives worse answers there, without an error.
 
+_BASE_NAMES = {
+    "gemma3_text": ("rope_theta", "rope_local_base_freq"),
+    "modernbert": ("global_rope_theta", "local_rope_theta"),
+}
+"""By model_type: older names of the rotary bases of layers with full attention, and of those with a window."""
+
 
 def with_older_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with its `rope_parameters` also under their older names; existing older names are kept."""
@@ -194,12 +200,13 @@ def with_older_names(config: Mapping[str, Any]) -> dict[str, Any]:
     parameters = config.get("rope_parameters")
     if not isinstance(parameters, dict) or config.get("model_type") == "gemma4_text":  # it never had older names
         return said
-    full = parameters.get("full_attention", parameters)  # Gemma 3 and OLMo 3 have two sets of angles
-    older = {name: full.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    full = parameters.get("full_attention", parameters)  # Gemma 3, OLMo 3 and ModernBERT have two sets
+    full_name, sliding_name = _BASE_NAMES.get(str(config.get("model_type")), ("rope_theta", None))
+    older = {full_name: full.get("rope_theta"), "partial_rotary_factor": full.get("partial_rotary_factor")}
     if full.get("rope_type", "default") != "default":
         older["rope_scaling"] = full
-    if "sliding_attention" in parameters and config.get("model_type") == "gemma3_text":  # OLMo 3 has no such name
-        older["rope_local_base_freq"] = parameters["sliding_attention"].get("rope_theta")
+    if "sliding_attention" in parameters and sliding_name is not None:  # OLMo 3 has no such name
+        older[sliding_name] = parameters["sliding_attention"].get("rope_theta")
     for name, value in older.items():
         if value is not None and said.get(name) is None:
             said[name] = value

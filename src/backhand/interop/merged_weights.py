@@ -20,6 +20,7 @@ from torch import Tensor
 from backhand.adapters.module_factors import Factors, ModuleFactors
 from backhand.adapters.record import base_digest
 from backhand.interop.proving import BlockWalk, layer_of
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.tied_head import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from backhand.ops.weight_tiles import FrozenMatrix
@@ -58,7 +59,7 @@ class MergedWeights:
     @property
     def unties_head(self) -> bool:
         """Return True if the head is tied in the base and a matrix of its own in the merged model."""
-        if HEAD_WEIGHT in self.source.tensor_names():
+        if not decoder_config(self.source.config).has_head or HEAD_WEIGHT in self.source.tensor_names():
             return False
         return self.is_merged(HEAD_WEIGHT) or (self.is_merged(EMBEDDING_WEIGHT) and not self.keeps_head_tied)
 

@@ -45,7 +45,7 @@ from backhand.terminal import console
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FLOAT32_NOISE = 3e-6
-"""Relative difference of logits that is due to float32 rounding alone."""
+"""Relative difference of outputs that is due to float32 rounding alone."""
 
 
 def merge_command(options: MergeOptions) -> Path:
@@ -156,28 +156,29 @@ def _prove(
     prover: Prover,
     end: Sequence[int],
 ) -> None:
-    """Compare the written model, read once, with the digests, and with the logits of base and adapter."""
-    base, wanted = not_none(weights.walk).logits()
+    """Compare the written model, read once, with the digests, and with the outputs of base and adapter."""
+    base, wanted = not_none(weights.walk).outputs()
     written = open_model(path)
     check_same_model(weights.source, written, untied=weights.unties_head, text_end=end)
     walk = BlockWalk(written, opened.documents)
     wrong = weights.wrong_tensors(written, walk)
     statement = f"all {len(weights.digests)} tensors read back from the file bit by bit"
     prover.check(statement, len(wrong), 0, "write it again; the disk may be faulty")
-    (found,) = walk.logits()
+    (found,) = walk.outputs()
     measured = difference(found, wanted, base)
     # In float32 or wider, no merged tensor lost more than float32 rounding.
     unrounded = all(loss.lost * loss.update < 1e-6 for loss in weights.losses)
     exact = options.dtype == "float32" or (options.dtype == "auto" and unrounded)
     usual = FLOAT32_TOLERANCE if exact else ROUNDED_TOLERANCE
     tolerance = usual if options.tolerance is None else options.tolerance
+    output = opened.config.output_name
     prover.say(
-        f"logits, merged against base and adapter: relative difference {measured.relative:.2g}, "
+        f"{output}, merged against base and adapter: relative difference {measured.relative:.2g}, "
         f"largest {measured.largest:.2g}"
     )
     prover.check(
-        f"on {wanted.shape[0]} probe tokens the logits of the merged model and of base with adapter differ by a small "
-        "share of what the adapter changes",
+        f"on {wanted.shape[0]} probe tokens the {output} of the merged model and of base with adapter differ by a "
+        "small share of what the adapter changes",
         measured.share,
         tolerance,
         "store it in a wider type (--dtype float32), or, if so much may be lost, give a higher --tolerance",
@@ -220,7 +221,9 @@ def print_losses(losses: Sequence[ModuleLoss], prover: Prover) -> None:
             f"update {size:.2g} of the weight"
         )
     if any(loss.lost > 1 for loss in losses):
-        prover.say("above 1: the base's own numbers are rounded too, by more than the update; see the logits, below")
+        prover.say(
+            "above 1: the base's own numbers are rounded too, by more than the update; see the difference, below"
+        )
 
 
 def merge_card(opened: OpenedAdapter, base: str) -> str:

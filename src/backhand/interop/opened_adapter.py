@@ -61,24 +61,25 @@ def open_adapter(model: str, adapter: Path, *, force_base: bool, allow_pickle: b
         raise
     shapes = module_shapes(config)
     loaded = load_adapter_for(source, adapter, shapes, force_base=force_base, allow_pickle=allow_pickle)
-    return OpenedAdapter(source, config, shapes, loaded, factors_of(loaded), probe_documents(source))
+    return OpenedAdapter(source, config, shapes, loaded, factors_of(loaded), probe_documents(source, config))
 
 
 _RANDOM_TOKENS = 32
 
 
-def probe_documents(source: ModelSource) -> list[list[int]]:
+def probe_documents(source: ModelSource, config: DecoderConfig) -> list[list[int]]:
     """Return a few sentences and one document of random tokens; the same for the same vocabulary.
 
-    For a model without a tokenizer, only the random document.
+    Each is cut to the model's positions. For a model without a tokenizer, only the random document is returned.
     """
-    vocab = int(source.config["vocab_size"])
-    documents = [torch.randint(vocab, (_RANDOM_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()]
+    vocab, longest = config.vocab_size, config.max_position_embeddings
+    random = torch.randint(vocab, (_RANDOM_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+    documents = [random[:longest]]
     try:
         tokenizer = source.tokenizer()
     except ArtifactError:
         return documents
-    texts = [list(tokenizer(text)["input_ids"]) for text in neutral_texts()]
+    texts = [list(tokenizer(text)["input_ids"])[:longest] for text in neutral_texts()]
     return [*documents, *(ids for ids in texts if ids and max(ids) < vocab)]
 
 

@@ -1,4 +1,4 @@
-"""Proofs of one export: compare factors and logits, print and record the result, and fail the command."""
+"""Proofs of one export: compare factors and outputs, print and record the result, and fail the command."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from backhand.nn.decoder.weights import (
     linear_parts,
     load_weights,
 )
-from backhand.nn.families.family import DecoderConfig
+from backhand.nn.families.family import DecoderConfig, split_layer
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.source import ModelSource, fill
 from backhand.nn.lora_parameters import LoRAParameters
@@ -104,18 +104,18 @@ def run_of(adapter: Path | None) -> Path | None:
 
 
 FACTOR_BOUND = 1e-6
-LOGIT_BOUND = 1e-5
+OUTPUT_BOUND = 1e-5
 _REPORT = "report it with the adapter's configuration; the adapter itself is as it was"
 
 
 def prove_export(prover: Prover, exported: Factors, read: Factors, opened: OpenedAdapter | None = None) -> None:
-    """Compare every module's update in the file, and the probes' logits with it, with those of the adapter.
+    """Compare every module's update in the file, and the probes' outputs with it, with those of the adapter.
 
     Args:
-        opened: base and adapter for the logits, None without a model.
+        opened: base and adapter for the outputs, None without a model.
 
     Raises:
-        CheckError: if a module is missing, its factors differ, or logits differ by more than float32 noise.
+        CheckError: if a module is missing, its factors differ, or outputs differ by more than float32 noise.
     """
     error = factor_error(exported, read)
     prover.check("every factor read back from the file gives the adapter's update", error, FACTOR_BOUND, _REPORT)
@@ -123,9 +123,11 @@ def prove_export(prover: Prover, exported: Factors, read: Factors, opened: Opene
         return
     kind = opened.source.config.get("model_type")
     adapters = [None, *(parameters_of(factors, kind) for factors in (exported, read))]
-    base, wanted, found = BlockWalk(opened.source, opened.documents, adapters).logits()
-    statement = f"logits on {wanted.shape[0]} probe tokens equal those of the adapter that was exported"
-    prover.check(statement, difference(found, wanted, base).relative, LOGIT_BOUND, _REPORT)
+    base, wanted, found = BlockWalk(opened.source, opened.documents, adapters).outputs()
+    statement = (
+        f"{opened.config.output_name} on {wanted.shape[0]} probe tokens equal those of the adapter that was exported"
+    )
+    prover.check(statement, difference(found, wanted, base).relative, OUTPUT_BOUND, _REPORT)
 
 
 def factor_error(exported: Factors, read: Factors) -> float:
@@ -155,23 +157,23 @@ def _module_error(wanted: ModuleFactors | None, found: ModuleFactors | None) -> 
 
 @dataclass(frozen=True)
 class Difference:
-    """Differences between computed and expected logits."""
+    """Differences between computed and expected outputs."""
 
-    relative: float  # ‖found − wanted‖ / ‖wanted‖
+    relative: float  # ‖found − wanted‖ / ‖wanted‖; infinite if only the numerator is not 0
     # ‖found − wanted‖ / ‖wanted − base‖, relative to the adapter's effect; infinite if only the numerator is not 0
     share: float
     largest: float
 
 
 def difference(found: Tensor, wanted: Tensor, base: Tensor) -> Difference:
-    """Compare logits, (tokens, vocab) each; values that are not finite differ infinitely.
+    """Compare outputs, (tokens, vocab or hidden) each; values that are not finite differ infinitely.
 
     Sums are in float64 over a few tokens at a time: with a large vocabulary, three copies in float64 would take more
     memory than the rest of a merge.
     """
     distance = effect = size = largest = 0.0
-    for rows in zip(*(logits.split(_ROWS) for logits in (found, wanted, base)), strict=True):
-        there, right, plain = (logits.double() for logits in rows)
+    for rows in zip(*(outputs.split(_ROWS) for outputs in (found, wanted, base)), strict=True):
+        there, right, plain = (outputs.double() for outputs in rows)
         distance += float((there - right).square().sum())
         effect += float((right - plain).square().sum())
         size += float(right.square().sum())
@@ -179,14 +181,17 @@ def difference(found: Tensor, wanted: Tensor, base: Tensor) -> Difference:
     distance, effect, size = distance**0.5, effect**0.5, size**0.5
     if distance != distance:
         return Difference(math.inf, math.inf, math.inf)
-    share = distance / effect if effect > 0 else math.inf if distance > 0 else 0.0
-    return Difference(distance / size, share, largest)
+    return Difference(_ratio(distance, size), _ratio(distance, effect), largest)
+
+
+def _ratio(distance: float, size: float) -> float:
+    return distance / size if size > 0 else math.inf if distance > 0 else 0.0
 
 
 _ROWS = 16
 
 
-# Logits of a model that is never in memory as a whole: one block after another is read, used and dropped.
+# Outputs of a model that is never in memory as a whole: one block after another is read, used and dropped.
 #
 # One block is in memory in float32; rows and tiles of embedding and head are read as they are stored. Several adapters
 # are computed together, and the writer of the merged model takes the block's tensors from here, so that each tensor is
@@ -221,7 +226,7 @@ class BlockWalk:
                 decoder.attach(lora)  # checks the shapes, and casts the factors
         ids = torch.tensor([token for document in documents for token in document])
         batch = PackedBatch(ids, torch.full_like(ids, IGNORE_INDEX), tuple(len(document) for document in documents))
-        self._states = [decoder.embed(ids) for decoder in self._decoders]
+        self._states = [decoder.input_states(batch) for decoder in self._decoders]
         # One per adapter, since layers may share keys and values within a pass.
         self._contexts = [decoder.contexts(batch) for decoder in self._decoders]
         self._layer = -1
@@ -238,14 +243,17 @@ class BlockWalk:
         return self._views.get(name)
 
     @torch.no_grad()
-    def logits(self) -> list[Tensor]:
-        """Complete the walk, and return (tokens, vocab) logits per adapter, with concatenated documents."""
+    def outputs(self) -> list[Tensor]:
+        """Complete the walk, and return the outputs per adapter, with concatenated documents.
+
+        These are the logits, (tokens, vocab). For a model without a head they are the final states, (tokens, hidden).
+        """
         blocks = len(self._config.layers)
-        with counting("computing the probes' logits", blocks - 1 - self._layer, "blocks") as done:
+        with counting(f"computing the probes' {self._config.output_name}", blocks - 1 - self._layer, "blocks") as done:
             while self._step():
                 done()
         self._views = {}
-        return [decoder.head(x) for decoder, x in zip(self._decoders, self._states, strict=True)]
+        return [decoder.output(x) for decoder, x in zip(self._decoders, self._states, strict=True)]
 
     @torch.no_grad()
     def _step(self) -> bool:
@@ -266,8 +274,8 @@ class BlockWalk:
 
 def layer_of(name: str) -> int | None:
     """Return the block of a tensor by its Hugging Face name, or None for a tensor outside the blocks."""
-    rest = name.removeprefix(_BLOCKS)
-    return None if rest == name else int(rest.partition(".")[0])
+    place = split_layer(name)
+    return None if place is None else place[0]
 
 
 def _block_weights(source: ModelSource, config: DecoderConfig, layer: int) -> tuple[BlockWeights, dict[str, Tensor]]:
@@ -276,12 +284,10 @@ def _block_weights(source: ModelSource, config: DecoderConfig, layer: int) -> tu
     own = config.per_layer and config.per_layer._replace(layers=1, vocab_size=1)
     single = replace(config, layers=(config.layers[layer],), vocab_size=1, tied_head=True, per_layer=own)
     weights = empty_weights(single, torch.float32)
-    first, this = f"{_BLOCKS}0.", f"{_BLOCKS}{layer}."
     views = {
-        this + name.removeprefix(first): view for name, view in dense_views(weights, single) if name.startswith(first)
+        f"{config.block_path(layer)}.{place[1]}": view
+        for name, view in dense_views(weights, single)
+        if (place := split_layer(name)) is not None
     }
     fill(source, views.items())
     return weights.blocks[0], views
-
-
-_BLOCKS = "model.layers."

@@ -130,6 +130,10 @@ class Decoder(ForwardBackward):
         projected = self.projected(x)
         return ruled(projected, self.config.logits)[0].to(projected.dtype)
 
+    def output(self, x: Tensor) -> Tensor:
+        """Return `head` of the last block's output or, for a model without a head, the final states."""
+        return self.head(x) if self.config.has_head else self._final_norm(x)[0]
+
     def projected(self, x: Tensor) -> Tensor:
         """Return final norm and output projection, (rows, hidden) to (rows, vocab), before the rule for logits."""
         normed, _ = self._final_norm(x)

@@ -468,6 +468,11 @@ class DecoderConfig:
         return f"{self.layers_path}.{layer}"
 
     @property
+    def output_name(self) -> str:
+        """Return the name of the model's result, `logits` or, without a head, `final states`."""
+        return "logits" if self.has_head else "final states"
+
+    @property
     def shares_prefixes(self) -> bool:
         """True if documents may share a prefix: its hidden states depend neither on later tokens nor on the length."""
         return self.causal and not self.length_limits
