@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from starlette.responses import PlainTextResponse
 
 from backhand.errors import UsageError
 from backhand.studio import access, command, server
@@ -59,6 +61,39 @@ def test_another_host_name_is_refused(client: Client, host: str) -> None:
     status, text, _ = client.get("", Host=host.format(port=client.address.port))
     assert status in (400, 403) and "Runs" not in text
     assert client.get("", Host=f"localhost:{client.address.port}")[0] == 200
+
+
+def test_names_are_compared_as_browsers_send_them(space: Workspace) -> None:
+    app = access.Access(PlainTextResponse("yes"), token="x", host="Box.local", port=80)
+
+    def status(**headers: str) -> int:
+        cookie = f"backhand-80={access._derived('x', 'session')}"
+        sent = [(b"cookie", cookie.encode()), *((name.encode(), value.encode()) for name, value in headers.items())]
+        scope = {"type": "http", "method": "POST", "path": f"{app.root}/", "query_string": b"", "headers": sent}
+        answered: list[dict[str, int]] = []
+
+        async def receive() -> dict[str, str]:
+            return {"type": "http.request"}
+
+        async def send(message: dict[str, int]) -> None:
+            answered.append(message)
+
+        asyncio.run(app(scope, receive, send))
+        return answered[0]["status"]
+
+    for host in ("box.local", "BOX.local", "box.local:80", "[::1]", "[::1]:80"):
+        assert status(host=host, origin=f"http://{host.lower()}") == 200
+    for host in ("box.local:81", "evil.example", "[evil.example]"):
+        assert status(host=host, origin=f"http://{host}") == 403
+
+
+@pytest.mark.parametrize(("host", "warns"), [("127.0.0.2", False), ("localhost", False), ("0.0.0.0", True)])
+def test_the_warning_concerns_addresses_that_other_machines_reach(
+    space: Workspace, host: str, warns: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "_wait", lambda: None)
+    command.studio_command(StudioOptions(directory=space.root, host=host, browser=False))
+    assert ("not encrypted" in capsys.readouterr().err) == warns
 
 
 def test_a_server_of_the_network_answers_to_numbers_but_not_to_names_that_point_to_it(space: Workspace) -> None:

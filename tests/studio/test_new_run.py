@@ -5,8 +5,11 @@ from __future__ import annotations
 import html
 import io
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +19,11 @@ import pytest
 
 from backhand.cli.main import main
 from backhand.studio import queue
+from backhand.studio.commands import Commands, Outcome
 from backhand.studio.first_rows import first_rows
 from backhand.studio.runs import STATES, all_runs, run_of
 from backhand.studio.workspace import Workspace
+from backhand.system import process_start
 from support.page import Page
 from support.poison import ATTACKS
 from support.studio_client import Client, until
@@ -109,6 +114,62 @@ def test_the_list_has_every_state(client: Client, space: Workspace, finished: Pa
     assert STATES["not started"] in text and "&lt;b&gt;no data" in text and "Start it again" in text
     assert client.post("runs/done/restart")[0] == 409
     assert client.post("runs/later/stop")[0] == 303 and not queue.waiting(space)
+
+
+def test_a_run_is_finished_while_its_process_writes_the_report(
+    client: Client, space: Workspace, finished: Path
+) -> None:
+    run = space.run("one")
+    finished.rename(run)
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps(status | {"process": os.getpid()}))
+    job = {"words": ["train"], "process": os.getpid(), "process_start": process_start(os.getpid())}
+    space.job_file("one").write_text(json.dumps(job))
+    assert run_of(space, "one").state == "finished"
+    assert client.post("runs/one/rename", new="two")[0] == 409 and run.exists()
+    # A process that this start launched may write the status. That of an earlier start says nothing.
+    for launcher, state in ((job["process_start"], "finished"), ("earlier", "starting")):
+        other = {"process": os.getppid(), "launcher_start": launcher}
+        (run / "status.json").write_text(json.dumps(status | other))
+        assert run_of(space, "one").state == state
+
+
+def test_only_the_process_of_the_run_on_this_machine_is_stopped(
+    client: Client, space: Workspace, finished: Path
+) -> None:
+    run = space.run("one")
+    finished.rename(run)
+    status = json.loads((run / "status.json").read_text())
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        at_work = status | {"state": "running", "process": process.pid, "process_start": process_start(process.pid)}
+        for other, why in (({"host": "elsewhere"}, "trains on elsewhere"), ({"process_start": "x"}, "does not train")):
+            (run / "status.json").write_text(json.dumps(at_work | other))
+            code, text, _ = client.post("runs/one/stop")
+            assert code == 409 and why in text and process.poll() is None
+        (run / "status.json").write_text(json.dumps(at_work))
+        assert client.post("runs/one/stop")[0] == 303 and process.wait(60) != 0
+
+
+def test_an_export_keeps_those_of_other_formats(
+    client: Client, space: Workspace, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished.rename(space.run("one"))
+
+    async def export(_: Commands, words: list[str], *__: object) -> Outcome:
+        output = Path(words[-1].partition("=")[2])
+        if output.suffix == ".gguf":
+            output.touch(exist_ok=False)
+        else:
+            output.mkdir()
+        return Outcome(0, "", "")
+
+    monkeypatch.setattr(Commands, "checked", export)
+    for kind in ("peft", "gguf", "peft", "gguf"):
+        assert client.post("runs/one/export", to=kind)[0] == 200
+    assert {path.name for path in (space.exports / "one").iterdir() if path.is_file()} == {
+        "one-peft.zip",
+        "one-gguf.gguf",
+    }
 
 
 def test_a_renamed_run_starts_again_in_its_own_directory(

@@ -23,7 +23,8 @@ from support.studio_client import Client
 
 
 @pytest.fixture
-def watched(finished: Path) -> Iterator[Client]:
+def watched(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    monkeypatch.chdir(Path(model_of(finished)).parent)
     with serving(finished, host="127.0.0.1", port=0) as address:
         yield Client(address).enter()
 
@@ -111,11 +112,13 @@ def test_poison_in_every_file_stays_text(watched: Client, finished: Path) -> Non
 def test_base_and_adapter_answer_with_the_newest_checkpoint(watched: Client, finished: Path) -> None:
     from backhand import generate
 
+    model, config = model_of(finished), (finished / "config.toml").read_text()
+    (finished / "config.toml").write_text(config.replace(model, Path(model).name))  # as it was typed
     status, text, _ = watched.post("runs/run/try", prompt="the user asks <b>")
     page = Page(text.encode())
     base, adapted = (element.text for element in page.every("div", class_="text"))
     expected = [
-        generate(adapter=adapter, model=model_of(finished), prompt="the user asks <b>", greedy=True, max_new_tokens=128)
+        generate(adapter=adapter, model=model, prompt="the user asks <b>", greedy=True, max_new_tokens=128)
         for adapter in (None, finished / "adapter")
     ]
     assert status == 200 and [base, adapted] == expected and base != adapted

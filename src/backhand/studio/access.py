@@ -103,7 +103,7 @@ class Access:
         if scope["method"] not in ("GET", "HEAD", "POST"):
             raise Refused(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and POST are answered")
         if scope["method"] == "POST" and (
-            headers.getlist("origin") != [f"http://{hosts[0]}"]
+            headers.getlist("origin") != [f"http://{hosts[0].lower()}"]
             or headers.get("sec-fetch-site", "same-origin") != "same-origin"
         ):
             raise Refused(HTTPStatus.FORBIDDEN, "this request comes from another page")
@@ -130,13 +130,16 @@ class Access:
         return response
 
     def _is_ours(self, host: str) -> bool:
-        name, _, port = host.rpartition(":")
+        host = host.lower()
+        # Browsers leave out the port 80. Colons in brackets belong to the name.
+        name, port = host.rsplit(":", 1) if ":" in host.rpartition("]")[2] else (host, "80")
         if port != str(self._port):
             return False
         if self._host == LOOPBACK:
             return name in (LOOPBACK, "localhost")
         # An attacker can make a name point to this machine, but not a number.
-        return name in (self._host, "localhost", socket.gethostname()) or _is_address(name.strip("[]"))
+        ours = (self._host.lower(), "localhost", socket.gethostname().lower())
+        return name in ours or _is_address(name.strip("[]"))
 
 
 def refusal(_request: object, refused: Refused) -> PlainTextResponse:

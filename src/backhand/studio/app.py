@@ -349,6 +349,8 @@ def _at_rest(site: Site, request: Request) -> str:
     run = site.run(request)
     if run.at_work or run.state == "waiting":
         raise UsageError(f"the run {run.name} {run.state_words}", next_step="stop it first")
+    if run.job is not None and run.job.running:
+        raise UsageError(f"the process of the run {run.name} has not ended yet", next_step="wait for its end")
     return run.name
 
 
@@ -372,10 +374,11 @@ async def _export(site: Site, request: Request) -> Response:
     output = site.space.exports / run.name / (f"{run.name}-{kind}" + (".gguf" if export.suffix == "gguf" else ""))
     words = ["export", f"--model={model}", f"--adapter={adapter_of(run)}", f"--to={export.to}", *export.options]
     words.append(f"--output={output}")
-    await run_in_threadpool(remove_tree, FileLayer(), output.parent)
-    output.parent.mkdir(mode=0o700)
-    outcome = await site.commands.checked(words, request.is_disconnected)
     path = output.with_name(f"{output.name}.zip") if export.suffix == "zip" else output
+    output.parent.mkdir(mode=0o700, exist_ok=True)
+    for earlier in {output, path}:
+        await run_in_threadpool(remove_tree, FileLayer(), earlier)
+    outcome = await site.commands.checked(words, request.is_disconnected)
     if export.suffix == "zip":
         await run_in_threadpool(_zip, output, path)
     messages = outcome.output + outcome.messages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import secrets
 import shlex
@@ -54,7 +55,7 @@ def studio_command(options: StudioOptions) -> None:
     with _ended_by_ctrl_c(), serving(workspace, host=options.host, port=options.port or workspace.port) as address:
         workspace.remember(address.port)
         say(f"Studio: {address.url}", f"Directory: {shlex.quote(str(workspace.root))}", file=sys.stdout)
-        if options.host != LOOPBACK:
+        if not _is_loopback(options.host):
             say(
                 f"warning: other machines can connect to {options.host}. Whoever has this address can read your rows "
                 "and start runs, and the connection is not encrypted."
@@ -78,6 +79,13 @@ def watch_command(options: WatchOptions) -> None:
     with _ended_by_ctrl_c(), serving(options.run.resolve(), host=LOOPBACK, port=options.port) as address:
         say(f"Watching {options.run}: {address.url}", file=sys.stdout)
         _wait()
+
+
+def _is_loopback(host: str) -> bool:
+    """Return True if only this machine can connect to the host."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host.lower() == "localhost"
 
 
 def _has_screen() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from backhand.runs.directory import (
     STATUS,
     SUMMARY,
 )
-from backhand.runs.status import RunStatus, read_status
+from backhand.runs.status import RunStatus, is_running, read_status
 from backhand.studio.queue import Job, read_job, waiting
 from backhand.studio.workspace import Workspace, is_possible
 from backhand.system import terminate
@@ -104,7 +105,7 @@ def listed_run(path: Path, job: Job | None = None, *, waits: bool = False) -> Li
     state, reason = "starting", ""
     if waits:
         state = "waiting"
-    elif status is not None and not (job is not None and job.running and status.state != "running"):
+    elif status is not None and (status.state == "running" or not _prepares(job, status)):
         state, reason = status.state, status.reason
     elif job is not None and not job.running:
         state = "not started"
@@ -112,6 +113,14 @@ def listed_run(path: Path, job: Job | None = None, *, waits: bool = False) -> Li
         state, reason = "killed", "its process ended without a message"
     began = status.began if status is not None else ""
     return ListedRun(path.name, path, state, reason, began, _progress(path, status), job)
+
+
+def _prepares(job: Job | None, status: RunStatus) -> bool:
+    """Return True if the process of a start has not written the status yet, which an earlier start left."""
+    if job is None or not job.running or status.process == job.process:
+        return False
+    # With several processes, the one that was started launches the one that writes.
+    return job.process_start is None or job.process_start != status.launcher_start
 
 
 def all_runs(workspace: Workspace) -> list[ListedRun]:
@@ -143,20 +152,25 @@ def stop(run: ListedRun) -> None:
     """Ask a run to save and stop.
 
     Raises:
-        UsageError: it does not train.
+        UsageError: it does not train, or not on this machine.
     """
     status = read_status(run.path)
-    process = status.process if status is not None and status.state == "running" else None
-    if process is None and run.job is not None and run.job.running:
-        process = run.job.process
-    if process is None:
+    if status is not None and status.state == "running":
+        if status.host != platform.node():
+            raise UsageError(f"the run {run.name} trains on {status.host}", next_step="stop it on that machine")
+        process, start = status.process, status.process_start
+    elif run.job is not None and run.job.process is not None and run.job.exit_code is None:
+        process, start = run.job.process, run.job.process_start
+    else:
         raise UsageError(f"the run {run.name} does not train", next_step="reload the page")
+    if not is_running(process, start):
+        raise UsageError(f"the run {run.name} has ended", next_step="reload the page")
     terminate(process)
 
 
 def version_of(run: ListedRun, log: Path | None) -> str:
     """Return a text that changes with every file of the run's page, and with its state."""
-    parts = [run.state]
+    parts = [run.name, run.state]
     for path in (*(run.path / name for name in _SHOWN), *([] if log is None else [log])):
         try:
             status = path.stat()

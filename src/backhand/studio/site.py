@@ -45,7 +45,8 @@ class Site:
         self.root = root
         self.workspace = shown if isinstance(shown, Workspace) else None
         self.watched = shown if isinstance(shown, Path) else None
-        self.commands = Commands(shown.root if isinstance(shown, Workspace) else shown)
+        # The configuration of a run that was started elsewhere may name the model relative to the current directory.
+        self.commands = Commands(shown.root if isinstance(shown, Workspace) else Path.cwd())
         self.models: list[dict[str, Any]] | None = None
         self._templates = _templates()
 

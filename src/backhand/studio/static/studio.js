@@ -112,6 +112,7 @@ function replace(old, part) {
   part.querySelectorAll("details").forEach((details, number) => { details.open = opened[number] ?? details.open; });
   if (old instanceof HTMLDetailsElement) part.open = old.open;
   if (!old.contains(document.activeElement) || document.activeElement === document.body) old.replaceWith(part);
+  else version = ""; // the next answer replaces it
 }
 
 async function follow() {
