@@ -25,7 +25,7 @@ class StudioOptions(Options):
     `backhand models` lists."""
 
     host: Annotated[Text, given("host is empty", "leave it out")] = LOOPBACK
-    """Address to listen on. Any other address than this one lets other machines connect, without encryption."""
+    """Address to listen on. With an address of the network, other machines can connect, without encryption."""
 
     port: Port = 0
     """Port; 0 takes the one of the last time if it is free, otherwise any free one."""
