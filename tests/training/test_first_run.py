@@ -78,7 +78,7 @@ def test_the_chosen_rate_is_said_stored_and_kept_by_a_resumed_run(tiny: TinyRun,
     rate = load_config(tmp_path / "whole" / "config.toml").optimization.learning_rate
     assert isinstance(rate, float)
     assert any(
-        said.startswith(f"note: learning rate: {rate:g}, chosen by the size of the frozen weights ")
+        said.startswith(f"note: learning rate: {rate:g}, chosen by the size of the frozen weights; ")
         for said in heard.facts
     )
     with pytest.raises(Interrupted):
