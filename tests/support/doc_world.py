@@ -28,7 +28,10 @@ ROWS = [
 ]
 _RUN_READ = re.compile(r"(?<![\w/])runs/(\w+)")
 _RUN_MADE = re.compile(r"--output[ =]runs/(\w+)(?![\w/])")
-_ROWS_OF_RUNS = {"decided": "--data docs/recipes/tickets.jsonl --objective decide"}
+_ROWS_OF_RUNS = {
+    "decided": "--data docs/recipes/tickets.jsonl --objective decide",
+    "vectors": "--data pairs.jsonl --objective embed --pooling mean",
+}
 """Rows and objective of runs that are not trained on `ROWS`."""
 _TIME_LIMIT_S = 900
 
@@ -57,6 +60,10 @@ class World:
         self.directory = directory
         self.names: dict[str, Any] = {}
         (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+        pairs = [{"anchor": row["prompt"], "positive": row["completion"]} for row in ROWS]
+        (directory / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        texts = [{"text": row["completion"]} for row in ROWS]
+        (directory / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
         (directory / "axolotl.yaml").write_text("base_model: smollm2-135m\nlora_r: 8\nsample_packing: true\n")
         (directory / "docs").symlink_to(PROJECT / "docs")
         programs = directory / ".bin"

@@ -142,7 +142,7 @@ COMMANDS = (
     Command(
         "mine",
         "Add hard negatives to pairs of texts: those that the model takes for the answer.",
-        "backhand mine --data pairs.jsonl --negatives 3 --output mined.jsonl",
+        "backhand mine --adapter runs/vectors/adapter --data pairs.jsonl --negatives 3 --output mined.jsonl",
         "backhand.options.command_options:MineOptions",
         "backhand.loop.embed:mine_command",
     ),

@@ -41,7 +41,7 @@ from backhand.nn.loading.sentence_transformers import read_embedding_files
 from backhand.ops.info_nce import BLOCK_SCORES
 from backhand.ops.normalize import normalize_forward
 from backhand.options.command_options import EmbedOptions, EvaluateOptions, MineOptions, VectorOptions
-from backhand.printing import counting
+from backhand.printing import counting, say
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import count_of, show_notes
 
@@ -169,12 +169,14 @@ def embed_command(options: EmbedOptions) -> Tensor:
         buffer = io.BytesIO()
         np.save(buffer, vectors.numpy(), allow_pickle=False)
         write_atomically(output, buffer.getvalue())
+        say(f"{count_of(len(vectors), 'vector')} written to {output}")
         return vectors
     lines = "".join(json.dumps({"embedding": vector}) + "\n" for vector in vectors.tolist())
     if output is None:
         sys.stdout.write(lines)
     else:
         write_atomically(output, lines.encode())
+        say(f"{count_of(len(vectors), 'vector')} written to {output}")
     return vectors
 
 
@@ -349,6 +351,7 @@ def mine_command(options: MineOptions) -> list[dict[str, str]]:
         sys.stdout.write(text)
     else:
         write_atomically(run.output, text.encode())
+        say(f"{count_of(len(rows), 'row')} written to {run.output}")
     full = sum(len(row) == 2 + run.negatives for row in rows)
     show_notes([f"{full:,} of {count_of(len(rows), 'row')} have {count_of(run.negatives, 'negative')}"])
     return rows
