@@ -32,6 +32,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def backhand_trainer(rows: Path) -> Callable[[int], int]:
             packer.supervised_tokens(group),
             [None],
             len(group),
-            lambda _: objective.token_loss(0, group),
+            partial(objective.gradients, [group]),
         )
         training_step(decoder, optimizer, work, Communicator(), 2e-4)
         return len(group)

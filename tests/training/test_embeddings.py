@@ -111,10 +111,13 @@ def our_step(decoder: Decoder, objective: EmbedObjective, rows: int, seeds: bool
         supervised_tokens=packer.supervised_tokens(every),
         dropout_seeds=[100 + number if seeds else None for number in range(len(parts))],
         mean_over=ROWS,
-        state_loss=lambda number, batch, scaling: objective.state_loss(parts[number], batch, scaling),
     )
     objective.prepare_step(decoder, every, Communicator(), work, parts)
-    return sum(float(work.gradients(decoder, n, work.packed(n))) for n in range(len(parts))) / ROWS
+    results = (
+        objective.gradients(parts, decoder, n, work.packed(n), 1 / ROWS, work.dropout_seeds[n])
+        for n in range(len(parts))
+    )
+    return sum(map(float, results)) / ROWS
 
 
 def their_loss(adapted: Any, objective: EmbedObjective, loss: str) -> Tensor:

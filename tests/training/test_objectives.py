@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -180,7 +181,7 @@ def our_steps(decoder: Decoder, objective: Objective, rate: float) -> Iterator[t
             packer.supervised_tokens(rows),
             [None] * len(groups),
             len(rows),
-            lambda number: objective.token_loss(number, groups[number]),
+            partial(objective.gradients, groups),
         )
         result = training_step(decoder, optimizer, work, Communicator(), schedule.at(step))
         yield result.loss, objective.measured(Communicator())

@@ -81,10 +81,9 @@ def gradients_of(decoder: Decoder, batch: AnswerBatch) -> float:
     assert decoder.lora is not None
     decoder.lora.gradients.zero_()
     work, total = batch.work(), 0.0
-    assert work.token_loss is not None
+    assert work.gradients is not None
     for number in range(len(work.packed_tokens)):
-        token_loss = work.token_loss(number)
-        total += float(decoder.loss_and_gradients(work.packed(number), 1 / work.mean_over, token_loss=token_loss))
+        total += float(work.gradients(decoder, number, work.packed(number), 1 / work.mean_over, None))
     return total
 
 

@@ -169,6 +169,18 @@ class _BoundDecoder(BoundModel):
             view.copy_(factors[name])
 
 
+def with_hidden_states(engine: Engine, need: str) -> DecoderEngine:
+    """Return the engine if it gives the hidden states of a model. Raises UsageError with the objective's `need`."""
+    if not isinstance(engine, DecoderEngine):
+        raise UsageError(
+            f"{need}, which the transformers engine does not give",
+            where="objective",
+            why=engine.note,
+            next_step="choose a model that the backhand engine supports (backhand models)",
+        )
+    return engine
+
+
 def choose_engine(options: ModelOptions, source: ModelSource, dtype: torch.dtype) -> Engine:
     """Return the requested engine, or by default the decoder engine if it computes the model exactly.
 

@@ -26,6 +26,7 @@ from backhand.data.rows import Completion
 from backhand.errors import CheckError, UsageError, not_none
 from backhand.generation.completer import EngineCompleter
 from backhand.generation.loading import LoadedModel
+from backhand.interop.llama_cpp_server import start_server
 from backhand.interop.opened_adapter import OpenedAdapter
 from backhand.interop.proving import Prover
 from backhand.loop.decide import Decider
@@ -125,11 +126,6 @@ def prove_decisions(path: Path, opened: OpenedAdapter, prover: Prover, *, exact:
     if not questions:
         prover.say("note: not compared with llama.cpp: the questions of the training rows differ from row to row")
         return
-    try:
-        import xllamacpp
-    except ImportError:
-        prover.say("note: not compared with llama.cpp: its server is not installed (pip install xllamacpp)")
-        return
     asked = tuple(Asked(question, None) for question in questions)
     words = " ".join(neutral_texts()).split()
     states = [" ".join(words[start : start + _STATE_WORDS]) for start in range(0, len(words), _STATE_WORDS)]
@@ -137,17 +133,10 @@ def prove_decisions(path: Path, opened: OpenedAdapter, prover: Prover, *, exact:
     written = open_model(str(path))
     decoder = Decoder.from_source(written, dtype=torch.float32, device=torch.device("cpu"))
     loaded = LoadedModel(EngineCompleter(decoder), opened.source.tokenizer(), (), decisions=record.decisions)
+    server = start_server(str(path), min(loaded.model.context_tokens, _LONGEST_PROMPT), prover)
+    if server is None:
+        return
     ours = list(Decider.of(loaded, _template_options(record), len(rows)).answers(rows))
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx = min(loaded.model.context_tokens, _LONGEST_PROMPT)
-    params.n_batch = params.n_ubatch = params.n_ctx
-    params.n_gpu_layers = 0
-    params.warmup = False
-    params.verbosity = -1
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    server = xllamacpp.Server(params)
     body = {question.name: question.to_json() for question in questions}
     largest = 0.0
     for row, mine in zip(rows, ours, strict=True):

@@ -17,6 +17,7 @@ from backhand.data.text_encoder import TextEncoder
 from backhand.errors import CheckError
 from backhand.generation.completer import EngineCompleter
 from backhand.generation.loading import LoadedModel
+from backhand.interop.llama_cpp_server import start_server
 from backhand.interop.opened_adapter import OpenedAdapter
 from backhand.interop.proving import Prover
 from backhand.interop.sentence_transformers import BOUND, distance, embedding_of
@@ -59,26 +60,13 @@ def prove_gguf_vectors(path: str, opened: OpenedAdapter, prover: Prover, *, exac
     Raises:
         CheckError: the vectors differ, or llama.cpp does not answer.
     """
-    try:
-        import xllamacpp
-    except ImportError:
-        prover.say("note: not compared with llama.cpp: its server is not installed (pip install xllamacpp)")
-        return
     texts, embedding = neutral_texts(), embedding_of(opened)
     decoder = Decoder.from_source(open_model(path), dtype=torch.float32, device=torch.device("cpu"))
     loaded = LoadedModel(EngineCompleter(decoder), opened.source.tokenizer(), (), embedding=embedding)
+    server = start_server(path, min(loaded.model.context_tokens, _LONGEST_TEXT), prover, embedding=True)
+    if server is None:
+        return
     ours = Embedder.of(loaded, VectorOptions()).vectors(texts)
-    params = xllamacpp.CommonParams()
-    params.model.path = path
-    params.embedding = True
-    params.n_ctx = min(loaded.model.context_tokens, _LONGEST_TEXT)
-    params.n_batch = params.n_ubatch = params.n_ctx
-    params.n_gpu_layers = 0
-    params.warmup = False
-    params.verbosity = -1
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    server = xllamacpp.Server(params)
     answered = server.handle_embeddings({"input": [embedding["document_prompt"] + text for text in texts]})
     if "data" not in answered:
         raise CheckError("llama.cpp does not answer", where=path, why=str(answered)[:500])

@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from typing import Protocol
 
 from backhand.data.packing import RowPacker, Sampler, micro_batches
@@ -27,8 +28,7 @@ from backhand.engines.machine import MemoryKeeper
 from backhand.errors import CheckError, not_none
 from backhand.loop.evaluator import Evaluator
 from backhand.loop.hidden_state_cache import HiddenStateCache
-from backhand.loop.objectives.embed import EmbedObjective
-from backhand.loop.objectives.objective import AnswerObjective, Objective
+from backhand.loop.objectives.objective import Objective
 from backhand.loop.observers import Observer
 from backhand.loop.state import RunState
 from backhand.loop.step import AdapterOptimizer, StepResult, StepWork, training_step
@@ -152,12 +152,7 @@ class TrainingLoop:
             supervised_tokens=supervised,
             dropout_seeds=[derived_seed(seed, "dropout", step, i) if self._uses_dropout else None for i in numbers],
             mean_over=supervised if objective is None else len(rows),
-            token_loss=(lambda number: objective.token_loss(number, parts[number]))
-            if isinstance(objective, AnswerObjective)
-            else None,
-            state_loss=(lambda number, batch, scaling: objective.state_loss(parts[number], batch, scaling))
-            if isinstance(objective, EmbedObjective)
-            else None,
+            gradients=None if objective is None else partial(objective.gradients, parts),
         )
 
     def _parts(self, rows: Sequence[int]) -> list[list[int]]:

@@ -39,8 +39,7 @@ from torch.optim.adamw import adamw
 from backhand.distributed.communicator import Communicator, MicroBatchResult, StepTotals
 from backhand.engines.engine import Trainable
 from backhand.errors import CheckError
-from backhand.nn.batch import PackedBatch, StateLoss, TokenLoss
-from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.batch import PackedBatch
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.options.config import OptimizationOptions, Schedule
 
@@ -65,22 +64,9 @@ class StepWork:
     supervised_tokens: int  # of all micro-batches; a supervised token in a shared prefix counts once per document
     dropout_seeds: Sequence[int | None]  # seed of each micro-batch, or None without dropout
     mean_over: int  # n, the divisor of the loss: number of supervised tokens, or of rows
-    # Returns the `TokenLoss` of micro-batch i; None for cross-entropy.
-    token_loss: Callable[[int], TokenLoss] | None = None
-    # Returns the loss of the hidden states of a micro-batch and the positions that it reads (None for all), given its
-    # number, its packed rows and the factor of its gradient; None for a loss of tokens.
-    state_loss: Callable[[int, PackedBatch, float], tuple[StateLoss, Tensor | None]] | None = None
-
-    def gradients(self, model: Trainable, number: int, batch: PackedBatch) -> Tensor:
-        """Add the gradients of a micro-batch to those of the model's adapter, and return its loss."""
-        scaling, seed = 1.0 / self.mean_over, self.dropout_seeds[number]
-        if self.state_loss is not None:
-            assert isinstance(model, Decoder), "other engines are refused before"
-            loss, positions = self.state_loss(number, batch, scaling)
-            return model.state_gradients(batch, loss, positions, seed)
-        return model.loss_and_gradients(
-            batch, scaling, seed, None if self.token_loss is None else self.token_loss(number)
-        )
+    # Adds the gradients of micro-batch i, given its packed rows, the factor of its loss and the seed of its dropout,
+    # and returns the loss; None for cross-entropy.
+    gradients: Callable[[Trainable, int, PackedBatch, float, int | None], Tensor] | None = None
 
 
 def training_step(
@@ -110,8 +96,12 @@ def training_step(
     start_s = time.perf_counter()
     for number in assigned[processes.rank]:
         batch = work.packed(number)
-        nats = float(work.gradients(model, number, batch))
-        results.append(MicroBatchResult(number, nats, batch.supervised_tokens, batch.uses_attention))
+        scaling, seed = 1.0 / work.mean_over, work.dropout_seeds[number]
+        if work.gradients is None:
+            loss = model.loss_and_gradients(batch, scaling, seed)
+        else:
+            loss = work.gradients(model, number, batch, scaling, seed)
+        results.append(MicroBatchResult(number, float(loss), batch.supervised_tokens, batch.uses_attention))
         gradient_sum.add()
     totals = processes.reduce_step(gradient_sum, results, time.perf_counter() - start_s)
     if totals.supervised_tokens != work.supervised_tokens:

@@ -83,6 +83,11 @@ class AdapterLayout(NamedTuple):
     full_tensors: tuple[TrainedTensor, ...] = ()
 
     @property
+    def names(self) -> list[str]:
+        """Names of the adapted modules, and of the tensors trained in full."""
+        return [*(slot.name for slot in self.slots), *(tensor.name for tensor in self.full_tensors)]
+
+    @property
     def element_count(self) -> int:
         """Number of trained elements."""
         in_full = sum(math.prod(tensor.shape) for tensor in self.full_tensors)

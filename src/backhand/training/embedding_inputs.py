@@ -8,7 +8,7 @@ from typing import cast
 from backhand.data.embedding_examples import EmbeddingFormat
 from backhand.data.rows import PoolingName
 from backhand.data.stored_examples import PreparedData
-from backhand.engines.decoder_engine import DecoderEngine
+from backhand.engines.decoder_engine import DecoderEngine, with_hidden_states
 from backhand.engines.engine import Engine
 from backhand.errors import DataError, UsageError, not_none
 from backhand.loop.objectives.embed import check_pooling
@@ -28,24 +28,15 @@ def with_pooling(
         UsageError: the model or the adapter cannot be trained on vectors.
         ArtifactError: the files cannot be read.
     """
-    if not isinstance(engine, DecoderEngine):
-        raise UsageError(
-            "vectors need the hidden states of the model, which the transformers engine does not give",
-            where="objective",
-            why=engine.note,
-            next_step="choose a model that the backhand engine supports (backhand models)",
-        )
-    names = [*(slot.name for slot in layout.slots), *(tensor.name for tensor in layout.full_tensors)]
-    if any(name.startswith(HEAD) for name in names):
+    engine = with_hidden_states(engine, "vectors need the hidden states of the model")
+    if any(name.startswith(HEAD) for name in layout.names):
         raise UsageError(
             f"the adapter trains {HEAD}, which vectors do not depend on",
             where="target_modules",
             next_step="leave it out of the adapter",
         )
     given = options.pooling, options.query_prompt, options.document_prompt
-    files = None
-    if None in given:
-        files = read_embedding_files(source.path)
+    files = read_embedding_files(source.path) if None in given else None
     files = files or EmbeddingFiles("last" if engine.config.causal else "mean", "", "")
     options = replace(
         options,

@@ -19,7 +19,7 @@ from backhand.data.packing import RowPacker, Sampler
 from backhand.data.prepare import prepare
 from backhand.data.rows import TextIdentities
 from backhand.data.stored_examples import PreparedData, with_totals
-from backhand.engines.decoder_engine import DecoderEngine, choose_engine
+from backhand.engines.decoder_engine import DecoderEngine, choose_engine, with_hidden_states
 from backhand.engines.engine import Engine, RunCache
 from backhand.engines.machine import Machine
 from backhand.errors import UsageError
@@ -238,15 +238,8 @@ def _teacher_prompts(objective: ObjectiveOptions) -> TeacherPrompts | None:
 
 def _check_distilled(engine: Engine, layout: AdapterLayout) -> None:
     """Raise UsageError unless the model is computed by the decoder engine, with a frozen embedding and head."""
-    if not isinstance(engine, DecoderEngine):
-        raise UsageError(
-            "distillation needs the hidden states of the teacher, which the transformers engine does not give",
-            where="objective",
-            why=engine.note,
-            next_step="choose a model that the backhand engine supports (backhand models)",
-        )
-    names = [*(slot.name for slot in layout.slots), *(tensor.name for tensor in layout.full_tensors)]
-    if ends := [name for name in names if name.startswith((HEAD, engine.config.embedding))]:
+    engine = with_hidden_states(engine, "distillation needs the hidden states of the teacher")
+    if ends := [name for name in layout.names if name.startswith((HEAD, engine.config.embedding))]:
         raise UsageError(
             f"distillation trains the blocks of a model, not {name_list(ends)}",
             where="target_modules",

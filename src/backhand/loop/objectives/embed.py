@@ -123,6 +123,19 @@ class EmbedObjective(Objective):
         self._step = _Step(dict(zip(in_order, result.losses.tolist(), strict=True)), places, result.d_embeddings)
         self._measured = {0: result.measured}
 
+    def gradients(
+        self,
+        parts: Sequence[Sequence[int]],
+        model: Trainable,
+        number: int,
+        batch: PackedBatch,
+        loss_scaling: float,
+        dropout_seed: int | None,
+    ) -> Tensor:
+        assert isinstance(model, Decoder), "other engines are refused before"
+        loss, positions = self.state_loss(parts[number], batch, loss_scaling)
+        return model.state_gradients(batch, loss, positions, dropout_seed)
+
     def state_loss(
         self, rows: Sequence[int], batch: PackedBatch, loss_scaling: float
     ) -> tuple[StateLoss, Tensor | None]:

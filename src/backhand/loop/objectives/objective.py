@@ -28,7 +28,7 @@ from backhand.generation.completer import LanguageModel
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.measuring import HeldOut
 from backhand.loop.step import StepWork, sequential_sum
-from backhand.nn.batch import TokenLoss
+from backhand.nn.batch import PackedBatch, TokenLoss
 
 Measured = dict[str, tuple[float, int]]
 """Metrics of rows under TRL's names: each a sum and the number of rows in it."""
@@ -74,6 +74,26 @@ class Objective(ABC):
             parts: the rows of each micro-batch.
         """
 
+    @abstractmethod
+    def gradients(
+        self,
+        parts: Sequence[Sequence[int]],
+        model: Trainable,
+        number: int,
+        batch: PackedBatch,
+        loss_scaling: float,
+        dropout_seed: int | None,
+    ) -> Tensor:
+        """Add the gradients of a micro-batch to those of the model's adapter, and return its loss, Σ ℓ of its rows.
+
+        Args:
+            parts: the rows of each micro-batch.
+            number: index of the micro-batch.
+            batch: its packed rows.
+            loss_scaling: factor of the gradient.
+            dropout_seed: seed of the dropout masks, or None.
+        """
+
     def measured(self, processes: Communicator) -> dict[str, float]:
         """Return the metrics of the step's rows over all processes, and forget them."""
         mine, self._measured = self._measured, {}
@@ -108,6 +128,17 @@ class AnswerObjective(Objective):
 
     def evaluated(self, rows: Sequence[int], sums: Sequence[float]) -> None:
         """Receive s of all documents of held-out rows after an evaluation."""
+
+    def gradients(
+        self,
+        parts: Sequence[Sequence[int]],
+        model: Trainable,
+        number: int,
+        batch: PackedBatch,
+        loss_scaling: float,
+        dropout_seed: int | None,
+    ) -> Tensor:
+        return model.loss_and_gradients(batch, loss_scaling, dropout_seed, self.token_loss(number, parts[number]))
 
     def token_loss(self, number: int, rows: Sequence[int]) -> TokenLoss:
         """Return the loss of micro-batch `number`, Σ ℓ of its rows, as a function of its tokens' log-probabilities."""

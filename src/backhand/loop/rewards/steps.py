@@ -107,7 +107,9 @@ class AnswerBatch:
             self._packer.supervised_tokens(self.trained),
             [None] * len(self._micro_batches),
             1,
-            self._token_loss,
+            lambda model, number, batch, scaling, seed: model.loss_and_gradients(
+                batch, scaling, seed, self._token_loss(number)
+            ),
         )
 
     def measured(self) -> dict[str, float]:
