@@ -31,6 +31,8 @@ from support.processes import start
 from support.tiny_run import final_bits
 
 _WAIT_S = 300
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = iter(range(12000 + 1000 * (_WORKER % 16) + os.getpid() % 500, 12000 + 1000 * (_WORKER % 16 + 1)))
 
 
 @dataclass
@@ -78,9 +80,19 @@ def bits_of_several(run: Path) -> dict[str, bytes]:
 
 
 def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+    """A port that nobody listens on.
+
+    It is below the range from which the system takes the ports of connections, and other test processes try
+    different ones, so that it is still free when it is used.
+    """
+    for port in _PORTS:
+        with socket.socket() as taken:
+            try:
+                taken.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no port is free")
 
 
 def start_ranks(

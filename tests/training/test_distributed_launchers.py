@@ -86,7 +86,7 @@ def test_workers_ctrl_c_and_a_killed_one(config: TrainConfig, tmp_path: Path) ->
     assert code == 5 and "rank 1 (process " in errors and "was killed by SIGKILL" in errors
     assert ended(started(with_options(several, resume=True), TMPDIR=str(temporary)))[0] == 0
     assert not list(temporary.iterdir())
-    train(with_options(config, output=tmp_path / "alone"))
+    assert ended(started(with_options(config, output=tmp_path / "alone")))[0] == 0
     assert bits_of_several(config.run.output) == bits_of_several(tmp_path / "alone")
 
 
@@ -109,7 +109,7 @@ def test_torchrun_starts_a_killed_run_again(rank: int, config: TrainConfig, tmp_
     wait_for_steps(config.run.output, 8)
     os.kill(children(run)[rank], signal.SIGKILL)
     assert ended(run)[0] == 0
-    train(with_options(config, output=tmp_path / "alone"))
+    assert ended(started(with_options(config, output=tmp_path / "alone")))[0] == 0
     assert bits_of_several(config.run.output) == bits_of_several(tmp_path / "alone")
 
 
@@ -183,7 +183,7 @@ def test_torchrun_on_two_machines(config: TrainConfig, tmp_path: Path, link: Any
     status = read_status(config.run.output)
     assert status is not None and status.state == "interrupted" and status.reason.startswith("terminated")
     assert ended(started(with_options(config, resume=True)))[0] == 0
-    train(with_options(config, output=tmp_path / "alone"))
+    assert ended(started(with_options(config, output=tmp_path / "alone")))[0] == 0
     assert bits_of_several(config.run.output) == bits_of_several(tmp_path / "alone")
 
 
