@@ -99,9 +99,9 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def own_worker() -> Iterator[None]:
-    """A worker for each test, which has the limits that the test sets."""
+    """A worker of the test's own, which has the limits that the test sets."""
     end_worker()
     yield
     end_worker()
@@ -178,10 +178,11 @@ HOSTILE = {
 }
 
 
+@pytest.mark.usefixtures("own_worker")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_ends_with_its_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Filling a gigabyte takes seconds where other work shares the caches.
-    monkeypatch.setattr(bounded_template, "MOST_SECONDS", 2 if HOSTILE[name][1] == TIME else 30)
+    monkeypatch.setattr(bounded_template, "MOST_SECONDS", 1 if HOSTILE[name][1] == TIME else 30)
     source, reason = HOSTILE[name]
     with pytest.raises(TemplateLimitError, match=reason):
         BoundedTemplate(source).render(variables())
@@ -204,6 +205,7 @@ def test_a_template_that_is_no_jinja_names_its_line() -> None:
         BoundedTemplate("a\n{{ x }").render({})
 
 
+@pytest.mark.usefixtures("own_worker")
 def test_many_conversations_share_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded_template, "SECONDS_TOGETHER", 0.01)
     monkeypatch.setattr(bounded_template, "SECONDS_EACH", 0.0)
@@ -224,6 +226,7 @@ def test_values_are_plain_for_the_template() -> None:
     assert text == "False x <object>"
 
 
+@pytest.mark.usefixtures("own_worker")
 @pytest.mark.parametrize("count", [1, 600], ids=["a few rows", "rows for several workers"])
 def test_a_run_names_the_template_and_not_the_rows(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded_template, "MOST_SECONDS", 2)
@@ -255,6 +258,7 @@ def test_results_of_workers_are_in_order_and_errors_are_raised() -> None:
     assert raised.value.where == "f:13"
 
 
+@pytest.mark.usefixtures("own_worker")
 def test_a_worker_is_started_without_a_fork_where_forking_is_not_safe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "FORKS", False)
     assert BoundedTemplate("{{ a }}").render({"a": [1]}) == "[1]"

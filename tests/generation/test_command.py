@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from backhand.cli.main import main
+from backhand.generation import command
 from backhand.generation.session import GenerationSession
 
 QUESTION = "name a list"
@@ -155,6 +156,30 @@ def test_an_interrupted_file_of_rows_keeps_its_answers(
         ("one", "two", "three")[number] for number in sorted(answered_rows)
     ]
     assert not output.exists() and f"2 of 3 rows were answered: {partial}" in capsys.readouterr().err
+
+
+def test_interrupted_labels_keep_those_that_were_chosen(
+    base: list[str],
+    rows_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real, calls = command.choose_labels, []
+
+    def interrupted(model: Any, prompts: Any, *more: Any) -> Any:
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(model, prompts, *more)
+
+    monkeypatch.setattr(command, "choose_labels", interrupted)
+    monkeypatch.setattr(command, "LABELLED_TOGETHER", 2)
+    output = tmp_path / "labels.jsonl"
+    assert main([*base, "--data", str(rows_file), "--labels", "one,two", "--output", str(output)]) == 130
+    lines = [json.loads(line) for line in (tmp_path / "labels.jsonl.partial").read_text().splitlines()]
+    assert calls == [2, 1] and [line["reference"] for line in lines] == ["one", "two"]
+    assert "2 of 3 rows were answered" in capsys.readouterr().err
 
 
 def test_rows_compared_on_standard_output(

@@ -187,6 +187,16 @@ def test_evaluate_refuses_answers_after_the_context_before_any(straight: TrainCo
         evaluate_command(EvaluateOptions(straight.model, data, asked))
 
 
+def test_evaluate_asks_for_the_reward_where_rows_have_no_answers(straight: TrainConfig, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the user asks"}\n')
+    data = replace(straight.data, data=(str(prompts),), eval_data=())
+    asked = EvaluateRunOptions(adapter=straight.run.output / "adapter")
+    with pytest.raises(DataError) as raised:
+        evaluate_command(EvaluateOptions(straight.model, data, asked))
+    assert "--reward FILE.py:FUNCTION" in str(raised.value)
+
+
 def test_lint_and_plan_know_rows_and_functions_of_rewards(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
     (tmp_path / "asked.jsonl").write_text('{"prompt": "what?", "answer": "7"}\n{"text": "no question"}\n')
     rows = DataOptions(data=(str(tmp_path / "asked.jsonl"),))

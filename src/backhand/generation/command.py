@@ -283,6 +283,10 @@ def _lines(
     return [lines[number] for number in range(len(prompts))]
 
 
+LABELLED_TOGETHER = 512
+"""Number of prompts whose labels are chosen together. If the command is interrupted, those of earlier ones are kept."""
+
+
 def _answer_rows(
     session: GenerationSession,
     prompts: Sequence[Prompt],
@@ -295,10 +299,11 @@ def _answer_rows(
     asked = [prompt.input_ids.tolist() for prompt in prompts]
     with working(quiet=options.answer.quiet), counting(key, len(asked)) as done:
         if labels:
-            chosen = choose_labels(session.model, asked, labels, done)
-            for number, row in enumerate(chosen):
-                label, probability = next(iter(row.items()))
-                take(number, {"completion": label, "probability": probability, "probabilities": row})
+            for start in range(0, len(asked), LABELLED_TOGETHER):
+                some = asked[start : start + LABELLED_TOGETHER]
+                for number, row in enumerate(choose_labels(session.model, some, labels, done), start):
+                    label, probability = next(iter(row.items()))
+                    take(number, {"completion": label, "probability": probability, "probabilities": row})
             return
         session.answer_all(
             asked,

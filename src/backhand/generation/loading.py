@@ -38,6 +38,7 @@ class LoadedModel:
     embedding: Mapping[str, Any] = field(default_factory=dict)  # see `AdapterRecord.embedding`
     path: Path | None = None  # file or directory of the base model
     columns: NamedColumns | None = None  # columns that the adapter was trained on, from its record
+    objective: str | None = None  # objective that the adapter was trained with, from its record
 
     def missing_system(self, given: str | None) -> list[str]:
         """Return a note if the adapter was trained with a system message and `given` is None; else an empty list."""
@@ -118,6 +119,7 @@ def loaded_model(
         yield LoadedModel(
             *(model, tokenizer, stop_ids, notes, labels if known else {}, system, decisions, embedding, source.path),
             columns=columns,
+            objective=None if record is None else record.config.get("objective.objective"),
         )
 
 

@@ -118,12 +118,13 @@ def evaluation_rows(data: DataOptions, loaded: LoadedModel, run: EvaluateRunOpti
     """
     data = replace(data, eval_data=(), eval_fraction=0.0)  # evaluate every given row and hold none out
     all_prompts: list[Prompt] = []
-    examples, _ = prepare(
-        *(data, loaded.tokenizer),
-        purpose=None,
-        prompts=all_prompts if run.completions else None,
-        recorded=loaded.columns,
-    )
+    prompts_of_rows = all_prompts if run.completions else None
+    try:
+        examples, _ = prepare(data, loaded.tokenizer, purpose=None, prompts=prompts_of_rows, recorded=loaded.columns)
+    except DataError as error:
+        if loaded.objective == "grpo":
+            error.next_step = "rows of prompts only: measure the model's own answers with --reward FILE.py:FUNCTION"
+        raise
     prompts = tuple(prompt for prompt in all_prompts if prompt.reply is not None)
     vocab_size = loaded.model.vocab_size
     prompt_ids = ((prompt.input_ids, prompt.source) for prompt in prompts)
