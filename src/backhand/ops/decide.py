@@ -7,6 +7,10 @@ one-hot, or probabilities (soft targets) [arXiv:1503.02531, §2]. The normalizer
 for all options of a question and cancels. Questions may have different numbers of options: the options of all questions
 are one vector, and `owner` contains the question of each.
 
+The same loss ranks documents: the options are the documents of a query, and s their scores. With one-hot targets it is
+the softmax loss of rankings [arXiv:2210.10634, §4.3], and with the softmax of graded labels as targets it is ListNet
+[doi:10.1145/1273496.1273513, §5].
+
 Backward. ∂/∂s_k log Σ_j exp(s_j) = p_k, so with G = ∂L/∂ℓ, (questions,), and q the question of option k
     ∂L/∂s_k = G_q (τ_q p_k - t_k)      (options,)
 These sum to 0 over the options of a question.

@@ -53,6 +53,7 @@ OPS: dict[str, str] = {
     "preference": "preference",
     "grpo": "grpo",
     "decide": "decide",
+    "binary_cross_entropy": "binary_cross_entropy",
     "normalize": "normalize",
     "pooling": "pooling",
     "info_nce": "info_nce",
