@@ -12,7 +12,7 @@ from backhand.loop.decision_scores import (
     expected_calibration_error,
     fit_temperatures,
     score_questions,
-    threshold_for,
+    thresholds,
 )
 
 KEYS = ("a", "b", "c")
@@ -96,10 +96,28 @@ def test_a_constant_model_is_named() -> None:
 
 
 def test_the_threshold_of_an_accuracy_has_the_largest_coverage() -> None:
+    """The 80 confident rows are right in 95 %, the 20 others in half. Only the first 15 are all right."""
+    confidence = np.concatenate([np.linspace(0.99, 0.91, 80), np.linspace(0.6, 0.5, 20)])
+    hits = np.array([1.0] * 15 + [0.0] * 2 + [1.0] * 61 + [0.0] * 2 + [0.0, 1.0] * 10)
+    wanted = {point["wanted"]: point for point in thresholds(confidence, hits)}
+    assert hits.mean() == 0.86 and [*wanted] == [0.9, 0.95, 0.99]  # all rows together reach 80 %
+    assert wanted[0.95]["accuracy"] >= 0.95 and wanted[0.95]["threshold"] == pytest.approx(0.91, abs=0.003)
+    assert wanted[0.9]["coverage"] > wanted[0.95]["coverage"] > wanted[0.99]["coverage"] == 0.15
+    for point in wanted.values():
+        decided = confidence >= point["threshold"]
+        assert hits[decided].mean() == point["accuracy"] >= point["wanted"] and decided.mean() == point["coverage"]
+
+
+def test_rows_of_equal_confidence_are_on_the_same_side_of_a_threshold() -> None:
+    assert thresholds(np.array([0.9] * 40 + [0.5] * 10), np.array([1.0] * 30 + [0.0] * 20)) == []
+
+
+def test_few_rows_have_no_threshold() -> None:
+    assert thresholds(np.linspace(0.9, 0.5, 20), np.array([1.0] * 5 + [0.0] * 15)) == []
+
+
+def test_the_coverage_ends_with_all_rows() -> None:
     score = score_questions(drawn(500, 1.0), {})["team"]
-    point = threshold_for(score, score.accuracy + 0.02)
-    assert point is not None and point["coverage"] < 1 and point["accuracy"] >= score.accuracy + 0.02
-    assert threshold_for(score, 1.1) is None
     assert score.coverage[-1]["coverage"] == 1 and score.coverage[-1]["accuracy"] == pytest.approx(score.accuracy)
 
 

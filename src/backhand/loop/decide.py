@@ -215,22 +215,22 @@ def print_decisions(model: str, scores: Mapping[str, DecisionScore]) -> None:
 
 
 def about_score(name: str, score: DecisionScore) -> list[str]:
-    """Return sentences about a question: the accuracy of the most confident decisions, and the worst surprise."""
+    """Return sentences about a question: the thresholds of confidence, and the worst surprise."""
     if score.constant:
         return [f"{name}: the model gives the same answer to all rows"]
     if score.accuracy <= score.majority:
         return [f"{name}: always giving the most frequent answer is right as often ({score.majority:.1%})"]
-    half = score.coverage[len(score.coverage) // 2 - 1]
     worst = score.surprises[0]
-    confident = (
-        f"{name}: {half['coverage']:.0%} of the rows have a confidence of at least {half['threshold']:.3f}, and "
-        f"{half['accuracy']:.1%} of their decisions are right"
-    )
+    thresholds = [
+        f"{name}: for {point['wanted']:.0%} right, decide above a confidence of {point['threshold']:.3f}, and pass the "
+        f"other {1 - point['coverage']:.0%} of the rows on"
+        for point in score.thresholds
+    ]
     surprise = (
         f"{name}: the most surprising answer is {shorten(worst['answer'])} at {worst['source']}, where the model "
         f"decides {shorten(worst['decision'])} and gives it {worst['probability']:.2%}"
     )
-    return [confident, surprise]
+    return [*thresholds, surprise]
 
 
 def decide(options: DecideOptions) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ so T follows from the sign change of Σ ℓ' [temperature scaling, arXiv:1706.04
     ECE        Σ_bins (rows in the bin / rows) |mean confidence - accuracy|, bins with equal numbers of rows
 
 The confidence is the largest probability. The interval of the ECE contains 95 % of the values of resampled rows.
+Thresholds are of those who decide the most confident rows themselves, and pass the others on to a person.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ _COLDEST, _HOTTEST = 0.02, 50.0
 """Bounds of a temperature. Held-out rows that are all right, or all wrong, have no finite minimum."""
 _HALVINGS = 60
 SURPRISES = 5
+WANTED = (0.8, 0.9, 0.95, 0.99)
+"""Accuracies for which a threshold of confidence is given."""
+_FEWEST_DECIDED = 10
+"""Smallest number of rows above a threshold. The accuracy of fewer rows says too little about other rows."""
 
 
 class Outcome(NamedTuple):
@@ -109,6 +114,8 @@ class DecisionScore:
     reliability: list[dict[str, float]]  # per bin: rows, confidence, accuracy
     # per share of rows that the model decides itself, the most confident first: threshold of confidence and accuracy
     coverage: list[dict[str, float]]
+    # per wanted accuracy above that of all rows: the lowest confidence to decide at, its coverage and accuracy
+    thresholds: list[dict[str, float]]
     confusion: dict[str, dict[str, int]]  # number of rows by answer, then by decision
     surprises: list[dict[str, Any]]  # the least probable answers: source, answer, decision, probability of the answer
     flips: float | None = None  # share of decisions that change if the options come in a random order
@@ -165,6 +172,7 @@ def _score(
             for part in _bins(confidence)
         ],
         coverage=_coverage(confidence, hits),
+        thresholds=thresholds(confidence, hits),
         confusion=labels.confusion,
         surprises=_surprises(outcomes, p, right, given),
         flips=flips,
@@ -193,22 +201,35 @@ def _ece_interval(confidence: Floats, hits: Floats) -> tuple[float, float]:
 
 
 def _coverage(confidence: Floats, hits: Floats) -> list[dict[str, float]]:
-    order = np.argsort(-confidence, kind="stable")
-    accuracy = np.cumsum(hits[order]) / np.arange(1, len(order) + 1)
-    points = dict.fromkeys(-(-len(order) * tenth // 10) - 1 for tenth in range(1, 11))
+    """Return the points of each tenth of the rows."""
+    points = _decided(confidence, hits)
+    return [points[last] for last in dict.fromkeys(-(-len(points) * tenth // 10) - 1 for tenth in range(1, 11))]
+
+
+def thresholds(confidence: Floats, hits: Floats) -> list[dict[str, float]]:
+    """Return the point of the largest coverage for each of the `WANTED` accuracies that rows need a threshold for.
+
+    An accuracy is left out if all rows together reach it, or if no threshold does.
+    """
+    points = [
+        point
+        for point, below in zip(_decided(confidence, hits), [*np.sort(confidence)[::-1][1:], 0.0], strict=True)
+        if point["threshold"] > below  # rows of equal confidence are decided together
+    ][::-1]
+    reached = ((wanted, next((one for one in points if one["accuracy"] >= wanted), None)) for wanted in WANTED)
     return [
-        {
-            "coverage": (last + 1) / len(order),
-            "threshold": float(confidence[order][last]),
-            "accuracy": float(accuracy[last]),
-        }
-        for last in points
+        {"wanted": wanted, **point}
+        for wanted, point in reached
+        if point is not None and point["coverage"] < 1 and point["coverage"] * len(hits) >= _FEWEST_DECIDED
     ]
 
 
-def threshold_for(score: DecisionScore, accuracy: float) -> dict[str, float] | None:
-    """Return the point of the largest coverage with at least this accuracy, or None if there is none."""
-    return next((point for point in reversed(score.coverage) if point["accuracy"] >= accuracy), None)
+def _decided(confidence: Floats, hits: Floats) -> list[dict[str, float]]:
+    """Return coverage, threshold and accuracy of the n most confident rows, for each n."""
+    order = np.argsort(-confidence, kind="stable")
+    counts = np.arange(1, len(order) + 1)
+    figures = zip(counts / len(order), confidence[order], np.cumsum(hits[order]) / counts, strict=True)
+    return [{"coverage": float(c), "threshold": float(t), "accuracy": float(a)} for c, t, a in figures]
 
 
 def _surprises(

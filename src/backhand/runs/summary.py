@@ -49,6 +49,7 @@ class DecisionFigures(TypedDict):
     constant: bool
     reliability: list[dict[str, float]]
     coverage: list[dict[str, float]]
+    thresholds: list[dict[str, float]]
     confusion: dict[str, dict[str, int]]
     surprises: list[dict[str, Any]]
 
