@@ -2,7 +2,7 @@
 
     python benchmarks/decisions.py train [--rows 300] [--output FILE]
     python benchmarks/decisions.py decide ADAPTER DECISION.gguf [--states 1000] [--output FILE]
-    python benchmarks/decisions.py agree ADAPTER DECISION.gguf [--states 200]
+    python benchmarks/decisions.py agree ADAPTER DECISION.gguf [--states 200] [--label float32] [--output FILE]
 
 `train`: rows with a state of some 80 tokens and three questions, on SmolLM2 in float32. The other side is transformers
 and PEFT with `AutoModelForSequenceClassification`, which needs a classifier per question: each of its steps is three
@@ -14,7 +14,7 @@ Both programs read this file, and use the same number of threads. States are dec
 server receives one by one, as its API takes one state per request.
 
 `agree`: the largest difference between a probability of the server and one of `backhand decide` with the adapter. The
-server keeps keys and values in float32, so that the file alone makes the difference.
+server keeps keys and values in float32, so that the file alone makes the difference. It is stored under the label.
 
 In `train` and `decide`, each side is a process of its own, and the sides take turns, so that other load concerns both
 alike. The figures are medians over the turns. They are written with the load of the machine to
@@ -321,6 +321,7 @@ def main() -> None:
     parser.add_argument("--states", type=int, default=1000)
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--label", default="float32", help="name of the file's type")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     if given.what == "train-backhand":
@@ -331,9 +332,19 @@ def main() -> None:
         made = backhand_decider if given.what == "by-backhand" else llama_cpp_decider
         serve(made(*given.paths, given.threads, given.states))
     elif given.what == "agree":
-        print(json.dumps(agreement(*given.paths, given.threads, given.states), indent=1))
+        store_agreement(given, agreement(*given.paths, given.threads, given.states))
     else:
         compare(given)
+
+
+def store_agreement(given: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Print the differences, and store them next to those of other files."""
+    output = given.output or HERE / "results" / "decisions_agree.json"
+    whole = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"files": {}}
+    whole["machine"] = describe_machine()
+    whole["files"][given.label] = found
+    print(json.dumps(found, indent=1))
+    output.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 def compare(given: argparse.Namespace) -> None:

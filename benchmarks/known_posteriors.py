@@ -1,16 +1,20 @@
 """Decisions about texts whose true probabilities are known, against the same rows trained as label text.
 
-    python benchmarks/known_posteriors.py [--epochs 2] [--output FILE]
+    python benchmarks/known_posteriors.py [--ways decide random text] [--epochs 2] [--output FILE]
 
-A class is drawn, then eight words from the distribution of this class, with hard answers. Bayes' rule gives the true
-probability of every class. 600 texts train an adapter to decide, and another one to answer with the name of the class.
-The temperature is fitted to 200 held-out texts, and everything is measured on 400 others:
+A class is drawn, then six words from the distribution of this class, with hard answers. Bayes' rule gives the true
+probability of every class. 600 texts train an adapter to decide (`decide`; with `random`, the prompts show the options
+in random orders), and another one to answer with the name of the class (`text`). 200 held-out texts choose the best
+step of each run and fit the temperature, and everything is measured on 400 others:
 
     accuracy   share of texts whose most probable class is the one drawn; Bayes' choice has the highest expected one
     ECE        Σ_bins (texts in the bin / texts) |mean confidence - mean true probability of the chosen class|
     KL         mean Σ_k p_k log(p_k / q_k), with p the true probabilities and q the model's
     changed    answers of `decide` that change if the options are given in another order
     flips      share of decisions that change if the prompt shows the options in a random order, of 100 texts
+
+Naive Bayes and logistic regression on the counts of the words, fitted to the same 600 texts, show what can be learnt
+from them. Ways that are not asked for keep their figures in the output file.
 """
 
 from __future__ import annotations
@@ -41,9 +45,10 @@ OWN_WORDS = {
 }
 CLASSES = [*OWN_WORDS]
 WORDS = (*(word for words in OWN_WORDS.values() for word in words), "please", "today", "again", "help")
-OWN, COMMON, OTHER = 0.11, 0.05, 0.03
+OWN, COMMON, OTHER = 0.18, 0.05, 0.02
 """Shares of a class's own words, of words of no class, and of the words of other classes, before they are varied."""
-TEXT_WORDS, BINS, FLIP_ROWS = 8, 10, 100
+WAYS = ["decide", "random", "text"]
+TEXT_WORDS, BINS, FLIP_ROWS = 6, 10, 100
 
 
 def word_shares() -> Floats:
@@ -123,7 +128,7 @@ def task_of(given: argparse.Namespace) -> Task:
     (rows, _), (held_out, _), (test, truth) = (draw_rows(count, seed) for seed, count in enumerate(counts, 1))
     model = {"model": given.model, "dtype": given.dtype, "threads": given.threads}
     training = {"epochs": given.epochs, "batch_rows": given.batch_rows, "learning_rate": given.learning_rate}
-    training |= {"layers": given.layers, "seed": given.seed, "answers": 0, "eval_every": 10**6, "quiet": True}
+    training |= {"layers": given.layers, "seed": given.seed, "answers": 0, "quiet": True}
     return Task(rows, held_out, test, truth, model, model | training)
 
 
@@ -142,7 +147,7 @@ def train_to_decide(task: Task, option_order: str, output: Path) -> float:
     return time.perf_counter() - began
 
 
-def measure_decisions(task: Task, adapter: Path) -> dict[str, dict[str, float]]:
+def measure_decisions(task: Task, adapter: Path) -> tuple[dict[str, float], dict[str, float]]:
     """Return the figures with and without the temperature."""
     answers = backhand.decide(states=task.texts, adapter=adapter, **task.model)
     p = np.array([[one["label"]["probabilities"][name] for name in CLASSES] for one in answers])
@@ -155,7 +160,7 @@ def measure_decisions(task: Task, adapter: Path) -> dict[str, dict[str, float]]:
         "changed": changed_answers(task.texts, adapter, answers, task.model),
         "flips": evaluated.decisions["label"].flips,
     }
-    return {"decide": task.figures(p) | more, "decide, uncalibrated": task.figures(uncalibrated)}
+    return task.figures(p) | more, task.figures(uncalibrated)
 
 
 def train_label_text(task: Task, output: Path) -> float:
@@ -179,30 +184,51 @@ def measure_label_text(task: Task, adapter: Path) -> dict[str, float]:
     return task.figures(np.array([[one[name] for name in CLASSES] for one in answers]))
 
 
+def counted(task: Task) -> dict[str, dict[str, float]]:
+    """Return the figures of classifiers on the counts of the words."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.naive_bayes import MultinomialNB
+
+    def counts(rows: list[dict[str, str]]) -> Floats:
+        return np.array([[row["text"].split().count(word) for word in WORDS] for row in rows], dtype=np.float64)
+
+    labels = [row["label"] for row in task.rows]
+    fitted = {
+        "naive Bayes on counts": MultinomialNB().fit(counts(task.rows), labels),
+        "logistic regression on counts": LogisticRegression(max_iter=1000).fit(counts(task.rows), labels),
+    }
+    return {name: task.figures(one.predict_proba(counts(task.test))) for name, one in fitted.items()}
+
+
 def measure(given: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
-    """Train both adapters and return their figures with those of Bayes' rule."""
+    """Train the adapters and return their figures with those of Bayes' rule."""
     task = task_of(given)
-    seconds = train_to_decide(task, given.option_order, folder / "decided")
-    result = {"Bayes' rule": task.figures(task.truth)} | measure_decisions(task, folder / "decided" / "adapter")
-    result["decide"]["seconds"] = seconds
-    seconds = train_label_text(task, folder / "named")
-    named = measure_label_text(task, folder / "named" / "adapter")
-    return result | {"label text, uncalibrated": named | {"seconds": seconds}}
+    result = {"Bayes' rule": task.figures(task.truth)} | counted(task)
+    for way, order, name in (("decide", "canonical", "decide"), ("random", "random", "decide, random orders")):
+        if way in given.ways:
+            seconds = train_to_decide(task, order, folder / way)
+            calibrated, uncalibrated = measure_decisions(task, folder / way / "adapter")
+            result |= {name: calibrated | {"seconds": seconds}, f"{name}, uncalibrated": uncalibrated}
+    if "text" in given.ways:
+        seconds = train_label_text(task, folder / "named")
+        named = measure_label_text(task, folder / "named" / "adapter")
+        result["label text, uncalibrated"] = named | {"seconds": seconds}
+    return result
 
 
 def main() -> None:
     """Parse, measure, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--held-out-rows", type=int, default=200)
     parser.add_argument("--test-rows", type=int, default=400)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--batch-rows", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--batch-rows", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default="auto")
     parser.add_argument("--layers", default="last:10")
-    parser.add_argument("--option-order", default="canonical")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "known_posteriors.json")
@@ -212,8 +238,10 @@ def main() -> None:
     for name, one in result.items():
         print(f"{name:26}", "  ".join(f"{figure} {value:.4g}" for figure, value in one.items()))
     stored = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
-    stored.pop("output")
+    del stored["output"], stored["ways"]
     whole = {"machine": describe_machine(), "options": stored, "figures": result}
+    if given.output.exists() and (old := json.loads(given.output.read_text(encoding="utf-8")))["options"] == stored:
+        whole["figures"] = old["figures"] | result
     given.output.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 

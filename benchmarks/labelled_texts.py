@@ -10,6 +10,8 @@ trained in full.
 
 NLL and ECE are those of the method as it is used: decide has its temperature, the others have none. `calibrated` is the
 NLL with a temperature that is fitted to the same rows for every method.
+
+A run stores its figures at once, and keeps those of the corpora, methods and seeds that it is not asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import statistics
 import tempfile
 import time
 import zipfile
@@ -245,22 +246,26 @@ def main() -> None:
     parser.add_argument("--corpora", nargs="+", choices=[*READERS], default=[*READERS])
     parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--sizes", nargs=3, type=int, default=[200, 100, 300], help="rows to learn, calibrate, test")
+    parser.add_argument("--sizes", nargs=3, type=int, default=[120, 60, 200], help="rows to learn, calibrate, test")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch-rows", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--batch-rows", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--layers", default="last:10")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "labelled_texts.json")
     given = parser.parse_args()
-    result: dict[str, dict[str, dict[str, float]]] = {}
+    ways = ("folder", "output", "corpora", "methods", "seeds")
+    options = {name: value for name, value in vars(given).items() if name not in ways}
+    whole: dict[str, Any] = {"machine": describe_machine(), "options": options, "figures": {}}
+    if given.output.exists() and (old := json.loads(given.output.read_text(encoding="utf-8")))["options"] == options:
+        whole["figures"] = old["figures"]
     for corpus in given.corpora:
         texts = READERS[corpus](given.folder)
-        figures: dict[str, list[dict[str, float]]] = defaultdict(list)
+        labels = sorted(texts)
+        of_corpus = whole["figures"].setdefault(corpus, {})
         for seed in given.seeds:
             sets = draw(texts, given.sizes, seed)
-            labels = sorted(texts)
             right = [[labels.index(row["label"]) for row in rows] for rows in sets[1:]]
             for method in given.methods:
                 task = {"corpus": corpus, "question": QUESTIONS[corpus], "labels": labels, "seed": seed}
@@ -268,15 +273,9 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     p = METHODS[method](task, sets, given, Path(folder))
                 one = measure(p, right, calibrated=method == "decide") | {"seconds": task["trained"] - began}
-                figures[method].append(one)
+                of_corpus.setdefault(method, {})[str(seed)] = one
+                given.output.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
                 print(corpus, seed, f"{method:30}", {name: round(value, 4) for name, value in one.items()}, flush=True)
-        result[corpus] = {
-            method: {name: statistics.mean(one[name] for one in every) for name in every[0]}
-            for method, every in figures.items()
-        }
-    stored = {name: value for name, value in vars(given).items() if name not in ("folder", "output")}
-    whole = {"machine": describe_machine(), "options": stored, "figures": result}
-    given.output.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

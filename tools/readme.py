@@ -73,6 +73,12 @@ def scaling_section(kind: str) -> str:
     return str(benchmarks().scaling_section(kind))
 
 
+def decisions_section(name: str) -> str:
+    """A section of docs/decisions.md."""
+    sys.path.append(str(PROJECT / "benchmarks"))
+    return str(getattr(_module(PROJECT / "benchmarks" / "decision_tables.py"), f"{name}_section")())
+
+
 def models_section(name: str) -> str:
     """A section of docs/models.md."""
     return str(getattr(_module(PROJECT / "tools" / "models_page.py"), name)())
@@ -94,6 +100,9 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/quantized.md": {
         "quantized": lambda: str(benchmarks().quantized_section()),
         "base types": lambda: str(benchmarks().base_types_section()),
+    },
+    "docs/decisions.md": {
+        name: partial(decisions_section, name) for name in ("posteriors", "texts", "speed", "agreement")
     },
     "docs/benchmarks.md": {"benchmarks": lambda: str(benchmarks().section())},
     "docs/scaling.md": {

@@ -148,6 +148,22 @@ def test_each_document_ends_in_the_label_of_its_option(tmp_path: Path) -> None:
     assert again.digest == data.digest
 
 
+def test_each_epoch_has_orders_of_its_own(tmp_path: Path) -> None:
+    """The orders follow from seed, epoch and row, so that a resumed run trains on the same prompts."""
+    rows = [{"text": f"words {n}", "label": "abcde"[n % 5]} for n in range(40)]
+    made = DataOptions(data=(lines(tmp_path / "rows.jsonl", rows),), option_order="random", eval_fraction=0.0)
+
+    def prompts(seed: int, epochs: int) -> list[str]:
+        data, _ = prepare(made, tiny_tokenizer(), purpose="decisions", seed=seed, epochs=epochs)
+        assert len(data.examples) == 40 and len(data.of_all_epochs) == 40 * epochs
+        return [tiny_tokenizer().decode(one.input_ids[:-1]) for one in data.of_all_epochs]
+
+    two = prompts(seed=0, epochs=2)
+    assert prompts(seed=0, epochs=1) == two[:40]
+    assert sum(one != other for one, other in zip(two[:40], two[40:], strict=True)) > 30
+    assert sum(one != other for one, other in zip(two, prompts(seed=1, epochs=2), strict=True)) > 60
+
+
 def test_training_rows_show_options_in_canonical_order(tmp_path: Path) -> None:
     rows = [{"text": f"words {n}", "label": "abcde"[n % 5]} for n in range(20)]
     data = read(lines(tmp_path / "rows.jsonl", rows))

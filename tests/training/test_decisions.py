@@ -188,12 +188,13 @@ def write_rows(path: Path, count: int, seed: int = 0) -> str:
 
 
 def config(tiny: TinyRun, place: Path, output: Path, **options: Any) -> TrainConfig:
-    """Two epochs of three steps."""
+    """Two epochs of three steps, in which each row shows its options in an order of its own."""
     data = {
         "data": (write_rows(place / "rows.jsonl", 11),),
         "eval_data": (write_rows(place / "held_out.jsonl", 6, seed=1),),
         "state": "text",
         "question": {"team": "Which team?", "mood": "Mood?"},
+        "option_order": "random",
     }
     made = tiny.config(output, **data, eval_every=2, save_every=1, micro_batch_rows=2)
     return with_options(replace(made, objective=ObjectiveOptions(objective="decide")), **options)

@@ -27,6 +27,14 @@ def test_the_place_in_the_data_follows_from_the_step() -> None:
     assert sampler.position(4) == {"epoch": 1, "row": 4, "rows": 10, "batch_rows": 4, "seed": 7}
 
 
+def test_each_epoch_uses_the_next_form_of_the_rows() -> None:
+    plain, forms = (Sampler(rows=10, batch_rows=4, seed=7, forms=count) for count in (1, 3))
+    for epoch in range(7):
+        for step in range(3 * epoch, 3 * epoch + 3):
+            assert forms.rows_of(step) == [row + 10 * (epoch % 3) for row in plain.rows_of(step)]
+    assert (plain.new_steps, forms.new_steps) == (3, 9) and forms.position(4) == plain.position(4)
+
+
 def test_derived_seeds_differ_by_purpose_and_number() -> None:
     seeds = {derived_seed(0, purpose, step, micro) for purpose in "ab" for step in range(20) for micro in range(5)}
     assert len(seeds) == 200

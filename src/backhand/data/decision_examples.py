@@ -69,18 +69,15 @@ class DecisionEncoder:
             spellings.append(len(others))
         return replace(documents[0], others=tuple(documents[1:]), decision=replace(row, spellings=tuple(spellings)))
 
-    def encode(self, rows: Sequence[DecisionRow], seed: int | None = None) -> list[Example | None]:
+    def encode(self, rows: Sequence[DecisionRow], *draw: int) -> list[Example | None]:
         """Encode rows together; None for a row whose prompt is longer than `max_length`.
 
         Args:
-            seed: of random orders of the options of choices, which also depend on the row's text; None for the
-                canonical order.
+            draw: numbers that determine random orders of the options of choices, together with the row's text; none for
+                the canonical order.
         """
         orders = [
-            [
-                one.question.canonical_order if seed is None else one.question.random_order(row.state, seed)
-                for one in row.asked
-            ]
+            [one.question.random_order(row.state, *draw) if draw else one.question.canonical_order for one in row.asked]
             for row in rows
         ]
         texts = [
@@ -97,20 +94,19 @@ class DecisionEncoder:
             for row, of_row in zip(rows, orders, strict=True)
         ]
 
-    def for_training(self, examples: StoredExamples, seed: int | None) -> StoredExamples:
-        """Return the examples with the names of options as further answers.
+    def for_training(self, examples: StoredExamples, draws: Sequence[Sequence[int]]) -> StoredExamples:
+        """Return the examples with the names of options as further answers, once for each of `draws`.
 
         Args:
-            seed: show the options of every choice in a random order, see `encode`; None for the canonical order. A row
-                that becomes too long keeps its order.
+            draws: the orders of the options of every choice, see `encode`. A row that becomes too long keeps its order.
         """
         writer = ExampleWriter()
-        for start in range(0, len(examples), _ROWS_AT_ONCE):
-            part = examples[start : start + _ROWS_AT_ONCE]
-            rows = [not_none(one.decision) for one in part]
-            turned = [None] * len(part) if seed is None else self.encode(rows, seed)
-            for example, other in zip(part, turned, strict=True):
-                writer.add(self._with_names(other or example))
+        for draw in draws:
+            for start in range(0, len(examples), _ROWS_AT_ONCE):
+                part = examples[start : start + _ROWS_AT_ONCE]
+                turned = self.encode([not_none(one.decision) for one in part], *draw) if draw else part
+                for example, other in zip(part, turned, strict=True):
+                    writer.add(self._with_names(other or example))
         return writer.stored()
 
     def _with_names(self, example: Example) -> Example:

@@ -13,8 +13,8 @@ or no question, a digit for the level of a score. SGLang words yes or no questio
 type `lfm2-d1` reads the same labels from a prompt that the model's file contains.
 
 Options have a canonical order: those of a choice are sorted by name, yes comes before no, and levels ascend. Evaluation
-and `backhand decide` use this order only. Training shows the options of a choice in an order that is drawn from the
-row's own text.
+and `backhand decide` use this order only. Training can show the options of a choice in orders that are drawn from seed,
+epoch and the row's own text (`option_order`).
 
 llama.cpp takes the larger of the logits of `yes`, `Yes` and `YES`, and vLLM adds the probabilities of `yes` and `Yes`.
 Therefore these other spellings are options that are never right (`SPELLINGS`). Training makes them improbable, so that
@@ -94,12 +94,12 @@ class Question:
         """The order in which evaluation and `backhand decide` show the options."""
         return tuple(range(len(self.keys)))
 
-    def random_order(self, state: str, seed: int = 0) -> tuple[int, ...]:
-        """Return an order that is drawn from question and state. Only the options of a choice change their order."""
+    def random_order(self, state: str, *draw: int) -> tuple[int, ...]:
+        """Return an order drawn from `draw`, question and state. Only the options of a choice change their order."""
         if self.type != "choice":
             return self.canonical_order
         keyed = [
-            hashlib.sha256(repr((seed, self.name, state, key)).encode(errors="replace")).digest() for key in self.keys
+            hashlib.sha256(repr((draw, self.name, state, key)).encode(errors="replace")).digest() for key in self.keys
         ]
         return tuple(sorted(self.canonical_order, key=keyed.__getitem__))
 

@@ -243,8 +243,8 @@ class DecisionColumns:
 
     option_order: Literal["canonical", "random"] = "canonical"
     """Order of the options of a choice in training rows (`decide`): sorted by name as `backhand decide` shows them, or
-    drawn from each row. Random orders take a larger model or many more rows. They are for programs that show the
-    options in other orders."""
+    drawn from seed, epoch and row. Random orders take a larger model or many more rows. They are for programs that show
+    the options in other orders."""
 
 
 @dataclass(frozen=True)

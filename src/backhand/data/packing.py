@@ -33,11 +33,13 @@ class Sampler:
     """Assign rows to steps: every epoch is a new permutation of all rows. The last step of an epoch may be smaller.
 
     The order is a function of seed and epoch, so a resumed run finds its position in the data from the step number.
+    Rows may have several forms, of which each epoch uses the next one. Form f of row r has the number r + f · rows.
     """
 
     rows: int  # number of rows, at least 1
     batch_rows: int  # number of rows per step, at least 1
     seed: int  # determines the permutations
+    forms: int = 1  # number of forms of each row, at least 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -46,9 +48,15 @@ class Sampler:
 
     def rows_of(self, step: int) -> list[int]:
         """Return the row numbers of this step, where 0 is the first step."""
-        order = _epoch_order(self.seed, step // self.steps_per_epoch, self.rows)
-        start = step % self.steps_per_epoch * self.batch_rows
-        return list(map(int, order[start : start + self.batch_rows]))
+        epoch, rest = divmod(step, self.steps_per_epoch)
+        start, form = rest * self.batch_rows, epoch % self.forms
+        order = _epoch_order(self.seed, epoch, self.rows)[start : start + self.batch_rows]
+        return list(map(int, order + form * self.rows))
+
+    @property
+    def new_steps(self) -> int:
+        """Number of steps after which rows repeat in the same form."""
+        return self.forms * self.steps_per_epoch
 
     def epochs_done(self, steps: int) -> float:
         """Return the number of epochs after this many steps, including the fraction of the current one."""

@@ -46,6 +46,7 @@ def prepare(
     embedding_format: EmbeddingFormat | None = None,
     teacher: TeacherPrompts | None = None,
     recorded: NamedColumns | None = None,
+    epochs: int = 1,
 ) -> tuple[PreparedData, PreparedData | None]:
     """Return training examples, and held-out examples or None.
 
@@ -67,6 +68,7 @@ def prepare(
         teacher: the prompts of the teacher in distillation. Each example then has a second document, `rejected`, with
             the teacher's prompt and the same answer, or with a placeholder for an answer that is sampled later.
         recorded: columns that an adapter was trained on, which are read if `options` names none and the rows have them.
+        epochs: number of passes over the rows. Each shows the options of decisions in random orders of its own.
 
     Raises:
         UsageError: an option is out of range, or a package is missing.
@@ -117,8 +119,9 @@ def prepare(
     if purpose == "decisions":
         if questions is None:
             encoder = DecisionEncoder(RowRenderer(tokenizer, options), options.max_length)
-            order_seed = 0 if options.option_order == "random" else None
-            train = replace(train, examples=encoder.for_training(train.examples, order_seed))
+            draws = [(seed, epoch) for epoch in range(epochs)] if options.option_order == "random" else [()]
+            by_epoch = encoder.for_training(train.examples, draws)
+            train = replace(train, examples=by_epoch[: len(train.examples)], by_epoch=by_epoch)
         notes = (*train.report.notes, *question_notes(found))
         train = replace(train, questions=found, report=replace(train.report, notes=notes))
     return train, held_out

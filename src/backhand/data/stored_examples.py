@@ -326,11 +326,18 @@ class PreparedData:
     report: DataReport
     held_out_share: float = 0.0  # share of the rows that a random split removed from these examples
     questions: Mapping[str, Question] = field(default_factory=dict)  # questions of rows of decisions by their name
+    # all examples as the first epoch has them, then as the second one has them …; None if all epochs have `examples`
+    by_epoch: StoredExamples | None = None
+
+    @property
+    def of_all_epochs(self) -> StoredExamples:
+        """The examples in every form that an epoch has."""
+        return self.examples if self.by_epoch is None else self.by_epoch
 
     @property
     def digest(self) -> str:
         """SHA-256 of all tokens, supervision and labels in the order of the examples, in hexadecimal."""
-        return hashlib.sha256(self.examples.column("key").data).hexdigest()
+        return hashlib.sha256(self.of_all_epochs.column("key").data).hexdigest()
 
     def with_note(self, note: str) -> PreparedData:
         """Return a copy with one more note in its report."""

@@ -82,11 +82,11 @@ class Decider:
         encoder = DecisionEncoder(RowRenderer(loaded.tokenizer, template), loaded.model.context_tokens)
         return cls(loaded, questions, record["temperatures"], record.get("state"), encoder, micro_batch_rows)
 
-    def outcomes(self, rows: Sequence[DecisionRow], seed: int | None = None) -> Iterator[list[Outcome]]:
+    def outcomes(self, rows: Sequence[DecisionRow], *draw: int) -> Iterator[list[Outcome]]:
         """Yield the outcomes of each row's questions.
 
         Args:
-            seed: of random orders of options; None for the canonical order.
+            draw: numbers that determine random orders of options; none for the canonical order.
 
         Raises:
             DataError: a prompt is longer than the model's context.
@@ -97,7 +97,7 @@ class Decider:
             part = rows[start : start + _ROWS_AT_ONCE]
             examples = [
                 _fitting(example, row, model.context_tokens)
-                for example, row in zip(self.encoder.encode(part, seed), part, strict=True)
+                for example, row in zip(self.encoder.encode(part, *draw), part, strict=True)
             ]
             whole = stored(examples)
             check_vocabulary(whole.beyond(model.vocab_size), model.vocab_size, self.loaded.tokenizer)

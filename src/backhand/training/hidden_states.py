@@ -90,6 +90,6 @@ def hidden_state_caches(
                 prefix, frozen.layer, packer, store, tokens_per_pass=tokens_per_pass, log=log, notify=notify
             )
 
-        # In a single epoch each training row is used once.
-        train = inputs.packer if inputs.total_steps > inputs.sampler.steps_per_epoch else None
+        # Before rows repeat, each of them is used once.
+        train = inputs.packer if inputs.total_steps > inputs.sampler.new_steps else None
         yield HiddenStateCaches(cache("data", train), cache("held_out", inputs.held_out_packer))

@@ -40,6 +40,8 @@ from backhand.training.starting_adapter import adapter_config, start_notes
 from backhand.words import name_list
 
 _MATRICES_IN_SCALE = 8
+_MOST_FORMS = 4
+"""Largest number of orders in which the options of a row are shown. More epochs repeat them, to bound memory."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,18 @@ def read_inputs(
     else:
         data, seed, purpose = config.data, config.run.seed, config.objective.purpose
         teacher, embedding_format = _teacher_prompts(config.objective), format_of(config.objective)
+        epochs = min(config.optimization.epochs, _MOST_FORMS)
         train, held_out = run_cache.get_or_create(
             "rows",
-            (data, seed, purpose, teacher, embedding_format),
+            (data, seed, purpose, teacher, embedding_format, epochs),
             lambda: prepare(
-                data, tokenizer, seed=seed, purpose=purpose, teacher=teacher, embedding_format=embedding_format
+                data,
+                tokenizer,
+                seed=seed,
+                purpose=purpose,
+                teacher=teacher,
+                embedding_format=embedding_format,
+                epochs=epochs,
             ),
             only_newest=True,
         )
@@ -145,7 +154,8 @@ def read_inputs(
         train = packer.rows
     if isinstance(held_out_packer, DistilledPacker | DistilledPrompts):
         held_out = held_out_packer.rows
-    sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed)
+    forms = len(train.of_all_epochs) // len(train.examples)
+    sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed, forms)
     measures_forgetting = held_out is not None or config.run.max_forgetting is not None
     measures_forgetting = measures_forgetting and objective.objective != "embed"  # its model predicts no tokens
     neutral = ForgettingMeter.for_tokenizer(tokenizer) if measures_forgetting else ForgettingMeter(())
@@ -205,7 +215,7 @@ def _packers(
             return DistilledPrompts(rows, lesson, options.max_new_tokens, **sharing)
         if lesson is not None:
             return DistilledPacker(rows, lesson, **sharing)
-        return RowPacker(rows.examples, share_prefixes=share_prefixes)
+        return RowPacker(rows.of_all_epochs, share_prefixes=share_prefixes)
 
     if objective.objective in DISTILLED:
         _check_distilled(engine, layout)

@@ -95,8 +95,8 @@ def _plan_hidden_states(
     if machine.device.type != "cpu" and frozen.batch_dependent is None:
         reason = f"on {machine.device.type} the last bits of a row depend on the other rows of its batch"
         frozen = replace(frozen, batch_dependent=reason)
-    # Rows that are computed more than once: training rows from the second epoch on, and held-out rows.
-    repeated = cached_tokens(inputs.packer) if inputs.total_steps > inputs.sampler.steps_per_epoch else 0
+    # Rows that are computed more than once: training rows that repeat in the same form, and held-out rows.
+    repeated = cached_tokens(inputs.packer) if inputs.total_steps > inputs.sampler.new_steps else 0
     return plan_hidden_states(
         "off" if config.objective.samples else config.model.cache_frozen,
         frozen,

@@ -1,0 +1,94 @@
+"""The stored results of decisions as tables for docs/decisions.md. `make readme` puts them there."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from table import machine_line, table
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def posteriors_section() -> str:
+    """The table of `known_posteriors.json`."""
+    return _section("known_posteriors", "known_posteriors.py", _posteriors)
+
+
+def texts_section() -> str:
+    """The tables of `labelled_texts.json`, one for each corpus."""
+    return _section("labelled_texts", "labelled_texts.py", _texts)
+
+
+def speed_section() -> str:
+    """The tables of `decisions_train.json` and `decisions_decide.json`."""
+    return "\n\n".join(_section(f"decisions_{what}", f"decisions.py {what}", _speed) for what in ("train", "decide"))
+
+
+def agreement_section() -> str:
+    """The table of `decisions_agree.json`."""
+    return _section("decisions_agree", "decisions.py agree", _agreement)
+
+
+def _section(name: str, program: str, make: Callable[[dict[str, Any]], list[str]]) -> str:
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return f"`python benchmarks/{program}` measures it on your machine; no figures are stored yet."
+    return "\n".join(make(json.loads(path.read_text(encoding="utf-8"))))
+
+
+def _posteriors(results: dict[str, Any]) -> list[str]:
+    head = ["", "accuracy", "ECE against the truth", "KL from the truth", "temperature", "flips"]
+    rows = []
+    for name, one in results["figures"].items():
+        temperature, flips = (f"{one[key]:.2f}" if key in one else "" for key in ("temperature", "flips"))
+        rows.append([name, f"{one['accuracy']:.1%}", f"{one['ece']:.3f}", f"{one['kl']:.3f} nats", temperature, flips])
+    return table(head, rows)
+
+
+def _texts(results: dict[str, Any]) -> list[str]:
+    sizes, lines = results["options"]["sizes"], []
+    for corpus, methods in results["figures"].items():
+        seeds = min(len(by_seed) for by_seed in methods.values())
+        title = f"*{corpus}*: {sizes[0]} rows to learn, {sizes[1]} for the temperature, {sizes[2]} to measure; "
+        title += f"{seeds} seeds, mean and standard error:"
+        rows = [
+            [method, *(_mean([one[name] for one in by_seed.values()], form) for name, form in _TEXT_FIGURES.values())]
+            for method, by_seed in methods.items()
+        ]
+        lines += [*([""] if lines else []), title, "", *table(["", *_TEXT_FIGURES], rows)]
+    return lines
+
+
+_TEXT_FIGURES = {
+    "accuracy": ("accuracy", ".1%"),
+    "NLL": ("nll", ".3f"),
+    "NLL with a temperature": ("calibrated", ".3f"),
+    "ECE": ("ece", ".3f"),
+    "seconds": ("seconds", ".0f"),
+}
+
+
+def _mean(values: list[float], form: str) -> str:
+    mean = format(statistics.mean(values), form)
+    if form == ".0f" or len(values) < 2:
+        return mean
+    return f"{mean} ± {format(statistics.stdev(values) / len(values) ** 0.5, form)}"
+
+
+def _speed(results: dict[str, Any]) -> list[str]:
+    sides = {name: one for name, one in results["figures"].items() if isinstance(one, dict)}
+    rows = [[name, f"{one['per_s']:.2f}", f"{one['peak_bytes'] / 2**20:,.0f} MiB"] for name, one in sides.items()]
+    ratios = f"{results['figures']['speed-up']:.1f} × as fast, {results['figures']['memory']:.2f} × the memory"
+    return [machine_line(results["machine"]), "", *table([ratios, "per second", "peak memory"], rows)]
+
+
+def _agreement(results: dict[str, Any]) -> list[str]:
+    rows = [
+        [name, f"{one['decisions']:,}", f"{one['largest']:.1e}", f"{one['mean']:.1e}"]
+        for name, one in results["files"].items()
+    ]
+    return table(["file", "decisions", "largest difference", "mean difference"], rows)
