@@ -180,13 +180,7 @@ test-smollm2: $(VENV)/.test $(VENV)/.model kernels
 test-slow: $(VENV)/.test $(VENV)/.model kernels
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'slow and not bench and not browser' $(PYTEST_ARGS)
 
-# axe-core checks accessibility; its one file is fetched from npm.
-$(VENV)/axe-core/axe.min.js:
-	@command -v npm >/dev/null || { echo 'make: npm fetches axe-core: apt-get install npm, or AXE=/path/to/axe.min.js' >&2; exit 2; }
-	@mkdir -p $(@D) && npm pack --silent --pack-destination $(@D) axe-core@4.14.1 >/dev/null
-	@tar -xzf $(@D)/axe-core-4.14.1.tgz -C $(@D) --strip-components 1 package/axe.min.js
-
-test-browser: $(VENV)/.browser $(VENV)/.model kernels $(if $(AXE),,$(VENV)/axe-core/axe.min.js)
+test-browser: $(VENV)/.browser $(VENV)/.model kernels
 	@[ -n "$$CHROMIUM" ] || command -v chromium || command -v chromium-browser || command -v google-chrome || \
 		{ echo 'make: no Chromium found: apt-get install chromium, or CHROMIUM=/path/to/it' >&2; exit 2; }
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
