@@ -43,6 +43,11 @@ def words(draw: random.Random, count: int) -> str:
     return " ".join(draw.choice(_WORDS) for _ in range(count))
 
 
+def seconds_since(wall: float, cpu: float) -> dict[str, float]:
+    """Return the seconds of the clock and of the processor since a time."""
+    return {"seconds": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+
+
 def run_backhand(task: dict[str, Any], output: Path, *, student: bool) -> dict[str, Any]:
     """Train with `backhand.train`, as the command does."""
     from peers import ALPHA, LEARNING_RATE, RANK
@@ -55,7 +60,7 @@ def run_backhand(task: dict[str, Any], output: Path, *, student: bool) -> dict[s
     from backhand.options.rewards import RewardOptions
 
     losses: list[float] = []
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time()
     summary = backhand.train(
         TrainConfig(
             model=ModelOptions(model=task["model"], dtype=task["dtype"]),
@@ -74,8 +79,7 @@ def run_backhand(task: dict[str, Any], output: Path, *, student: bool) -> dict[s
         ),
         callbacks=[lambda record: losses.append(record["loss"]) if "loss" in record else None],
     )
-    seconds = time.perf_counter() - began
-    return {"seconds": seconds, "answer_tokens": summary.supervised_tokens, "losses": losses}
+    return {**seconds_since(*began), "answer_tokens": summary.supervised_tokens, "losses": losses}
 
 
 def run_trl(task: dict[str, Any], output: Path, *, tuned: bool) -> dict[str, Any]:
@@ -118,12 +122,12 @@ def run_trl(task: dict[str, Any], output: Path, *, tuned: bool) -> dict[str, Any
         processing_class=open_model(task["model"]).tokenizer(),
         peft_config=peft.LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules="all-linear", task_type="CAUSAL_LM"),
     )
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time()
     trainer.train()
-    seconds = time.perf_counter() - began
+    seconds = seconds_since(*began)
     log = [line for line in trainer.state.log_history if "loss" in line]
     lengths = [line["completions/mean_length"] * task["prompts"] for line in log if "completions/mean_length" in line]
-    return {"seconds": seconds, "answer_tokens": sum(lengths), "losses": [line["loss"] for line in log]}
+    return {**seconds, "answer_tokens": sum(lengths), "losses": [line["loss"] for line in log]}
 
 
 def worker(peer: str, task: dict[str, Any], output: Path, threads: int) -> None:
@@ -165,18 +169,18 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 print(f"{peer} failed with exit code {done.returncode}:\n{done.stderr[-3000:]}", file=sys.stderr)
             else:
                 found[peer].append(json.loads(done.stdout.strip().splitlines()[-1]))
-    figures = ("seconds", "answer_tokens", "peak_rss_bytes")
+    figures = ("seconds", "cpu_s", "answer_tokens", "peak_rss_bytes")
     peers = {
         peer: {name: statistics.median(run[name] for run in runs) for name in figures} | {"runs": runs}
         for peer, runs in found.items()
         if runs
     }
     ratios = {
-        f"{what} of {ours} to {peer}": row[key] / peers[ours][key] if what == "speed" else peers[ours][key] / row[key]
+        f"{what} of {ours} to {peer}": peers[ours][key] / row[key] if what == "memory" else row[key] / peers[ours][key]
         for ours in ("backhand", "backhand-student")
         for peer, row in peers.items()
         if ours in peers and peer.startswith("trl")
-        for what, key in (("speed", "seconds"), ("memory", "peak_rss_bytes"))
+        for what, key in (("speed", "seconds"), ("speed by processor time", "cpu_s"), ("memory", "peak_rss_bytes"))
     }
     return {"workload": {**task, "context": f"{arguments.context} words"}, "peers": peers, "ratios": ratios}
 

@@ -59,7 +59,7 @@ COMMANDS = (
         "Fine-tune a language model on rows of text or chat, and write an adapter that PEFT loads.",
         "backhand train --data rows.jsonl --output runs/mine",
         _TRAIN,
-        "backhand.report.train:train",
+        "backhand.report.train:train_command",
         file=_tables(_TRAIN),
         tell_typed=True,
     ),

@@ -1,4 +1,8 @@
-"""Prompts of the teacher in distillation: a context in front of every prompt, or a demonstration in it."""
+"""Prompts of the teacher in distillation: a context in front of every prompt, or a demonstration in it.
+
+The context of all rows is a text or a list of messages. Contexts that rows choose by name are a JSON object, which maps
+names to such texts.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from backhand.data.messages import read_turns
 from backhand.data.rows import TEMPLATE_PLACES, Completion, Conversation, Message, OneText, PlainText, Row
 from backhand.errors import DataError, UsageError
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
-from backhand.words import shorten
+from backhand.words import name_list, nearest_names, shorten
 
 _LONGEST_NAME = 255
 """Largest number of characters of a context that may be the name of a file."""
@@ -28,6 +32,12 @@ def context_text(context: str) -> str:
     """
     if len(context) > _LONGEST_NAME or "\n" in context or (" " in context.strip() and not Path(context).exists()):
         return context
+    if is_directory(context):
+        raise UsageError(
+            f"{shorten(context)!r} is a directory, and one context is needed here",
+            where="context",
+            next_step="name one of its files",
+        )
     try:
         text = read_plain(Path(context), MAX_SETTINGS_BYTES).decode("utf-8").strip()
     except (OSError, ValueError) as error:
@@ -40,6 +50,52 @@ def context_text(context: str) -> str:
     if not text:
         raise UsageError("the file is empty", where=f"context, {context}", next_step="write the prompt into it")
     return f"{text}\n"
+
+
+def is_directory(context: str) -> bool:
+    """Return True if a context is the name of a directory."""
+    try:
+        return Path(context).is_dir()
+    except OSError:  # a text that is too long for a name
+        return False
+
+
+def context_files(directory: str) -> dict[str, Path]:
+    """Return the files of a directory of contexts by their names without suffix, sorted. Hidden files are left out.
+
+    Raises:
+        UsageError: there is no file, or two names differ only in their suffix.
+    """
+    files: dict[str, Path] = {}
+    for path in sorted(path for path in Path(directory).iterdir() if not path.name.startswith(".")):
+        if path.stem in files:
+            raise UsageError(
+                f"{files[path.stem].name} and {path.name} have the same name without suffix",
+                where=f"context, {directory}",
+                next_step="rename one of them",
+            )
+        files[path.stem] = path
+    if not files:
+        raise UsageError("the directory has no files", where=f"context, {directory}", next_step="write prompts into it")
+    return files
+
+
+def named_contexts(context: str) -> str:
+    """Return the contexts that rows name, as a JSON object of texts by name: of a directory, or as given.
+
+    Raises:
+        UsageError: it is no directory, or a file in it cannot be read or is empty.
+    """
+    if "\n" in context:  # the result of an earlier call, which a run stores
+        return context
+    if not is_directory(context):
+        raise UsageError(
+            f"{shorten(context)!r} is no directory, in which each row could name a file",
+            where="context",
+            next_step="give a directory of contexts, or leave out --context-column",
+        )
+    texts = {name: context_text(str(path)) for name, path in context_files(context).items()}
+    return f"{json.dumps(texts, ensure_ascii=False)}\n"
 
 
 def context_messages(text: str) -> tuple[Message, ...]:
@@ -121,14 +177,31 @@ def _filled(template: str, prompt: str, demonstration: str) -> str:
 class TeacherPrompts:
     """The prompts that the teacher reads: with a context, or with the row's own answer as a demonstration."""
 
-    context: str | None = None  # see `context_messages`; None for demonstrations
+    # see `context_messages`, or with a column `named_contexts`; None for demonstrations
+    context: str | None = None
+    column: str | None = None  # in which each row names its context; None if all rows have the same
     template: str = ""  # see `with_demonstration`
     sampled: bool = False  # True if answers are sampled later, so that rows are prompts
 
     @cached_property
-    def _messages(self) -> tuple[Message, ...] | None:
-        return None if self.context is None else context_messages(self.context)
+    def _contexts(self) -> dict[str, tuple[Message, ...]]:
+        if self.context is None:
+            return {}
+        texts: dict[str, str] = {"": self.context} if self.column is None else json.loads(self.context)
+        return {name: context_messages(text) for name, text in texts.items()}
 
     def of(self, row: Row) -> OneText:
         """Return the row as the teacher reads it. Raises DataError if the row has not the necessary form."""
-        return with_demonstration(row, self.template) if self._messages is None else with_context(row, self._messages)
+        if self.context is None:
+            return with_demonstration(row, self.template)
+        name = row.context if isinstance(row, Completion | Conversation) else ""
+        messages = self._contexts.get(name) or self._contexts.get(Path(name).stem)
+        if messages is None:
+            near = nearest_names(name, self._contexts)
+            raise DataError(
+                f"there is no context {shorten(name)!r}",
+                where=row.source,
+                why=f"the contexts are {name_list(self._contexts)}",
+                next_step=f"did you mean {' or '.join(near)}?" if near else None,
+            )
+        return with_context(row, messages)

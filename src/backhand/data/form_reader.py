@@ -16,7 +16,7 @@ from backhand.data.messages import read_conversation, read_turns
 from backhand.data.raw_rows import RawRow, RowErrors, describe
 from backhand.data.rows import Completion, Conversation, Pair, PlainText, PromptRow, Purpose, Row, UnpairedRow
 from backhand.errors import DataError
-from backhand.words import begin_alike
+from backhand.words import begin_alike, name_list
 
 
 class FormReader:
@@ -25,6 +25,7 @@ class FormReader:
     Args:
         allow_prompts, purpose, named: see `detect`.
         questions: the questions of rows of decisions that do not contain their own.
+        context_column: column in which rows name the context of the teacher; None without one.
 
     Attributes:
         form: the form of the file, or None before the first valid row.
@@ -39,10 +40,12 @@ class FormReader:
         purpose: Purpose | None = "answers",
         named: Mapping[str, str] | None = None,
         questions: Mapping[str, Question] | None = None,
+        context_column: str | None = None,
     ) -> None:
         self._purpose: Purpose | None = purpose
         self._detect = partial(detect, allow_prompts=allow_prompts, purpose=purpose, named=named)
         self._questions = questions or {}
+        self._context_column = context_column
         self.form: Form | None = None
         self.columns: dict[str, None] = {}
         self._first_source = ""
@@ -63,6 +66,8 @@ class FormReader:
             row = read_embedding(form, raw)
         else:
             row = _prompt_row(form, raw) if self._purpose == "prompts" else _read(form, raw)
+        if self._context_column is not None and isinstance(row, Conversation | Completion):
+            row = replace(row, context=_context(self._context_column, raw))
         if self.form is None:
             self.form, self._first_source = form, raw.source
         if form.kind == "text":
@@ -98,6 +103,14 @@ class FormReader:
             )
         state = "null" if missing[0] in raw.values else "missing"
         raise DataError(f"{missing[0]} is {state}, in a file of the form {self.form.name}", where=raw.source)
+
+
+def _context(column: str, raw: RawRow) -> str:
+    if raw.values.get(column) is None:
+        raise DataError(
+            f"the row names no context in the column {column}", where=raw.source, why=f"it has {name_list(raw.values)}"
+        )
+    return _text(raw.values, column, raw.source)
 
 
 def _read(form: Form, raw: RawRow) -> Row:

@@ -113,6 +113,21 @@ def prefix_groups(documents: Sequence[SignedTokens], numbers: Sequence[int]) -> 
     return [group for group in groups.values() if len(group) > 1]
 
 
+def split_by_prefix(documents: Sequence[SignedTokens], count: int) -> list[list[int]]:
+    """Divide the numbers of documents into up to `count` groups, between which the common prefixes are shortest.
+
+    Documents that begin with one of `count` long texts are divided by these texts. Neighbours that have half of their
+    tokens in common stay together, if there are fewer texts.
+    """
+    order = sorted(range(len(documents)), key=lambda number: documents[number].tobytes())
+    pairs = [(documents[one], documents[other]) for one, other in itertools.pairwise(order)]
+    common = [shared_prefix_length(one, other, min(len(one), len(other)) - 1) for one, other in pairs]
+    different = [place for place, (one, other) in enumerate(pairs) if 2 * common[place] < min(len(one), len(other))]
+    shortest = sorted(different, key=common.__getitem__)[: count - 1]
+    cuts = [0, *sorted(place + 1 for place in shortest), len(order)]
+    return [order[first:last] for first, last in itertools.pairwise(cuts)]
+
+
 def shared_prefix_length(one: SignedTokens, other: SignedTokens, longest: int) -> int:
     """Return the number of leading positions, at most `longest`, with equal tokens and labels."""
     different = mismatch(one[: longest + 1], other[: longest + 1])

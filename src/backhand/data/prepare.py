@@ -197,6 +197,7 @@ def read_examples(
         refuses_classes=answers_only and purpose in ("answers", None),
         texts_only=options.train_on == "text",
         recorded=recorded,
+        context_column=None if teacher is None else teacher.column,
     )
     report = pipeline.run(encoder, take, names)
     notes = list(renderer.notes())

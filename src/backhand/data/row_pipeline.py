@@ -51,6 +51,7 @@ class RowPipeline:
     refuses_classes: bool = False  # whole texts next to a column of classes are an error
     texts_only: bool = False  # any other form than whole texts is an error
     recorded: NamedColumns | None = None  # columns that an adapter was trained on, see `ColumnReader`
+    context_column: str | None = None  # column in which rows name the context of the teacher
 
     def open_file(self, name: str) -> tuple[ColumnReader, FormReader, Iterator[Row]]:
         """Return the readers of a file's columns and form, and its valid rows."""
@@ -62,7 +63,11 @@ class RowPipeline:
             answers=not self.allow_prompts,
         )
         reader = FormReader(
-            allow_prompts=self.allow_prompts, purpose=self.purpose, named=named.given, questions=self.questions
+            allow_prompts=self.allow_prompts,
+            purpose=self.purpose,
+            named=named.given,
+            questions=self.questions,
+            context_column=self.context_column,
         )
         raws = read_rows(name, self.bad, held_out=self.held_out)
         return named, reader, reader.read_all(named.rows(raws, self.bad), self.bad)
@@ -105,7 +110,7 @@ class RowPipeline:
                 raise _no_answers(name, reader, rows, empty_sides)
             empty += rows - answered
             if not rewarded:  # reward functions are given every column
-                others = [column for column in reader.columns if column not in named.used]
+                others = [column for column in reader.columns if column not in (*named.used, self.context_column)]
                 unread |= dict.fromkeys(reader.form.unread(others, conversation=conversation))
                 classes.update(reader.class_columns.names(rows))
             if named.note is not None:

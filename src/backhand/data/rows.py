@@ -22,6 +22,7 @@ class Conversation:
     # descriptions of functions that the model may call, as the chat template reads them
     tools: tuple[Mapping[str, Any], ...] | None
     source: str
+    context: str = ""  # name of the context of the teacher, see `data.context`; empty if rows do not name it
 
     @classmethod
     def of(cls, messages: Sequence[Message], source: str) -> Conversation:
@@ -39,6 +40,7 @@ class Completion:
     separator: str  # between prompt and completion if there is no chat template
     system: str | None  # the row's own system message
     source: str
+    context: str = ""  # as for `Conversation`
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from backhand.data.packing import RowPacker, micro_batches
+from backhand.data.prefix_forest import split_by_prefix
 from backhand.data.stored_examples import PreparedData, StoredExamples, with_totals
 from backhand.engines.engine import Trainable
 from backhand.errors import ResourceError, not_none
@@ -38,16 +40,17 @@ from backhand.options.objectives import ObjectiveOptions
 
 @dataclass(frozen=True)
 class Lesson:
-    """The loss of a distilled run."""
+    """The loss of a distilled run, and the number of different contexts of its teacher."""
 
     divergence: Divergence
     temperature: float
+    contexts: int = 1
 
     @classmethod
-    def of(cls, options: ObjectiveOptions) -> Lesson:
-        """Return the loss that the options describe."""
+    def of(cls, options: ObjectiveOptions, contexts: int = 1) -> Lesson:
+        """Return the loss that the options describe, with a teacher that has this number of contexts."""
         kind = options.resolved().divergence or "forward"
-        return cls(Divergence(kind, options.divergence_share), options.divergence_temperature)
+        return cls(Divergence(kind, options.divergence_share), options.divergence_temperature, contexts)
 
 
 @contextmanager
@@ -77,10 +80,40 @@ def _student_and_teacher(rows: PreparedData) -> tuple[PreparedData, StoredExampl
     return replace(students, held_out_share=rows.held_out_share), documents.take(slice(1, None, 2))
 
 
-def _pass_tokens(teachers: RowPacker, rows: int, new_tokens: int = 0) -> int:
-    """Return an upper bound of the tokens in a pass of the teacher over this number of its longest documents."""
-    longest = int(np.max(teachers.lengths, initial=0)) + new_tokens
-    return teachers.common_prefix + rows * (longest - teachers.common_prefix)
+class _TeacherPacker(RowPacker):
+    """Pack the teacher's documents.
+
+    Args:
+        examples: the documents.
+        contexts: number of different contexts that they begin with.
+        share_prefixes: as for `RowPacker`.
+    """
+
+    def __init__(self, examples: StoredExamples, contexts: int, *, share_prefixes: bool) -> None:
+        super().__init__(examples, share_prefixes=share_prefixes)
+        self._contexts = contexts
+
+    @cached_property
+    def groups(self) -> list[list[int]]:
+        """The documents of each context."""
+        if self._contexts == 1:
+            return [list(range(len(self.examples)))]
+        return split_by_prefix([example.input_ids for example in self.examples], self._contexts)
+
+    def pass_tokens(self, rows: int, new_tokens: int = 0) -> int:
+        """Return an upper bound of the tokens in a pass over this number of documents, each with further tokens."""
+        prefixes = sorted((part.common_prefix for part in self._parts), reverse=True)
+        rest = max(int(np.max(part.lengths, initial=0)) - part.common_prefix for part in self._parts)
+        return sum(prefixes[:rows]) + rows * (rest + new_tokens)
+
+    @cached_property
+    def _parts(self) -> list[RowPacker]:
+        """A packer for the documents of each context."""
+        shares = self._share_prefixes
+        return [
+            RowPacker(self.examples.take(np.array(group, dtype=np.int64)), share_prefixes=shares)
+            for group in self.groups
+        ]
 
 
 class DistilledPrompts(PromptPacker):
@@ -104,7 +137,7 @@ class DistilledPrompts(PromptPacker):
         self.rows, self.teachers = _student_and_teacher(rows)
         super().__init__(self.rows.examples, 1, new_tokens, share_prefixes=share_prefixes)
         self._lesson, self._teacher_shares = lesson, teacher_shares
-        self._teacher_packer = RowPacker(self.teachers, share_prefixes=teacher_shares)
+        self._teacher_packer = _TeacherPacker(self.teachers, lesson.contexts, share_prefixes=teacher_shares)
 
     def answered(self, rows: Sequence[int], answers: Sequence[Sequence[int]]) -> DistilledPacker:
         """Return a packer of these rows with their answers, which are token ids."""
@@ -116,6 +149,11 @@ class DistilledPrompts(PromptPacker):
         prepared = replace(prepared, held_out_share=self.rows.held_out_share)
         shares = {"share_prefixes": self._share_prefixes, "teacher_shares": self._teacher_shares}
         return DistilledPacker(prepared, self._lesson, **shares)
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The rows of each context of the teacher."""
+        return self._teacher_packer.groups
 
     @property
     def longest(self) -> int:
@@ -131,7 +169,7 @@ class DistilledPrompts(PromptPacker):
 
     def teacher_pass_tokens(self, rows: int) -> int:
         """Return an upper bound of the tokens in a pass of the teacher over this number of rows."""
-        return _pass_tokens(self._teacher_packer, rows, self._new)
+        return self._teacher_packer.pass_tokens(rows, self._new)
 
 
 class DistilledPacker(RowPacker):
@@ -151,19 +189,27 @@ class DistilledPacker(RowPacker):
     def __init__(self, rows: PreparedData, lesson: Lesson, *, share_prefixes: bool, teacher_shares: bool) -> None:
         self.rows, self.teachers = _student_and_teacher(rows)
         super().__init__(self.rows.examples, share_prefixes=share_prefixes)
-        self._teacher_packer = RowPacker(self.teachers, share_prefixes=teacher_shares)
+        self._teacher_packer = _TeacherPacker(self.teachers, lesson.contexts, share_prefixes=teacher_shares)
         self.state_tokens = [int(count) for count in self._supervised]
         self._lesson = lesson
         self._states: StateStore | None = None
 
+    @property
+    def groups(self) -> list[list[int]]:
+        """The rows of each context of the teacher."""
+        return self._teacher_packer.groups
+
     def teacher_pass_tokens(self, rows: int) -> int:
         """Return an upper bound of the tokens in a pass of the teacher over this number of rows."""
-        return _pass_tokens(self._teacher_packer, rows)
+        return self._teacher_packer.pass_tokens(rows)
 
     def teacher_passes(self, rows_per_pass: int) -> list[Sequence[int]]:
-        """Return the rows of each pass of the teacher over all rows."""
-        count = len(self.examples)
-        return [range(first, min(first + rows_per_pass, count)) for first in range(0, count, rows_per_pass)]
+        """Return the rows of each pass of the teacher over all rows. The rows of a pass have the same context."""
+        return [
+            group[first : first + rows_per_pass]
+            for group in self.groups
+            for first in range(0, len(group), rows_per_pass)
+        ]
 
     def learn_from(
         self,

@@ -72,7 +72,12 @@ def distilled_figures(
     with computing_with(model, None):
         base, base_kl = answers(students), agreement(model, packer, micro_batch_rows)
     with computing_with(model, start):
-        expected, prompted_s = answers(teachers), _first_token_s(model, teachers[:_TIMED])
+        of_teacher: dict[int, list[int]] = {}
+        for group in packer.groups:  # the context is computed once
+            chosen = [row for row in group if row in numbers]
+            of_teacher |= zip(chosen, answers([prompts[row][1] for row in chosen]), strict=True)
+        expected = [of_teacher[number] for number in numbers]
+        prompted_s = _first_token_s(model, teachers[:_TIMED])
     short = all(len(answer) < limit for answer in expected)
 
     def equal(given: Sequence[list[int]]) -> float | None:

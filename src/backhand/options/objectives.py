@@ -39,7 +39,10 @@ _TAKEN: dict[str, tuple[str, ...]] = {
     "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight"),
     "grpo": ("beta",),
     "decide": (),
-    "bake": ("context", "answers_from", "divergence", "divergence_share", "divergence_temperature"),
+    "bake": (
+        *("context", "context_column", "answers_from"),
+        *("divergence", "divergence_share", "divergence_temperature"),
+    ),
     "sdft": (
         *("teacher_prompt_template", "teacher_update_rate"),
         *("divergence", "divergence_share", "divergence_temperature"),
@@ -107,7 +110,12 @@ class ObjectiveOptions(Options):
     """The prompt that `bake` turns into an adapter: a file, or the text itself. A text is a system message; a JSON list
     of messages may contain examples. It is in front of the prompts of the teacher, which is the model that the run
     starts from. The adapted model learns the teacher's next-token distributions over the answers, without seeing the
-    prompt."""
+    prompt. A directory of files makes one adapter of each, in a run directory of its own inside `output`, with the base
+    loaded once."""
+
+    context_column: Text | None = None
+    """With a directory as the `context`: the column that names the file of each row, with or without its suffix. One
+    adapter learns all contexts (`bake`)."""
 
     answers_from: AnswersFrom | None = None
     """Origin of the answers of `bake`: the `teacher` samples an answer to each prompt once, before the first step
@@ -174,7 +182,7 @@ class ObjectiveOptions(Options):
             raise UsageError(
                 "bake has no prompt to turn into an adapter",
                 where="context",
-                next_step="give --context FILE, or the prompt itself",
+                next_step="give --context FILE, a directory of files, or the prompt itself",
             )
         template = self.teacher_prompt_template
         if template is not None and (missing := [place for place in TEMPLATE_PLACES if place not in template]):

@@ -80,6 +80,7 @@ def _proofs(run: RunRecord) -> str:
 _FIGURES: Mapping[str, Callable[[RunRecord], str]] = {
     "state": lambda run: run.status.state if run.status else NOT_KNOWN,
     "held-out loss, base → best": _loss,
+    "forgotten on neutral texts, nats per token": lambda run: figure(run.summary.get("forgotten_nats")),
     "best step": lambda run: figure(run.summary.get("best_step")),
     "steps": lambda run: figure(run.summary.get("steps", max((line["step"] for line in run.metrics), default=0))),
     "tokens": lambda run: figure(run.summary.get("tokens")),

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from backhand.bounds import check_kind
 from backhand.data.given_rows import GivenRows
 from backhand.distributed.launch import in_process_group
+from backhand.engines.engine import RunCache
 from backhand.errors import BackhandError, UsageError
 from backhand.loop.observers import Callback, Observer, RunStart
 from backhand.options.config import TrainConfig
 from backhand.printing import say, visible
 from backhand.runs.summary import RunSummary
+from backhand.training.contexts import runs_per_context
 from backhand.training.run import train as train_without_report
 
 
@@ -47,8 +49,32 @@ class _ReportWriter(Observer):
                 say(*message.split("\n"), file=out)
 
 
+def train_command(config: TrainConfig, *, typed: frozenset[str] = frozenset()) -> Mapping[str, RunSummary]:
+    """Run `train`, or one run for each file if the option `context` is a directory, with one base for all.
+
+    Returns:
+        the results by the name of the context, or under "" if there is one run.
+
+    Raises:
+        BackhandError: as `train`. The runs of earlier contexts are complete.
+    """
+    runs = runs_per_context(config.validate())
+    if not runs:
+        return {"": train(config, typed=typed)}
+    run_cache, summaries = RunCache(), {}
+    for number, (name, one) in enumerate(runs.items(), 1):
+        if not config.run.quiet:
+            say(visible(f"Context {number} of {len(runs)}: {name}"))
+        summaries[name] = train(one, typed=typed, run_cache=run_cache)
+    return summaries
+
+
 def train(
-    config: TrainConfig, *, callbacks: Iterable[Callback] = (), typed: frozenset[str] = frozenset()
+    config: TrainConfig,
+    *,
+    callbacks: Iterable[Callback] = (),
+    typed: frozenset[str] = frozenset(),
+    run_cache: RunCache | None = None,
 ) -> RunSummary:
     """Train, and write report.html to the run directory, even after an interruption.
 
@@ -57,6 +83,7 @@ def train(
         callbacks: see `api.train`.
         typed: names of options that were given explicitly, even with their default value. They matter when a run is
             resumed or started from an adapter.
+        run_cache: objects that several runs of this process share.
 
     Returns:
         The results of the run, which are the contents of summary.json.
@@ -77,4 +104,5 @@ def train(
             where="workers",
             next_step="leave out workers, and start the script with torchrun",
         )
-    return train_without_report(config, callbacks=(*callbacks, _ReportWriter(config.run.quiet)), typed=typed)
+    observers = (*callbacks, _ReportWriter(config.run.quiet))
+    return train_without_report(config, callbacks=observers, typed=typed, run_cache=run_cache)

@@ -12,7 +12,7 @@ import numpy as np
 from backhand.adapters.base_facts import BaseFacts
 from backhand.adapters.peft_config import peft_notes
 from backhand.adapters.targets import in_numbers
-from backhand.data.context import TeacherPrompts, context_text
+from backhand.data.context import TeacherPrompts
 from backhand.data.data_report import DataReport
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.packing import RowPacker, Sampler
@@ -35,6 +35,7 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.options.objectives import DISTILLED, ObjectiveOptions
+from backhand.training.contexts import count_contexts, with_context_text
 from backhand.training.embedding_inputs import check_positions, format_of, with_loss, with_pooling
 from backhand.training.starting_adapter import adapter_config, start_notes
 from backhand.words import name_list
@@ -103,9 +104,8 @@ def read_inputs(
     engine = choose_engine(config.model, source, machine.dtype)
     config = replace(config, adapter=adapter_config(config, source, engine, typed))
     layout = engine.layout(config.adapter)
-    objective = config.objective
-    if objective.context is not None:
-        config = replace(config, objective=replace(objective, context=context_text(objective.context)))
+    objective = with_context_text(config.objective)
+    config = replace(config, objective=objective)
     if objective.objective == "embed":
         config = replace(config, objective=with_pooling(objective, source, engine, layout))
     elif isinstance(engine, DecoderEngine):
@@ -207,7 +207,9 @@ def _packers(
     """Return the packers of training and held-out rows."""
     has_dropout = any(slot.dropout > 0 for slot in layout.slots)
     objective, options, shares = config.objective, config.rewards, engine.shares_prefixes
-    lesson = Lesson.of(objective) if objective.objective in DISTILLED and config.data.data else None
+    lesson = None
+    if objective.objective in DISTILLED and config.data.data:
+        lesson = Lesson.of(objective, count_contexts(objective))
 
     def packer(rows: PreparedData, share_prefixes: bool) -> RowPacker:
         sharing = {"share_prefixes": share_prefixes, "teacher_shares": shares}
@@ -243,7 +245,12 @@ def _teacher_prompts(objective: ObjectiveOptions) -> TeacherPrompts | None:
     """Return the teacher's prompts, or None for an objective without a teacher."""
     if objective.objective not in DISTILLED:
         return None
-    return TeacherPrompts(objective.context, objective.resolved().teacher_prompt_template or "", objective.samples)
+    return TeacherPrompts(
+        context=objective.context,
+        column=objective.context_column,
+        template=objective.resolved().teacher_prompt_template or "",
+        sampled=objective.samples,
+    )
 
 
 def _check_distilled(engine: Engine, layout: AdapterLayout) -> None:

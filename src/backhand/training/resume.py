@@ -24,6 +24,7 @@ from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.config_file import load_config
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import CONFIG, Proof, ProofLog
+from backhand.training.contexts import with_context_text
 from backhand.training.identity import FREE_OPTIONS, Identity, decisive_settings
 
 _NOT_TO_CHOOSE = {"run.output", "run.resume", "run.overwrite", "run.from_adapter"}
@@ -58,6 +59,7 @@ def resumed_config(given: TrainConfig, directory: Path, typed: frozenset[str] = 
         UsageError: options differ that determine the result of the run. Lists all of them.
     """
     stored = _with_explicit_base(load_config(directory / CONFIG))
+    given = replace(given, objective=with_context_text(given.objective))
     given_now, free = _with_layer_numbers(given, stored, typed), lambda part, name: f"{part}.{name}" in FREE_OPTIONS
     config, differences = merge_options(given_now, stored, typed, free)
     if differences:

@@ -150,10 +150,12 @@ def _answers(
     answers: _Answers = {}
     with at_temperature(model, run.config.rewards.temperature):
         for number, (name, one) in enumerate(prompts.items()):
-            rows = range(counts[name])
+            answers[name] = [[] for _ in range(counts[name])]
             with going_on(f"the teacher's answers to {counts[name]:,} prompts"):
-                sampled = sampler.sampled(model, number, rows, one.teachers, as_trained=False)
-            answers[name] = [answer.tokens for answer in sampled]
+                for rows in one.groups:
+                    sampled = sampler.sampled(model, number, rows, one.teachers, as_trained=False)
+                    for row, answer in zip(rows, sampled, strict=True):
+                        answers[name][row] = answer.tokens
     if processes.is_main_process:
         _write(directory, digest, prompts, answers, run.inputs.source.tokenizer())
     return answers
