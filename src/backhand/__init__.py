@@ -62,6 +62,7 @@ _HOMES = {
     "generate": "backhand.api",
     "inject": "backhand.adapters.inject",
     "inject_from": "backhand.adapters.inject",
+    "rank": "backhand.api",
     "train": "backhand.api",
 }
 
@@ -88,6 +89,7 @@ __all__ = [
     "generate",
     "inject",
     "inject_from",
+    "rank",
     "train",
 ]
 

@@ -24,7 +24,8 @@ from backhand.interop.options import ExportOptions, Format
 from backhand.loop import evaluate as evaluation
 from backhand.loop.decide import decide as decide_states
 from backhand.loop.observers import Callback
-from backhand.options.command_options import DecideOptions, EvaluateOptions
+from backhand.loop.rank import rank as rank_rows
+from backhand.options.command_options import DecideOptions, EvaluateOptions, RankOptions
 from backhand.options.config import TrainConfig
 from backhand.report.train import train as train_with_report
 from backhand.runs.summary import RunSummary
@@ -274,6 +275,36 @@ def decide(
     given = _named(adapter=adapter, model=model) | options | {"data": rows, "state": "state"}
     answers = [line["answers"] for line in decide_states(_options("decide", DecideOptions, given))] if rows else []
     return answers if state is None else answers[0]
+
+
+def rank(
+    query: str,
+    documents: Sequence[str],
+    *,
+    adapter: Place | None = None,
+    model: Place | None = None,
+    **options: Any,
+) -> list[float]:
+    """Return the relevance of documents for a query, each a probability from 0 to 1, in the order of the documents.
+
+    Args:
+        query: the query.
+        documents: the documents.
+        adapter: directory of an adapter that was trained with `objective="rank"`.
+        model: the base model.
+        options: any other option of `backhand rank`.
+
+    Raises:
+        UsageError, DataError, ArtifactError: an option, a text, the model or the adapter cannot be used.
+    """
+    if isinstance(documents, str):
+        raise UsageError(
+            "documents is one text", where="documents", next_step="backhand.rank('…', ['…', '…']) takes a list"
+        )
+    rows = [{"query": query, "documents": [*documents]}]
+    given = _named(adapter=adapter, model=model) | options | {"data": rows}
+    scores: list[float] = rank_rows(_options("rank", RankOptions, given))[0]["scores"] if documents else []
+    return scores
 
 
 def _prompts(function: str, prompt: str | None, prompts: Sequence[str] | None) -> list[dict[str, str]]:

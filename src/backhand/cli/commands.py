@@ -147,6 +147,13 @@ COMMANDS = (
         "backhand.loop.embed:mine_command",
     ),
     Command(
+        "rank",
+        "Score documents for queries, or rank the texts of a file for one query, with a reranker or with an adapter.",
+        'backhand rank --adapter runs/ranked/adapter --query "How do I pay?" --data texts.jsonl',
+        "backhand.options.command_options:RankOptions",
+        "backhand.loop.rank:rank_command",
+    ),
+    Command(
         "verify",
         "Prove every gradient against autograd and finite differences: of the ops, or of your own model on your rows.",
         "backhand verify --op lora_linear",

@@ -40,7 +40,7 @@ class DecisionEncoder:
 
     def __init__(self, renderer: RowRenderer, max_length: int) -> None:
         self._renderer, self._max_length = renderer, max_length
-        self._replies: dict[str, tuple[int, ...]] = {}
+        self._reply = Replies(renderer)
         self._labels = LabelTokens(self._reply)
 
     def example(self, row: DecisionRow, orders: Sequence[Sequence[int]], encoded: Sequence[Example]) -> Example | None:
@@ -65,7 +65,7 @@ class DecisionEncoder:
                 return None
             tokens, others = self._labels.of(asked.question)
             by_option = [tokens[order.index(option)] for option in asked.question.canonical_order]
-            documents += [_ending_in(prompt, (token,), row.source) for token in (*by_option, *others)]
+            documents += [ending_in(prompt, (token,), row.source) for token in (*by_option, *others)]
             spellings.append(len(others))
         return replace(documents[0], others=tuple(documents[1:]), decision=replace(row, spellings=tuple(spellings)))
 
@@ -117,22 +117,35 @@ class DecisionEncoder:
         for asked, size in zip(row.asked, row.sizes, strict=True):
             if asked.question.type == "choice":
                 prompt = documents[first].input_ids[:-1]
-                names += [_ending_in(prompt, self._reply(key), row.source) for key in asked.question.keys]
+                names += [ending_in(prompt, self._reply(key), row.source) for key in asked.question.keys]
             first += size
         if max(map(len, names), default=0) > self._max_length:
             return example
         return replace(example, others=(*example.others, *names), decision=replace(row, by_name=True))
 
-    def _reply(self, text: str) -> tuple[int, ...]:
+
+class Replies:
+    """The tokens of short replies.
+
+    Args:
+        renderer: renders them.
+    """
+
+    def __init__(self, renderer: RowRenderer) -> None:
+        self._renderer = renderer
+        self._known: dict[str, tuple[int, ...]] = {}
+
+    def __call__(self, text: str) -> tuple[int, ...]:
         """Return the tokens of a reply with this text, including those that end it."""
-        if text not in self._replies:
+        if text not in self._known:
             (document,) = self._renderer.documents(Completion("?", text, "\n", None, "labels"))
             example = encode_document(document, self._renderer.encoder)
             begin, end = example.last_answer
-            self._replies[text] = tuple(example.input_ids[begin:end].tolist())
-        return self._replies[text]
+            self._known[text] = tuple(example.input_ids[begin:end].tolist())
+        return self._known[text]
 
 
-def _ending_in(prompt: TokenIds, answer: Sequence[int], source: str) -> Example:
+def ending_in(prompt: TokenIds, answer: Sequence[int], source: str) -> Example:
+    """Return a document of a prompt and an answer, which is supervised."""
     ids = np.append(prompt, np.array(answer, dtype=np.int32))
     return Example(ids, np.arange(len(ids)) >= len(prompt), source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -128,6 +129,10 @@ class RowRenderer:
             )
             return self._renderer(row).prompt(before), str(conversation.messages[last]["content"])
         return prompt_document, self._decode_reply(document)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of these tokens, with control tokens."""
+        return str(self._tokenizer.decode(list(token_ids)))
 
     def _decode_reply(self, document: Document) -> str:
         """Decode a reply from its tokens, as completions are decoded at generation."""

@@ -90,7 +90,7 @@ class EmbeddingEncoder:
             if self._drop:
                 return None
         first, *others = (self._document([*before, *ids[:room], *after], row) for ids in texts)
-        identities = tuple(map(_identity, row.texts))
+        identities = tuple(map(identity, row.texts))
         return Example(
             first.input_ids,
             first.supervised,
@@ -124,5 +124,6 @@ def suffix_of(encoder: TextEncoder, pooling: PoolingName) -> tuple[int, ...]:
     return (encoder.eos_id,)
 
 
-def _identity(text: str) -> int:
+def identity(text: str) -> int:
+    """Return a digest of a text, 64 bits."""
     return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8], "little")

@@ -1,8 +1,10 @@
-"""Read rows of embeddings, in the forms of sentence-transformers.
+"""Read rows of embeddings and of rankings, in the forms of sentence-transformers.
 
 anchor, positive[, negative | negative_1, negative_2, … | negatives]      two texts that belong together
 sentence1, sentence2, score                                               two texts and their similarity
 text                                                                      a text whose vector is computed
+
+Rows of rankings have a query instead of the anchor, and one or several documents with their scores.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from backhand.data.forms import SCORES, Form, negative_columns
+from backhand.data.forms import LISTED_SCORES, SCORES, Form, negative_columns
 from backhand.data.raw_rows import RawRow, describe
-from backhand.data.rows import EmbeddingRow
+from backhand.data.rows import EmbeddingRow, RankingRow
 from backhand.errors import DataError
 
 
@@ -28,12 +30,50 @@ def read_embedding(form: Form, raw: RawRow) -> EmbeddingRow:
     if form.columns[-1] in SCORES:
         score = _score(form.columns[-1], raw.values[form.columns[-1]], raw.source)
     elif len(names) > 1:
-        for name in negative_columns(raw.values):
-            value = raw.values[name]
-            several = value if isinstance(value, list | tuple) else [value]
-            # Tables have empty cells where a row has fewer negatives than others.
-            texts += [_text(name, one, raw.source) for one in several if not _is_empty(one)]
+        texts += _negatives(raw)
     return EmbeddingRow(tuple(texts), score, raw.source)
+
+
+def read_ranking(form: Form, raw: RawRow) -> RankingRow:
+    """Read a row. A positive has the target 1, and a negative 0.
+
+    Raises:
+        DataError: a text is empty or no text, a score is no number, or the numbers of documents and scores differ.
+    """
+    first, second, *scored = form.columns
+    query, value = _text(first, raw.values[first], raw.source), raw.values[second]
+    several = value if isinstance(value, list | tuple) else [value]
+    documents = [_text(second, one, raw.source) for one in several]
+    if not documents:
+        raise DataError(f"{second} is empty", where=raw.source, next_step="fill it in, or remove the row")
+    targets: list[float] = []
+    if scored:
+        (name,) = scored
+        given = raw.values[name]
+        scores = given if name in LISTED_SCORES and isinstance(given, list | tuple) else [given]
+        if len(scores) != len(documents):
+            raise DataError(
+                f"there are {len(documents):,} documents and {len(scores):,} scores",
+                where=raw.source,
+                next_step="give one number per document",
+            )
+        targets = [_score(name, float(one) if isinstance(one, bool) else one, raw.source) for one in scores]
+    elif form.purpose == "rankings":
+        negatives = _negatives(raw)
+        targets = [1.0] * len(documents) + [0.0] * len(negatives)
+        documents += negatives
+    return RankingRow(query, tuple(documents), tuple(targets), raw.source, isinstance(value, list | tuple))
+
+
+def _negatives(raw: RawRow) -> list[str]:
+    """Return the hard negatives of a row."""
+    texts: list[str] = []
+    for name in negative_columns(raw.values):
+        value = raw.values[name]
+        several = value if isinstance(value, list | tuple) else [value]
+        # Tables have empty cells where a row has fewer negatives than others.
+        texts += [_text(name, one, raw.source) for one in several if not _is_empty(one)]
+    return texts
 
 
 def _is_empty(value: Any) -> bool:
@@ -57,6 +97,6 @@ def _score(name: str, value: Any, source: str) -> float:
         raise DataError(
             f"{name} is {describe(value)}, not a number",
             where=source,
-            next_step="give the similarity of both texts as a number; a higher one means more similar",
+            next_step="give a number; a higher one means that the texts belong together more",
         )
     return score

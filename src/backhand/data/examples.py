@@ -15,7 +15,7 @@ from backhand.data.chat import Document
 from backhand.data.data_report import TruncationStats
 from backhand.data.decisions import DecisionRow
 from backhand.data.options import DataOptions
-from backhand.data.rows import PromptRow, TextIdentities
+from backhand.data.rows import PromptRow, RankedTexts, TextIdentities
 from backhand.data.text_encoder import TextEncoder, TokenIds
 from backhand.errors import DataError
 
@@ -35,8 +35,10 @@ class Example:
             supervised token at its end as a placeholder for the answers.
         decision: the questions of a row of decisions; else None. Each label of each question is a document of the row,
             which ends in that label.
-        others: the documents of a row of decisions or of embeddings after this one.
+        others: the documents of a row of decisions, embeddings or rankings after this one.
         embedding: digests and score of a row of embeddings; else None. Each text is a document of the row.
+        ranking: digests and targets of a row of rankings; else None. Each text has two documents, which end in yes and
+            in no.
     """
 
     input_ids: TokenIds
@@ -48,6 +50,7 @@ class Example:
     decision: DecisionRow | None = None
     others: tuple[Example, ...] = ()
     embedding: TextIdentities | None = None
+    ranking: RankedTexts | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -86,6 +89,8 @@ class Example:
             )
         if self.embedding is not None:
             label.append(repr(self.embedding).encode())
+        if self.ranking is not None:
+            label.append(repr(self.ranking).encode())
         if self.decision is not None:
             label.append(json.dumps(self.decision.to_json()).encode())
         return hashlib.sha256(b"|".join([*(part.tobytes() for part in parts), *label])).digest()

@@ -10,7 +10,7 @@ from typing import Any
 from backhand.data.column_hints import ClassColumns
 from backhand.data.decision_rows import read_decision
 from backhand.data.decisions import Question
-from backhand.data.embedding_rows import read_embedding
+from backhand.data.embedding_rows import read_embedding, read_ranking
 from backhand.data.forms import PREFERENCE, Form, detect
 from backhand.data.messages import read_conversation, read_turns
 from backhand.data.raw_rows import RawRow, RowErrors, describe
@@ -64,6 +64,8 @@ class FormReader:
             row: Row = read_decision(form, raw, self._questions, unanswered=self._purpose == "states")
         elif form.kind == "embedding":
             row = read_embedding(form, raw)
+        elif form.kind == "ranking":
+            row = read_ranking(form, raw)
         else:
             row = _prompt_row(form, raw) if self._purpose == "prompts" else _read(form, raw)
         if self._context_column is not None and isinstance(row, Conversation | Completion):

@@ -41,10 +41,10 @@ class Form:
         Args:
             conversation: True if rows of this form contain lists of messages.
         """
-        alone = self.kind in ("text", "embedding")
+        alone = self.kind in ("text", "embedding", "ranking")
         shared = _SHARED_COLUMNS if conversation else () if alone else _SHARED_COLUMNS[:1]
         read = (*self.columns, *self.optional, self.system, *shared)
-        if self.kind == "embedding" and self.columns[-1] not in SCORES:
+        if self.kind in ("embedding", "ranking") and self.columns[-1] not in (*SCORES, *LISTED_SCORES):
             read = (*read, *negative_columns(columns))
         return [column for column in columns if column not in read]
 
@@ -54,6 +54,7 @@ _SHARED_COLUMNS = ("system", "tools", "functions")
 
 PREFERENCE = ("chosen", "rejected")
 SCORES = ("score", "label")
+LISTED_SCORES = ("scores", "labels")
 _NEGATIVE = re.compile(r"negatives?|negative_(\d+)")
 
 
@@ -62,6 +63,9 @@ def negative_columns(columns: Iterable[str]) -> list[str]:
     found = [(int(match[1] or 0), name) for name in columns if (match := _NEGATIVE.fullmatch(name))]
     return [name for _, name in sorted(found)]
 
+
+_NAMED = ("prompt", "completion")  # also the columns that --prompt and --completion name
+_DOCUMENTS = ("documents", "docs")
 
 FORMS = (
     Form(("messages",), "conversation"),
@@ -102,6 +106,25 @@ FORMS = (
     Form(("prompt", "completion"), "embedding", "embeddings"),
     Form(("text",), "embedding", "texts"),
     Form(("prompt",), "embedding", "texts"),
+    # The same for rankings: a document with a score, a list of documents with their scores, or a positive.
+    *(
+        Form((query, document, score), "ranking", "rankings")
+        for query, document in (("query", "document"), ("query", "passage"), _NAMED, ("sentence1", "sentence2"))
+        for score in SCORES
+    ),
+    *(
+        Form(("query", documents, scores), "ranking", "rankings")
+        for documents in _DOCUMENTS
+        for scores in LISTED_SCORES
+    ),
+    Form(("anchor", "positive"), "ranking", "rankings"),
+    Form(("query", "positive"), "ranking", "rankings"),
+    Form(("question", "answer"), "ranking", "rankings"),
+    Form(("query", "answer"), "ranking", "rankings"),
+    Form(_NAMED, "ranking", "rankings"),
+    # Without scores: documents to score.
+    *(Form(("query", documents), "ranking", "candidates") for documents in ("document", "passage", *_DOCUMENTS)),
+    Form(_NAMED, "ranking", "candidates"),
 )
 """Forms by purpose, in order of precedence: a row with the columns of several forms has the first one."""
 
@@ -112,6 +135,10 @@ _NEEDED: dict[Purpose, str] = {
     "decisions": "a decision has state, questions and answers, or text and label; --state and --question name others",
     "embeddings": "a pair has anchor and positive, a scored pair sentence1, sentence2 and score; "
     "--prompt and --completion name the columns of anchors and positives",
+    "rankings": "a row has query, positive and negatives, or query, document and score; --prompt and --completion "
+    "name the columns of queries and documents",
+    "candidates": "a row has query and document, or query and a list of documents; --prompt and --completion name "
+    "other columns",
     "texts": "a text is in the column text; --prompt names another",
     "states": "a state to decide has state, prompt or text; --state names another column",
 }
@@ -167,7 +194,7 @@ def detect(
 
 def fits(raw: RawRow) -> bool:
     """Return True if a row has the columns of any form with an answer, null or not."""
-    without = ("prompts", "states", "embeddings", "texts")
+    without = ("prompts", "states", "embeddings", "texts", "rankings", "candidates")
     return any(form.purpose not in without and raw.values.keys() >= {*form.columns} for form in FORMS)
 
 

@@ -89,7 +89,10 @@ def _package_lines(name: str) -> list[str]:
 
 
 def _groups(examples: StoredExamples) -> npt.NDArray[np.int64]:
-    """(examples,) the first example of each example's group. Equal rows and equal tokens join groups (union-find)."""
+    """(examples,) the first example of each example's group (union-find).
+
+    Equal rows and equal tokens join groups, and so do equal queries of rankings.
+    """
     parents: dict[int, int] = {}  # only of examples that are not the first of their group
 
     def root(i: int) -> int:
@@ -97,8 +100,12 @@ def _groups(examples: StoredExamples) -> npt.NDArray[np.int64]:
             parents[i] = i = parents.get(parent, parent)
         return i
 
-    for name in ("source_digest", "token_digest"):
-        for one, other in zip(*equal_neighbours(examples.column(name)), strict=True):
+    columns = [examples.column(name) for name in ("source_digest", "token_digest")]
+    rankings = [row for row in map(examples.ranking, range(len(examples) if examples.rows else 0)) if row is not None]
+    if rankings:
+        columns.append(np.array([row.query for row in rankings], dtype=np.uint64))
+    for column in columns:
+        for one, other in zip(*equal_neighbours(column), strict=True):
             first, second = sorted((root(one), root(other)))
             if first != second:
                 parents[second] = first

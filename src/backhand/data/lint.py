@@ -20,7 +20,10 @@ from backhand.data.held_out import equal_neighbours, overlap
 from backhand.data.mojibake import find_mojibake
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare
+from backhand.data.ranking_examples import RankingFormat
+from backhand.data.ranking_lint import problems_of_rankings
 from backhand.data.raw_rows import RowErrors
+from backhand.data.row_encoder import TextFormat
 from backhand.data.rows import Purpose
 from backhand.data.stored_examples import PreparedData, StoredExamples
 from backhand.data.template_report import describe_template
@@ -39,7 +42,8 @@ class Check(NamedTuple):
     words: str  # label in a table
     what: str = ""  # follows the number of documents
     remedy: str = ""
-    form: str = ""  # the rows that it concerns: documents, labels, pairs, unpaired, decisions, embeddings; "" for all
+    # the rows that it concerns: documents, labels, pairs, unpaired, decisions, embeddings, rankings; "" for all
+    form: str = ""
 
 
 CHECKS = {
@@ -119,6 +123,24 @@ CHECKS = {
         "train labels with --objective decide, or give rows with more different positives",
         form="embeddings",
     ),
+    "relevant_negative": Check(
+        "negatives that are relevant",
+        "with a negative that is relevant for the same query in some row",
+        "remove the negative",
+        form="rankings",
+    ),
+    "twice": Check(
+        "documents given twice for a query",
+        "with the same document twice",
+        "remove one of them",
+        form="rankings",
+    ),
+    "one_score": Check(
+        "one score for all documents",
+        "of rows in which all documents have the same score: there is nothing to rank",
+        "add negatives (backhand mine finds them)",
+        form="rankings",
+    ),
     "doubled_bos": Check(
         "two begin-of-sequence tokens",
         "starting with two begin-of-sequence tokens",
@@ -137,6 +159,9 @@ CHECKS = {
     ),
 }
 """Kinds of findings. `_finding` fills in the braces."""
+
+_TEXT_FORMATS: dict[Purpose, TextFormat] = {"embeddings": EmbeddingFormat("last"), "rankings": RankingFormat()}
+"""Formats whose details no finding depends on."""
 
 Severity = Literal["error", "warning"]
 
@@ -210,7 +235,7 @@ def lint(
         purpose=purpose,
         bad=bad,
         truncation=truncation,
-        embedding_format=EmbeddingFormat("last") if purpose == "embeddings" else None,
+        text_format=None if purpose is None else _TEXT_FORMATS.get(purpose),
     )
     documents = train.examples.documents
     problems: list[tuple[Any, ...]] = [
@@ -220,12 +245,14 @@ def lint(
     ]
     labels: dict[str, int] = {}
     forms: set[str] = {""}
-    if purpose in ("embeddings", "decisions"):
+    if purpose in ("embeddings", "decisions", "rankings"):
         forms.add(str(purpose))
     else:
         forms |= {"documents", *_row_forms(train.examples)}
     if purpose == "embeddings":
         problems += problems_of_embeddings(train.examples)
+    elif purpose == "rankings":
+        problems += problems_of_rankings(train.examples)
     elif purpose == "decisions":
         rows = map(train.examples.decision, range(len(train.examples)))
         problems += problems_of_decisions(filter(None, rows))

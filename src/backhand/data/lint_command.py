@@ -39,6 +39,7 @@ def lint_command(options: LintOptions) -> LintReport:
         "labels": options.lint.labels,
         "decisions": options.lint.decisions,
         "embeddings": options.lint.embeddings,
+        "rankings": options.lint.rankings,
     }
     report, train = lint(
         options.data,

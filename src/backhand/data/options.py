@@ -342,6 +342,9 @@ class LintRunOptions:
     embeddings: bool = False
     """Read the rows as texts that are compared, for `--objective embed`."""
 
+    rankings: bool = False
+    """Read the rows as queries with documents, for `--objective rank`."""
+
     show: CountFromZero = 0
     """Number of training documents to print token by token, with `*` before each token that carries loss."""
 

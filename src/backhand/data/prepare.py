@@ -19,12 +19,11 @@ from backhand.data.decision_examples import DecisionEncoder
 from backhand.data.decision_rows import find_questions, question_notes
 from backhand.data.decisions import Question
 from backhand.data.documents import RowRenderer
-from backhand.data.embedding_examples import EmbeddingFormat
 from backhand.data.forms import Form, detect
 from backhand.data.held_out import default_held_out_share, overlap, split
 from backhand.data.options import DataOptions, NamedColumns, RowSources, TemplateOptions, no_data
 from backhand.data.raw_rows import RawRow, RowErrors
-from backhand.data.row_encoder import EncodedRows, Prompt, RowEncoder
+from backhand.data.row_encoder import EncodedRows, Prompt, RowEncoder, TextFormat
 from backhand.data.row_pipeline import RowPipeline
 from backhand.data.rows import Purpose
 from backhand.data.sources import expand, neighbouring_held_out, read_rows
@@ -43,7 +42,7 @@ def prepare(
     truncation: TruncationStats | None = None,
     prompts: list[Prompt] | None = None,
     questions: Mapping[str, Question] | None = None,
-    embedding_format: EmbeddingFormat | None = None,
+    text_format: TextFormat | None = None,
     teacher: TeacherPrompts | None = None,
     recorded: NamedColumns | None = None,
     epochs: int = 1,
@@ -64,7 +63,7 @@ def prepare(
         prompts: collects the rows of `data` in use as prompts, so that a pipe is read only once.
         questions: the questions of decisions; None to find them in the rows of `data`, which are then rows to train on
             (`DecisionEncoder.for_training`).
-        embedding_format: pooling and prompts of rows of embeddings; None for other rows.
+        text_format: from texts to tokens, for rows of embeddings or of rankings; None for other rows.
         teacher: the prompts of the teacher in distillation. Each example then has a second document, `rejected`, with
             the teacher's prompt and the same answer, or with a placeholder for an answer that is sampled later.
         recorded: columns that an adapter was trained on, which are read if `options` names none and the rows have them.
@@ -86,7 +85,7 @@ def prepare(
         bad=bad,
         truncation=truncation,
         questions=found,
-        embedding_format=embedding_format,
+        text_format=text_format,
         teacher=teacher,
         recorded=recorded,
     )
@@ -95,7 +94,7 @@ def prepare(
         make = partial(examples_of, names, held_out=held_out, prompts=prompts)
         if prompts is not None or bad is not None or truncation is not None:
             return make()  # the cache holds only examples
-        further = names, purpose, teacher, embedding_format, recorded
+        further = names, purpose, teacher, text_format, recorded
         return prepared_cache.cached(make, options, expand(names), tokenizer, *further)
 
     train = read(options.data, prompts=prompts)
@@ -153,7 +152,7 @@ def read_examples(
     truncation: TruncationStats | None = None,
     prompts: list[Prompt] | None = None,
     questions: Mapping[str, Question] | None = None,
-    embedding_format: EmbeddingFormat | None = None,
+    text_format: TextFormat | None = None,
     teacher: TeacherPrompts | None = None,
     recorded: NamedColumns | None = None,
 ) -> PreparedData:
@@ -169,7 +168,7 @@ def read_examples(
     """
     renderer = RowRenderer(tokenizer, options, train_on_all=options.train_on == "all")
     encoder = RowEncoder(
-        renderer, options, None if prompts is None else RowRenderer(tokenizer, options), teacher, embedding_format
+        renderer, options, None if prompts is None else RowRenderer(tokenizer, options), teacher, text_format
     )
     writer = ExampleWriter()
     bad = RowErrors(options.skip_bad) if bad is None else bad

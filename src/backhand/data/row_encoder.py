@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from backhand.data.documents import RowRenderer
 from backhand.data.embedding_examples import EmbeddingEncoder, EmbeddingFormat
 from backhand.data.examples import Example, encode_document, truncate
 from backhand.data.options import DataOptions
+from backhand.data.ranking_examples import RankingEncoder, RankingFormat
 from backhand.data.rows import (
     Conversation,
     EmbeddingRow,
@@ -25,17 +25,18 @@ from backhand.data.rows import (
     Pair,
     PlainText,
     PromptRow,
+    RankingRow,
     Row,
     UnpairedRow,
     texts_of,
 )
 from backhand.data.stored_examples import ExampleWriter, StoredExamples, stored
-from backhand.data.text_encoder import TextEncoder, TokenIds
+from backhand.data.text_encoder import TokenIds
 from backhand.errors import BackhandError, DataError
 from backhand.system import lift_limits
 
-_GROUP_CHARACTERS = 2**17
-"""Texts of this many characters are encoded at once. A tokenizer needs some 300 bytes per character."""
+TextFormat = EmbeddingFormat | RankingFormat
+"""The way from the texts of a row to tokens, for rows whose texts are compared."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class RowEncoder:
         prompts: renders the prompts; None to make no prompts.
         teacher: the teacher's prompts. With `options`, each example has a second document, `rejected`, which is the
             teacher's; otherwise the prompts are the teacher's.
-        embedding_format: of rows of embeddings; None for other rows.
+        text_format: of rows of embeddings or of rankings; None for other rows.
     """
 
     def __init__(
@@ -104,22 +105,25 @@ class RowEncoder:
         options: DataOptions | None,
         prompts: RowRenderer | None,
         teacher: TeacherPrompts | None = None,
-        embedding_format: EmbeddingFormat | None = None,
+        text_format: TextFormat | None = None,
     ) -> None:
         self.renderer = renderer
         self._options = options
         self._prompts = prompts
         self._teacher = teacher
         self._decisions = None if options is None else DecisionEncoder(renderer, options.max_length)
-        self._embeddings: EmbeddingEncoder | None = None
-        if options is not None and embedding_format is not None:
-            drop = options.long_rows == "drop"
-            self._embeddings = EmbeddingEncoder(renderer.encoder, embedding_format, options.max_length, drop=drop)
+        self._texts: EmbeddingEncoder | RankingEncoder | None = None
+        if options is not None and text_format is not None:
+            drop, longest = options.long_rows == "drop", options.max_length
+            if isinstance(text_format, RankingFormat):
+                self._texts = RankingEncoder(renderer, text_format, longest, drop=drop)
+            else:
+                self._texts = EmbeddingEncoder(renderer.encoder, text_format, longest, drop=drop)
 
     def encode(self, rows: Sequence[Row]) -> EncodedRows:
         """Encode a batch of rows."""
-        if self._embeddings is not None:
-            return self._encode_embeddings(self._embeddings, rows)
+        if self._texts is not None:
+            return self._encode_texts(self._texts, rows)
         result = EncodedRows()
         rendered: list[_RenderedRow] = []
         for row in rows:
@@ -137,7 +141,7 @@ class RowEncoder:
         writer = ExampleWriter()
         encoder = self.renderer.encoder
         documents = [document for one in rendered for part in (*one.parts, one.prompt) for document in part]
-        encodings = _encode_in_groups(documents, encoder)
+        encodings = encoder.encode_in_groups(documents)
         for one in rendered:
             number = next(succeeded)
             parts = [[(document, next(encodings)) for document in part] for part in (*one.parts, one.prompt)]
@@ -155,13 +159,18 @@ class RowEncoder:
         result.counts = self.renderer.take_counts()
         return result
 
-    def _encode_embeddings(self, encoder: EmbeddingEncoder, rows: Sequence[Row]) -> EncodedRows:
+    def _encode_texts(self, encoder: EmbeddingEncoder | RankingEncoder, rows: Sequence[Row]) -> EncodedRows:
         result, writer = EncodedRows(), ExampleWriter()
-        for example in encoder.encode([row for row in rows if isinstance(row, EmbeddingRow)], result.truncation):
+        if isinstance(encoder, RankingEncoder):
+            examples = encoder.encode([row for row in rows if isinstance(row, RankingRow)], result.truncation)
+        else:
+            examples = encoder.encode([row for row in rows if isinstance(row, EmbeddingRow)], result.truncation)
+        for example in examples:
             result.errors.append(example if isinstance(example, DataError) else None)
             if isinstance(example, Example):
                 writer.add(example)
         result.examples = writer.stored()
+        result.counts = self.renderer.take_counts()
         return result
 
     def _render(self, row: Row) -> _RenderedRow:
@@ -224,18 +233,6 @@ def size_of(row: Row) -> int:
         else:
             total += len(text.prompt) + len(text.completion or "")
     return total
-
-
-def _encode_in_groups(documents: Iterable[Document], encoder: TextEncoder) -> Iterator[Any]:
-    group: list[Document] = []
-    characters = 0
-    for document in documents:
-        group.append(document)
-        characters += len(document.text)
-        if characters > _GROUP_CHARACTERS:
-            yield from encoder.encode_plain(group)
-            group, characters = [], 0
-    yield from encoder.encode_plain(group)
 
 
 def _truncate_all(examples: list[Example], source: str, options: DataOptions, stats: TruncationStats) -> list[Example]:

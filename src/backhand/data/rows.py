@@ -102,6 +102,25 @@ class TextIdentities(NamedTuple):
     score: float | None  # as in `EmbeddingRow`
 
 
+@dataclass(frozen=True)
+class RankingRow:
+    """A query with documents to rank."""
+
+    query: str
+    documents: tuple[str, ...]
+    targets: tuple[float, ...]  # relevance of each document; empty for documents to score
+    source: str
+    listed: bool = False  # True if the row has a list of documents
+
+
+class RankedTexts(NamedTuple):
+    """Digests and targets of a row of rankings, which its loss and its scores read."""
+
+    query: int  # a digest of the query
+    documents: tuple[int, ...]  # a digest of each document
+    targets: tuple[float, ...]  # as in `RankingRow`
+
+
 REFERENCES = ("answer", "completion", "response", "output", "solution", "ground_truth", "target")
 """Columns that may contain the reference answer to a prompt, in order of precedence."""
 
@@ -109,11 +128,16 @@ TEMPLATE_PLACES = ("{prompt}", "{privileged_context}")
 """Places of a row's prompt and of its demonstration in a template of the teacher's prompt, named as in TRL."""
 
 OneText = Conversation | Completion | PlainText
-Row = OneText | Pair | UnpairedRow | PromptRow | DecisionRow | EmbeddingRow
-Purpose = Literal["answers", "pairs", "labels", "prompts", "decisions", "states", "embeddings", "texts"]
+Row = OneText | Pair | UnpairedRow | PromptRow | DecisionRow | EmbeddingRow | RankingRow
+_Learned = Literal["answers", "pairs", "labels", "prompts", "decisions", "embeddings", "rankings"]
+Purpose = Literal[_Learned, "states", "texts", "candidates"]
 """Use of rows: answers to learn, pairs of answers, answers with a label, prompts to answer, questions about a
-state with their answers, states to decide, texts to compare, or texts whose vectors are computed."""
+state with their answers, states to decide, texts to compare, texts whose vectors are computed, queries with documents
+of known relevance, or queries with documents to score."""
 PoolingName = Literal["mean", "cls", "last"]
+
+INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+"""Instruction of Qwen3-Reranker for a task that is not described otherwise."""
 
 
 def texts_of(row: Row) -> tuple[OneText, ...]:
@@ -122,6 +146,8 @@ def texts_of(row: Row) -> tuple[OneText, ...]:
         return row.chosen, row.rejected
     if isinstance(row, EmbeddingRow):
         return tuple(PlainText(text, row.source) for text in row.texts)
+    if isinstance(row, RankingRow):
+        return tuple(PlainText(text, row.source) for text in (row.query, *row.documents))
     if isinstance(row, DecisionRow):
         return tuple(decision_text(row, place, one.question.canonical_order) for place, one in enumerate(row.asked))
     return (row.answer if isinstance(row, UnpairedRow) else row.question if isinstance(row, PromptRow) else row,)

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from backhand.data.data_report import DataReport
 from backhand.data.decisions import DecisionRow, Question
 from backhand.data.examples import Example
-from backhand.data.rows import PromptRow, TextIdentities
+from backhand.data.rows import PromptRow, RankedTexts, TextIdentities
 from backhand.data.text_encoder import TokenIds
 from backhand.errors import ResourceError
 from backhand.files import reason
@@ -37,8 +37,8 @@ _PIECE_TOKENS = 2**18
 LABELS = (None, False, True)
 _ALONE, _FIRST, _NEXT = range(3)
 
-StoredRow = PromptRow | DecisionRow | TextIdentities
-"""A part of a row that is stored as an object: of prompts, decisions and embeddings."""
+StoredRow = PromptRow | DecisionRow | TextIdentities | RankedTexts
+"""A part of a row that is stored as an object: of prompts, decisions, embeddings and rankings."""
 
 RECORD = np.dtype(
     [
@@ -69,7 +69,7 @@ class ExampleWriter:
 
     def add(self, example: Example) -> None:
         """Append an example. Raises ResourceError: the disk is full."""
-        if (row := example.prompt_row or example.decision or example.embedding) is not None:
+        if (row := example.prompt_row or example.decision or example.embedding or example.ranking) is not None:
             self._rows[self._records.tell() // RECORD.itemsize] = row
         whole = _digest(b"|".join(document.input_ids.tobytes() for document in example.documents)), example.key
         for document in example.documents:
@@ -241,7 +241,7 @@ class StoredExamples(Sequence[Example]):
         example = self._document(place)
         count = 1 if self.single else int(self._counts[place])
         others = tuple(self._document(place + number) for number in range(1, count))
-        if example.decision is not None or example.embedding is not None:
+        if (example.decision or example.embedding or example.ranking) is not None:
             return replace(example, others=others)
         return replace(example, rejected=others[0]) if others else example
 
@@ -262,12 +262,14 @@ class StoredExamples(Sequence[Example]):
         prompt_row = row if isinstance(row, PromptRow) else None
         decision = row if isinstance(row, DecisionRow) else None
         embedding = row if isinstance(row, TextIdentities) else None
+        ranking = row if isinstance(row, RankedTexts) else None
         return Example(
             *(ids, supervised, source),
             desirable=LABELS[label],
             prompt_row=prompt_row,
             decision=decision,
             embedding=embedding,
+            ranking=ranking,
         )
 
     def decision(self, number: int) -> DecisionRow | None:
@@ -279,6 +281,11 @@ class StoredExamples(Sequence[Example]):
         """Return digests and score of an example, or None if it is no row of embeddings."""
         row = self.rows.get(int(self.chosen[number]))
         return row if isinstance(row, TextIdentities) else None
+
+    def ranking(self, number: int) -> RankedTexts | None:
+        """Return digests and targets of an example, or None if it is no row of rankings."""
+        row = self.rows.get(int(self.chosen[number]))
+        return row if isinstance(row, RankedTexts) else None
 
     def take(self, which: slice | npt.NDArray[Any]) -> StoredExamples:
         """Select examples by a slice, numbers or a boolean mask."""

@@ -15,7 +15,7 @@ prompt ends there too.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ from backhand.errors import ArtifactError, DataError, short_reason
 
 TokenIds = npt.NDArray[np.int32]
 LONGEST_TEXT = 2**23
+_GROUP_CHARACTERS = 2**17
+"""Texts of this many characters are encoded at once. A tokenizer needs some 300 bytes per character."""
 _FIRST_MARK, _LAST_MARK = 0xE000, 0xF8FF
 """The private-use area of Unicode's basic plane."""
 
@@ -114,6 +116,18 @@ class TextEncoder:
         texts = [document.text for document, is_plain in zip(documents, plain, strict=True) if is_plain]
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
         return [next(encodings) if is_plain else None for is_plain in plain]
+
+    def encode_in_groups(self, documents: Iterable[Any]) -> Iterator[Any]:
+        """Yield the result of `encode_plain` for each document, with bounded memory."""
+        group: list[Any] = []
+        characters = 0
+        for document in documents:
+            group.append(document)
+            characters += len(document.text)
+            if characters > _GROUP_CHARACTERS:
+                yield from self.encode_plain(group)
+                group, characters = [], 0
+        yield from self.encode_plain(group)
 
     def ids_of(self, texts: Sequence[str]) -> list[TokenIds]:
         """Encode texts on all cores. Control tokens in them are encoded as such, and none is added around them."""

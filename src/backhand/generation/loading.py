@@ -36,6 +36,8 @@ class LoadedModel:
     # questions that the adapter decides, with their temperatures, see `AdapterRecord.decisions`
     decisions: Mapping[str, Any] = field(default_factory=dict)
     embedding: Mapping[str, Any] = field(default_factory=dict)  # see `AdapterRecord.embedding`
+    # instruction, loss and longest prompt of an adapter that ranks, from its record; empty for other adapters
+    ranking: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None  # file or directory of the base model
     columns: NamedColumns | None = None  # columns that the adapter was trained on, from its record
     objective: str | None = None  # objective that the adapter was trained with, from its record
@@ -117,7 +119,9 @@ def loaded_model(
         decisions, embedding = ({}, {}) if record is None else (record.decisions, record.embedding)
         columns = None if record is None else _columns(record)
         yield LoadedModel(
-            *(model, tokenizer, stop_ids, notes, labels if known else {}, system, decisions, embedding, source.path),
+            *(model, tokenizer, stop_ids, notes, labels if known else {}, system, decisions, embedding),
+            ranking={} if record is None else ranking_of(record),
+            path=source.path,
             columns=columns,
             objective=None if record is None else record.config.get("objective.objective"),
         )
@@ -127,6 +131,20 @@ def _columns(record: AdapterRecord) -> NamedColumns:
     """Return the columns that the rows of training were read from."""
     texts = {option: record.config.get(f"data.{option}") for option in ("prompt", "completion", "messages")}
     return NamedColumns(**{option: text for option, text in texts.items() if isinstance(text, str)})
+
+
+def recorded_template(record: AdapterRecord) -> TemplateOptions:
+    """Return the options with which the adapter's rows were rendered."""
+    names = ("chat_template", "template_args", "system")
+    return TemplateOptions(**{name: record.config[f"data.{name}"] for name in names if f"data.{name}" in record.config})
+
+
+def ranking_of(record: AdapterRecord) -> dict[str, Any]:
+    """Return the options of training that scores of documents depend on; empty for other objectives."""
+    if record.config.get("objective.objective") != "rank":
+        return {}
+    names = ("objective.instruction", "objective.ranking_loss", "data.max_length")
+    return {name.partition(".")[2]: record.config[name] for name in names if name in record.config}
 
 
 _Loaded = tuple[Completer, tuple[str, ...], AdapterRecord | None]

@@ -21,11 +21,10 @@ from backhand.adapters.record import AdapterRecord
 from backhand.data.decisions import CLOSINGS, Asked, DecisionRow, Question, question_of
 from backhand.data.documents import RowRenderer
 from backhand.data.held_out import neutral_texts
-from backhand.data.options import TemplateOptions
 from backhand.data.rows import Completion
 from backhand.errors import CheckError, UsageError, not_none
 from backhand.generation.completer import EngineCompleter
-from backhand.generation.loading import LoadedModel
+from backhand.generation.loading import LoadedModel, recorded_template
 from backhand.interop.llama_cpp_server import start_server
 from backhand.interop.opened_adapter import OpenedAdapter
 from backhand.interop.proving import Prover
@@ -89,7 +88,7 @@ def gguf_decision(opened: OpenedAdapter) -> GGUFDecision:
                 why="llama.cpp uses such options as labels themselves, in another prompt than the one trained on",
                 next_step="give the options longer names, and train again",
             )
-    renderer = RowRenderer(opened.source.tokenizer(), _template_options(record))
+    renderer = RowRenderer(opened.source.tokenizer(), recorded_template(record))
     document, _ = renderer.prompt(Completion(_BODY, None, "\n", None, "decision"))
     begin, _, end = document.text.partition(_BODY)
     if document.prefix:
@@ -103,12 +102,6 @@ def gguf_decision(opened: OpenedAdapter) -> GGUFDecision:
 
 def _questions(decisions: Mapping[str, Any]) -> list[Question]:
     return [question_of(name, spec, "backhand.json") for name, spec in decisions["questions"].items()]
-
-
-def _template_options(record: AdapterRecord) -> TemplateOptions:
-    """Return the options with which the adapter's rows were rendered."""
-    names = ("chat_template", "template_args", "system")
-    return TemplateOptions(**{name: record.config[f"data.{name}"] for name in names if f"data.{name}" in record.config})
 
 
 def prove_decisions(path: Path, opened: OpenedAdapter, prover: Prover, *, exact: bool) -> None:
@@ -136,7 +129,7 @@ def prove_decisions(path: Path, opened: OpenedAdapter, prover: Prover, *, exact:
     server = start_server(str(path), min(loaded.model.context_tokens, _LONGEST_PROMPT), prover)
     if server is None:
         return
-    ours = list(Decider.of(loaded, _template_options(record), len(rows)).answers(rows))
+    ours = list(Decider.of(loaded, recorded_template(record), len(rows)).answers(rows))
     body = {question.name: question.to_json() for question in questions}
     largest = 0.0
     for row, mine in zip(rows, ours, strict=True):

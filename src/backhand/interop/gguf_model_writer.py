@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,12 +82,14 @@ def write_gguf_model(
     dtype: str,
     description: str,
     more: Callable[[gguf.GGUFWriter], None] | None = None,
+    tensors: Mapping[str, np.ndarray[Any, Any]] | None = None,
 ) -> list[str]:
     """Write the file at `path`, not atomically.
 
     Args:
         dtype: a key of `TYPES`, or `auto`.
         more: adds further metadata, or None.
+        tensors: further tensors by their name in the file.
 
     Returns:
         notes: matrices that are float16 because their rows do not fit the type, tokens that were left out, and texts
@@ -109,7 +111,7 @@ def write_gguf_model(
         if parse_expert_name(one.ours[0]) is None
     }
     with closing(gguf.GGUFWriter(path, architecture)) as writer:
-        left_out = _write(writer, weights, planned, description, more)
+        left_out = _write(writer, weights, planned, description, more, tensors or {})
     wanted = TYPES.get(dtype, StorageType.F16)
     others = sum(one.storage == StorageType.F16 != wanted for one in planned)
     notes = []
@@ -128,6 +130,7 @@ def _write(
     planned: list[_Planned],
     description: str,
     more: Callable[[gguf.GGUFWriter], None] | None,
+    tensors: Mapping[str, np.ndarray[Any, Any]],
 ) -> list[str]:
     """Write everything, and return the tokens that were left out."""
     source = weights.source
@@ -146,7 +149,7 @@ def _write(
     ((most, _),) = elements.most_common(1)
     if most in _FILE_TYPES:
         writer.add_file_type(_FILE_TYPES[most])
-    extra = _untouched(source)
+    extra = {**_untouched(source), **tensors}
     for name, tensor in extra.items():
         writer.add_tensor_info(name, tensor.shape, tensor.dtype, tensor.nbytes)
     for one in planned:

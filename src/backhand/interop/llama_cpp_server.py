@@ -7,7 +7,9 @@ from typing import Any
 from backhand.interop.proving import Prover
 
 
-def start_server(path: str, context: int, prover: Prover, *, embedding: bool = False) -> Any | None:
+def start_server(
+    path: str, context: int, prover: Prover, *, embedding: bool = False, reranking: bool = False
+) -> Any | None:
     """Load a GGUF file in llama.cpp's server, on the processor with a float32 cache.
 
     Args:
@@ -15,6 +17,7 @@ def start_server(path: str, context: int, prover: Prover, *, embedding: bool = F
         context: context in tokens, and the size of a batch.
         prover: says that the server is not installed.
         embedding: answer with vectors.
+        reranking: answer with scores.
 
     Returns:
         the `xllamacpp.Server`, or None if it is not installed.
@@ -26,7 +29,9 @@ def start_server(path: str, context: int, prover: Prover, *, embedding: bool = F
         return None
     params = xllamacpp.CommonParams()
     params.model.path = path
-    params.embedding = embedding
+    params.embedding = embedding or reranking
+    if reranking:
+        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_RANK
     params.n_ctx = params.n_batch = params.n_ubatch = context
     params.n_gpu_layers = 0
     params.warmup = False

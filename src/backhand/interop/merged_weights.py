@@ -11,7 +11,7 @@ lost. If W is not exact, as after dequantization, the rounding of W counts too, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -95,7 +95,7 @@ class MergedWeights:
         if not self.is_merged(name):
             stored = rounded(weight)
         else:
-            change = self.trained[name] if name in self.trained else self.factors[module]
+            change = self._change(name)
             stored = rounded(merged_weight(weight, change))
             self.losses.append(_module_loss(module, weight, change, stored))
         names = self.written_names.get(name, (name,))
@@ -106,6 +106,18 @@ class MergedWeights:
     def keep(self, name: str) -> None:
         """Record the digest of a tensor whose stored bytes are copied; it is never dense as a whole."""
         self.digests[name] = base_digest([name], self.source.load_in_pieces)
+
+    def head_rows(self, token_ids: Sequence[int]) -> Tensor:
+        """Return the rows of some tokens in the merged head, (tokens, hidden) float32 or wider."""
+        names = self.source.tensor_names()
+        name = HEAD_WEIGHT if self.unties_head or HEAD_WEIGHT in names else EMBEDDING_WEIGHT
+        weight = self.source.load(self._base_name(name))
+        if self.is_merged(name):
+            weight = merged_weight(weight, self._change(name))
+        return weight[list(token_ids)]
+
+    def _change(self, name: str) -> ModuleFactors | Tensor:
+        return self.trained[name] if name in self.trained else self.factors[name.removesuffix(".weight")]
 
     def _load(self, name: str) -> Tensor:
         if self.walk is None or self.source.dtype(name) == torch.float64:  # the walk computes in float32

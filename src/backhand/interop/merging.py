@@ -20,6 +20,7 @@ from backhand.files import staged
 from backhand.interop.gguf_adapter_writer import context_length
 from backhand.interop.gguf_decision import gguf_decision, prove_decisions
 from backhand.interop.gguf_model_writer import write_gguf_model
+from backhand.interop.gguf_ranking import GGUFRanking, llama_cpp_ranks, ranks
 from backhand.interop.gguf_vectors import prove_gguf_vectors, text_end, vector_entries
 from backhand.interop.huggingface_writer import write_huggingface
 from backhand.interop.merged_weights import MergedWeights, ModuleLoss
@@ -98,15 +99,25 @@ def merge_adapter(
         embedding_of(opened)  # raises before anything is written
     pools = gguf and bool((opened.loaded.record or AdapterRecord()).embedding)
     more = gguf_decision(opened).add_to if decision else vector_entries(opened) if pools else None
+    ranking: GGUFRanking | None = None
     base = describe_base(opened.source)
     prover.say(f"base: {base}")
     weights = merged_weights(opened)
     weights.walk = BlockWalk(opened.source, opened.documents, [None, opened.loaded.parameters()])
     if weights.unties_head:
         prover.say("note: the base's head is its embedding; the merged model has a head of its own")
+    if gguf and ranks(opened):
+        if llama_cpp_ranks(opened):
+            ranking = GGUFRanking(opened, weights)
+            more = ranking.add_to
+        else:
+            prover.say("note: llama.cpp's /v1/rerank knows no such score head of this architecture, only of Qwen3")
     if gguf:
         description = f"{opened.loaded.directory} merged into {base}"
-        for note in write_gguf_model(path, weights, dtype=options.dtype, description=description, more=more):
+        tensors = None if ranking is None else ranking.tensors
+        for note in write_gguf_model(
+            path, weights, dtype=options.dtype, description=description, more=more, tensors=tensors
+        ):
             prover.say(note)
     else:
         if options.dtype not in ("auto", *_DTYPES):
@@ -122,6 +133,8 @@ def merge_adapter(
     _prove(options, opened, weights, path, prover, text_end(opened) if pools else ())
     if pools:
         prove_gguf_vectors(str(path), opened, prover, exact=options.dtype == "float32")
+    if ranking is not None:
+        ranking.prove(path, prover, exact=options.dtype == "float32")
     if vectors:
         write_files(path, opened)
         prove_vectors(path, opened, prover)

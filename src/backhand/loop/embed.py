@@ -25,7 +25,7 @@ from backhand.data.options import NamedColumns, RowSources
 from backhand.data.packing import RowPacker
 from backhand.data.raw_rows import RowErrors
 from backhand.data.row_pipeline import RowPipeline
-from backhand.data.rows import EmbeddingRow, PoolingName, Purpose, TextIdentities
+from backhand.data.rows import EmbeddingRow, PoolingName, Purpose, Row, TextIdentities
 from backhand.data.sources import expand
 from backhand.data.stored_examples import ExampleWriter
 from backhand.data.text_encoder import TextEncoder
@@ -150,7 +150,7 @@ def embed(options: EmbedOptions) -> Tensor:
     with loaded_model(options.model, run.adapter) as loaded:
         show_notes(loaded.notes)
         embedder = Embedder.of(loaded, options.vectors)
-        texts = [row.texts[0] for row in _rows(options.data, NamedColumns(prompt=run.prompt), "texts")]
+        texts = [row.texts[0] for row in _texts(options.data, NamedColumns(prompt=run.prompt), "texts")]
         vectors = embedder.vectors(texts, queries=run.queries)
     if run.dims is None:
         return vectors
@@ -180,22 +180,25 @@ def embed_command(options: EmbedOptions) -> Tensor:
     return vectors
 
 
-def _rows(data: RowSources, named: NamedColumns, purpose: Purpose) -> list[EmbeddingRow]:
+def rows_of(data: RowSources, named: NamedColumns, purpose: Purpose) -> list[Row]:
     """Return all valid rows of the files."""
     bad = RowErrors(data.skip_bad)
     pipeline = RowPipeline(data, named, None, bad, purpose)
-    rows: list[EmbeddingRow] = []
+    rows: list[Row] = []
     for name in expand(data.data):
         for row in pipeline.open_file(name)[2]:
             if len(rows) == data.max_rows:
                 break
-            assert isinstance(row, EmbeddingRow)
             rows.append(row)
     if bad.count:
         show_notes([f"{count_of(bad.count, 'malformed row')} left out, the first: {bad.errors[0].one_line}"])
     if not rows:
         raise DataError("there is no row", where=", ".join(data.data))
     return rows
+
+
+def _texts(data: RowSources, named: NamedColumns, purpose: Purpose) -> list[EmbeddingRow]:
+    return [row for row in rows_of(data, named, purpose) if isinstance(row, EmbeddingRow)]
 
 
 def evaluate_vectors(options: EvaluateOptions) -> dict[str, Any]:
@@ -208,7 +211,7 @@ def evaluate_vectors(options: EvaluateOptions) -> dict[str, Any]:
         UsageError, DataError, ArtifactError: an option, the rows, the model or the adapter cannot be used.
     """
     run, data = options.run, options.data
-    rows = _rows(data, NamedColumns(prompt=data.prompt, completion=data.completion), "embeddings")
+    rows = _texts(data, NamedColumns(prompt=data.prompt, completion=data.completion), "embeddings")
     texts = list(dict.fromkeys(text for row in rows for text in row.texts))
     number_of = {text: number for number, text in enumerate(texts)}
     identities = [TextIdentities(tuple(number_of[text] for text in row.texts), row.score) for row in rows]
@@ -272,14 +275,14 @@ def mine(options: MineOptions) -> list[dict[str, str]]:
     check_kind("options", options, MineOptions)
     options.validate()
     run = options.run
-    rows = _rows(options.data, NamedColumns(prompt=run.prompt, completion=run.completion), "embeddings")
+    rows = _texts(options.data, NamedColumns(prompt=run.prompt, completion=run.completion), "embeddings")
     if scored := [row for row in rows if row.score is not None]:
         raise DataError(
             "a pair with a score has no negatives", where=scored[0].source, next_step="give rows of anchor and positive"
         )
     corpus = [row.texts[1] for row in rows]
     if run.corpus:
-        corpus += [row.texts[0] for row in _rows(RowSources(data=run.corpus), NamedColumns(), "texts")]
+        corpus += [row.texts[0] for row in _texts(RowSources(data=run.corpus), NamedColumns(), "texts")]
     candidates, anchors = list(dict.fromkeys(corpus)), list(dict.fromkeys(row.texts[0] for row in rows))
     with loaded_model(options.model, run.adapter) as loaded:
         show_notes(loaded.notes)

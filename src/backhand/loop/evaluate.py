@@ -28,7 +28,7 @@ from torch import Tensor
 from backhand.bounds import check_kind
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, check_vocabulary
-from backhand.data.options import DataOptions
+from backhand.data.options import DataOptions, NamedColumns
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import check_first_rows, prepare
 from backhand.data.row_encoder import Prompt
@@ -56,6 +56,8 @@ from backhand.loop.label_scores import LabelScore, label_score, print_labels
 from backhand.loop.measuring import HeldOut
 from backhand.loop.objectives.compared import PairObjective
 from backhand.loop.objectives.objective import document_sums, means
+from backhand.loop.rank import evaluate_rankings
+from backhand.loop.retrieval_scores import scores_text
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.objectives import ObjectiveOptions
 from backhand.printing import counting
@@ -78,6 +80,8 @@ class Score:
     pairs: dict[str, float] | None = None
     # by question; None unless the adapter decides. The loss is then the mean loss of an answer
     decisions: dict[str, DecisionScore] | None = None
+    # scores of rankings, see `loop.ranking_scores`; None for other rows. The loss is then the mean loss of a row
+    retrieval: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,13 @@ class Evaluation:
 
     rows: int  # number of rows
     base: Score
-    adapted: Score | None  # None without an adapter
+    adapted: Score | None = None  # None without an adapter
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what `evaluate --json` prints. Labels, pairs and decisions are left out if there are none."""
+        """Return what `evaluate --json` prints, without labels, pairs, decisions and rankings if there are none."""
         values = asdict(self)
         for scores in filter(None, (values["base"], values["adapted"])):
-            for name in ("labels", "pairs", "decisions"):
+            for name in ("labels", "pairs", "decisions", "retrieval"):
                 if scores[name] is None:
                     del scores[name]
         return values
@@ -345,13 +349,19 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     check_kind("options", options, EvaluateOptions)
     options.validate()
     run, data = options.run, options.data
-    if data.state is None and run.adapter is None:
+    if data.state is None and run.adapter is None and not run.rankings:
         check_first_rows(data)  # the record of an adapter may name the columns
     with loaded_model(options.model, run.adapter, template=data) as loaded:
         show_notes(loaded.notes)
         if loaded.decisions:
             count, results = evaluate_decisions(loaded, data, run.micro_batch_rows)
             return Evaluation(count, *(_of_decisions(*result) for result in results))
+        if loaded.ranking or run.rankings:
+            named = NamedColumns(prompt=data.prompt, completion=data.completion)
+            count, ranked = evaluate_rankings(
+                *(loaded, data, named, data, run.micro_batch_rows), adapted=run.adapter is not None
+            )
+            return Evaluation(count, *(_of_rankings(*result) for result in ranked))
         rows = evaluation_rows(data, loaded, run)
         show_notes(rows.notes)
         models = (False,) if run.adapter is None else (False, True)
@@ -362,6 +372,10 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
 
 def _of_decisions(loss: float, answers: int, scores: dict[str, DecisionScore]) -> Score:
     return Score(loss, _perplexity(loss), None, answers, decisions=scores)
+
+
+def _of_rankings(loss: float, documents: int, scores: dict[str, Any]) -> Score:
+    return Score(loss, _perplexity(loss), None, documents, retrieval=scores)
 
 
 def _perplexity(nats: float) -> float:
@@ -383,7 +397,8 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str
         sys.stdout.write(json.dumps(result.as_dict()) + "\n")
         return result
     labelled = ("accuracy", "macro F1", "invented") if result.base.labels else ()
-    columns = ("loss (nats per token)", "perplexity", "exact match", *labelled)
+    of_what = "row" if result.base.retrieval else "token"
+    columns = (f"loss (nats per {of_what})", "perplexity", "exact match", *labelled)
     title = f"{result.rows:,} rows, {result.base.supervised_tokens:,} supervised tokens"
     shown = table_of("model", *columns, right=columns, title=title)
     measured = [(name, one) for name, one in (("base", result.base), ("adapted", result.adapted)) if one]
@@ -411,6 +426,8 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str
         if one.pairs is not None:
             values_text = ", ".join(f"{key} {value:.4g}" for key, value in one.pairs.items())
             console_for_tables().print(f"pairs, {name}: {values_text}", soft_wrap=True)
+        if one.retrieval is not None:
+            console_for_tables().print(f"{name}: {scores_text(one.retrieval)}", soft_wrap=True)
         if one.decisions is not None:
             print_decisions(name, one.decisions)
     return result

@@ -14,7 +14,7 @@ scores, where equal values have their mean rank. The intervals contain 95 % of t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,15 @@ from torch import Tensor
 from backhand.data.rows import TextIdentities
 from backhand.ops.info_nce import BLOCK_SCORES
 from backhand.ops.normalize import normalize_forward
+from backhand.words import count_of
 
+SCORE_NAMES = {
+    "ndcg@10": "nDCG@10",
+    "mrr@10": "MRR@10",
+    "recall@1": "recall@1",
+    "recall@10": "recall@10",
+    "spearman": "Spearman",
+}
 Floats = npt.NDArray[np.float64]
 RESAMPLES, DEPTH = 1000, 10
 
@@ -65,7 +73,7 @@ def score_vectors(rows: Sequence[TextIdentities], embeddings: Tensor) -> VectorS
     if rows[0].score is not None:
         cosines = (units[::2] * units[1::2]).sum(1).double().numpy()
         given = np.array([row.score for row in rows], dtype=np.float64)
-        value, interval = spearman(cosines, given), _resampled_spearman(cosines, given)
+        value, interval = spearman(cosines, given), resampled_spearman(cosines, given)
         return VectorScores({"spearman": value}, {"spearman": interval}, len(rows), 0, mean_cosine(of_texts))
     relevant = defaultdict[int, set[int]](set)
     for row in rows:
@@ -78,11 +86,31 @@ def score_vectors(rows: Sequence[TextIdentities], embeddings: Tensor) -> VectorS
     of_queries = {name: np.array([score(one) for one in ranks]) for name, score in _SCORES.items()}
     return VectorScores(
         {name: float(scores.mean()) for name, scores in of_queries.items()},
-        {name: _resampled_mean(scores) for name, scores in of_queries.items()},
+        {name: resampled_mean(scores) for name, scores in of_queries.items()},
         len(relevant),
         len(corpus),
         mean_cosine(of_texts),
     )
+
+
+def scores_text(scores: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> str:
+    """Return the scores of `to_json` in words, with their intervals.
+
+    Args:
+        base: the scores of the base model, which come first; None without them.
+    """
+    parts = []
+    for name, shown in SCORE_NAMES.items():
+        if name in scores:
+            low, high = scores["intervals"][name]
+            before = "" if base is None else f"{base[name]:.3f} → "
+            parts.append(f"{shown} {before}{scores[name]:.3f} ({low:.3f} to {high:.3f})")
+    of_what = f"{count_of(scores['queries'], 'pair')} with scores"
+    if scores["candidates"] and "spread" in scores:
+        of_what = f"{count_of(scores['queries'], 'list')}, with {scores['candidates']:.1f} documents on average"
+    elif scores["candidates"]:
+        of_what = f"{count_of(scores['queries'], 'anchor')} among {scores['candidates']:,} candidates"
+    return f"{', '.join(parts)} of {of_what}"
 
 
 def _ranks(
@@ -152,9 +180,11 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _resampled_mean(scores: Floats) -> tuple[float, float]:
+def resampled_mean(scores: Floats) -> tuple[float, float]:
+    """Return the interval of the means of resampled values."""
     return _interval([float(scores[pick].mean()) for pick in _draws(len(scores))])
 
 
-def _resampled_spearman(one: Floats, other: Floats) -> tuple[float, float]:
+def resampled_spearman(one: Floats, other: Floats) -> tuple[float, float]:
+    """Return the interval of the correlations of resampled pairs."""
     return _interval([spearman(one[pick], other[pick]) for pick in _draws(len(one))])

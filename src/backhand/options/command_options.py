@@ -1,4 +1,4 @@
-"""Options of `backhand evaluate`, `decide`, `embed`, `mine`, `plan` and `models`.
+"""Options of `backhand evaluate`, `decide`, `embed`, `mine`, `rank`, `plan` and `models`.
 
 This file imports no torch, because `--help` imports it.
 """
@@ -37,8 +37,12 @@ class EvaluateRunOptions(Options):
     """Score the vectors of texts (retrieval, or rank correlation) instead of answers, for rows as in training with
     `--objective embed`."""
 
+    rankings: bool = False
+    """Score the order of a query's documents instead of answers, for rows as in training with `--objective rank`. Not
+    needed with an adapter of this objective."""
+
     micro_batch_rows: Count = 16
-    """Rows per forward pass."""
+    """Rows per forward pass; of rankings, documents."""
 
     completions: bool = True
     """Also generate an answer for every row and measure exact match. If off, only the losses are measured."""
@@ -66,8 +70,10 @@ class EvaluateOptions(Options):
     run: EvaluateRunOptions = field(default_factory=EvaluateRunOptions)
 
     def _check_together(self) -> None:
-        if self.run.vectors and self.run.reward:
-            raise UsageError("vectors and reward are both given", where="vectors", next_step="give one of them")
+        measures = ("vectors", "rankings", "reward")
+        given = [name for name in measures if getattr(self.run, name)]
+        if len(given) > 1:
+            raise UsageError(f"{given[0]} and {given[1]} are both given", where=given[0], next_step="give one of them")
 
 
 @dataclass(frozen=True)
@@ -239,6 +245,66 @@ class MineOptions(Options):
 
     def _check_together(self) -> None:
         _check_data(self.data)
+
+
+@dataclass(frozen=True)
+class RankRunOptions:
+    """Adapter, query and output."""
+
+    adapter: OptionalPath = None  # type: ignore[assignment]
+    """Adapter that was trained with `--objective rank`: a directory. Default: the model alone, which should be a
+    reranker."""
+
+    query: Text | None = None
+    """Rank the texts of `data`, in a column `text`, for this query. Default: the rows of `data` are a query with a
+    document, or with a list of documents."""
+
+    top: Count | None = None
+    """With `query`, write only this many texts, the most relevant ones."""
+
+    instruction: Text | None = None
+    """The task in the prompt. Default: that of the adapter's training."""
+
+    prompt: Text | None = None
+    """The column of the queries (with `query`: of the texts), or a text with columns in braces. Default: `query`
+    (`text`)."""
+
+    completion: Text | None = None
+    """The column of the documents, or a text with columns in braces. Default: `document`, `passage`, `documents` or
+    `docs`."""
+
+    micro_batch_rows: Count = 16
+    """Documents per forward pass."""
+
+    output: OptionalPath = None  # type: ignore[assignment]
+    """File for the scores, one JSON object per line. Default: standard output."""
+
+    overwrite: bool = False
+    """Replace the file `output` if it exists."""
+
+
+@dataclass(frozen=True)
+class RankOptions(Options):
+    """Options of ranking.
+
+    Attributes:
+        run: adapter, query and output.
+        data: the documents.
+        template: the chat template.
+        model: the base model, device and dtype.
+    """
+
+    run: RankRunOptions = field(default_factory=RankRunOptions)
+    data: RowSources = field(default_factory=RowSources)
+    template: TemplateOptions = field(default_factory=TemplateOptions)
+    model: BaseModelOptions = field(default_factory=BaseModelOptions)
+
+    def _check_together(self) -> None:
+        _check_data(self.data)
+        if self.run.top is not None and self.run.query is None:
+            raise UsageError(
+                "top is given without a query", where="top", next_step="give --query TEXT, or leave --top out"
+            )
 
 
 @dataclass(frozen=True)

@@ -265,6 +265,13 @@ class TrainConfig(Options):
         self._check_rewards()
         if self.objective.objective == "embed":
             self._check_embedded()
+        if self.objective.objective == "rank" and self.data.system is not None:
+            raise UsageError(
+                "a system message is given, but rank has its own",
+                where="system",
+                why="the prompt of rankings is the one that programs ask rerankers with",
+                next_step="leave it out; --instruction describes the task",
+            )
         train_on, objective = self.data.train_on, self.objective.objective
         if train_on != "completions" and objective != "sft":
             raise UsageError(

@@ -9,15 +9,16 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, get_args
 
 from backhand.bounds import Bound, Check, Options, Text
-from backhand.data.rows import TEMPLATE_PLACES, PoolingName, Purpose
+from backhand.data.rows import INSTRUCTION, TEMPLATE_PLACES, PoolingName, Purpose
 from backhand.errors import UsageError
 
-ObjectiveName = Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto", "grpo", "decide", "bake", "sdft", "embed"]
+ObjectiveName = Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto", "grpo", "decide", "bake", "sdft", "embed", "rank"]
 _OfMargin = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"]
 _OfSides = Literal["nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"]
 _Sorted = Literal["aot", "aot_unpaired"]
 _OfLabels = Literal["kto", "apo_zero_unpaired"]
 EmbeddingLoss = Literal["infonce", "symmetric", "triplet", "cosent"]
+RankingLoss = Literal["pointwise", "listwise", "listnet"]
 DivergenceKind = Literal["forward", "reverse", "jensen-shannon"]
 AnswersFrom = Literal["teacher", "student", "rows"]
 DISTILLED = ("bake", "sdft")
@@ -51,6 +52,7 @@ _TAKEN: dict[str, tuple[str, ...]] = {
         *("pooling", "embedding_loss", "similarity_scale", "triplet_margin", "matryoshka_dims"),
         *("query_prompt", "document_prompt"),
     ),
+    "rank": ("ranking_loss", "positive_weight", "instruction"),
 }
 _USUAL_BETA = {"simpo": 2.0, "grpo": 0.0}
 SORTED: tuple[str, ...] = get_args(_Sorted)
@@ -79,7 +81,8 @@ class ObjectiveOptions(Options):
     questions with a fixed set of answers `decide`, whose probabilities `backhand decide` returns; to make the model
     answer without a long prompt as it answers with it `bake` (2409.13697), see `context`; to learn from demonstrations
     with less forgetting `sdft` (2601.19897), see `teacher_prompt_template`; for vectors of texts, for search and
-    duplicates, `embed`."""
+    duplicates, `embed`; for a score of a document and a query, to rank what a search has found, `rank`
+    (2506.05176)."""
 
     beta: Annotated[float, Bound(at_least=0.0, at_most=_LARGEST)] | None = None
     """Strength with which the model is held to the one it starts from (`dpo`, `kto`; τ of `ipo`). For `orpo` it is λ,
@@ -166,6 +169,16 @@ class ObjectiveOptions(Options):
     document_prompt: str | None = None
     """Text in front of all other texts (`embed`). Default: as for `query_prompt`."""
 
+    ranking_loss: RankingLoss = "pointwise"
+    """Loss of rankings (`rank`): `pointwise`, the binary cross-entropy of each document; `listwise`, the cross-entropy
+    of a softmax over the documents of a row; or `listnet`, the same with the softmax of graded scores as targets."""
+
+    positive_weight: _Weight = 1.0
+    """Weight of relevant documents in the `pointwise` loss of rankings, for rows with many negatives."""
+
+    instruction: Text = INSTRUCTION
+    """The task in the prompt of rankings (`rank`), such as `Given a question, find the help page that answers it`."""
+
     def _check_together(self) -> None:
         usual = ObjectiveOptions()
         for option in fields(self):
@@ -209,6 +222,12 @@ class ObjectiveOptions(Options):
                 f"similarity_scale {self.similarity_scale} is given, but triplet does not use it",
                 where="similarity_scale",
                 next_step="leave it out; triplet has --triplet-margin",
+            )
+        if self.ranking_loss != "pointwise" and self.positive_weight != usual.positive_weight:
+            raise UsageError(
+                f"positive_weight {self.positive_weight} is given, but {self.ranking_loss} does not use it",
+                where="positive_weight",
+                next_step="leave it out, or give --ranking-loss pointwise",
             )
         if self.beta == 0 and self.objective != "grpo":
             raise UsageError("beta 0.0 is not a finite number above 0", where="beta")
@@ -282,6 +301,7 @@ class ObjectiveOptions(Options):
             "grpo": "prompts",
             "decide": "decisions",
             "embed": "embeddings",
+            "rank": "rankings",
         }
         return special.get(self.objective, "pairs")
 

@@ -69,9 +69,10 @@ def run_charts(run: RunRecord) -> dict[str, Spec]:
     functions = [name for name in (run.steps or [{}])[0] if name.startswith("rewards/") and name.endswith("/mean")]
     each = [row for name in functions for row in _series(run.steps, name, name.split("/")[1])]
     divergence = _series(run.steps, "kl", "divergence from the base") + _series(run.steps, "entropy", "entropy")
-    names = ("ndcg@10", "recall@1", "recall@10", "spearman")
+    names = ("ndcg@10", "mrr@10", "recall@1", "recall@10", "spearman")
     scores = [row for name in names for row in _series(run.evaluations, f"eval_{name}", name)]
     cosines = _series(run.steps, "cosine/pairs", "pairs") + _series(run.steps, "cosine/all", "all texts of a step")
+    relevance = _series(run.steps, "margin", "training rows") + _series(run.evaluations, "eval_margin", "held-out rows")
     charts = {
         "loss": curve(losses, unit, height=280, log="auto", dots="held-out rows"),
         "reward": curve(_both(run, "reward"), "reward", height=280, dots="held-out rows"),
@@ -84,6 +85,7 @@ def run_charts(run: RunRecord) -> dict[str, Spec]:
         "accuracies": curve(_both(run, "rewards/accuracies"), "share of pairs", zero=True, dots="held-out rows"),
         "decisions": curve(_both(run, "accuracy"), "share of answers", zero=True, dots="held-out rows"),
         "retrieval": curve(scores, "score", zero=True, dots="all"),
+        "relevance": curve(relevance, "nats", dots="held-out rows"),
         "cosines": curve(cosines, "mean cosine"),
         "rewards": curve(
             _series(run.steps, "rewards/chosen", "chosen") + _series(run.steps, "rewards/rejected", "rejected"),

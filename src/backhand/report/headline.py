@@ -120,7 +120,7 @@ def _outcome(run: RunRecord) -> str:
         return "; ".join([f"{change} ({run.objective})", *clauses])
     if run.objective in DISTILLED:
         return f"{change} nats per token of divergence from its teacher, so it {_verdict(base, best)}"
-    if run.objective == "embed":
+    if run.objective in ("embed", "rank"):
         before, after = (run.summary.get(f"{name}_retrieval") or {} for name in ("base", "adapted"))
         score = next((name for name in ("ndcg@10", "spearman") if is_number(after.get(name))), None)
         scores = "" if score is None else f", and {score} from {before[score]:.3f} to {after[score]:.3f}"

@@ -27,6 +27,7 @@ OBJECTIVES = {
     "simpo": "Pairs, without comparing with the base model (SimPO)",
     "kto": "Good and bad answers: each answer has a label (KTO)",
     "embed": "Vectors for search: texts that belong together get similar vectors",
+    "rank": "Rankings: each document gets a score for a query",
 }
 """Objectives of the page, with a description."""
 
@@ -126,7 +127,7 @@ class Draft:
 
     def lint_words(self, workspace: Workspace, listed: Iterable[str]) -> list[str]:
         """Return the words of `lint`. Raises UsageError as `model_words` and `data_words`."""
-        flags = {"decide": ["--decisions"], "kto": ["--labels"], "embed": ["--embeddings"]}
+        flags = {"decide": ["--decisions"], "kto": ["--labels"], "embed": ["--embeddings"], "rank": ["--rankings"]}
         more = [name for name in MORE["data"] if name != "option_order"]
         words = [*self.model_words(workspace, listed), *self.data_words(workspace), *self._more(more)]
         return ["lint", *words, *flags.get(self.objective, [])]

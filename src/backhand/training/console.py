@@ -22,6 +22,7 @@ from backhand.distributed.communicator import Communicator
 from backhand.kernels.builds import describe, library
 from backhand.loop.forecast import FULL_LENGTH, Forecast
 from backhand.loop.observers import Observer, RunStart
+from backhand.loop.retrieval_scores import scores_text
 from backhand.printing import duration, going_on, line_due, may_be_silent, now, say, visible
 from backhand.runs.distilled_results import distilled_sentences
 from backhand.runs.label_results import label_clause
@@ -214,7 +215,7 @@ def closing_lines(summary: RunSummary) -> list[str]:
         clauses = pair_clauses(pairs, summary.held_out_rows, summary.objective, summary.free_answers)
         lines += map(capitalized, clauses)
     if summary.base_retrieval and summary.adapted_retrieval:
-        lines.append(_retrieval_line(summary.base_retrieval, summary.adapted_retrieval))
+        lines.append(f"Held-out rows: {scores_text(summary.adapted_retrieval, summary.base_retrieval)}.")
     if summary.distilled is not None:
         lines += distilled_sentences(summary.distilled, summary.objective)
     for name, one in (summary.adapted_decisions or {}).items():
@@ -257,6 +258,8 @@ def closing_lines(summary: RunSummary) -> list[str]:
         if summary.objective == "decide"
         else f"Next: backhand embed {given} --data FILE --output vectors.npy"
         if summary.objective == "embed"
+        else f"Next: backhand rank {given} --query '…' --data FILE"
+        if summary.objective == "rank"
         else f"Next: backhand generate {given}{labels} --compare{summary.asking}",
         f"      backhand evaluate {given} --data FILE{summary.reading}" + " --vectors" * (summary.objective == "embed"),
         f"      backhand export {given} --to gguf --output adapter.gguf",
@@ -298,21 +301,6 @@ def _improvement(summary: RunSummary) -> list[str]:
 
 _FEWEST_COMPARED_STEPS = 20
 """In a shorter run, the first and last tenth are one step each, whose rewards depend on their few prompts."""
-
-_SCORE_NAMES = {"ndcg@10": "nDCG@10", "recall@1": "recall@1", "recall@10": "recall@10", "spearman": "Spearman"}
-
-
-def _retrieval_line(base: Mapping[str, Any], adapted: Mapping[str, Any]) -> str:
-    """Return the line on the vectors of held-out rows."""
-    parts = []
-    for name, shown in _SCORE_NAMES.items():
-        if name in adapted:
-            low, high = adapted["intervals"][name]
-            parts.append(f"{shown} {base[name]:.3f} → {adapted[name]:.3f} ({low:.3f} to {high:.3f})")
-    of_what = f"{count_of(adapted['queries'], 'held-out pair')} with scores"
-    if adapted["candidates"]:
-        of_what = f"{count_of(adapted['queries'], 'held-out anchor')} among {adapted['candidates']:,} candidates"
-    return f"{', '.join(parts)} of {of_what}."
 
 
 def _decision_line(name: str, base: DecisionFigures | None, adapted: DecisionFigures) -> str:

@@ -1,4 +1,4 @@
-"""Choices and checks of a run on vectors that depend on its model and its rows."""
+"""Choices and checks of a run on vectors or rankings that depend on its model and its rows."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from dataclasses import replace
 from typing import cast
 
 from backhand.data.embedding_examples import EmbeddingFormat
+from backhand.data.ranking_examples import RankingFormat
+from backhand.data.row_encoder import TextFormat
 from backhand.data.rows import PoolingName
 from backhand.data.stored_examples import PreparedData
 from backhand.engines.decoder_engine import DecoderEngine, with_hidden_states
 from backhand.engines.engine import Engine
 from backhand.errors import DataError, UsageError, not_none
 from backhand.loop.objectives.embed import check_pooling
+from backhand.loop.objectives.rank import check_targets
 from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.loading.sentence_transformers import EmbeddingFiles, read_embedding_files
 from backhand.nn.loading.source import ModelSource
@@ -68,8 +71,10 @@ def check_positions(engine: Engine, longest: int) -> None:
         )
 
 
-def format_of(options: ObjectiveOptions) -> EmbeddingFormat | None:
-    """Return pooling and prompts of a run on vectors; None for other objectives."""
+def format_of(options: ObjectiveOptions) -> TextFormat | None:
+    """Return the way from texts to tokens of a run on vectors or rankings; None for other objectives."""
+    if options.objective == "rank":
+        return RankingFormat(options.instruction)
     if options.objective != "embed":
         return None
     prompts = not_none(options.query_prompt), not_none(options.document_prompt)
@@ -83,6 +88,11 @@ def with_loss(options: ObjectiveOptions, train: PreparedData, held_out: Prepared
         UsageError: an option does not fit the loss.
         DataError: the rows do not fit the loss.
     """
+    if options.objective == "rank":
+        for data in (train, held_out):
+            if data is not None:
+                check_targets(options, data.examples)
+        return options
     sets = [data.examples for data in (train, held_out) if data is not None]
     rows = [not_none(examples.embedding(number)) for examples in sets for number in range(len(examples))]
     scored = [row.score is not None for row in rows]

@@ -17,7 +17,7 @@ from backhand.data.data_report import DataReport
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.packing import RowPacker, Sampler
 from backhand.data.prepare import prepare
-from backhand.data.rows import TextIdentities
+from backhand.data.rows import RankedTexts, TextIdentities
 from backhand.data.stored_examples import PreparedData, with_totals
 from backhand.engines.decoder_engine import DecoderEngine, choose_engine, with_hidden_states
 from backhand.engines.engine import Engine, RunCache
@@ -118,23 +118,23 @@ def read_inputs(
         train, held_out = _assumed_rows(config), None
     else:
         data, seed, purpose = config.data, config.run.seed, config.objective.purpose
-        teacher, embedding_format = _teacher_prompts(config.objective), format_of(config.objective)
+        teacher, text_format = _teacher_prompts(config.objective), format_of(config.objective)
         epochs = min(config.optimization.epochs, _MOST_FORMS)
         train, held_out = run_cache.get_or_create(
             "rows",
-            (data, seed, purpose, teacher, embedding_format, epochs),
+            (data, seed, purpose, teacher, text_format, epochs),
             lambda: prepare(
                 data,
                 tokenizer,
                 seed=seed,
                 purpose=purpose,
                 teacher=teacher,
-                embedding_format=embedding_format,
+                text_format=text_format,
                 epochs=epochs,
             ),
             only_newest=True,
         )
-        if embedding_format is not None:
+        if text_format is not None:
             config = replace(config, objective=with_loss(config.objective, train, held_out))
         if purpose in ("pairs", "labels"):
             check_answers_differ(train)
@@ -283,4 +283,7 @@ def _assumed_rows(config: TrainConfig) -> PreparedData:
         if config.objective.pooling == "last":
             row = replace(row, supervised=np.arange(length) == length - 1)
         row = replace(row, others=(row,), embedding=TextIdentities((0, 1), None))
+    if config.objective.purpose == "rankings":
+        row = replace(row, supervised=np.arange(length) == length - 1)
+        row = replace(row, others=(row,), ranking=RankedTexts(0, (0,), (1.0,)))
     return with_totals([row] * count, DataReport())

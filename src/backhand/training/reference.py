@@ -37,6 +37,7 @@ from backhand.loop.objectives.compared import KTOObjective, PairObjective, misma
 from backhand.loop.objectives.decide import DecideObjective
 from backhand.loop.objectives.embed import EmbedObjective
 from backhand.loop.objectives.objective import Objective, document_sums
+from backhand.loop.objectives.rank import RankObjective
 from backhand.reading import read_plain
 from backhand.runs.directory import REFERENCE, Proof, ProofLog, RunDirectory
 from backhand.training.hidden_states import HiddenStateCaches
@@ -106,6 +107,8 @@ def run_objectives(
             return DecideObjective(packer)
         if options.objective == "embed":
             return EmbedObjective(packer, options=options)
+        if options.objective == "rank":
+            return RankObjective(packer, options=options)
         if options.objective != "kto":
             return PairObjective(packer, reference, options=options)
         others, _ = sets.get(others_name, (None, None))

@@ -34,6 +34,7 @@ from backhand.loop.measuring import HeldOut
 from backhand.loop.objectives.decide import DecideObjective
 from backhand.loop.objectives.embed import EmbedObjective
 from backhand.loop.objectives.objective import AnswerObjective, HeldOutObjective, Objective
+from backhand.loop.objectives.rank import RankObjective
 from backhand.loop.observers import Observers, RunStart
 from backhand.loop.rewards.guards import BOUNDS, LogprobCheck, RewardGuard
 from backhand.loop.rewards.process import RewardProcess
@@ -230,9 +231,13 @@ class Trainer:
             the summary with the measurements of the answers.
         """
         run, objective = self.run, self._held_out_objective
-        if isinstance(objective, EmbedObjective) and self.processes.is_main_process:
+        if isinstance(objective, EmbedObjective | RankObjective) and self.processes.is_main_process:
             run.bound.fill(str(self.directory.adapter))
-            summary = replace(summary, **self._held_out_vectors(objective).scores(run.bound))
+            if isinstance(objective, EmbedObjective):
+                scores = self._held_out_vectors(objective).scores(run.bound)
+            else:
+                scores = objective.held_out_scores(run.bound, run.plan.memory.micro_batch_rows)
+            summary = replace(summary, **scores)
             self.directory.write(SUMMARY, summary.to_json())
             return summary
         if run.inputs.held_out is None or not run.config.run.answers or not self.processes.is_main_process:

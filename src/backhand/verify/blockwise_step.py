@@ -12,10 +12,12 @@ from torch import Tensor
 from backhand.data.decisions import DecisionRow
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
+from backhand.data.rows import RankedTexts
 from backhand.errors import not_none
 from backhand.loop.objectives.compared import PairObjective
 from backhand.loop.objectives.decide import DecideObjective
 from backhand.loop.objectives.objective import token_owners
+from backhand.loop.objectives.rank import RankObjective, scores_of
 from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.decoder.adapted_group import HEAD, block_adapter
 from backhand.nn.decoder.block import block_backward, block_forward
@@ -25,6 +27,7 @@ from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.ple_inputs import PLEInputsSaved, ple_inputs_backward, ple_inputs_forward
 from backhand.nn.decoder.weights import BlockWeights, PerLayerWeights, named_views
 from backhand.nn.lora_parameters import LoRAParameters
+from backhand.ops.binary_cross_entropy import binary_cross_entropy_reference
 from backhand.ops.decide import decide_reference
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
 from backhand.ops.preference import PreferenceRule, preference_reference
@@ -38,7 +41,7 @@ _BETA = 0.1
 
 @dataclass(frozen=True)
 class RowLoss:
-    """The sum of the losses of pairs or decisions, by hand and as a formula for autograd."""
+    """The sum of the losses of pairs, decisions or rankings, by hand and as a formula for autograd."""
 
     name: str  # in statements
     token_loss: TokenLoss  # by hand, see `Decoder.loss_and_gradients`
@@ -51,10 +54,13 @@ class RowLoss:
         return self.of_sums(nats.new_zeros(self.documents).index_add(0, self.owners.to(nats.device), -nats))
 
 
-def row_loss(rows: Sequence[Example]) -> RowLoss:
-    """Return the loss of these pairs, or of these rows of decisions, packed together.
+def row_loss(rows: Sequence[Example], options: ObjectiveOptions | None = None) -> RowLoss:
+    """Return the loss of these pairs, or of these rows of decisions or rankings, packed together.
 
     Every document of the pairs has a different reference value.
+
+    Args:
+        options: the loss of rankings; None for the usual one.
     """
     packer, numbers = RowPacker(rows, share_prefixes=False), range(len(rows))
     owners, counts = token_owners(packer, numbers)
@@ -62,6 +68,10 @@ def row_loss(rows: Sequence[Example]) -> RowLoss:
         decide = DecideObjective(packer)
         of_sums = partial(_decision_loss, decide.decisions(numbers))
         return RowLoss("loss of decisions", decide.token_loss(0, numbers), owners, len(counts), of_sums)
+    if rows[0].ranking is not None:
+        rank = RankObjective(packer, options=options or ObjectiveOptions("rank"))
+        formula = partial(_ranking_loss, rank.texts(numbers), rank.options)
+        return RowLoss("loss of rankings", rank.token_loss(0, numbers), owners, len(counts), formula)
     reference = -counts - torch.arange(2 * len(rows), dtype=torch.float64) / 3
     objective = PairObjective(packer, reference, options=ObjectiveOptions("dpo", _BETA))
 
@@ -83,6 +93,19 @@ def _decision_loss(decisions: Sequence[DecisionRow], sums: Tensor) -> Tensor:
             of_row.append(decide_reference(sums[start : start + size], targets, one, 1))
             start += size
         losses.append(torch.cat(of_row).mean())
+    return torch.stack(losses).sum()
+
+
+def _ranking_loss(texts: Sequence[RankedTexts], options: ObjectiveOptions, sums: Tensor) -> Tensor:
+    losses = []
+    for row, scores in zip(texts, scores_of(sums).split([len(row.documents) for row in texts]), strict=True):
+        targets = scores.new_tensor(row.targets)
+        if options.ranking_loss == "pointwise":
+            losses.append(binary_cross_entropy_reference(scores, targets, options.positive_weight).mean())
+            continue
+        listed = targets.softmax(0) if options.ranking_loss == "listnet" else targets / targets.sum()
+        one = torch.zeros(len(listed), dtype=torch.int64, device=sums.device)
+        losses.append(decide_reference(scores, listed, one, 1).sum())
     return torch.stack(losses).sum()
 
 

@@ -15,6 +15,7 @@ from backhand.data.pack import pack
 from backhand.errors import CheckError, UsageError
 from backhand.nn.compute import compute_settings, resolve_threads
 from backhand.options.config_file import load_config
+from backhand.options.objectives import ObjectiveOptions
 from backhand.printing import say as tell
 from backhand.runs.directory import ADAPTER, CONFIG, opened, proof_log
 from backhand.terminal import console_for_tables, working
@@ -53,12 +54,14 @@ def verify_command(options: VerifyOptions) -> VerifyReport:
     return report
 
 
-def verify(options: VerifyOptions, say: Say = lambda _: None, *, decisions: bool = False) -> VerifyReport:
+def verify(
+    options: VerifyOptions, say: Say = lambda _: None, *, objective: ObjectiveOptions | None = None
+) -> VerifyReport:
     """Run the proofs without printing.
 
     Args:
         say: receives the name of each part before it is proved.
-        decisions: read the rows as decisions.
+        objective: the loss of the rows, if it is one of decisions or rankings; None for another one.
 
     Raises:
         UsageError, DataError, ArtifactError: if op, model, rows or adapter do not exist or cannot be used.
@@ -69,7 +72,7 @@ def verify(options: VerifyOptions, say: Say = lambda _: None, *, decisions: bool
         report = _verify_real_sizes(options, say)
     else:
         ops = not options.model.model
-        report = _verify_ops(options, say) if ops else _verify_model(options, say, decisions=decisions)
+        report = _verify_ops(options, say) if ops else _verify_model(options, say, objective)
     report.time_s = time.perf_counter() - start
     return report
 
@@ -103,19 +106,19 @@ def _proved(options: VerifyOptions) -> VerifyReport:
             raise UsageError(
                 f"there is no run in {run}", where="run", next_step="give a run directory with config.toml"
             )
-        decisions = False
+        objective = None
         if options.verify.op is None and not options.model.model:
-            options, decisions = _of_run(options, run)
+            options, objective = _of_run(options, run)
         with opened(run, resume=True, overwrite=False) as directory:
-            report = verify(options, say, decisions=decisions)
+            report = verify(options, say, objective=objective)
             log = proof_log(directory)
             for proof in report.proofs():
                 log(proof)
     return report
 
 
-def _of_run(options: VerifyOptions, run: Path) -> tuple[VerifyOptions, bool]:
-    """Return the options with the run's model, rows and adapter, and True if these rows are decisions."""
+def _of_run(options: VerifyOptions, run: Path) -> tuple[VerifyOptions, ObjectiveOptions]:
+    """Return the options with the run's model, rows and adapter, and its objective."""
     config = load_config(run / CONFIG)
     shared = {name: getattr(config.model, name) for name in VerifiedModelOptions.__dataclass_fields__}
     adapter = options.verify.adapter or run / ADAPTER
@@ -125,7 +128,7 @@ def _of_run(options: VerifyOptions, run: Path) -> tuple[VerifyOptions, bool]:
         data=config.data if not options.data.data else options.data,
         verify=replace(options.verify, adapter=adapter),
     )
-    return of_run, config.objective.purpose == "decisions"
+    return of_run, config.objective
 
 
 def _verify_ops(options: VerifyOptions, say: Say) -> VerifyReport:
@@ -165,16 +168,16 @@ def _verify_real_sizes(options: VerifyOptions, say: Say) -> VerifyReport:
     return report
 
 
-def _verify_model(options: VerifyOptions, say: Say, *, decisions: bool) -> VerifyReport:
+def _verify_model(options: VerifyOptions, say: Say, objective: ObjectiveOptions | None) -> VerifyReport:
     say(f"{options.model.model}: loading")
     run = options.verify
-    setup = load_setup(options.model, options.data, run.adapter, run.max_tokens, decisions=decisions)
+    setup = load_setup(options.model, options.data, run.adapter, run.max_tokens, objective)
     decoder = setup.decoder
     report = VerifyReport(notes=setup.notes)
     threads = resolve_threads(options.model)
     with compute_settings(options.model, threads, decoder.dtype, decoder.device):
         batch = pack(setup.examples, device=decoder.device)
-        gradients = GradientProofs(decoder, batch, setup.dropout_seed, setup.rows)
+        gradients = GradientProofs(decoder, batch, setup.dropout_seed, setup.rows, objective)
         say(f"{options.model.model}: block by block in float64")
         report.results.extend(gradients.by_block())
         say(f"{options.model.model}: a training step")

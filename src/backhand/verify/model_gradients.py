@@ -31,6 +31,7 @@ from backhand.nn.decoder.weights import named_views
 from backhand.nn.families.family import PER_LAYER_MODEL, PER_LAYER_MODEL_NORM, PER_LAYER_TABLE
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.weight_tiles import frozen_dense
+from backhand.options.objectives import ObjectiveOptions
 from backhand.verify.blockwise_step import BlockwiseStep, float64_dense, row_loss
 from backhand.verify.measure import geometric_mean, relative_error
 from backhand.verify.reference_decoder import (
@@ -63,7 +64,8 @@ class GradientProofs:
         decoder: a decoder whose adapter has a nonzero lora_B.
         batch: the packed documents, with at least one supervised position, on the decoder's device.
         dropout_seed: seed of the masks, the same for engine and reference; None for no dropout.
-        rows: the pairs or the rows of decisions in the batch, whose loss is then proved instead of Σ nats.
+        rows: the pairs or the rows of decisions or rankings in the batch, whose loss is then proved instead of Σ nats.
+        objective: the loss of rankings; None for the usual one.
 
     Attributes:
         step: the same step in float64. `by_block` fills its gradients.
@@ -71,9 +73,14 @@ class GradientProofs:
     """
 
     def __init__(
-        self, decoder: Decoder, batch: PackedBatch, dropout_seed: int | None, rows: Sequence[Example] = ()
+        self,
+        decoder: Decoder,
+        batch: PackedBatch,
+        dropout_seed: int | None,
+        rows: Sequence[Example] = (),
+        objective: ObjectiveOptions | None = None,
     ) -> None:
-        loss = row_loss(rows) if rows else None
+        loss = row_loss(rows, objective) if rows else None
         loss_scaling = 1.0 / max(len(rows) or batch.supervised_tokens, 1)
         self.step = BlockwiseStep(decoder, batch, dropout_seed, loss_scaling, loss)
         self.rounding_bound = math.nan

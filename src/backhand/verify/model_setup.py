@@ -18,6 +18,7 @@ from backhand.data.examples import Example, check_vocabulary
 from backhand.data.held_out import neutral_texts
 from backhand.data.options import DataOptions
 from backhand.data.prepare import read_examples, training_questions
+from backhand.data.ranking_examples import RankingFormat
 from backhand.data.rows import Purpose
 from backhand.errors import DataError, UsageError
 from backhand.generation.held_base import stays_quantized
@@ -30,6 +31,7 @@ from backhand.nn.loading.opening import open_model
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.nn.model_options import BaseModelOptions
 from backhand.ops.weight_tiles import frozen_dense
+from backhand.options.objectives import ObjectiveOptions
 from backhand.verify.measure import norm
 
 ADAPTER_SEED = 0
@@ -50,16 +52,21 @@ class ModelSetup:
     examples: tuple[Example, ...]  # documents with supervised tokens; long documents are cut
     dropout_seed: int | None  # seed of the dropout masks, None for an adapter without dropout
     notes: tuple[str, ...]
-    rows: tuple[Example, ...] = ()  # the same documents as rows, if these are pairs or decisions
+    rows: tuple[Example, ...] = ()  # the same documents as rows, if these are pairs, decisions or rankings
 
 
 def load_setup(
-    model: BaseModelOptions, data: DataOptions, adapter: Path | None, max_tokens: int, *, decisions: bool = False
+    model: BaseModelOptions,
+    data: DataOptions,
+    adapter: Path | None,
+    max_tokens: int,
+    objective: ObjectiveOptions | None = None,
 ) -> ModelSetup:
     """Load the model, the adapter or a random one, and the first rows.
 
     Args:
-        decisions: read the rows as decisions. Otherwise they are if the options name a state or questions.
+        objective: reads the rows as decisions or rankings, if it is one of them. Rows are decisions also if the options
+            name a state or questions.
 
     Raises:
         UnsupportedModel: if the decoder engine does not support the model, so that there are no gradients by hand.
@@ -76,8 +83,9 @@ def load_setup(
         error.next_step = _WITHOUT_ENGINE
         raise
     require_head(config)
-    decisions = decisions or data.state is not None or bool(data.question)
-    examples, rows, note = _documents(data, source.tokenizer(), max_tokens, decisions=decisions)
+    if data.state is not None or data.question:
+        objective = ObjectiveOptions("decide")
+    examples, rows, note = _documents(data, source.tokenizer(), max_tokens, objective or ObjectiveOptions())
     check_vocabulary(
         ((example.input_ids, example.source) for example in examples), config.vocab_size, source.tokenizer()
     )
@@ -139,17 +147,22 @@ def random_adapter(decoder: Decoder) -> LoRAParameters:
 
 
 def _documents(
-    data: DataOptions, tokenizer: Any, max_tokens: int, *, decisions: bool
+    data: DataOptions, tokenizer: Any, max_tokens: int, objective: ObjectiveOptions
 ) -> tuple[tuple[Example, ...], tuple[Example, ...], str]:
     """Return the first documents of the rows or of the neutral texts, their rows if any, and a note about them.
 
-    Rows are pairs or decisions.
+    Rows are pairs, decisions or rankings.
     """
+    several = objective.purpose in ("decisions", "rankings")
     if data.data:
-        purpose: Purpose | None = "decisions" if decisions else None
-        questions = training_questions(data) if decisions else {}
+        purpose: Purpose | None = objective.purpose if several else None
         examples: Sequence[Example] = read_examples(
-            data, data.data, tokenizer, purpose=purpose, questions=questions
+            data,
+            data.data,
+            tokenizer,
+            purpose=purpose,
+            questions=training_questions(data) if purpose == "decisions" else {},
+            text_format=RankingFormat(objective.instruction) if purpose == "rankings" else None,
         ).examples
         where = ", ".join(data.data)
     else:
@@ -158,8 +171,8 @@ def _documents(
     paired = any(example.rejected is not None for example in examples)
     documents = [_alone(document) for example in examples for document in example.documents]
     rows: tuple[Example, ...] = ()
-    if decisions:
-        rows = tuple(choose_decisions(examples, max_tokens))
+    if several:
+        rows = tuple(choose_rows(examples, max_tokens))
         chosen = [_alone(document) for row in rows for document in row.documents]
     else:
         chosen = choose_documents(documents, max_tokens)
@@ -174,7 +187,7 @@ def _documents(
 
 def _alone(document: Example) -> Example:
     """Return a document of a row without the others."""
-    return replace(document, rejected=None, others=(), decision=None)
+    return replace(document, rejected=None, others=(), decision=None, ranking=None)
 
 
 def _text_example(text: str, tokenizer: Any) -> Example:
@@ -202,8 +215,8 @@ def choose_documents(examples: Sequence[Example], max_tokens: int) -> list[Examp
     return chosen
 
 
-def choose_decisions(examples: Sequence[Example], max_tokens: int) -> list[Example]:
-    """Return rows of decisions in order until about `max_tokens` tokens are reached, at least two if there are two.
+def choose_rows(examples: Sequence[Example], max_tokens: int) -> list[Example]:
+    """Return rows of decisions or rankings in order, at least two, until about `max_tokens` tokens are reached.
 
     The documents of a row are cut to the tokens up to the label, so that the row has at most half of `max_tokens`.
     """
@@ -212,7 +225,7 @@ def choose_decisions(examples: Sequence[Example], max_tokens: int) -> list[Examp
     for example in examples:
         most = max_tokens // 2 // len(example.documents)
         first, *others = (_cut(document, most) for document in map(_alone, example.documents))
-        row = replace(first, others=tuple(others), decision=example.decision)
+        row = replace(first, others=tuple(others), decision=example.decision, ranking=example.ranking)
         size = sum(map(len, row.documents))
         if len(chosen) >= 2 and tokens + size > max_tokens:
             break

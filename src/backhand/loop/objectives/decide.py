@@ -82,6 +82,7 @@ class DecideObjective(AnswerObjective):
             scores[f"{name}_decisions"] = {question: score.to_json() for question, score in scored.items()}
         return scores
 
-    def evaluated(self, rows: Sequence[int], sums: Sequence[float]) -> None:
+    def evaluated(self, rows: Sequence[int], sums: Sequence[float]) -> Mapping[str, float]:
         """Fit the temperatures to the held-out rows."""
         self.temperatures = fit_temperatures(outcomes_of(self.decisions(rows), sums))
+        return {}

@@ -126,8 +126,9 @@ class AnswerObjective(Objective):
     def prepare(self, model: Trainable, rows: Sequence[int], processes: Communicator, micro_batch_rows: int) -> None:
         """Prepare the losses of these rows, for objectives in which the loss of a row depends on other rows."""
 
-    def evaluated(self, rows: Sequence[int], sums: Sequence[float]) -> None:
-        """Receive s of all documents of held-out rows after an evaluation."""
+    def evaluated(self, rows: Sequence[int], sums: Sequence[float]) -> Mapping[str, float]:  # noqa: ARG002
+        """Receive s of all documents of held-out rows after an evaluation, and return further metrics of these rows."""
+        return {}
 
     def gradients(
         self,
@@ -205,8 +206,8 @@ class HeldOutObjective(HeldOut):
         if sums is None:
             return None
         result = objective.of_sums(rows, sums)
-        objective.evaluated(rows, sums.tolist())
-        self.measured = {f"eval_{name}": value for name, value in means([result.measured]).items()}
+        measured = {**means([result.measured]), **objective.evaluated(rows, sums.tolist())}
+        self.measured = {f"eval_{name}": value for name, value in measured.items()}
         return sequential_sum(result.losses.tolist()) / len(rows)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from backhand.errors import ArtifactError
 from backhand.nn.loading.gguf_file import GGUFFile
 
-NEUTRAL = ("vocab_size", "rope.scaling.finetuned", "tensor_data_layout", "pooling_type")
+NEUTRAL = ("vocab_size", "rope.scaling.finetuned", "tensor_data_layout", "pooling_type", "classifier.output_labels")
 """Keys that do not change the model's computation."""
 NEUTRAL_VALUES = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}
 """Keys that do not change the model's computation if they have these values."""

@@ -108,7 +108,11 @@ _OF_EXPERTS = re.compile(rf"blk\.(?P<layer>\d+)\.(?P<stack>{'|'.join(_EXPERTS)})
 
 ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
-_SKIPPED = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?|rope_factors_(long|short)\.weight")
+SCORE_HEAD = "cls.output.weight"
+"""The head of a reranker: the rows of yes and no of the model's head, which it has as well."""
+_SKIPPED = re.compile(
+    rf"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?|rope_factors_(long|short)\.weight|{re.escape(SCORE_HEAD)}"
+)
 
 
 @cache
@@ -206,5 +210,5 @@ def huggingface_name(architecture: str, name: str) -> str | None:
 
 
 def is_skipped(name: str) -> bool:
-    """Return True for tensors that are not weights: rotary frequency tables, which become part of the config."""
+    """Return True for tensors that are not read: score heads, and rotary tables, which become part of the config."""
     return _SKIPPED.fullmatch(name) is not None

@@ -1,0 +1,158 @@
+"""Rankings: losses of the scores of a query's documents.
+
+The score of a document is s = log p(yes) - log p(no) at the end of its prompt (`data.ranking_examples`). The sums of an
+`Objective` are these two log-probabilities, whose gradients are ∂L/∂s and -∂L/∂s. Whatever else is probable at that
+position cancels.
+
+    pointwise   mean binary cross-entropy of the documents, with targets from 0 to 1   (`ops.binary_cross_entropy`)
+    listwise    cross-entropy of the softmax over the documents, with the targets divided by their sum   (`ops.decide`)
+    listnet     the same, with the softmax of the targets
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backhand.data.rows import RankedTexts
+from backhand.data.stored_examples import StoredExamples
+from backhand.distributed.communicator import Communicator
+from backhand.engines.engine import BoundModel
+from backhand.errors import CheckError, DataError, not_none
+from backhand.loop.objectives.objective import AnswerObjective, Documents, RowLosses, document_sums
+from backhand.loop.ranking_scores import RankingScores, score_rankings
+from backhand.ops.binary_cross_entropy import binary_cross_entropy_backward, binary_cross_entropy_forward
+from backhand.ops.decide import decide_backward, decide_forward
+from backhand.options.objectives import ObjectiveOptions
+
+CONSTANT = 1e-5
+"""Largest difference in nats between the scores of a query's documents that no longer ranks them."""
+
+
+@dataclass
+class RankObjective(AnswerObjective):
+    """The loss of rankings."""
+
+    options: ObjectiveOptions = field(default_factory=lambda: ObjectiveOptions("rank"))
+    _was_apart: bool = False  # True after an evaluation in which scores differed
+
+    def texts(self, rows: Sequence[int]) -> list[RankedTexts]:
+        """Return digests and targets of these rows."""
+        return [not_none(self.packer.examples.ranking(row)) for row in rows]
+
+    def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
+        """Compute the losses of the rows, and metrics of those whose documents differ in their targets.
+
+        `hit@1` is the share of rows with a most relevant document first, and `margin` the mean score of these documents
+        above that of the others.
+        """
+        texts = self.texts(rows)
+        scores = scores_of(documents.sums)
+        counts = torch.tensor([len(row.documents) for row in texts])
+        targets = torch.tensor([target for row in texts for target in row.targets], dtype=torch.float64)
+        owner = torch.arange(len(texts)).repeat_interleave(counts)
+        if self.options.ranking_loss == "pointwise":
+            of_documents, saved = binary_cross_entropy_forward(scores, targets, self.options.positive_weight)
+            weight = 1 / counts.double()[owner]
+            losses = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, owner, weight * of_documents)
+            d_scores = binary_cross_entropy_backward(weight, saved).d_scores
+        else:
+            listed = torch.cat([self._distribution(one) for one in targets.split(counts.tolist())])
+            losses, of_lists = decide_forward(scores, listed, owner, len(texts))
+            d_scores = decide_backward(torch.ones_like(losses), of_lists).d_scores
+        measured = _measured(texts, scores.split(counts.tolist()))
+        return RowLosses(losses, torch.stack((d_scores, -d_scores), 1).flatten(), measured)
+
+    def _distribution(self, targets: Tensor) -> Tensor:
+        """Return the target probabilities of a list."""
+        return targets.softmax(0) if self.options.ranking_loss == "listnet" else targets / targets.sum()
+
+    def evaluated(self, rows: Sequence[int], sums: Sequence[float]) -> Mapping[str, float]:
+        """Return the scores of held-out rows.
+
+        Raises:
+            CheckError: the scores have become constant since an earlier evaluation.
+        """
+        scored = self._scored(rows, torch.tensor(sums, dtype=torch.float64))
+        if self._was_apart and not scored.spread > CONSTANT:
+            raise CheckError(
+                f"the scores are constant: those of a query's documents differ by {scored.spread:.2g} nats",
+                why="the learning rate is too high, or the rows contradict each other",
+                next_step="start again with a lower --learning-rate, or with more rows per step (--batch-rows)",
+            )
+        self._was_apart = self._was_apart or scored.spread > CONSTANT
+        return {**scored.values, "spread": scored.spread}
+
+    def held_out_scores(self, bound: BoundModel, micro_batch_rows: int) -> dict[str, Any]:
+        """Return the fields of summary.json on these rows, of the base model and of the adapted one.
+
+        Args:
+            bound: the model with the adapter to measure, which is attached again afterwards.
+            micro_batch_rows: number of rows per forward pass.
+        """
+        every, scores = range(len(self.packer.examples)), {}
+        for name in ("base", "adapted"):
+            if name == "base":
+                bound.model.detach()
+            else:
+                bound.model.attach(bound.lora)
+            sums = not_none(document_sums(bound.model, self.packer, every, micro_batch_rows, Communicator()))
+            scores[f"{name}_retrieval"] = self._scored(every, sums).to_json()
+        return scores
+
+    def _scored(self, rows: Sequence[int], sums: Tensor) -> RankingScores:
+        return score_rankings(self.texts(rows), scores_of(sums).tolist())
+
+
+def scores_of(sums: Tensor) -> Tensor:
+    """Return log p(yes) - log p(no) of every document, (documents,).
+
+    Args:
+        sums: log-probabilities of yes and no, (2 documents,), those of a document next to each other.
+    """
+    yes, no = sums.view(-1, 2).unbind(1)
+    return yes - no
+
+
+def _measured(texts: Sequence[RankedTexts], scores: Sequence[Tensor]) -> dict[str, tuple[float, int]]:
+    firsts, margin, rows = 0, 0.0, 0
+    for row, of_row in zip(texts, scores, strict=True):
+        targets = torch.tensor(row.targets)
+        relevant = targets == targets.max()
+        if relevant.all():
+            continue
+        rows += 1
+        firsts += bool(of_row[relevant].max() > of_row[~relevant].max())
+        margin += float(of_row[relevant].mean() - of_row[~relevant].mean())
+    return {"hit@1": (firsts, rows), "margin": (margin, rows)}
+
+
+def check_targets(options: ObjectiveOptions, examples: StoredExamples) -> None:
+    """Raise DataError unless the targets of these rows fit the loss of rankings."""
+    lists = options.ranking_loss != "pointwise"
+    for number in range(len(examples)):
+        targets = not_none(examples.ranking(number)).targets
+        if lists and len(targets) < 2:
+            raise DataError(
+                f"there is one document in this row, and {options.ranking_loss} compares the documents of a row",
+                where=examples[number].source,
+                next_step="give rows with negatives or with lists of documents, or --ranking-loss pointwise",
+            )
+        if options.ranking_loss == "pointwise" and not all(0 <= target <= 1 for target in targets):
+            raise DataError(
+                f"the score {next(one for one in targets if not 0 <= one <= 1):g} is not from 0 to 1",
+                where=examples[number].source,
+                why="pointwise learns the probability that a document is relevant",
+                next_step="divide the scores by the largest one, or give --ranking-loss listnet",
+            )
+        if options.ranking_loss == "listwise" and (min(targets) < 0 or not sum(targets)):
+            raise DataError(
+                "no document of this row is relevant" if min(targets) >= 0 else "a score is below 0",
+                where=examples[number].source,
+                why="listwise learns the share of each document in the sum of the scores",
+                next_step="remove the row, or give --ranking-loss pointwise or listnet",
+            )

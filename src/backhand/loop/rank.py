@@ -1,0 +1,224 @@
+"""Scores of documents for queries, with or without an adapter: `backhand rank` writes them.
+
+A score is the probability of `yes` against `no` at the end of the prompt, σ(log p(yes) - log p(no)), as the code of
+Qwen3-Reranker, vLLM and llama.cpp compute it. The prompt is that of the adapter's training.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from backhand.bounds import check_kind
+from backhand.data.data_report import TruncationStats
+from backhand.data.documents import RowRenderer
+from backhand.data.examples import Example, check_vocabulary
+from backhand.data.options import NamedColumns, RowSources, TemplateOptions
+from backhand.data.packing import RowPacker
+from backhand.data.ranking_examples import RankingEncoder, RankingFormat
+from backhand.data.rows import INSTRUCTION, EmbeddingRow, RankingRow
+from backhand.data.stored_examples import stored
+from backhand.distributed.communicator import Communicator
+from backhand.errors import DataError, not_none
+from backhand.files import write_atomically
+from backhand.generation.command import check_output
+from backhand.generation.completer import require_finite
+from backhand.generation.loading import LoadedModel, loaded_model
+from backhand.loop.embed import rows_of
+from backhand.loop.objectives.objective import document_sums
+from backhand.loop.objectives.rank import RankObjective, check_targets, scores_of
+from backhand.loop.ranking_scores import score_rankings
+from backhand.options.command_options import RankOptions
+from backhand.options.objectives import ObjectiveOptions
+from backhand.printing import counting, say
+from backhand.terminal import working
+from backhand.words import count_of, show_notes
+
+_DOCUMENTS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Reranker:
+    """A model that scores documents for queries."""
+
+    loaded: LoadedModel
+    encoder: RankingEncoder
+    documents: int  # number of documents per forward pass
+
+    @classmethod
+    def of(
+        cls, loaded: LoadedModel, template: TemplateOptions, documents: int, instruction: str | None = None
+    ) -> Reranker:
+        """Return the reranker of a loaded model.
+
+        Args:
+            instruction: the task; None for that of the adapter's training, or the usual one without an adapter.
+        """
+        known, context = loaded.ranking, loaded.model.context_tokens
+        task = known.get("instruction", INSTRUCTION) if instruction is None else instruction
+        longest = min(int(known.get("max_length", context)), context)
+        encoder = RankingEncoder(RowRenderer(loaded.tokenizer, template), RankingFormat(task), longest)
+        return cls(loaded, encoder, documents)
+
+    def scores(self, rows: Sequence[RankingRow], what: str = "rankings") -> list[list[float]]:
+        """Return log p(yes) - log p(no) of the documents of each row, in nats.
+
+        Args:
+            what: name of the rows in the progress line.
+
+        Raises:
+            DataError: a query is too long, or a row cannot be rendered.
+            CheckError: the model computes NaN or infinity.
+        """
+        pieces = [
+            (number, replace(row, documents=row.documents[start : start + self.documents], targets=()))
+            for number, row in enumerate(rows)
+            for start in range(0, len(row.documents), self.documents)
+        ]
+        scores: list[list[float]] = [[] for _ in rows]
+        stats = TruncationStats()
+        with counting(what, len(pieces)) as done:
+            for part in _parts(pieces):
+                examples = self.encoded([row for _, row in part], stats)
+                for (number, _), of_piece in zip(part, self._scores(examples), strict=True):
+                    scores[number] += of_piece
+                    done()
+        if stats.truncated:
+            show_notes(
+                [f"{count_of(len(stats.truncated), 'row')} with a document that was cut, because it is too long"]
+            )
+        return scores
+
+    def encoded(self, rows: Sequence[RankingRow], stats: TruncationStats) -> list[Example]:
+        """Return the examples of rows. Raises DataError as `scores`."""
+        examples = []
+        for row, example in zip(rows, self.encoder.encode(rows, stats), strict=True):
+            if isinstance(example, DataError):
+                raise example
+            if example is None:
+                raise DataError(
+                    "the query with its instruction leaves no room for the document",
+                    where=row.source,
+                    next_step="shorten the query",
+                )
+            examples.append(example)
+        return examples
+
+    def _scores(self, examples: Sequence[Example]) -> Iterator[list[float]]:
+        model, whole = self.loaded.model, stored(examples)
+        check_vocabulary(whole.beyond(model.vocab_size), model.vocab_size, self.loaded.tokenizer)
+        packer = RowPacker(whole, share_prefixes=model.shares_prefixes)
+        counts = [len(example.documents) // 2 for example in examples]
+        rows = max(1, self.documents // max(counts))
+        sums = not_none(document_sums(model, packer, range(len(examples)), rows, Communicator()))
+        require_finite(sums)
+        return iter([part.tolist() for part in scores_of(sums).split(counts)])
+
+
+def _parts(pieces: Sequence[tuple[int, RankingRow]]) -> Iterator[list[tuple[int, RankingRow]]]:
+    """Yield the pieces in parts that are encoded at once."""
+    part: list[tuple[int, RankingRow]] = []
+    documents = 0
+    for piece in pieces:
+        part.append(piece)
+        documents += len(piece[1].documents)
+        if documents >= _DOCUMENTS_AT_ONCE:
+            yield part
+            part, documents = [], 0
+    if part:
+        yield part
+
+
+def evaluate_rankings(
+    loaded: LoadedModel,
+    data: RowSources,
+    named: NamedColumns,
+    template: TemplateOptions,
+    documents: int,
+    *,
+    adapted: bool,
+) -> tuple[int, list[tuple[float, int, dict[str, Any]]]]:
+    """Score the rankings of the base model and, if an adapter is loaded, of the adapted one, on rows with targets.
+
+    Args:
+        adapted: True if an adapter is loaded.
+
+    Returns:
+        the number of rows; and per model the mean loss of a row, the number of documents, and the scores
+        (`loop.ranking_scores`).
+
+    Raises:
+        UsageError, DataError: the rows cannot be read, or do not fit the loss of the adapter's training.
+    """
+    rows = [row for row in rows_of(data, named, "rankings") if isinstance(row, RankingRow)]
+    options = ObjectiveOptions("rank", ranking_loss=loaded.ranking.get("ranking_loss", "pointwise"))
+    reranker = Reranker.of(loaded, template, documents)
+    examples = stored(reranker.encoded(rows, TruncationStats()))
+    check_targets(options, examples)
+    objective = RankObjective(RowPacker(examples, share_prefixes=False), options=options)
+    every, results = range(len(rows)), []
+    for adapter in (False, True) if adapted else (False,):
+        loaded.model.use_adapter(adapter)
+        by_row = reranker.scores(rows, f"{'adapted' if adapter else 'base'} model: rankings")
+        scores = torch.tensor([score for row in by_row for score in row], dtype=torch.float64)
+        losses = objective.of_sums(every, torch.stack((scores, torch.zeros_like(scores)), 1).flatten()).losses
+        scored = score_rankings(objective.texts(every), scores.tolist())
+        results.append((float(losses.mean()), len(scores), scored.to_json()))
+    return len(rows), results
+
+
+def rank(options: RankOptions) -> list[dict[str, Any]]:
+    """Score the documents of rows, or rank the texts of files for one query.
+
+    Returns:
+        per row `{"score": …}`, or `{"scores": […]}` for a list of documents. With a query, per text `index`,
+        `relevance_score` and `document`, the most relevant first.
+
+    Raises:
+        UsageError, DataError, ArtifactError: an option, the rows, the model or the adapter cannot be used.
+    """
+    check_kind("options", options, RankOptions)
+    options.validate()
+    run = options.run
+    named = NamedColumns(prompt=run.prompt, completion=run.completion)
+    with loaded_model(options.model, run.adapter, template=options.template) as loaded:
+        show_notes(loaded.notes)
+        reranker = Reranker.of(loaded, options.template, run.micro_batch_rows, run.instruction)
+        if run.query is None:
+            rows = [row for row in rows_of(options.data, named, "candidates") if isinstance(row, RankingRow)]
+            return [
+                {"scores": of_row} if row.listed else {"score": of_row[0]}
+                for of_row, row in zip(map(_probabilities, reranker.scores(rows)), rows, strict=True)
+            ]
+        texts = [row.texts[0] for row in rows_of(options.data, named, "texts") if isinstance(row, EmbeddingRow)]
+        (scores,) = reranker.scores([RankingRow(run.query, tuple(texts), (), "query")])
+    order = sorted(range(len(texts)), key=lambda number: (-scores[number], number))
+    probabilities = _probabilities(scores)
+    return [
+        {"index": number, "relevance_score": probabilities[number], "document": texts[number]}
+        for number in order[: run.top]
+    ]
+
+
+def _probabilities(scores: Sequence[float]) -> list[float]:
+    return [float(p) for p in torch.tensor(scores, dtype=torch.float64).sigmoid()]
+
+
+def rank_command(options: RankOptions) -> list[dict[str, Any]]:
+    """Run `rank`, and write one JSON object per line, to `output` or to standard output."""
+    output = options.run.output
+    check_output(output, overwrite=options.run.overwrite)
+    with working("ranking"):
+        lines = rank(options)
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        write_atomically(output, text.encode())
+        say(f"{count_of(len(lines), 'line')} written to {output}")
+    return lines
