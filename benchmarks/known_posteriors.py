@@ -127,7 +127,8 @@ def task_of(given: argparse.Namespace) -> Task:
     counts = (given.rows, given.held_out_rows, given.test_rows)
     (rows, _), (held_out, _), (test, truth) = (draw_rows(count, seed) for seed, count in enumerate(counts, 1))
     model = {"model": given.model, "dtype": given.dtype, "threads": given.threads}
-    training = {"epochs": given.epochs, "batch_rows": given.batch_rows, "learning_rate": given.learning_rate}
+    rate = given.learning_rate if given.learning_rate == "auto" else float(given.learning_rate)
+    training = {"epochs": given.epochs, "batch_rows": given.batch_rows, "learning_rate": rate}
     training |= {"layers": given.layers, "seed": given.seed, "answers": 0, "quiet": True}
     return Task(rows, held_out, test, truth, model, model | training)
 
@@ -227,7 +228,7 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=400)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch-rows", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default="auto")
+    parser.add_argument("--learning-rate", default="auto", help="a number, or auto")
     parser.add_argument("--layers", default="last:10")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import backhand
 from backhand.data.options import DataOptions
 from backhand.errors import UsageError
 from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig, parse_bytes
+from backhand.options.objectives import ObjectiveOptions
 
 NOT_UTF8 = os.fsdecode(b"caf\xe9.jsonl")
 
@@ -158,3 +160,10 @@ def test_something_else_than_the_dataclass_is_named(call: Any, said: str) -> Non
     with pytest.raises(UsageError) as refused:
         call()
     assert said in str(refused.value)
+
+
+def test_few_rows_of_decisions_have_more_epochs() -> None:
+    decide = TrainConfig(objective=ObjectiveOptions(objective="decide"))
+    assert [decide.epochs_of(rows) for rows in (10, 160, 600, 10_000)] == [15, 10, 3, 3]
+    assert TrainConfig().epochs_of(10) == 3
+    assert replace(decide, optimization=OptimizationOptions(epochs=2)).epochs_of(10) == 2

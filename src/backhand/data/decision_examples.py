@@ -104,7 +104,9 @@ class DecisionEncoder:
         for draw in draws:
             for start in range(0, len(examples), _ROWS_AT_ONCE):
                 part = examples[start : start + _ROWS_AT_ONCE]
-                turned = self.encode([not_none(one.decision) for one in part], *draw) if draw else part
+                turned: Sequence[Example | None] = part
+                if draw:
+                    turned = self.encode([not_none(one.decision) for one in part], *draw)
                 for example, other in zip(part, turned, strict=True):
                     writer.add(self._with_names(other or example))
         return writer.stored()

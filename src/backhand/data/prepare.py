@@ -118,7 +118,9 @@ def prepare(
     if purpose == "decisions":
         if questions is None:
             encoder = DecisionEncoder(RowRenderer(tokenizer, options), options.max_length)
-            draws = [(seed, epoch) for epoch in range(epochs)] if options.option_order == "random" else [()]
+            draws: list[tuple[int, ...]] = [()]
+            if options.option_order == "random":
+                draws = [(seed, epoch) for epoch in range(epochs)]
             by_epoch = encoder.for_training(train.examples, draws)
             train = replace(train, examples=by_epoch[: len(train.examples)], by_epoch=by_epoch)
         notes = (*train.report.notes, *question_notes(found))

@@ -92,12 +92,18 @@ class ModelOptions(BaseModelOptions):
             )
 
 
+_EPOCHS = 3
+_DECIDE_STEPS, _MOST_EPOCHS = 100, 15
+"""The labels of decisions mean nothing to a model before it is trained. Fewer steps leave it close to guessing."""
+
+
 @dataclass(frozen=True)
 class OptimizationOptions(Options):
     """Steps, learning rate and batches."""
 
-    epochs: Count = 3
-    """Passes over the training rows."""
+    epochs: Count | None = None
+    """Passes over the training rows. Default: 3, and with few rows for `decide` as many as make 100 steps, at most
+    15."""
 
     max_steps: Count | None = None
     """Stop after this many optimizer steps, whatever the epochs."""
@@ -253,6 +259,16 @@ class TrainConfig(Options):
     run: RunOptions = field(default_factory=RunOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     rewards: RewardOptions = field(default_factory=RewardOptions)
+
+    def epochs_of(self, rows: int) -> int:
+        """Return the number of passes over this number of training rows."""
+        optimization = self.optimization
+        if optimization.epochs is not None:
+            return optimization.epochs
+        if self.objective.objective != "decide":
+            return _EPOCHS
+        steps_per_epoch = -(-rows // optimization.batch_rows)
+        return min(max(_EPOCHS, -(-_DECIDE_STEPS // steps_per_epoch)), _MOST_EPOCHS)
 
     @property
     def run_config(self) -> TrainConfig:

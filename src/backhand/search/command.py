@@ -88,7 +88,7 @@ def search_command(config: SearchConfig, typed: frozenset[str] = frozenset()) ->
 
 
 def resolved(config: SearchConfig, plan: RunPlan) -> SearchConfig:
-    """Return the configuration with resolved held-out rows and, if the learning rate is varied, its number for `auto`.
+    """Return the configuration with resolved held-out rows, and with numbers for the defaults of varied options.
 
     Without `--over` the range of the learning rate is set around this number.
     """
@@ -98,6 +98,8 @@ def resolved(config: SearchConfig, plan: RunPlan) -> SearchConfig:
         options = replace(options, learning_rate=plan.inputs.learning_rate(options)[0])
         if not search.over:
             search = replace(search, over=(f"learning_rate={rate / BELOW:.4g}:{rate * ABOVE:.4g}:log",))
+    if any(one.name == "epochs" for one in search.dimensions):
+        options = replace(options, epochs=config.epochs_of(len(plan.inputs.train.examples)))
     return replace(config, search=search, optimization=options, data=plan.inputs.config.data)
 
 
@@ -327,7 +329,7 @@ class Search:
     def steps(self, config: TrainConfig) -> int:
         """Return the number of steps of a run."""
         sampler = Sampler(self.rows, config.optimization.batch_rows, config.run.seed)
-        return config.optimization.max_steps or config.optimization.epochs * sampler.steps_per_epoch
+        return config.optimization.max_steps or config.epochs_of(self.rows) * sampler.steps_per_epoch
 
     def step_of(self, config: TrainConfig, stage: int) -> int:
         """Return the step at which a stage ends, which has an evaluation."""

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backhand.data.data_report import DataReport
+from backhand.errors import not_none
 from backhand.loop.step import LearningRate
 from backhand.loop.step_plan import SUPERVISED, five_times
 from backhand.options.config import OptimizationOptions, TrainConfig
@@ -280,7 +281,7 @@ def _pair_advice(config: TrainConfig, summary: RunSummary, answers: AnswerLength
 
 def _twice_as_long(config: TrainConfig, total_steps: int) -> str:
     options = config.optimization
-    return f"--max-steps {2 * total_steps}" if options.max_steps else f"--epochs {2 * options.epochs}"
+    return f"--max-steps {2 * total_steps}" if options.max_steps else f"--epochs {2 * not_none(options.epochs)}"
 
 
 def _again(run: Path, changes: str) -> str:

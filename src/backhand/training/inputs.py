@@ -119,7 +119,7 @@ def read_inputs(
     else:
         data, seed, purpose = config.data, config.run.seed, config.objective.purpose
         teacher, text_format = _teacher_prompts(config.objective), format_of(config.objective)
-        epochs = min(config.optimization.epochs, _MOST_FORMS)
+        epochs = min(config.optimization.epochs or _MOST_FORMS, _MOST_FORMS)
         train, held_out = run_cache.get_or_create(
             "rows",
             (data, seed, purpose, teacher, text_format, epochs),
@@ -154,6 +154,8 @@ def read_inputs(
         train = packer.rows
     if isinstance(held_out_packer, DistilledPacker | DistilledPrompts):
         held_out = held_out_packer.rows
+    epochs = config.epochs_of(len(train.examples))
+    config = replace(config, optimization=replace(config.optimization, epochs=epochs))
     forms = len(train.of_all_epochs) // len(train.examples)
     sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed, forms)
     measures_forgetting = held_out is not None or config.run.max_forgetting is not None
@@ -169,7 +171,7 @@ def read_inputs(
         packer=packer,
         held_out_packer=held_out_packer,
         sampler=sampler,
-        total_steps=config.optimization.max_steps or config.optimization.epochs * sampler.steps_per_epoch,
+        total_steps=config.optimization.max_steps or epochs * sampler.steps_per_epoch,
         neutral=neutral,
         notes=tuple(notes),
         base_facts=run_cache.get_or_create("base facts", (model.model, model.quantize), lambda: BaseFacts(source)),
