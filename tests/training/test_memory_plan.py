@@ -156,8 +156,8 @@ def shapes_of(steps: Sequence[Sequence[int]], rows: Rows, options: Sequence[int]
 
 def test_shapes_of_the_micro_batches_that_steps_make() -> None:
     shapes = shapes_of([[0, 1], [2, 3]], Rows([10, 20, 200, 200], [5, 6, 7, 8]), [1, 2])
-    assert shapes[1] == StepShape(208, 8, (200, 8), mean_tokens=116, sizes=8 + 4)
-    assert shapes[2] == StepShape(400, 15, (200, 200), mean_tokens=216, sizes=8 + 2)
+    assert shapes[1] == StepShape(208, 8, (200, 8), mean_tokens=116, sizes=2 + 4)
+    assert shapes[2] == StepShape(400, 15, (200, 200), mean_tokens=216, sizes=2 + 2)
 
 
 def test_later_steps_are_laid_out_where_they_may_be_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,13 +126,25 @@ def gc_frozen() -> Iterator[None]:
         gc.unfreeze()
 
 
-def limit_onednn_cache() -> None:
-    """Limit oneDNN's cache to 512 compiled kernels instead of 1,024, unless the user has set a limit.
+_KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+"""Environment variables with the number of kernels in torch's cache of oneDNN's kernels, and in oneDNN's own cache."""
 
-    Each kernel takes half a megabyte, and rows of many lengths need new ones all the time. The library reads the limit
-    when it compiles its first kernel. The call has no effect in a process that has multiplied matrices before.
+
+def limit_kernel_caches() -> None:
+    """Limit the caches of compiled kernels to 128 kernels instead of 1,024, unless the user has set a limit.
+
+    Each kernel takes 0.5 to 0.9 MB, and rows of many lengths need new ones all the time: without a limit, a run's
+    memory grows by some hundred megabytes. A pass of one size needs about 35. The libraries read the limits when they
+    compile their first kernel. The call has no effect in a process that has multiplied matrices before.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
+    for name in _KERNEL_CACHES:
+        os.environ.setdefault(name, "128")
+
+
+def most_kernels() -> int:
+    """Return the number of compiled kernels that the caches keep; 1,024 is the libraries' default."""
+    limits = (os.environ.get(name, "") for name in _KERNEL_CACHES)
+    return max(int(limit) if limit.isdecimal() else 1024 for limit in limits)
 
 
 def medium_precision_pays() -> bool:
@@ -160,12 +172,12 @@ def medium_precision_pays() -> bool:
 def compute_settings(
     options: BaseModelOptions, threads: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[None]:
-    """Apply threads, float32 library, allocator and oneDNN cache of a command.
+    """Apply threads, float32 library, allocator and kernel caches of a command.
 
     The first two are restored afterwards.
     """
     threads_before, precision_before = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    limit_onednn_cache()
+    limit_kernel_caches()
     if options.tune_allocator and device.type == "cpu":
         keep_freed_memory()
     _check_threads(threads)

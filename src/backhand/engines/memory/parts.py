@@ -14,7 +14,6 @@ addition to recomputed tensors.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +23,7 @@ import torch
 from backhand.engines.memory.shapes import StepShape
 from backhand.generation.completer import CACHE_BYTES
 from backhand.kernels.dense_product import amx_available
+from backhand.nn.compute import most_kernels
 from backhand.nn.decoder.adapted_group import backward_end
 from backhand.nn.decoder.kv_cache import PAGE, bytes_per_token, state_bytes
 from backhand.nn.decoder.weights import empty_weights, named_views
@@ -38,6 +38,10 @@ _CHECKPOINT_COPIES = 8  # a checkpoint's adapter and state (values and two momen
 _SAMPLING_COPIES = 8  # of the logits of all answers that are sampled together
 _NEUTRAL_COPIES = 2  # logits with and without the adapter
 
+
+KERNEL_BYTES, EXPERT_KERNEL_BYTES = 700_000, 250_000
+"""Bytes of a cached oneDNN kernel, including the gaps that evicted kernels leave. Those for the few rows of an expert
+are smaller."""
 
 GAPS, WIDE_GAPS = 0.08, 0.25
 _GAPS_BYTES = 32 << 20
@@ -64,6 +68,7 @@ class ModelSize:
     cache_bytes: int  # bytes per token of keys and values in a conversation
     mixer_state_bytes: int = 0  # bytes per conversation of the states of mixers other than attention
     kernels: int = 0  # largest number of kernels that a library compiles for each size of a pass
+    kernel_bytes: int = KERNEL_BYTES  # bytes of one of them
     measured: bool = True  # True if a step's memory can be measured before the run
     gaps: float = GAPS  # gaps between freed buffers as a share of a step's memory: `GAPS` or `WIDE_GAPS`
 
@@ -109,20 +114,13 @@ def parts_of(size: ModelSize, shape: StepShape, step: StepBytes, process_bytes: 
     fullest, most = "workspace", step.workspace
     if between > most:
         fullest, most = "checkpoints and measurements", between
-    capacity = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
-    most_kernels = int(capacity) if capacity.isdecimal() else 1024  # oneDNN's default
-    kernel_bytes = _AMX_KERNEL_BYTES if torch.cpu._is_amx_tile_supported() else _KERNEL_BYTES
     parts = {
         **fixed_parts(size, shape.gradient_copies, process_bytes),
         "kept activations": step.saved,
         fullest: most,
-        "compiled kernels": min(shape.sizes * size.kernels, most_kernels) * kernel_bytes,
+        "compiled kernels": min(shape.sizes * size.kernels, most_kernels()) * size.kernel_bytes,
     }
     return {**parts, "gaps between buffers": round(size.gaps * (step.saved + most)) + _GAPS_BYTES}
-
-
-_AMX_KERNEL_BYTES, _KERNEL_BYTES = 700_000, 220_000
-"""Bytes of a cached oneDNN kernel, including the gaps that evicted kernels leave: with AMX, and without (EPYC)."""
 
 
 def second_model_bytes(size: ModelSize, process_bytes: int, tokens: int) -> int:
@@ -183,6 +181,7 @@ def decoder_size(
         mixer_state_bytes=state_bytes(config, dtype),
         gaps=_gaps(layout),
         kernels=0 if amx_available(dtype) else _kernels(dtype.itemsize, experts=config.mixture is not None),
+        kernel_bytes=KERNEL_BYTES if config.mixture is None else EXPERT_KERNEL_BYTES,
     )
 
 
@@ -192,7 +191,7 @@ def _gaps(layout: AdapterLayout) -> float:
 
 def _kernels(dtype_bytes: int, *, experts: bool = False) -> int:
     """Return the number of products of a pass that oneDNN compiles for its size. Experts differ in size per pass."""
-    if dtype_bytes == FLOAT32_BYTES:
+    if dtype_bytes == FLOAT32_BYTES and torch.get_float32_matmul_precision() != "medium":
         return 0
     return 1 << 20 if experts else 16
 

@@ -116,5 +116,5 @@ def largest_shapes(
 
 
 _STEPS_PACKED = 1000
-_OTHER_SIZES = 8
+_OTHER_SIZES = 2
 """Number of further sizes, of held-out rows and neutral texts."""
