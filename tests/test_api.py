@@ -218,6 +218,12 @@ def test_a_dash_is_standard_input(tiny: TinyRun, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["rows"] == len(ROWS)
 
 
+def test_a_callback_that_is_none_is_refused_before_anything(tiny: TinyRun, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as refused:
+        backhand.train(**options(tiny, tmp_path / "run", data=str(tiny.rows)), callbacks=[print, "x"])
+    assert refused.value.where == "callbacks[1]" and not (tmp_path / "run").exists()
+
+
 def test_a_callback_ends_the_run_of_every_process(tiny: TinyRun, tmp_path: Path) -> None:
     made = options(tiny, tmp_path / "run", data=str(tiny.rows), epochs=9, eval_data=())
     program = (

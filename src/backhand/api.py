@@ -259,21 +259,28 @@ def decide(
         adapter: directory of an adapter that was trained with `objective="decide"`.
         questions: other questions than those that the adapter was trained on, in the protocol's form.
         model: the base model.
-        options: any other option of `backhand decide`.
+        options: any other option of `backhand decide`. `data` gives rows with the columns of training, not states.
 
     Raises:
         UsageError, DataError, ArtifactError: an option, a state, a question, the model or the adapter cannot be used.
     """
-    if (state is None) == (states is None) or isinstance(states, str):
+    if (state is not None) + (states is not None) + ("data" in options) != 1 or isinstance(states, str):
         raise UsageError(
-            "give either state or states",
+            "give either state, states or data",
             where="states",
-            next_step="backhand.decide('…') for one state, backhand.decide(states=['…', '…']) for several",
+            next_step="backhand.decide('…') for one state, backhand.decide(states=['…', '…']) for several, "
+            "backhand.decide(data=…) for rows with the columns of training",
         )
+    given = _named(adapter=adapter, model=model) | options
     own = {} if questions is None else {"questions": questions}
-    rows = [{"state": one, **own} for one in ([state] if states is None else states)]
-    given = _named(adapter=adapter, model=model) | options | {"data": rows, "state": "state"}
-    answers = [line["answers"] for line in decide_states(_options("decide", DecideOptions, given))] if rows else []
+    if "data" in options:
+        given |= own
+    else:
+        rows = [{"state": one, **own} for one in ([state] if states is None else states or ())]
+        if not rows:
+            return []
+        given |= {"data": rows, "state": "state"}
+    answers = [line["answers"] for line in decide_states(_options("decide", DecideOptions, given))]
     return answers if state is None else answers[0]
 
 

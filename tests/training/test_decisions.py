@@ -355,7 +355,9 @@ def test_the_python_function_returns_the_answers_of_the_command(straight: TrainC
     assert backhand.decide(states=[STATE, {"text": STATE}], **given)[0].keys() == {"team", "mood"}
     own = {"ours": {"type": "score", "instructions": "Which?", "criteria": ["low", "high"]}}
     assert backhand.decide(STATE, questions=own, **given)["ours"]["legend"] == {"0": "low", "1": "high"}
-    with pytest.raises(UsageError, match="either state or states"):
+    (held_out,) = straight.data.eval_data
+    assert len(backhand.decide(data=held_out, **given)) == 6  # type: ignore[call-overload]
+    with pytest.raises(UsageError, match="either state, states or data"):
         backhand.decide(**given)  # type: ignore[call-overload]
 
 

@@ -23,6 +23,7 @@ from backhand.options.config_file import dump_config
 from backhand.runs.checkpoint import CheckpointStore, load_checkpoint
 from backhand.runs.directory import RunDirectory
 from backhand.runs.interruption import Interrupted
+from backhand.runs.status import read_status
 from backhand.training.run import train
 from backhand.training.trainer import Trainer
 from support.fault_table import documented
@@ -231,6 +232,27 @@ def test_interrupting_a_proof_of_resuming_proves_nothing(
     again = with_options(TrainConfig(), output=tmp_path / "run", resume=True, prove_resume=2, quiet=True)
     assert train(again).steps == 6
     assert "end in the same bits" in (tmp_path / "run" / "proofs.jsonl").read_text().splitlines()[-1]
+
+
+def test_a_signal_after_the_last_step_ends_the_program_after_the_run(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is finished, and what the program does after it does not begin."""
+    from backhand.training import trainer
+
+    original = trainer.summarise
+
+    def terminated(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(trainer, "summarise", terminated)
+    config = tiny.config(tmp_path / "run", max_steps=2)
+    with pytest.raises(SystemExit) as ended:
+        train(config)
+    status = read_status(config.run.output)
+    assert ended.value.code == 143 and status is not None and status.state == "finished"
+    assert (config.run.output / "adapter").is_dir()
 
 
 class _Terminates(Observer):

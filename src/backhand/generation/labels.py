@@ -37,7 +37,7 @@ AUTO, NONE = "auto", "none"
 MOST_LABELS, LONGEST_LABEL, ROWS_A_LABEL = 64, 60, 3
 RULE = (
     f"answers are labels where they are 2 to {MOST_LABELS} different lines of at most {LONGEST_LABEL} characters, "
-    f"each of them the answer of {ROWS_A_LABEL} rows in the mean"
+    f"each of them the answer of {ROWS_A_LABEL} rows on average"
 )
 
 

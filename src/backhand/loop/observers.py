@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from backhand.errors import UsageError
 from backhand.loop.forecast import Forecast
 from backhand.runs.directory import METRICS, RunDirectory
 from backhand.runs.summary import RunSummary
+from backhand.words import shorten
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,21 @@ class _RecordFunction(Observer):
 
 
 def as_observers(callbacks: Iterable[Callback]) -> list[Observer]:
-    """Return an observer for each callback. A function is called with the records of steps and evaluations."""
-    return [callback if isinstance(callback, Observer) else _RecordFunction(callback) for callback in callbacks]
+    """Return an observer for each callback. A function is called with the records of steps and evaluations.
+
+    Raises:
+        UsageError: a callback is neither a function nor an `Observer`.
+    """
+    observers: list[Observer] = []
+    for number, callback in enumerate(callbacks):
+        if not (isinstance(callback, Observer) or callable(callback)):
+            raise UsageError(
+                f"{shorten(repr(callback))} is neither a function nor an Observer",
+                where=f"callbacks[{number}]",
+                next_step="give a function that is called with each record, a dict",
+            )
+        observers.append(callback if isinstance(callback, Observer) else _RecordFunction(callback))
+    return observers
 
 
 class MetricsFile(Observer):

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from backhand.errors import BackhandError
 
@@ -60,10 +60,12 @@ class Interruption:
                     self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         self._previous_handlers.clear()
+        if error is None and self.requested is not None:
+            _stop(self.requested)  # the run ended before it could stop; what follows it must not begin
 
     @contextmanager
     def graceful(self) -> Iterator[None]:
@@ -85,7 +87,11 @@ class Interruption:
             with suppress(RuntimeError):  # Python does not allow printing if the signal interrupted a print
                 self._announce("stopping after this step and saving; a second signal stops at once, without saving")
             return
-        # Not an Exception: a library's `except Exception` must not swallow it.
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + number)
+        _stop(number)
+
+
+def _stop(number: int) -> NoReturn:
+    # Not an Exception: a library's `except Exception` must not swallow it.
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)

@@ -238,7 +238,7 @@ def closing_lines(summary: RunSummary) -> list[str]:
     if summary.skipped_steps:
         lines.append(f"{summary.skipped_steps} steps were skipped: their loss or gradient was not finite.")
     if summary.malformed_rows:
-        lines.append(f"{summary.malformed_rows:,} malformed rows were left out.")
+        lines.append(f"Left out: {count_of(summary.malformed_rows, 'malformed row')}.")
     if summary.stopped_because:
         lines.append(f"Stopped early: {summary.stopped_because}.")
     if summary.advice:

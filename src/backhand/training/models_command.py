@@ -47,7 +47,7 @@ from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
-from backhand.nn.loading.stores import StoredModel, models_on_this_machine
+from backhand.nn.loading.stores import StoredModel, models_on_this_machine, packaged_models
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.options.command_options import ModelsOptions
 from backhand.options.config import ModelOptions, Recompute
@@ -141,7 +141,9 @@ def models(options: ModelsOptions) -> list[ListedModel]:
     """Return every model on this machine. A file that cannot be opened is listed with the reason."""
     dtype = default_dtype(torch.device("cpu"))
     process, seconds = settled_rss_bytes(dtype), TokenSeconds(dtype)
-    return [_listed(stored, dtype, process, seconds) for stored in models_on_this_machine(tuple(options.places))]
+    packaged = [] if options.places else packaged_models()
+    every = [*packaged, *models_on_this_machine(tuple(options.places))]
+    return [_listed(stored, dtype, process, seconds) for stored in every]
 
 
 def _listed(stored: StoredModel, dtype: torch.dtype, process_bytes: int, seconds: TokenSeconds) -> ListedModel:

@@ -18,7 +18,7 @@ from backhand.errors import ArtifactError
 from backhand.kernels.builds import library, torch_form
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading.opening import open_model
-from backhand.nn.loading.stores import models_on_this_machine, stored_path
+from backhand.nn.loading.stores import models_on_this_machine, packaged_models, stored_path
 from backhand.options.command_options import ModelsOptions
 from backhand.training.models_command import ListedModel, TokenSeconds, models
 from support.tiny_gguf import write_tiny_gguf
@@ -43,6 +43,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("OLLAMA_MODELS", "LLAMA_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("backhand.training.models_command.packaged_models", list)
     return tmp_path
 
 
@@ -230,6 +231,14 @@ def test_a_folder_and_files_that_are_no_models(
     shown = capsys.readouterr().out
     assert "llama" in shown and "damaged.gguf" in shown
     assert state(place) == before
+
+
+def test_the_model_of_an_installed_package_is_listed_by_its_name(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backhand.training.models_command.packaged_models", packaged_models)
+    found = {one.name: one for one in models(ModelsOptions())}
+    ours = found["smollm2-135m"]
+    assert (ours.store, ours.family, ours.engine) == ("PyPI", "llama", "backhand") and ours.memory_bytes
+    assert not models(ModelsOptions(places=(home,)))
 
 
 def test_no_models_at_all_says_where_it_looked(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

