@@ -14,6 +14,7 @@ import torch
 
 from backhand.adapters.base_facts import BaseFacts
 from backhand.data.data_report import DataReport
+from backhand.data.options import DataOptions
 from backhand.errors import UsageError
 from backhand.loop.observers import Observer, RunStart
 from backhand.loop.step_plan import COMPARING_RATE, HIGHEST_RATE, RATE, chosen_rate
@@ -200,6 +201,18 @@ def test_the_advice_is_in_summary_and_report_and_can_be_pasted(tiny: TinyRun, tm
     assert summary.try_next.startswith(f"backhand train '{output}/config.toml' --learning-rate ")
     assert json.loads((output / "summary.json").read_text())["try_next"] == summary.try_next
     assert "a token of the right answer has a probability" in headline(read_run(output))
+
+
+def test_the_next_run_on_rows_of_a_program_is_a_call(tmp_path: Path) -> None:
+    """The command line cannot have the rows."""
+    config = TrainConfig(
+        data=DataOptions(data=[{"prompt": "a", "completion": "b"}]),
+        optimization=OptimizationOptions(learning_rate=1e-3, max_steps=50, warmup_steps=2),
+    )
+    held_out = [(step, 3.0 - 0.04 * step) for step in range(0, 51, 10)]
+    found = advice(config, Curves(held_out, []), 50, 1e-3, tmp_path / "run")
+    assert found is not None and found[1] is not None
+    assert found[1].startswith(f"backhand.train(data=…, max_steps=100, output='{tmp_path}/run-again')")
 
 
 def test_few_held_out_rows_and_rows_not_seen_change_the_advice(tmp_path: Path) -> None:

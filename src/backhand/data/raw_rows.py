@@ -87,7 +87,7 @@ def latin1_error(source: str, byte: int | None = None) -> DataError:
     return DataError(
         f"this line is not UTF-8{shown}; it looks like Latin-1 or Windows-1252",
         where=source,
-        next_step="convert the file: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW, or leave such rows out with --skip-bad",
+        next_step="convert the file: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW; from Excel, save it as CSV UTF-8",
     )
 
 

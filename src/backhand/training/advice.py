@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backhand.data.data_report import DataReport
+from backhand.data.given_rows import PREFIX
 from backhand.errors import not_none
 from backhand.loop.step import LearningRate
 from backhand.loop.step_plan import SUPERVISED, five_times
@@ -184,7 +185,7 @@ def advice(
         sentence = (
             "The reward of held-out prompts did not rise: more steps, or a larger --group, give more to learn from."
         )
-        return sentence, _again(run, twice)
+        return sentence, _again(config, run, twice)
     finding = first_finding(curves, until, relative)
     if finding is None:
         return None
@@ -197,7 +198,7 @@ def advice(
     step, forgotten = curves.best[0], curves.forgotten_nats or 0.0
     if finding == "fine" and unseen_rows and step == curves.held_out[-1][0]:
         unseen = f"{count_of(unseen_rows, 'row')} {'was' if unseen_rows == 1 else 'were'} not trained on yet"
-        return f"{unseen}, and the held-out loss was lowest at the last step.", _again(run, twice)
+        return f"{unseen}, and the held-out loss was lowest at the last step.", _again(config, run, twice)
     higher = f"--learning-rate {auto_rate if rate < LOW * auto_rate else 3 * rate:.2g}"
     fewer = max((options.warmup_steps or 0) + 1, round(until(step, total_steps) * total_steps))
     lower = f"--learning-rate {auto_rate if rate > HIGH * auto_rate else rate / 3:.2g}"
@@ -224,7 +225,7 @@ def advice(
     }[finding]
     if not changes:
         return sentence, None
-    return sentence, _again(run, changes)
+    return sentence, _again(config, run, changes)
 
 
 def too_few_rows(held_out: DataReport) -> int:
@@ -249,7 +250,7 @@ def answer_advice(config: TrainConfig, summary: RunSummary, run: Path) -> tuple[
     if summary.try_next is not None:  # the curves ask for another run already
         return None
     sentence = "The labels themselves are not clearly learnt: more rows, or more steps, may teach them."
-    return sentence, _again(run, _twice_as_long(config, summary.steps))
+    return sentence, _again(config, run, _twice_as_long(config, summary.steps))
 
 
 def _pair_advice(config: TrainConfig, summary: RunSummary, answers: AnswerLengths, run: Path) -> tuple[str, str] | None:
@@ -262,20 +263,21 @@ def _pair_advice(config: TrainConfig, summary: RunSummary, answers: AnswerLength
         sentence = f"The pairs are ordered, but chosen answers became less probable by {-fell:.3g} nats: fewer steps"
         fewer = max((config.optimization.warmup_steps or 0) + 1, summary.steps // 2)
         start = f"--from-adapter {shlex.quote(started_from)} " if started_from is not None else ""
-        return f"{sentence} change them less.", _again(run, f"{start}--max-steps {fewer}")
+        return f"{sentence} change them less.", _again(config, run, f"{start}--max-steps {fewer}")
     if started_from is not None:
         if not answers_got_worse(answers):
             return None
         rate = float(config.optimization.learning_rate)
         sentence = "Pairs alone moved the answers away from the chosen ones: a lower rate stays nearer to the start."
-        return sentence, _again(run, f"--from-adapter {shlex.quote(started_from)} --learning-rate {rate / 3:.2g}")
+        changes = f"--from-adapter {shlex.quote(started_from)} --learning-rate {rate / 3:.2g}"
+        return sentence, _again(config, run, changes)
     first = run.with_name(f"{run.name}-chosen")
     files = " ".join(map(shlex.quote, config.data.data))
     model, adapter = shlex.quote(config.model.model), shlex.quote(str(first / ADAPTER))
     train = f"backhand train --model {model} --data {files} --completion chosen --output {shlex.quote(str(first))}"
     return (
         "Pairs teach which answer is better, not what to say: train on the chosen answers first, then on the pairs.",
-        f"{train} && {_again(run, f'--from-adapter {adapter}')}",
+        f"{train} && {_again(config, run, f'--from-adapter {adapter}')}",
     )
 
 
@@ -284,9 +286,18 @@ def _twice_as_long(config: TrainConfig, total_steps: int) -> str:
     return f"--max-steps {2 * total_steps}" if options.max_steps else f"--epochs {2 * not_none(options.epochs)}"
 
 
-def _again(run: Path, changes: str) -> str:
-    """Return the command that repeats a run with changed options, in a directory next to it."""
+def _again(config: TrainConfig, run: Path, changes: str) -> str:
+    """Return the command that repeats a run with changed options, in a directory next to it.
+
+    For rows that a program gave it is the call, since the command line cannot have them.
+    """
     repeated = re.fullmatch(r"(.*)-again(?:-(\d+))?", run.name, re.DOTALL)
     name = f"{repeated[1]}-again-{int(repeated[2] or 1) + 1}" if repeated else f"{run.name}-again"
-    output = shlex.quote(str(run.with_name(name)))
-    return f"backhand train {shlex.quote(str(run / CONFIG))} {changes} --output {output}"
+    output = str(run.with_name(name))
+    if any(name.startswith(PREFIX) for name in config.data.data):
+        words = shlex.split(changes)
+        names = [option.removeprefix("--").replace("-", "_") for option in words[::2]]
+        values = [value if value[0].isdigit() else repr(value) for value in words[1::2]]
+        given = ", ".join(map("=".join, zip(names, values, strict=True)))
+        return f"backhand.train(data=…, {given}, output={output!r}) with the other options as before"
+    return f"backhand train {shlex.quote(str(run / CONFIG))} {changes} --output {shlex.quote(output)}"
