@@ -161,7 +161,7 @@ def test_a_loss_that_has_come_to_rest_is_not_falling() -> None:
 def test_what_rose_is_tried_with_as_much_learning_as_it_was_best_with(tmp_path: Path) -> None:
     def tried(losses: Sequence[float], steps: int, run: str = "one", **options: Any) -> str | None:
         plan = {"learning_rate": 1e-3, "schedule": "linear", "warmup_steps": 0, **options}
-        config = with_options(TrainConfig(), **plan)
+        config = with_options(TrainConfig(), epochs=3, **plan)
         held_out = [(steps * place // (len(losses) - 1), loss) for place, loss in enumerate(losses)]
         found = advice(config, Curves(held_out, []), steps, 1e-3, tmp_path / run)
         assert found is not None and "rose after" in found[0]
@@ -217,7 +217,9 @@ def test_the_next_run_on_rows_of_a_program_is_a_call(tmp_path: Path) -> None:
 
 def test_few_held_out_rows_and_rows_not_seen_change_the_advice(tmp_path: Path) -> None:
     def said(losses: Sequence[float], objective: str = "sft", **counts: int) -> tuple[str, str | None] | None:
-        config = with_options(TrainConfig(objective=ObjectiveOptions(objective=objective)), learning_rate=1e-3)
+        config = with_options(
+            TrainConfig(objective=ObjectiveOptions(objective=objective)), epochs=3, learning_rate=1e-3
+        )
         held_out = [(10 * number, loss) for number, loss in enumerate(losses)]
         return advice(config, Curves(held_out, []), 50, 1e-3, tmp_path, **counts)
 
@@ -236,7 +238,7 @@ def test_few_held_out_rows_and_rows_not_seen_change_the_advice(tmp_path: Path) -
 
 
 def test_a_short_run_is_not_repeated_with_one_step_less(tmp_path: Path) -> None:
-    config = with_options(TrainConfig(), learning_rate=1e-3, schedule="linear", warmup_steps=0)
+    config = with_options(TrainConfig(), epochs=3, learning_rate=1e-3, schedule="linear", warmup_steps=0)
     found = advice(config, Curves([(0, 2.0), (3, 0.7), (6, 0.62), (9, 0.67)], []), 9, 1e-3, tmp_path)
     assert found is not None and "nearly all of its steps" in found[0] and found[1] is None
 
@@ -244,9 +246,9 @@ def test_a_short_run_is_not_repeated_with_one_step_less(tmp_path: Path) -> None:
 def test_a_low_rate_is_raised_before_steps_are_added(tmp_path: Path) -> None:
     curves = Curves([(number, 2.0 - 0.2 * number) for number in range(6)], [])
     usual = 1e-3
-    low = with_options(TrainConfig(), learning_rate=usual / 10)
+    low = with_options(TrainConfig(), epochs=3, learning_rate=usual / 10)
     said = [
         advice(config, curves, 60, usual, tmp_path)
-        for config in (low, replace(low, optimization=OptimizationOptions(learning_rate=usual)))
+        for config in (low, replace(low, optimization=OptimizationOptions(epochs=3, learning_rate=usual)))
     ]
     assert [one and one[1] and one[1].split()[3] for one in said] == ["--learning-rate", "--epochs"]
