@@ -182,7 +182,12 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if ours in peers and peer.startswith("trl")
         for what, key in (("speed", "seconds"), ("speed by processor time", "cpu_s"), ("memory", "peak_rss_bytes"))
     }
-    return {"workload": {**task, "context": f"{arguments.context} words"}, "peers": peers, "ratios": ratios}
+    workload = {name: value for name, value in task.items() if name != "data"}
+    return {
+        "workload": {**workload, "steps": arguments.steps, "context": f"{arguments.context} words"},
+        "peers": peers,
+        "ratios": ratios,
+    }
 
 
 def main() -> None:

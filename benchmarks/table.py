@@ -124,6 +124,7 @@ _QUANTIZED_NAMES = {
 }
 _MODELS = {
     "smollm2-135m": "SmolLM2-135M",
+    "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B (Q4_K_M)",
     "0.5b": "the shape of a Qwen2 of 0.5 billion",
     "smollm2": "SmolLM2-135M (Q4_1)",
     "1.5b": "the shape of a Qwen2 of 1.5 billion (Q4_K_M)",
@@ -222,7 +223,10 @@ def section() -> str:
         lines += finetune_section(finetune)
     if (HERE / "results" / "preference.json").exists():
         lines += pairs_section(_read("preference.json"))
-    sections = (("rewards", rewards_section), ("rewards_sampling", sampling_section), ("baking", baking_section))
+    sections = (
+        *(("rewards", rewards_section), ("rewards_sampling", sampling_section)),
+        *(("baking", baking_section), ("few_shot", few_shot_section)),
+    )
     for name, make in sections:
         if (HERE / "results" / f"{name}.json").exists():
             lines += make(_read(f"{name}.json"))
@@ -301,17 +305,45 @@ def baking_section(results: dict[str, Any]) -> list[str]:
     lines = ["", "## Prompt baking", "", "`python benchmarks/baking.py`", "", machine_line(results["machine"]), ""]
     lines.append(
         f"A context of {workload['context']}, {workload['prompts']} prompts a step, answers of at most "
-        f"{workload['new_tokens']} tokens, two epochs, {workload['dtype']}. Seconds of all of training, with sampling:"
+        f"{workload['new_tokens']} tokens, two epochs, {workload['dtype']}. Seconds of all of training, with sampling. "
+        "Two threads that use less processor time than twice these seconds shared the machine with other load."
     )
     rows, ours = [], peers["backhand"]
     for peer, row in peers.items():
         compared = ["", f"{row['peak_rss_bytes'] / 2**30:.2f} GiB", ""]
         if peer.startswith("trl"):
-            compared[0] = f"{row['seconds'] / ours['seconds']:.2f} ×"
+            both = (peers[name] for name in ("backhand", "backhand-student") if name in peers)
+            compared[0] = " and ".join(f"{row['seconds'] / one['seconds']:.1f} ×" for one in both)
             compared[2] = f"{ours['peak_rss_bytes'] / row['peak_rss_bytes']:.2f}"
-        rows.append([_BAKING_NAMES[peer], f"{row['seconds']:.1f} s", f"{row['answer_tokens']:.0f}", *compared])
-    head = ["", "training", "answer tokens", "Backhand is faster by", "peak memory", "of it Backhand's"]
+        seconds = [f"{row['seconds']:.1f} s", f"{row['cpu_s']:.1f} s"]
+        rows.append([_BAKING_NAMES[peer], *seconds, f"{row['answer_tokens']:.0f}", *compared])
+    head = ["", "training", "processor time", "answer tokens", "Backhand is faster by", "peak memory"]
+    head.append("of it Backhand's")
     return [*lines, "", *table(head, rows)]
+
+
+def few_shot_section(results: dict[str, Any]) -> list[str]:
+    """Return the tables of `few_shot.json`: examples in a prompt turned into adapters."""
+    lines = ["", "## Examples of a prompt, baked", "", "`python benchmarks/few_shot.py`", ""]
+    lines += [machine_line(results["machine"]), ""]
+    lines.append("Greedy answers without the prompt, by the true answers; next to `sft` on the same answers:")
+    matches, seconds = [], []
+    for model, tasks in results["models"].items():
+        for task, row in tasks.items():
+            name = f"{_MODELS.get(model, model)}: {task}, {row['examples']} examples"
+            match, forgotten = row["exact_match"], row["forgotten_nats"]
+            shares = [f"{100 * match[kind]:.0f} %" for kind in ("prompted", "bake", "sft")]
+            matches.append([name, *shares, *(f"{forgotten[kind]:.2f}" for kind in ("bake", "sft"))])
+            calls = [
+                f"{row['first_token_s'][f'{program}, {kind}']:.3g} s"
+                for program in ("backhand", "llama.cpp")
+                for kind in ("prompted", "baked")
+            ]
+            seconds.append([name, f"{row['tokens']['prompted']}", f"{row['tokens']['baked']}", *calls])
+    head = ["", "with the prompt", "baked", "`sft`", "forgotten, baked", "forgotten, `sft`"]
+    lines += ["", *table(head, matches), "", "Tokens before the answer, and seconds to its first token:", ""]
+    head = ["", "tokens with the prompt", "baked", "Backhand, with the prompt", "baked"]
+    return [*lines, *table([*head, "llama.cpp, with the prompt", "baked"], seconds)]
 
 
 _BAKING_NAMES = {
