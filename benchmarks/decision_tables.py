@@ -44,7 +44,8 @@ def _posteriors(results: dict[str, Any]) -> list[str]:
     head = ["", "accuracy", "ECE against the truth", "KL from the truth", "temperature", "flips"]
     rows = []
     for name, one in results["figures"].items():
-        temperature, flips = (f"{one[key]:.2f}" if key in one else "" for key in ("temperature", "flips"))
+        temperature = f"{one['temperature']:.2f}" if "temperature" in one else ""
+        flips = f"{one['flips']:.0%}" if "flips" in one else ""
         rows.append([name, f"{one['accuracy']:.1%}", f"{one['ece']:.3f}", f"{one['kl']:.3f} nats", temperature, flips])
     return table(head, rows)
 
@@ -80,10 +81,17 @@ def _mean(values: list[float], form: str) -> str:
 
 
 def _speed(results: dict[str, Any]) -> list[str]:
-    sides = {name: one for name, one in results["figures"].items() if isinstance(one, dict)}
-    rows = [[name, f"{one['per_s']:.2f}", f"{one['peak_bytes'] / 2**20:,.0f} MiB"] for name, one in sides.items()]
-    ratios = f"{results['figures']['speed-up']:.1f} × as fast, {results['figures']['memory']:.2f} × the memory"
-    return [machine_line(results["machine"]), "", *table([ratios, "per second", "peak memory"], rows)]
+    lines = [machine_line(results["machine"])]
+    for case, run in results["runs"].items():
+        figures = run["figures"]
+        title = f"{case}: {figures['speed-up']:.1f} × as fast, {figures['memory']:.2f} × the memory"
+        rows = [
+            [name, f"{one['per_s']:.2f}", f"{one['peak_bytes'] / 2**20:,.0f} MiB"]
+            for name, one in figures.items()
+            if isinstance(one, dict)
+        ]
+        lines += ["", *table([title, "per second", "peak memory"], rows)]
+    return lines
 
 
 def _agreement(results: dict[str, Any]) -> list[str]:

@@ -1,11 +1,11 @@
 """Decisions against other programs, in turns: training against classifiers, and deciding against llama.cpp's server.
 
-    python benchmarks/decisions.py train [--rows 300] [--output FILE]
+    python benchmarks/decisions.py train [--rows 300] [--words 300] [--output FILE]
     python benchmarks/decisions.py decide ADAPTER DECISION.gguf [--states 1000] [--output FILE]
     python benchmarks/decisions.py agree ADAPTER DECISION.gguf [--states 200] [--label float32] [--output FILE]
 
-`train`: rows with a state of some 80 tokens and three questions, on SmolLM2 in float32. The other side is transformers
-and PEFT with `AutoModelForSequenceClassification`, which needs a classifier per question: each of its steps is three
+`train`: rows with a state of 300 words and three questions, on SmolLM2 in float32. The other side is transformers and
+PEFT with `AutoModelForSequenceClassification`, which needs a classifier per question: each of its steps is three
 forward and backward passes of the states alone, without a prompt, padded to the longest one. Both sides adapt all
 linear layers at rank 16 with AdamW, 8 rows per step.
 
@@ -17,8 +17,8 @@ server receives one by one, as its API takes one state per request.
 server keeps keys and values in float32, so that the file alone makes the difference. It is stored under the label.
 
 In `train` and `decide`, each side is a process of its own, and the sides take turns, so that other load concerns both
-alike. The figures are medians over the turns. They are written with the load of the machine to
-benchmarks/results/decisions_train.json and decisions_decide.json.
+alike. The figures are medians over the turns. They are stored with the load of the machine in
+benchmarks/results/decisions_train.json and decisions_decide.json, next to those of other numbers of words or states.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ QUESTIONS = {
 }
 
 
-def write_rows(path: Path, count: int) -> None:
-    """Write rows of 70 words with answers to three questions."""
+def write_rows(path: Path, count: int, words_per_row: int) -> None:
+    """Write rows with answers to three questions."""
     draw = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
             team, urgent, mood = draw.choice(sorted(WORDS)), draw.random() < 0.4, draw.randrange(3)
-            words = [draw.choice((*WORDS[team], *COMMON)) for _ in range(70)]
+            words = [draw.choice((*WORDS[team], *COMMON)) for _ in range(words_per_row)]
             words += ["urgent"] * urgent + ["!"] * mood
             answers = {"team": team, "urgent": urgent, "mood": mood}
             file.write(json.dumps({"state": " ".join(words), "questions": QUESTIONS, "answers": answers}) + "\n")
@@ -318,6 +318,7 @@ def main() -> None:
     parser.add_argument("what", choices=("train", "decide", "agree", *SIDES))
     parser.add_argument("paths", nargs="*", type=Path)
     parser.add_argument("--rows", type=int, default=300)
+    parser.add_argument("--words", type=int, default=300, help="words of a state to train on")
     parser.add_argument("--states", type=int, default=1000)
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
@@ -351,7 +352,7 @@ def compare(given: argparse.Namespace) -> None:
     """Compare the two sides, and print the result."""
     if given.what == "train":
         rows = Path("decision_rows.jsonl").resolve()
-        write_rows(rows, given.rows)
+        write_rows(rows, given.rows, given.words)
         commands = {"backhand": ["train-backhand", str(rows)], "transformers + PEFT": ["train-peft", str(rows)]}
     else:
         more = [*map(str, given.paths), "--threads", str(given.threads), "--states", str(given.states)]
@@ -364,9 +365,12 @@ def compare(given: argparse.Namespace) -> None:
     ours, theirs = result.values()
     result["speed-up"] = round(ours["per_s"] / theirs["per_s"], 2)
     result["memory"] = round(ours["peak_bytes"] / theirs["peak_bytes"], 2)
-    whole = {"machine": describe_machine(), "load": os.getloadavg()[0], "turns": given.turns, "figures": result}
-    print(json.dumps(whole, indent=1))
     output = given.output or HERE / "results" / f"decisions_{given.what}.json"
+    whole = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"runs": {}}
+    case = f"states of {given.words} words" if given.what == "train" else f"{given.states:,} states"
+    whole["machine"] = describe_machine()
+    whole["runs"][case] = {"load": os.getloadavg()[0], "turns": given.turns, "figures": result}
+    print(json.dumps(whole, indent=1))
     output.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
