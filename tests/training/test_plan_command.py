@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,13 @@ def test_the_tables_say_what_the_run_will_be(plan: Plan, tiny: TinyRun) -> None:
     assert code == 0
     for words in ("predicted peak", "base weights", "may be used", "live view, a second model", "11 rows"):
         assert words in out
+
+
+def test_the_line_of_the_base_counts_cached_states(plan: Plan, tiny: TinyRun) -> None:
+    _, out, _ = plan("--data", str(tiny.rows), "--layers", "last:1", "--cache-frozen", "memory", "--no-calibrate")
+    assert "hidden states of frozen layers" in out
+    (peak,) = re.findall(r"predicted peak\s+│\s+([\d.]+ \w+)", out)
+    assert f"takes {peak}, " in out
 
 
 def test_processes_share_the_steps_and_the_memory(plan: Plan, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:

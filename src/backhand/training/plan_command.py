@@ -162,13 +162,15 @@ def _print(console: Console, report: PlanReport) -> None:
 
 def _bases(plan: RunPlan) -> str:
     """Describe the chosen form of the base and the other form."""
+    taken = plan.memory.base
+    cached_bytes = plan.memory.peak_bytes - plan.bases.plans[taken].peak_bytes  # hidden states of frozen layers
 
     def described(base: HeldBase) -> str:
         one = plan.bases.plans[base]
         fits = "" if base in plan.bases.fitting else ", which is not free"
-        return f"{in_words(one.peak_bytes)}, {one.micro_batch_rows} at a time, recompute {one.recompute}{fits}"
+        size = in_words(one.peak_bytes + cached_bytes)
+        return f"{size}, {one.micro_batch_rows} at a time, recompute {one.recompute}{fits}"
 
-    taken = plan.memory.base
     others = [f"{base} would take {described(base)}" for base in plan.bases.plans if base != taken]
     return "; ".join([f"{taken} takes {described(taken)}", *others])
 
