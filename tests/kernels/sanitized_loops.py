@@ -234,7 +234,7 @@ def causal_conv(builds: Sequence[Library], draw: Draw) -> None:
 
 
 def attention(builds: Sequence[Library], draw: Draw) -> None:
-    """Trees of segments, windows, sinks, heads that share keys and values; the output once more or not."""
+    """Trees of segments, both directions, windows, sinks, shared heads; the output recomputed or not."""
     number, dtype, _ = DTYPES[draw.random.integers(3)]
     kv_heads, group, head_dim = (int(draw.random.integers(1, high)) for high in (4, 4, 70))
     table = draw.segments(70)
@@ -245,8 +245,9 @@ def attention(builds: Sequence[Library], draw: Draw) -> None:
     k, v, d_k, d_v = (draw.array(dtype, tokens, head_dim, kv_heads) for _ in range(4))
     sinks = draw.random.normal(size=heads)
     where = (table.ctypes.data, table.shape[1], heads, kv_heads, head_dim, window)
-    problem = (POINTER, *(INT64,) * 5, DOUBLE, POINTER)
-    given = (*where, 0.3, sinks.ctypes.data if draw.chance() else None)
+    problem = (POINTER, *(INT64,) * 5, DOUBLE, POINTER, INT)
+    causal = int(bool((table[2] >= 0).any()) or draw.chance())
+    given = (*where, 0.3, sinks.ctypes.data if draw.chance() else None, causal)
     nowhere = (None, 0, 0)
     for build in builds:
         forward = build.function("backhand_attention_forward", (INT, *_HEADS * 4, *problem), INT)

@@ -385,7 +385,7 @@ def tokens_of(runs):
     return sum(run.number * run.length for run in runs)
 
 
-def attention_of(documents, heads, kv_heads, head_dim, dtype, *, window=None, shared=0):
+def attention_of(documents, heads, kv_heads, head_dim, dtype, *, window=None, shared=0, causal=True):
     """A function that runs it, forward and backward, on tensors cast by its argument."""
     runs = runs_of(documents, shared)
     tokens = tokens_of(runs)
@@ -394,7 +394,7 @@ def attention_of(documents, heads, kv_heads, head_dim, dtype, *, window=None, sh
 
     def compute(cast):
         q, k, v = cast(qkv).split([heads, kv_heads, kv_heads], dim=1)
-        y, saved = attention_forward(q, k, v, runs, Scores(0.2, window))
+        y, saved = attention_forward(q, k, v, runs, Scores(0.2, window, causal=causal))
         return y, *attention_backward(cast(d_y), saved)
 
     return compute
@@ -423,8 +423,9 @@ def attention_of(documents, heads, kv_heads, head_dim, dtype, *, window=None, sh
     ],
 )
 def test_attention_of_any_shape(build, both_forms, dtype, documents, heads, kv_heads, head_dim, window, shared):
-    compute = attention_of(documents, heads, kv_heads, head_dim, dtype, window=window, shared=shared)
-    assert_close(*both_forms(compute), dtype)
+    for causal in (True, False)[: 1 if shared else 2]:
+        options = {"window": window, "shared": shared, "causal": causal}
+        assert_close(*both_forms(attention_of(documents, heads, kv_heads, head_dim, dtype, **options)), dtype)
 
 
 def test_attention_writes_nothing_but_its_results(build):
@@ -514,6 +515,7 @@ def test_the_same_bits_each_time_whatever_the_threads(build, dtype, by_parts, mo
     attend = [
         attention_of((130, 70, 90), 6, 2, 32, dtype),
         attention_of((300,), 3, 1, 32, dtype),
+        attention_of((33, 100, 18), 4, 2, 32, dtype, window=20, causal=False),
         attention_of((40, 30, 60), 4, 2, 32, dtype, shared=50, window=45),
     ]
     attend += [

@@ -19,7 +19,7 @@ from backhand.kernels.library import (
 )
 
 _HEADS = (POINTER, INT64, INT64)
-_PROBLEM = (POINTER, *(INT64,) * 5, DOUBLE, POINTER)
+_PROBLEM = (POINTER, *(INT64,) * 5, DOUBLE, POINTER, INT)
 _FORWARD = KernelSignature("backhand_attention_forward", INT, *_HEADS * 4, *_PROBLEM, result=INT)
 _BACKWARD = KernelSignature("backhand_attention_backward", INT, *_HEADS * 8, *_PROBLEM, result=INT)
 _NOWHERE = (0, 0, 0)
@@ -39,6 +39,7 @@ def attention(
     scaling: float,
     window: int | None,
     sinks: Tensor | None,
+    causal: bool,
 ) -> bool:
     """Write O to `output` and return True; return False if the kernel does not apply.
 
@@ -50,11 +51,12 @@ def attention(
         scaling: c.
         window: the number of keys that a query sees, including itself; None for all.
         sinks: σ, (heads,), or None.
+        causal: a query sees no key after itself. Otherwise the window reaches as far to each side.
     """
     kernel = find_kernel(_FORWARD, q, k, v)
     if kernel is None:
         return False
-    problem, _held = _problem(q, k, runs, scaling, window, sinks)
+    problem, _held = _problem(q, k, runs, scaling, window, sinks, causal)
     _check(kernel(*_heads(q, k, v, output), *problem))
     return True
 
@@ -70,6 +72,7 @@ def attention_gradients(
     scaling: float,
     window: int | None,
     sinks: Tensor | None,
+    causal: bool,
 ) -> bool:
     """Write the gradients of q, k and v to `grads` and return True; return False if the kernel does not apply.
 
@@ -81,7 +84,7 @@ def attention_gradients(
     if kernel is None:
         return False
     output_place = _NOWHERE if output_buffer is None else _heads(output_buffer)
-    problem, _held = _problem(q, k, runs, scaling, window, sinks)
+    problem, _held = _problem(q, k, runs, scaling, window, sinks, causal)
     _check(kernel(*_heads(q, k, v, d_y, *grads), *output_place, *problem))
     return True
 
@@ -92,7 +95,7 @@ def _heads(*tensors: Tensor) -> list[int]:
 
 
 def _problem(
-    q: Tensor, k: Tensor, runs: SegmentRuns, scaling: float, window: int | None, sinks: Tensor | None
+    q: Tensor, k: Tensor, runs: SegmentRuns, scaling: float, window: int | None, sinks: Tensor | None, causal: bool
 ) -> tuple[tuple[float | None, ...], Tensor | None]:
     """Return the kernels' arguments after the tensors, and the sinks, which must live until the call returns.
 
@@ -102,7 +105,7 @@ def _problem(
     reach = q.shape[0] + 1 if window is None else window
     sinks = None if sinks is None else sinks.to(torch.float64).contiguous()
     sizes = (table.shape[1], q.shape[1], k.shape[1], q.shape[2], reach, scaling)
-    return (table.data_ptr(), *sizes, None if sinks is None else sinks.data_ptr()), sinks
+    return (table.data_ptr(), *sizes, None if sinks is None else sinks.data_ptr(), int(causal)), sinks
 
 
 def _check(outcome: int) -> None:

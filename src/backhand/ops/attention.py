@@ -29,10 +29,10 @@ as before, since σ adds nothing to dℓ' = rowsum(P ⊙ dS). Every formula abov
 to 1 - e^(σ - ℓ'), and with δ = rowsum(P ⊙ ∂L/∂P) = rowsum(G ⊙ O). Even a query that sees only its own key has a
 gradient through it.
 
-The kernel (native/attention.cpp) computes causal attention. It takes all documents at once, saves no ℓ, and uses the
-processor's pairwise products of bfloat16 where it has them. No backward needs O or ℓ, since δ is a sum over P and
+The kernel (native/attention.cpp) takes all documents at once, saves no ℓ, and uses the processor's pairwise products of
+bfloat16 where it has them. No backward needs O or ℓ, since δ is a sum over P and
 ∂L/∂P. A caller that needs O there can have it recomputed from P V, which is one product in six, and need not save it
-(`can_recompute_output`). Torch's form also computes both directions. It attends documents of similar length together
+(`can_recompute_output`). Torch's form also caps scores. It attends documents of similar length together
 (`document_groups`), by blocks of queries (`attention_blocks`).
 
 Saved: Q, K, V, and O if it was kept.
@@ -86,12 +86,12 @@ class AttentionGrads(NamedTuple):
     d_v: Tensor
 
 
-def can_recompute_output(q: Tensor, cap: float | None = None, *, causal: bool = True) -> bool:
+def can_recompute_output(q: Tensor, cap: float | None = None) -> bool:
     """Return True if `attention_backward` recomputes O of such queries at little cost, so that O need not be saved.
 
     The kernel does. In bfloat16, O is half as large and P V takes as long as in float32, so that O is saved.
     """
-    return causal and cap is None and q.dtype != torch.bfloat16 and kernels.applies(q)
+    return cap is None and q.dtype != torch.bfloat16 and kernels.applies(q)
 
 
 def attention_forward(
@@ -112,8 +112,8 @@ def attention_forward(
         output (tokens, heads, head_dim) in q's dtype, and the saved tensors.
     """
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    settings = scores.scaling, scores.window, scores.sinks
-    compiled = scores.causal and scores.cap is None and kernels.attention(q, k, v, output, runs, *settings)
+    settings = scores.scaling, scores.window, scores.sinks, scores.causal
+    compiled = scores.cap is None and kernels.attention(q, k, v, output, runs, *settings)
     if not compiled:
         for group in groups(runs, q):
             in_place = gather_documents(output, group) if group.places is None else None
@@ -139,9 +139,8 @@ def attention_backward(
     if out is None:
         out = torch.empty(q.shape[0], heads + 2 * kv_heads, q.shape[2], dtype=q.dtype, device=q.device)
     grads = AttentionGrads(*out.split_with_sizes([heads, kv_heads, kv_heads], dim=1))
-    settings = scores.scaling, scores.window, scores.sinks
-    fused = scores.causal and scores.cap is None
-    if fused and kernels.attention_gradients(d_y, q, k, v, grads, output_buffer, runs, *settings):
+    settings = scores.scaling, scores.window, scores.sinks, scores.causal
+    if scores.cap is None and kernels.attention_gradients(d_y, q, k, v, grads, output_buffer, runs, *settings):
         return grads
     if output_buffer is not None:
         if output is None:

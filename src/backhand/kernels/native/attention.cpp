@@ -1,9 +1,10 @@
-// Causal grouped-query attention over packed documents, forward and backward: the formulas of ops/attention.py.
+// Grouped-query attention over packed documents, causal or in both directions, forward and backward: the formulas of
+// ops/attention.py.
 //
 // A task is one segment and one key/value head with the query heads that share it (or one of these heads, if there are
 // few tasks). It packs the keys and values once and then computes block by block of queries: the block's scores against
 // all keys that it sees, their softmax, and the following products, while all of it is in the second-level cache. Keys
-// after the block's last query and before its window are never multiplied. The backward computes P again and works on
+// that no query of the block sees are never multiplied. The backward computes P again and works on
 // transposed blocks (keys, queries), so that every product finds its operands packed and sums over keys run down the
 // lanes. On request it also recomputes O from the same P, which is one product in six.
 //
@@ -202,14 +203,14 @@ int backward(const Backward<Op, T>& run) {
 }  // namespace
 
 // Compute output (tokens, heads, head_dim) from q, k and v, each given by its address and the strides of its tokens and
-// heads. table: (3, segments), see segments.h. A query sees itself and window - 1 keys before it. sinks: (heads,) or
-// null. Returns 1 if there is no memory, else 0.
+// heads. table: (3, segments), see segments.h. A query sees itself and window - 1 keys before it and, unless `causal`,
+// as many after it; no segment then continues another. sinks: (heads,) or null. Returns 1 if there is no memory, else 0.
 BACKHAND_EXPORT int backhand_attention_forward(int dtype, const void* q, int64_t q_token, int64_t q_head, const void* k,
                                                int64_t k_token, int64_t k_head, const void* v, int64_t v_token,
                                                int64_t v_head, void* output, int64_t output_token, int64_t output_head,
                                                const int64_t* table, int64_t segments, int64_t heads, int64_t kv_heads,
-                                               int64_t head_dim, int64_t window, double scaling, const double* sinks) {
-  const Shape shape{{table, segments}, heads, kv_heads, head_dim, window, scaling, sinks};
+                                               int64_t head_dim, int64_t window, double scaling, const double* sinks, int causal) {
+  const Shape shape{{table, segments}, heads, kv_heads, head_dim, window, scaling, sinks, causal != 0};
   BY_DTYPE(dtype, T, {
     const Forward<Operands<T>, T> run{shape,
                                       {static_cast<const T*>(q), q_token, q_head},
@@ -227,8 +228,8 @@ BACKHAND_EXPORT int backhand_attention_backward(
     const void* v, int64_t v_token, int64_t v_head, const void* d_y, int64_t d_y_token, int64_t d_y_head, void* d_q,
     int64_t d_q_token, int64_t d_q_head, void* d_k, int64_t d_k_token, int64_t d_k_head, void* d_v, int64_t d_v_token,
     int64_t d_v_head, void* output, int64_t output_token, int64_t output_head, const int64_t* table, int64_t segments,
-    int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t window, double scaling, const double* sinks) {
-  const Shape shape{{table, segments}, heads, kv_heads, head_dim, window, scaling, sinks};
+    int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t window, double scaling, const double* sinks, int causal) {
+  const Shape shape{{table, segments}, heads, kv_heads, head_dim, window, scaling, sinks, causal != 0};
   BY_DTYPE(dtype, T, {
     const Backward<Operands<T>, T> run{shape,
                                        {static_cast<const T*>(q), q_token, q_head},

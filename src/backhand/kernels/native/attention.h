@@ -15,6 +15,7 @@ struct Shape {
   int64_t heads, kv_heads, head_dim, window;
   double scaling;
   const double* sinks;  // per head, an additional term of the softmax's sum, whose key has no value; or null
+  bool causal = true;   // false if a query also sees the keys after it, as far as the window reaches before it
   int64_t group() const { return heads / kv_heads; }
   int64_t width() const { return rounded_up(head_dim, SIDE); }
 };
@@ -67,13 +68,23 @@ inline int64_t block_of(int64_t keys) { return keys <= LONG ? 64 : 32; }
 // Keys per partial sum, which is then added to the sum of the previous ones.
 constexpr int64_t KEYS_A_SUM = 128;
 
-// The queries first … first + count - 1 (positions) may see the keys low … high - 1, both multiples of `KEYS`.
+// The keys low … high - 1 that the queries first … first + count - 1 (positions) may see; both are multiples of `KEYS`.
+// For causal_products.h, the block's first query sees the keys up to `diagonal`, and each query one more than the one
+// before. In both directions the diagonal is after all keys, so that no product leaves anything out.
 struct Range {
-  int64_t low, high;
+  int64_t low, high, diagonal;
 };
-inline Range seen(const Shape& shape, int64_t first, int64_t count) {
-  const int64_t low = std::max<int64_t>(0, first - shape.window + 1);
-  return {low / KEYS * KEYS, rounded_up(first + count, KEYS)};
+constexpr int64_t AFTER_ALL_KEYS = int64_t{1} << 40;
+inline Range seen(const Shape& shape, int64_t keys, int64_t first, int64_t count) {
+  const int64_t low = std::max<int64_t>(0, first - shape.window + 1) / KEYS * KEYS;
+  if (shape.causal) return {low, rounded_up(first + count, KEYS), first - low};
+  const int64_t high = rounded_up(std::min(keys, first + count - 1 + shape.window), KEYS);
+  return {low, high, AFTER_ALL_KEYS};
+}
+
+// The end of the keys that a query at this position sees.
+inline int64_t seen_end(const Shape& shape, int64_t keys, int64_t position) {
+  return shape.causal ? position + 1 : std::min(keys, position + shape.window);
 }
 
 // Rows of a head are as far apart as tokens, mostly on different pages, which the processor does not prefetch. Each row

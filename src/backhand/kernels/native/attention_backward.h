@@ -62,9 +62,9 @@ struct Backward {
     for (int64_t head = first_head; head < last_head; ++head)
       for (int64_t begin = 0; begin < doc.length; begin += block) {
         const int64_t count = std::min(block, doc.length - begin), first = doc.before + begin;
-        const Range range = seen(shape, first, count);
-        const int64_t diagonal = first - range.low;
-        const int64_t span = by_corners<Op> ? range.high - range.low : rounded_up(diagonal + count, Op::PACK);
+        const Range range = seen(shape, doc.keys(), first, count);
+        const int64_t diagonal = range.diagonal, whole = range.high - range.low;
+        const int64_t span = by_corners<Op> ? whole : std::min(whole, rounded_up(diagonal + count, Op::PACK));
         const int64_t queries = by_corners<Op> ? block : rounded_up(count, SIDE);
         pack_rows<Op>(q, head, doc, first, count, queries, shape.head_dim, width, q_rows);
         pack_rows<Op>(d_y, head, doc, first, count, queries, shape.head_dim, width, g_rows);
@@ -79,7 +79,8 @@ struct Backward {
         multiply(v_rows, g_turned, d_p);
         constexpr int64_t STEP = CHUNK * lanes<C>;
         for (int64_t column = 0; column < queries; column += STEP)
-          softmax_columns(scores + column, d_p + column, p + column, d_s + column, block, first + column, range.low,
+          softmax_columns(scores + column, d_p + column, p + column, d_s + column, block, doc.keys(), first + column,
+                          range.low,
                           std::min(span, diagonal + column + STEP),
                           keys_read<Op>(queries, span, diagonal, column + STEP - 1), head);
         // Adds (keys, width), from (keys, queries) and rows of queries.
@@ -116,8 +117,8 @@ struct Backward {
 
   // Compute P and ∂L/∂S = P ⊙ (∂L/∂P - δ), scaled, of `CHUNK` registers of queries from position `first` on. Some of
   // these queries see keys from `low` on; the rest up to `end` is set to zero. Results may overwrite the operands.
-  void softmax_columns(C* scores, C* d_p, E* p, E* d_s, int64_t row, int64_t first, int64_t low, int64_t span,
-                       int64_t end, int64_t head) const {
+  void softmax_columns(C* scores, C* d_p, E* p, E* d_s, int64_t row, int64_t keys, int64_t first, int64_t low,
+                       int64_t span, int64_t end, int64_t head) const {
     constexpr int W = lanes<C>;
     const C scaling = static_cast<C>(shape.scaling);
     const Vector<C> powers = all<C>(static_cast<C>(shape.scaling * Op::POWER_OF)), least = all<C>(C(-3e38));
@@ -132,13 +133,17 @@ struct Backward {
     }
     const int64_t last = first + CHUNK * W - 1;
     const int32_t reach = static_cast<int32_t>(std::min<int64_t>(shape.window, INT32_MAX / 2));
+    const int32_t ahead = shape.causal ? 0 : reach - 1;  // the number of keys after its own that a query sees
+    const int32_t key_count = static_cast<int32_t>(keys);
     const auto visible = [=](int64_t j, const Bits<C>& at) {
       const int32_t key = static_cast<int32_t>(j);
-      return (at >= MUTATED("attention: causal mask off by one", key, key - 1)) & (at < key + reach);
+      // A key of the padding is seen by no query.
+      const int32_t from = key < MUTATED("attention: padded keys seen", key_count, INT32_MAX) ? key - ahead : INT32_MAX;
+      return (at >= MUTATED("attention: causal mask off by one", from, from - 1)) & (at < key + reach);
     };
     // body(row, true if some of the queries do not see its key); keys that all queries see are between the others.
     const int64_t all_see = std::min(std::max<int64_t>(0, last - reach + 1 - low), span);
-    const int64_t some_see = std::min(std::max(all_see, first + 1 - low), span);
+    const int64_t some_see = std::min(std::max(all_see, seen_end(shape, keys, first) - low), span);
     const auto each_key = [=](int64_t i, int64_t end_of_keys, const auto& body) {
       for (; i < std::min(all_see, end_of_keys); ++i) body(i, std::true_type());
       for (; i < std::min(some_see, end_of_keys); ++i) body(i, std::false_type());

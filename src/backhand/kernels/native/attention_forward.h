@@ -41,14 +41,14 @@ struct Forward {
     for (int64_t head = first_head; head < last_head; ++head)
       for (int64_t begin = 0; begin < doc.length; begin += block) {
         const int64_t count = std::min(block, doc.length - begin), first = doc.before + begin;
-        const Range range = seen(shape, first, count);
-        const int64_t span = range.high - range.low, diagonal = first - range.low;
+        const Range range = seen(shape, doc.keys(), first, count);
+        const int64_t span = range.high - range.low, diagonal = range.diagonal;
         const int64_t rows_of_block = by_corners<Op> ? rounded_up(count, SIDE) : count;
         pack_rows<Op>(q, head, doc, first, count, rows_of_block, shape.head_dim, width, queries);
         scores_by_queries<Op>(rows_of_block, span, units, reinterpret_cast<const U*>(queries), keys + range.low, apart,
                               scores, n, diagonal);
         for (int64_t i = 0; i < count; ++i)
-          inverse[i] = softmax_row(scores + i * n, p + i * n, first + i, range.low,
+          inverse[i] = softmax_row(scores + i * n, p + i * n, doc.keys(), first + i, range.low,
                                    keys_read<Op>(rows_of_block, span, diagonal, by_corners<Op> ? count : i), head);
         for (int64_t i = count; i < rows_of_block; ++i) std::fill(p + i * n, p + i * n + span, E(0));
         sum_over_keys<Op>(rows_of_block, width, span, Rows<U>{reinterpret_cast<const U*>(p), n / Op::PACK},
@@ -62,11 +62,12 @@ struct Forward {
   }
 
   // e^(c s - largest) of the visible keys into p, zeros elsewhere up to `span`; returns one over their sum.
-  C softmax_row(C* scores, E* p, int64_t position, int64_t low, int64_t span, int64_t head) const {
+  C softmax_row(C* scores, E* p, int64_t keys, int64_t position, int64_t low, int64_t span, int64_t head) const {
     constexpr int W = lanes<C>;
     const int64_t window = MUTATED("attention: window ignored", shape.window, position + 1);
     const int64_t from = std::max<int64_t>(low, position - window + 1) - low;
-    const int64_t to = MUTATED("attention: next key seen", position, position + 1) + 1 - low;
+    const int64_t end = seen_end(shape, keys, position);
+    const int64_t to = MUTATED("attention: next key seen", end, end + 1) - low;
     const Vector<C> scaling = all<C>(static_cast<C>(shape.scaling * Op::POWER_OF)), least = all<C>(C(-3e38));
     Vector<C> most = least;
     const auto visible = [=](int64_t j) {

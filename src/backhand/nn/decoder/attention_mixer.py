@@ -55,7 +55,7 @@ def recomputes_output(x: Tensor, config: DecoderConfig) -> bool:
 
     With gates, the output of attention before gating is saved instead.
     """
-    return not config.attention_gate and can_recompute_output(x, config.attention_cap, causal=config.causal)
+    return not config.attention_gate and can_recompute_output(x, config.attention_cap)
 
 
 def recomputed_output(saved: MixerSaved, weights: BlockWeights, context: BlockContext) -> Tensor:
