@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from backhand.adapters.config import LoRAConfig
     from backhand.adapters.inject import inject, inject_from
     from backhand.adapters.trainer_callback import AdapterCallback
-    from backhand.api import classify, decide, evaluate, export, generate, train
+    from backhand.api import classify, decide, embed, evaluate, export, generate, train
     from backhand.data.options import DataOptions
     from backhand.errors import BackhandError
     from backhand.loop.observers import Observer
@@ -57,6 +57,7 @@ _HOMES = {
     "classify": "backhand.api",
     "compare": "backhand.verify.comparison",
     "decide": "backhand.api",
+    "embed": "backhand.api",
     "evaluate": "backhand.api",
     "export": "backhand.api",
     "generate": "backhand.api",
@@ -84,6 +85,7 @@ __all__ = [
     "classify",
     "compare",
     "decide",
+    "embed",
     "evaluate",
     "export",
     "generate",

@@ -12,6 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+import numpy as np
+from numpy.typing import NDArray
+
 from backhand.bounds import Options, check_kind, check_names
 from backhand.cli.option_fields import build, option_fields
 from backhand.data.given_rows import Rows
@@ -23,9 +26,10 @@ from backhand.interop.command import export_command
 from backhand.interop.options import ExportOptions, Format
 from backhand.loop import evaluate as evaluation
 from backhand.loop.decide import decide as decide_states
+from backhand.loop.embed import embed as embed_texts
 from backhand.loop.observers import Callback
 from backhand.loop.rank import rank as rank_rows
-from backhand.options.command_options import DecideOptions, EvaluateOptions, RankOptions
+from backhand.options.command_options import DecideOptions, EmbedOptions, EvaluateOptions, RankOptions
 from backhand.options.config import TrainConfig
 from backhand.report.train import train as train_with_report
 from backhand.runs.summary import RunSummary
@@ -312,6 +316,43 @@ def rank(
     given = _named(adapter=adapter, model=model) | options | {"data": rows}
     scores: list[float] = rank_rows(_options("rank", RankOptions, given))[0]["scores"] if documents else []
     return scores
+
+
+def embed(
+    texts: str | Sequence[str] | None = None,
+    *,
+    data: Rows | None = None,
+    adapter: Place | None = None,
+    model: Place | None = None,
+    **options: Any,
+) -> NDArray[np.float32]:
+    """Return the vectors of texts, of length 1: the scalar product of two vectors is their cosine.
+
+    Args:
+        texts: one text or several.
+        data: rows with texts instead: a file, several files, a list of dicts or a data frame.
+        adapter: directory of an adapter that was trained with `objective="embed"`.
+        model: the base model.
+        options: any other option of `backhand embed`, such as `queries=True`.
+
+    Returns:
+        (texts, size), in the order of the texts; (size,) for one text.
+
+    Raises:
+        UsageError, DataError, ArtifactError: an option, a text, the model or the adapter cannot be used.
+    """
+    if (texts is None) == (data is None):
+        raise UsageError(
+            "give either texts or data",
+            where="texts",
+            next_step="backhand.embed(['…', '…']), or backhand.embed(data=FILE) for rows",
+        )
+    rows = [{"text": text} for text in ([texts] if isinstance(texts, str) else texts or ())] if data is None else data
+    built = _options("embed", EmbedOptions, _named(adapter=adapter, model=model) | options | {"data": rows})
+    if built.run.output is not None:
+        raise UsageError("backhand.embed returns the vectors", where="output", next_step="leave output out")
+    vectors: NDArray[np.float32] = embed_texts(built).numpy()
+    return vectors[0] if isinstance(texts, str) else vectors
 
 
 def _prompts(function: str, prompt: str | None, prompts: Sequence[str] | None) -> list[dict[str, str]]:

@@ -18,6 +18,7 @@ from sentence_transformers.sentence_transformer import losses as theirs
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from torch import Tensor, nn
 
+import backhand
 from backhand.data.data_report import TruncationStats
 from backhand.data.embedding_examples import EmbeddingEncoder, EmbeddingFormat
 from backhand.data.examples import Example
@@ -174,6 +175,15 @@ def test_micro_batches_give_the_gradient_of_one_pass(loss: str, pooling: Pooling
         assert our_step(decoder, objective, rows) == pytest.approx(one, rel=1e-12)
         assert relative_error(decoder.lora.gradients, expected) <= 1e-12
     assert objective.measured(Communicator()).keys() == {"cosine/pairs", "cosine/all"}
+
+
+def test_rows_with_one_positive_are_refused_before_the_first_step(tiny: TinyRun, tmp_path: Path) -> None:
+    rows = [{"anchor": f"user asks {word}", "positive": "json"} for word in ("names", "one", "list")]
+    (tmp_path / "alike.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = config(tiny, tmp_path, tmp_path / "run", data=(str(tmp_path / "alike.jsonl"),))
+    with pytest.raises(DataError, match="no anchor has a negative"):
+        train(made)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_loss_of_prefixes_is_the_sum_of_their_losses() -> None:
@@ -574,6 +584,19 @@ def test_vectors_are_written_as_an_array_or_as_json_lines(
     assert np.array_equal(np.array(shown, dtype=np.float32), vectors)
     with pytest.raises(UsageError, match="60 numbers"):
         embed(embed_options(straight, texts, dims=61))
+    model: dict[str, Any] = {
+        "model": straight.model.model,
+        "adapter": straight.run.output / "adapter",
+        "dtype": "float32",
+    }
+    in_python = backhand.embed(data=texts, dims=32, **model)
+    assert np.array_equal(in_python, vectors)
+    one, several = backhand.embed("list", dims=32, **model), backhand.embed(["list", "user asks"], dims=32, **model)
+    assert one.shape == (32,) and several == pytest.approx(np.stack([one, several[1]]), abs=1e-6)
+    with pytest.raises(UsageError, match="either texts or data"):
+        backhand.embed(**model)
+    with pytest.raises(UsageError, match="returns the vectors"):
+        backhand.embed("list", output="vectors.npy", **model)
 
 
 def test_a_model_without_a_pooling_is_refused(straight: TrainConfig, texts: Path) -> None:

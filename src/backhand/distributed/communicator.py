@@ -150,6 +150,14 @@ class Communicator:
         """Return the JSON value of every process, by rank."""
         return [value]
 
+    def share_rows(self, rows: Tensor, places: Sequence[list[int]]) -> None:
+        """Copy the rows that each process has computed into the tensor of every process.
+
+        Args:
+            rows: (rows, columns), of the same shape in every process.
+            places: for each process, the indices of its rows.
+        """
+
     def broadcast(self, value: bytes) -> bytes:
         """Return rank 0's bytes."""
         return value

@@ -150,6 +150,12 @@ class ProcessGroup(Communicator):
             self.interruption.heard_elsewhere(self._signal)
         return [value for _, value in parts]
 
+    def share_rows(self, rows: Tensor, places: Sequence[list[int]]) -> None:
+        received = [rows.new_empty(len(place) * rows.shape[1]) for place in places]
+        self.all_gather(received, rows[places[self.rank]].flatten())
+        for place, part in zip(places, received, strict=True):
+            rows[place] = part.view(len(place), rows.shape[1])
+
     def _all_gather_equal(self, sent: Tensor) -> list[Tensor]:
         """Return the tensor of every process; all have one shape."""
         received = [torch.empty_like(sent) for _ in range(self.world_size)]

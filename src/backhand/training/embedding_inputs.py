@@ -110,4 +110,12 @@ def with_loss(options: ObjectiveOptions, train: PreparedData, held_out: Prepared
             where=train.report.sources[0].source,
             next_step="add a column negative, or give --embedding-loss infonce",
         )
+    trained = rows[: len(train.examples)]
+    if loss in ("infonce", "symmetric") and len({text for row in trained for text in row.texts[1:]}) == 1:
+        raise DataError(
+            "all rows have the same positive, so that no anchor has a negative",
+            where=train.report.sources[0].source,
+            why="loss and gradient are zero without negatives",
+            next_step="add rows with other positives, or a column negative",
+        )
     return replace(options, embedding_loss=loss).validate()

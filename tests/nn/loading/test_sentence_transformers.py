@@ -74,6 +74,7 @@ def test_prompts_and_length_are_read_from_a_subdirectory(tmp_path: Path) -> None
         (MEAN, {"max_seq_length": -1}, "max_seq_length = -1"),
         (MEAN, {"max_seq_length": "long"}, "max_seq_length = 'long'"),
         (MEAN, {"prompts": ["ask: "]}, "cannot be read"),
+        (MEAN, {"do_lower_case": True}, "lower case"),
     ],
 )
 def test_what_would_give_other_vectors_is_refused(
@@ -96,6 +97,13 @@ def test_texts_are_cut_where_sentence_transformers_cuts_them(tmp_path: Path) -> 
     theirs = SentenceTransformer(str(model), device="cpu")
     expected = torch.nn.functional.normalize(torch.from_numpy(theirs.encode(TEXTS)), dim=1)
     assert float((vectors() - expected).abs().max()) <= 1e-5
+    (model / "sentence_bert_config.json").unlink()  # then the tokenizer's limit holds
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "model_max_length": 7}))
+    limited = SentenceTransformer(str(model), device="cpu")
+    assert limited.max_seq_length == 7
+    cut = torch.from_numpy(limited.encode(TEXTS, normalize_embeddings=True))
+    assert float((vectors() - cut).abs().max()) <= 1e-5 < float((cut - expected).abs().max())
     theirs.max_seq_length = 40
     assert not torch.allclose(torch.from_numpy(theirs.encode(TEXTS[1:], normalize_embeddings=True)), expected[1:])
 

@@ -19,13 +19,11 @@ positive of any row with the same anchor.
 
 from __future__ import annotations
 
-import base64
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,10 +114,11 @@ class EmbedObjective(Objective):
         def embed(number: int) -> Tensor:
             return embed_batch(model, work.packed(number), self.pooling, work.dropout_seeds[number])
 
-        embeddings = not_none(_gathered(processes, work.packed_tokens, embed))
         in_order = [row for part in parts for row in part]
-        result = self.losses(in_order, torch.cat(embeddings))
         places = {document: place for place, document in enumerate(self.packer.documents(in_order))}
+        of_parts = [[places[document] for document in self.packer.documents(part)] for part in parts]
+        embeddings = not_none(_gathered(model, processes, work.packed_tokens, of_parts, embed))
+        result = self.losses(in_order, embeddings)
         self._step = _Step(dict(zip(in_order, result.losses.tolist(), strict=True)), places, result.d_embeddings)
         self._measured = {0: result.measured}
 
@@ -304,27 +303,36 @@ def embed_rows(
         done()
         return vectors
 
-    parts = _gathered(processes, tokens, embed, interruptible=interruptible)
-    if parts is None:
-        return None
-    places = torch.tensor([document for group in groups for document in packer.documents(group)], dtype=torch.int64)
-    embeddings = torch.cat(parts)
-    return torch.empty_like(embeddings).index_copy_(0, places, embeddings)
+    return _gathered(model, processes, tokens, list(map(packer.documents, groups)), embed, interruptible=interruptible)
 
 
 def _gathered(
-    processes: Communicator, tokens: Sequence[int], embed: Callable[[int], Tensor], *, interruptible: bool = False
-) -> list[Tensor] | None:
-    """Return the vectors of every micro-batch from all processes, which exchange their bytes as text."""
+    model: object,
+    processes: Communicator,
+    tokens: Sequence[int],
+    places: Sequence[list[int]],
+    embed: Callable[[int], Tensor],
+    *,
+    interruptible: bool = False,
+) -> Tensor | None:
+    """Return the vectors of all micro-batches, (documents, hidden), from all processes.
 
-    def as_text(number: int) -> list[str | int]:
-        array = embed(number).numpy()
-        return [array.dtype.name, array.shape[1], base64.b64encode(array.tobytes()).decode()]
-
-    texts = processes.parallel_map(tokens, as_text, interruptible=interruptible)
-    if texts is None:
+    Args:
+        tokens: number of tokens of each micro-batch, in descending order.
+        places: rows of the result that each micro-batch computes.
+        embed: returns the vectors of a micro-batch.
+        interruptible: return None if a process has been asked to stop.
+    """
+    assert isinstance(model, Decoder), "other engines are refused before"
+    shares, complete = processes.assign(tokens), True
+    wide = torch.promote_types(model.dtype, torch.float32)
+    vectors = torch.empty(sum(map(len, places)), model.config.hidden_size, dtype=wide)
+    for number in shares[processes.rank]:
+        if interruptible and processes.stop_requested:
+            complete = False
+            break
+        vectors[places[number]] = embed(number)
+    if not all(processes.all_gather_object(complete)):
         return None
-    arrays = (
-        np.frombuffer(base64.b64decode(str(data)), str(name)).reshape(-1, int(size)) for name, size, data in texts
-    )
-    return [torch.from_numpy(array.copy()) for array in arrays]
+    processes.share_rows(vectors, [[place for number in share for place in places[number]] for share in shares])
+    return vectors

@@ -9,6 +9,9 @@ from backhand.errors import ArtifactError
 from backhand.reading import read_json
 
 MODULES, PROMPTS, LENGTH = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
+_TOKENIZER = "tokenizer_config.json"
+_UNLIMITED = 10**9
+"""Numbers above this in `model_max_length` mean that the tokenizer does not limit the length."""
 _LEGACY = "pooling_mode_"  # prefix of the keys that older versions write, each with true or false
 _POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last", "mean_tokens": "mean", "cls_token": "cls"}
 """Poolings by their names in the files, without `_LEGACY`."""
@@ -52,7 +55,7 @@ def read_embedding_files(directory: Path) -> EmbeddingFiles | None:
         if (directory / PROMPTS).is_file():
             prompts = read_json(directory / PROMPTS, dict[str, Any]).get("prompts") or {}
         query, document = (next((str(prompts[name]) for name in names if prompts.get(name)), "") for names in _PROMPTS)
-        max_length = _max_length(directory / modules[0].get("path", "") / LENGTH)
+        max_length = _max_length(directory / modules[0].get("path", ""))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ArtifactError(
             "the files of sentence-transformers cannot be read",
@@ -85,9 +88,25 @@ def _pooling(config: dict[str, Any], path: Path) -> str:
     return _POOLINGS[modes[0]]
 
 
-def _max_length(path: Path) -> int | None:
-    """Return the longest text in tokens, or None. Raises OSError and ValueError."""
-    length = read_json(path, dict[str, Any]).get("max_seq_length") if path.is_file() else None
+def _max_length(transformer: Path) -> int | None:
+    """Return the longest text in tokens, or None. Without `max_seq_length` the tokenizer's limit holds.
+
+    Raises:
+        OSError, ValueError: a file cannot be read.
+        ArtifactError: texts are converted to lower case before a tokenizer that distinguishes case.
+    """
+    settings, tokenizer = (
+        read_json(path, dict[str, Any]) if (path := transformer / name).is_file() else {}
+        for name in (LENGTH, _TOKENIZER)
+    )
+    if settings.get("do_lower_case") and not tokenizer.get("do_lower_case"):
+        raise ArtifactError(
+            "the model converts texts to lower case before its tokenizer, which is not supported",
+            where=f"{transformer / LENGTH}: do_lower_case",
+            next_step=f"convert the texts yourself, and {_WITHOUT_FILES}",
+        )
+    length = settings.get("max_seq_length")
     if length is not None and (type(length) is not int or length < 2):
-        raise ValueError(f"{path.name}: max_seq_length = {length!r} is no number of tokens from 2")
-    return length
+        raise ValueError(f"{LENGTH}: max_seq_length = {length!r} is no number of tokens from 2")
+    limit = tokenizer.get("model_max_length")
+    return limit if length is None and type(limit) is int and 2 <= limit < _UNLIMITED else length
