@@ -64,6 +64,7 @@ from support.ranks import bits_of_several, start_ranks
 from support.tiny_encoders import tiny_encoder
 from support.tiny_models import VOCAB_SIZE, attach_lora, save_tiny, tiny_model
 from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
+from support.tiny_tokenizer import word_piece_tokenizer
 
 RANK, ALPHA, ROWS = 5, 8.5, 7
 NOT_THE_HEAD = r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -357,6 +358,27 @@ def test_a_run_learns_and_scores_retrieval(straight: TrainConfig) -> None:
     shown = closing_lines(summary)
     assert any("6 anchors among 12 candidates" in line for line in shown)
     assert any(line.startswith("Next: backhand embed") for line in shown)
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_llama_cpp_gives_the_same_vectors_of_an_encoder(tiny: TinyRun, tmp_path: Path, kind: str) -> None:
+    model = save_tiny(tiny_encoder(kind, max_position_embeddings=256), tmp_path / "model")
+    if kind == "bert":
+        word_piece_tokenizer().save_pretrained(model)
+    made = config(tiny, tmp_path, tmp_path / "run", max_steps=2)
+    train(replace(made, model=replace(made.model, model=str(model))))
+    adapter, output = made.run.output / "adapter", tmp_path / "merged.gguf"
+    export_command(ExportOptions(adapter, output, str(model), to="gguf", merge=True, dtype="float32", quiet=True))
+    proofs = [json.loads(line) for line in (made.run.output / "proofs.jsonl").read_text().splitlines()]
+    (proof,) = [one for one in proofs if "/v1/embeddings" in one["proof"]]
+    assert proof["passed"] and proof["value"] <= 1e-5
+    # The file is a model of its own, with the same tokens and vectors.
+    texts = ["User asks, json!", "a déjà-vu of names"]
+    base, written = (
+        backhand.embed(texts, model=path, adapter=given, pooling="mean", dtype="float32", document_prompt="")
+        for path, given in ((model, adapter), (output, None))
+    )
+    assert written == pytest.approx(base, abs=1e-5)
 
 
 def test_an_encoder_trains_on_vectors_alone_and_is_exported(tiny: TinyRun, tmp_path: Path) -> None:

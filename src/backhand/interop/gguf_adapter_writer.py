@@ -150,7 +150,7 @@ def _obstacles(config: DecoderConfig, architecture: str) -> Iterator[tuple[bool,
         for rule, rotary in zip(rules, config.rotary, strict=True)
     )
     yield two_lists and architecture != "phi3", "longrope rope scaling with two lists or an attention factor"
-    biased = config.output_bias and architecture not in ("llama", "gpt-oss")
+    biased = config.output_bias and architecture not in ("llama", "gpt-oss", "bert")
     yield biased, "a bias on the attention's output (attention_bias)"
     yarn = [scaling for scaling, rule in zip(scalings, rules, strict=True) if rule == "yarn"]
     yield any(scaling["truncate"] is False for scaling in yarn), "yarn rope scaling without truncate"
@@ -187,6 +187,10 @@ def _obstacles(config: DecoderConfig, architecture: str) -> Iterator[tuple[bool,
         full, *sliding = config.rotary
         own = any(one.scaling is not None or one.theta != full.theta for one in sliding)
         yield own, "a rotary base or scaling of the sliding layers' own"
+    if architecture == "modern-bert":
+        yield config.norm_bias or config.mlp_bias, "a bias of norms or of the MLP (norm_bias, mlp_bias)"
+        every = full_attention_interval(config)
+        yield slides != [bool(index % every) for index in range(len(slides))], "full attention at irregular intervals"
     if architecture == "gemma4":
         # There, layers that share take the keys and values of the last two layers before them: full layers of the last.
         sharing = [layer for layer in config.layers if layer.kv_source is not None]
@@ -207,6 +211,12 @@ def _obstacles(config: DecoderConfig, architecture: str) -> Iterator[tuple[bool,
     if architecture == "qwen3moe":
         yield not all(layer.experts for layer in config.layers), "layers without experts"
     yield any(slides) and architecture in ("qwen2", "qwen3", "qwen3moe", "smollm3"), "a sliding window"
+
+
+def full_attention_interval(config: DecoderConfig) -> int:
+    """Return the distance between layers with full attention, the first of which is layer 0."""
+    full = [index for index, layer in enumerate(config.layers) if layer.window is None]
+    return full[1] if len(full) > 1 else len(config.layers)
 
 
 def context_length(config: DecoderConfig, architecture: str) -> int:

@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 
 from backhand.errors import ArtifactError, not_none
-from backhand.interop.gguf_adapter_writer import context_length, refuse_for_llama_cpp
+from backhand.interop.gguf_adapter_writer import context_length, full_attention_interval, refuse_for_llama_cpp
 from backhand.nn.families.family import ATTENTION, GATED_DELTA, DecoderConfig
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.families.rotary_frequencies import inverse_frequencies, llama3_factors, yarn_length
@@ -23,7 +23,14 @@ from backhand.nn.loading.gguf_families import DELTA_INTERVAL, RECURRENT_LAYERS
 from backhand.nn.loading.gguf_gemma4 import NO_ROTATION
 from backhand.nn.loading.gguf_pretokenizers import PRE_TOKENIZERS
 from backhand.nn.loading.gguf_tensors import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, gguf_architecture
-from backhand.nn.loading.gguf_tokenizer import GEMMA4_KIND, LINE_PATTERN
+from backhand.nn.loading.gguf_tokenizer import (
+    BERT_KIND,
+    BERT_NORMALIZER,
+    CONTINUING,
+    GEMMA4_KIND,
+    LINE_PATTERN,
+    stored_piece,
+)
 from backhand.nn.loading.source import ModelSource
 
 if TYPE_CHECKING:
@@ -54,12 +61,18 @@ def add_model_metadata(writer: gguf.GGUFWriter, source: ModelSource) -> list[str
     writer.add_head_count_kv(by_layer if config.short_conv is None else [kv_heads if here else 0 for here in attends])
     if config.short_conv is not None:
         writer.add_shortconv_l_cache(config.short_conv.taps)
-    head_dim = _full_head_dim(config)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(config.rotary[_full_rotary(config)].features or head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
+    if config.rotary:
+        head_dim = _full_head_dim(config)
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+        writer.add_rope_dimension_count(config.rotary[_full_rotary(config)].features or head_dim)
+        _add_rotary(writer, config)
+    add_eps = writer.add_layer_norm_eps if config.norm == "layer" else writer.add_layer_norm_rms_eps
+    add_eps(config.norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    if config.inputs is not None:
+        writer.add_causal_attention(False)
+        writer.add_token_type_count(max(1, config.inputs.types))
     if config.mixture is not None:
         writer.add_expert_count(config.mixture.experts)
         writer.add_expert_used_count(config.mixture.chosen)
@@ -76,9 +89,11 @@ def add_model_metadata(writer: gguf.GGUFWriter, source: ModelSource) -> list[str
         _add_gemma4(writer, config)
     if config.query_scaling is not None:
         writer.add_attn_temperature_scale(config.query_scaling.beta)
-    _add_rotary(writer, config)
     windows = {layer.window for layer in config.layers if layer.window is not None}
-    if windows:
+    if windows and writer.arch == "modern-bert":
+        writer.add_sliding_window(2 * (max(windows) - 1))  # both sides together
+        writer.add_sliding_window_pattern(full_attention_interval(config))
+    elif windows:
         writer.add_sliding_window(max(windows))
     if writer.arch == "gemma2" and config.attention_cap is not None and config.logits.cap is not None:
         writer.add_attn_logit_softcapping(config.attention_cap)
@@ -143,6 +158,8 @@ def _image_sections(config: DecoderConfig, stated: Mapping[str, Any]) -> list[in
 def rope_factors(config: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
     """Return divisors of the frequencies, (rotary features / 2,) float32 by tensor name, if the config lists them."""
     parsed = decoder_config(config)
+    if not parsed.rotary:
+        return {}
     rotary = parsed.rotary[_full_rotary(parsed)]
     scaling = dict(rotary.scaling or ())
     if gguf_architecture(config) == "gemma4":
@@ -245,13 +262,14 @@ def add_vocabulary(
             tokens than there are rows.
     """
     described = json.loads(tokenizer.backend_tokenizer.to_str())
-    spaced = _is_spaced(described)
-    pre = None if spaced else _pre_tokenizer_name(described)
-    if not spaced and pre is None:
+    spaced, pieces = _is_spaced(described), _is_word_piece(described)
+    pre = None if spaced or pieces else _pre_tokenizer_name(described)
+    if not spaced and not pieces and pre is None:
         raise ArtifactError(
             "its tokenizer cannot be written into a GGUF file here",
             where=where,
-            why="supported are byte-level BPE tokenizers whose patterns have a known name, and Gemma's",
+            why="supported are byte-level BPE tokenizers whose patterns have a known name, Gemma's, and WordPiece of "
+            "lower-case text",
             next_step="merge into a Hugging Face directory, and run llama.cpp's convert_hf_to_gguf.py on it",
         )
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
@@ -264,27 +282,37 @@ def add_vocabulary(
             why="only added tokens that do not end a text can be left out of a GGUF file",
             next_step="use the tokenizer that belongs to the model",
         )
-    writer.add_tokenizer_model(GEMMA4_KIND if pre is None else "gpt2")
-    if pre is None:
-        writer.add_add_space_prefix(False)
-    else:
+    writer.add_tokenizer_model(BERT_KIND if pieces else GEMMA4_KIND if pre is None else "gpt2")
+    if pre is not None:
         writer.add_tokenizer_pre(pre)
-    writer.add_token_list([by_id.get(index, f"[PAD{index}]") for index in range(vocab_size)])
-    writer.add_token_types([_token_type(index, by_id, added, spaced) for index in range(vocab_size)])
-    merges = described["model"]["merges"]
+    elif not pieces:
+        writer.add_add_space_prefix(False)
+    types = [_token_type(index, by_id, added, spaced) for index in range(vocab_size)]
+    tokens = [by_id.get(index, f"[PAD{index}]") for index in range(vocab_size)]
+    if pieces:
+        ours = zip(tokens, types, strict=True)
+        tokens = [token if kind == gguf.TokenType.CONTROL else stored_piece(token) for token, kind in ours]
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    merges = described["model"].get("merges")
     if merges:  # an empty list has no item type
         writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    # Encoders call the tokens around a text CLS and SEP.
+    first = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    last = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     for add, index in (
-        (writer.add_bos_token_id, tokenizer.bos_token_id),
-        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_bos_token_id, first),
+        (writer.add_eos_token_id, last),
+        (writer.add_sep_token_id, tokenizer.sep_token_id),
+        (writer.add_mask_token_id, tokenizer.mask_token_id),
         (writer.add_unk_token_id, tokenizer.unk_token_id),
         (writer.add_pad_token_id, tokenizer.pad_token_id),
     ):
         if index is not None and index < vocab_size:
             add(index)
     around = list(tokenizer("a")["input_ids"])
-    writer.add_add_bos_token(bool(around) and around[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(bool(around) and around[-1] == tokenizer.eos_token_id)
+    writer.add_add_bos_token(bool(around) and around[0] == first)
+    writer.add_add_eos_token(bool(around) and around[-1] == last)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
     return [by_id[index] for index in without_row]
@@ -311,6 +339,19 @@ def _is_spaced(described: dict[str, Any]) -> bool:
         return False
     made = ("".join(merge) if not isinstance(merge, str) else merge.replace(" ", "") for merge in model["merges"])
     return set(_BYTES) <= model["vocab"].keys() and not any(re.search(r"\n[^\n]|[^\n]\n", token) for token in made)
+
+
+def _is_word_piece(described: dict[str, Any]) -> bool:
+    """Return True if the tokenizer is of the kind that llama.cpp calls bert."""
+    model, normalizer = described["model"], described.get("normalizer")
+    if isinstance(normalizer, dict) and normalizer.get("strip_accents") is True:
+        normalizer = {**normalizer, "strip_accents": None}  # null means: as `lowercase` says
+    return bool(
+        model.get("type") == "WordPiece"
+        and model.get("continuing_subword_prefix") == CONTINUING
+        and normalizer == BERT_NORMALIZER
+        and described.get("pre_tokenizer") == {"type": "BertPreTokenizer"}
+    )
 
 
 def _pre_tokenizer_name(described: dict[str, Any]) -> str | None:

@@ -46,6 +46,8 @@ _FLOATING = {torch.float16: StorageType.F16, torch.bfloat16: StorageType.BF16}
 _FILE_TYPES = {kind: gguf.LlamaFileType[f"MOSTLY_{kind.name}"] for kind in TYPES.values() if kind != StorageType.F32}
 _FILE_TYPES[StorageType.F32] = gguf.LlamaFileType.ALL_F32
 
+_FLOAT32_NAMES = (f".{ROUTER}.weight", f".{GPT_OSS_ROUTER}.weight")
+_FLOAT32_TENSORS = ("position_embd.weight", "token_types.weight")
 _NOT_COPIED = ("general.architecture", "general.file_type", "split.no", "split.count", "split.tensors.count")
 _DESCRIPTION = "general.description"
 _BLOCK_ROWS = 2048
@@ -184,8 +186,8 @@ def _plan(weights: MergedWeights, architecture: str, storage: StorageType | None
             planned.append(_Planned(names, members, how, StorageType(in_base[0].type_id), data))
             continue
         kind = _FLOATING.get(weights.stored_dtype(ours), StorageType.F32) if storage is None else storage
-        # Routers keep their type, as in llama.cpp's converter.
-        kind = StorageType.F32 if ours.endswith((f".{ROUTER}.weight", f".{GPT_OSS_ROUTER}.weight")) else kind
+        # Routers, positions and token types are float32, as in llama.cpp's converter.
+        kind = StorageType.F32 if ours.endswith(_FLOAT32_NAMES) or names[0] in _FLOAT32_TENSORS else kind
         planned.append(_Planned(names, members, how, _fitting(kind, weights.shape(ours))))
     return planned
 

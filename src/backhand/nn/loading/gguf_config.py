@@ -75,7 +75,7 @@ def huggingface_config(file: GGUFFile, architecture: str, rope_factors: Mapping[
         "num_key_value_heads": _key_value_heads(metadata, architecture, heads),
         "head_dim": head_dim,
         "max_position_embeddings": context_length,
-        "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": metadata.number(ARCHITECTURES[architecture].norm_eps),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }

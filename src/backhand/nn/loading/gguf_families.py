@@ -3,6 +3,8 @@
 Each function receives the config with the fields that every family has, the metadata, and the file. Files often omit
 numbers that are constants in llama.cpp's code:
 
+- **BERT and ModernBERT.** The activation is GELU, and attention has both directions. Every third layer of ModernBERT
+  has full attention, beginning with the first. Half of the window is visible to each side.
 - **Gemma.** The base of local rope is 1e4, and every sixth layer is full attention. Queries are scaled by
   head_dim^-½, in the largest models (46 layers of Gemma 2, 62 of Gemma 3) by (hidden / heads)^-½. In Gemma 2 every
   second layer is full attention, and the caps are 50 and 30. EmbeddingGemma is Gemma 3 in both directions. Gemma 4: see
@@ -42,6 +44,8 @@ FULL_INTERVAL = 4
 """olmo2, exaone4: every fourth layer is full attention. llama.cpp reads no pattern from these files."""
 GPT_OSS_INTERVAL = 2
 """gpt-oss: every second layer is full attention. llama.cpp reads no pattern from these files."""
+MODERN_BERT_INTERVAL = 3
+"""modern-bert: every third layer is full attention by default, beginning with the first."""
 EXAONE4_32B_LAYERS = 64
 """exaone4: number of layers of the only model to which llama.cpp gives a sliding window by default."""
 RECURRENT_LAYERS = "attention.recurrent_layers"
@@ -254,7 +258,38 @@ def _gemma_embedding(config: dict[str, Any], metadata: Metadata, file: GGUFFile)
     config |= {"use_bidirectional_attention": True}
 
 
+def _bert(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
+    types = file.tensors.get("token_types.weight")
+    if types is None:
+        raise ArtifactError("the tensor token_types.weight is missing", where=str(file.path))
+    _encoder(config, metadata, "layer_norm_eps", "hidden_act")
+    del config["head_dim"], config["num_key_value_heads"], config["rope_parameters"]
+    config["type_vocab_size"] = types.shape[0]
+
+
+def _modern_bert(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
+    del config["hidden_act"]
+    _encoder(config, metadata, "norm_eps", "hidden_activation")
+    config |= {
+        "model_type": "modernbert",
+        "local_attention": metadata.integer("attention.sliding_window"),
+        "global_attn_every_n_layers": metadata.integer("attention.sliding_window_pattern", MODERN_BERT_INTERVAL),
+        "rope_parameters": {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": metadata.sliding_rope_parameters(10000.0),
+        },
+    }
+
+
+def _encoder(config: dict[str, Any], metadata: Metadata, norm_eps: str, activation: str) -> None:
+    metadata.get("attention.causal")  # llama.cpp's graph of an encoder has no other form
+    config |= {norm_eps: config.pop("rms_norm_eps"), activation: "gelu"}
+    del config["tie_word_embeddings"]
+
+
 FAMILY_PARTS: dict[str, FamilyPart] = {
+    "bert": _bert,
+    "modern-bert": _modern_bert,
     "llama": _llama,
     "qwen35": _qwen35,
     "qwen3moe": _qwen3moe,

@@ -27,6 +27,8 @@ from backhand.nn.families.family import (
     SHORT_CONV_GROUPS,
     SINKS,
     TRAITS,
+    EncoderInputs,
+    split_layer,
 )
 from backhand.nn.loading.expert_tensors import parse_expert_name
 
@@ -54,9 +56,13 @@ class Architecture(NamedTuple):
     interleaved: bool = False  # neighbouring features are rotated as a pair
     norm_offset: float = 0.0  # constant that is added to stored weights of norms
     expert_tensors: tuple[str, ...] = ()  # kinds of tensors that exist as stacks of all experts: `weight`, `bias`
+    norm_eps: str = "attention.layer_norm_rms_epsilon"  # the key with the ε of the norms
 
 
+_LAYER_NORM_EPS = "attention.layer_norm_epsilon"
 _TABLE = {
+    "bert": Architecture(("bert",), norm_eps=_LAYER_NORM_EPS),
+    "modern-bert": Architecture(("modernbert",), norm_eps=_LAYER_NORM_EPS),
     "llama": Architecture(
         ("llama", "mistral", "mixtral"), (ROUTER,), biases=_BIASES, interleaved=True, expert_tensors=("weight",)
     ),
@@ -130,17 +136,28 @@ def _names_of(architecture: str) -> tuple[dict[str, str], dict[str, str]]:
             if (name := names.get_name(prefix + module)) is not None:
                 yield name.removeprefix("blk.0."), module
 
-    final_norm = TRAITS.get(row.families[0], {}).get("final_norm", "model.norm")
-    outside = {
-        f"{name}.weight": f"{ours}.weight" for name, ours in stored(("model.embed_tokens", final_norm, *row.outside))
-    }
-    outside["output.weight"] = "lm_head.weight"
-    block = dict(stored(_block_modules(row), "model.layers.0."))
+    traits = TRAITS.get(row.families[0], {})
+    inputs: EncoderInputs | None = traits.get("inputs")
+    ends = traits.get("embedding", "model.embed_tokens"), traits.get("final_norm", "model.norm")
+    of_inputs = () if inputs is None else (inputs.norm, inputs.positions, inputs.token_types)
+    modules = (name for name in (*ends, *of_inputs, *row.outside) if name is not None)
+    outside = {f"{name}.weight": f"{ours}.weight" for name, ours in stored(tuple(modules))}
+    block = dict(stored(_block_modules(row), f"{_layers_path(architecture)}.0."))
     inside = {f"{name}.weight": f"{ours}.weight" for name, ours in block.items()}
+    if inputs is not None:
+        outside |= {name.replace(".weight", ".bias"): f"{inputs.norm}.bias" for name in outside if "norm" in name}
+        inside |= {f"{name}.bias": f"{ours}.bias" for name, ours in block.items()}
+        return outside, inside
+    outside["output.weight"] = "lm_head.weight"
     if architecture != "lfm2":
         with_bias = {name: ours for name, ours in block.items() if ours.endswith(("_proj", ".router"))}
         inside |= {f"{name}.bias": f"{ours}.bias" for name, ours in with_bias.items()}
     return outside, inside | dict(row.tensors)
+
+
+def _layers_path(architecture: str) -> str:
+    path: str = TRAITS.get(ARCHITECTURES[architecture].families[0], {}).get("layers_path", "model.layers")
+    return path
 
 
 def _block_modules(row: Architecture) -> list[str]:
@@ -181,11 +198,12 @@ def gguf_names(architecture: str, name: str) -> tuple[str, ...]:
         exists = kind in ARCHITECTURES[architecture].expert_tensors
         return (f"blk.{block.rpartition('.')[2]}.{stack}.{kind}",) if exists else ()
     outside, inside = _names_of(architecture)
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
-    if match is None:
+    place = split_layer(name)
+    if place is None:
         return tuple(stored for stored, ours in outside.items() if ours == name)
-    parts = _GRANITE4_PARTS.get(match[2], (match[2],)) if architecture == "granite" else (match[2],)
-    return tuple(f"blk.{match[1]}.{stored}" for part in parts for stored, ours in inside.items() if ours == part)
+    layer, module = place
+    parts = _GRANITE4_PARTS.get(module, (module,)) if architecture == "granite" else (module,)
+    return tuple(f"blk.{layer}.{stored}" for part in parts for stored, ours in inside.items() if ours == part)
 
 
 def huggingface_names(architecture: str, name: str, shape: Sequence[int]) -> list[str]:
@@ -206,7 +224,7 @@ def huggingface_name(architecture: str, name: str) -> str | None:
     if match is None:
         return outside.get(name)
     ours = inside.get(match[2])
-    return None if ours is None else f"model.layers.{match[1]}.{ours}"
+    return None if ours is None else f"{_layers_path(architecture)}.{match[1]}.{ours}"
 
 
 def is_skipped(name: str) -> bool:

@@ -1,6 +1,6 @@
 """Build a transformers fast tokenizer from a GGUF file's vocabulary.
 
-The result gives the same token ids as llama.cpp. There are three kinds of vocabulary:
+The result gives the same token ids as llama.cpp. There are four kinds of vocabulary:
 
 - `gpt2`: byte-level BPE. The pre-tokenizer named in tokenizer.ggml.pre splits the text, bytes are represented by
   letters, and tokenizer.ggml.merges lists the merges in order.
@@ -9,6 +9,8 @@ The result gives the same token ids as llama.cpp. There are three kinds of vocab
   byte tokens.
 - `gemma4`: character-level BPE. A space becomes ▁, runs of newlines are split from the text between them, merges are
   listed in order, and characters without a token fall back to byte tokens.
+- `bert`: WordPiece of lower-case words without accents. A token that begins a word is stored with ▁ before it, and one
+  that continues a word without `##`.
 """
 
 from __future__ import annotations
@@ -29,6 +31,16 @@ _CONTROL, _USER_DEFINED = 3, 4
 _SPACE = "\u2581"
 GEMMA4_KIND, LINE_PATTERN = "gemma4", r"[^\n]+|[\n]+"
 """Name of the third kind of vocabulary, and the pattern by which it splits text."""
+BERT_KIND, CONTINUING = "bert", "##"
+"""Name of the fourth kind of vocabulary, and what WordPiece puts before tokens that continue a word."""
+BERT_NORMALIZER: dict[str, Any] = {
+    "type": "BertNormalizer",
+    "clean_text": True,
+    "handle_chinese_chars": True,
+    "strip_accents": None,
+    "lowercase": True,
+}
+"""The normalizer of the fourth kind, as a tokenizer's file describes it."""
 _KEY = "tokenizer.ggml."
 MOST_MERGES = 2**22
 MOST_COMPARED = 2**30
@@ -57,11 +69,14 @@ def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
         backend, adds_bos = _spaced(file, tokens, scored=True), True
     elif kind == GEMMA4_KIND:
         backend, adds_bos = _spaced(file, tokens, scored=False), True
+    elif kind == BERT_KIND:
+        tokens = _word_pieces(file, tokens)
+        backend, adds_bos = _word_piece(file, tokens), True
     else:
         raise ArtifactError(
             f"tokenizers of kind {kind!r:.60} cannot be read from a GGUF file",
             where=str(file.path),
-            why=f"the known kinds are gpt2, llama and {GEMMA4_KIND}",
+            why=f"the known kinds are gpt2, llama, {GEMMA4_KIND} and {BERT_KIND}",
             next_step="use the model's Hugging Face directory",
         )
     _add_marked_tokens(backend, file, tokens)
@@ -70,7 +85,7 @@ def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
         for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
     }
     has_bos = file.value(_KEY + "add_bos_token", adds_bos) and names["bos"] is not None
-    has_eos = file.value(_KEY + "add_eos_token", False) and names["eos"] is not None
+    has_eos = file.value(_KEY + "add_eos_token", kind == BERT_KIND) and names["eos"] is not None
     _add_template(backend, names["bos"] if has_bos else None, names["eos"] if has_eos else None)
     template = file.value("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
@@ -136,6 +151,33 @@ def _spaced(file: GGUFFile, tokens: list[str], *, scored: bool) -> Tokenizer:
     backend.normalizer, backend.decoder = normalizers.Sequence(steps) if scored else steps[0], decoders.Sequence(back)
     if not scored:
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(LINE_PATTERN), behavior="isolated")
+    return backend
+
+
+def stored_piece(token: str) -> str:
+    """Return a WordPiece token as a file stores it."""
+    return token.removeprefix(CONTINUING) if token.startswith(CONTINUING) else _SPACE + token
+
+
+def _word_pieces(file: GGUFFile, tokens: list[str]) -> list[str]:
+    """Return the tokens as WordPiece has them. Control tokens are stored as they are."""
+    types = file.value(_KEY + "token_type", [])
+    control = {place for place, kind in enumerate(types if isinstance(types, list) else ()) if kind == _CONTROL}
+    return [
+        token if place in control else token[1:] if token.startswith(_SPACE) else CONTINUING + token
+        for place, token in enumerate(tokens)
+    ]
+
+
+def _word_piece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    unknown = _token(file, tokens, "unknown") or "[UNK]"
+    backend = Tokenizer(models.WordPiece(_vocabulary(tokens), unk_token=unknown, continuing_subword_prefix=CONTINUING))
+    settings = {name: value for name, value in BERT_NORMALIZER.items() if name != "type"}
+    backend.normalizer = normalizers.BertNormalizer(**settings)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(CONTINUING)
     return backend
 
 
