@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,15 +30,17 @@ from backhand.data.prepare import prepare
 from backhand.data.rows import EmbeddingRow, PoolingName, TextIdentities
 from backhand.data.text_encoder import TextEncoder
 from backhand.distributed.communicator import Communicator
+from backhand.engines.memory_probe import TensorBytes
 from backhand.errors import BackhandError, CheckError, DataError, UsageError
 from backhand.interop.command import export_command
 from backhand.interop.options import ExportOptions
 from backhand.loop.embed import embed, embed_command, hardest, mine_command
 from backhand.loop.evaluate import evaluate_command
 from backhand.loop.held_out_vectors import HeldOutEmbeddings
-from backhand.loop.objectives.embed import EmbedObjective, embed_batch, excluded_pairs
+from backhand.loop.objectives.embed import EmbedObjective, embed_batch, embed_rows, excluded_pairs
 from backhand.loop.retrieval_scores import score_vectors, spearman
 from backhand.loop.step import StepWork
+from backhand.loop.vector_changes import BINS, cosine_histogram, drift, nearest_texts
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.nn.model_options import BaseModelOptions
@@ -176,6 +179,24 @@ def test_micro_batches_give_the_gradient_of_one_pass(loss: str, pooling: Pooling
         assert our_step(decoder, objective, rows) == pytest.approx(one, rel=1e-12)
         assert relative_error(decoder.lora.gradients, expected) <= 1e-12
     assert objective.measured(Communicator()).keys() == {"cosine/pairs", "cosine/all"}
+
+
+def test_vectors_are_gathered_in_little_more_than_their_memory() -> None:
+    rows = [Example(np.array([7, 5, 2, 0], dtype=np.int32), np.arange(4) == 3, "row") for _ in range(3000)]
+    pairs = [replace(row, others=(row,), embedding=TextIdentities((0, 1), None)) for row in rows]
+    packer = RowPacker(pairs, share_prefixes=False)
+    adapted = attach_lora(tiny_model("qwen3"), rank=RANK, alpha=ALPHA, target_modules=NOT_THE_HEAD)
+    decoder = decoder_like(adapted, ALPHA / RANK)
+    embed_rows(decoder, RowPacker(pairs[:8], share_prefixes=False), "last", 8, Communicator())  # allocates what stays
+    tracemalloc.start()
+    try:
+        with TensorBytes() as tensors:
+            vectors = embed_rows(decoder, packer, "last", 8, Communicator())
+        of_python = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert vectors is not None and vectors.shape == (6000, decoder.config.hidden_size)
+    assert tensors.peak_bytes + of_python < 2 * vectors.nbytes
 
 
 def test_rows_with_one_positive_are_refused_before_the_first_step(tiny: TinyRun, tmp_path: Path) -> None:
@@ -336,7 +357,7 @@ def config(tiny: TinyRun, place: Path, output: Path, **options: Any) -> TrainCon
 @pytest.fixture(scope="module")
 def straight(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     place = tmp_path_factory.mktemp("vectors")
-    made = config(tiny, place, place / "run", prove_resume=3, epochs=4)
+    made = config(tiny, place, place / "run", prove_resume=3, epochs=4, answers=2)
     train(made)
     return made
 
@@ -406,9 +427,30 @@ def test_an_encoder_trains_on_vectors_alone_and_is_exported(tiny: TinyRun, tmp_p
         train(with_options(replace(made, run=replace(made.run, output=tmp_path / "cut")), model=str(short)))
 
 
+def test_figures_of_vectors_are_those_of_all_cosines() -> None:
+    draw = torch.Generator().manual_seed(0)
+    base, adapted = (nn.functional.normalize(torch.randn(15, 6, generator=draw), dim=1) for _ in range(2))
+    rows = [TextIdentities((3 * n, 3 * n + 1, 3 * n + 2), None) for n in range(5)]
+    cosines = base[::3] @ base[1::3].T
+    histogram = cosine_histogram(base, [3] * 5)
+    apart = cosines[~torch.eye(5, dtype=torch.bool)]
+    for name, values in (("pairs", cosines.diagonal()), ("others", apart)):
+        expected = np.histogram(values.numpy(), BINS, (-1, 1))[0] / len(values)
+        assert histogram[name] == pytest.approx(expected)
+    changes = (base @ base.T - adapted @ adapted.T).abs()[~torch.eye(15, dtype=torch.bool)]
+    assert drift(base, adapted) == pytest.approx(float(changes.mean()))
+    (found,) = nearest_texts(rows, base, [str(n) for n in range(15)], [2])
+    of_anchor = base[6] @ base.T
+    order = sorted((n for n in range(15) if n % 3), key=lambda n: -float(of_anchor[n]))
+    assert [one["text"] for one in found] == [str(n) for n in order[:3]]
+    assert [one["right"] for one in found] == [n == 7 for n in order[:3]]
+
+
 def test_the_page_shows_the_scores_of_base_and_adapter(straight: TrainConfig) -> None:
     page = Page(run_page(read_run(straight.run.output)))
-    assert {"retrieval", "cosines", "loss"} <= set(page.charts)
+    assert {"retrieval", "cosines", "loss", "similarities"} <= set(page.charts)
+    assert "Nearest texts" in page.one("section", id="answers").text
+    assert "Cosines of neutral texts" in page.one("section", id="answers").text
     text = page.one("section", id="answers").text
     assert "Each of 6 anchors ranks 12 candidates" in text and "answered before and after" not in text
     assert "ndcg@10 from" in page.one("section", id="result").text and "perplexity" not in page.one("body").text

@@ -106,6 +106,16 @@ def test_without_rows_the_longest_are_assumed(plan: Plan) -> None:
     assert kept[0] > 0
 
 
+def test_without_rows_of_vectors_as_many_texts_are_assumed_as_the_loss_needs(plan: Plan) -> None:
+    words = "--objective", "embed", "--no-calibrate", "--json", "--max-length", "32", "--micro-batch-rows", "2"
+    pairs, triplets = (
+        json.loads(plan(*words, "--pooling", "mean", "--embedding-loss", loss)[1]) for loss in ("infonce", "triplet")
+    )
+    assert "a row has 2 texts, and each further negative adds one" in pairs["notes"][0]
+    kept = [one["parts"]["kept activations"] for one in (pairs, triplets)]
+    assert kept[1] == pytest.approx(1.5 * kept[0], rel=0.1)
+
+
 def test_speed_is_measured_and_counted_over_the_run(plan: Plan, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backhand.training.calibration.calibrate.__kwdefaults__", {"budget_s": 0.1})
     once = json.loads(plan("--data", str(tiny.rows), "--epochs", "1", "--eval-data", str(tiny.held_out), "--json")[1])

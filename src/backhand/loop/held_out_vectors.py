@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from backhand.data.embedding_examples import EmbeddingFormat
+from backhand.data.text_encoder import TextEncoder
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import BoundModel, Trainable
 from backhand.errors import CheckError, not_none
@@ -15,6 +18,13 @@ from backhand.loop.measuring import HeldOut
 from backhand.loop.objectives.embed import EmbedObjective, embed_rows
 from backhand.loop.retrieval_scores import VectorScores, score_vectors
 from backhand.loop.step import sequential_sum
+from backhand.loop.vector_changes import cosine_histogram, drift, first_documents, nearest_texts, neutral_packer
+from backhand.nn.decoder.decoder import Decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_NEUTRAL_TOKENS = 128
 
 COLLAPSED = 0.9999
 """Mean cosine of different texts from which their vectors are useless, because all of them are the same."""
@@ -65,22 +75,49 @@ class HeldOutEmbeddings(HeldOut):
         self.measured["eval_cosine/all"] = scores.mean_cosine
         return sequential_sum(losses) / len(self._examples)
 
-    def scores(self, bound: BoundModel) -> dict[str, Any]:
+    def scores(self, bound: BoundModel, tokenizer: PreTrainedTokenizerFast, shown: int) -> dict[str, Any]:
         """Return the fields of summary.json on these rows, of the base model and of the adapted one.
 
         Args:
             bound: the model with the adapter to measure, which is attached again afterwards.
+            tokenizer: of the model.
+            shown: number of anchors whose nearest texts are listed.
         """
-        result = {}
+        examples, identities = self._examples, self._objective.identities(range(len(self._examples)))
+        counts = [len(row.texts) for row in identities]
+        texts = [
+            tokenizer.decode(document.input_ids[:-1].tolist(), skip_special_tokens=True)
+            for example in examples
+            for document in example.documents
+        ]
+        options = self._objective.options
+        text_format = EmbeddingFormat(self._objective.pooling, "", options.document_prompt or "")
+        assert isinstance(bound.model, Decoder), "other engines are refused before"
+        longest = min(_NEUTRAL_TOKENS, bound.model.config.max_position_embeddings)
+        neutral = neutral_packer(TextEncoder(tokenizer), text_format, longest)
+        of_rows = [*dict.fromkeys(np.linspace(0, len(examples) - 1, max(1, shown)).astype(int).tolist())][:shown]
+        result: dict[str, Any] = {}
+        nearest, of_neutral = [], []
         for name in ("base", "adapted"):
             if name == "base":
                 bound.model.detach()
             else:
                 bound.model.attach(bound.lora)
             objective, rows = self._objective, self._micro_batch_rows
-            embeddings = embed_rows(bound.model, objective.packer, objective.pooling, rows, Communicator())
-            result[f"{name}_retrieval"] = self._scores(not_none(embeddings)).to_json()
-        return result
+            embeddings, neutral_vectors = (
+                not_none(embed_rows(bound.model, packer, objective.pooling, rows, Communicator()))
+                for packer in (objective.packer, neutral)
+            )
+            histogram = cosine_histogram(embeddings, counts)
+            result[f"{name}_retrieval"] = {**self._scores(embeddings).to_json(), "histogram": histogram}
+            nearest.append(nearest_texts(identities, embeddings, texts, of_rows))
+            of_neutral.append(neutral_vectors)
+        first = first_documents(counts).tolist()
+        result["neighbours"] = [
+            {"anchor": texts[first[row]], "base": before, "adapted": after}
+            for row, before, after in zip(of_rows, *nearest, strict=True)
+        ]
+        return {**result, "neutral_drift": drift(*of_neutral)}
 
     def _starts(self) -> range:
         return range(0, len(self._examples), self._batch_rows)

@@ -281,6 +281,31 @@ def reliability(bins: Sequence[Mapping[str, Any]]) -> Spec:
     }
 
 
+def similarities(base: Mapping[str, Sequence[float]], adapted: Mapping[str, Sequence[float]]) -> Spec:
+    """Return the distributions of cosines of pairs and of other texts, of the base model and of the adapted one."""
+    rows = [
+        {"cosine": (2 * place + 1) / len(shares) - 1, "share": share, "series": f"{kind}, {model}"}
+        for model, histogram in (("base model", base), ("adapter", adapted))
+        for kind, shares in histogram.items()
+        for place, share in enumerate(shares)
+    ]
+    numbers = {"format": ".1f", "tickCount": 6}
+    return {
+        **_base(rows, 220),
+        "mark": {"type": "line", "interpolate": "step"},
+        "encoding": {
+            "x": _measure("cosine", numbers) | {"title": "cosine"},
+            "y": _measure("share", {"format": ".0%"}, zero=True) | {"title": "share"},
+            "color": _choice("series", None, scale={"range": list(COLOURS[:4])}, legend={}),
+            "tooltip": [
+                {"field": "series"},
+                {"field": "cosine", "type": "quantitative", "format": ".2f"},
+                {"field": "share", "type": "quantitative", "format": ".1%"},
+            ],
+        },
+    }
+
+
 def lengths(bins: Sequence[LengthBin], title: str) -> Spec:
     """Return a histogram of the documents' lengths in tokens, from the bins in facts.json."""
     rows = [

@@ -51,7 +51,7 @@ def live_values(run: RunRecord) -> dict[str, Any]:
     tables = proof_tables(run.proofs, run=str(run.path), adapter=str(run.adapter))
     drawn = charts.run_charts(run)
     has_curves = bool(drawn)
-    drawn |= _data_charts(run) | _decision_charts(run)
+    drawn |= _data_charts(run) | _decision_charts(run) | _vector_charts(run)
     return {
         "title": f"{run.path.name}: run report",
         "run": run,
@@ -187,6 +187,11 @@ def _movement(changes: Sequence[ModuleInspection]) -> str:
 def _decision_charts(run: RunRecord) -> dict[str, charts.Spec]:
     decisions = (run.summary.get("adapted_decisions") or {}).values()
     return {f"reliability-{number}": charts.reliability(one["reliability"]) for number, one in enumerate(decisions)}
+
+
+def _vector_charts(run: RunRecord) -> dict[str, charts.Spec]:
+    base, adapted = ((run.summary.get(f"{name}_retrieval") or {}).get("histogram") for name in ("base", "adapted"))
+    return {"similarities": charts.similarities(base, adapted)} if base and adapted else {}
 
 
 def _data_charts(run: RunRecord) -> dict[str, charts.Spec]:

@@ -155,6 +155,10 @@ class RunSummary:
     # other objectives
     base_retrieval: dict[str, Any] | None = None
     adapted_retrieval: dict[str, Any] | None = None
+    # nearest texts of some held-out anchors, as the base model and the adapted one rank them
+    neighbours: tuple[dict[str, Any], ...] = ()
+    # mean absolute change of the cosines of neutral texts; None for other objectives
+    neutral_drift: float | None = None
     distilled: DistilledFigures | None = None  # None for other objectives, or if no answers were generated
     evaluations: int = 0  # number of evaluations after the first step, the best of which chose the adapter
     # figures of held-out pairs, see `runs.pair_results`; None for other rows

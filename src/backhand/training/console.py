@@ -216,6 +216,8 @@ def closing_lines(summary: RunSummary) -> list[str]:
         lines += map(capitalized, clauses)
     if summary.base_retrieval and summary.adapted_retrieval:
         lines.append(f"Held-out rows: {scores_text(summary.adapted_retrieval, summary.base_retrieval)}.")
+    if summary.neutral_drift is not None:
+        lines.append(f"Cosines of neutral texts changed by {summary.neutral_drift:.3f} on average.")
     if summary.distilled is not None:
         lines += distilled_sentences(summary.distilled, summary.objective)
     for name, one in (summary.adapted_decisions or {}).items():

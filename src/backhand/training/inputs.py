@@ -274,7 +274,10 @@ def _longest(packer: PromptPacker, held_out: RowPacker | None, new_tokens: int) 
 
 
 def _assumed_rows(config: TrainConfig) -> PreparedData:
-    """Return the rows of one step with the largest length, all supervised. No real rows need more memory."""
+    """Return the rows of one step with the largest length, all supervised.
+
+    No real rows need more memory, except rows of vectors with more negatives than the loss needs.
+    """
     length, count = config.data.max_length, config.optimization.batch_rows
     supervised = np.ones(length, dtype=np.bool_)
     supervised[0] = False
@@ -284,7 +287,15 @@ def _assumed_rows(config: TrainConfig) -> PreparedData:
     if config.objective.purpose == "embeddings":
         if config.objective.pooling == "last":
             row = replace(row, supervised=np.arange(length) == length - 1)
-        row = replace(row, others=(row,), embedding=TextIdentities((0, 1), None))
+        texts = 3 if config.objective.embedding_loss == "triplet" else 2
+
+        def text(number: int) -> Example:  # no two texts begin alike, so that none share a prefix
+            return replace(row, input_ids=np.full(length, number, dtype=np.int32))
+
+        identities = TextIdentities(tuple(range(texts)), None)
+        rows = [[text(number * texts + place) for place in range(texts)] for number in range(count)]
+        examples = [replace(first, others=tuple(others), embedding=identities) for first, *others in rows]
+        return with_totals(examples, DataReport())
     if config.objective.purpose == "rankings":
         row = replace(row, supervised=np.arange(length) == length - 1)
         row = replace(row, others=(row,), ranking=RankedTexts(0, (0,), (1.0,)))

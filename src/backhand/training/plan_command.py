@@ -103,6 +103,9 @@ def plan(options: PlanOptions) -> PlanReport:
     notes = [*([run_plan.inputs.engine.note] if run_plan.inputs.engine.note else []), *run_plan.inputs.engine.notes]
     if not config.data.data:
         notes.append(_ASSUMED.format(length=config.data.max_length))
+        if config.objective.purpose == "embeddings":
+            texts = len(run_plan.inputs.train.examples[0].documents)
+            notes[-1] += f"; a row has {texts} texts, and each further negative adds one"
     else:
         notes += run_plan.inputs.train.report.lines()
     if not run_plan.size.measured:

@@ -234,7 +234,8 @@ class Trainer:
         if isinstance(objective, EmbedObjective | RankObjective) and self.processes.is_main_process:
             run.bound.fill(str(self.directory.adapter))
             if isinstance(objective, EmbedObjective):
-                scores = self._held_out_vectors(objective).scores(run.bound)
+                vectors, tokenizer = self._held_out_vectors(objective), run.inputs.source.tokenizer()
+                scores = vectors.scores(run.bound, tokenizer, run.config.run.answers)
             else:
                 scores = objective.held_out_scores(run.bound, run.plan.memory.micro_batch_rows)
             summary = replace(summary, **scores)
