@@ -30,6 +30,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -350,18 +351,15 @@ def store_agreement(given: argparse.Namespace, found: dict[str, Any]) -> None:
 
 def compare(given: argparse.Namespace) -> None:
     """Compare the two sides, and print the result."""
-    if given.what == "train":
-        rows = Path("decision_rows.jsonl").resolve()
-        write_rows(rows, given.rows, given.words)
-        commands = {"backhand": ["train-backhand", str(rows)], "transformers + PEFT": ["train-peft", str(rows)]}
-    else:
-        more = [*map(str, given.paths), "--threads", str(given.threads), "--states", str(given.states)]
-        commands = {"backhand": ["by-backhand", *more], "llama.cpp": ["by-llama", *more]}
-    try:
-        result = in_turns(commands, given.turns)
-    finally:
+    with tempfile.TemporaryDirectory() as folder:
         if given.what == "train":
-            rows.unlink()
+            rows = Path(folder) / "rows.jsonl"
+            write_rows(rows, given.rows, given.words)
+            commands = {"backhand": ["train-backhand", str(rows)], "transformers + PEFT": ["train-peft", str(rows)]}
+        else:
+            more = [*map(str, given.paths), "--threads", str(given.threads), "--states", str(given.states)]
+            commands = {"backhand": ["by-backhand", *more], "llama.cpp": ["by-llama", *more]}
+        result = in_turns(commands, given.turns)
     ours, theirs = result.values()
     result["speed-up"] = round(ours["per_s"] / theirs["per_s"], 2)
     result["memory"] = round(ours["peak_bytes"] / theirs["peak_bytes"], 2)
