@@ -131,6 +131,7 @@ def test_a_refused_row_says_which_forms_fit_and_how_to_name_columns() -> None:
         ("question,accepted,refused", {"prompt": "question"}, "--prompt question --completion accepted"),
         ("question,accepted,refused", {"completion": "accepted"}, "--prompt '{question}' --completion accepted"),
         ("question,refused", {}, None),
+        ("Nr.,Text,Category", {}, "--prompt '{Text}' --completion Category"),
         ("Text,Category", {}, "--prompt '{Text}' --completion Category"),
         ("Category,Text", {}, "--prompt '{Text}' --completion Category"),
     ],
@@ -148,6 +149,13 @@ def test_a_suggestion_reads_the_rows_when_it_is_pasted(
         _, _, prompt, _, completion = shlex.split("x " + advice)
         prompts, _ = asked(path, prompt=prompt, completion=completion)
         assert prompts[0].reply == completion[0]
+
+
+def test_an_empty_column_is_not_suggested(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv", "Headline,Lead,Answer\n,words,x\n")
+    with pytest.raises(DataError) as raised:
+        asked(path)
+    assert (raised.value.next_step or "").endswith("--prompt '{Lead}' --completion Answer")
 
 
 @pytest.mark.parametrize(

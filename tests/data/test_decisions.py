@@ -223,6 +223,35 @@ def test_an_unknown_column_is_named(tmp_path: Path) -> None:
         read(data, state="text", question={"tea": ""})
 
 
+@pytest.mark.parametrize(
+    ("rows", "named", "empty"),
+    [
+        ([{"words": "a", "team": "x"}, {"words": "b", "team": ""}, {"words": "c", "team": "y"}], True, "team"),
+        ([{"text": "a", "label": "x"}, {"text": "b", "label": ""}, {"text": "c", "label": "y"}], False, "label"),
+    ],
+)
+def test_a_row_without_any_answer_names_the_empty_column(
+    rows: list[dict[str, Any]], named: bool, empty: str, tmp_path: Path
+) -> None:
+    data = table(tmp_path / "rows.csv", rows)
+    options: dict[str, Any] = {"state": "words", "question": {"team": ""}} if named else {}
+    with pytest.raises(DataError, match="no question of this row has an answer") as raised:
+        read(data, **options)
+    assert str(raised.value.where).endswith(":3") and raised.value.why == f"{empty} is empty"
+    assert len(read(data, skip_bad=True, **options).examples) == 2
+
+
+def test_the_report_counts_the_documents_that_are_trained_on(tmp_path: Path) -> None:
+    """The names of options were missing in its counts, and its documents were taken for rows."""
+    data = read(lines(tmp_path / "rows.jsonl", [{"text": f"words {n}", "label": "ab"[n % 2]} for n in range(6)]))
+    report, documents = data.report, data.examples.documents
+    assert report.rows == 6 and report.documents == len(documents) == 6 * 4
+    assert report.supervised_tokens == int(documents.column("supervised").sum()) > 24
+    assert report.tokens == int(documents.column("tokens").sum())
+    assert any(line.startswith("24 documents of 6 rows with ") for line in report.lines())
+    assert any("one document per label" in note for note in report.notes)
+
+
 def findings(data: str, **options: Any) -> dict[str, Any]:
     made = DataOptions(data=(data,), **{"eval_fraction": 0.0, **options})
     report, _ = lint(made, tiny_tokenizer(), purpose="decisions")
@@ -239,6 +268,7 @@ def test_lint_finds_problems_of_questions(tmp_path: Path) -> None:
     found = findings(lines(tmp_path / "rows.jsonl", rows))
     assert found.keys() == {"unused_option", "alike_options", "contradiction", "duplicate"}
     assert found["duplicate"].count == 1 and found["duplicate"].where[0].endswith("rows.jsonl:3")
+    assert found["unused_option"].what.startswith("2 rows with options")
     assert "legal" in found["unused_option"].what and "sales" in found["alike_options"].what
     (where,) = found["contradiction"].where
     assert where.endswith("rows.jsonl:7 ≠ " + where.split(" ≠ ")[1]) and where.endswith("rows.jsonl:2")

@@ -53,7 +53,9 @@ def test_pairs_are_rows_and_measured_where_some_are_held_out(tiny: TinyRun, tmp_
     assert " on 4 of 9 rows of pairs.jsonl" in headline(record)
     assert " on 9 rows of pairs.jsonl" in headline(replace(record, summary={})), "before it is over"
     (line,) = (line for line in closing_lines(summary) if "nothing was held out" in line)
-    assert "--eval-fraction" in line and "margins and accuracy" in line
+    assert "(--eval-data FILE" in line and "margins and accuracy" in line, "a tenth of 9 rows is none"
+    many = "\n".join(closing_lines(replace(summary, rows=50)))
+    assert "(--eval-fraction 0.1, or --eval-data FILE, would tell" in many
 
 
 def test_no_evaluation_better_than_the_base(ended: RunSummary) -> None:
@@ -128,8 +130,8 @@ def label_figures(accuracy: float, **supports: int) -> LabelFigures:
     ("base", "adapted", "words", "verdict"),
     [
         (0.25, 0.425, "not clearly better than the base model or a constant answer", "unclear"),
-        (0.25, 0.90, "better than by the base model or a constant answer", "helped"),
-        (0.90, 0.25, "the base model answers the labels better", "hurt"),
+        (0.25, 0.90, "better than the base model and a constant answer", "helped"),
+        (0.90, 0.25, "the base model is better", "hurt"),
     ],
 )
 def test_a_lower_loss_helped_only_if_the_labels_are_clearly_better(

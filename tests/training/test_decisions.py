@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import prepare
 from backhand.distributed.communicator import Communicator
-from backhand.errors import DataError, UsageError
-from backhand.loop.decide import decide, decide_command
+from backhand.errors import DataError, UsageError, not_none
+from backhand.loop.decide import about_score, decide, decide_command
+from backhand.loop.decision_scores import Outcome, score_questions
 from backhand.loop.evaluate import evaluate_command
 from backhand.loop.objectives.decide import DecideObjective
 from backhand.loop.objectives.objective import document_sums
@@ -38,9 +39,12 @@ from backhand.options.command_options import (
 )
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
+from backhand.printing import now
+from backhand.report.headline import verdict
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
+from backhand.training.advice import answer_advice
 from backhand.training.console import closing_lines
 from backhand.training.run import train
 from backhand.verify.command import prove_run
@@ -218,6 +222,25 @@ def test_a_run_learns_and_measures_accuracy(straight: TrainConfig) -> None:
     assert steps[-1]["loss"] < 0.8 * steps[0]["loss"] and evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
     assert all(0 <= step["accuracy"] <= 1 and 0 < step["label_mass"] < 1 for step in steps)
     assert all(0 <= line["eval_accuracy"] <= 1 for line in evaluations)
+    assert all("label_loss" in step for step in steps) and not any("eval_label_loss" in line for line in evaluations)
+
+
+def test_training_rows_also_have_the_loss_of_held_out_rows() -> None:
+    examples = decision_examples(6)
+    packer = RowPacker(examples, share_prefixes=True)
+    sums = -torch.arange(1.0, 1 + sum(len(one.documents) for one in examples), dtype=torch.float64).sqrt()
+    measured = DecideObjective(packer).of_sums(range(6), sums).measured
+    plain, kept, first = [], [], 0
+    for example in examples:
+        row = not_none(example.decision)
+        size = sum(row.sizes)
+        plain.append(replace(example, others=example.others[: size - 1], decision=replace(row, by_name=False)))
+        kept.append(sums[first : first + size])
+        first += len(example.documents)
+    held_out = DecideObjective(RowPacker(plain, share_prefixes=True)).of_sums(range(6), torch.cat(kept))
+    total, count = measured["label_loss"]
+    assert (total, count) == (pytest.approx(float(held_out.losses.sum())), 6)
+    assert "label_loss" not in held_out.measured
 
 
 def test_the_adapter_has_questions_and_temperatures(straight: TrainConfig, tiny: TinyRun) -> None:
@@ -244,14 +267,45 @@ def test_the_end_of_a_run_shows_each_question(straight: TrainConfig) -> None:
         assert figures["temperature"] == pytest.approx(record["decisions"]["temperatures"][kind], rel=1e-3)
         (line,) = [line for line in closing_lines(summary) if line.startswith(f"{name}: ")]
         assert ("decides nothing" if figures["constant"] else f"{figures['majority']:.1%} by the most") in line
-    assert any(line.startswith("Next: backhand decide") for line in closing_lines(summary))
+        assert figures["constant"] or "on these 6, which also fitted the temperature" in line
+    shown = closing_lines(summary)
+    assert any(line.startswith("Next: backhand decide") for line in shown)
+    assert any(line.endswith("--to gguf --decision --output decision.gguf") for line in shown)
+    assert any("nats per answer, without names of options" in line for line in shown)
+
+
+@pytest.mark.parametrize(
+    ("base", "adapted", "words", "judged"),
+    [
+        (0.25, 5 / 12, "not clearly better than the base model or a constant answer", "unclear"),
+        (0.25, 1.0, "better than the base model and a constant answer", "helped"),
+        (1.0, 0.25, "the base model is better", "hurt"),
+    ],
+)
+def test_a_lower_loss_of_decisions_is_no_help_alone(
+    base: float, adapted: float, words: str, judged: str, straight: TrainConfig
+) -> None:
+    summary = not_none(read_summary(straight.run.output / "summary.json"))
+    figures = next(iter(not_none(summary.adapted_decisions).values()))
+    common = figures | {"rows": 12, "majority": 0.33, "constant": False}
+    before, after = ({"team": common | {"accuracy": share}} for share in (base, adapted))
+    measured = replace(summary, base_decisions=before, adapted_decisions=after, try_next=None)  # type: ignore[arg-type]
+    assert any(words in line for line in closing_lines(measured))
+    run = replace(read_run(straight.run.output), summary=json.loads(measured.to_json()))
+    page = Page(run_page(run)).one("section", id="result").text
+    assert words in page and "so it helped" not in page and verdict(run) == judged
+    advised = answer_advice(straight, measured, straight.run.output)
+    assert (advised is None) is (judged == "helped")
+    commands = [line for line in page.splitlines() if "backhand" in line or "llama" in line]
+    assert any("backhand decide" in line for line in commands) and "--to gguf --decision" in page
+    assert "backhand chat" not in page and "llama-cli" not in page
 
 
 def test_the_page_has_a_reliability_plot_and_thresholds(straight: TrainConfig) -> None:
     page = Page(run_page(read_run(straight.run.output)))
     assert {"decisions", "reliability-0", "reliability-1"} <= set(page.charts)
     text = page.one("section", id="answers").text
-    assert "most frequent answer" in text and "confidence at least" in text and "least probable answers" in text
+    assert "most frequent answer" in text and "probability at least" in text and "least probable answers" in text
 
 
 def test_without_held_out_rows_there_is_no_temperature(tiny: TinyRun, tmp_path: Path) -> None:
@@ -383,13 +437,54 @@ def test_evaluate_scores_base_and_adapter(straight: TrainConfig, capsys: pytest.
     evaluate_command(replace(options, run=replace(options.run, json=False)))
     printed = capsys.readouterr().out
     assert "decisions, adapted model" in printed and "majority" in printed
+    assert "6 rows, 12 answers" in printed and "perplexity" not in printed and "exact match" not in printed
+
+
+def test_sentences_about_a_question_name_flips_and_a_better_constant_answer() -> None:
+    question = asked(2, (1.0, 0.0)).question
+    scores, targets = np.array([[0.0, -1.0], [-1.0, 0.0]]), np.eye(2)
+    outcomes = [Outcome(question, scores[n % 2], targets[n // 2], f"row {n}") for n in range(4)]
+    score = score_questions(outcomes, {})["q"]
+    assert about_score("q", score) == ["q: always giving the most frequent answer is right as often (50.0%)"]
+    worse = about_score("q", replace(score, accuracy=0.4))
+    assert worse == ["q: always giving the most frequent answer is right more often (50.0%)"]
+    better = about_score("q", replace(score, accuracy=0.8, flips=0.819))
+    assert "82% of the decisions change" in better[-1] and "--option-order random" in better[-1]
+    assert not any("decisions change" in line for line in about_score("q", replace(score, accuracy=0.8, flips=0.0)))
+
+
+def test_rows_are_counted_while_they_are_decided(straight: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows of a part were counted together, after a minute in which nothing seemed to happen."""
+    (held_out,) = straight.data.eval_data
+    seen: list[str] = []
+    monkeypatch.setattr(Decoder, "token_losses", spied(Decoder.token_losses, lambda: seen.append(now())))
+    decide(decide_options(straight, {"data": (held_out,)}, micro_batch_rows=2))
+    assert [line.partition(", about")[0] for line in seen] == [f"decisions, {n} of 6 rows" for n in (0, 2, 4)]
+
+
+def spied(method: Any, before: Callable[[], None]) -> Any:
+    """Return a method that calls `before` first."""
+
+    def called(*arguments: Any, **named: Any) -> Any:
+        before()
+        return method(*arguments, **named)
+
+    return called
 
 
 def test_an_adapter_of_answers_cannot_decide(tiny: TinyRun, tmp_path: Path) -> None:
     made = tiny.config(tmp_path / "run", epochs=1)
     train(made)
-    with pytest.raises(UsageError, match="not trained to decide"):
+    with pytest.raises(UsageError, match="not trained to decide") as refused:
         decide(decide_options(made, {"state": STATE}))
+    assert "--labels" not in str(refused.value), "it has no labels either"
+
+
+def test_labels_of_an_adapter_of_decisions_are_answered_with_decide(straight: TrainConfig) -> None:
+    given: dict[str, Any] = {"adapter": straight.run.output / "adapter", "model": straight.model.model}
+    with pytest.raises(UsageError, match="decides questions") as refused:
+        backhand.classify(STATE, dtype="float32", threads=1, **given)
+    assert "backhand decide" in not_none(refused.value.next_step)
 
 
 def test_a_state_that_is_too_long_is_an_error(straight: TrainConfig) -> None:

@@ -26,7 +26,7 @@ def suggestion(prompts: Sequence[str], others: Iterable[str], given: Mapping[str
         given: options that the user gave, which stay.
     """
     read = {column for text in given.values() for column in columns_named(text)}
-    small = {name: name.strip().lower() for name in others if name not in (*read, *given, *prompts)}
+    small = {name: name.strip(" .:#").lower() for name in others if name not in (*read, *given, *prompts)}
     useless = COUNTING | _UNWANTED | _ABOUT_ROWS
     free = [name for name, low in small.items() if _can_be_typed(name) and low not in useless]
     answer, template = given.get("completion"), given.get("prompt")
@@ -58,6 +58,10 @@ class ClassColumns:
         for name, value in values.items():
             if value is not None and len(seen := self._seen.setdefault(name, {})) <= _MOST:
                 seen[str(value)[: _LONGEST + 1]] = None
+
+    def filled(self, name: str) -> bool:
+        """Return True if a row has more than white space in this column."""
+        return any(value.strip() for value in self._seen.get(name, ()))
 
     def values(self, name: str) -> list[str]:
         """Return the first distinct values of a column."""

@@ -57,10 +57,14 @@ class DataReport:
         lines = [f"{form.source}: {form.form}, {count_of(form.rows, 'row')}" for form in self.sources]
         supervised = "" if unit != "document" else f"{self.supervised_tokens:,} of them supervised, "
         lines.append(
-            f"{count_of(self.documents, unit)} with {count_of(self.tokens, 'token')}, "
-            f"{supervised}the longest {self.longest:,}"
+            f"{self.size(unit)} with {count_of(self.tokens, 'token')}, {supervised}the longest {self.longest:,}"
         )
         return [*lines, *self.left_out(), *self.notes]
+
+    def size(self, unit: str) -> str:
+        """Return the number of documents, and the number of their rows if rows have several documents."""
+        rows = f" of {count_of(self.rows, 'row')}" if self.documents > self.rows > 0 else ""
+        return f"{count_of(self.documents, unit)}{rows}"
 
     def left_out(self) -> list[str]:
         """Return one line per reason for which documents or rows were cut or left out."""

@@ -63,7 +63,13 @@ def read_decision(
         if unanswered or name in answers
     )
     if not asked:
-        raise DataError("no question of this row has an answer", where=raw.source)
+        columns = form.columns[1:2] if form.columns[0] != "state" else [*(raw.values.get(ANSWERS) or questions)]
+        raise DataError(
+            "no question of this row has an answer",
+            where=raw.source,
+            why=f"{name_list(columns)} {'is' if len(columns) == 1 else 'are'} empty",
+            next_step="fill it in, or leave such rows out with --skip-bad",
+        )
     return DecisionRow(state, asked, raw.source)
 
 
@@ -160,10 +166,11 @@ def find_questions(
 
 
 def question_notes(questions: Mapping[str, Question]) -> list[str]:
-    """Return one sentence per question about its type and its options."""
+    """Return one sentence on the documents of a row, and one per question about its type and its options."""
     types = {"choice": "a choice of {}", "noul": "yes or no", "score": "a score with the levels {}"}
     shown = {name: one.descriptions if one.type == "score" else one.keys for name, one in questions.items()}
-    return [
+    several = "each row has one document per label of its questions; choices also have one per name of an option"
+    return [several] + [
         f"the question {name} is {types[one.type].format(name_list(map(str, shown[name])))}"
         for name, one in questions.items()
     ]

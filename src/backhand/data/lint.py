@@ -274,7 +274,8 @@ def lint(
         long = documents.take(documents.column("tokens") > context_length)
         problems.append(("context", [document.source for document in long], context_length))
     malformed = _malformed(bad, "warning" if options.skip_bad else "error")
-    findings = [*malformed, *(_finding(*one) for one in problems if one[1])]
+    unit = "row" if purpose in ("embeddings", "decisions", "rankings") else "document"
+    findings = [*malformed, *(_finding(unit, *one) for one in problems if one[1])]
     columns = {"tokens": "tokens", "supervised tokens": "supervised"}
     report = LintReport(
         train=train.report,
@@ -308,9 +309,9 @@ def _malformed(bad: RowErrors, severity: Severity) -> list[Finding]:
     return findings
 
 
-def _finding(kind: str, places: list[str], *values: object) -> Finding:
+def _finding(unit: str, kind: str, places: list[str], *values: object) -> Finding:
     check, count = CHECKS[kind], len(places)
-    what = f"{count_of(count, 'document')} {check.what.format(*values)}"
+    what = f"{count_of(count, unit)} {check.what.format(*values)}"
     return Finding(kind, "warning", count, what, tuple(places[:SHOWN_PLACES]), check.remedy.format(*values))
 
 

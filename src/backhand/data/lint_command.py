@@ -86,9 +86,9 @@ def print_lint(console: Console, report: LintReport) -> None:
         for source in part.sources:
             sources.add_row(source.source, source.form, f"{source.rows:,}", use)
     console.print(sources)
-    held = "" if held_out is None else f"; {count_of(held_out.documents, 'held-out document')}"
+    held = "" if held_out is None else f"; {held_out.size('held-out document')}"
     console.print(
-        f"{count_of(train.documents, 'training document')} with {count_of(train.tokens, 'token')}, "
+        f"{train.size('training document')} with {count_of(train.tokens, 'token')}, "
         f"{train.supervised_tokens:,} of them supervised{held}"
     )
     columns = tuple(dict.fromkeys(name for quantiles in report.lengths.values() for name in quantiles))

@@ -122,7 +122,8 @@ def prepare(
             if options.option_order == "random":
                 draws = [(seed, epoch) for epoch in range(epochs)]
             by_epoch = encoder.for_training(train.examples, draws)
-            train = replace(train, examples=by_epoch[: len(train.examples)], by_epoch=by_epoch)
+            first = with_totals(by_epoch[: len(train.examples)], train.report)
+            train = replace(train, examples=first.examples, report=first.report, by_epoch=by_epoch)
         notes = (*train.report.notes, *question_notes(found))
         train = replace(train, questions=found, report=replace(train.report, notes=notes))
     return train, held_out

@@ -122,7 +122,8 @@ class RowPipeline:
             labels = [column for column in columns if column in classes]
             if self.refuses_classes and {form.form for form in forms} == {"text"} and labels:
                 label = next((column for column in labels if column.lower() in CLASSES), labels[-1])
-                if options := suggestion((), reader.columns, {"completion": label}):
+                filled = filter(reader.class_columns.filled, reader.columns)
+                if options := suggestion((), filled, {"completion": label}):
                     values = reader.class_columns.values(label)
                     raise _class_next_to_text(names, label, values, options, prompts=self.allow_prompts)
             several = "s" if len(columns) > 1 else ""

@@ -101,6 +101,12 @@ def _labels(options: GenerateOptions, loaded: LoadedModel, session: GenerationSe
         labels = named_labels(() if names == (NONE,) else names, loaded.labels, lambda: session.renderer)
         check_labels(labels, loaded.model)
         return labels
+    if loaded.decisions:
+        raise UsageError(
+            "the adapter decides questions, and names no labels",
+            where="labels",
+            next_step="backhand decide with the same adapter, or backhand.decide in Python",
+        )
     if not loaded.labels:
         raise UsageError(
             "the adapter's record names no labels",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ from backhand.words import shorten, show_notes
 _ROWS_AT_ONCE = 256
 RANDOM_ORDERS = 2
 """Number of random orders in which the options of a choice are shown to measure how many decisions change."""
+MANY_FLIPS = 0.1
+"""Share of decisions that change in random orders from which programs with orders of their own need a warning."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ class Decider:
             raise UsageError(
                 "this adapter was not trained to decide",
                 where="adapter",
-                next_step="train one with --objective decide, or answer with labels: backhand generate --labels",
+                next_step="answer with its labels: backhand generate --labels auto"
+                if loaded.labels
+                else "train one with --objective decide",
             )
         version = record.get("prompt_version")
         if version != PROMPT_VERSION:
@@ -82,11 +86,14 @@ class Decider:
         encoder = DecisionEncoder(RowRenderer(loaded.tokenizer, template), loaded.model.context_tokens)
         return cls(loaded, questions, record["temperatures"], record.get("state"), encoder, micro_batch_rows)
 
-    def outcomes(self, rows: Sequence[DecisionRow], *draw: int) -> Iterator[list[Outcome]]:
+    def outcomes(
+        self, rows: Sequence[DecisionRow], *draw: int, on_row: Callable[[], None] = lambda: None
+    ) -> Iterator[list[Outcome]]:
         """Yield the outcomes of each row's questions.
 
         Args:
             draw: numbers that determine random orders of options; none for the canonical order.
+            on_row: called after each row.
 
         Raises:
             DataError: a prompt is longer than the model's context.
@@ -103,15 +110,15 @@ class Decider:
             check_vocabulary(whole.beyond(model.vocab_size), model.vocab_size, self.loaded.tokenizer)
             packer = RowPacker(whole, share_prefixes=model.shares_prefixes)
             every = range(len(part))
-            sums = not_none(document_sums(model, packer, every, self.micro_batch_rows, Communicator()))
+            sums = not_none(document_sums(model, packer, every, self.micro_batch_rows, Communicator(), on_row=on_row))
             require_finite(sums)
             asked = iter(outcomes_of((not_none(one.decision) for one in examples), sums.tolist()))
             for row in part:
                 yield [next(asked) for _ in row.asked]
 
-    def answers(self, rows: Sequence[DecisionRow]) -> Iterator[dict[str, Any]]:
-        """Yield the answers to each row's questions in the protocol's form."""
-        for outcomes in self.outcomes(rows):
+    def answers(self, rows: Sequence[DecisionRow], on_row: Callable[[], None]) -> Iterator[dict[str, Any]]:
+        """Yield the answers to each row's questions in the protocol's form. `on_row` is called after each row."""
+        for outcomes in self.outcomes(rows, on_row=on_row):
             answers = {one.question.name: one.question.answer(self._probabilities(one)) for one in outcomes}
             yield {"answers": answers}
 
@@ -126,12 +133,14 @@ class Decider:
         """
         changed: dict[str, list[bool]] = {}
         numbers = [n for n, row in enumerate(rows) if any(one.question.type == "choice" for one in row.asked)]
-        for seed in range(1, RANDOM_ORDERS + 1):
-            for number, turned in zip(numbers, self.outcomes([rows[n] for n in numbers], seed), strict=True):
-                for one, other in zip(decided[number], turned, strict=True):
-                    if one.question.type == "choice":
-                        differs = bool(one.scores.argmax() != other.scores.argmax())
-                        changed.setdefault(one.question.name, []).append(differs)
+        choices = [rows[n] for n in numbers]
+        with counting("adapted model: decisions in random orders", RANDOM_ORDERS * len(numbers)) as done:
+            for seed in range(1, RANDOM_ORDERS + 1):
+                for number, turned in zip(numbers, self.outcomes(choices, seed, on_row=done), strict=True):
+                    for one, other in zip(decided[number], turned, strict=True):
+                        if one.question.type == "choice":
+                            differs = bool(one.scores.argmax() != other.scores.argmax())
+                            changed.setdefault(one.question.name, []).append(differs)
         return {name: sum(differ) / len(differ) for name, differ in changed.items()}
 
 
@@ -184,10 +193,7 @@ def evaluate_decisions(
         loaded.model.use_adapter(adapter)
         who = "adapted model" if adapter else "base model"
         with counting(f"{who}: decisions", len(rows)) as done:
-            by_row = []
-            for outcomes in decider.outcomes(rows):
-                by_row.append(outcomes)
-                done()
+            by_row = list(decider.outcomes(rows, on_row=done))
         flips = decider.flips(rows, by_row) if adapter else {}
         every = [one for outcomes in by_row for one in outcomes]
         scores = score_questions(every, decider.temperatures if adapter else {}, flips)
@@ -215,22 +221,27 @@ def print_decisions(model: str, scores: Mapping[str, DecisionScore]) -> None:
 
 
 def about_score(name: str, score: DecisionScore) -> list[str]:
-    """Return sentences about a question: the thresholds of confidence, and the worst surprise."""
+    """Return sentences about a question: the thresholds of probability, the worst surprise, and the flips."""
     if score.constant:
         return [f"{name}: the model gives the same answer to all rows"]
     if score.accuracy <= score.majority:
-        return [f"{name}: always giving the most frequent answer is right as often ({score.majority:.1%})"]
+        often = "as often" if score.accuracy == score.majority else "more often"
+        return [f"{name}: always giving the most frequent answer is right {often} ({score.majority:.1%})"]
     worst = score.surprises[0]
     thresholds = [
-        f"{name}: for {point['wanted']:.0%} right, decide above a confidence of {point['threshold']:.3f}, and pass the "
-        f"other {1 - point['coverage']:.0%} of the rows on"
+        f"{name}: for {point['wanted']:.0%} right, decide above a probability of {point['threshold']:.3f}, and pass "
+        f"the other {1 - point['coverage']:.0%} of the rows on"
         for point in score.thresholds
     ]
     surprise = (
         f"{name}: the most surprising answer is {shorten(worst['answer'])} at {worst['source']}, where the model "
         f"decides {shorten(worst['decision'])} and gives it {worst['probability']:.2%}"
     )
-    return [*thresholds, surprise]
+    order = (
+        f"{name}: {score.flips:.0%} of the decisions change if the options come in another order: in other programs, "
+        "sort them by name as here, or train with --option-order random"
+    )
+    return [*thresholds, surprise, *([order] if (score.flips or 0) > MANY_FLIPS else [])]
 
 
 def decide(options: DecideOptions) -> list[dict[str, Any]]:
@@ -259,10 +270,7 @@ def decide(options: DecideOptions) -> list[dict[str, Any]]:
             asked = tuple(Asked(question, None) for question in _required(questions))
             rows = [DecisionRow(not_none(given.state), asked, "state")]
         with counting("decisions", len(rows)) as done:
-            answers = []
-            for answer in decider.answers(rows):
-                answers.append(answer)
-                done()
+            answers = list(decider.answers(rows, done))
     return answers
 
 

@@ -397,16 +397,21 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str
         sys.stdout.write(json.dumps(result.as_dict()) + "\n")
         return result
     labelled = ("accuracy", "macro F1", "invented") if result.base.labels else ()
-    of_what = "row" if result.base.retrieval else "token"
-    columns = (f"loss (nats per {of_what})", "perplexity", "exact match", *labelled)
-    title = f"{result.rows:,} rows, {result.base.supervised_tokens:,} supervised tokens"
+    base = result.base
+    of_what, parts = ("answer", "answers") if base.decisions else ("token", "supervised tokens")
+    of_what, parts = ("row", "documents") if base.retrieval else (of_what, parts)
+    per_token = of_what == "token"
+    matches = ("exact match",) if base.exact_match is not None else ()
+    columns = (f"loss (nats per {of_what})", *(("perplexity",) if per_token else ()), *matches, *labelled)
+    title = f"{count_of(result.rows, 'row')}, {base.supervised_tokens:,} {parts}"
     shown = table_of("model", *columns, right=columns, title=title)
-    measured = [(name, one) for name, one in (("base", result.base), ("adapted", result.adapted)) if one]
+    measured = [(name, one) for name, one in (("base", base), ("adapted", result.adapted)) if one]
     for name, one in measured:
-        match = "" if one.exact_match is None else f"{one.exact_match:.1%}"
+        perplexity = (f"{one.perplexity:.3f}",) if per_token else ()
+        match = () if one.exact_match is None else (f"{one.exact_match:.1%}",)
         labels = one.labels
         of_labels = (f"{labels.accuracy:.1%}", f"{labels.f1_macro:.3f}", f"{labels.invented:,}") if labels else ()
-        shown.add_row(name, f"{one.loss:.4f}", f"{one.perplexity:.3f}", match, *of_labels)
+        shown.add_row(name, f"{one.loss:.4f}", *perplexity, *match, *of_labels)
     console_for_tables().print(shown)
     for name, one in measured:
         shares = {"exact match": one.exact_match, "accuracy": None if one.labels is None else one.labels.accuracy}
@@ -416,10 +421,10 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str
     name, last = measured[-1]
     if last.labels:
         print_labels(name, last.labels)
-        base = None if last is result.base else result.base.labels
+        before = None if last is base else base.labels
         line = constant_answer(last.labels.per_label)
-        if base is not None:
-            verdict = label_verdict(base.accuracy, last.labels.accuracy, last.labels.majority, result.rows)
+        if before is not None:
+            verdict = label_verdict(before.accuracy, last.labels.accuracy, last.labels.majority, result.rows)
             line += f": {LABEL_VERDICTS[verdict]}"
         console_for_tables().print(capitalized(line), soft_wrap=True)
     for name, one in measured:

@@ -60,6 +60,7 @@ def run_charts(run: RunRecord) -> dict[str, Spec]:
         ends = (memory[0]["step"], memory[-1]["step"])
         memory += [{"step": step, "value": predicted * 2**-20, "series": "predicted peak"} for step in ends]
     losses = _series(run.steps, "loss", "training rows") + _series(run.evaluations, "eval_loss", "held-out rows")
+    losses += _series(run.steps, "label_loss", "training rows, without names of options")
     forgetting = _series(run.evaluations, "forgetting_nats", "rise of the loss") + _series(
         run.evaluations, "forgetting_kl_nats", "KL from the base"
     )
@@ -260,7 +261,7 @@ def settings(rows: Rows, name: str, kind: str, reached: Sequence[str]) -> Spec:
 
 
 def reliability(bins: Sequence[Mapping[str, Any]]) -> Spec:
-    """Return the accuracy of decisions over their confidence, with the diagonal of calibrated ones."""
+    """Return the accuracy of decisions over their probability, with the diagonal of calibrated ones."""
     rows = [{**one, "series": "decisions"} for one in bins]
     low = min((one["confidence"] for one in rows), default=0.0)
     rows += [{"confidence": place, "accuracy": place, "series": "calibrated"} for place in (low, 1.0)]
@@ -269,11 +270,11 @@ def reliability(bins: Sequence[Mapping[str, Any]]) -> Spec:
         **_base(rows, 260),
         "mark": {"type": "line", "point": True},
         "encoding": {
-            "x": _measure("confidence", numbers) | {"title": "confidence"},
+            "x": _measure("confidence", numbers) | {"title": "probability"},
             "y": _measure("accuracy", numbers) | {"title": "right"},
             "color": _choice("series", None, scale={"range": list(COLOURS[:2])}, legend={}),
             "tooltip": [
-                {"field": "confidence", "type": "quantitative", "format": ".1%"},
+                {"field": "confidence", "title": "probability", "type": "quantitative", "format": ".1%"},
                 {"field": "accuracy", "type": "quantitative", "format": ".1%"},
                 {"field": "rows", "type": "quantitative"},
             ],

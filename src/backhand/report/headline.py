@@ -8,20 +8,22 @@ from typing import Any
 
 from backhand.options.objectives import DISTILLED
 from backhand.report.run_record import RunRecord, is_number
-from backhand.runs.label_results import figures_verdict, label_clause
+from backhand.runs.label_results import decision_clause, decisions_verdict, figures_verdict, label_clause
 from backhand.runs.pair_results import PAIR_OBJECTIVES, held_out_pairs, pair_clauses
 from backhand.runs.summary import LabelFigures, forgetting, forgotten_nats, rows_trained_on
 from backhand.words import count_of
 
 
 def verdict(run: RunRecord) -> str:
-    """Return `helped`, `hurt`, `unclear` or `unknown`, from the labels of held-out rows or else from their loss.
+    """Return `helped`, `hurt`, `unclear` or `unknown`, from labels or decisions of held-out rows or else their loss.
 
     The loss of pairs does not tell whether answers got better: `unknown`.
     """
     base, best = base_and_best(run)
     if (labels := _labels(run)) is not None:
         return figures_verdict(*labels)
+    if (of_decisions := decisions_verdict(*_decisions(run))) is not None:
+        return of_decisions
     if base is None or best is None or run.objective in PAIR_OBJECTIVES:
         return "unknown"
     return "helped" if best < base else "hurt"
@@ -32,6 +34,12 @@ def _labels(run: RunRecord) -> tuple[Any, Any, int] | None:
     base, adapted, rows = (run.summary.get(key) for key in ("base_labels", "adapted_labels", "exact_match_rows"))
     complete = all(one and set(one) >= LabelFigures.__required_keys__ for one in (base, adapted))
     return (base, adapted, int(rows)) if complete and is_number(rows) else None
+
+
+def _decisions(run: RunRecord) -> tuple[Any, Any]:
+    """Return the scores of decisions of base and adapter by question, empty for other objectives."""
+    base, adapted = (run.summary.get(f"{name}_decisions") or {} for name in ("base", "adapted"))
+    return base, adapted
 
 
 def base_and_best(run: RunRecord) -> tuple[float | None, float | None]:
@@ -113,6 +121,10 @@ def _outcome(run: RunRecord) -> str:
     change = f": the loss on held-out rows went from {base:.3f} to {best:.3f}"
     if (labels := _labels(run)) is not None:
         return f"{change}; {label_clause(*labels)}"
+    base_decisions, decisions = _decisions(run)
+    if decisions:
+        clauses = [decision_clause(name, base_decisions.get(name), one) for name, one in decisions.items()]
+        return "; ".join([f"{change} nats per answer", *clauses])
     if run.objective in PAIR_OBJECTIVES:
         pairs = held_out_pairs(run.evaluations, _best_step(run))
         answers = run.summary.get("free_answers")

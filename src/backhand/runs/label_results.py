@@ -1,6 +1,6 @@
-"""Results of label rows in words: accuracy with its interval, next to that of the most frequent label.
+"""Results of label rows and of decisions in words: accuracy with its interval, and that of the most frequent answer.
 
-The loss of label rows falls as soon as the model knows the form of the answers. A run has helped only if its labels are
+The loss of such rows falls as soon as the model knows the form of the answers. A run has helped only if its answers are
 better than those of the base model and than one constant answer, by more than chance explains.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from backhand.runs.summary import LabelFigures
-from backhand.words import gain_interval, interval_text, shorten
+from backhand.runs.summary import DecisionFigures, LabelFigures
+from backhand.words import count_of, gain_interval, interval_text, shorten
 
 
 def most_frequent(per_label: Mapping[str, Mapping[str, Any]]) -> tuple[str, float]:
@@ -52,8 +52,8 @@ def figures_verdict(base: LabelFigures, adapted: LabelFigures, rows: int) -> Lab
 
 
 LABEL_VERDICTS: Mapping[LabelVerdict, str] = {
-    "helped": "the labels are answered better than by the base model or a constant answer",
-    "hurt": "the base model answers the labels better",
+    "helped": "that is better than the base model and a constant answer",
+    "hurt": "the base model is better",
     "unclear": "that is not clearly better than the base model or a constant answer",
 }
 
@@ -65,4 +65,37 @@ def label_clause(base: LabelFigures, adapted: LabelFigures, rows: int) -> str:
         f"the accuracy by the most probable of {len(adapted['per_label'])} labels went from {before} to {after}, "
         f"macro F1 from {base['f1_macro']:.3f} to {adapted['f1_macro']:.3f}; "
         f"{constant_answer(adapted['per_label'])}: {LABEL_VERDICTS[figures_verdict(base, adapted, rows)]}"
+    )
+
+
+def decisions_verdict(
+    base: Mapping[str, DecisionFigures], adapted: Mapping[str, DecisionFigures]
+) -> LabelVerdict | None:
+    """Return the verdict on the answers to all questions, or None if no question was measured with both models.
+
+    A run that helped with one question and hurt another one is `unclear`.
+    """
+    verdicts = {_decision_verdict(base[name], one) for name, one in adapted.items() if name in base}
+    if not verdicts:
+        return None
+    clear = verdicts - {"unclear"}
+    return clear.pop() if len(clear) == 1 else "unclear"
+
+
+def _decision_verdict(base: DecisionFigures, adapted: DecisionFigures) -> LabelVerdict:
+    return label_verdict(base["accuracy"], adapted["accuracy"], adapted["majority"], adapted["rows"])
+
+
+def decision_clause(name: str, base: DecisionFigures | None, adapted: DecisionFigures) -> str:
+    """Return a clause about the held-out answers to a question: accuracy, verdict and calibration."""
+    rows, right = adapted["rows"], adapted["accuracy"]
+    if adapted["constant"]:
+        return f"{name}: the adapter gives the same answer to all {rows:,} held-out rows; it decides nothing"
+    before = "" if base is None else f"{base['accuracy']:.1%} → "
+    verdict = "" if base is None else f": {LABEL_VERDICTS[_decision_verdict(base, adapted)]}"
+    low, high = adapted["ece_interval"]
+    return (
+        f"{name}: {before}{right:.1%} of {count_of(rows, 'held-out answer')} right ({interval_text(right, rows)}; "
+        f"{adapted['majority']:.1%} by the most frequent answer){verdict}; calibration error {adapted['ece']:.3f} "
+        f"({low:.3f} to {high:.3f}) on these {rows:,}, which also fitted the temperature {adapted['temperature']:.2f}"
     )

@@ -37,7 +37,7 @@ from backhand.loop.step import LearningRate
 from backhand.loop.step_plan import SUPERVISED, five_times
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.runs.directory import ADAPTER, CONFIG
-from backhand.runs.label_results import figures_verdict
+from backhand.runs.label_results import decisions_verdict, figures_verdict
 from backhand.runs.pair_results import answers_far_from_chosen, answers_got_worse, chosen_change
 from backhand.runs.summary import AnswerLengths, RunSummary
 from backhand.words import count_of
@@ -64,6 +64,8 @@ SAVED = 3
 """A run that is shorter by fewer steps is not worth trying either."""
 FEWEST_ROWS, FEWEST_TOKENS = 16, 1000
 """If fewer rows with fewer supervised tokens are held out, the course of their loss is mostly chance."""
+LARGEST_SHARE = 0.3
+"""Share of the rows to propose for holding out, if it gives `FEWEST_ROWS` of them."""
 SEPARATED = 0.1
 """Below this held-out loss, pairs are ordered almost certainly."""
 PIECE = 0.01
@@ -162,6 +164,7 @@ def advice(
     run: Path,
     *,
     few_rows: int = 0,
+    all_rows: int = 0,
     unseen_rows: int = 0,
 ) -> tuple[str, str | None] | None:
     """Return a sentence about the run and the command to try next, or None for either.
@@ -173,6 +176,7 @@ def advice(
         auto_rate: the learning rate that `auto` chooses for this run.
         run: the run directory.
         few_rows: number of held-out rows if they are too few for advice from the course of their loss, else 0.
+        all_rows: number of rows, held out or trained on.
         unseen_rows: number of training rows that no step contained.
     """
     rate, objective = float(config.optimization.learning_rate), config.objective.objective
@@ -191,10 +195,9 @@ def advice(
         return None
     if few_rows and finding in ("rose", "low", "still falling", "fine"):
         what = f"Only {count_of(few_rows, 'row')} {'is' if few_rows == 1 else 'are'} held out"
-        return (
-            f"{what}, too few for advice from their loss: --eval-fraction 0.3, or --eval-data FILE, holds out more.",
-            None,
-        )
+        enough = LARGEST_SHARE * all_rows >= FEWEST_ROWS
+        share = f"--eval-fraction {LARGEST_SHARE}, or " if enough else ""
+        return f"{what}, too few for advice from their loss: {share}--eval-data FILE, holds out more.", None
     step, forgotten = curves.best[0], curves.forgotten_nats or 0.0
     if finding == "fine" and unseen_rows and step == curves.held_out[-1][0]:
         unseen = f"{count_of(unseen_rows, 'row')} {'was' if unseen_rows == 1 else 'were'} not trained on yet"
@@ -230,8 +233,8 @@ def advice(
 
 def too_few_rows(held_out: DataReport) -> int:
     """Return the number of held-out rows if it is too small for advice from the course of their loss, otherwise 0."""
-    few = held_out.documents < FEWEST_ROWS and held_out.supervised_tokens < FEWEST_TOKENS
-    return held_out.documents if few else 0
+    few = held_out.rows < FEWEST_ROWS and held_out.supervised_tokens < FEWEST_TOKENS
+    return held_out.rows if few else 0
 
 
 def answer_advice(config: TrainConfig, summary: RunSummary, run: Path) -> tuple[str, str] | None:
@@ -245,11 +248,14 @@ def answer_advice(config: TrainConfig, summary: RunSummary, run: Path) -> tuple[
     if summary.free_answers is not None:
         return _pair_advice(config, summary, summary.free_answers, run)
     base, adapted, rows = summary.base_labels, summary.adapted_labels, summary.exact_match_rows
-    if not base or not adapted or not rows or figures_verdict(base, adapted, rows) == "helped":
+    verdict, what = decisions_verdict(summary.base_decisions or {}, summary.adapted_decisions or {}), "decisions"
+    if base and adapted and rows:
+        verdict, what = figures_verdict(base, adapted, rows), "labels"
+    if verdict in (None, "helped"):
         return None
     if summary.try_next is not None:  # the curves ask for another run already
         return None
-    sentence = "The labels themselves are not clearly learnt: more rows, or more steps, may teach them."
+    sentence = f"The {what} themselves are not clearly learnt: more rows, or more steps, may teach them."
     return sentence, _again(config, run, _twice_as_long(config, summary.steps))
 
 

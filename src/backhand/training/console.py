@@ -15,6 +15,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn
 from rich.text import Text
 
+from backhand.data.held_out import FEWEST_ROWS, USUAL_SHARE
 from backhand.data.lint import label_spellings
 from backhand.data.options import system_option
 from backhand.data.packing import micro_batches
@@ -25,12 +26,11 @@ from backhand.loop.observers import Observer, RunStart
 from backhand.loop.retrieval_scores import scores_text
 from backhand.printing import duration, going_on, line_due, may_be_silent, now, say, visible
 from backhand.runs.distilled_results import distilled_sentences
-from backhand.runs.label_results import label_clause
+from backhand.runs.label_results import decision_clause, label_clause
 from backhand.runs.pair_results import pair_clauses
 from backhand.runs.summary import (
     CHOSEN_BY,
     REMEMBERING,
-    DecisionFigures,
     RunSummary,
     forgetting,
     no_label_fits,
@@ -180,7 +180,7 @@ def sparkline(losses: deque[float]) -> str:
 
 def _facts(record: Mapping[str, Any]) -> str:
     parts = [
-        f"loss {_number(record['loss'])}",
+        f"loss {_number(record['loss'])}" + _of_labels(record),
         f"lr {record['learning_rate']:.1e}",
         f"{record['tokens_per_s']:,.0f} tokens/s",
         in_words(record["rss_bytes"]),
@@ -193,6 +193,11 @@ def _facts(record: Mapping[str, Any]) -> str:
         if "sampling_gap" in record:
             parts[0] += f"  sampler off by {record['sampling_gap']:.1g} nats"
     return "  ".join(parts)
+
+
+def _of_labels(record: Mapping[str, Any]) -> str:
+    """Return the loss of decisions without the names of options, which compares with the held-out loss."""
+    return f" ({_number(record['label_loss'])} without names)" if "label_loss" in record else ""
 
 
 def _number(value: float | None) -> str:
@@ -221,7 +226,8 @@ def closing_lines(summary: RunSummary) -> list[str]:
     if summary.distilled is not None:
         lines += distilled_sentences(summary.distilled, summary.objective)
     for name, one in (summary.adapted_decisions or {}).items():
-        lines.append(_decision_line(name, (summary.base_decisions or {}).get(name), one))
+        clause = decision_clause(name, (summary.base_decisions or {}).get(name), one)
+        lines.append(f"{clause}.")
     if forgot := forgetting(summary.forgotten_nats):
         if not (summary.advice or "").startswith("It forgot"):
             lines.append(f"{capitalized(forgot)} {REMEMBERING}")
@@ -264,7 +270,8 @@ def closing_lines(summary: RunSummary) -> list[str]:
         if summary.objective == "rank"
         else f"Next: backhand generate {given}{labels} --compare{summary.asking}",
         f"      backhand evaluate {given} --data FILE{summary.reading}" + " --vectors" * (summary.objective == "embed"),
-        f"      backhand export {given} --to gguf --output adapter.gguf",
+        f"      backhand export {given} --to gguf "
+        + ("--decision --output decision.gguf" if summary.objective == "decide" else "--output adapter.gguf"),
     ]
 
 
@@ -283,7 +290,8 @@ def _improvement(summary: RunSummary) -> list[str]:
         if summary.first_loss is None or summary.last_loss is None:
             return ["No step could be taken."]
         worth = "margins and accuracy" if summary.objective not in ("sft", "kto", "grpo") else "what it is worth"
-        unmeasured = f"--eval-fraction 0.1, or --eval-data FILE, would tell {worth} on rows that were not trained on"
+        share = f"--eval-fraction {USUAL_SHARE}, or " if summary.rows >= FEWEST_ROWS else ""
+        unmeasured = f"{share}--eval-data FILE, would tell {worth} on rows that were not trained on"
         loss = "" if lines else f"Training loss from {summary.first_loss:.4f} to {summary.last_loss:.4f}; "
         return [*lines, f"{loss}{'N' if lines else 'n'}othing was held out ({unmeasured})."]
     when = f"best after step {summary.best_step}"
@@ -297,25 +305,13 @@ def _improvement(summary: RunSummary) -> list[str]:
         return [*lines, f"Held-out reward {-start:.4f} → {-best:.4f} {of_rows}"]
     change = "not better" if best >= start else f"{1 - best / start:.0%} lower" if start > 0 else "better"
     nats = f"nats per token (perplexity {_exp(start)} → {_exp(best)}, {change})"
-    loss = nats if summary.objective == "sft" else f"({summary.objective})"
+    of_answers = "nats per answer, without names of options" if summary.objective == "decide" else ""
+    loss = nats if summary.objective == "sft" else of_answers or f"({summary.objective})"
     return [f"Held-out loss {start:.4f} → {best:.4f} {loss} {of_rows}"]
 
 
 _FEWEST_COMPARED_STEPS = 20
 """In a shorter run, the first and last tenth are one step each, whose rewards depend on their few prompts."""
-
-
-def _decision_line(name: str, base: DecisionFigures | None, adapted: DecisionFigures) -> str:
-    """Return the line on the held-out answers to one question."""
-    rows, right = adapted["rows"], adapted["accuracy"]
-    if adapted["constant"]:
-        return f"{name}: the adapter gives the same answer to all {rows:,} held-out rows; it decides nothing."
-    before = "" if base is None else f"{base['accuracy']:.1%} → "
-    return (
-        f"{name}: {before}{right:.1%} of {count_of(rows, 'held-out answer')} right ({interval_text(right, rows)}; "
-        f"{adapted['majority']:.1%} by the most frequent answer), calibration error {adapted['ece']:.3f} "
-        f"at temperature {adapted['temperature']:.2f}."
-    )
 
 
 def _right(summary: RunSummary) -> list[str]:
@@ -381,7 +377,7 @@ def opening_facts(
     facts.append(
         f"adapter: {lora.element_count:,} parameters in {len(dict(lora.named_tensors()))} tensors of {len(lora.slots)} "
         f"modules, rank {rank}"
-        + f"; {report.supervised_tokens / max(1, report.documents):,.1f} supervised tokens a row"
+        + f"; {report.supervised_tokens / max(1, report.documents):,.1f} supervised tokens a document"
         * (unit == "document")
     )
     facts.append(

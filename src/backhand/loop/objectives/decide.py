@@ -35,7 +35,8 @@ class DecideObjective(AnswerObjective):
         targets: list[float] = []
         sizes: list[int] = []
         counts: list[int] = []  # number of questions of each row
-        is_label: list[bool] = []
+        is_label: list[bool] = []  # of each document
+        is_asked: list[bool] = []  # of each question, False if its answers are names
         for row in decisions:
             for asked, spellings in zip(row.asked, row.spellings, strict=True):
                 targets += [*not_none(asked.targets), *[0.0] * spellings]
@@ -43,6 +44,7 @@ class DecideObjective(AnswerObjective):
                 targets += not_none(asked.targets)
             sizes += (*row.sizes, *row.name_sizes)
             counts.append(len(row.asked) + len(row.named))
+            is_asked += [True] * len(row.asked) + [False] * len(row.named)
             is_label += [True] * sum(row.sizes) + [False] * sum(row.name_sizes)
         owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
         row_of = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
@@ -54,6 +56,9 @@ class DecideObjective(AnswerObjective):
         hits = sum(float(one.targets[one.scores.argmax()]) for one in outcomes)
         mass = float(documents.sums[torch.tensor(is_label)].exp().sum())
         measured = {"accuracy": (hits, len(outcomes)), "label_mass": (mass, len(outcomes))}
+        if not all(is_asked):  # the loss without names, which compares with that of held-out rows
+            parts = losses[torch.tensor(is_asked)].split([len(row.asked) for row in decisions])
+            measured["label_loss"] = (sum(float(part.mean()) for part in parts), len(rows))
         return RowLosses(of_rows, decide_backward(weight, saved).d_scores, measured)
 
     def decisions(self, rows: Sequence[int]) -> list[DecisionRow]:

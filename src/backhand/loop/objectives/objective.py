@@ -14,7 +14,7 @@ vectors is in `embed`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -227,6 +227,7 @@ def document_sums(
     *,
     hidden_states: HiddenStateCache | None = None,
     interruptible: bool = False,
+    on_row: Callable[[], None] = lambda: None,
 ) -> Tensor | None:
     """Compute s of every document of these rows, (documents,) float64, equal for any number of processes.
 
@@ -234,6 +235,7 @@ def document_sums(
         model: the model; it computes without gradients and without dropout.
         hidden_states: cache of the rows' hidden states.
         interruptible: return None if a process has been asked to stop.
+        on_row: called once per row of this process as soon as its micro-batch is computed.
     """
     groups = micro_batches(rows, packer.lengths, max_rows=micro_batch_rows)
     tokens = [packer.packed_tokens(group) for group in groups]
@@ -246,6 +248,8 @@ def document_sums(
         losses = model.token_losses(batch.to(model.device)).double().cpu()
         owner, counts = token_owners(packer, group)
         result: list[float] = (-torch.zeros(len(counts), dtype=torch.float64).index_add_(0, owner, losses)).tolist()
+        for _ in group:
+            on_row()
         return result
 
     by_group = processes.parallel_map(tokens, sums, interruptible=interruptible)
