@@ -230,7 +230,9 @@ def test_training_rows_also_have_the_loss_of_held_out_rows() -> None:
     packer = RowPacker(examples, share_prefixes=True)
     sums = -torch.arange(1.0, 1 + sum(len(one.documents) for one in examples), dtype=torch.float64).sqrt()
     measured = DecideObjective(packer).of_sums(range(6), sums).measured
-    plain, kept, first = [], [], 0
+    plain: list[Example] = []
+    kept: list[Tensor] = []
+    first = 0
     for example in examples:
         row = not_none(example.decision)
         size = sum(row.sizes)
