@@ -116,7 +116,9 @@ class Decider:
             for row in part:
                 yield [next(asked) for _ in row.asked]
 
-    def answers(self, rows: Sequence[DecisionRow], on_row: Callable[[], None]) -> Iterator[dict[str, Any]]:
+    def answers(
+        self, rows: Sequence[DecisionRow], *, on_row: Callable[[], None] = lambda: None
+    ) -> Iterator[dict[str, Any]]:
         """Yield the answers to each row's questions in the protocol's form. `on_row` is called after each row."""
         for outcomes in self.outcomes(rows, on_row=on_row):
             answers = {one.question.name: one.question.answer(self._probabilities(one)) for one in outcomes}
@@ -270,7 +272,7 @@ def decide(options: DecideOptions) -> list[dict[str, Any]]:
             asked = tuple(Asked(question, None) for question in _required(questions))
             rows = [DecisionRow(not_none(given.state), asked, "state")]
         with counting("decisions", len(rows)) as done:
-            answers = list(decider.answers(rows, done))
+            answers = list(decider.answers(rows, on_row=done))
     return answers
 
 
