@@ -54,9 +54,12 @@ def test_every_type_has_its_own_temperature() -> None:
     assert found["choice"] == pytest.approx(0.5, rel=0.1) and found["score"] == pytest.approx(2.0, rel=0.1)
 
 
-def test_rows_that_are_all_right_have_a_bounded_temperature() -> None:
-    outcomes = [one._replace(targets=np.eye(3)[one.scores.argmax()]) for one in drawn(20, 1.0)]
-    assert fit_temperatures(outcomes)["choice"] == pytest.approx(0.02)
+def test_temperatures_are_bounded_and_rows_that_are_all_right_have_none() -> None:
+    right = [one._replace(targets=np.eye(3)[one.scores.argmax()]) for one in drawn(20, 1.0)]
+    wrong = [one._replace(targets=np.eye(3)[one.scores.argmin()]) for one in right]
+    assert fit_temperatures(right)["choice"] == 1
+    assert fit_temperatures(wrong)["choice"] == pytest.approx(4)
+    assert fit_temperatures([*right * 50, wrong[0]._replace(scores=np.zeros(3))])["choice"] == pytest.approx(0.25)
 
 
 def test_scores_equal_those_of_scikit_learn() -> None:

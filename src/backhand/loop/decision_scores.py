@@ -32,8 +32,8 @@ from backhand.loop.label_scores import label_score
 Floats = npt.NDArray[np.float64]
 
 BINS, RESAMPLES = 10, 1000
-_COLDEST, _HOTTEST = 0.02, 50.0
-"""Bounds of a temperature. Held-out rows that are all right, or all wrong, have no finite minimum."""
+_COLDEST, _HOTTEST = 0.25, 4.0
+"""Bounds of a temperature. A few held-out rows say little about one that is far from 1."""
 _HALVINGS = 60
 SURPRISES = 5
 WANTED = (0.8, 0.9, 0.95, 0.99)
@@ -84,6 +84,9 @@ def fit_temperatures(outcomes: Iterable[Outcome]) -> dict[QuestionType, float]:
 
 
 def _fit(outcomes: Sequence[Outcome]) -> float:
+    """Return the temperature within the bounds; 1 if all rows are right, because their loss then has no minimum."""
+    if all(one.targets[one.scores.argmax()] == one.targets.sum() for one in outcomes):
+        return 1.0
     low, high = math.log(1 / _HOTTEST), math.log(1 / _COLDEST)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
