@@ -90,6 +90,25 @@ def test_commands_for_other_programs_name_adapter_and_base(finished: Path, tiny:
     assert Page(run_page(quantized)).one("section", id="result").text.count("Training used quantized weights") == 2
 
 
+def test_a_run_that_trains_is_not_judged(finished: Path) -> None:
+    run = read_run(finished)
+    assert run.status is not None
+    summary = run.summary | {"advice": "It learned nothing.", "try_next": "backhand train x"}
+    training = replace(run, status=replace(run.status, state="running"), summary=summary)
+    result = Page(run_page(training)).one("section", id="result").text
+    assert "so far" in result and "the run has not ended" in result
+    assert "helped" not in result and "Try:" not in result and "backhand train x" not in result
+    first = replace(training, metrics=(), summary={})
+    assert "nothing was held out" not in Page(run_page(first)).one("section", id="result").text
+
+
+def test_forgetting_is_a_share_in_words(finished: Path) -> None:
+    run = read_run(finished)
+    page = Page(run_page(replace(run, summary=run.summary | {"forgotten_nats": 0.9})))
+    result = page.one("section", id="result").text
+    assert "41%" in result and "of the former probability of a word in unrelated texts" in result
+
+
 def test_answers_of_base_and_adapter_side_by_side(finished: Path, tiny: TinyRun) -> None:
     recorded = lines(finished / "answers.jsonl")
     assert [line["source"] for line in recorded] == [f"{tiny.held_out}:{number}" for number in (1, 2, 3, 4)]

@@ -310,6 +310,30 @@ def test_the_page_has_a_reliability_plot_and_thresholds(straight: TrainConfig) -
     assert "most frequent answer" in text and "probability at least" in text and "least probable answers" in text
 
 
+def test_the_page_has_the_decisions_of_held_out_rows_with_their_own_answers(straight: TrainConfig) -> None:
+    (held_out,) = straight.data.eval_data
+    rows = [json.loads(line) for line in Path(str(held_out)).read_text().splitlines()]
+    answers = [json.loads(line) for line in (straight.run.output / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 2
+    for line in answers:
+        row = rows[int(line["source"].rpartition(":")[2]) - 1]
+        assert line["reference"] == (row["team"] if "Which team?" in line["prompt"] else str(row["mood"]))
+        for name in ("base", "adapted"):
+            p = line[f"{name}_p"]
+            assert max(p, key=p.get) == line[name] and sum(p.values()) == pytest.approx(1)
+    section = Page(run_page(read_run(straight.run.output))).one("section", id="answers")
+    assert section.text.count("expected answer") == 2 and answers[0]["reference"] in section.text
+
+
+def test_the_first_rows_are_shown_once_per_question_with_the_label_of_their_answer(straight: TrainConfig) -> None:
+    shown = json.loads((straight.run.output / "facts.json").read_text())["data"]["train"]["shown"]
+    rows = [json.loads(line) for line in Path(str(straight.data.data[0])).read_text().splitlines()]
+    assert [one["source"].rpartition(":")[2] for one in shown] == ["1", "1", "2"][: len(shown)]
+    text = "".join(text for text, _ in shown[0]["tokens"])
+    label = shown[0]["tokens"][-1][0]
+    assert f"{label.strip()}: {rows[0]['team']}" in text
+
+
 def test_without_held_out_rows_there_is_no_temperature(tiny: TinyRun, tmp_path: Path) -> None:
     train(config(tiny, tmp_path, tmp_path / "run", eval_data=(), eval_fraction=0.0, epochs=1))
     record = json.loads((tmp_path / "run" / "adapter" / "backhand.json").read_text())

@@ -103,6 +103,14 @@ class Question:
         ]
         return tuple(sorted(self.canonical_order, key=keyed.__getitem__))
 
+    @property
+    def option_names(self) -> tuple[str, ...]:
+        """The options in the words of the rows: yes and no, or the names of levels."""
+        if self.type == "noul":
+            return self.labels
+        levels = zip(self.descriptions, self.keys, strict=True)
+        return tuple(name or key for name, key in levels) if self.type == "score" else self.keys
+
     def to_json(self) -> dict[str, Any]:
         """Return the question in the protocol's form."""
         criteria: Any = dict(zip(self.keys, self.descriptions, strict=True))

@@ -17,7 +17,7 @@ from backhand.data.decisions import DecisionRow
 from backhand.data.options import DataOptions
 from backhand.data.rows import PromptRow, RankedTexts, TextIdentities
 from backhand.data.text_encoder import TextEncoder, TokenIds
-from backhand.errors import DataError
+from backhand.errors import DataError, not_none
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,16 @@ class Example:
     def documents(self) -> tuple[Example, ...]:
         """The documents that enter the model: this one, then the rejected side of a pair or the other labels."""
         return (self, *self.others) if self.rejected is None else (self, self.rejected)
+
+    @property
+    def answered_questions(self) -> tuple[Example, ...]:
+        """The documents of a row of decisions that end in the label of its own answer, one per question."""
+        row, first, answered = not_none(self.decision), 0, []
+        for asked, size in zip(row.asked, row.sizes, strict=True):
+            targets = not_none(asked.targets)
+            answered.append(self.documents[first + targets.index(max(targets))])
+            first += size
+        return tuple(answered)
 
     @property
     def supervised_tokens(self) -> int:

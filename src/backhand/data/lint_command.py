@@ -15,7 +15,7 @@ from backhand.data.data_report import DataReport
 from backhand.data.lint import CHECKS, Finding, LintReport, lint
 from backhand.data.options import LintOptions
 from backhand.data.rows import Purpose
-from backhand.data.token_view import token_lines, view_tokens
+from backhand.data.token_view import documents_to_show, token_lines, view_tokens
 from backhand.errors import DataError
 from backhand.nn.loading import open_model
 from backhand.printing import say, visible
@@ -48,7 +48,7 @@ def lint_command(options: LintOptions) -> LintReport:
         purpose=next((purpose for purpose, chosen in chosen_by.items() if chosen), None),
         context_length=context if isinstance(context, int) else None,
     )
-    shown = train.examples.documents[: options.lint.show]
+    shown = documents_to_show(train.examples, options.lint.show)
     if options.lint.json:
         values: dict[str, Any] = report.to_json()
         if shown:

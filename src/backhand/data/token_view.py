@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from backhand.data.examples import Example
+from backhand.data.stored_examples import StoredExamples
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,13 @@ class ViewedToken:
     input_id: int
     text: str  # decoded; a character that spans several tokens is the text of its first token, and the others have ""
     supervised: bool  # True if it is a target
+
+
+def documents_to_show(examples: StoredExamples, count: int) -> list[Example]:
+    """Return the first documents. Of the labels of a decision, only the row's own answer is among them."""
+    if not (len(examples) and examples[0].decision):
+        return list(examples.documents[:count])
+    return [document for example in examples[:count] for document in example.answered_questions][:count]
 
 
 def view_tokens(example: Example, tokenizer: Any) -> list[ViewedToken]:

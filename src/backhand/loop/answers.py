@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from backhand.data.chat import stopping_role_ids
+from backhand.data.decisions import DecisionRow
 from backhand.data.examples import Example
 from backhand.data.held_out import neutral_prompts
 from backhand.data.options import TemplateOptions
@@ -26,6 +27,7 @@ from backhand.generation.completer import complete_greedily
 from backhand.generation.labels import Labels, longest_label
 from backhand.generation.loading import LoadedModel
 from backhand.generation.session import GenerationSession
+from backhand.loop.decision_scores import Outcome, fit_temperatures
 from backhand.loop.evaluate import EvaluationRows, score
 from backhand.loop.measuring import HeldOut, evenly_spaced
 from backhand.nn.loading.source import ModelSource
@@ -51,6 +53,9 @@ class HeldOutAnswer:
     adapted: str
     rejected: str | None = None  # the rejected answer of a pair; None for other rows
     prompted: str | None = None  # greedy answer of the teacher in distillation; None for other objectives
+    # base_p, adapted_p: probability of each option of a decision, whose answers are options; None for other rows
+    base_p: dict[str, float] | None = None
+    adapted_p: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,35 @@ def free_answers(
     return FreeAnswers(tuple(held_out), lengths, tuple(neutral))
 
 
+def decided_answers(
+    rows: Iterable[DecisionRow], base: Sequence[Outcome], adapted: Sequence[Outcome], count: int
+) -> tuple[HeldOutAnswer, ...]:
+    """Return the decisions of base and adapter on up to `count` questions of rows, about half of them mistakes.
+
+    Args:
+        rows: the held-out rows.
+        base, adapted: the outcome of every question of every row. The temperatures are fitted to those of the adapter.
+        count: number of questions to return.
+    """
+    prompts = [one.question.prompt(row.state, one.question.canonical_order) for row in rows for one in row.asked]
+    temperatures = fit_temperatures(adapted)
+    answers = []
+    for prompt, before, after in zip(prompts, base, adapted, strict=True):
+        names = after.question.option_names
+        p = before.probabilities(1.0), after.probabilities(temperatures.get(after.question.type, 1.0))
+        reference, of_base, of_adapted = (names[int(one.argmax())] for one in (after.targets, *p))
+        base_p, adapted_p = (dict(zip(names, one.tolist(), strict=True)) for one in p)
+        answers.append(
+            HeldOutAnswer(
+                *(after.source, prompt, ((prompt, False),), reference, of_base, of_adapted),
+                base_p=base_p,
+                adapted_p=adapted_p,
+            )
+        )
+    numbers = rows_to_show([one.reference for one in answers], [one.adapted for one in answers], count)
+    return tuple(answers[number] for number in numbers)
+
+
 _FEW_ROWS = 4
 _LABEL_TOKENS = 16
 """Largest number of tokens of answers that are cheap to generate for more rows than are shown."""
@@ -186,16 +220,17 @@ def _held_out_answer(
     """Decode the prompt and its answers: reference, base, adapted."""
     if example.rejected is not None:
         answers = [*answers, _parts(example.rejected, len(prompt))[1][:new_tokens].tolist()]
-    decoded = [_decoded(tokenizer, ids) for ids in answers]
+    reference, base, adapted, *others = (_decoded(tokenizer, ids) for ids in answers)
     if example.prompt_row is not None:
-        decoded[0] = example.prompt_row.reference or ""
+        reference = example.prompt_row.reference or ""
     special = set(tokenizer.all_special_ids)
     runs = itertools.groupby(prompt.tolist(), key=special.__contains__)  # alternating control tokens and text
     return HeldOutAnswer(
         example.source,
         str(tokenizer.decode(prompt)),
         tuple((str(tokenizer.decode(list(run))), control) for control, run in runs),
-        *decoded,
+        *(reference, base, adapted),
+        rejected=others[0] if others else None,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backhand.report import charts
-from backhand.report.headline import base_and_best, headline
+from backhand.report.headline import base_and_best, forgot, headline
 from backhand.report.page import differences, prompt_parts
 from backhand.report.proof_tables import proof_tables
 from backhand.report.rendering import NOT_KNOWN, figure, render, size, time_taken
@@ -62,7 +62,9 @@ def _best(named: Sequence[tuple[str, RunRecord]]) -> str:
     if objective == "grpo":
         return f"{name} has the highest reward on the same held-out rows: {-loss:.4f}."
     unit = "nats per token" if objective == "sft" else f"({objective})"
-    return f"{name} has the lowest loss on the same held-out rows: {loss:.4f} {unit}."
+    but = forgot(dict(named)[name]).removeprefix("; ")
+    lost = f". But {but}" if but else ""
+    return f"{name} has the lowest loss on the same held-out rows: {loss:.4f} {unit}{lost}."
 
 
 def _loss(run: RunRecord) -> str:

@@ -17,9 +17,13 @@ from backhand.words import count_of
 def verdict(run: RunRecord) -> str:
     """Return `helped`, `hurt`, `unclear` or `unknown`, from labels or decisions of held-out rows or else their loss.
 
+    While the run trains it is `open`.
+
     The loss of pairs does not tell whether answers got better: `unknown`.
     """
     base, best = base_and_best(run)
+    if run.is_running:
+        return "open"
     if (labels := _labels(run)) is not None:
         return figures_verdict(*labels)
     if (of_decisions := decisions_verdict(*_decisions(run))) is not None:
@@ -55,11 +59,11 @@ def base_and_best(run: RunRecord) -> tuple[float | None, float | None]:
 def headline(run: RunRecord) -> str:
     """Return the sentence."""
     state = run.status.state if run.status else "finished" if run.summary else "killed"
-    rest = f"{_rows(run)}{_outcome(run)}{_forgot(run)}{_adapter_place(run)}{_slower(run)}"
+    rest = f"{_rows(run)}{_outcome(run)}{forgot(run)}{_adapter_place(run)}{_slower(run)}"
     return f"{model_name(run)} {_verb(run, state)} {rest}."
 
 
-def _forgot(run: RunRecord) -> str:
+def forgot(run: RunRecord) -> str:
     """Return a clause if the loss on neutral texts has risen much, otherwise ""."""
     clause = forgetting(forgotten_nats(run.evaluations, _best_step(run)))
     return f"; {clause}" if clause else ""
@@ -113,7 +117,10 @@ def _outcome(run: RunRecord) -> str:
         reward = f"; the reward of its answers to training rows went from {first:.3f} to {last:.3f}"
     if base is None or best is None:
         unknown = "; nothing was held out, so it is not known whether it helped"
-        return reward + ("" if run.held_out_losses() else unknown)
+        measured = run.held_out_losses() or (run.is_running and (run.facts.get("data") or {}).get("held_out"))
+        return reward + ("" if measured else unknown)
+    if run.is_running and run.objective != "grpo":
+        return f": the loss on held-out rows went from {base:.3f} to {best:.3f} so far"
     if run.objective == "grpo":
         return (
             f": the reward on held-out rows went from {-base:.3f} to {-best:.3f}, so it {_verdict(base, best)}{reward}"
@@ -161,7 +168,7 @@ def _by_how_much(run: RunRecord, base: float, best: float) -> str:
 
 def _adapter_place(run: RunRecord) -> str:
     if not run.adapter.is_dir():
-        return "; there is no adapter yet" if run.status and run.status.state == "running" else "; it left no adapter"
+        return "; there is no adapter yet" if run.is_running else "; it left no adapter"
     return f"; the adapter is in {run.adapter}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
@@ -15,7 +16,7 @@ from backhand.report.run_record import RunRecord, is_number
 from backhand.runs.distilled_results import distilled_sentences
 from backhand.runs.pair_results import PAIR_OBJECTIVES, answers_got_worse
 from backhand.runs.records import MAX_NEW_TOKENS
-from backhand.runs.summary import CHOSEN_BY, no_label_fits
+from backhand.runs.summary import CHOSEN_BY, forgetting, no_label_fits
 from backhand.words import count_of, interval_text
 
 if TYPE_CHECKING:
@@ -97,6 +98,11 @@ def _tiles(run: RunRecord, tables: Sequence[ProofTable]) -> list[tuple[str, str,
         interval = interval_text(after, summary.get("exact_match_rows") or 0)
         change = f"{known(summary.get('base_exact_match'), _SHARE)} → {_SHARE(after)}"
         tiles.insert(1, (change, f"answers exactly right, {interval}", ""))
+    if is_number(nats := summary.get("forgotten_nats")):
+        # The loss of a token is -log of its probability.
+        left = f"{min(1.0, math.exp(-nats)):.0%}"
+        of_texts = "of the former probability of a word in unrelated texts is left: the rest is forgotten"
+        tiles.append((left, of_texts, "bad" if forgetting(nats) else ""))
     return tiles
 
 
@@ -120,6 +126,7 @@ VERDICTS = {
     "hurt": ("it did not help", "bad"),
     "unclear": ("not clear whether it helped", ""),
     "unknown": ("not measured", ""),
+    "open": ("the run has not ended", ""),
 }
 _SHARE = "{:.0%}".format
 
@@ -149,7 +156,14 @@ def _answer(line: Mapping[str, Any]) -> dict[str, Any]:
         "adapted": right,
         "without_prompt": None if prompted is None else base,
         "right": adapted == reference,
+        "options": _options(line),
     }
+
+
+def _options(line: Mapping[str, Any]) -> list[tuple[str, float | None, float]]:
+    """Return (option, its probability before, after) of a decision, the most probable after training first."""
+    before, after = line.get("base_p") or {}, line.get("adapted_p") or {}
+    return sorted(((name, before.get(name), p) for name, p in after.items()), key=lambda one: -one[2])
 
 
 def prompt_parts(line: Mapping[str, Any]) -> list[tuple[str, bool]]:

@@ -64,6 +64,11 @@ class RunRecord:
         return self.path / ADAPTER
 
     @property
+    def is_running(self) -> bool:
+        """True while the run trains."""
+        return self.status is not None and self.status.state == "running"
+
+    @property
     def rows(self) -> RowFacts:
         """The training rows in facts.json."""
         return self.facts.get("data", {}).get("train") or {}

@@ -52,6 +52,9 @@ class AnswerLine(TypedDict, total=False):
     reference: str
     rejected: str | None
     prompted: str | None  # the answer of the teacher in distillation
+    # base_p, adapted_p: probability of each option of a decision, whose answers are options
+    base_p: dict[str, float] | None
+    adapted_p: dict[str, float] | None
 
 
 class ModelFacts(TypedDict, total=False):

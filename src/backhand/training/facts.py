@@ -24,7 +24,7 @@ from backhand.adapters.record import installed_packages
 from backhand.data.examples import Example
 from backhand.data.options import asking_options, reading_options, shell_quoted
 from backhand.data.stored_examples import PreparedData
-from backhand.data.token_view import token_texts
+from backhand.data.token_view import documents_to_show, token_texts
 from backhand.loop.state import Progress, RunState
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.ops.weight_tiles import frozen_dense
@@ -113,7 +113,7 @@ def _rows(data: PreparedData, tokenizer: Any, *, shown: int) -> dict[str, Any]:
         "sources": [asdict(form) for form in data.report.sources],
         "lengths": _histogram(documents.column("tokens")),
         "supervised": _histogram(documents.column("supervised")),
-        "shown": [_token_by_token(example, tokenizer) for example in documents[:shown]],
+        "shown": [_token_by_token(example, tokenizer) for example in documents_to_show(data.examples, shown)],
     }
 
 

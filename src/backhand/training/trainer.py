@@ -22,7 +22,7 @@ from backhand.engines.engine import RunCache
 from backhand.engines.machine import MemoryKeeper, crowded_note
 from backhand.errors import not_none
 from backhand.kernels.quantized_matrix import QuantizedMatrix
-from backhand.loop.answers import free_answers, measured_answers, stop_ids
+from backhand.loop.answers import decided_answers, free_answers, measured_answers, stop_ids
 from backhand.loop.distillation import DistilledPacker
 from backhand.loop.distilled_figures import distilled_figures
 from backhand.loop.evaluator import Evaluator
@@ -31,7 +31,7 @@ from backhand.loop.held_out_vectors import HeldOutEmbeddings
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.loop import SampledSteps, TrainingLoop
 from backhand.loop.measuring import HeldOut
-from backhand.loop.objectives.decide import DecideObjective
+from backhand.loop.objectives.decide import DecideObjective, decision_figures
 from backhand.loop.objectives.embed import EmbedObjective
 from backhand.loop.objectives.objective import AnswerObjective, HeldOutObjective, Objective
 from backhand.loop.objectives.rank import RankObjective
@@ -256,11 +256,15 @@ class Trainer:
                 shown=run.config.run.answers,
             )
             summary = replace(summary, distilled=figures)
-        answers = free_answers(*arguments, prompted)
+        if isinstance(objective, DecideObjective):
+            decisions = objective.held_out_outcomes(run.bound, run.plan.memory.micro_batch_rows)
+            summary = replace(summary, **decision_figures(decisions))
+            answers = free_answers(run.bound, run.inputs.source, (), run.config)
+            answers = replace(answers, held_out=decided_answers(*decisions, run.config.run.answers))
+        else:
+            answers = free_answers(*arguments, prompted)
         self.directory.write(ANSWERS, answers.file(run.config.run.answers))
         summary = replace(summary, free_answers=answers.lengths, neutral_answers=answers.neutral)
-        if isinstance(objective, DecideObjective):
-            summary = replace(summary, **objective.held_out_scores(run.bound, run.plan.memory.micro_batch_rows))
         if summary.adapted_exact_match is None:
             labels, stopped = run.identity.labels, lambda: self.processes.stop_requested
             summary = replace(summary, **measured_answers(*arguments, labels, summary.tokens, stopped))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,9 +17,17 @@ from backhand.data.decisions import DecisionRow, QuestionType
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import BoundModel
 from backhand.errors import not_none
-from backhand.loop.decision_scores import fit_temperatures, outcomes_of, score_questions
+from backhand.loop.decision_scores import Outcome, fit_temperatures, outcomes_of, score_questions
 from backhand.loop.objectives.objective import AnswerObjective, Documents, RowLosses, document_sums
 from backhand.ops.decide import decide_backward, decide_forward
+
+
+class HeldOutDecisions(NamedTuple):
+    """Rows, and the outcome of each of their questions."""
+
+    rows: list[DecisionRow]
+    base: list[Outcome]
+    adapted: list[Outcome]
 
 
 @dataclass
@@ -65,29 +73,35 @@ class DecideObjective(AnswerObjective):
         """Return the questions of these rows."""
         return [not_none(self.packer.examples.decision(row)) for row in rows]
 
-    def held_out_scores(self, bound: BoundModel, micro_batch_rows: int) -> dict[str, Any]:
-        """Return the fields of summary.json on these rows, of the base model and of the adapted one.
-
-        The temperatures are fitted to these rows, and are 1 for the base model.
+    def held_out_outcomes(self, bound: BoundModel, micro_batch_rows: int) -> HeldOutDecisions:
+        """Return the outcomes of these rows, of the base model and of the adapted one.
 
         Args:
             bound: the model with the adapter to measure, which is attached again afterwards.
             micro_batch_rows: number of rows per forward pass.
         """
-        every, scores = range(len(self.packer.examples)), {}
-        for name in ("base", "adapted"):
-            if name == "base":
-                bound.model.detach()
-            else:
-                bound.model.attach(bound.lora)
-            sums = not_none(document_sums(bound.model, self.packer, every, micro_batch_rows, Communicator()))
-            outcomes = outcomes_of(self.decisions(every), sums.tolist())
-            temperatures = {} if name == "base" else fit_temperatures(outcomes)
-            scored = score_questions(outcomes, temperatures)
-            scores[f"{name}_decisions"] = {question: score.to_json() for question, score in scored.items()}
-        return scores
+        every = range(len(self.packer.examples))
+        rows = self.decisions(every)
+
+        def outcomes() -> list[Outcome]:
+            sums = document_sums(bound.model, self.packer, every, micro_batch_rows, Communicator())
+            return outcomes_of(rows, not_none(sums).tolist())
+
+        bound.model.detach()
+        base = outcomes()
+        bound.model.attach(bound.lora)
+        return HeldOutDecisions(rows, base, outcomes())
 
     def evaluated(self, rows: Sequence[int], sums: Sequence[float]) -> Mapping[str, float]:
         """Fit the temperatures to the held-out rows."""
         self.temperatures = fit_temperatures(outcomes_of(self.decisions(rows), sums))
         return {}
+
+
+def decision_figures(decisions: HeldOutDecisions) -> dict[str, Any]:
+    """Return the fields of summary.json. The temperatures are fitted to these rows, and are 1 for the base model."""
+    scored = {
+        "base_decisions": score_questions(decisions.base, {}),
+        "adapted_decisions": score_questions(decisions.adapted, fit_temperatures(decisions.adapted)),
+    }
+    return {name: {question: one.to_json() for question, one in scores.items()} for name, scores in scored.items()}
