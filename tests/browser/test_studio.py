@@ -156,13 +156,13 @@ def test_from_a_table_to_an_adapter(studio: Studio, context: BrowserContext, scr
         page.get_by_role("button", name="Upload it and go on").click()
         page.wait_for_selector("#objective")
         page.select_option("#objective", "sft")  # three answers look like labels
-        page.fill("#prompt", "question")
-        page.fill("#completion", "answer")
+        page.select_option("#prompt", "question")
+        page.select_option("#completion", "answer")
         page.get_by_role("button", name="Check the rows").click()
         page.wait_for_selector(".tokens .on")
         page.wait_for_selector("#objective")
         screens.check(page, "learn")
-        page.get_by_role("link", name="Go on to the start").click()
+        page.get_by_role("button", name="Go on to the start").click()
         page.get_by_text("More options").click()
         for name, value in options.items():
             page.locator(f"[id='more.{name}']").fill(value)
@@ -261,7 +261,7 @@ def test_poison_stays_inert_while_the_page_follows_the_run(
         assert page.evaluate("window.hurt") is None
         assert page.locator("main img, main iframe, main script, main section > style").count() == 0
         with context.expect_page() as report:
-            page.get_by_role("link", name="Report", exact=True).click()
+            page.get_by_role("link", name="Report (new tab)").click()
         report.value.wait_for_load_state()
         # The report has an origin of its own: it cannot ask this server anything.
         assert report.value.evaluate("origin") == "null"

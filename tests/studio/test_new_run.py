@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
 import io
 import json
@@ -18,7 +19,7 @@ from urllib.parse import urlencode
 import pytest
 
 from backhand.cli.main import main
-from backhand.studio import queue
+from backhand.studio import commands, queue
 from backhand.studio.commands import Commands, Outcome
 from backhand.studio.first_rows import first_rows
 from backhand.studio.runs import STATES, all_runs, run_of
@@ -94,6 +95,19 @@ def test_a_run_is_stopped_continued_and_tried_again(
     assert list(started.values()) == [
         ["train", str(space.run("one") / "config.toml"), "--learning-rate=0.01", f"--output={space.run('one-2')}"]
     ]
+    job = {
+        "words": ["train"],
+        "form": "data=rows-1.csv&objective=sft",
+        "process": 1,
+        "process_start": "x",
+        "exit_code": 0,
+    }
+    space.job_file("one").write_text(json.dumps(job))
+    summary.write_text(
+        re.sub(r'"try_next": [^,\n]*', '"try_next": "backhand train c --learning-rate 0.01 --output o"', before)
+    )
+    address = client.post("runs/one/again")[2]["location"]
+    assert address.endswith("/new/start?data=rows-1.csv&objective=sft&more.learning_rate=0.01")
     assert client.post("runs/one/stop")[0] == 409  # it does not train
 
 
@@ -170,6 +184,57 @@ def test_an_export_keeps_those_of_other_formats(
         "one-peft.zip",
         "one-gguf.gguf",
     }
+    links = [link.text for link in part(client.get("runs/one")[1]).every("a") if "download" in link.attributes]
+    assert links == ["one-gguf.gguf", "one-peft.zip"]
+
+
+def test_the_options_on_the_screen_are_those_of_the_start(client: Client) -> None:
+    client.post("upload?name=faq.csv", body=TABLE)
+    draft = {"data": "rows-1.csv", "objective": "sft", "eval_fraction": "20 %", "more.learning_rate": "0,001"}
+    page = part(client.get(f"new/start?{urlencode(draft)}")[1])
+    (form,) = (form for form in page.every("form") if form.attributes["action"].endswith("/start"))
+    fields = {field.attributes.get("name") for field in form.all() if field.tag in ("input", "select")}
+    assert {"name", "data", "objective", "eval_fraction", "more.max_steps", "more.learning_rate"} <= fields
+    (shown,) = (pre.text for pre in page.every("pre") if pre.text.startswith("backhand train"))
+    assert "--eval-fraction=0.2 " in shown and "--learning-rate=0.001 " in shown and "faq.csv" in page.one("main").text
+    for wrong in ({"eval_fraction": "a fifth"}, {"more.epochs": "twelve"}, {"more.epochs": "1,000"}):
+        status, text, _ = client.get(f"new/start?{urlencode(draft | wrong)}")
+        assert status == 409 and "is not a number" in text and "lint" not in text
+
+
+def test_files_that_are_no_rows_are_marked_and_not_preselected(client: Client) -> None:
+    client.post("upload?name=faq.csv", body=TABLE)
+    client.post("upload?name=letter.csv", body=b"PK\x03\x04" + bytes(26) + b"word/document.xml" + bytes(40))
+    status, text, _ = client.get("part/rows?data=rows-2.csv")
+    assert status == 409 and "the file is a Word document" in text
+    page = part(client.get("new/rows")[1])
+    assert [badge.text for badge in page.every("span", class_="badge bad")] == ["could not be read"]
+    assert not any("checked" in field.attributes for field in page.every("input"))
+    status, text, _ = client.post("upload?name=clauses.xlsx", body=b"PK")
+    assert status == 409 and "workbook" in text and "CSV UTF-8" in text
+
+
+def test_lines_about_current_work_are_progress_and_no_messages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = "import sys; print('still at work after 9 s: lint', 'error: no', sep=chr(10), file=sys.stderr, flush=True)"
+    monkeypatch.setattr(
+        commands, "python_words", lambda *_: [sys.executable, "-c", f"{script}; import time; time.sleep(1.2)"]
+    )
+    seen: list[str] = []
+
+    async def run() -> Outcome:
+        one = Commands(tmp_path)
+
+        async def gone() -> bool:
+            seen.append(one.progress.get("w", ""))
+            return len(seen) > 100
+
+        working = asyncio.create_task(one.run(["lint"], gone, work="w", text=""))
+        outcome = await working
+        assert not one.progress
+        return outcome
+
+    outcome = asyncio.run(run())
+    assert outcome.messages == f"error: no{os.linesep}" and "lint" in seen
 
 
 def test_a_renamed_run_starts_again_in_its_own_directory(
@@ -199,8 +264,18 @@ def test_a_renamed_run_starts_again_in_its_own_directory(
         ("prompt,completion,label", "{n},b,true", {"objective": "kto"}),
         (
             "title,text,section",
-            "{n},text {n},{k}",
+            "title {n},text {n},{k}",
             {"objective": "decide", "state": "{title}\\n{text}", "question": "section"},
+        ),
+        (
+            "Nr.,Case,Ticket text / Beschreibung,Team,",
+            "{n},T-{n},the text of {n},{k},",
+            {"objective": "decide", "state": "Ticket text / Beschreibung", "question": "Team"},
+        ),
+        (
+            "id,Patient asks,I say",
+            "{n},is {n} bad?,no {n}",
+            {"objective": "sft", "prompt": "Patient asks", "completion": "I say"},
         ),
     ],
 )

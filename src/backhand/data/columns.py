@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -141,17 +141,26 @@ class ColumnReader:
         self.note = f"the columns are read as in the adapter's training:{options}"
 
     def _guess_from(self, row: RawRow) -> None:
-        small = {name.strip().lower(): name for name in row.values}
-        prompts, answers = _PROMPTS & small.keys(), _ANSWERS & small.keys()
-        doubtful = small.keys() - _PROMPTS - _ANSWERS - COUNTING or len(small) < len(row.values)
-        if doubtful or len(prompts) != 1 or len(answers) != 1 or fits(row):
+        names = common_names(row.values)
+        if names is None or fits(row):
             return
-        prompt, answer = (small[name] for name in (*prompts, *answers))
+        prompt, answer = names
         self.given = {"prompt": prompt, "completion": answer}
         self.note = (
             f"the column {prompt} is read as the prompt and {answer} as its completion; "
             "--prompt and --completion name others"
         )
+
+
+def common_names(columns: Iterable[str]) -> tuple[str, str] | None:
+    """Return the columns of prompt and answer if these have common names and no other column could be one; or None."""
+    names = [*columns]
+    small = {name.strip().lower(): name for name in names}
+    prompts, answers = _PROMPTS & small.keys(), _ANSWERS & small.keys()
+    doubtful = small.keys() - _PROMPTS - _ANSWERS - COUNTING or len(small) < len(names)
+    if doubtful or len(prompts) != 1 or len(answers) != 1:
+        return None
+    return small[next(iter(prompts))], small[next(iter(answers))]
 
 
 def _by_option(named: NamedColumns) -> dict[str, str]:

@@ -73,7 +73,9 @@ def start_text(reader: io.BufferedReader, path: str | Path) -> bytes:
     page = head.lstrip().lower().startswith((b"<!doctype", b"<html"))
     for holds, kind, remedy in (
         (wide, f"{wide}, not UTF-8", f"convert it: iconv -f {wide} -t UTF-8 OLD > NEW"),
-        (zipped and Path(path).suffix.lower() in (".xlsx", ".ods"), "a spreadsheet", "save it as CSV in UTF-8"),
+        (zipped and b"xl/" in head, "an Excel workbook", "save it as CSV UTF-8"),
+        (zipped and b"word/" in head, "a Word document", "put its rows into a table, and save that as CSV UTF-8"),
+        (zipped and Path(path).suffix.lower() in (".xlsx", ".ods"), "a spreadsheet", "save it as CSV UTF-8"),
         (zipped, "a zip archive", "unpack it first"),
         (git_lfs, "a Git LFS pointer, not the data itself", "fetch it: git lfs pull"),
         (page, "a web page, not data", "download the raw file instead of its page"),

@@ -147,7 +147,10 @@ def refusal(_request: object, refused: Refused) -> PlainTextResponse:
     return PlainTextResponse(f"{refused}\n", refused.status, {"Connection": "close"})
 
 
-_UNKNOWN = "the address lacks its token; the terminal printed the whole of it"
+_UNKNOWN = (
+    "the address lacks its token: open the file open.html in the studio's directory (usually ~/backhand), or copy the "
+    "whole address that the terminal printed"
+)
 
 
 def root_of(token: str) -> str:

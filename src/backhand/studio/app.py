@@ -12,6 +12,7 @@ from functools import wraps
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -26,7 +27,7 @@ from backhand.report.run_record import read_run
 from backhand.runs.directory import CONFIG, REPORT
 from backhand.studio import queue
 from backhand.studio.access import SANDBOX_POLICY, Refused, refusal
-from backhand.studio.draft import MORE, OBJECTIVES, Draft, changed_run, choices_of, default_of, more_fields
+from backhand.studio.draft import MORE, OBJECTIVES, Draft, changed_run, choices_of, default_of, more_for
 from backhand.studio.runs import adapter_of, all_runs, asking_words, log_of, page_of, stop, version_of
 from backhand.studio.site import Site, static
 from backhand.studio.workspace import checked_name
@@ -61,6 +62,7 @@ def make_app(site: Site) -> Starlette:
         _route(site, "/runs/{name}", _run_page),
         _route(site, "/runs/{name}/report", _report),
         _route(site, "/runs/{name}/try", _try, "POST"),
+        _route(site, "/progress/{work}", _progress),
     ]
     changing = [
         _route(site, "/", _home),
@@ -128,6 +130,7 @@ async def _run_page(site: Site, request: Request) -> Response:
             "log": "" if log is None else log_of(log),
             "exports": {kind: one.text for kind, one in EXPORTS.items() if one.objective in (None, objective)},
             "objective": objective,
+            "made": site.space.exported(run.name) if site.workspace is not None else [],
             "charts": {},
             "sections": [],
             "page": values,
@@ -163,6 +166,10 @@ async def _compare(site: Site, request: Request) -> Response:
     return Response(data, media_type="text/html", headers={"Content-Security-Policy": SANDBOX_POLICY})
 
 
+async def _progress(site: Site, request: Request) -> Response:
+    return Response(site.commands.progress.get(str(request.path_params["work"]), ""), media_type="text/plain")
+
+
 async def _try(site: Site, request: Request) -> Response:
     run = site.run(request)
     prompt = str((await request.form()).get("prompt", ""))
@@ -187,7 +194,7 @@ async def _model_step(site: Site, request: Request) -> Response:
 
 async def _models_part(site: Site, request: Request) -> Response:
     words = ["models", "--json"]
-    outcome = await site.commands.checked(words, request.is_disconnected)
+    outcome = await site.commands.checked(words, request.is_disconnected, work=_work(request))
     listed = list(outcome.json())
     # Models that fit come first, the smallest first.
     listed.sort(key=lambda one: (one["engine"] is None, not one["fits"], one["file_bytes"] or 0))
@@ -199,6 +206,7 @@ async def _models_part(site: Site, request: Request) -> Response:
 async def _rows_step(site: Site, request: Request) -> Response:
     draft = Draft.of(request.query_params.items())
     values = {"title": "New run: the rows", "draft": draft, "uploads": site.space.uploads()}
+    values["unreadable"] = site.space.unreadable()
     return site.page("new_rows.html.j2", values)
 
 
@@ -229,8 +237,15 @@ async def _first_rows_part(site: Site, request: Request) -> Response:
     draft = Draft.of(request.query_params.items())
     path = draft.data_words(site.space)[0].partition("=")[2]
     outcome = await site.commands.run([path], request.is_disconnected, module="backhand.studio.first_rows")
+    if not draft.get("typed_data"):
+        site.space.mark_unreadable(draft.get("data"), unreadable=outcome.code != 0)
     values = {"first": outcome.json(), "draft": draft, "objectives": OBJECTIVES}
     return site.part("rows", **values)
+
+
+def _work(request: Request) -> str:
+    """Return the page's name of its request, under which it asks for progress."""
+    return request.headers.get("x-work", "")
 
 
 async def _draft(site: Site, request: Request) -> Draft:
@@ -244,10 +259,13 @@ async def _draft(site: Site, request: Request) -> Draft:
 async def _lint_part(site: Site, request: Request) -> Response:
     draft = await _draft(site, request)
     words = draft.lint_words(site.space, site.model_names)
-    outcome = await site.commands.run([*words, "--json", f"--show={_SHOWN_ROWS}"], request.is_disconnected)
+    outcome = await site.commands.run(
+        [*words, "--json", f"--show={_SHOWN_ROWS}"], request.is_disconnected, work=_work(request)
+    )
     report = outcome.json()
     values = {"report": report, "messages": outcome.messages if outcome.code else "", "most": _MAX_SHOWN_TOKENS}
-    return site.part("lint", **values, words=words)
+    leave_out = draft.query(**{"more.skip_bad": "True"})
+    return site.part("lint", **values, words=words, leave_out=leave_out, decisions=draft.objective == "decide")
 
 
 async def _start_step(site: Site, request: Request) -> Response:
@@ -258,7 +276,7 @@ async def _start_step(site: Site, request: Request) -> Response:
         "title": "New run: start",
         "draft": draft,
         "words": words,
-        "more": more_fields(),
+        "more": more_for(draft.objective),
         "titles": MORE,
         "choices": choices_of,
         "default": default_of,
@@ -271,8 +289,9 @@ async def _start_step(site: Site, request: Request) -> Response:
 async def _plan_part(site: Site, request: Request) -> Response:
     draft = await _draft(site, request)
     words = ["plan", *draft.run_words(site.space, site.model_names)]
-    outcome = await site.commands.checked([*words, "--json"], request.is_disconnected)
-    return site.part("plan", plan=outcome.json(), words=words)
+    outcome = await site.commands.checked([*words, "--json"], request.is_disconnected, work=_work(request))
+    busy = any(run.at_work for run in all_runs(site.space))
+    return site.part("plan", plan=outcome.json(), words=words, busy=busy)
 
 
 async def _start(site: Site, request: Request) -> Response:
@@ -323,6 +342,10 @@ async def _again(site: Site, request: Request) -> Response:
     except ValueError:
         suggestion = []
     words = changed_run(suggestion, run.path / CONFIG, site.space.run(name))
+    if run.job is not None and run.job.form:  # the page of the start shows the change and its plan
+        options = (word.removeprefix("--").partition("=") for word in words[2:-1])
+        changes = {f"more.{option.replace('-', '_')}": value for option, _, value in options}
+        return site.go(f"new/start?{Draft.of(parse_qsl(run.job.form)).query(**changes)}")
     queue.enqueue(site.space, name, words)
     return site.go_to_run(name)
 
@@ -332,6 +355,8 @@ async def _rename(site: Site, request: Request) -> Response:
     new = checked_name(str((await request.form()).get("new", "")).strip())
     if new != run:
         queue.rename(site.space, run, new)
+        if (path := site.space.run(new)).joinpath(REPORT).is_file():  # it names the directory
+            await site.commands.run(["report", str(path)], request.is_disconnected)
     return site.go_to_run(new)
 
 

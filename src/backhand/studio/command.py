@@ -60,9 +60,9 @@ def studio_command(options: StudioOptions) -> None:
                 f"warning: other machines can connect to {options.host}. Whoever has this address can read your rows "
                 "and start runs, and the connection is not encrypted."
             )
+        # Other users can see the words of a browser's process, so that they must not contain the token.
+        page = workspace.opener(address.url).as_uri()
         if options.browser and _has_screen():
-            # Other users can see the words of a browser's process, so that they must not contain the token.
-            page = workspace.opener(address.url).as_uri()
             threading.Thread(target=webbrowser.open, args=(page,), daemon=True).start()
         _wait()
 

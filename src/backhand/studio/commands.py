@@ -7,17 +7,20 @@ import json
 import os
 import shlex
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backhand.errors import BackhandError
+from backhand.errors import BackhandError, not_none
 from backhand.safe_path import python_words, safe_environment
 from backhand.system import end_group
 
 MAX_OUTPUT_BYTES = 32 * 2**20
 _AT_ONCE = 2
 _CHECK_S = 0.5
+_AT_WORK = b"still at work after "
+"""Beginning of a line of `printing.never_silent`."""
 
 
 class CommandError(BackhandError):
@@ -59,6 +62,7 @@ class Commands:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._turns = asyncio.Semaphore(_AT_ONCE)
+        self.progress: dict[str, str] = {}  # the latest activity of each command at work, by the page's name of it
 
     async def run(
         self,
@@ -67,6 +71,7 @@ class Commands:
         *,
         text: str = "",
         module: str = "backhand",
+        work: str = "",
     ) -> Outcome:
         """Run a command to its end.
 
@@ -75,6 +80,7 @@ class Commands:
             gone: returns True if nobody waits for the result any more. The command is then ended.
             text: standard input.
             module: the module to run.
+            work: name under which `progress` has the latest activity.
 
         Raises:
             CommandError: nobody waits any more, or the output is too long.
@@ -90,7 +96,7 @@ class Commands:
                 start_new_session=True,
                 limit=MAX_OUTPUT_BYTES,
             )
-            working = asyncio.create_task(process.communicate(text.encode("utf-8", "replace")))
+            working = asyncio.create_task(self._communicate(process, text, work))
             try:
                 while not (await asyncio.wait({working}, timeout=_CHECK_S))[0]:
                     if await gone():
@@ -101,13 +107,39 @@ class Commands:
                     end_group(process.pid)
                     await process.wait()
                 working.cancel()
+                self.progress.pop(work, None)
         if len(output) > MAX_OUTPUT_BYTES:
             raise CommandError("the output of the command is too long for a page")
         return Outcome(process.returncode or 0, output.decode("utf-8", "replace"), messages.decode("utf-8", "replace"))
 
-    async def checked(self, words: Sequence[str], gone: Callable[[], Awaitable[bool]], *, text: str = "") -> Outcome:
+    async def _communicate(self, process: asyncio.subprocess.Process, text: str, work: str) -> tuple[bytes, bytes]:
+        """Send the input and read both outputs. Lines about the current activity become progress, not messages."""
+        sending, output, messages = not_none(process.stdin), not_none(process.stdout), not_none(process.stderr)
+
+        async def send() -> None:
+            with suppress(ConnectionError):
+                sending.write(text.encode("utf-8", "replace"))
+                await sending.drain()
+            sending.close()
+
+        async def read() -> bytes:
+            lines = []
+            async for line in messages:
+                if line.startswith(_AT_WORK):
+                    self.progress[work] = line.decode("utf-8", "replace").partition(": ")[2].strip()
+                else:
+                    lines.append(line)
+            return b"".join(lines)
+
+        _, data, printed = await asyncio.gather(send(), output.read(), read())
+        await process.wait()
+        return data, printed
+
+    async def checked(
+        self, words: Sequence[str], gone: Callable[[], Awaitable[bool]], *, text: str = "", work: str = ""
+    ) -> Outcome:
         """Run a command. Raises CommandError, with what it printed, if it fails."""
-        outcome = await self.run(words, gone, text=text)
+        outcome = await self.run(words, gone, text=text, work=work)
         if outcome.code:
             raise CommandError(outcome.messages.strip() or f"the command ended with code {outcome.code}")
         return outcome

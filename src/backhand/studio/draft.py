@@ -44,6 +44,13 @@ MORE = {
 }
 """Options under "more", by section. None of them names a file or code."""
 
+_PAIRS, _VECTORS = ("dpo", "orpo", "simpo", "kto"), ("embed",)
+_ONLY_FOR = {
+    **dict.fromkeys(("beta", "loss_type", "label_smoothing"), _PAIRS),
+    **dict.fromkeys(("pooling", "query_prompt", "document_prompt"), _VECTORS),
+    "option_order": ("decide",),
+}
+"""Objectives of the options that not all objectives have."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _STORED_NAME = re.compile(r"(?:ollama|lmstudio):[\w./:-]+")
 _QUESTIONS = 3
@@ -54,6 +61,15 @@ def more_fields() -> dict[str, tuple[OptionField, ...]]:
     """Return the options under "more" with their help, by section."""
     by_name = {field.name: field for field in option_fields(TrainConfig)}
     return {section: tuple(by_name[name] for name in names) for section, names in MORE.items()}
+
+
+def more_for(objective: str) -> dict[str, tuple[OptionField, ...]]:
+    """Return the options under "more" that an objective has, by section."""
+    by_section = {
+        section: tuple(field for field in fields if objective in _ONLY_FOR.get(field.name, (objective,)))
+        for section, fields in more_fields().items()
+    }
+    return {section: fields for section, fields in by_section.items() if fields}
 
 
 def choices_of(field: OptionField) -> tuple[str, ...]:
@@ -69,6 +85,10 @@ def default_of(field: OptionField) -> str:
     """Return an option's default as text, "" if it has none."""
     default = field.default
     return "" if default in (None, MISSING, ()) else " ".join(default) if isinstance(default, tuple) else str(default)
+
+
+_WORDS = ("auto", "none")
+"""Words that an option may take instead of a number."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +110,12 @@ class Draft:
     def objective(self) -> str:
         """The objective, or "" before one is chosen."""
         return self.get("objective")
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model, without the folders of a path."""
+        name = self.get("typed_model") or self.get("model") or "smollm2-135m"
+        return Path(name).name if name.startswith(("/", "~", ".")) else name
 
     def query(self, **changes: str) -> str:
         """Return the fields as the query of an address, with changes."""
@@ -123,7 +149,23 @@ class Draft:
                     words.append(f"--question={column}={asked}" if asked else f"--question={column}")
         else:
             words += self._options("prompt", "completion", "messages")
-        return words + self._options("eval_fraction")
+        if self.get("eval_fraction"):
+            words.append(f"--eval-fraction={self._number('eval_fraction', 'the share of held-out rows')}")
+        return words
+
+    def _number(self, name: str, label: str, *, whole: bool = False) -> str:
+        """Return a number as the command line reads it: `20%` and `0,2` are 0.2. Raises UsageError: it is none."""
+        text = self.get(name).replace(" ", "").replace("\u00a0", "")
+        share, text = text.endswith("%"), text.removesuffix("%")
+        if not whole and re.fullmatch(r"-?\d*,\d+", text):
+            text = text.replace(",", ".")
+        try:
+            number = float(text)
+        except ValueError:
+            raise UsageError(
+                f"{label} is not a number: {self.get(name)}", next_step="write it in digits, such as 12, 0.2 or 20%"
+            ) from None
+        return f"{number / 100:g}" if share else text
 
     def lint_words(self, workspace: Workspace, listed: Iterable[str]) -> list[str]:
         """Return the words of `lint`. Raises UsageError as `model_words` and `data_words`."""
@@ -149,11 +191,15 @@ class Draft:
         for name in names:
             value, field = self.get(f"more.{name}"), by_name[name]
             if value and value != default_of(field):
+                kinds = {int, float} & {*union_members(field.hint)}
+                if kinds and value not in _WORDS:
+                    value = self._number(f"more.{name}", name.replace("_", " "), whole=kinds == {int})
                 words.append(f"{field.option}={value}")
         return words
 
     def _options(self, *names: str) -> list[str]:
-        return [f"--{name.replace('_', '-')}={self.get(name)}" for name in names if self.get(name)]
+        given = ((name, self.get(f"typed_{name}") or self.get(name)) for name in names)
+        return [f"--{name}={text}" for name, text in given if text]
 
 
 def changed_run(words: list[str], config: Path, output: Path) -> list[str]:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from backhand.data.column_hints import ClassColumns
+from backhand.data.column_hints import COUNTING, ClassColumns
+from backhand.data.columns import common_names
 from backhand.data.raw_rows import RowErrors
 from backhand.data.sources import expand, read_rows
 from backhand.errors import BackhandError
@@ -39,11 +41,11 @@ def first_rows(name: str) -> dict[str, Any]:
     return {
         "columns": columns,
         "rows": [{column: _text(row.get(column)) for column in columns} for row in rows[:SHOWN_ROWS]],
-        **_suggested(columns, classes.names(len(rows))),
+        **_suggested(columns, classes.names(len(rows)), _texts(columns, rows)),
     }
 
 
-def _suggested(columns: Sequence[str], classes: Sequence[str]) -> dict[str, str]:
+def _suggested(columns: Sequence[str], classes: Sequence[str], texts: Sequence[str]) -> dict[str, str]:
     """Return the objective that the names and values of the columns suggest."""
     small = {column.lower() for column in columns}
     if {"chosen", "rejected"} <= small:
@@ -52,11 +54,28 @@ def _suggested(columns: Sequence[str], classes: Sequence[str]) -> dict[str, str]
         return {"objective": "embed"}
     if {"prompt", "completion", "label"} <= small:
         return {"objective": "kto"}
-    if small & {"messages", "conversations"} or {"prompt", "completion"} <= small or not classes:
+    if small & {"messages", "conversations"} or {"prompt", "completion"} <= small:
         return {"objective": "sft"}
-    others = [column for column in columns if column not in classes]
+    if not classes:
+        known = "text" in small or common_names(columns) or len(texts) < 2
+        return {"objective": "sft"} | ({} if known else {"prompt": texts[0], "completion": texts[-1]})
+    others = [column for column in texts if column not in classes]
     state = others[0] if len(others) == 1 else "\\n".join(f"{{{column}}}" for column in others)
     return {"objective": "decide", "state": state, "question": classes[-1]} if others else {"objective": "sft"}
+
+
+def _texts(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the columns with texts to read: neither unnamed nor with numbers of rows."""
+    return [name for name in columns if name.strip(" .#:").lower() not in COUNTING and not _numbers_rows(name, rows)]
+
+
+def _numbers_rows(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return True if the values of a column are numbers, empty, or different single words with digits."""
+    values = [str(row[column]).strip() for row in rows if row.get(column) is not None]
+    if all(re.fullmatch(r"[-+]?[\d.,]*", value) for value in values):
+        return True
+    single = all(re.fullmatch(r"\S*\d\S*", value) for value in values)
+    return single and len({*values}) == len(values) > 1
 
 
 def _text(value: object) -> str:

@@ -68,6 +68,7 @@ class ListedRun:
     state: str  # a key of `STATES`
     reason: str = ""
     began: str = ""
+    ended: str = ""  # time of its end; "" before
     progress: Progress | None = None  # None before the first step
     job: Job | None = None  # its last start, None if it was started elsewhere
 
@@ -112,7 +113,8 @@ def listed_run(path: Path, job: Job | None = None, *, waits: bool = False) -> Li
     elif job is None:
         state, reason = "killed", "its process ended without a message"
     began = status.began if status is not None else ""
-    return ListedRun(path.name, path, state, reason, began, _progress(path, status), job)
+    ended = status.changed if status is not None and state == status.state != "running" else ""
+    return ListedRun(path.name, path, state, reason, began, ended, _progress(path, status), job)
 
 
 def _prepares(job: Job | None, status: RunStatus) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from datetime import datetime
 from http import HTTPStatus
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +19,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from backhand.errors import BackhandError
 from backhand.report.rendering import environment
 from backhand.studio.commands import CommandError, Commands, shown
+from backhand.studio.draft import Draft
 from backhand.studio.runs import ListedRun, listed_run, run_of
 from backhand.studio.workspace import Workspace
 from backhand.system import version_of
@@ -77,9 +80,17 @@ class Site:
             root=self.root,
             studio=self.workspace is not None,
             version=version_of("backhand"),
+            rows_name=self._rows_name,
+            restart=f"backhand studio --directory {shlex.quote(str(self.workspace.root))}"
+            if self.workspace
+            else f"backhand watch {shlex.quote(str(self.watched))}",
             **values,
         )
         return HTMLResponse(text.encode("utf-8", "backslashreplace"), status)
+
+    def _rows_name(self, draft: Draft) -> str:
+        """Return the name of the rows as the user knows it."""
+        return Path(draft.get("typed_data")).name or dict(self.space.uploads()).get(draft.get("data"), "")
 
     def go(self, place: str) -> Response:
         """Return a redirect to a page, after a form."""
@@ -121,8 +132,17 @@ def static(request: Request) -> Response:
     return Response(data, media_type=kind, headers={"Cache-Control": "private, max-age=3600"})
 
 
+def _local_moment(text: object) -> str:
+    """Format an ISO time in the machine's time zone."""
+    try:
+        when = datetime.fromisoformat(str(text)).astimezone()
+    except (ValueError, OverflowError):
+        return str(text)
+    return f"{when.day} {when:%B %Y, %H:%M}"
+
+
 def _templates() -> Environment:
     loader = ChoiceLoader([PackageLoader("backhand.studio"), PackageLoader("backhand.report")])
     templates = environment().overlay(loader=loader)
-    templates.filters |= {"command": shown}
+    templates.filters = {**templates.filters, "command": shown, "moment": _local_moment}
     return templates

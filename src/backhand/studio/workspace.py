@@ -33,8 +33,13 @@ _FREE_BYTES = 2**28
 """Space that an upload leaves on the disk."""
 _SETTINGS = "studio.json"
 _OPENER = "open.html"
+_UNREADABLE = ".unreadable"
+"""Ending of an empty file next to an upload that could not be read."""
 _PARTS = ("rows", "runs", "queue", "jobs", "exports")
 _UPLOAD = re.compile(r"rows-([0-9]+)\..*")
+_WORKBOOK, _DOCUMENT = "this is a spreadsheet workbook", "this is a Word document: it needs a table of rows first"
+_OFFICE = {".xlsx": _WORKBOOK, ".xls": _WORKBOOK, ".ods": _WORKBOOK, ".docx": _DOCUMENT, ".doc": _DOCUMENT}
+"""Reasons why files of office programs are not rows, by their ending."""
 _NAME = re.compile(r"[^\W_](?:[\w -]{0,58}\w)?")
 
 
@@ -138,7 +143,11 @@ class Workspace:
         suffix = "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:])
         if data_suffix(Path(f"rows{suffix}")) not in SUFFIXES:
             raise DataError(
-                f"{name} is not a file of rows", next_step=f"save it as one of {', '.join(SUFFIXES)}, and give that"
+                f"{name} is not a file of rows",
+                why=_OFFICE.get(suffix),
+                next_step="In Excel or LibreOffice, choose Save As and the type CSV UTF-8, and upload that file"
+                if suffix in _OFFICE
+                else f"save it as one of {', '.join(SUFFIXES)}, and upload that file",
             )
         if len(self.uploads()) >= MAX_UPLOADS:
             raise ResourceError(f"there are {MAX_UPLOADS} files of rows already", next_step="delete some of them")
@@ -167,8 +176,26 @@ class Workspace:
         """Delete an upload. Raises UsageError if there is none of this name."""
         path = self.upload(name)
         path.unlink()
+        self.mark_unreadable(name, unreadable=False)
         # An empty label remains, so that a command with this path never reads the rows of a later upload.
         replace_file(FileLayer(), path.with_name(f"{path.name}.name"), b"")
+
+    def mark_unreadable(self, name: str, *, unreadable: bool) -> None:
+        """Remember whether an upload could be read."""
+        mark = self.rows / f"{name}{_UNREADABLE}"
+        if unreadable:
+            replace_file(FileLayer(), mark, b"")
+        else:
+            mark.unlink(missing_ok=True)
+
+    def unreadable(self) -> set[str]:
+        """Return the names of the uploads that could not be read."""
+        return {path.name.removesuffix(_UNREADABLE) for path in self.rows.glob(f"*{_UNREADABLE}")}
+
+    def exported(self, name: str) -> list[tuple[str, int]]:
+        """Return (file name, bytes) of each converted adapter of a run."""
+        files = (path for path in (self.exports / name).glob("*") if path.is_file())
+        return sorted((path.name, path.stat().st_size) for path in files)
 
     def upload(self, name: str) -> Path:
         """Return the path of an upload. Raises UsageError if there is none of this name."""

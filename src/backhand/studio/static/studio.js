@@ -8,17 +8,40 @@ async function insert(place, address, options = {}, wait = "") {
   status.className = "soft";
   status.setAttribute("role", "status");
   const text = wait || place.textContent.trim();
-  const tick = () => { status.textContent = `${text} ${Math.round((Date.now() - began) / 1000)} s`; };
+  const work = crypto.getRandomValues(new Uint32Array(2)).join("-");
+  const root = document.body.dataset.root;
+  let latest = "";
+  const tick = () => { status.textContent = `${text} ${Math.round((Date.now() - began) / 1000)} s${latest && ` (${latest})`}`; };
   tick();
-  const timer = setInterval(tick, 1000);
-  place.replaceChildren(status);
+  const timer = setInterval(async () => {
+    tick();
+    const told = await fetch(`${root}/progress/${work}`).catch(() => null);
+    if (told?.ok) latest = await told.text();
+  }, 1000);
+  const ended = new AbortController();
+  const cancel = document.createElement("button");
+  Object.assign(cancel, { type: "button", className: "quiet", textContent: "Cancel" });
+  cancel.addEventListener("click", () => ended.abort());
+  place.replaceChildren(status, cancel);
+  const waiting = place.closest("form")?.querySelectorAll("[data-after]") ?? [];
+  for (const button of waiting) button.disabled = true;
   try {
-    const reply = await fetch(address, { ...options, headers: { "X-Part": "1" } });
+    const reply = await fetch(address, { ...options, signal: ended.signal, headers: { "X-Part": "1", "X-Work": work } });
+    if (reply.redirected) {
+      location.assign(reply.url);
+      return;
+    }
     const page = new DOMParser().parseFromString(await reply.text(), "text/html");
     place.replaceChildren(...page.body.childNodes);
     prepare(place);
+    for (const button of waiting) button.disabled = !reply.ok;
   } catch {
-    status.textContent = "The server does not answer. Start it again with: backhand studio";
+    if (!ended.signal.aborted) status.textContent = "The server does not answer. Start it again with the command in its terminal.";
+    else {
+      status.textContent = "Cancelled.";
+      cancel.remove();
+      for (const button of waiting) button.disabled = false;
+    }
   } finally {
     clearInterval(timer);
   }
@@ -45,10 +68,10 @@ function upload(form) {
 
 // Only the fields of the chosen objective are shown and sent.
 function choose(select) {
-  for (const part of select.form.querySelectorAll("[data-if], [data-unless]")) {
-    const shown = part.dataset.if ? part.dataset.if === select.value : part.dataset.unless !== select.value;
+  for (const part of select.form.querySelectorAll("[data-if]")) {
+    const shown = part.dataset.if.split(" ").includes(select.value);
     part.hidden = !shown;
-    for (const input of part.querySelectorAll("input")) input.disabled = !shown;
+    for (const input of part.querySelectorAll("input, select")) input.disabled = !shown;
   }
 }
 
@@ -65,7 +88,7 @@ document.addEventListener("submit", (event) => {
   if (form.dataset.upload) {
     event.preventDefault();
     upload(form);
-  } else if (form.dataset.into) {
+  } else if (form.dataset.into && event.submitter?.getAttribute("formmethod") !== "get") {
     event.preventDefault();
     const body = new URLSearchParams(new FormData(form));
     insert(document.getElementById(form.dataset.into), form.action, { method: "POST", body }, form.dataset.wait);
