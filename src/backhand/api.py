@@ -25,6 +25,7 @@ from backhand.generation.options import GenerateOptions
 from backhand.interop.command import export_command
 from backhand.interop.options import ExportOptions, Format
 from backhand.loop import evaluate as evaluation
+from backhand.loop.classify import Classifier
 from backhand.loop.decide import decide as decide_states
 from backhand.loop.embed import embed as embed_texts
 from backhand.loop.observers import Callback
@@ -211,6 +212,8 @@ def classify(
 ) -> dict[str, float] | list[dict[str, float]]:
     """Return the probability of each label as the answer to a prompt, the most probable label first.
 
+    If the adapter has a classification head, the prompt is the text to classify.
+
     Args:
         prompt: one prompt.
         prompts: several prompts.
@@ -375,9 +378,19 @@ def _answers(function: str, data: Any, given: Mapping[str, Any]) -> list[dict[st
     if options.answer.output is not None:
         raise UsageError(f"backhand.{function} returns the answers", where="output", next_step="leave output out")
     one = isinstance(data, list) and len(data) == 1
-    with loaded_model(options.model, options.answer.adapter, template=options.template, one_at_a_time=one) as loaded:
+    with loaded_model(
+        options.model,
+        options.answer.adapter,
+        template=options.template,
+        one_at_a_time=one,
+        classifies=function == "classify",
+    ) as loaded:
         if not options.answer.quiet:
             show_notes(loaded.notes)
+        if loaded.classification:
+            texts = [(row["prompt"], f"prompt {number}") for number, row in enumerate(data, 1)]
+            answers = Classifier.of(loaded, options.answer.batch_rows).answers(texts)
+            return [{"probabilities": one.get("scores") or {"value": one["value"]}} for one in answers]
         return answer_rows(options, loaded)
 
 

@@ -19,7 +19,7 @@ from backhand.adapters.contents import AdapterContents, UnusableAdapterError, re
 from backhand.adapters.gguf_adapter import is_gguf_file, read_gguf_adapter
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import PREFIX, FactorShapes, factor_of, match_tensors, slot_shapes
-from backhand.adapters.peft_saving import NO_OTHER_CHOICE
+from backhand.adapters.peft_saving import CLASS_TASK, NO_OTHER_CHOICE
 from backhand.adapters.record import (
     AdapterRecord,
     base_differences,
@@ -61,6 +61,10 @@ def match_linear_adapter(contents: AdapterContents, module_shapes: Mapping[str, 
         UnusableAdapterError: lists every problem; see its `problems`.
     """
     shapes = ModuleShapes.of(module_shapes)
+    if shapes.class_head is not None and contents.described.task_type == CLASS_TASK:
+        contents = _of_the_class(contents, shapes.class_head[0].prefix)
+        in_file = {key.removeprefix(PREFIX): tuple(tensor.shape) for key, tensor in contents.tensors.items()}
+        shapes = shapes.with_class_head(in_file)
     modules, experts = [*shapes, *shapes.embeddings], list(shapes.experts)
     holders = {name.rpartition(".")[0] for name in experts}
     contents = _of_the_whole_model(_without_unused(contents, shapes.outside), {*modules, *holders})
@@ -410,6 +414,16 @@ def _of_the_whole_model(contents: AdapterContents, modules: Collection[str]) -> 
         contents,
         lambda key: f"{PREFIX}model.{key.removeprefix(PREFIX)}",
         lambda key: re.sub(r"^\^(?!model\b)", r"^model\\.", key),
+    )
+
+
+def _of_the_class(contents: AdapterContents, prefix: str) -> AdapterContents:
+    """Rename the contents of an encoder's class with a head for classification to the names of the encoder."""
+    start = f"{PREFIX}{prefix}."
+    return _renamed(
+        contents,
+        lambda key: PREFIX + key.removeprefix(start) if prefix and key.startswith(start) else None,
+        lambda key: re.sub(rf"^\^{prefix}\\?\.", "^", key),
     )
 
 

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.adapters.config import ALL_LINEAR
 from backhand.adapters.contents import CARD_FILE, CONFIG_FILE, RECORD_FILE, TENSOR_FILE, tensor_bytes
 from backhand.adapters.peft_config import PEFTConfig, peft_config_bytes
 from backhand.adapters.peft_keys import PREFIX, FactorShapes, slot_shapes, trained_key
 from backhand.adapters.record import AdapterRecord, bytes_digest, installed_packages, record_bytes
 from backhand.adapters.targets import Target, module_values, targeted_parameters
 from backhand.errors import CheckError
-from backhand.nn.loading.wrappers import TRUNK, Wrapper
+from backhand.nn.loading.wrappers import TRUNK, EncoderWrapper, Wrapper
 from backhand.nn.lora_parameters import LoRAParameters, TrainedTensor
 from backhand.nn.model_options import pretrained_arguments
 
@@ -58,7 +59,8 @@ def adapter_files(
     Args:
         record: origin and digests for backhand.json; package versions and file digests are added here.
         module_names: all linear modules of the model in transformers; see `peft_config.written_targets`.
-        wrapper: the image model that contains this text model; the files then use the names of the whole model.
+        wrapper: the image model that contains this text model, or the class of an encoder with a head; the files then
+            use its names.
 
     Raises:
         CheckError: if a value is not finite.
@@ -75,8 +77,11 @@ def adapter_files(
     around = wrapper
     if around is None and described.task_type == HEADLESS_TASK and any(t.name.startswith("model.") for t in targets):
         around = TRUNK
-    if around is not None:
+    if isinstance(around, EncoderWrapper):
+        described, targets, module_names = in_class(described, targets, around, module_names or ())
+    elif around is not None:
         described, targets = in_wrapper(described, targets, around, module_names)
+    if around is not None:
         tensors = {PREFIX + around.wrapped_name(key.removeprefix(PREFIX)): tensor for key, tensor in tensors.items()}
     elements = sum(tensor.numel() for tensor in tensors.values())
     contents = {
@@ -93,8 +98,10 @@ def adapter_files(
     return contents
 
 
-HEADLESS_TASK = "FEATURE_EXTRACTION"
-"""PEFT's task type for a model without a head, whose class is AutoModel."""
+HEADLESS_TASK, CLASS_TASK = "FEATURE_EXTRACTION", "SEQ_CLS"
+"""PEFT's task types for a model without a head, whose class is AutoModel, and for sequence classification."""
+CLASSIFIERS = ("classifier", "pooler", "head", "score")
+"""Modules of classification heads. PEFT adds some of these names to `modules_to_save`, whether they exist or not."""
 _AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", HEADLESS_TASK: "AutoModel"}
 
 
@@ -114,8 +121,9 @@ def model_card(
     header = ["library_name: peft", "license: unknown"]
     if base:
         header.insert(0, f"base_model: {json.dumps(base)}")
-    if described.task_type == "CAUSAL_LM":
-        header.append("pipeline_tag: text-generation")
+    tags = {"CAUSAL_LM": "text-generation", CLASS_TASK: "text-classification"}
+    if described.task_type in tags:
+        header.append(f"pipeline_tag: {tags[described.task_type]}")
     header.append('tags: ["lora", "backhand"]')
     table = {
         "base model": _code(base) if base else "not recorded",
@@ -133,6 +141,8 @@ def model_card(
 
 
 def _usage(described: PEFTConfig, wrapper: Wrapper | None) -> str:
+    if described.task_type == CLASS_TASK and described.base_model:
+        return _class_usage(pretrained_arguments(described.base_model, json.dumps))
     auto_class = _AUTO_CLASSES.get(described.task_type or "") if wrapper is None else "AutoModelForImageTextToText"
     imported = base = ""
     if auto_class is not None and described.base_model:
@@ -140,6 +150,18 @@ def _usage(described: PEFTConfig, wrapper: Wrapper | None) -> str:
         base = f"base = {auto_class}.from_pretrained({pretrained_arguments(described.base_model, json.dumps)})\n"
     model = 'model = PeftModel.from_pretrained(base, "path/to/this/directory")'
     return f"```python\nfrom peft import PeftModel\n{imported}\n{base}{model}\n```\n"
+
+
+def _class_usage(base: str) -> str:
+    lines = (
+        "from peft import PeftModel",
+        "from transformers import AutoConfig, AutoModelForSequenceClassification\n",
+        'adapter = "path/to/this/directory"',
+        "config = AutoConfig.from_pretrained(adapter)  # with the names of the labels",
+        f"base = AutoModelForSequenceClassification.from_pretrained({base}, config=config)",
+        "model = PeftModel.from_pretrained(base, adapter)",
+    )
+    return "\n".join(("```python", *lines, "```\n"))
 
 
 def _range(values: Iterable[float]) -> str:
@@ -190,6 +212,28 @@ def in_wrapper(
         **NO_OTHER_CHOICE,
     )
     return replace(described, config=config), renamed
+
+
+def in_class(
+    described: PEFTConfig, targets: Sequence[Target], wrapper: EncoderWrapper, module_names: Collection[str]
+) -> tuple[PEFTConfig, tuple[Target, ...], tuple[str, ...]]:
+    """Return configuration, targets and modules under the names of an encoder's class with a head.
+
+    Lists of names match the ends of paths and stay as they are. An expression has to match the whole path.
+    """
+
+    def renamed(given: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        is_expression = isinstance(given, str) and given and given.lower() != ALL_LINEAR
+        return rf"(?:{re.escape(wrapper.prefix)}\.)?(?:{given})" if is_expression else given
+
+    config = replace(
+        described.config,
+        target_modules=renamed(described.config.target_modules),
+        exclude_modules=renamed(described.config.exclude_modules),
+    )
+    names = tuple(map(wrapper.wrapped_name, module_names))
+    described = replace(described, config=config)
+    return described, tuple(replace(target, name=wrapper.wrapped_name(target.name)) for target in targets), names
 
 
 def _expression(names: Sequence[str], wrapper: Wrapper, module_names: Collection[str]) -> str | tuple[str, ...]:

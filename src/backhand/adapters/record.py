@@ -27,7 +27,9 @@ RECORD_VERSION = 1
 _PACKAGES = ("backhand", "torch", "transformers", "tokenizers", "safetensors", "gguf")
 
 
-_LATER: Mapping[str, Any] = {"labels": {}, "system": None, "model_config": {}, "decisions": {}, "embedding": {}}
+_LATER: Mapping[str, Any] = {
+    "labels": {}, "system": None, "model_config": {}, "decisions": {}, "embedding": {}, "classification": {}
+}  # fmt: skip
 """Fields that the first files of this format lack, and that are omitted if they have their default."""
 
 
@@ -56,6 +58,9 @@ class AdapterRecord:
     decisions: Mapping[str, Any] = field(default_factory=dict)
     # of an adapter for vectors of texts: `pooling`, `query_prompt`, `document_prompt`, `max_length`, `matryoshka_dims`
     embedding: Mapping[str, Any] = field(default_factory=dict)
+    # of an adapter with a classification head: `problem_type` as in transformers, the `labels` in the order of the
+    # logits, and `max_length`
+    classification: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def template_args(self) -> Mapping[str, Any] | None:
@@ -107,7 +112,7 @@ def read_record(raw: Mapping[str, Any], where: str) -> AdapterRecord:
 
 def _well_typed(name: str, raw: Mapping[str, Any]) -> bool:
     value = raw.get(name)
-    if name in ("config", "model_config", "decisions", "embedding"):
+    if name in ("config", "model_config", "decisions", "embedding", "classification"):
         return isinstance(value, dict)
     if name == "labels":
         lists = list(value.values()) if isinstance(value, dict) else [None]

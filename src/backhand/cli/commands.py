@@ -133,6 +133,13 @@ COMMANDS = (
         "backhand.loop.decide:decide_command",
     ),
     Command(
+        "classify",
+        "Give texts the labels or the number of an adapter's classification head, with the probability of each label.",
+        'backhand classify --adapter runs/classes/adapter --text "My card was charged twice."',
+        "backhand.options.command_options:ClassifyOptions",
+        "backhand.loop.classify:classify_command",
+    ),
+    Command(
         "embed",
         "Compute the vectors of texts for search, with the base model or with an adapter.",
         "backhand embed --adapter runs/vectors/adapter --data texts.jsonl --output vectors.npy",

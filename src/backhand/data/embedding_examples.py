@@ -18,7 +18,7 @@ import numpy as np
 
 from backhand.data.data_report import TruncationStats
 from backhand.data.examples import Example
-from backhand.data.rows import EmbeddingRow, PoolingName, TextIdentities
+from backhand.data.rows import ClassLabel, EmbeddingRow, PoolingName, TextIdentities
 from backhand.data.text_encoder import LONGEST_TEXT, TextEncoder, TokenIds, too_long
 from backhand.errors import DataError
 
@@ -89,7 +89,8 @@ class EmbeddingEncoder:
             (stats.dropped_long if self._drop else stats.truncated).append(row.source)
             if self._drop:
                 return None
-        first, *others = (self._document([*before, *ids[:room], *after], row) for ids in texts)
+        pooling = self._format.pooling
+        first, *others = (pooled_document([*before, *ids[:room], *after], pooling, row.source) for ids in texts)
         identities = tuple(map(identity, row.texts))
         return Example(
             first.input_ids,
@@ -99,12 +100,16 @@ class EmbeddingEncoder:
             embedding=TextIdentities(identities, row.score),
         )
 
-    def _document(self, ids: Sequence[int], row: EmbeddingRow) -> Example:
-        supervised = np.full(len(ids) + 1, self._format.pooling == "mean")
-        supervised[0], supervised[-1] = False, True
-        if self._format.pooling == "cls":
-            supervised[1] = True
-        return Example(np.array([*ids, _PLACEHOLDER], dtype=np.int32), supervised, row.source)
+
+def pooled_document(
+    ids: Sequence[int], pooling: PoolingName, source: str, class_label: ClassLabel | None = None
+) -> Example:
+    """Return a document with a placeholder at its end, whose supervised tokens select the states of the pooling."""
+    supervised = np.full(len(ids) + 1, pooling == "mean")
+    supervised[0], supervised[-1] = False, True
+    if pooling == "cls":
+        supervised[1] = True
+    return Example(np.array([*ids, _PLACEHOLDER], dtype=np.int32), supervised, source, class_label=class_label)
 
 
 def suffix_of(encoder: TextEncoder, pooling: PoolingName) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from backhand.data.chat import Document
 from backhand.data.data_report import TruncationStats
 from backhand.data.decisions import DecisionRow
 from backhand.data.options import DataOptions
-from backhand.data.rows import PromptRow, RankedTexts, TextIdentities
+from backhand.data.rows import ClassLabel, PromptRow, RankedTexts, TextIdentities
 from backhand.data.text_encoder import TextEncoder, TokenIds
 from backhand.errors import DataError, not_none
 
@@ -39,6 +39,7 @@ class Example:
         embedding: digests and score of a row of embeddings; else None. Each text is a document of the row.
         ranking: digests and targets of a row of rankings; else None. Each text has two documents, which end in yes and
             in no.
+        class_label: the label of a text that a classification head learns; else None.
     """
 
     input_ids: TokenIds
@@ -51,6 +52,7 @@ class Example:
     others: tuple[Example, ...] = ()
     embedding: TextIdentities | None = None
     ranking: RankedTexts | None = None
+    class_label: ClassLabel | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -97,10 +99,8 @@ class Example:
             label.append(
                 json.dumps([self.prompt_row.prompt, self.prompt_row.columns], sort_keys=True, default=str).encode()
             )
-        if self.embedding is not None:
-            label.append(repr(self.embedding).encode())
-        if self.ranking is not None:
-            label.append(repr(self.ranking).encode())
+        values = self.embedding, self.ranking, self.class_label
+        label += [repr(value).encode() for value in values if value is not None]
         if self.decision is not None:
             label.append(json.dumps(self.decision.to_json()).encode())
         return hashlib.sha256(b"|".join([*(part.tobytes() for part in parts), *label])).digest()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from backhand.data.class_rows import read_class
 from backhand.data.column_hints import ClassColumns
 from backhand.data.decision_rows import read_decision
 from backhand.data.decisions import Question
@@ -66,6 +67,8 @@ class FormReader:
             row = read_embedding(form, raw)
         elif form.kind == "ranking":
             row = read_ranking(form, raw)
+        elif form.kind == "class":
+            row = read_class(form, raw)
         else:
             row = _prompt_row(form, raw) if self._purpose == "prompts" else _read(form, raw)
         if self._context_column is not None and isinstance(row, Conversation | Completion):

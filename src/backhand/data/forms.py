@@ -41,7 +41,7 @@ class Form:
         Args:
             conversation: True if rows of this form contain lists of messages.
         """
-        alone = self.kind in ("text", "embedding", "ranking")
+        alone = self.kind in ("text", "embedding", "ranking", "class")
         shared = _SHARED_COLUMNS if conversation else () if alone else _SHARED_COLUMNS[:1]
         read = (*self.columns, *self.optional, self.system, *shared)
         if self.kind in ("embedding", "ranking") and self.columns[-1] not in (*SCORES, *LISTED_SCORES):
@@ -104,6 +104,9 @@ FORMS = (
     Form(("question", "answer"), "embedding", "embeddings"),
     Form(("query", "answer"), "embedding", "embeddings"),
     Form(("prompt", "completion"), "embedding", "embeddings"),
+    Form(("text", "label"), "class", "classes"),
+    Form(("text", "labels"), "class", "classes"),
+    Form(("prompt", "completion"), "class", "classes"),
     Form(("text",), "embedding", "texts"),
     Form(("prompt",), "embedding", "texts"),
     # The same for rankings: a document with a score, a list of documents with their scores, or a positive.
@@ -140,6 +143,7 @@ _NEEDED: dict[Purpose, str] = {
     "candidates": "a row has query and document, or query and a list of documents; --prompt and --completion name "
     "other columns",
     "texts": "a text is in the column text; --prompt names another",
+    "classes": "a row has text and label; --prompt and --completion name other columns",
     "states": "a state to decide has state, prompt or text; --state names another column",
 }
 """Columns that purposes other than answers need, as a phrase for errors."""
@@ -194,7 +198,7 @@ def detect(
 
 def fits(raw: RawRow) -> bool:
     """Return True if a row has the columns of any form with an answer, null or not."""
-    without = ("prompts", "states", "embeddings", "texts", "rankings", "candidates")
+    without = ("prompts", "states", "embeddings", "texts", "rankings", "candidates", "classes")
     return any(form.purpose not in without and raw.values.keys() >= {*form.columns} for form in FORMS)
 
 

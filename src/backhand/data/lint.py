@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from backhand.data.class_examples import ClassFormat
+from backhand.data.class_lint import problems_of_classes
 from backhand.data.data_report import DataReport, TruncationStats
 from backhand.data.decision_lint import problems_of_decisions
 from backhand.data.embedding_examples import EmbeddingFormat
@@ -42,7 +44,8 @@ class Check(NamedTuple):
     words: str  # label in a table
     what: str = ""  # follows the number of documents
     remedy: str = ""
-    # the rows that it concerns: documents, labels, pairs, unpaired, decisions, embeddings, rankings; "" for all
+    # the rows that it concerns: documents, labels, pairs, unpaired, decisions, embeddings, rankings or classes; "" for
+    # all
     form: str = ""
 
 
@@ -141,6 +144,30 @@ CHECKS = {
         "add negatives (backhand mine finds them)",
         form="rankings",
     ),
+    "contradicting_labels": Check(
+        "equal texts with other labels",
+        "whose text has another label in an earlier row",
+        "correct one of them, or give both labels in a list",
+        form="classes",
+    ),
+    "rare_label": Check(
+        "labels of few rows",
+        "with a label of fewer than {} rows ({})",
+        "add rows with these labels, or give them another label",
+        form="classes",
+    ),
+    "one_class": Check(
+        "one label for 90 % of the rows",
+        "of a data set with one frequent label ({}), which a constant answer gives, too",
+        "add rows with other labels, and read macro F1 instead of accuracy",
+        form="classes",
+    ),
+    "scale": Check(
+        "numbers far from 0",
+        "of numbers around {:.4g} with a deviation of {:.4g}, which a new head reaches only slowly",
+        "subtract the mean and divide by the deviation, and undo it on the answers",
+        form="classes",
+    ),
     "doubled_bos": Check(
         "two begin-of-sequence tokens",
         "starting with two begin-of-sequence tokens",
@@ -160,7 +187,11 @@ CHECKS = {
 }
 """Kinds of findings. `_finding` fills in the braces."""
 
-_TEXT_FORMATS: dict[Purpose, TextFormat] = {"embeddings": EmbeddingFormat("last"), "rankings": RankingFormat()}
+_TEXT_FORMATS: dict[Purpose, TextFormat] = {
+    "embeddings": EmbeddingFormat("last"),
+    "rankings": RankingFormat(),
+    "classes": ClassFormat("last"),
+}
 """Formats whose details no finding depends on."""
 
 Severity = Literal["error", "warning"]
@@ -245,7 +276,7 @@ def lint(
     ]
     labels: dict[str, int] = {}
     forms: set[str] = {""}
-    if purpose in ("embeddings", "decisions", "rankings"):
+    if purpose in ("embeddings", "decisions", "rankings", "classes"):
         forms.add(str(purpose))
     else:
         forms |= {"documents", *_row_forms(train.examples)}
@@ -253,6 +284,9 @@ def lint(
         problems += problems_of_embeddings(train.examples)
     elif purpose == "rankings":
         problems += problems_of_rankings(train.examples)
+    elif purpose == "classes":
+        found, labels = problems_of_classes(train.examples)
+        problems += [*found, ("duplicate", _repeated(train.examples))]
     elif purpose == "decisions":
         rows = map(train.examples.decision, range(len(train.examples)))
         problems += problems_of_decisions(filter(None, rows))

@@ -40,6 +40,7 @@ def lint_command(options: LintOptions) -> LintReport:
         "decisions": options.lint.decisions,
         "embeddings": options.lint.embeddings,
         "rankings": options.lint.rankings,
+        "classes": options.lint.classes,
     }
     report, train = lint(
         options.data,

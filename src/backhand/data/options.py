@@ -345,6 +345,9 @@ class LintRunOptions:
     rankings: bool = False
     """Read the rows as queries with documents, for `--objective rank`."""
 
+    classes: bool = False
+    """Read the rows as texts with a label, several labels or a number, for `--objective classify`."""
+
     show: CountFromZero = 0
     """Number of training documents to print token by token, with `*` before each token that carries loss."""
 

@@ -63,7 +63,7 @@ def prepare(
         prompts: collects the rows of `data` in use as prompts, so that a pipe is read only once.
         questions: the questions of decisions; None to find them in the rows of `data`, which are then rows to train on
             (`DecisionEncoder.for_training`).
-        text_format: from texts to tokens, for rows of embeddings or of rankings; None for other rows.
+        text_format: from texts to tokens, for rows of embeddings, rankings or classes; None for other rows.
         teacher: the prompts of the teacher in distillation. Each example then has a second document, `rejected`, with
             the teacher's prompt and the same answer, or with a placeholder for an answer that is sampled later.
         recorded: columns that an adapter was trained on, which are read if `options` names none and the rows have them.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from backhand.data.chat import Document, RenderingCounts
+from backhand.data.class_examples import ClassEncoder, ClassFormat
 from backhand.data.context import TeacherPrompts
 from backhand.data.data_report import TruncationStats
 from backhand.data.decision_examples import DecisionEncoder
@@ -19,6 +20,7 @@ from backhand.data.examples import Example, encode_document, truncate
 from backhand.data.options import DataOptions
 from backhand.data.ranking_examples import RankingEncoder, RankingFormat
 from backhand.data.rows import (
+    ClassRow,
     Conversation,
     EmbeddingRow,
     OneText,
@@ -35,7 +37,7 @@ from backhand.data.text_encoder import TokenIds
 from backhand.errors import BackhandError, DataError
 from backhand.system import lift_limits
 
-TextFormat = EmbeddingFormat | RankingFormat
+TextFormat = EmbeddingFormat | RankingFormat | ClassFormat
 """The way from the texts of a row to tokens, for rows whose texts are compared."""
 
 
@@ -96,7 +98,7 @@ class RowEncoder:
         prompts: renders the prompts; None to make no prompts.
         teacher: the teacher's prompts. With `options`, each example has a second document, `rejected`, which is the
             teacher's; otherwise the prompts are the teacher's.
-        text_format: of rows of embeddings or of rankings; None for other rows.
+        text_format: of rows of embeddings, rankings or classes; None for other rows.
     """
 
     def __init__(
@@ -112,11 +114,13 @@ class RowEncoder:
         self._prompts = prompts
         self._teacher = teacher
         self._decisions = None if options is None else DecisionEncoder(renderer, options.max_length)
-        self._texts: EmbeddingEncoder | RankingEncoder | None = None
+        self._texts: EmbeddingEncoder | RankingEncoder | ClassEncoder | None = None
         if options is not None and text_format is not None:
             drop, longest = options.long_rows == "drop", options.max_length
             if isinstance(text_format, RankingFormat):
                 self._texts = RankingEncoder(renderer, text_format, longest, drop=drop)
+            elif isinstance(text_format, ClassFormat):
+                self._texts = ClassEncoder(renderer.encoder, text_format, longest, drop=drop)
             else:
                 self._texts = EmbeddingEncoder(renderer.encoder, text_format, longest, drop=drop)
 
@@ -159,10 +163,14 @@ class RowEncoder:
         result.counts = self.renderer.take_counts()
         return result
 
-    def _encode_texts(self, encoder: EmbeddingEncoder | RankingEncoder, rows: Sequence[Row]) -> EncodedRows:
+    def _encode_texts(
+        self, encoder: EmbeddingEncoder | RankingEncoder | ClassEncoder, rows: Sequence[Row]
+    ) -> EncodedRows:
         result, writer = EncodedRows(), ExampleWriter()
         if isinstance(encoder, RankingEncoder):
             examples = encoder.encode([row for row in rows if isinstance(row, RankingRow)], result.truncation)
+        elif isinstance(encoder, ClassEncoder):
+            examples = encoder.encode([row for row in rows if isinstance(row, ClassRow)], result.truncation)
         else:
             examples = encoder.encode([row for row in rows if isinstance(row, EmbeddingRow)], result.truncation)
         for example in examples:

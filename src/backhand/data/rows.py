@@ -121,6 +121,28 @@ class RankedTexts(NamedTuple):
     targets: tuple[float, ...]  # as in `RankingRow`
 
 
+@dataclass(frozen=True)
+class ClassRow:
+    """A text with its label, several labels or a number; the label is None for a text to classify."""
+
+    text: str
+    label: str | float | tuple[str, ...] | None
+    source: str
+
+
+class ClassLabel(NamedTuple):
+    """The label of a text: a name, the names of all labels that apply, or a number."""
+
+    value: str | float | tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the labels that apply."""
+        if isinstance(self.value, tuple):
+            return self.value
+        return (f"{self.value:g}" if isinstance(self.value, float) else self.value,)
+
+
 REFERENCES = ("answer", "completion", "response", "output", "solution", "ground_truth", "target")
 """Columns that may contain the reference answer to a prompt, in order of precedence."""
 
@@ -128,13 +150,15 @@ TEMPLATE_PLACES = ("{prompt}", "{privileged_context}")
 """Places of a row's prompt and of its demonstration in a template of the teacher's prompt, named as in TRL."""
 
 OneText = Conversation | Completion | PlainText
-Row = OneText | Pair | UnpairedRow | PromptRow | DecisionRow | EmbeddingRow | RankingRow
-_Learned = Literal["answers", "pairs", "labels", "prompts", "decisions", "embeddings", "rankings"]
+Row = OneText | Pair | UnpairedRow | PromptRow | DecisionRow | EmbeddingRow | RankingRow | ClassRow
+_Learned = Literal["answers", "pairs", "labels", "prompts", "decisions", "embeddings", "rankings", "classes"]
 Purpose = Literal[_Learned, "states", "texts", "candidates"]
 """Use of rows: answers to learn, pairs of answers, answers with a label, prompts to answer, questions about a
 state with their answers, states to decide, texts to compare, texts whose vectors are computed, queries with documents
-of known relevance, or queries with documents to score."""
+of known relevance, queries with documents to score, or texts with the label that a classification head learns."""
 PoolingName = Literal["mean", "cls", "last"]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+"""Use of the logits of a classification head, named as in transformers: one label, several labels, or a number."""
 
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 """Instruction of Qwen3-Reranker for a task that is not described otherwise."""
@@ -148,6 +172,8 @@ def texts_of(row: Row) -> tuple[OneText, ...]:
         return tuple(PlainText(text, row.source) for text in row.texts)
     if isinstance(row, RankingRow):
         return tuple(PlainText(text, row.source) for text in (row.query, *row.documents))
+    if isinstance(row, ClassRow):
+        return (PlainText(row.text, row.source),)
     if isinstance(row, DecisionRow):
         return tuple(decision_text(row, place, one.question.canonical_order) for place, one in enumerate(row.asked))
     return (row.answer if isinstance(row, UnpairedRow) else row.question if isinstance(row, PromptRow) else row,)

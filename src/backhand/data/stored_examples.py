@@ -27,7 +27,7 @@ import numpy.typing as npt
 from backhand.data.data_report import DataReport
 from backhand.data.decisions import DecisionRow, Question
 from backhand.data.examples import Example
-from backhand.data.rows import PromptRow, RankedTexts, TextIdentities
+from backhand.data.rows import ClassLabel, PromptRow, RankedTexts, TextIdentities
 from backhand.data.text_encoder import TokenIds
 from backhand.errors import ResourceError
 from backhand.files import reason
@@ -37,8 +37,8 @@ _PIECE_TOKENS = 2**18
 LABELS = (None, False, True)
 _ALONE, _FIRST, _NEXT = range(3)
 
-StoredRow = PromptRow | DecisionRow | TextIdentities | RankedTexts
-"""A part of a row that is stored as an object: of prompts, decisions, embeddings and rankings."""
+StoredRow = PromptRow | DecisionRow | TextIdentities | RankedTexts | ClassLabel
+"""A part of a row that is stored as an object: of prompts, decisions, embeddings, rankings and classes."""
 
 RECORD = np.dtype(
     [
@@ -69,7 +69,8 @@ class ExampleWriter:
 
     def add(self, example: Example) -> None:
         """Append an example. Raises ResourceError: the disk is full."""
-        if (row := example.prompt_row or example.decision or example.embedding or example.ranking) is not None:
+        kinds = example.prompt_row, example.decision, example.embedding, example.ranking, example.class_label
+        if (row := next((one for one in kinds if one is not None), None)) is not None:
             self._rows[self._records.tell() // RECORD.itemsize] = row
         whole = _digest(b"|".join(document.input_ids.tobytes() for document in example.documents)), example.key
         for document in example.documents:
@@ -270,6 +271,7 @@ class StoredExamples(Sequence[Example]):
             decision=decision,
             embedding=embedding,
             ranking=ranking,
+            class_label=row if isinstance(row, ClassLabel) else None,
         )
 
     def decision(self, number: int) -> DecisionRow | None:
@@ -286,6 +288,11 @@ class StoredExamples(Sequence[Example]):
         """Return digests and targets of an example, or None if it is no row of rankings."""
         row = self.rows.get(int(self.chosen[number]))
         return row if isinstance(row, RankedTexts) else None
+
+    def class_label(self, number: int) -> ClassLabel | None:
+        """Return the label of an example, or None if it is no text with a label."""
+        row = self.rows.get(int(self.chosen[number]))
+        return row if isinstance(row, ClassLabel) else None
 
     def take(self, which: slice | npt.NDArray[Any]) -> StoredExamples:
         """Select examples by a slice, numbers or a boolean mask."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
+from backhand.adapters import classifier_config
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.loading import match_linear_adapter, read_adapter
 from backhand.adapters.peft_config import PEFTConfig
-from backhand.adapters.peft_saving import HEADLESS_TASK, AdapterParts, adapter_files
+from backhand.adapters.peft_saving import CLASS_TASK, CLASSIFIERS, HEADLESS_TASK, AdapterParts, adapter_files
 from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import resolve_adapter
 from backhand.adapters.trained_tensors import tied_notes
@@ -29,6 +31,7 @@ from backhand.nn.families.config_fields import UNREAD, UnsupportedModel
 from backhand.nn.families.family import ATTENTION_AND_SSM, EXPERT_GROUPS, GATED_DELTA, SSM, DecoderConfig
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.source import ModelSource
+from backhand.nn.loading.wrappers import EncoderWrapper
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.options.config import ModelOptions
 
@@ -39,6 +42,7 @@ class DecoderEngine(Engine):
     Args:
         source: the model's files.
         dtype: the compute dtype.
+        labels: number of outputs of a classification head, which is trained with the adapter; 0 for no head.
 
     Raises:
         UnsupportedModel: the engine does not compute models of this configuration exactly.
@@ -47,8 +51,9 @@ class DecoderEngine(Engine):
     name = "backhand"
     bases = ("dense", "quantized")
 
-    def __init__(self, source: ModelSource, dtype: torch.dtype) -> None:
+    def __init__(self, source: ModelSource, dtype: torch.dtype, labels: int = 0) -> None:
         super().__init__(source, dtype)
+        self.labels = labels
         self.config = config = decoder_config(source.config)
         self.notes = (*self.notes, *config.notes)
         self.layers = len(config.layers)
@@ -59,7 +64,14 @@ class DecoderEngine(Engine):
         return self.config.vocab_size
 
     def layout(self, config: LoRAConfig) -> AdapterLayout:
-        return resolve_adapter(config, module_shapes(self.config))
+        return resolve_adapter(self._with_head(config), module_shapes(self.config, self.labels))
+
+    def _with_head(self, config: LoRAConfig) -> LoRAConfig:
+        """Return the configuration of an adapter with the classification head, if there are labels."""
+        if not self.labels:
+            return config
+        others = [name for name in config.modules_to_save if name not in CLASSIFIERS]
+        return replace(config, modules_to_save=(*others, *self.config.class_head.modules))
 
     def module_shapes(self) -> Mapping[str, tuple[int, int]]:
         return module_shapes(self.config)
@@ -124,7 +136,7 @@ class DecoderEngine(Engine):
         decoder = Decoder(self.config, weights, recompute=recompute)
         lora = LoRAParameters(slots, full_tensors=trained, device=device)
         decoder.attach(lora)
-        return _BoundDecoder(decoder, lora, config, self._source)
+        return _BoundDecoder(decoder, lora, self._with_head(config), self._source)
 
     def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase) -> ShortModel:
         """Return a model of a few blocks. Dense blocks are random and need no file; quantized ones are the file's."""
@@ -146,11 +158,19 @@ class _BoundDecoder(BoundModel):
         self._decoder = decoder
 
     def adapter_files(self, record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
-        task_type = "CAUSAL_LM" if self._decoder.config.has_head else HEADLESS_TASK
+        decoder = self._decoder
+        task_type = "CAUSAL_LM" if decoder.config.has_head else HEADLESS_TASK
+        shapes, wrapper = decoder.module_shapes(), self.source.wrapper
+        head, classification = decoder.config.class_head, record.classification
+        if classification:
+            task_type = CLASS_TASK
+            wrapper = EncoderWrapper("", head.prefix) if head.prefix else wrapper
         parts = AdapterParts.of(PEFTConfig(self.config, self.base_name, task_type), self.lora)
-        shapes, wrapper = self._decoder.module_shapes(), self.source.wrapper
         names = [*shapes, *shapes.outside]
-        return adapter_files(parts, record=record, card=card, module_names=names, wrapper=wrapper)
+        files = adapter_files(parts, record=record, card=card, module_names=names, wrapper=wrapper)
+        if classification:  # in front, since the record is written last
+            files = {classifier_config.NAME: classifier_config.config_bytes(self.source, classification), **files}
+        return files
 
     def completer(self) -> EngineCompleter:
         return EngineCompleter(self._decoder)
@@ -159,8 +179,8 @@ class _BoundDecoder(BoundModel):
     def frozen_prefix(self) -> FrozenPrefix:
         return FrozenPrefix(self._decoder)
 
-    def _start_other_values(self) -> None:
-        self._decoder.start_values(self.lora)
+    def _start_other_values(self, generator: torch.Generator) -> None:
+        self._decoder.start_values(self.lora, generator)
 
     def _fill(self, directory: str, allow_pickle: bool) -> None:
         contents = read_adapter(directory, self.source, allow_pickle=allow_pickle)

@@ -116,7 +116,7 @@ class BoundModel(ABC):
     def initialise(self, generator: torch.Generator) -> None:
         """Draw fresh factors, and set all other trained values so that the adapter does not change the base model."""
         self.lora.initialise(generator)
-        self._start_other_values()
+        self._start_other_values(generator)
         self.lora.refresh_compute(self.model.dtype)
 
     def fill(self, directory: str, allow_pickle: bool = False) -> None:
@@ -141,8 +141,12 @@ class BoundModel(ABC):
         """Return the same model for completing prompts, with or without the adapter."""
 
     @abstractmethod
-    def _start_other_values(self) -> None:
-        """Set the trained values other than factors, such as DoRA's magnitudes, from the base model."""
+    def _start_other_values(self, generator: torch.Generator) -> None:
+        """Set the trained values other than factors, such as DoRA's magnitudes, from the base model.
+
+        Args:
+            generator: draws the weights of a new classification head.
+        """
 
     @abstractmethod
     def _fill(self, directory: str, allow_pickle: bool) -> None:

@@ -275,7 +275,7 @@ class _BoundTransformers(BoundModel):
     def completer(self) -> TransformersCompleter:
         return TransformersCompleter(self._model.model, self._injected)
 
-    def _start_other_values(self) -> None:
+    def _start_other_values(self, generator: torch.Generator) -> None:  # noqa: ARG002 - it has no classification head
         self._injected.reset_bias_and_magnitude()
 
     def _fill(self, directory: str, allow_pickle: bool) -> None:

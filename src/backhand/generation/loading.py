@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backhand.adapters.loading import check_source, load_adapter_for, read_adapter
+from backhand.adapters.classifier_config import padding_id
+from backhand.adapters.loading import LoadedAdapter, check_source, load_adapter_for, read_adapter
+from backhand.adapters.peft_saving import CLASS_TASK
 from backhand.adapters.record import AdapterRecord
 from backhand.data.chat import read_template, stopping_role_ids
+from backhand.data.class_examples import NUMBER, SINGLE
 from backhand.data.options import NamedColumns, TemplateOptions, system_option
+from backhand.errors import UsageError
 from backhand.generation.completer import Completer, EngineCompleter
 from backhand.generation.held_base import stays_quantized
 from backhand.generation.labels import Labels
@@ -38,6 +42,9 @@ class LoadedModel:
     embedding: Mapping[str, Any] = field(default_factory=dict)  # see `AdapterRecord.embedding`
     # instruction, loss and longest prompt of an adapter that ranks, from its record; empty for other adapters
     ranking: Mapping[str, Any] = field(default_factory=dict)
+    # see `AdapterRecord.classification`; with the names LABEL_0, LABEL_1, … for an adapter that PEFT wrote
+    classification: Mapping[str, Any] = field(default_factory=dict)
+    padding_id: int | None = None  # of the model, see `adapters.classifier_config`
     path: Path | None = None  # file or directory of the base model
     columns: NamedColumns | None = None  # columns that the adapter was trained on, from its record
     objective: str | None = None  # objective that the adapter was trained with, from its record
@@ -57,6 +64,7 @@ def loaded_model(
     *,
     template: TemplateOptions | None = None,
     one_at_a_time: bool = False,
+    classifies: bool = False,
 ) -> Iterator[LoadedModel]:
     """Load a model, and compute with the options' threads inside the block.
 
@@ -66,6 +74,7 @@ def loaded_model(
         template: chat template and system message, which are compared with the adapter's record; None if no template
             is used.
         one_at_a_time: prompts are completed one by one, so a quantized base stays quantized.
+        classifies: an adapter with a classification head can be used. Such an adapter answers no prompts.
 
     Raises:
         ArtifactError: model, tokenizer or adapter cannot be read, or do not fit together.
@@ -80,13 +89,23 @@ def loaded_model(
         checks: dict[str, Any] = {"chat_template": read_template(used_template.chat_template, tokenizer)}
         checks |= {"template_args": template and template.template_args, "force_base": options.force_base}
 
+        classification: Mapping[str, Any] = {}
+
         def by_engine() -> _Loaded:
+            nonlocal classification
             quantized = stays_quantized(options, source, dtype, device, one_at_a_time=one_at_a_time)
             decoder = Decoder.from_source(source, dtype=dtype, device=device, quantized=quantized)
             if adapter is None:
                 return EngineCompleter(decoder), (), None
             shapes = decoder.module_shapes()
             loaded = load_adapter_for(source, adapter, shapes, **checks, allow_pickle=pickle)
+            classification = _classification(loaded, decoder)
+            if classification and not classifies:
+                raise UsageError(
+                    "this adapter has a classification head, and computes no answers and no vectors",
+                    where="adapter",
+                    next_step="give texts labels with backhand classify, or measure it with backhand evaluate",
+                )
             decoder.attach(loaded.parameters(device=device))
             return EngineCompleter(decoder), loaded.notes, loaded.record
 
@@ -121,10 +140,23 @@ def loaded_model(
         yield LoadedModel(
             *(model, tokenizer, stop_ids, notes, labels if known else {}, system, decisions, embedding),
             ranking={} if record is None else ranking_of(record),
+            classification=classification,
+            padding_id=padding_id(source),
             path=source.path,
             columns=columns,
             objective=None if record is None else record.config.get("objective.objective"),
         )
+
+
+def _classification(loaded: LoadedAdapter, decoder: Decoder) -> Mapping[str, Any]:
+    """Return the meaning of the logits of an adapter with a classification head; empty for other adapters."""
+    if loaded.described.task_type != CLASS_TASK:
+        return {}
+    if loaded.record is not None and loaded.record.classification:
+        return loaded.record.classification
+    outputs = decoder.config.class_head.labels_of({one.name: one.shape for one in loaded.trained})
+    names = [f"LABEL_{number}" for number in range(outputs)]
+    return {"problem_type": NUMBER if outputs == 1 else SINGLE, "labels": names}
 
 
 def _columns(record: AdapterRecord) -> NamedColumns:

@@ -145,6 +145,13 @@ def merge_adapter(
 def merged_weights(opened: OpenedAdapter) -> MergedWeights:
     """Return the tensors of the merged model. Raises ArtifactError with the modules that cannot be merged."""
     loaded = opened.loaded
+    if {tensor.name for tensor in loaded.trained} & {*opened.config.class_head.parameters.values()}:
+        raise ArtifactError(
+            "the adapter has a classification head, which is not merged here",
+            where=str(loaded.directory),
+            why="the merged model is a language model or an encoder without a head",
+            next_step="use the adapter as it is, or load it with PEFT and call merge_and_unload()",
+        )
     reasons = {}
     for shape in loaded.shapes:
         if shape.lora_bias is not None:

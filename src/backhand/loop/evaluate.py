@@ -48,6 +48,8 @@ from backhand.generation.labels import (
 )
 from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.loop.certain_replies import certain_replies
+from backhand.loop.class_scores import ClassScores
+from backhand.loop.classify import evaluate_classes, print_classes
 from backhand.loop.decide import evaluate_decisions, print_decisions
 from backhand.loop.decision_scores import DecisionScore
 from backhand.loop.embed import evaluate_vectors_command
@@ -82,6 +84,9 @@ class Score:
     decisions: dict[str, DecisionScore] | None = None
     # scores of rankings, see `loop.ranking_scores`; None for other rows. The loss is then the mean loss of a row
     retrieval: dict[str, Any] | None = None
+    # None unless the adapter has a classification head. The loss is then the mean loss of a row, and base is the best
+    # constant answer
+    classes: ClassScores | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class Evaluation:
         """Return what `evaluate --json` prints, without labels, pairs, decisions and rankings if there are none."""
         values = asdict(self)
         for scores in filter(None, (values["base"], values["adapted"])):
-            for name in ("labels", "pairs", "decisions", "retrieval"):
+            for name in ("labels", "pairs", "decisions", "retrieval", "classes"):
                 if scores[name] is None:
                     del scores[name]
         return values
@@ -351,8 +356,12 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     run, data = options.run, options.data
     if data.state is None and run.adapter is None and not run.rankings:
         check_first_rows(data)  # the record of an adapter may name the columns
-    with loaded_model(options.model, run.adapter, template=data) as loaded:
+    with loaded_model(options.model, run.adapter, template=data, classifies=True) as loaded:
         show_notes(loaded.notes)
+        if loaded.classification:
+            count, of_classes = evaluate_classes(loaded, data, run.micro_batch_rows)
+            scored = (Score(loss, _perplexity(loss), None, count, classes=one) for loss, one in of_classes)
+            return Evaluation(count, *scored)
         if loaded.decisions:
             count, results = evaluate_decisions(loaded, data, run.micro_batch_rows)
             return Evaluation(count, *(_of_decisions(*result) for result in results))
@@ -395,6 +404,9 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str
         result = evaluate(options)
     if options.run.json:
         sys.stdout.write(json.dumps(result.as_dict()) + "\n")
+        return result
+    if result.adapted is not None and result.base.classes and result.adapted.classes:
+        print_classes({"constant answer": result.base.classes, "adapted": result.adapted.classes})
         return result
     labelled = ("accuracy", "macro F1", "invented") if result.base.labels else ()
     base = result.base

@@ -50,7 +50,7 @@ def chosen_rate(
 
 RATE, HIGHEST_RATE = 5.2e-4, 5e-3
 COMPARING_RATE = 2e-4
-SUPERVISED = ("sft", "decide", "rank")
+SUPERVISED = ("sft", "decide", "rank", "classify")
 """Objectives that learn the answers of the rows, which the rule is for."""
 
 

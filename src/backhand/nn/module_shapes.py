@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import copy
 
+from backhand.nn.families.class_heads import ClassHead
 from backhand.nn.lora_parameters import LoRAParameters, Shape
 
 
@@ -23,6 +25,7 @@ class ModuleShapes(dict[str, tuple[int, int]]):
         interleaved: those parameters of `experts` that interleave the outputs of gate and up.
         outside: linear modules of transformers' class that the model does not compute here, such as BERT's pooler. PEFT
             would adapt them if their names match.
+        class_head: the head that an adapter for classification adds to the model, and the size of its vectors.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class ModuleShapes(dict[str, tuple[int, int]]):
         experts: Mapping[str, tuple[int, int, int]] | None = None,
         interleaved: Iterable[str] = (),
         outside: Iterable[str] = (),
+        class_head: tuple[ClassHead, int] | None = None,
     ) -> None:
         super().__init__(linear)
         self.embeddings = dict(embeddings)
@@ -45,6 +49,19 @@ class ModuleShapes(dict[str, tuple[int, int]]):
         self.experts = dict(experts or {})
         self.interleaved = frozenset(interleaved)
         self.outside = tuple(outside)
+        self.class_head = class_head
+
+    def with_class_head(self, in_file: Mapping[str, tuple[int, ...]]) -> ModuleShapes:
+        """Return these shapes with the parameters of the classification head, for as many labels as a file has.
+
+        Args:
+            in_file: shapes of the tensors of an adapter by name.
+        """
+        shapes = copy(self)
+        if self.class_head is not None:
+            head, hidden = self.class_head
+            shapes.parameters = {**self.parameters, **head.shapes(hidden, head.labels_of(in_file))}
+        return shapes
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, int]]) -> ModuleShapes:

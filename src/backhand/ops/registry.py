@@ -49,6 +49,7 @@ OPS: dict[str, str] = {
     "cross_entropy": "cross_entropy",
     "linear_cross_entropy": "linear_cross_entropy",
     "linear_divergence": "linear_divergence",
+    "class_head": "class_head",
     "mse": "mse",
     "preference": "preference",
     "grpo": "grpo",

@@ -1,4 +1,4 @@
-"""Options of `backhand evaluate`, `decide`, `embed`, `mine`, `rank`, `plan` and `models`.
+"""Options of `backhand evaluate`, `decide`, `classify`, `embed`, `mine`, `rank`, `plan` and `models`.
 
 This file imports no torch, because `--help` imports it.
 """
@@ -128,6 +128,54 @@ class DecideOptions(Options):
         if not self.data.data and self.data.state is None:
             raise UsageError(
                 "there is no state to decide", where="state", next_step="give --state TEXT, or --data FILE"
+            )
+
+
+@dataclass(frozen=True)
+class ClassifyRunOptions:
+    """Adapter, texts and output."""
+
+    adapter: OptionalPath = None  # type: ignore[assignment]
+    """Adapter with a classification head, trained with `--objective classify` or as PEFT's SEQ_CLS: a directory."""
+
+    text: Text | None = None
+    """One text to classify, instead of `data`."""
+
+    prompt: Text | None = None
+    """The column of the texts, or a text with columns in braces. Default: `text`."""
+
+    output: OptionalPath = None  # type: ignore[assignment]
+    """File for the answers, one JSON object per text. Default: standard output."""
+
+    overwrite: bool = False
+    """Replace the file `output` if it exists."""
+
+    micro_batch_rows: Count = 16
+    """Texts per forward pass."""
+
+
+@dataclass(frozen=True)
+class ClassifyOptions(Options):
+    """Options of classification.
+
+    Attributes:
+        run: adapter, one text, and output.
+        data: files with texts.
+        model: the base model, device and dtype.
+    """
+
+    run: ClassifyRunOptions = field(default_factory=ClassifyRunOptions)
+    data: RowSources = field(default_factory=RowSources)
+    model: BaseModelOptions = field(default_factory=BaseModelOptions)
+
+    def _check_together(self) -> None:
+        if self.run.adapter is None:
+            raise UsageError(
+                "there is no adapter", where="adapter", next_step="give --adapter DIRECTORY, as training wrote it"
+            )
+        if bool(self.data.data) == (self.run.text is not None):
+            raise UsageError(
+                "give either one text or files", where="text", next_step="give --text TEXT, or --data FILE"
             )
 
 

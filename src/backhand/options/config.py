@@ -279,8 +279,8 @@ class TrainConfig(Options):
         for part in (self.model, self.data, self.adapter, self.optimization, self.run, self.objective, self.rewards):
             _check_utf8(part)
         self._check_rewards()
-        if self.objective.objective == "embed":
-            self._check_embedded()
+        if not self.objective.predicts_tokens:
+            self._check_states()
         if self.objective.objective == "rank" and self.data.system is not None:
             raise UsageError(
                 "a system message is given, but rank has its own",
@@ -296,8 +296,9 @@ class TrainConfig(Options):
                 next_step="leave out --train-on, or give --objective sft",
             )
 
-    def _check_embedded(self) -> None:
-        """Raise UsageError for options that vectors of texts do not use."""
+    def _check_states(self) -> None:
+        """Raise UsageError for options that a loss of hidden states does not use."""
+        objective = self.objective.objective
         unused = {
             "system": self.data.system,
             "chat_template": self.data.chat_template,
@@ -307,19 +308,20 @@ class TrainConfig(Options):
         for name, value in unused.items():
             if value:
                 raise UsageError(
-                    f"{name} {value!r} is given, but embed does not use it",
+                    f"{name} {value!r} is given, but {objective} does not use it",
                     where=name,
                     why="texts are encoded without a chat template, and the model predicts no tokens",
-                    next_step="leave it out; --query-prompt and --document-prompt are put in front of texts",
+                    next_step="leave it out"
+                    + "; --query-prompt and --document-prompt are put in front of texts" * (objective == "embed"),
                 )
         if self.model.engine == "transformers":
             raise UsageError(
-                "vectors are trained by the backhand engine alone",
+                f"{objective} is trained by the backhand engine alone",
                 where="engine",
                 why="the transformers engine does not give hidden states",
                 next_step="leave out --engine",
             )
-        if self.optimization.batch_rows < 2:
+        if objective == "embed" and self.optimization.batch_rows < 2:
             raise UsageError(
                 "batch_rows 1 leaves nothing to compare",
                 where="batch_rows",

@@ -9,10 +9,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, get_args
 
 from backhand.bounds import Bound, Check, Options, Text
-from backhand.data.rows import INSTRUCTION, TEMPLATE_PLACES, PoolingName, Purpose
+from backhand.data.rows import INSTRUCTION, TEMPLATE_PLACES, PoolingName, ProblemType, Purpose
 from backhand.errors import UsageError
 
-ObjectiveName = Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto", "grpo", "decide", "bake", "sdft", "embed", "rank"]
+ObjectiveName = Literal[
+    "sft", "dpo", "ipo", "orpo", "simpo", "kto", "grpo", "decide", "bake", "sdft", "embed", "rank", "classify"
+]
 _OfMargin = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"]
 _OfSides = Literal["nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"]
 _Sorted = Literal["aot", "aot_unpaired"]
@@ -53,6 +55,7 @@ _TAKEN: dict[str, tuple[str, ...]] = {
         *("query_prompt", "document_prompt"),
     ),
     "rank": ("ranking_loss", "positive_weight", "instruction"),
+    "classify": ("problem_type", "class_labels"),
 }
 _USUAL_BETA = {"simpo": 2.0, "grpo": 0.0}
 SORTED: tuple[str, ...] = get_args(_Sorted)
@@ -63,6 +66,12 @@ def _check_dims(where: str, dims: Any) -> None:
     """Raise UsageError unless `dims` are different positive integers."""
     if not all(isinstance(size, int) and size > 0 for size in dims) or len({*dims}) < len(dims):
         raise UsageError(f"{list(dims)} are not different lengths of vectors", where=where)
+
+
+def _check_labels(where: str, labels: Any) -> None:
+    """Raise UsageError unless `labels` are different texts."""
+    if len({*labels}) < len(labels) or not all(isinstance(label, str) and label.strip() for label in labels):
+        raise UsageError(f"{list(labels)} are not different labels", where=where)
 
 
 _SMALLEST, _LARGEST = 1e-6, 1e6
@@ -82,7 +91,7 @@ class ObjectiveOptions(Options):
     answer without a long prompt as it answers with it `bake` (2409.13697), see `context`; to learn from demonstrations
     with less forgetting `sdft` (2601.19897), see `teacher_prompt_template`; for vectors of texts, for search and
     duplicates, `embed`; for a score of a document and a query, to rank what a search has found, `rank`
-    (2506.05176)."""
+    (2506.05176); for a classification head on hidden states, which learns labels or a number, `classify`."""
 
     beta: Annotated[float, Bound(at_least=0.0, at_most=_LARGEST)] | None = None
     """Strength with which the model is held to the one it starts from (`dpo`, `kto`; τ of `ipo`). For `orpo` it is λ,
@@ -179,6 +188,14 @@ class ObjectiveOptions(Options):
     instruction: Text = INSTRUCTION
     """The task in the prompt of rankings (`rank`), such as `Given a question, find the help page that answers it`."""
 
+    problem_type: ProblemType | None = None
+    """Use of the logits of the head of `classify`, named as in transformers: one label per row (cross-entropy), all
+    labels of a list (binary cross-entropy), or a number (squared error). Default: several labels if a row has a list,
+    a number if all labels are numbers and some are fractions, else one label."""
+
+    class_labels: Annotated[tuple[str, ...], Check(_check_labels)] = ()
+    """Labels of `classify` in the order of the logits. Default: the labels of the training rows, sorted."""
+
     def _check_together(self) -> None:
         usual = ObjectiveOptions()
         for option in fields(self):
@@ -228,6 +245,12 @@ class ObjectiveOptions(Options):
                 f"positive_weight {self.positive_weight} is given, but {self.ranking_loss} does not use it",
                 where="positive_weight",
                 next_step="leave it out, or give --ranking-loss pointwise",
+            )
+        if self.problem_type == "regression" and self.class_labels:
+            raise UsageError(
+                "class_labels are given, but a number has no labels",
+                where="class_labels",
+                next_step="leave them out, or --problem-type regression",
             )
         if self.beta == 0 and self.objective != "grpo":
             raise UsageError("beta 0.0 is not a finite number above 0", where="beta")
@@ -302,8 +325,14 @@ class ObjectiveOptions(Options):
             "decide": "decisions",
             "embed": "embeddings",
             "rank": "rankings",
+            "classify": "classes",
         }
         return special.get(self.objective, "pairs")
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """True if the loss is one of tokens, so that the model answers texts afterwards."""
+        return self.objective not in ("embed", "classify")
 
     @property
     def has_reference(self) -> bool:

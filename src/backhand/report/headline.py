@@ -144,6 +144,12 @@ def _outcome(run: RunRecord) -> str:
         score = next((name for name in ("ndcg@10", "spearman") if is_number(after.get(name))), None)
         scores = "" if score is None else f", and {score} from {before[score]:.3f} to {after[score]:.3f}"
         return f"{change} ({run.objective}){scores}, so it {_verdict(base, best)}"
+    if run.objective == "classify":
+        before, after = (run.summary.get(f"{name}_classes") or {} for name in ("base", "adapted"))
+        score = next((name for name in ("accuracy", "mse") if is_number(after.get(name))), None)
+        scores = "" if score is None else f", and {score} from {before[score]:.3f} to {after[score]:.3f}"
+        constant = " (the first of the best constant answer)"
+        return f"{change} ({run.objective}){scores}{constant}, so it {_verdict(base, best)}"
     nats = f"nats per token (perplexity {perplexity(base)} to {perplexity(best)})"
     return f"{change} {nats}, so it {_verdict(base, best)}{_by_how_much(run, base, best)}"
 

@@ -159,6 +159,10 @@ class RunSummary:
     neighbours: tuple[dict[str, Any], ...] = ()
     # mean absolute change of the cosines of neutral texts; None for other objectives
     neutral_drift: float | None = None
+    # base_classes, adapted_classes: scores of a classification head on held-out rows, see `loop.class_scores`; base is
+    # the best constant answer. None for other objectives
+    base_classes: dict[str, Any] | None = None
+    adapted_classes: dict[str, Any] | None = None
     distilled: DistilledFigures | None = None  # None for other objectives, or if no answers were generated
     evaluations: int = 0  # number of evaluations after the first step, the best of which chose the adapter
     # figures of held-out pairs, see `runs.pair_results`; None for other rows

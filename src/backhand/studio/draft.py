@@ -28,6 +28,7 @@ OBJECTIVES = {
     "kto": "Good and bad answers: each answer has a label (KTO)",
     "embed": "Vectors for search: texts that belong together get similar vectors",
     "rank": "Rankings: each document gets a score for a query",
+    "classify": "Labels or a number from a head on the model, also for encoders such as BERT",
 }
 """Objectives of the page, with a description."""
 
@@ -40,7 +41,7 @@ MORE = {
     "data": ("max_length", "long_rows", "skip_bad", "train_on", "system", "option_order"),
     "run": ("eval_every", "save_every", "keep", "early_stopping", "max_forgetting", "answers", "seed"),
     "model": ("dtype", "engine", "base", "memory", "recompute"),
-    "objective": ("beta", "loss_type", "label_smoothing", "pooling", "query_prompt", "document_prompt"),
+    "objective": ("beta", "loss_type", "label_smoothing", "pooling", "query_prompt", "document_prompt", "problem_type"),
 }
 """Options under "more", by section. None of them names a file or code."""
 
@@ -169,7 +170,8 @@ class Draft:
 
     def lint_words(self, workspace: Workspace, listed: Iterable[str]) -> list[str]:
         """Return the words of `lint`. Raises UsageError as `model_words` and `data_words`."""
-        flags = {"decide": ["--decisions"], "kto": ["--labels"], "embed": ["--embeddings"], "rank": ["--rankings"]}
+        flags = {"decide": ["--decisions"], "kto": ["--labels"], "embed": ["--embeddings"]}
+        flags |= {"rank": ["--rankings"], "classify": ["--classes"]}
         more = [name for name in MORE["data"] if name != "option_order"]
         words = [*self.model_words(workspace, listed), *self.data_words(workspace), *self._more(more)]
         return ["lint", *words, *flags.get(self.objective, [])]

@@ -223,6 +223,8 @@ def closing_lines(summary: RunSummary) -> list[str]:
         lines.append(f"Held-out rows: {scores_text(summary.adapted_retrieval, summary.base_retrieval)}.")
     if summary.neutral_drift is not None:
         lines.append(f"Cosines of neutral texts changed by {summary.neutral_drift:.3f} on average.")
+    if summary.base_classes and summary.adapted_classes:
+        lines.append(_class_line(summary.base_classes, summary.adapted_classes))
     if summary.distilled is not None:
         lines += distilled_sentences(summary.distilled, summary.objective)
     for name, one in (summary.adapted_decisions or {}).items():
@@ -259,26 +261,29 @@ def closing_lines(summary: RunSummary) -> list[str]:
         where = f"{len(summary.system):,} characters, in backhand.json of the adapter"
         lines.append(f"All rows had the same system message ({where}); give it with --system.")
     given = f"--model {model} --adapter {adapter}"
-    return [
-        *lines,
-        f"Adapter: {adapter}",
-        f"Next: backhand decide {given} --state '…'"
-        if summary.objective == "decide"
-        else f"Next: backhand embed {given} --data FILE --output vectors.npy"
-        if summary.objective == "embed"
-        else f"Next: backhand rank {given} --query '…' --data FILE"
-        if summary.objective == "rank"
-        else f"Next: backhand generate {given}{labels} --compare{summary.asking}",
+    uses = {
+        "decide": f"backhand decide {given} --state '…'",
+        "embed": f"backhand embed {given} --data FILE --output vectors.npy",
+        "rank": f"backhand rank {given} --query '…' --data FILE",
+        "classify": f"backhand classify {given} --text '…'",
+    }
+    usual = f"backhand generate {given}{labels} --compare{summary.asking}"
+    next_lines = [
+        f"Next: {uses.get(summary.objective, usual)}",
         f"      backhand evaluate {given} --data FILE{summary.reading}" + " --vectors" * (summary.objective == "embed"),
-        f"      backhand export {given} --to gguf "
-        + ("--decision --output decision.gguf" if summary.objective == "decide" else "--output adapter.gguf"),
     ]
+    if summary.objective != "classify":  # llama.cpp has no classification heads for adapters
+        written = "--decision --output decision.gguf" if summary.objective == "decide" else "--output adapter.gguf"
+        next_lines.append(f"      backhand export {given} --to gguf {written}")
+    return [*lines, f"Adapter: {adapter}", *next_lines]
 
 
 def _improvement(summary: RunSummary) -> list[str]:
     """Return the lines on loss and reward."""
     base, best = summary.base_eval_loss, summary.best_eval_loss
     start = base if summary.first_eval_loss is None else summary.first_eval_loss
+    fresh_head = summary.objective == "classify"
+    start = base if fresh_head else start  # the best constant answer, since a new head knows nothing
     lines = []
     if summary.first_reward is not None and summary.last_reward is not None:
         rose = f"{summary.first_reward:.4f} → {summary.last_reward:.4f}"
@@ -297,6 +302,7 @@ def _improvement(summary: RunSummary) -> list[str]:
     when = f"best after step {summary.best_step}"
     if best >= start:
         before = "the base model" if start == base else "the adapter it started from"
+        before = "the best constant answer" if fresh_head else before
         when = f"no evaluation was better than {before}; the adapter kept is that of step {summary.best_step}"
     sign = -1 if summary.objective == "grpo" else 1
     alone = "" if start == base else f"; the base model alone has {sign * base:.4f}"
@@ -312,6 +318,23 @@ def _improvement(summary: RunSummary) -> list[str]:
 
 _FEWEST_COMPARED_STEPS = 20
 """In a shorter run, the first and last tenth are one step each, whose rewards depend on their few prompts."""
+
+
+def _class_line(base: Mapping[str, Any], adapted: Mapping[str, Any]) -> str:
+    """Return the line on held-out rows with labels, or with a number."""
+    rows = count_of(adapted["rows"], "held-out row")
+    if adapted["constant"]:
+        return f"The adapter gives the same answer to all {rows}; it has learned nothing from the texts."
+    if "mse" in adapted:
+        return (
+            f"Squared error {base['mse']:.4g} → {adapted['mse']:.4g} (R² {adapted['r2']:.3f}, Spearman "
+            f"{adapted['spearman']:.3f}) on {rows}; the first is that of the mean of their numbers."
+        )
+    right = adapted["accuracy"]
+    return (
+        f"{right:.1%} of {rows} right ({interval_text(right, adapted['rows'])}; {base['accuracy']:.1%} by the most "
+        f"frequent answer), macro F1 {base['f1_macro']:.3f} → {adapted['f1_macro']:.3f}."
+    )
 
 
 def _right(summary: RunSummary) -> list[str]:
@@ -368,7 +391,7 @@ def opening_facts(
             f"note: {count_of(len(places), 'row')} {what}: {name_list(places, limit=3)}; write each label in one way"
         )
     objective = run.config.objective
-    unit = "text" if objective.purpose == "embeddings" else "prompt" if objective.trains_on_samples else "document"
+    unit = "text" if not objective.predicts_tokens else "prompt" if objective.trains_on_samples else "document"
     facts += [f"data: {line}" for line in report.lines(unit)]
     if objective.purpose == "pairs" and report.documents == 2 * report.rows:
         facts.append("data: each row has two documents, with the chosen and with the rejected answer")

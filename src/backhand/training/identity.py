@@ -89,6 +89,7 @@ class Identity:
             system=self.train.report.system,
             decisions=self._decisions(temperatures),
             embedding=self._embedding,
+            classification=self._classification,
         )
 
     @property
@@ -101,6 +102,16 @@ class Identity:
         kept = {name: getattr(options, name) for name in names}
         longest = min(self.config.data.max_length, decoder_config(self.source.config).max_position_embeddings)
         return {**kept, "max_length": longest, "matryoshka_dims": list(options.matryoshka_dims)}
+
+    @property
+    def _classification(self) -> dict[str, Any]:
+        """The meaning of the logits of a head; empty for other objectives."""
+        options = self.config.objective
+        if options.objective != "classify":
+            return {}
+        longest = min(self.config.data.max_length, decoder_config(self.source.config).max_position_embeddings)
+        labels = list(options.class_labels) or ["LABEL_0"]
+        return {"problem_type": options.problem_type, "labels": labels, "max_length": longest}
 
     def _decisions(self, temperatures: Mapping[QuestionType, float]) -> dict[str, Any]:
         """Return what programs need to ask the adapter's questions; empty for other objectives."""

@@ -17,7 +17,7 @@ from backhand.data.data_report import DataReport
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.packing import RowPacker, Sampler
 from backhand.data.prepare import prepare
-from backhand.data.rows import RankedTexts, TextIdentities
+from backhand.data.rows import ClassLabel, RankedTexts, TextIdentities
 from backhand.data.stored_examples import PreparedData, with_totals
 from backhand.engines.decoder_engine import DecoderEngine, choose_engine, with_hidden_states
 from backhand.engines.engine import Engine, RunCache
@@ -35,6 +35,7 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.options.objectives import DISTILLED, ObjectiveOptions
+from backhand.training.class_inputs import class_format, class_notes, output_count, set_outputs, with_labels
 from backhand.training.contexts import count_contexts, with_context_text
 from backhand.training.embedding_inputs import check_positions, format_of, with_loss, with_pooling
 from backhand.training.starting_adapter import adapter_config, start_notes
@@ -108,17 +109,20 @@ def read_inputs(
     config = replace(config, objective=objective)
     if objective.objective == "embed":
         config = replace(config, objective=with_pooling(objective, source, engine, layout))
-    elif isinstance(engine, DecoderEngine):
+    elif objective.predicts_tokens and isinstance(engine, DecoderEngine):
         require_head(engine.config)
+    classifies = objective.objective == "classify"
+    text_format = class_format(source, engine, layout) if classifies else format_of(config.objective)
     config = replace(config, adapter=in_numbers(config.adapter, [slot.name for slot in layout.slots]))
     notes = start_notes(config, source, engine, layout)
     notes += peft_notes(source.config.get("model_type"), [slot.name for slot in layout.slots])
+    notes += class_notes(source) if classifies else ()
     tokenizer = source.tokenizer()
     if assumed_rows and not config.data.data:
         train, held_out = _assumed_rows(config), None
     else:
         data, seed, purpose = config.data, config.run.seed, config.objective.purpose
-        teacher, text_format = _teacher_prompts(config.objective), format_of(config.objective)
+        teacher = _teacher_prompts(config.objective)
         epochs = min(config.optimization.epochs or _MOST_FORMS, _MOST_FORMS)
         train, held_out = run_cache.get_or_create(
             "rows",
@@ -134,11 +138,17 @@ def read_inputs(
             ),
             only_newest=True,
         )
-        if text_format is not None:
+        if purpose in ("embeddings", "rankings"):
             config = replace(config, objective=with_loss(config.objective, train, held_out))
+        if purpose == "classes":
+            resolved, said = with_labels(config.objective, train, held_out)
+            config, notes = replace(config, objective=resolved), (*notes, *said)
         if purpose in ("pairs", "labels"):
             check_answers_differ(train)
         config = replace(config, data=replace(data, eval_fraction=train.held_out_share))
+    if classifies:
+        set_outputs(engine, output_count(config.objective))
+        layout = engine.layout(config.adapter)
     if config.run.early_stopping is not None and held_out is None:
         raise UsageError(
             f"early_stopping {config.run.early_stopping} needs held-out rows, but there are none",
@@ -159,7 +169,7 @@ def read_inputs(
     forms = len(train.of_all_epochs) // len(train.examples)
     sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed, forms)
     measures_forgetting = held_out is not None or config.run.max_forgetting is not None
-    measures_forgetting = measures_forgetting and objective.objective != "embed"  # its model predicts no tokens
+    measures_forgetting = measures_forgetting and objective.predicts_tokens
     neutral = ForgettingMeter.for_tokenizer(tokenizer) if measures_forgetting else ForgettingMeter(())
     inputs = RunInputs(
         config=config,
@@ -299,4 +309,6 @@ def _assumed_rows(config: TrainConfig) -> PreparedData:
     if config.objective.purpose == "rankings":
         row = replace(row, supervised=np.arange(length) == length - 1)
         row = replace(row, others=(row,), ranking=RankedTexts(0, (0,), (1.0,)))
+    if config.objective.purpose == "classes":
+        row = replace(row, supervised=np.arange(length) == length - 1, class_label=ClassLabel("0"))
     return with_totals([row] * count, DataReport())

@@ -33,6 +33,7 @@ from backhand.kernels.builds import describe
 from backhand.loop.distillation import computing_with
 from backhand.loop.guards import tensor_digest
 from backhand.loop.hidden_state_cache import HiddenStateCache
+from backhand.loop.objectives.classify import ClassifyObjective
 from backhand.loop.objectives.compared import KTOObjective, PairObjective, mismatched
 from backhand.loop.objectives.decide import DecideObjective
 from backhand.loop.objectives.embed import EmbedObjective
@@ -109,6 +110,8 @@ def run_objectives(
             return EmbedObjective(packer, options=options)
         if options.objective == "rank":
             return RankObjective(packer, options=options)
+        if options.objective == "classify":
+            return ClassifyObjective(packer, options=options)
         if options.objective != "kto":
             return PairObjective(packer, reference, options=options)
         others, _ = sets.get(others_name, (None, None))

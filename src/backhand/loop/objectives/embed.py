@@ -39,10 +39,11 @@ from backhand.loop.retrieval_scores import mean_cosine
 from backhand.loop.step import StepWork
 from backhand.nn.batch import PackedBatch, StateLoss
 from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.pooled_states import loss_of_states, pooled_states
 from backhand.ops.cosent import cosent_backward, cosent_forward
 from backhand.ops.info_nce import InfoNCERule, info_nce_backward, info_nce_forward
 from backhand.ops.normalize import normalize_backward, normalize_forward
-from backhand.ops.pooling import Pooling, PoolingSaved, pooling_backward, pooling_forward
+from backhand.ops.pooling import Pooling
 from backhand.ops.triplet import triplet_backward, triplet_forward
 from backhand.options.objectives import ObjectiveOptions
 
@@ -145,25 +146,17 @@ class EmbedObjective(Objective):
             batch: the packed rows.
             loss_scaling: factor of the gradient.
         """
-        lengths, supervised, positions = batch.document_tokens, batch.supervised_positions, state_positions(batch)
 
-        def loss(all_states: Tensor) -> tuple[Tensor, Tensor]:
-            states = all_states if positions is not None else all_states[supervised]
+        def loss(vectors: Tensor) -> tuple[Tensor, Tensor]:
             if self._step is None:  # the micro-batch is the whole step
-                embeddings, saved = pooling_forward(batch.per_document(states), lengths, self.pooling)
-                result = self.losses(rows, embeddings.cpu())
+                result = self.losses(rows, vectors.cpu())
                 self._measured, value = {0: result.measured}, result.losses.sum()
-                d_embeddings = result.d_embeddings
-            else:
-                saved = PoolingSaved(lengths, self.pooling, states.dtype)
-                places = [self._step.place_of[document] for document in self.packer.documents(rows)]
-                value = torch.tensor([self._step.losses[row] for row in rows], dtype=torch.float64).sum()
-                d_embeddings = self._step.d_embeddings[places]
-            d_states = pooling_backward((loss_scaling * d_embeddings).to(states.device), saved).d_x
-            d_read = batch.sum_at_positions(d_states)
-            return value, d_read if positions is not None else all_states.zero_().index_copy_(0, supervised, d_read)
+                return value, loss_scaling * result.d_embeddings
+            places = [self._step.place_of[document] for document in self.packer.documents(rows)]
+            value = torch.tensor([self._step.losses[row] for row in rows], dtype=torch.float64).sum()
+            return value, loss_scaling * self._step.d_embeddings[places]
 
-        return loss, positions
+        return loss_of_states(batch, self.pooling, loss)
 
     def losses(self, rows: Sequence[int], embeddings: Tensor) -> EmbeddingLosses:
         """Compute the losses of rows and their gradient from the vectors of all their documents.
@@ -252,24 +245,10 @@ def check_pooling(pooling: Pooling, *, causal: bool) -> None:
         )
 
 
-def state_positions(batch: PackedBatch) -> Tensor | None:
-    """Return the positions to compute in the last block: those that the pooling reads, or None for all.
-
-    The number of tokens of a batch is one of few sizes, for which the matrix library compiles its kernels once. The
-    number of read positions is any. If most positions are read, computing all of them is faster.
-    """
-    supervised = batch.supervised_positions
-    return None if 2 * len(supervised) > len(batch.input_ids) else supervised
-
-
 def embed_batch(model: object, batch: PackedBatch, pooling: Pooling, dropout_seed: int | None = None) -> Tensor:
     """Return the vectors of a batch, (documents, hidden) float32 or wider on the CPU, without gradients."""
     assert isinstance(model, Decoder), "other engines are refused before"
-    positions = state_positions(batch)
-    states = model.final_states(batch, positions, dropout_seed)
-    if positions is None:
-        states = states[batch.supervised_positions]
-    return pooling_forward(batch.per_document(states), batch.document_tokens, pooling)[0].cpu()
+    return pooled_states(model, batch, pooling, dropout_seed).cpu()
 
 
 def embed_rows(

@@ -18,8 +18,8 @@ from backhand.nn.families.neutral_fields import NEUTRAL
 from backhand.nn.loading.source import ModelSource
 
 _PARSED_BY = "parsed by"
-_WITHOUT_EFFECT = ("notes", "max_position_embeddings")
-"""Fields of the parsed configuration that are said or checked, and computed with nowhere."""
+_WITHOUT_EFFECT = ("notes", "max_position_embeddings", "class_head")
+"""Fields of the parsed configuration that are said or checked, or belong to an adapter's head for classification."""
 _OF_TRAINING = ("eos_token_id", "eos_token_ids", "padding_id")
 """Fields that decide which tokens are sampled or trained, and no number that the model computes."""
 _MOST_SHOWN = 6
@@ -36,7 +36,7 @@ def config_facts(source: ModelSource) -> dict[str, Any]:
     except UnsupportedModel:
         raw = {key: value for key, value in source.config.items() if key not in (*NEUTRAL, UNREAD)}
         return {_PARSED_BY: "transformers", "model_type": source.config.get("model_type"), **dict(_flat(raw, ""))}
-    flat = {name: value for name, value in _flat(parsed, "") if name not in _WITHOUT_EFFECT}
+    flat = {name: value for name, value in _flat(parsed, "") if name.partition(".")[0] not in _WITHOUT_EFFECT}
     return {_PARSED_BY: "backhand", **flat}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.adapted_group import HEAD, GroupAdapter
 from backhand.nn.decoder.adapted_head import distillation_losses, head_adapter, head_factors, head_losses, require_head
+from backhand.nn.decoder.class_head_weights import start_class_head
 from backhand.nn.decoder.forward_backward import ForwardBackward
 from backhand.nn.decoder.projections import group_forward
 from backhand.nn.decoder.weights import load_weights, module_shapes, named_views
@@ -67,7 +68,8 @@ class Decoder(ForwardBackward):
         Raises:
             ValueError: a slot or a trained tensor does not exist here or has another shape.
         """
-        check_fits(lora, self.module_shapes())
+        labels = self.config.class_head.labels_of({one.name: one.shape for one in lora.full_tensors.values()})
+        check_fits(lora, module_shapes(self.config, labels))
         lora.refresh_compute(self.dtype)
         self._attach(lora)
         self.refresh()
@@ -76,10 +78,15 @@ class Decoder(ForwardBackward):
         """Return to the base model."""
         self._attach(None)
 
-    def start_values(self, lora: LoRAParameters) -> None:
-        """Set the tensors of a fresh adapter that start from the base. See `LoRAParameters.initialise_from_base`."""
+    def start_values(self, lora: LoRAParameters, generator: torch.Generator | None = None) -> None:
+        """Set the tensors of a fresh adapter that start from the base. See `LoRAParameters.initialise_from_base`.
+
+        Args:
+            generator: draws the weights of a new classification head; None for zeros.
+        """
         if not lora.plain:
             base = dict(named_views(self.weights, self.config)) | {f"{HEAD}.weight": self.weights.head}
+            base |= start_class_head(lora, self.config, self.weights.class_head, generator)
             lora.initialise_from_base(lambda name: frozen_dense(base[name]))
 
     def head_adapter(self) -> GroupAdapter:

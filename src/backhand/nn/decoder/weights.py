@@ -8,8 +8,8 @@ Face name as a view into the stacks. Loading, digests and merging use it. Matric
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.nn.decoder.adapted_group import HEAD
+from backhand.nn.decoder.class_head_weights import load_class_head
 from backhand.nn.decoder.encoder_inputs import InputWeights
 from backhand.nn.families.family import (
     EXPERT_GROUPS,
@@ -104,7 +105,7 @@ class DecoderWeights:
     """All frozen weights: embedding (vocab, hidden), blocks, final_norm (hidden,), head (vocab, hidden).
 
     A tied head is the embedding itself, and so is the unused head of an encoder. Parts that a family does not have are
-    None. inputs belongs to encoders.
+    None. inputs belongs to encoders. class_head contains what the files have of a head for classification.
     """
 
     embedding: FrozenMatrix
@@ -114,6 +115,7 @@ class DecoderWeights:
     per_layer: PerLayerWeights | None = None
     final_norm_bias: Tensor | None = None
     inputs: InputWeights | None = None
+    class_head: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Part(NamedTuple):
@@ -300,7 +302,7 @@ def load_weights(
     check_shapes(source, {name: tuple(view.shape) for name, view in expected})
     weights = empty_weights(config, dtype, device, source if quantized else None)
     fill(source, dense_views(weights, config), examine)
-    return weights
+    return replace(weights, class_head=load_class_head(source, config, dtype, device))
 
 
 def linear_parts(block: BlockWeights, config: DecoderConfig, layer: int) -> dict[str, FrozenMatrix]:
@@ -321,11 +323,14 @@ def linear_parts(block: BlockWeights, config: DecoderConfig, layer: int) -> dict
     return parts
 
 
-def module_shapes(config: DecoderConfig) -> ModuleShapes:
+def module_shapes(config: DecoderConfig, labels: int = 0) -> ModuleShapes:
     """Return (out, in) of every linear module by dotted path, in forward order, and the other trainable tensors.
 
     If some layers have experts, the MLPs of the others are left out. PEFT would take their module names for the
     experts', and could not read an adapter of both. Routers stay frozen.
+
+    Args:
+        labels: number of outputs of a classification head, whose parameters are then trainable; 0 for no head.
     """
     hidden, mixture, per_layer = config.hidden_size, config.mixture, config.per_layer
     shapes: dict[str, tuple[int, int]] = {}
@@ -352,6 +357,7 @@ def module_shapes(config: DecoderConfig) -> ModuleShapes:
     if config.has_head:
         shapes[HEAD] = (config.vocab_size, hidden)
         parameters.setdefault(f"{HEAD}.weight", shapes[HEAD])
+    parameters |= config.class_head.shapes(hidden, labels) if labels else {}
     return ModuleShapes(
         shapes,
         embeddings={config.embedding: (config.vocab_size, hidden)},
@@ -361,4 +367,5 @@ def module_shapes(config: DecoderConfig) -> ModuleShapes:
         experts=experts,
         interleaved=[name for name in experts if mixture and mixture.interleaved and name.endswith(EXPERT_GROUPS[0])],
         outside=config.outside,
+        class_head=(config.class_head, hidden),
     )

@@ -3,7 +3,8 @@
 Checked against the modelling sources of transformers 5.24:
 
 - BERT: learned positions and token types, layer norms of the residual sums, biases everywhere, and an MLP without a
-  gate. There is no norm after the last block. The pooler, which a sentence's embedding does not need, is left out.
+  gate. There is no norm after the last block. The pooler, which a sentence's embedding does not need, is part of the
+  head for classification.
 - ModernBERT: every third layer has full attention, beginning with the first, unless `layer_types` decides. The others
   see `local_attention` // 2 tokens to each side and have their own rotary base. The first layer has no norm before
   attention. The gate is the first half of Wi.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from backhand.nn.families.class_heads import ClassHead
 from backhand.nn.families.common_fields import common_fields, with_biases, without_rotary
 from backhand.nn.families.config_fields import ConfigFields
 from backhand.nn.families.family import DecoderConfig
@@ -25,9 +27,8 @@ _DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "embedding_dropout", "mlp_dropout",
 )  # fmt: skip
 _OF_HEADS = (
-    "classifier_pooling", "classifier_bias", "classifier_activation", "decoder_bias", "sparse_prediction",
-    "sparse_pred_ignore_index", "deterministic_flash_attn", "initializer_cutoff_factor", "cls_token_id", "sep_token_id",
-    "tie_word_embeddings",
+    "decoder_bias", "sparse_prediction", "sparse_pred_ignore_index", "deterministic_flash_attn",
+    "initializer_cutoff_factor", "cls_token_id", "sep_token_id", "tie_word_embeddings",
 )  # fmt: skip
 """Fields of heads for other tasks, of their training and of the tokenizer."""
 
@@ -61,7 +62,26 @@ def modernbert(fields: ConfigFields) -> DecoderConfig:
         with_biases(fields, encoder), mlp_bias=fields.flag("mlp_bias", False), norm_bias=fields.flag("norm_bias", False)
     )
     first, *others = encoder.layers
-    return replace(encoder, layers=(replace(first, input_norm=False), *others))
+    return replace(encoder, layers=(replace(first, input_norm=False), *others), class_head=_modernbert_head(fields))
+
+
+def _modernbert_head(fields: ConfigFields) -> ClassHead:
+    pooling, activation = fields.text("classifier_pooling", "cls"), fields.text("classifier_activation", "gelu")
+    if pooling not in ("cls", "mean"):
+        fields.problem("classifier_pooling", "the engine has cls and mean")
+    if activation not in _ACTIVATIONS:
+        fields.problem("classifier_activation", f"the engine has {', '.join(_ACTIVATIONS)}")
+    return ClassHead(
+        "classifier",
+        output_bias=True,
+        pooling="mean" if pooling == "mean" else "cls",
+        dense="head.dense",
+        dense_bias=fields.flag("classifier_bias", False),
+        activation=_ACTIVATIONS.get(activation, "gelu"),
+        norm="head.norm",
+        norm_bias=fields.flag("norm_bias", False),
+        prefix="model",
+    )
 
 
 def _encoder(fields: ConfigFields, activation: str, **options: object) -> DecoderConfig:

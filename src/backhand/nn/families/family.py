@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from backhand.nn.families.class_heads import BERT_CLASS_HEAD, DECODER_CLASS_HEAD, ClassHead
 from backhand.ops.clamped_glu import Clamp
 from backhand.ops.logits_rule import PLAIN, LogitsRule
 
@@ -348,6 +349,7 @@ TRAITS: dict[str, dict[str, Any]] = {
         "norms_of_sums": True,
         "norm_bias": True,
         "outside": ("pooler.dense",),
+        "class_head": BERT_CLASS_HEAD,
         "final_norm": None,
         "gated_mlp": False,
         "qkv_bias": True,
@@ -429,6 +431,7 @@ class DecoderConfig:
     # linear modules of transformers' class that are not computed: BERT's pooler, which a text's embedding does not need
     outside: tuple[str, ...] = ()
     inputs: EncoderInputs | None = None  # embeddings and norm before the first block of encoders, or None
+    class_head: ClassHead = DECODER_CLASS_HEAD  # the head of transformers' class for sequence classification
     # extent of the RMSNorm of queries and keys before the rotation: `head`, each head separately (Qwen3, Gemma 3,
     # EXAONE 4), or `width`, all heads together (OLMo 2); None without such norms
     qk_norm: str | None = None

@@ -30,7 +30,7 @@ from backhand.nn.loading.safetensors_file import SafetensorsFile
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.tied_head import HEAD_WEIGHT, has_separate_head, ties_head
 from backhand.nn.loading.tokenizer_patterns import check_patterns
-from backhand.nn.loading.wrappers import encoder_name, is_excluded, text_name, unwrap_config
+from backhand.nn.loading.wrappers import encoder_name, is_excluded, text_name, unwrap_config, without_encoder_prefix
 from backhand.reading import MAX_TABLES_BYTES, open_plain, read_plain
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class HuggingFaceDirectory(ModelSource):
         self.config, self.wrapper = unwrap_config(_read_json(path / CONFIG_FILE))
         self._files: dict[str, SafetensorsFile] = {}
         self._packed: dict[str, _Packed] = {}
+        self._heads: dict[str, tuple[SafetensorsFile, str]] = {}  # tensors of an encoder's heads, by name
         self._places = self._tensor_places()
         if ties_head(self.config):
             if has_separate_head(self):
@@ -91,6 +92,13 @@ class HuggingFaceDirectory(ModelSource):
             return unpacked(self._packed[name].rows())
         file, stored, piece = self._place(name)
         return file.load(stored) if piece is None else piece.view(file.load(stored))
+
+    def head_tensor(self, name: str) -> Tensor | None:
+        """Return a parameter of a head for classification, as it is stored; None if it is not there."""
+        if name in self._heads:
+            file, stored = self._heads[name]
+            return file.load(stored)
+        return super().head_tensor(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the stored dtype, or bfloat16 for tensors in MXFP4 blocks."""
@@ -132,12 +140,15 @@ class HuggingFaceDirectory(ModelSource):
             return self._with_experts(text)
         # Names in a model that was saved without its head, as by transformers' AutoModel, lack the prefix `model.`.
         bare = "model.embed_tokens.weight" not in stored and "embed_tokens.weight" in stored
-        if bare and HEAD_WEIGHT not in stored and not ties_head(self.config):
+        headless = bare or "score.weight" in stored  # the class for sequence classification has another head
+        if headless and HEAD_WEIGHT not in stored and not ties_head(self.config):
             self.config[HEADLESS] = True
         places = {}
         for name, file in stored.items():
             ours = encoder_name(self.config, name)
-            if ours is not None and not is_excluded(self.config, name):
+            if ours is None:
+                self._heads[without_encoder_prefix(name)] = (file, name)
+            elif not is_excluded(self.config, name):
                 places[f"model.{ours}" if bare and not name.startswith("lm_head.") else ours] = (file, name)
         return self._with_experts(places)
 

@@ -71,6 +71,10 @@ class QuantizingSource(ModelSource):
             return self.unquantized.load(name)
         return QuantizedMatrix([self.stored_rows(name)], torch.float32).dense()
 
+    def head_tensor(self, name: str) -> Tensor | None:
+        """Return a parameter of a head for classification, which is not quantized; None if it is not there."""
+        return self.unquantized.head_tensor(name)
+
     def dtype(self, name: str) -> torch.dtype:
         """Return float32 for a quantized matrix, and the source's dtype for any other tensor."""
         return torch.float32 if self._quantizes(name) else self.unquantized.dtype(name)

@@ -61,6 +61,13 @@ class ModelSource(ABC):
         file.
         """
 
+    def head_tensor(self, name: str) -> Tensor | None:
+        """Return a parameter of the head of transformers' class for sequence classification; None if it is not there.
+
+        Such a tensor of an encoder is not among `tensor_names`, since it is not part of the base.
+        """
+        return self.load(name) if name in self.tensor_names() else None
+
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of the tensor that `load` returns, without dequantizing anything."""
         return self.load(name).dtype

@@ -45,6 +45,9 @@ _KEY_VALUE_TENSOR = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.(?:k_proj|v_p
 _INHERITED_KEYS = ("eos_token_id", "bos_token_id", "dtype", "torch_dtype", "transformers_version")
 
 
+_ENCODER_PARTS = ("embeddings.", "encoder.", "layers.", "final_norm.")
+
+
 @dataclass(frozen=True)
 class Wrapper:
     """The image model around a text model, or `TRUNK`."""
@@ -55,6 +58,15 @@ class Wrapper:
     def wrapped_name(self, name: str) -> str:
         """Return the name in transformers' class of a module or tensor of the text model."""
         return f"{self.prefix}.{name.removeprefix('model.')}".lstrip(".") if name.startswith("model.") else name
+
+
+@dataclass(frozen=True)
+class EncoderWrapper(Wrapper):
+    """The class of an encoder with a head for classification. The head has no prefix."""
+
+    def wrapped_name(self, name: str) -> str:
+        """Return the name of a module or tensor in the class."""
+        return f"{self.prefix}.{name}" if f"{name}.".startswith((*_ENCODER_PARTS, "pooler.")) else name
 
 
 TRUNK = Wrapper("", "")
@@ -70,9 +82,8 @@ def text_name(name: str) -> str | None:
     return rest if rest.split(".")[0] == "lm_head" else f"model.{rest}"
 
 
-_ENCODER_PREFIX = re.compile(r"(?:bert|model)\.")
+_ENCODER_PREFIX = re.compile(r"^(?:bert|model)\.")
 """Prefix of an encoder's tensors in files of a model with a head for another task."""
-_ENCODER_PARTS = ("embeddings.", "encoder.", "layers.", "final_norm.")
 _OLDER_NORMS = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
 
@@ -83,10 +94,15 @@ def encoder_name(config: Mapping[str, Any], name: str) -> str | None:
     """
     if config.get("model_type") not in ENCODERS:
         return name
-    name = _ENCODER_PREFIX.sub("", name, count=1) if _ENCODER_PREFIX.match(name) else name
+    name = without_encoder_prefix(name)
     for older, newer in _OLDER_NORMS:
         name = name.removesuffix(older) + newer if name.endswith(older) else name
     return name if name.startswith(_ENCODER_PARTS) and not name.endswith(".position_ids") else None
+
+
+def without_encoder_prefix(name: str) -> str:
+    """Return the name of a tensor without the path of the encoder in a model with a head."""
+    return _ENCODER_PREFIX.sub("", name, count=1)
 
 
 def is_excluded(config: Mapping[str, Any], name: str) -> bool:

@@ -1,0 +1,136 @@
+"""Encode texts for a classification head, and find the labels of rows.
+
+    text   →   special tokens of the tokenizer around the text, placeholder
+
+The tokens are those of `tokenizer(text)`, so that transformers computes the same logits. As in `embedding_examples`,
+the pooling determines the supervised tokens. transformers reads the state of the last token that is not the padding
+token. Padding tokens at the end of a text are therefore left out if the head reads the last token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from backhand.data.data_report import TruncationStats
+from backhand.data.embedding_examples import pooled_document
+from backhand.data.examples import Example
+from backhand.data.rows import ClassLabel, ClassRow, PoolingName, ProblemType
+from backhand.data.text_encoder import LONGEST_TEXT, TextEncoder, TokenIds, too_long
+from backhand.errors import DataError
+
+SINGLE: ProblemType = "single_label_classification"
+MULTI: ProblemType = "multi_label_classification"
+NUMBER: ProblemType = "regression"
+
+
+@dataclass(frozen=True)
+class ClassFormat:
+    """The way from a text to the tokens whose states the head reads."""
+
+    pooling: PoolingName
+    padding_id: int | None = None  # the padding token of the model, or None
+
+
+class ClassEncoder:
+    """Make examples of texts for a classification head.
+
+    Args:
+        encoder: of the model's tokenizer.
+        text_format: pooling and padding token.
+        max_length: largest number of tokens of a text.
+        drop: leave out rows with a longer text, instead of cutting it.
+    """
+
+    def __init__(self, encoder: TextEncoder, text_format: ClassFormat, max_length: int, *, drop: bool = False) -> None:
+        self._encoder, self._format = encoder, text_format
+        self._max_length, self._drop = max_length, drop
+
+    def encode(self, rows: Sequence[ClassRow], stats: TruncationStats) -> list[Example | DataError | None]:
+        """Encode rows: an example each, an error for a text without tokens, None if a text is too long."""
+        encoded = iter(self._encoder.ids_of([row.text for row in rows if len(row.text) <= LONGEST_TEXT]))
+        return [
+            too_long(row.text, row.source) if len(row.text) > LONGEST_TEXT else self._example(row, next(encoded), stats)
+            for row in rows
+        ]
+
+    def _example(self, row: ClassRow, ids: TokenIds, stats: TruncationStats) -> Example | DataError | None:
+        before, after = self._encoder.prefix_ids, self._encoder.suffix_ids
+        if not len(ids):
+            return DataError("a text has no tokens", where=row.source, next_step="remove the row")
+        room = self._max_length - len(before) - len(after)
+        if len(ids) > room:
+            (stats.dropped_long if self._drop else stats.truncated).append(row.source)
+            if self._drop:
+                return None
+        tokens = [*before, *ids[:room].tolist(), *after]
+        while self._format.pooling == "last" and len(tokens) > 1 and tokens[-1] == self._format.padding_id:
+            tokens.pop()
+        label = None if row.label is None else ClassLabel(row.label)
+        return pooled_document(tokens, self._format.pooling, row.source, class_label=label)
+
+
+def problem_of(labels: Iterable[ClassLabel]) -> ProblemType:
+    """Return the kind of problem that labels pose: lists are several labels, fractions are numbers.
+
+    Integers are names of labels, unless a fraction is among the labels.
+    """
+    values = [label.value for label in labels]
+    if any(isinstance(value, tuple) for value in values):
+        return MULTI
+    numbers = [_number(value) for value in values]
+    if None not in numbers and any(isinstance(value, float) or not _is_integer(str(value)) for value in values):
+        return NUMBER
+    return SINGLE
+
+
+def names_of(labels: Iterable[ClassLabel], problem: ProblemType) -> tuple[str, ...]:
+    """Return the names of all labels: integers in order, else sorted. A number has one output without a name."""
+    if problem == NUMBER:
+        return ("LABEL_0",)
+    names = {name for label in labels for name in label.names}
+    return tuple(sorted(names, key=int if all(map(_is_integer, names)) else str))
+
+
+def target_of(label: ClassLabel, problem: ProblemType, names: Sequence[str], source: str) -> list[float]:
+    """Return the target of each output: 1 for labels that apply and 0 for others, or the number.
+
+    Raises:
+        DataError: the label is none of the names, or does not fit the kind of problem.
+    """
+    if problem == NUMBER:
+        number = _number(label.value)
+        if number is None:
+            raise DataError(
+                f"the label is {label.value!r}, not a number",
+                where=source,
+                next_step="give a number, or --problem-type single_label_classification",
+            )
+        return [number]
+    if problem == SINGLE and isinstance(label.value, tuple):
+        raise DataError(
+            f"the row has {len(label.value)} labels in a list, and other rows have one",
+            where=source,
+            next_step="give a list in every row, or --problem-type multi_label_classification",
+        )
+    if unknown := [name for name in label.names if name not in names]:
+        raise DataError(
+            f"the label {unknown[0]!r} is none of the labels of the run",
+            where=source,
+            why=f"they are those of the training rows: {', '.join(names[:10])}",
+            next_step="add training rows with this label, or remove the row",
+        )
+    return [float(name in label.names) for name in names]
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if number - number == 0 else None
+
+
+def _is_integer(text: str) -> bool:
+    return text.lstrip("-").isdigit() and text.isascii()

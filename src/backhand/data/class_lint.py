@@ -1,0 +1,46 @@
+"""Problems of rows for a classification head: contradictions, rare labels, one frequent label, the scale of numbers."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from backhand.data.class_examples import NUMBER, SINGLE, problem_of, target_of
+from backhand.data.decision_lint import MOST_FREQUENT
+from backhand.data.examples import Example
+from backhand.data.rows import ClassLabel
+from backhand.words import name_list, shorten
+
+_FEWEST_ROWS = 4
+_FAR = 10.0
+"""Mean or deviation of numbers from which a new head, whose outputs are near 0, is far from them."""
+
+
+def problems_of_classes(examples: Iterable[Example]) -> tuple[list[tuple[Any, ...]], dict[str, int]]:
+    """Return (kind, locations, phrases) for each kind of problem, see `lint.CHECKS`, and the rows of each label."""
+    rows = [(one.source, one.class_label, one.input_ids.tobytes()) for one in examples if one.class_label is not None]
+    problem = problem_of(label for _, label, _ in rows)
+    if problem == NUMBER:
+        return _of_numbers([(source, label) for source, label, _ in rows]), {}
+    label_of: dict[bytes, ClassLabel] = {}
+    contradicting = [source for source, label, ids in rows if label_of.setdefault(ids, label) != label]
+    counts = Counter(name for _, label, _ in rows for name in label.names)
+    rare = {name: count for name, count in counts.items() if count < _FEWEST_ROWS}
+    of_rare = [source for source, label, _ in rows if rare.keys() & set(label.names)]
+    problems: list[tuple[Any, ...]] = [
+        ("contradicting_labels", contradicting),
+        ("rare_label", of_rare, _FEWEST_ROWS, name_list(map(shorten, rare), limit=5)),
+    ]
+    most, count = counts.most_common(1)[0] if counts else ("", 0)
+    if problem == SINGLE and count >= MOST_FREQUENT * len(rows):
+        problems.append(("one_class", [rows[0][0]], f"{shorten(most)} in {count / len(rows):.0%} of the rows"))
+    return problems, dict(counts)
+
+
+def _of_numbers(rows: list[tuple[str, ClassLabel]]) -> list[tuple[Any, ...]]:
+    numbers = [target_of(label, NUMBER, (), source)[0] for source, label in rows]
+    mean, deviation = statistics.fmean(numbers), statistics.pstdev(numbers)
+    far = [rows[0][0]] if max(abs(mean), deviation) > _FAR else []
+    return [("scale", far, mean, deviation)]

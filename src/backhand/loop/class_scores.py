@@ -1,0 +1,127 @@
+"""Scores of a classification head on rows with labels, and those of the best constant answer.
+
+    one label       accuracy, macro F1, and NLL, the mean -log p of the label
+    several labels  accuracy, the share of rows with exactly the right labels; macro F1 over labels; NLL, the mean
+                    binary cross-entropy per label. A label is given if its probability is above 1/2
+    a number        MSE, the mean squared error; R², its improvement over the mean of the numbers; Spearman's
+                    correlation of the ranks
+
+The best constant answer gives the same output to every row: the frequencies of the labels, or the mean of the numbers.
+A model that is not better has learned nothing from the texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backhand.data.class_examples import MULTI, NUMBER
+from backhand.data.rows import ProblemType
+from backhand.loop.label_scores import label_score
+from backhand.loop.retrieval_scores import spearman
+from backhand.ops.binary_cross_entropy import binary_cross_entropy_forward
+from backhand.ops.cross_entropy import cross_entropy_forward
+
+_SURPRISES = 5
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Scores of one model on the same rows."""
+
+    rows: int
+    problem_type: ProblemType
+    loss: float  # mean loss of a row
+    values: dict[str, float]  # by name: accuracy, f1_macro and nll, or mse, r2 and spearman
+    constant: bool  # True if the model gives the same answer to all rows, although their answers differ
+    # number of rows by label, then by answer; empty unless a row has one label
+    confusion: dict[str, dict[str, int]]
+    surprises: list[dict[str, Any]]  # rows with the largest losses: source, answer, given, loss
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the scores as JSON values."""
+        fields = asdict(self)
+        return {**fields.pop("values"), **fields}
+
+
+def row_losses(logits: Tensor, targets: Tensor, problem: ProblemType) -> Tensor:
+    """Return the loss of every row, (rows,) float64.
+
+    Args:
+        logits: (rows, outputs) float64.
+        targets: (rows, outputs) float64, see `data.class_examples.target_of`.
+    """
+    if problem == NUMBER:
+        return (logits - targets).square().sum(1)
+    if problem == MULTI:
+        return binary_cross_entropy_forward(logits, targets)[0].mean(1)
+    return cross_entropy_forward(logits, targets.argmax(1))[0]
+
+
+def constant_logits(targets: Tensor, problem: ProblemType) -> Tensor:
+    """Return the logits of the best constant answer to these rows, (rows, outputs)."""
+    mean = targets.mean(0, keepdim=True)
+    if problem != NUMBER:
+        tiny = torch.finfo(torch.float64).tiny
+        mean = mean.clamp_min(tiny).log() - ((1 - mean).clamp_min(tiny).log() if problem == MULTI else 0)
+    return mean.expand(len(targets), -1)
+
+
+def score_classes(
+    logits: Tensor, targets: Tensor, problem: ProblemType, labels: Sequence[str], sources: Sequence[str]
+) -> ClassScores:
+    """Score the logits of rows.
+
+    Args:
+        logits, targets: as in `row_losses`.
+        labels: names of the outputs.
+        sources: location of each row.
+    """
+    losses = row_losses(logits, targets, problem)
+    confusion: dict[str, dict[str, int]] = {}
+    right, given = ([_shown(row, problem, labels) for row in each] for each in (targets, _decided(logits, problem)))
+    if problem == NUMBER:
+        mse, spread = float(losses.mean()), float(targets.var(unbiased=False))
+        ranks = spearman(logits[:, 0].numpy(), targets[:, 0].numpy())
+        values = {"mse": mse, "r2": 1 - mse / spread if spread else 0.0, "spearman": ranks}
+    else:
+        hits = [one == other for one, other in zip(right, given, strict=True)]
+        values = {"accuracy": sum(hits) / len(hits), "nll": float(losses.mean())}
+        if problem == MULTI:
+            values["f1_macro"] = _macro_f1(_decided(logits, problem), targets)
+        else:
+            of_labels = label_score(right, given, dict.fromkeys(labels), right)
+            values["f1_macro"], confusion = of_labels.f1_macro, of_labels.confusion
+    order = losses.argsort(descending=True, stable=True)[:_SURPRISES].tolist()
+    surprises = [
+        {"source": sources[row], "answer": right[row], "given": given[row], "loss": float(losses[row])} for row in order
+    ]
+    constant = len({*given}) == 1 and len({*right}) > 1
+    return ClassScores(len(targets), problem, float(losses.mean()), values, constant, confusion, surprises)
+
+
+def _decided(logits: Tensor, problem: ProblemType) -> Tensor:
+    """Return the answer of every row in the form of targets."""
+    if problem == NUMBER:
+        return logits
+    if problem == MULTI:
+        return (logits > 0).to(logits.dtype)
+    return torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).to(logits.dtype)
+
+
+def _shown(row: Tensor, problem: ProblemType, labels: Sequence[str]) -> str:
+    """Return an answer as text."""
+    if problem == NUMBER:
+        return f"{float(row):.6g}"
+    return ", ".join(label for label, applies in zip(labels, row.tolist(), strict=True) if applies) or "none"
+
+
+def _macro_f1(given: Tensor, targets: Tensor) -> float:
+    """Return the mean F1 of the labels. A label that neither occurs nor is given is left out."""
+    both, either = (given * targets).sum(0), given.sum(0) + targets.sum(0)
+    occurs = either > 0
+    return float((2 * both[occurs] / either[occurs]).mean()) if bool(occurs.any()) else 1.0

@@ -1,0 +1,225 @@
+"""Give texts the labels or the number of an adapter's classification head, and score it on rows with labels."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backhand.bounds import check_kind
+from backhand.data.class_examples import MULTI, NUMBER, ClassEncoder, ClassFormat
+from backhand.data.data_report import TruncationStats
+from backhand.data.examples import Example, check_vocabulary
+from backhand.data.options import DataOptions, NamedColumns, RowSources
+from backhand.data.packing import RowPacker
+from backhand.data.prepare import prepare
+from backhand.data.raw_rows import RowErrors
+from backhand.data.row_pipeline import RowPipeline
+from backhand.data.rows import ClassRow, EmbeddingRow, ProblemType
+from backhand.data.sources import expand
+from backhand.data.stored_examples import StoredExamples, stored
+from backhand.data.text_encoder import TextEncoder
+from backhand.distributed.communicator import Communicator
+from backhand.errors import DataError, UsageError, not_none
+from backhand.files import write_atomically
+from backhand.generation.command import check_output
+from backhand.generation.completer import EngineCompleter, require_finite
+from backhand.generation.loading import LoadedModel, loaded_model
+from backhand.loop.class_scores import ClassScores, constant_logits, score_classes
+from backhand.loop.objectives.classify import logits_of_rows, targets_of
+from backhand.options.command_options import ClassifyOptions
+from backhand.printing import counting, say
+from backhand.terminal import console_for_tables, table_of, working
+from backhand.words import count_of, shorten, show_notes
+
+_ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model with a classification head."""
+
+    loaded: LoadedModel
+    problem: ProblemType
+    labels: Sequence[str]  # names of the outputs
+    max_length: int
+    micro_batch_rows: int
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, micro_batch_rows: int) -> Classifier:
+        """Return the classifier of a loaded adapter. Raises UsageError if the adapter has no classification head."""
+        known: Mapping[str, Any] = loaded.classification
+        if not known:
+            raise UsageError(
+                "this adapter has no classification head",
+                where="adapter",
+                next_step="train one with --objective classify; answers that are labels: backhand generate --labels",
+            )
+        context = loaded.model.context_tokens
+        longest = min(int(known.get("max_length") or context), context)
+        return cls(loaded, known["problem_type"], known["labels"], longest, micro_batch_rows)
+
+    @property
+    def text_format(self) -> ClassFormat:
+        """The way from a text to its tokens."""
+        model = self.loaded.model
+        assert isinstance(model, EngineCompleter), "other engines have no adapters with heads"
+        return ClassFormat(model.decoder.config.class_head.pooling, self.loaded.padding_id)
+
+    def logits(self, examples: StoredExamples, what: str = "texts") -> Tensor:
+        """Return the logits of encoded texts, (texts, outputs) float64.
+
+        Raises:
+            DataError: a token that the model does not have.
+            CheckError: the model computes NaN or infinity.
+        """
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        assert isinstance(model, EngineCompleter), "other engines have no adapters with heads"
+        check_vocabulary(examples.beyond(model.vocab_size), model.vocab_size, tokenizer)
+        packer, rows = RowPacker(examples, share_prefixes=model.shares_prefixes), self.micro_batch_rows
+        with counting(what, -(-len(examples) // rows), "batches") as done:
+            logits = not_none(logits_of_rows(model.decoder, packer, rows, Communicator(), done=done))
+        require_finite(logits)
+        return logits
+
+    def answers(self, texts: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+        """Yield the answer to each text: its label or labels with all probabilities, or its number.
+
+        Args:
+            texts: each text with its location.
+
+        Raises:
+            DataError, CheckError: as `logits`, and for a text without tokens.
+        """
+        encoder = ClassEncoder(TextEncoder(self.loaded.tokenizer), self.text_format, self.max_length)
+        stats = TruncationStats()
+        for start in range(0, len(texts), _ROWS_AT_ONCE):
+            rows = [ClassRow(text, None, source) for text, source in texts[start : start + _ROWS_AT_ONCE]]
+            examples = []
+            for example in encoder.encode(rows, stats):
+                if not isinstance(example, Example):
+                    raise not_none(example)
+                examples.append(example)
+            yield from map(self.answer, self.logits(stored(examples)))
+        if stats.truncated:
+            show_notes([f"{count_of(len(stats.truncated), 'text')} cut to {self.max_length:,} tokens"])
+
+    def answer(self, logits: Tensor) -> dict[str, Any]:
+        """Return the answer with these logits, (outputs,)."""
+        if self.problem == NUMBER:
+            return {"value": float(logits)}
+        p = (torch.sigmoid(logits) if self.problem == MULTI else torch.softmax(logits, 0)).tolist()
+        scores = dict(sorted(zip(self.labels, p, strict=True), key=lambda one: -one[1]))
+        if self.problem == MULTI:
+            return {"labels": [label for label, share in scores.items() if share > 0.5], "scores": scores}
+        label = next(iter(scores))
+        return {"label": label, "score": scores[label], "scores": scores}
+
+
+def classify(options: ClassifyOptions) -> list[dict[str, Any]]:
+    """Classify one text, or the texts of files.
+
+    Returns:
+        per text `label`, `score` and the `scores` of all labels; for several labels `labels` and `scores`; for a number
+        its `value`.
+
+    Raises:
+        UsageError, DataError, ArtifactError: an option, the texts, the model or the adapter cannot be used.
+    """
+    check_kind("options", options, ClassifyOptions)
+    options.validate()
+    run = options.run
+    if run.text is not None:
+        texts = [(run.text, "text")]
+    else:
+        texts = _texts(options.data, NamedColumns(prompt=run.prompt))
+    with loaded_model(options.model, run.adapter, classifies=True) as loaded:
+        show_notes(loaded.notes)
+        return list(Classifier.of(loaded, run.micro_batch_rows).answers(texts))
+
+
+def _texts(data: RowSources, named: NamedColumns) -> list[tuple[str, str]]:
+    """Return all valid texts of the files with their locations."""
+    bad = RowErrors(data.skip_bad)
+    pipeline = RowPipeline(data, named, None, bad, "texts")
+    texts: list[tuple[str, str]] = []
+    for name in expand(data.data):
+        for row in pipeline.open_file(name)[2]:
+            if len(texts) == data.max_rows:
+                break
+            assert isinstance(row, EmbeddingRow)
+            texts.append((row.texts[0], row.source))
+    if bad.count:
+        show_notes([f"{count_of(bad.count, 'malformed row')} left out, the first: {bad.errors[0].one_line}"])
+    if not texts:
+        raise DataError("there is no text", where=", ".join(data.data))
+    return texts
+
+
+def classify_command(options: ClassifyOptions) -> list[dict[str, Any]]:
+    """Run `classify` and write one JSON object per text, to `output` or to standard output."""
+    output = options.run.output
+    check_output(output, overwrite=options.run.overwrite)
+    with working("classifying"):
+        answers = classify(options)
+    text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        write_atomically(output, text.encode())
+        say(f"{count_of(len(answers), 'answer')} written to {output}")
+    return answers
+
+
+def evaluate_classes(
+    loaded: LoadedModel, data: DataOptions, micro_batch_rows: int
+) -> tuple[int, list[tuple[float, ClassScores]]]:
+    """Score the best constant answer and the adapter on rows with labels.
+
+    Returns:
+        the number of rows; and for each of the two the mean loss of a row and the scores.
+
+    Raises:
+        UsageError, DataError: see `data.prepare`. DataError also for a label that the adapter does not have.
+    """
+    classifier = Classifier.of(loaded, micro_batch_rows)
+    data = replace(data, eval_data=(), eval_fraction=0.0, max_length=min(data.max_length, classifier.max_length))
+    text_format = classifier.text_format
+    prepared, _ = prepare(data, loaded.tokenizer, purpose="classes", text_format=text_format, recorded=loaded.columns)
+    show_notes(prepared.report.left_out())
+    examples, problem = prepared.examples, classifier.problem
+    targets = targets_of(RowPacker(examples, share_prefixes=False), problem, classifier.labels)
+    sources = [examples[row].source for row in range(len(examples))]
+    results = []
+    for logits in (constant_logits(targets, problem), classifier.logits(examples, "rows")):
+        scores = score_classes(logits, targets, problem, classifier.labels, sources)
+        results.append((scores.loss, scores))
+    return len(examples), results
+
+
+def print_classes(scores: Mapping[str, ClassScores]) -> None:
+    """Print a table with a line per model, and the rows with the largest losses of the last one.
+
+    Args:
+        scores: by the model's name.
+    """
+    names = list(next(iter(scores.values())).values)
+    shown = table_of("model", *names, right=names, title=f"{next(iter(scores.values())).rows:,} rows")
+    for name, one in scores.items():
+        shown.add_row(name, *(f"{one.values[score]:.4f}" for score in names))
+    console = console_for_tables()
+    console.print(shown)
+    last = list(scores.values())[-1]
+    if last.constant:
+        console.print("the model gives the same answer to all rows", soft_wrap=True)
+    for row in last.surprises[:1]:
+        console.print(
+            f"the largest loss is at {row['source']}: the answer is {shorten(row['answer'])}, and the model gives "
+            f"{shorten(row['given'])}",
+            soft_wrap=True,
+        )

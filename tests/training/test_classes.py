@@ -1,0 +1,300 @@
+"""Runs with a classification head: rows, losses, scores, resuming, several processes, and use of the adapter."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+import backhand
+from backhand.data.class_examples import MULTI, NUMBER, SINGLE, names_of, problem_of, target_of
+from backhand.data.lint import lint
+from backhand.data.options import DataOptions
+from backhand.data.rows import ClassLabel, ProblemType
+from backhand.engines.machine import resolve_machine
+from backhand.errors import ArtifactError, BackhandError, DataError, UsageError
+from backhand.interop.merging import merge_command
+from backhand.interop.options import MergeOptions
+from backhand.loop.class_scores import constant_logits, row_losses, score_classes
+from backhand.loop.objectives.classify import loss_and_gradient
+from backhand.nn.loading.opening import open_model
+from backhand.options.config import TrainConfig
+from backhand.options.objectives import ObjectiveOptions
+from backhand.report.page import run_page
+from backhand.report.run_record import read_run
+from backhand.runs.summary import read_summary
+from backhand.training.console import closing_lines
+from backhand.training.plan import plan_run
+from backhand.training.run import train
+from support.page import Page
+from support.ranks import bits_of_several, start_ranks
+from support.tiny_encoders import tiny_encoder
+from support.tiny_models import save_tiny
+from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
+
+SHAPES: dict[ProblemType, Any] = {
+    SINGLE: lambda words: "json" if "json" in words else "list" if "list" in words else "other",
+    MULTI: lambda words: [word for word in ("json", "list", "one") if word in words],
+    NUMBER: lambda words: words.count("json") + 0.5 * words.count("list") - 0.25,
+}
+
+
+def write_rows(path: Path, count: int, problem: ProblemType = SINGLE, seed: int = 0) -> str:
+    draw = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        words = draw.choice(["user", "json", "list", "asks", "one", "a"], draw.integers(2, 6)).tolist()
+        rows.append({"text": " ".join(words), "label": SHAPES[problem](words)})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def config(tiny: TinyRun, place: Path, output: Path, problem: ProblemType = SINGLE, **options: Any) -> TrainConfig:
+    """Four epochs of three steps of two micro-batches."""
+    data = {
+        "data": (write_rows(place / f"{problem}.jsonl", 24, problem),),
+        "eval_data": (write_rows(place / f"{problem}_held_out.jsonl", 12, problem, seed=1),),
+    }
+    made = tiny.config(output, **data, eval_every=4, save_every=1, batch_rows=8, micro_batch_rows=4, epochs=4)
+    return with_options(replace(made, objective=ObjectiveOptions("classify")), **options)
+
+
+def lines(run: Path, kind: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if kind in line]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    place = tmp_path_factory.mktemp("classes")
+    made = config(tiny, place, place / "run", prove_resume=3, epochs=8, learning_rate=1e-2)
+    train(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def of_bert(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Path]:
+    place = tmp_path_factory.mktemp("bert")
+    model = save_tiny(tiny_encoder("bert", max_position_embeddings=96), place / "model")
+    made = with_options(config(tiny, place, place / "run", MULTI, epochs=1), model=str(model))
+    train(made)
+    return made, model
+
+
+def test_a_run_learns_labels(straight: TrainConfig) -> None:
+    output = straight.run.output
+    steps, evaluations = lines(output, "loss"), lines(output, "eval_loss")
+    assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
+    assert all(0 <= line["eval_accuracy"] <= 1 and 0 <= line["eval_f1_macro"] <= 1 for line in evaluations)
+    summary = read_summary(output / "summary.json")
+    assert summary is not None and summary.base_classes is not None and summary.adapted_classes is not None
+    assert summary.base_eval_loss == pytest.approx(summary.base_classes["nll"])  # of the best constant answer
+    assert summary.adapted_classes["nll"] == pytest.approx(summary.best_eval_loss)
+    assert sum(sum(row.values()) for row in summary.adapted_classes["confusion"].values()) == 12
+    shown = closing_lines(summary)
+    assert any("12 held-out rows" in line and "most frequent answer" in line for line in shown)
+    assert any(line.startswith("Next: backhand classify") for line in shown)
+    assert not any("gguf" in line for line in shown)
+
+
+def test_the_adapter_names_its_labels(straight: TrainConfig) -> None:
+    adapter = straight.run.output / "adapter"
+    record = json.loads((adapter / "backhand.json").read_text())
+    labels = ["json", "list", "other"]
+    assert record["classification"] == {"problem_type": SINGLE, "labels": labels, "max_length": 128}
+    written = json.loads((adapter / "config.json").read_text())
+    assert written["id2label"] == {"0": "json", "1": "list", "2": "other"}
+    assert written["label2id"] == {"json": 0, "list": 1, "other": 2} and written["problem_type"] == SINGLE
+    assert json.loads((adapter / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+
+
+def test_transformers_and_peft_classify_padded_texts_alike(
+    straight: TrainConfig, of_bert: tuple[TrainConfig, Path], tiny: TinyRun
+) -> None:
+    texts = ["user asks a list", "json", "one one one a list user", "asks json a"]
+    for run, model in ((straight, tiny.model), of_bert):
+        adapter = run.run.output / "adapter"
+        ours = backhand.classify(prompts=texts, adapter=adapter, model=model, dtype="float32")
+        theirs_config = transformers.AutoConfig.from_pretrained(adapter)
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(model, config=theirs_config)
+        theirs = peft.PeftModel.from_pretrained(base, adapter).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        tokenizer.pad_token_id = theirs_config.pad_token_id
+        inputs = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+        with torch.no_grad():
+            logits = theirs(**inputs).logits
+        several = theirs_config.problem_type == MULTI
+        p = torch.sigmoid(logits) if several else torch.softmax(logits, 1)
+        for answer, row in zip(ours, p.tolist(), strict=True):
+            for number, label in theirs_config.id2label.items():
+                assert answer[label] == pytest.approx(row[number], abs=1e-5)
+
+
+def test_evaluation_scores_the_adapter_against_a_constant_answer(straight: TrainConfig, tiny: TinyRun) -> None:
+    adapter, rows = straight.run.output / "adapter", straight.data.eval_data[0]
+    found = backhand.evaluate(data=rows, adapter=adapter, model=tiny.model, dtype="float32").as_dict()
+    summary = read_summary(straight.run.output / "summary.json")
+    assert summary is not None and summary.adapted_classes is not None
+    assert found["rows"] == 12
+    assert found["adapted"]["classes"]["values"]["nll"] == pytest.approx(summary.adapted_classes["nll"], rel=1e-5)
+    assert found["base"]["classes"]["values"]["nll"] == pytest.approx(summary.base_eval_loss)
+
+
+def test_the_page_shows_the_scores(straight: TrainConfig) -> None:
+    page = Page(run_page(read_run(straight.run.output)))
+    text = page.one("section", id="answers").text
+    assert "best constant answer" in text and "Rows with the largest losses" in text
+    assert "answered before and after" not in text
+    assert "accuracy from" in page.one("section", id="result").text and "perplexity" not in page.one("body").text
+
+
+def test_an_adapter_with_a_head_answers_no_prompts_and_is_not_merged(straight: TrainConfig, tiny: TinyRun) -> None:
+    adapter = straight.run.output / "adapter"
+    with pytest.raises(UsageError, match="classification head"):
+        backhand.generate("user", adapter=adapter, model=tiny.model)
+    with pytest.raises(ArtifactError, match="classification head"):
+        merge_command(MergeOptions(adapter, straight.run.output / "merged", str(tiny.model), quiet=True))
+
+
+def test_a_stopped_run_ends_in_the_same_bits(straight: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(StopAfter.Stopped):
+        train(with_options(straight, output=tmp_path / "run", prove_resume=None), callbacks=[StopAfter(3)])
+    train(with_options(TrainConfig(), output=tmp_path / "run", resume=True, quiet=True))
+    ours, expected = final_bits(tmp_path / "run"), final_bits(straight.run.output)
+    assert {**ours, "README.md": b""} == {**expected, "README.md": b""}
+
+
+def test_two_processes_end_in_the_bits_of_one(tiny: TinyRun, tmp_path: Path) -> None:
+    made = config(tiny, tmp_path, tmp_path / "one", recompute="none", epochs=1, dropout=0.1)
+    train(made)
+    ranks = start_ranks([with_options(made, output=tmp_path / "two")] * 2, tmp_path / "ranks")
+    assert ranks.exit_codes() == [0, 0], ranks.said()
+    assert bits_of_several(tmp_path / "two") == bits_of_several(tmp_path / "one")
+
+
+def test_a_run_learns_numbers_on_a_quantized_base(tiny: TinyRun, tmp_path: Path) -> None:
+    made = config(tiny, tmp_path, tmp_path / "run", NUMBER, epochs=6, learning_rate=1e-2, base="quantized")
+    train(made)
+    summary = read_summary(tmp_path / "run" / "summary.json")
+    assert summary is not None and summary.base_classes is not None and summary.adapted_classes is not None
+    assert summary.base_classes["r2"] == pytest.approx(0)
+    assert summary.adapted_classes["mse"] < summary.base_classes["mse"]
+    (answer,) = backhand.classify(prompts=["json json"], adapter=tmp_path / "run" / "adapter", model=tiny.model)
+    assert list(answer) == ["value"]
+
+
+@pytest.mark.parametrize(
+    ("values", "problem", "names"),
+    [
+        (["b", "a", "b"], SINGLE, ("a", "b")),
+        (["10", "9", "-1"], SINGLE, ("-1", "9", "10")),
+        ([0.5, "1"], NUMBER, ("LABEL_0",)),
+        (["0.5", "1"], NUMBER, ("LABEL_0",)),
+        (["0.5", "x"], SINGLE, ("0.5", "x")),
+        ([("b",), ()], MULTI, ("b",)),
+    ],
+)
+def test_the_labels_decide_the_kind_of_problem(values: list[Any], problem: ProblemType, names: tuple[str, ...]) -> None:
+    labels = [ClassLabel(value) for value in values]
+    assert problem_of(labels) == problem
+    assert names_of(labels, problem) == names
+
+
+def test_labels_that_do_not_fit_are_named() -> None:
+    for label, problem, words in (
+        ("c", SINGLE, "none of the labels of the run"),
+        (("a", "b"), SINGLE, "labels in a list"),
+        ("high", NUMBER, "not a number"),
+    ):
+        with pytest.raises(DataError, match=words):
+            target_of(ClassLabel(label), problem, ("a", "b"), "rows.jsonl:3")
+
+
+@pytest.mark.parametrize("problem", SHAPES)
+def test_losses_and_gradients_are_those_of_transformers(problem: ProblemType) -> None:
+    outputs = 1 if problem == NUMBER else 3
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(7, outputs, generator=generator, dtype=torch.float64)
+    targets = torch.randn(7, outputs, generator=generator, dtype=torch.float64)
+    if problem == SINGLE:
+        targets = torch.nn.functional.one_hot(targets.argmax(1), outputs).double()
+    if problem == MULTI:
+        targets = (targets > 0).double()
+    labels = targets.argmax(1) if problem == SINGLE else targets[:, 0] if problem == NUMBER else targets
+    config = transformers.LlamaConfig(num_labels=outputs, problem_type=problem)
+    theirs = logits.clone().requires_grad_()
+    expected = transformers.loss.loss_utils.ForSequenceClassificationLoss(labels, theirs, config)
+    expected.backward()
+    mean = float(expected.detach())
+    total, d_logits = loss_and_gradient(logits, targets, problem)
+    assert float(total) / 7 == pytest.approx(mean, rel=1e-12)
+    assert torch.allclose(d_logits / 7, theirs.grad, rtol=1e-12, atol=1e-15)
+    assert float(row_losses(logits, targets, problem).mean()) == pytest.approx(mean, rel=1e-12)
+
+
+@pytest.mark.parametrize("problem", SHAPES)
+def test_no_constant_answer_is_better_than_the_best(problem: ProblemType) -> None:
+    outputs = 1 if problem == NUMBER else 3
+    draw = torch.rand(20, outputs, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    targets = draw if problem == NUMBER else torch.nn.functional.one_hot(draw.argmax(1), outputs).double()
+    best = constant_logits(targets, problem)
+    least = row_losses(best, targets, problem).mean()
+    for number in range(outputs):
+        other = best.clone()
+        other[:, number] += 0.1
+        assert row_losses(other, targets, problem).mean() > least
+    scores = score_classes(best, targets, problem, ["a", "b", "c"][:outputs], ["row"] * 20)
+    assert scores.constant and scores.loss == pytest.approx(float(least))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"engine": "transformers"}, UsageError, "backhand engine alone"),
+        ({"system": "Be kind."}, UsageError, "classify does not use it"),
+        ({"target_modules": ("lm_head",)}, UsageError, "does not depend on"),
+        ({"class_labels": ("json", "other")}, DataError, "none of the labels of the run"),
+        ({"problem_type": NUMBER}, DataError, "not a number"),
+        ({"class_labels": ("a", "a")}, UsageError, "not different labels"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    tiny: TinyRun, tmp_path: Path, options: dict[str, Any], error: type[BackhandError], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        train(config(tiny, tmp_path, tmp_path / "run", **options))
+
+
+def test_a_plan_needs_no_rows(tiny: TinyRun, tmp_path: Path) -> None:
+    made = config(tiny, tmp_path, tmp_path / "run", data=(), eval_data=())
+    plan = plan_run(made, resolve_machine(made), assumed_rows=True)
+    assert "score.weight" in [tensor.name for tensor in plan.inputs.layout.full_tensors]
+    assert plan.memory.peak_bytes > 0
+
+
+def test_one_label_in_all_rows_is_refused(tiny: TinyRun, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("note,team\nuser asks,a\njson,a\n")
+    made = config(tiny, tmp_path, tmp_path / "run", data=(str(rows),), eval_data=(), prompt="note", completion="team")
+    with pytest.raises(DataError, match="all rows have the label 'a'"):
+        train(made)
+
+
+def test_lint_reports_labels_that_contradict_and_labels_of_few_rows(tiny: TinyRun, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [("user asks", "a"), ("user asks", "b"), ("json", "b"), ("one", "b"), ("one list", "b")]
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    report, _ = lint(DataOptions(data=(str(path),)), open_model(str(tiny.model)).tokenizer(), purpose="classes")
+    assert {finding.kind: finding.where for finding in report.findings} == {
+        "contradicting_labels": (f"{path}:2",),
+        "rare_label": (f"{path}:1",),
+        "duplicate": (f"{path}:2 = {path}:1",),
+    }
+    assert report.labels == {"b": 4, "a": 1}
