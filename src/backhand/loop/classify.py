@@ -217,7 +217,7 @@ def print_classes(scores: Mapping[str, ClassScores]) -> None:
     last = list(scores.values())[-1]
     if last.constant:
         console.print("the model gives the same answer to all rows", soft_wrap=True)
-    for row in last.surprises[:1]:
+    for row in (one for one in last.surprises[:1] if one["answer"] != one["given"]):
         console.print(
             f"the largest loss is at {row['source']}: the answer is {shorten(row['answer'])}, and the model gives "
             f"{shorten(row['given'])}",

@@ -232,8 +232,7 @@ class Trainer:
             the summary with the measurements of the answers.
         """
         run, objective = self.run, self._held_out_objective
-        of_states = isinstance(objective, EmbedObjective | RankObjective | ClassifyObjective)
-        if of_states and self.processes.is_main_process:
+        if isinstance(objective, EmbedObjective | RankObjective | ClassifyObjective) and self.processes.is_main_process:
             run.bound.fill(str(self.directory.adapter))
             if isinstance(objective, EmbedObjective):
                 vectors, tokenizer = self._held_out_vectors(objective), run.inputs.source.tokenizer()
