@@ -20,7 +20,7 @@ CAPS: dict[str, dict[str, str]] = {
 # Of /proc/cpuinfo, the newest first.
 _INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX512", "avx2": "AVX2"}
 
-_PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "numpy", "backhand")
+_PACKAGES = ("torch", "transformers", "peft", "trl", "sentence-transformers", "bitsandbytes", "numpy", "backhand")
 
 
 def cap_instructions(name: str | None) -> None:

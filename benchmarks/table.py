@@ -226,6 +226,7 @@ def section() -> str:
     sections = (
         *(("rewards", rewards_section), ("rewards_sampling", sampling_section)),
         *(("baking", baking_section), ("few_shot", few_shot_section)),
+        *(("vectors", vectors_section), ("vectors_scores", vectors_scores_section)),
     )
     for name, make in sections:
         if (HERE / "results" / f"{name}.json").exists():
@@ -352,6 +353,49 @@ _BAKING_NAMES = {
     "trl": "TRL's SDFTTrainer as users run it",
     "trl-tuned": "TRL's SDFTTrainer, checkpointing off, allocator tuned",
 }
+
+
+_VECTORS_NAMES = {
+    "idle": "(torch, sentence-transformers and the model, nothing trained)",
+    "backhand": "**Backhand**, float32",
+    "backhand-bfloat16": "Backhand, bfloat16",
+    "sentence-transformers": "sentence-transformers with PEFT as documented",
+    "sentence-transformers-tuned": "the same tuned (no dropout, mini-batch, allocator, fused AdamW)",
+    "sentence-transformers-tuned-bfloat16": "the same tuned, bfloat16",
+}
+
+
+def vectors_section(results: dict[str, Any]) -> list[str]:
+    """Return the table of `vectors.json`: a step of InfoNCE over many pairs."""
+    lines = ["", "## Vectors (InfoNCE)", "", "`python benchmarks/vectors.py`", "", machine_line(results["machine"])]
+    head = ["", "pairs per second of a core", "Backhand is faster by", "peak memory", "of it Backhand's"]
+    for run in results["runs"]:
+        workload, peers = run["workload"], run["peers"]
+        ours, rows = peers["backhand"], []
+        for peer, row in peers.items():
+            step_s, memory = statistics.median(row["cpu_s"]), row["peak_rss_bytes"]
+            cells = [f"{workload['rows'] / step_s:.1f}", f"{step_s / statistics.median(ours['cpu_s']):.2f} ×"]
+            cells += [f"{memory / 2**20:.0f} MiB", f"{ours['peak_rss_bytes'] / memory:.2f}"]
+            if peer == "idle":
+                cells = ["", "", cells[2], ""]
+            rows.append([_VECTORS_NAMES[peer], *cells])
+        about = f"MiniLM, {workload['rows']:,} pairs of documentation texts per step, at most {workload['max_length']} "
+        about += f"tokens each, mini-batches of {workload['mini_batch']} in the tuned peer:"
+        lines += ["", about, "", *table(head, rows)]
+    return lines
+
+
+def vectors_scores_section(results: dict[str, Any]) -> list[str]:
+    """Return the table of `vectors_scores.json`: nDCG@10 of held-out rows."""
+    about = f"Scores of {results['held_out']:,} held-out pairs after {results['steps']} steps of "
+    about += f"{results['rows_per_step']} pairs (`--scores`). The model alone has an nDCG@10 of {{:.3f}}:"
+    scores = dict(results["ndcg@10"])
+    lines = ["", about.format(scores.pop("base")), ""]
+    rows = [
+        [peer, f"{statistics.mean(of_peer):.4f}", f"{min(of_peer):.4f} to {max(of_peer):.4f}", str(len(of_peer))]
+        for peer, of_peer in scores.items()
+    ]
+    return [*lines, *table(["", "nDCG@10, mean", "of the seeds", "seeds"], rows)]
 
 
 def shapes_section(results: dict[str, Any]) -> list[str]:
