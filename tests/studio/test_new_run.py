@@ -262,6 +262,7 @@ def test_a_renamed_run_starts_again_in_its_own_directory(
         ("prompt,chosen,rejected", "{n},b,c", {"objective": "dpo"}),
         ("anchor,positive,negative", "{n},b,c", {"objective": "embed"}),
         ("prompt,completion,label", "{n},b,true", {"objective": "kto"}),
+        ("query,document,label", "{n},b,1", {"objective": "rank"}),
         (
             "title,text,section",
             "title {n},text {n},{k}",

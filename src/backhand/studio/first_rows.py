@@ -50,6 +50,8 @@ def _suggested(columns: Sequence[str], classes: Sequence[str], texts: Sequence[s
     small = {column.lower() for column in columns}
     if {"chosen", "rejected"} <= small:
         return {"objective": "dpo"}
+    if "query" in small and small & {"document", "documents", "docs", "passage"}:
+        return {"objective": "rank"}
     if {"anchor", "positive"} <= small or {"sentence1", "sentence2", "score"} <= small:
         return {"objective": "embed"}
     if {"prompt", "completion", "label"} <= small:

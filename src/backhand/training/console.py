@@ -395,6 +395,8 @@ def opening_facts(
     facts += [f"data: {line}" for line in report.lines(unit)]
     if objective.purpose == "pairs" and report.documents == 2 * report.rows:
         facts.append("data: each row has two documents, with the chosen and with the rejected answer")
+    if objective.purpose == "rankings":
+        facts.append("data: each text of a row is two documents, which end in yes and in no")
     if run.inputs.held_out is not None:
         facts.append(f"held out: {'; '.join(run.inputs.held_out.report.lines(unit))}")
     facts.append(
