@@ -14,11 +14,11 @@ computed once (`data.prefix_forest`), and the two documents of a text differ in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from backhand.data.documents import RowRenderer
 from backhand.data.embedding_examples import identity
 from backhand.data.examples import Example, encode_document
 from backhand.data.rows import INSTRUCTION, Completion, RankedTexts, RankingRow
-from backhand.data.text_encoder import TokenIds
+from backhand.data.text_encoder import LONGEST_TEXT, TokenIds, too_long
 from backhand.errors import DataError
 
 SYSTEM = (
@@ -106,35 +106,42 @@ class RankingEncoder:
     @cached_property
     def _tail(self) -> int:
         """Number of tokens between a document and the answer."""
-        one, other = self._prompts(self._rendered(RankingRow("a", ("a", "b"), (), "prompt")))
+        one, other = (self._prompt(one) for one in self._rendered(RankingRow("a", ("a", "b"), (), "prompt")))
         shorter = min(len(one), len(other))
         return int((one[-shorter:] == other[-shorter:])[::-1].argmin())
 
     def encode(self, rows: Sequence[RankingRow], stats: TruncationStats) -> list[Example | DataError | None]:
-        """Encode rows: an example each, an error for a row that cannot be rendered, None if a row is too long."""
+        """Encode rows: an example each, an error for a row that cannot be encoded, None if a row is too long."""
         rendered: list[list[Document] | DataError] = []
         for row in rows:
             try:
                 rendered.append(self._rendered(row))
             except DataError as error:
                 rendered.append(error)
-        prompts = self._prompts(one for part in rendered if isinstance(part, list) for one in part)
-        return [
-            part if isinstance(part, DataError) else self._example(row, list(islice(prompts, len(part))), stats)
-            for row, part in zip(rows, rendered, strict=True)
-        ]
+        documents = [document for part in rendered if isinstance(part, list) for document in part]
+        encodings = self._renderer.encoder.encode_in_groups(documents)
+        examples: list[Example | DataError | None] = []
+        for row, part in zip(rows, rendered, strict=True):
+            if isinstance(part, DataError):
+                examples.append(part)
+                continue
+            encoded = list(zip(part, islice(encodings, len(part)), strict=True))
+            try:
+                examples.append(self._example(row, [self._prompt(*one) for one in encoded], stats))
+            except DataError as error:
+                examples.append(error)
+        return examples
 
     def _rendered(self, row: RankingRow) -> list[Document]:
+        if long := next((text for text in (row.query, *row.documents) if len(text) > LONGEST_TEXT), None):
+            raise too_long(long, row.source)
         texts = (self.text(row.query, document, row.source) for document in row.documents)
         return [document for text in texts for document in self._renderer.documents(text)]
 
-    def _prompts(self, rendered: Iterable[Document]) -> Iterator[TokenIds]:
-        """Yield the tokens of each document before its answer."""
-        encoder = self._renderer.encoder
-        documents = list(rendered)
-        for document, encoding in zip(documents, encoder.encode_in_groups(documents), strict=True):
-            example = encode_document(document, encoder, encoding)
-            yield example.input_ids[: example.last_answer[0] + len(self.answers.lead)]
+    def _prompt(self, document: Document, encoding: Any = None) -> TokenIds:
+        """Return the tokens of a document before its answer."""
+        example = encode_document(document, self._renderer.encoder, encoding)
+        return example.input_ids[: example.last_answer[0] + len(self.answers.lead)]
 
     def _example(self, row: RankingRow, prompts: Sequence[TokenIds], stats: TruncationStats) -> Example | None:
         room = self._max_length - 1
