@@ -30,6 +30,7 @@ _RUN_READ = re.compile(r"(?<![\w/])runs/(\w+)")
 _RUN_MADE = re.compile(r"--output[ =]runs/(\w+)(?![\w/])")
 _ROWS_OF_RUNS = {
     "decided": "--data docs/recipes/tickets.jsonl --objective decide",
+    "ranked": "--data pairs.jsonl --objective rank",
     "vectors": "--data pairs.jsonl --objective embed --pooling mean",
 }
 """Rows and objective of runs that are not trained on `ROWS`."""

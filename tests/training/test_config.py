@@ -162,8 +162,9 @@ def test_something_else_than_the_dataclass_is_named(call: Any, said: str) -> Non
     assert said in str(refused.value)
 
 
-def test_few_rows_of_decisions_have_more_epochs() -> None:
-    decide = TrainConfig(objective=ObjectiveOptions(objective="decide"))
+@pytest.mark.parametrize("objective", ["decide", "rank"])
+def test_few_rows_of_new_labels_have_more_epochs(objective: Any) -> None:
+    decide = TrainConfig(objective=ObjectiveOptions(objective=objective))
     assert [decide.epochs_of(rows) for rows in (10, 160, 600, 10_000)] == [15, 10, 3, 3]
     assert TrainConfig().epochs_of(10) == 3
     assert replace(decide, optimization=OptimizationOptions(epochs=2)).epochs_of(10) == 2

@@ -93,8 +93,9 @@ class ModelOptions(BaseModelOptions):
 
 
 _EPOCHS = 3
-_DECIDE_STEPS, _MOST_EPOCHS = 100, 15
-"""The labels of decisions mean nothing to a model before it is trained. Fewer steps leave it close to guessing."""
+_NEW_LABELS, _LABEL_STEPS, _MOST_EPOCHS = ("decide", "rank"), 100, 15
+"""The labels of these objectives mean nothing to a model before it is trained. Fewer steps leave it close to guessing.
+"""
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ class OptimizationOptions(Options):
     """Steps, learning rate and batches."""
 
     epochs: Count | None = None
-    """Passes over the training rows. Default: 3, and with few rows for `decide` as many as make 100 steps, at most
-    15."""
+    """Passes over the training rows. Default: 3, and with few rows for `decide` or `rank` as many as make 100 steps, at
+    most 15."""
 
     max_steps: Count | None = None
     """Stop after this many optimizer steps, whatever the epochs."""
@@ -265,10 +266,10 @@ class TrainConfig(Options):
         optimization = self.optimization
         if optimization.epochs is not None:
             return optimization.epochs
-        if self.objective.objective != "decide":
+        if self.objective.objective not in _NEW_LABELS:
             return _EPOCHS
         steps_per_epoch = -(-rows // optimization.batch_rows)
-        return min(max(_EPOCHS, -(-_DECIDE_STEPS // steps_per_epoch)), _MOST_EPOCHS)
+        return min(max(_EPOCHS, -(-_LABEL_STEPS // steps_per_epoch)), _MOST_EPOCHS)
 
     @property
     def run_config(self) -> TrainConfig:
