@@ -444,6 +444,9 @@ def test_figures_of_vectors_are_those_of_all_cosines() -> None:
     order = sorted((n for n in range(15) if n % 3), key=lambda n: -float(of_anchor[n]))
     assert [one["text"] for one in found] == [str(n) for n in order[:3]]
     assert [one["right"] for one in found] == [n == 7 for n in order[:3]]
+    scored = [TextIdentities((2 * n, 2 * n + 1), 0.0) for n in range(5)]
+    (found,) = nearest_texts(scored, base[:10], [str(n) for n in range(10)], [0])
+    assert not any(one["right"] for one in found), "a score may say that the texts differ"
 
 
 def test_the_page_shows_the_scores_of_base_and_adapter(straight: TrainConfig) -> None:

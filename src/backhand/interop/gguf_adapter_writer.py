@@ -187,6 +187,8 @@ def _obstacles(config: DecoderConfig, architecture: str) -> Iterator[tuple[bool,
         full, *sliding = config.rotary
         own = any(one.scaling is not None or one.theta != full.theta for one in sliding)
         yield own, "a rotary base or scaling of the sliding layers' own"
+    if architecture in ("bert", "modern-bert"):
+        yield config.activation != "gelu", f"the activation {config.activation}"
     if architecture == "modern-bert":
         yield config.norm_bias or config.mlp_bias, "a bias of norms or of the MLP (norm_bias, mlp_bias)"
         every = full_attention_interval(config)

@@ -18,7 +18,14 @@ from backhand.loop.measuring import HeldOut
 from backhand.loop.objectives.embed import EmbedObjective, embed_rows
 from backhand.loop.retrieval_scores import VectorScores, score_vectors
 from backhand.loop.step import sequential_sum
-from backhand.loop.vector_changes import cosine_histogram, drift, first_documents, nearest_texts, neutral_packer
+from backhand.loop.vector_changes import (
+    SHOWN_LETTERS,
+    cosine_histogram,
+    drift,
+    first_documents,
+    nearest_texts,
+    neutral_packer,
+)
 from backhand.nn.decoder.decoder import Decoder
 
 if TYPE_CHECKING:
@@ -114,7 +121,7 @@ class HeldOutEmbeddings(HeldOut):
             of_neutral.append(neutral_vectors)
         first = first_documents(counts).tolist()
         result["neighbours"] = [
-            {"anchor": texts[first[row]], "base": before, "adapted": after}
+            {"anchor": texts[first[row]][:SHOWN_LETTERS], "base": before, "adapted": after}
             for row, before, after in zip(of_rows, *nearest, strict=True)
         ]
         return {**result, "neutral_drift": drift(*of_neutral)}

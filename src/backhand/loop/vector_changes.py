@@ -21,7 +21,7 @@ from backhand.ops.normalize import normalize_forward
 BINS = 40
 """Number of bins of a histogram of cosines, from -1 to 1."""
 NEAREST = 3
-_SHOWN_LETTERS = 300
+SHOWN_LETTERS = 300
 
 
 def neutral_packer(encoder: TextEncoder, text_format: EmbeddingFormat, max_length: int) -> RowPacker:
@@ -83,17 +83,18 @@ def nearest_texts(
     candidates: dict[int, int] = {}
     relevant: dict[int, set[int]] = {}
     for row, place in zip(rows, anchors, strict=True):
-        relevant.setdefault(row.texts[0], set()).add(row.texts[1])
+        if row.score is None:  # the second text of a scored pair may be dissimilar
+            relevant.setdefault(row.texts[0], set()).add(row.texts[1])
         for number, text in enumerate(row.texts[1:], place + 1):
             candidates.setdefault(text, number)
     digests, places = [*candidates], [*candidates.values()]
     found = []
     for number in shown:
         cosines, best = (units[places] @ units[anchors[number]]).topk(min(NEAREST, len(places)))
-        right = relevant[rows[number].texts[0]]
+        right = relevant.get(rows[number].texts[0], set())
         found.append(
             [
-                {"text": texts[places[one]][:_SHOWN_LETTERS], "cosine": cosine, "right": digests[one] in right}
+                {"text": texts[places[one]][:SHOWN_LETTERS], "cosine": cosine, "right": digests[one] in right}
                 for cosine, one in zip(cosines.tolist(), best.tolist(), strict=True)
             ]
         )

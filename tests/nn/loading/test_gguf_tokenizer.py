@@ -196,3 +196,21 @@ def test_vocabularies_that_cannot_be_used_are_named(kind: str, named: str, tmp_p
     with pytest.raises(ArtifactError, match=named) as raised:
         open_model(path).tokenizer()
     assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("keys", [("bos", "eos"), ("cls", "seperator")])
+def test_an_encoder_s_texts_are_between_its_marks_whatever_the_file_calls_them(
+    keys: tuple[str, str], tmp_path: Path
+) -> None:
+    """Older files have the ids of [CLS] and [SEP] alone, the latter under this key."""
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "▁hello", "▁world", "s"]
+
+    def add(writer: GGUFWriter) -> None:
+        writer.add_tokenizer_model("bert")
+        writer.add_token_list(tokens)
+        writer.add_token_types([3, 2, 3, 3, 1, 1, 1])
+        for key, token in zip((*keys, "unknown", "padding"), (2, 3, 1, 0), strict=True):
+            writer.add_uint32(f"tokenizer.ggml.{key}_token_id", token)
+
+    tokenizer = open_model(write_vocabulary_gguf(tmp_path / "v.gguf", len(tokens), add)).tokenizer()
+    assert tokenizer("hello worlds").input_ids == [2, 4, 5, 6, 3]

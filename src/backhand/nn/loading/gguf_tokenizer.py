@@ -84,6 +84,10 @@ def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
         role: _token(file, tokens, key)
         for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
     }
+    if kind == BERT_KIND or file.value("general.architecture") == "modern-bert":
+        # Older files name only [CLS] and [SEP], the latter by this key.
+        names["bos"] = names["bos"] or _token(file, tokens, "cls")
+        names["eos"] = names["eos"] or _token(file, tokens, "seperator")
     has_bos = file.value(_KEY + "add_bos_token", adds_bos) and names["bos"] is not None
     has_eos = file.value(_KEY + "add_eos_token", kind == BERT_KIND) and names["eos"] is not None
     _add_template(backend, names["bos"] if has_bos else None, names["eos"] if has_eos else None)
