@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from backhand.data.context import TeacherPrompts, context_files, named_contexts
+from backhand.data.context import TeacherPrompts, context_files, context_text, named_contexts
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare
+from backhand.data.rows import Completion
 from backhand.engines.machine import resolve_machine
 from backhand.errors import DataError, UsageError
 from backhand.loop.distillation import DistilledPacker, Lesson
@@ -79,6 +80,9 @@ def test_one_adapter_learns_all_contexts_and_resumes_with_the_same_command(tiny:
     train(with_options(second, resume=True), typed=frozenset(("context", "context_column")))
     one, other = (output / "adapter" / "adapter_model.safetensors" for output in outputs)
     assert one.read_bytes() == other.read_bytes()
+    without_column = with_options(second, resume=True, context_column=None)
+    assert list(train_command(without_column)) == [""], "the run itself is resumed, and no new run is inside it"
+    assert not (outputs[1] / "list").exists()
 
 
 def test_the_teacher_answers_with_the_context_of_each_row(tiny: TinyRun, tmp_path: Path) -> None:
@@ -114,6 +118,8 @@ def test_bad_contexts_are_refused(tiny: TinyRun, tmp_path: Path) -> None:
         train(config(tiny, tmp_path / "run"))
     with pytest.raises(UsageError, match="is no directory"):
         train(with_options(config(tiny, tmp_path / "run", context_column="topic"), context="answer in one word"))
+    with pytest.raises(UsageError, match="is no directory"):
+        named_contexts("answer\nin one word")
     with pytest.raises(DataError, match="no context in the column subject"):
         train(config(tiny, tmp_path / "run", context_column="subject"))
     rows = tmp_path / "rows.jsonl"
@@ -128,3 +134,22 @@ def test_bad_contexts_are_refused(tiny: TinyRun, tmp_path: Path) -> None:
         (folder / f"same.{suffix}").write_text("answer in json")
     with pytest.raises(UsageError, match=r"same\.md and same\.txt have the same name"):
         context_files(str(folder))
+
+
+def test_files_with_long_paths_are_read(tmp_path: Path) -> None:
+    folder = tmp_path / ("a" * 200) / ("b c" * 60)
+    folder.mkdir(parents=True)
+    (folder / "list.txt").write_text("answer in json")
+    assert context_text(str(folder / "list.txt")) == "answer in json\n"
+    assert json.loads(named_contexts(str(folder))) == {"list.txt": "answer in json\n"}
+    assert context_text("ü" * 200 + " and a word") == "ü" * 200 + " and a word", "no name of a file has so many bytes"
+
+
+def test_a_row_names_a_file_exactly_or_without_its_own_suffix(tmp_path: Path) -> None:
+    (tmp_path / "v1.txt").write_text("answer in json")
+    teacher = TeacherPrompts(named_contexts(str(tmp_path)), column="topic")
+    for name in ("v1", "v1.txt"):
+        assert teacher.of(Completion("a", "b", " ", None, "row 1", context=name)).system == "answer in json"
+    for name in ("v1.5", "v1.md", "other/v1.txt"):
+        with pytest.raises(DataError, match="there is no context"):
+            teacher.of(Completion("a", "b", " ", None, "row 1", context=name))

@@ -19,7 +19,7 @@ from backhand.reading import MAX_SETTINGS_BYTES, read_plain
 from backhand.words import name_list, nearest_names, shorten
 
 _LONGEST_NAME = 255
-"""Largest number of characters of a context that may be the name of a file."""
+"""Largest number of characters of a context that is taken for the name of a file if no such file exists."""
 
 
 def context_text(context: str) -> str:
@@ -30,33 +30,50 @@ def context_text(context: str) -> str:
     Raises:
         UsageError: it is one word, and no readable file has this name; or the file is empty.
     """
-    if len(context) > _LONGEST_NAME or "\n" in context or (" " in context.strip() and not Path(context).exists()):
-        return context
     if is_directory(context):
         raise UsageError(
             f"{shorten(context)!r} is a directory, and one context is needed here",
             where="context",
             next_step="name one of its files",
         )
+    if not _is_file(context) and (len(context) > _LONGEST_NAME or "\n" in context or " " in context.strip()):
+        return context
+    return read_context(Path(context))
+
+
+def read_context(path: Path) -> str:
+    """Return the contents of a file of a context, with a newline at the end.
+
+    Raises:
+        UsageError: the file cannot be read, or is empty.
+    """
     try:
-        text = read_plain(Path(context), MAX_SETTINGS_BYTES).decode("utf-8").strip()
+        text = read_plain(path, MAX_SETTINGS_BYTES).decode("utf-8").strip()
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{shorten(context)!r} is neither a readable file nor a text of several words",
+            f"{shorten(str(path))!r} is neither a readable file nor a text of several words",
             where="context",
             why=str(error),
             next_step="name a file in UTF-8, or give the prompt itself",
         ) from None
     if not text:
-        raise UsageError("the file is empty", where=f"context, {context}", next_step="write the prompt into it")
+        raise UsageError("the file is empty", where=f"context, {path}", next_step="write the prompt into it")
     return f"{text}\n"
+
+
+def _is_file(context: str) -> bool:
+    """Return True if a context is the name of a file."""
+    try:
+        return Path(context).is_file()
+    except (OSError, ValueError):  # a text that is too long for a name
+        return False
 
 
 def is_directory(context: str) -> bool:
     """Return True if a context is the name of a directory."""
     try:
         return Path(context).is_dir()
-    except OSError:  # a text that is too long for a name
+    except (OSError, ValueError):  # a text that is too long for a name
         return False
 
 
@@ -81,12 +98,12 @@ def context_files(directory: str) -> dict[str, Path]:
 
 
 def named_contexts(context: str) -> str:
-    """Return the contexts that rows name, as a JSON object of texts by name: of a directory, or as given.
+    """Return the contexts that rows name, as a JSON object of texts by file name: of a directory, or as given.
 
     Raises:
         UsageError: it is no directory, or a file in it cannot be read or is empty.
     """
-    if "\n" in context:  # the result of an earlier call, which a run stores
+    if "\n" in context and _is_json_object(context):  # the result of an earlier call, which a run stores
         return context
     if not is_directory(context):
         raise UsageError(
@@ -94,8 +111,15 @@ def named_contexts(context: str) -> str:
             where="context",
             next_step="give a directory of contexts, or leave out --context-column",
         )
-    texts = {name: context_text(str(path)) for name, path in context_files(context).items()}
+    texts = {path.name: read_context(path) for path in context_files(context).values()}
     return f"{json.dumps(texts, ensure_ascii=False)}\n"
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def context_messages(text: str) -> tuple[Message, ...]:
@@ -190,18 +214,23 @@ class TeacherPrompts:
         texts: dict[str, str] = {"": self.context} if self.column is None else json.loads(self.context)
         return {name: context_messages(text) for name, text in texts.items()}
 
+    @cached_property
+    def _file_names(self) -> dict[str, str]:
+        """The file name of each context by its name without suffix."""
+        return {Path(name).stem: name for name in self._contexts}
+
     def of(self, row: Row) -> OneText:
         """Return the row as the teacher reads it. Raises DataError if the row has not the necessary form."""
         if self.context is None:
             return with_demonstration(row, self.template)
         name = row.context if isinstance(row, Completion | Conversation) else ""
-        messages = self._contexts.get(name) or self._contexts.get(Path(name).stem)
+        messages = self._contexts.get(name) or self._contexts.get(self._file_names.get(name, name))
         if messages is None:
-            near = nearest_names(name, self._contexts)
+            near = nearest_names(name, self._file_names)
             raise DataError(
                 f"there is no context {shorten(name)!r}",
                 where=row.source,
-                why=f"the contexts are {name_list(self._contexts)}",
+                why=f"the contexts are {name_list(self._file_names)}",
                 next_step=f"did you mean {' or '.join(near)}?" if near else None,
             )
         return with_context(row, messages)

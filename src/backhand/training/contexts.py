@@ -12,6 +12,7 @@ from backhand.distributed.launch import in_process_group
 from backhand.errors import UsageError
 from backhand.options.config import TrainConfig
 from backhand.options.objectives import ObjectiveOptions
+from backhand.runs.directory import CONFIG
 from backhand.words import name_list
 
 
@@ -35,7 +36,8 @@ def count_contexts(objective: ObjectiveOptions) -> int:
 def runs_per_context(config: TrainConfig) -> Mapping[str, TrainConfig]:
     """Return a configuration for each file of a directory of contexts, by its name; empty if one run was asked for.
 
-    The run directories are inside `output`. With `resume`, those that do not exist yet are new runs.
+    The run directories are inside `output`. With `resume`, those that do not exist yet are new runs, unless `output` is
+    itself the run to resume.
 
     Raises:
         UsageError: a run directory exists already, or a launcher has started this process.
@@ -43,6 +45,8 @@ def runs_per_context(config: TrainConfig) -> Mapping[str, TrainConfig]:
     objective, run = config.objective, config.run
     context = objective.context
     if context is None or objective.context_column is not None or not is_directory(context):
+        return {}
+    if run.resume and (run.output / CONFIG).exists():  # one run, whose configuration has the column
         return {}
     if in_process_group():
         raise UsageError(

@@ -59,7 +59,10 @@ def resumed_config(given: TrainConfig, directory: Path, typed: frozenset[str] = 
         UsageError: options differ that determine the result of the run. Lists all of them.
     """
     stored = _with_explicit_base(load_config(directory / CONFIG))
-    given = replace(given, objective=with_context_text(given.objective))
+    objective = given.objective
+    if objective.context_column is None:  # the stored column says whether `context` is a file or a directory
+        objective = replace(objective, context_column=stored.objective.context_column)
+    given = replace(given, objective=with_context_text(objective))
     given_now, free = _with_layer_numbers(given, stored, typed), lambda part, name: f"{part}.{name}" in FREE_OPTIONS
     config, differences = merge_options(given_now, stored, typed, free)
     if differences:
