@@ -68,6 +68,13 @@ def test_options_can_come_in_any_order_and_are_sorted() -> None:
     assert question_of("q", TEAM, "row").keys == ("billing", "sales")
 
 
+def test_levels_with_equal_names_keep_their_numbers() -> None:
+    names = {"low high": ("low", "high"), "low low high": ("0: low", "1: low", "2: high")}
+    for levels, expected in names.items():
+        spec = {"type": "score", "instructions": "", "criteria": levels.split()}
+        assert question_of("q", spec, "row").option_names == expected
+
+
 @pytest.mark.parametrize(
     ("answers", "kind", "keys"),
     [

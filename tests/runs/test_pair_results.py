@@ -89,6 +89,12 @@ def test_the_next_step_is_the_chosen_answers_and_then_the_pairs(summary: RunSumm
     assert then == (
         "backhand train runs/short/config.toml --from-adapter runs/short-chosen/adapter --output runs/short-again"
     )
+    in_memory = advised(summary, lengths(6, 55), data=("python:0123",), model="base")
+    assert in_memory is not None and in_memory[1] == (
+        "backhand.train(data=…, model='base', completion='chosen', output='runs/short-chosen'), then "
+        "backhand.train(data=…, from_adapter='runs/short-chosen/adapter', output='runs/short-again') "
+        "with the other options as before"
+    )
     assert advised(summary, lengths(30, 4)) is None, "near the chosen answers"
     separated = advised(replace(summary, best_eval_loss=0.0003, steps=40), lengths(30, 4), from_adapter="first")
     assert separated is not None and "chosen answers became less probable by 12 nats" in separated[0]

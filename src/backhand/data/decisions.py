@@ -105,11 +105,15 @@ class Question:
 
     @property
     def option_names(self) -> tuple[str, ...]:
-        """The options in the words of the rows: yes and no, or the names of levels."""
+        """The options in the words of the rows: yes and no, or the names of levels. No two are equal."""
         if self.type == "noul":
             return self.labels
-        levels = zip(self.descriptions, self.keys, strict=True)
-        return tuple(name or key for name, key in levels) if self.type == "score" else self.keys
+        if self.type == "choice":
+            return self.keys
+        names = tuple(name or key for name, key in zip(self.descriptions, self.keys, strict=True))
+        if len({*names}) == len(names):
+            return names
+        return tuple(f"{key}: {name}" for key, name in zip(self.keys, names, strict=True))
 
     def to_json(self) -> dict[str, Any]:
         """Return the question in the protocol's form."""

@@ -278,18 +278,29 @@ def _pair_advice(config: TrainConfig, summary: RunSummary, answers: AnswerLength
         changes = f"--from-adapter {shlex.quote(started_from)} --learning-rate {rate / 3:.2g}"
         return sentence, _again(config, run, changes)
     first = run.with_name(f"{run.name}-chosen")
-    files = " ".join(map(shlex.quote, config.data.data))
-    model, adapter = shlex.quote(config.model.model), shlex.quote(str(first / ADAPTER))
-    train = f"backhand train --model {model} --data {files} --completion chosen --output {shlex.quote(str(first))}"
+    model, adapter = config.model.model, shlex.quote(str(first / ADAPTER))
+    then = _again(config, run, f"--from-adapter {adapter}")
+    if _has_rows_in_memory(config):
+        call = f"backhand.train(data=…, model={model!r}, completion='chosen', output={str(first)!r})"
+        steps = f"{call}, then {then}"
+    else:
+        files = " ".join(map(shlex.quote, config.data.data))
+        train = f"backhand train --model {shlex.quote(model)} --data {files} --completion chosen"
+        steps = f"{train} --output {shlex.quote(str(first))} && {then}"
     return (
         "Pairs teach which answer is better, not what to say: train on the chosen answers first, then on the pairs.",
-        f"{train} && {_again(config, run, f'--from-adapter {adapter}')}",
+        steps,
     )
 
 
 def _twice_as_long(config: TrainConfig, total_steps: int) -> str:
     options = config.optimization
     return f"--max-steps {2 * total_steps}" if options.max_steps else f"--epochs {2 * not_none(options.epochs)}"
+
+
+def _has_rows_in_memory(config: TrainConfig) -> bool:
+    """Return True if a program gave rows, which the command line cannot have."""
+    return any(name.startswith(PREFIX) for name in config.data.data)
 
 
 def _again(config: TrainConfig, run: Path, changes: str) -> str:
@@ -300,7 +311,7 @@ def _again(config: TrainConfig, run: Path, changes: str) -> str:
     repeated = re.fullmatch(r"(.*)-again(?:-(\d+))?", run.name, re.DOTALL)
     name = f"{repeated[1]}-again-{int(repeated[2] or 1) + 1}" if repeated else f"{run.name}-again"
     output = str(run.with_name(name))
-    if any(name.startswith(PREFIX) for name in config.data.data):
+    if _has_rows_in_memory(config):
         words = shlex.split(changes)
         names = [option.removeprefix("--").replace("-", "_") for option in words[::2]]
         values = [value if value[0].isdigit() else repr(value) for value in words[1::2]]
