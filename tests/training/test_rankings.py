@@ -30,9 +30,9 @@ from backhand.data.rows import RankedTexts, RankingRow
 from backhand.errors import CheckError, DataError, UsageError
 from backhand.interop.command import export_command
 from backhand.interop.options import ExportOptions
-from backhand.loop.evaluate import evaluate_command
+from backhand.loop.evaluate import Evaluation, evaluate, evaluate_command
 from backhand.loop.objectives.rank import RankObjective
-from backhand.loop.rank import rank_command
+from backhand.loop.rank import rank, rank_command
 from backhand.loop.ranking_scores import score_rankings
 from backhand.nn.loading import open_model
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions, RankOptions, RankRunOptions
@@ -462,6 +462,40 @@ def test_rows_are_scored_in_their_order(straight: TrainConfig, tmp_path: Path) -
         "json", ["a list", "a json"], adapter=run.adapter, model=straight.model.model, dtype="float32", threads=1
     )
     assert [json.loads(line)["score"] for line in output.read_text().splitlines()] == pytest.approx(expected, rel=1e-5)
+
+
+def test_rank_and_evaluate_read_rows_as_training_did(straight: TrainConfig, tmp_path: Path) -> None:
+    named, usual = tmp_path / "named.jsonl", tmp_path / "usual.jsonl"
+    rows = [("json", "a list", 0), ("json", "a json", 1), ("user", "a user", 1), ("user", "a list", 0)]
+    for path, columns in ((named, ("q", "d", "label")), (usual, ("query", "document", "label"))):
+        path.write_text("".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows))
+    made = with_options(straight, output=tmp_path / "run", prove_resume=None, epochs=1, eval_data=())
+    made = with_options(made, data=(str(named),), prompt="q", completion="d", positive_weight=3.0, eval_fraction=0.0)
+    train(made)
+    adapter = tmp_path / "run" / "adapter"
+
+    def ranked(path: Path) -> list[dict[str, Any]]:
+        data = replace(RankOptions().data, data=(str(path),))
+        return rank(RankOptions(data=data, run=RankRunOptions(adapter=adapter), model=model_of(straight)))
+
+    def evaluated(path: Path, adapter: Path | None = adapter) -> Evaluation:
+        run = EvaluateRunOptions(adapter=adapter, rankings=True)
+        return evaluate(EvaluateOptions(model=model_of(straight), data=DataOptions(data=(str(path),)), run=run))
+
+    assert ranked(named) == ranked(usual)
+    weighted, plain = evaluated(named), evaluated(usual, None)
+    assert weighted.base.loss > plain.base.loss, "the loss has the weight of training"
+    assert weighted.adapted is not None and evaluated(usual).adapted == weighted.adapted
+
+
+def test_a_system_message_is_refused(straight: TrainConfig, tmp_path: Path) -> None:
+    data = replace(RankOptions().data, data=straight.data.eval_data)
+    with pytest.raises(UsageError, match="rank has its own"):
+        rank(RankOptions(data=data, template=TemplateOptions(system="be brief"), model=model_of(straight)))
+    of_evaluation = DataOptions(data=straight.data.eval_data, system="be brief")
+    run = EvaluateRunOptions(adapter=straight.run.output / "adapter")
+    with pytest.raises(UsageError, match="rank has its own"):
+        evaluate(EvaluateOptions(model=model_of(straight), data=of_evaluation, run=run))
 
 
 def test_evaluate_scores_base_and_adapter(straight: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,7 +175,7 @@ def ranking_of(record: AdapterRecord) -> dict[str, Any]:
     """Return the options of training that scores of documents depend on; empty for other objectives."""
     if record.config.get("objective.objective") != "rank":
         return {}
-    names = ("objective.instruction", "objective.ranking_loss", "data.max_length")
+    names = ("objective.instruction", "objective.ranking_loss", "objective.positive_weight", "data.max_length")
     return {name.partition(".")[2]: record.config[name] for name in names if name in record.config}
 
 

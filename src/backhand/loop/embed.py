@@ -180,16 +180,23 @@ def embed_command(options: EmbedOptions) -> Tensor:
     return vectors
 
 
-def rows_of(data: RowSources, named: NamedColumns, purpose: Purpose) -> list[Row]:
-    """Return all valid rows of the files."""
+def rows_of(data: RowSources, named: NamedColumns, purpose: Purpose, recorded: NamedColumns | None = None) -> list[Row]:
+    """Return all valid rows of the files.
+
+    Args:
+        recorded: columns that an adapter was trained on, see `ColumnReader`.
+    """
     bad = RowErrors(data.skip_bad)
-    pipeline = RowPipeline(data, named, None, bad, purpose)
+    pipeline = RowPipeline(data, named, None, bad, purpose, recorded=recorded)
     rows: list[Row] = []
     for name in expand(data.data):
-        for row in pipeline.open_file(name)[2]:
+        columns, _, read = pipeline.open_file(name)
+        for row in read:
             if len(rows) == data.max_rows:
                 break
             rows.append(row)
+        if columns.note is not None:
+            show_notes([columns.note])
     if bad.count:
         show_notes([f"{count_of(bad.count, 'malformed row')} left out, the first: {bad.errors[0].one_line}"])
     if not rows:

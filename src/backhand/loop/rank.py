@@ -34,6 +34,7 @@ from backhand.loop.objectives.objective import document_sums
 from backhand.loop.objectives.rank import RankObjective, check_targets, scores_of
 from backhand.loop.ranking_scores import score_rankings
 from backhand.options.command_options import RankOptions
+from backhand.options.config import check_ranking_system
 from backhand.options.objectives import ObjectiveOptions
 from backhand.printing import counting, say
 from backhand.terminal import working
@@ -153,10 +154,16 @@ def evaluate_rankings(
         (`loop.ranking_scores`).
 
     Raises:
-        UsageError, DataError: the rows cannot be read, or do not fit the loss of the adapter's training.
+        UsageError, DataError: the rows cannot be read, or do not fit the loss of the adapter's training;
+            or a system message is given.
     """
-    rows = [row for row in rows_of(data, named, "rankings") if isinstance(row, RankingRow)]
-    options = ObjectiveOptions("rank", ranking_loss=loaded.ranking.get("ranking_loss", "pointwise"))
+    check_ranking_system(template.system)
+    rows = [row for row in rows_of(data, named, "rankings", loaded.columns) if isinstance(row, RankingRow)]
+    options = ObjectiveOptions(
+        "rank",
+        ranking_loss=loaded.ranking.get("ranking_loss", "pointwise"),
+        positive_weight=loaded.ranking.get("positive_weight", 1.0),
+    )
     reranker = Reranker.of(loaded, template, documents)
     examples = stored(reranker.encoded(rows, TruncationStats()))
     check_targets(options, examples)
@@ -190,7 +197,8 @@ def rank(options: RankOptions) -> list[dict[str, Any]]:
         show_notes(loaded.notes)
         reranker = Reranker.of(loaded, options.template, run.micro_batch_rows, run.instruction)
         if run.query is None:
-            rows = [row for row in rows_of(options.data, named, "candidates") if isinstance(row, RankingRow)]
+            read = rows_of(options.data, named, "candidates", loaded.columns)
+            rows = [row for row in read if isinstance(row, RankingRow)]
             return [
                 {"scores": of_row} if row.listed else {"score": of_row[0]}
                 for of_row, row in zip(map(_probabilities, reranker.scores(rows)), rows, strict=True)

@@ -15,7 +15,7 @@ from backhand.data.rows import PoolingName
 from backhand.errors import UsageError
 from backhand.generation.options import LabelNames
 from backhand.nn.model_options import BaseModelOptions
-from backhand.options.config import ModelOptions, TrainConfig
+from backhand.options.config import ModelOptions, TrainConfig, check_ranking_system
 from backhand.options.rewards import check_names
 
 
@@ -349,6 +349,7 @@ class RankOptions(Options):
 
     def _check_together(self) -> None:
         _check_data(self.data)
+        check_ranking_system(self.template.system)
         if self.run.top is not None and self.run.query is None:
             raise UsageError(
                 "top is given without a query", where="top", next_step="give --query TEXT, or leave --top out"

@@ -282,13 +282,8 @@ class TrainConfig(Options):
         self._check_rewards()
         if not self.objective.predicts_tokens:
             self._check_states()
-        if self.objective.objective == "rank" and self.data.system is not None:
-            raise UsageError(
-                "a system message is given, but rank has its own",
-                where="system",
-                why="the prompt of rankings is the one that programs ask rerankers with",
-                next_step="leave it out; --instruction describes the task",
-            )
+        if self.objective.objective == "rank":
+            check_ranking_system(self.data.system)
         train_on, objective = self.data.train_on, self.objective.objective
         if train_on != "completions" and objective != "sft":
             raise UsageError(
@@ -358,6 +353,17 @@ class TrainConfig(Options):
                 why="its sampler and its training pass are one computation",
                 next_step="leave out --engine",
             )
+
+
+def check_ranking_system(system: str | None) -> None:
+    """Raise UsageError if a system message is given for rankings, which have their own."""
+    if system is not None:
+        raise UsageError(
+            "a system message is given, but rank has its own",
+            where="system",
+            why="the prompt of rankings is the one that programs ask rerankers with",
+            next_step="leave it out; --instruction describes the task",
+        )
 
 
 def _check_utf8(part: Any) -> None:
