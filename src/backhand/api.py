@@ -34,7 +34,7 @@ from backhand.options.command_options import DecideOptions, EmbedOptions, Evalua
 from backhand.options.config import TrainConfig
 from backhand.report.train import train as train_with_report
 from backhand.runs.summary import RunSummary
-from backhand.words import show_notes
+from backhand.words import name_list, shorten, show_notes
 
 Place = str | Path
 State = str | Mapping[str, Any] | Sequence[Any]
@@ -388,6 +388,13 @@ def _answers(function: str, data: Any, given: Mapping[str, Any]) -> list[dict[st
         if not options.answer.quiet:
             show_notes(loaded.notes)
         if loaded.classification:
+            if options.answer.labels not in ((), ("auto",)):
+                raise UsageError(
+                    "labels are given, but the adapter has a classification head with its own labels",
+                    where="labels",
+                    why=f"it knows {name_list(map(shorten, loaded.classification['labels']), limit=8)}",
+                    next_step="leave labels out",
+                )
             texts = [(row["prompt"], f"prompt {number}") for number, row in enumerate(data, 1)]
             answers = Classifier.of(loaded, options.answer.batch_rows).answers(texts)
             return [{"probabilities": one.get("scores") or {"value": one["value"]}} for one in answers]

@@ -56,6 +56,13 @@ def write_rows(path: Path, count: int, problem: ProblemType = SINGLE, seed: int 
     return str(path)
 
 
+def write_named(path: Path, labels: list[Any]) -> str:
+    """A row per label."""
+    rows = [{"text": f"user asks {number}", "label": label} for number, label in enumerate(labels)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 def config(tiny: TinyRun, place: Path, output: Path, problem: ProblemType = SINGLE, **options: Any) -> TrainConfig:
     """Four epochs of three steps of two micro-batches."""
     data = {
@@ -152,6 +159,9 @@ def test_the_page_shows_the_scores(straight: TrainConfig) -> None:
     text = page.one("section", id="answers").text
     assert "best constant answer" in text and "Rows with the largest losses" in text
     assert "answered before and after" not in text
+    summary = read_summary(straight.run.output / "summary.json")
+    assert summary is not None
+    assert f"went from {summary.base_eval_loss:.3f} to" in page.one("section", id="result").text
     assert "accuracy from" in page.one("section", id="result").text and "perplexity" not in page.one("body").text
 
 
@@ -161,6 +171,89 @@ def test_an_adapter_with_a_head_answers_no_prompts_and_is_not_merged(straight: T
         backhand.generate("user", adapter=adapter, model=tiny.model)
     with pytest.raises(ArtifactError, match="classification head"):
         merge_command(MergeOptions(adapter, straight.run.output / "merged", str(tiny.model), quiet=True))
+
+
+def test_a_run_starts_from_a_head(straight: TrainConfig, tiny: TinyRun, tmp_path: Path) -> None:
+    again = with_options(
+        straight,
+        output=tmp_path / "run",
+        from_adapter=str(straight.run.output / "adapter"),
+        prove_resume=None,
+        max_steps=1,
+        learning_rate=1e-9,
+    )
+    train(again)
+    summary, first = (read_summary(run / "summary.json") for run in (tmp_path / "run", straight.run.output))
+    assert summary is not None and first is not None
+    assert summary.first_eval_loss == pytest.approx(first.best_eval_loss, rel=1e-4)
+    assert summary.base_eval_loss == pytest.approx(first.base_eval_loss)
+    record = json.loads((tmp_path / "run" / "adapter" / "backhand.json").read_text())
+    assert record["classification"]["labels"] == ["json", "list", "other"]
+    others: list[dict[str, Any]] = [{"class_labels": ("json", "other", "list")}, {"problem_type": MULTI}]
+    for number, options in enumerate(others):
+        with pytest.raises(UsageError, match="does not fit this run"):
+            train(with_options(again, output=tmp_path / f"{number}", **options))
+    rows = write_named(tmp_path / "new.jsonl", ["json", "new"])
+    with pytest.raises(UsageError, match="the rows have"):
+        train(with_options(again, output=tmp_path / "new", data=(rows,), eval_data=()))
+
+
+def test_a_run_starts_from_the_head_of_an_encoder(of_bert: tuple[TrainConfig, Path], tmp_path: Path) -> None:
+    made, _ = of_bert
+    start = str(made.run.output / "adapter")
+    train(with_options(made, output=tmp_path / "run", from_adapter=start, max_steps=1))
+
+
+def test_a_head_does_not_start_from_an_adapter_without_one(tiny: TinyRun, tmp_path: Path) -> None:
+    train(tiny.config(tmp_path / "first", max_steps=1))
+    start = str(tmp_path / "first" / "adapter")
+    with pytest.raises(UsageError, match="has no classification head"):
+        train(config(tiny, tmp_path, tmp_path / "run", from_adapter=start))
+
+
+def test_other_modules_are_trained_with_a_head(tiny: TinyRun, tmp_path: Path) -> None:
+    made = config(tiny, tmp_path, tmp_path / "run", modules_to_save=("score",), max_steps=1)
+    names = [one.name for one in plan_run(made, resolve_machine(made)).inputs.layout.full_tensors]
+    assert names == ["score.weight"]
+
+
+@pytest.mark.parametrize(
+    ("trained", "held_out", "options", "labels"),
+    [
+        (["a", "b", "a"], ["c", "b"], {}, ("a", "b", "c")),
+        (["1.0", "2.0"], [], {"class_labels": ("2.0", "1.0")}, ("2.0", "1.0")),
+        (["+1", "-1"], [], {}, ("-1", "+1")),
+        (["--1", "1"], [], {}, ("--1", "1")),
+        (["0.5", "1"], [], {}, ()),
+    ],
+)
+def test_labels_come_from_all_rows_and_options(
+    trained: list[str],
+    held_out: list[str],
+    options: dict[str, Any],
+    labels: tuple[str, ...],
+    tiny: TinyRun,
+    tmp_path: Path,
+) -> None:
+    data = (write_named(tmp_path / "rows.jsonl", trained),)
+    eval_data = (write_named(tmp_path / "held_out.jsonl", held_out),) if held_out else ()
+    made = config(tiny, tmp_path, tmp_path / "run", **options)
+    made = with_options(made, data=data, eval_data=eval_data)
+    inputs = plan_run(made, resolve_machine(made)).inputs
+    assert inputs.config.objective.class_labels == labels
+    assert any("not learned" in note for note in inputs.notes) == bool(held_out)
+
+
+def test_rows_without_any_label_are_refused(tiny: TinyRun, tmp_path: Path) -> None:
+    rows = write_named(tmp_path / "rows.jsonl", [[], []])
+    with pytest.raises(DataError, match="no row has a label"):
+        train(config(tiny, tmp_path, tmp_path / "run", data=(rows,), eval_data=()))
+
+
+def test_a_head_takes_no_other_labels(straight: TrainConfig, tiny: TinyRun) -> None:
+    with pytest.raises(UsageError, match="its own labels") as caught:
+        backhand.classify("user", labels=["a", "b"], adapter=straight.run.output / "adapter", model=tiny.model)
+    assert caught.value.where == "labels"
 
 
 def test_a_stopped_run_ends_in_the_same_bits(straight: TrainConfig, tmp_path: Path) -> None:
@@ -283,7 +376,7 @@ def test_one_label_in_all_rows_is_refused(tiny: TinyRun, tmp_path: Path) -> None
     rows = tmp_path / "rows.csv"
     rows.write_text("note,team\nuser asks,a\njson,a\n")
     made = config(tiny, tmp_path, tmp_path / "run", data=(str(rows),), eval_data=(), prompt="note", completion="team")
-    with pytest.raises(DataError, match="all rows have the label 'a'"):
+    with pytest.raises(DataError, match="all training rows have the label 'a'"):
         train(made)
 
 

@@ -386,6 +386,7 @@ def test_a_run_learns_and_shows_its_scores(straight: TrainConfig) -> None:
     assert any(line.startswith("Held-out rows: nDCG@10") and "documents on average" in line for line in shown)
     assert any(line.startswith("Next: backhand rank") for line in shown)
     page = Page(run_page(read_run(run)))
+    assert "Not recorded" not in page.one("section", id="answers").text
     assert {"retrieval", "relevance"} <= set(page.charts)
     assert "Rankings of held-out rows" in page.one("section", id="answers").text
 

@@ -9,6 +9,7 @@ token. Padding tokens at the end of a text are therefore left out if the head re
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,7 @@ def problem_of(labels: Iterable[ClassLabel]) -> ProblemType:
     if any(isinstance(value, tuple) for value in values):
         return MULTI
     numbers = [_number(value) for value in values]
-    if None not in numbers and any(isinstance(value, float) or not _is_integer(str(value)) for value in values):
+    if None not in numbers and any(isinstance(value, float) or not is_integer(str(value)) for value in values):
         return NUMBER
     return SINGLE
 
@@ -90,7 +91,8 @@ def names_of(labels: Iterable[ClassLabel], problem: ProblemType) -> tuple[str, .
     if problem == NUMBER:
         return ("LABEL_0",)
     names = {name for label in labels for name in label.names}
-    return tuple(sorted(names, key=int if all(map(_is_integer, names)) else str))
+    in_order = sorted(names)
+    return tuple(sorted(in_order, key=int) if all(map(is_integer, names)) else in_order)
 
 
 def target_of(label: ClassLabel, problem: ProblemType, names: Sequence[str], source: str) -> list[float]:
@@ -118,8 +120,8 @@ def target_of(label: ClassLabel, problem: ProblemType, names: Sequence[str], sou
         raise DataError(
             f"the label {unknown[0]!r} is none of the labels of the run",
             where=source,
-            why=f"they are those of the training rows: {', '.join(names[:10])}",
-            next_step="add training rows with this label, or remove the row",
+            why=f"they are: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}",
+            next_step="remove the row, or train with all labels named by --class-labels",
         )
     return [float(name in label.names) for name in names]
 
@@ -132,5 +134,6 @@ def _number(value: Any) -> float | None:
     return number if number - number == 0 else None
 
 
-def _is_integer(text: str) -> bool:
-    return text.lstrip("-").isdigit() and text.isascii()
+def is_integer(text: str) -> bool:
+    """Return True if a label is written as an integer."""
+    return re.fullmatch(r"[+-]?[0-9]{1,4000}", text) is not None  # Python's `int` refuses more than 4,300 digits.

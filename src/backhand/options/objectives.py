@@ -194,7 +194,7 @@ class ObjectiveOptions(Options):
     a number if all labels are numbers and some are fractions, else one label."""
 
     class_labels: Annotated[tuple[str, ...], Check(_check_labels)] = ()
-    """Labels of `classify` in the order of the logits. Default: the labels of the training rows, sorted."""
+    """Labels of `classify` in the order of the logits. Default: the labels of all rows, sorted."""
 
     def _check_together(self) -> None:
         usual = ObjectiveOptions()

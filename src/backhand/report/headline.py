@@ -49,10 +49,13 @@ def _decisions(run: RunRecord) -> tuple[Any, Any]:
 def base_and_best(run: RunRecord) -> tuple[float | None, float | None]:
     """Return the held-out loss before the first step and the lowest one after a step; None if not measured.
 
-    The run may have started from an adapter, whose loss is then the first one.
+    The run may have started from an adapter, whose loss is then the first one. Before the first step, a classification
+    head is random. Its loss says nothing, and that of the best constant answer replaces it, which is known at the end.
     """
     losses = run.held_out_losses()
-    base = next((loss for step, loss in losses if step == 0), run.summary.get("base_eval_loss"))
+    base = run.summary.get("base_eval_loss")
+    if run.objective != "classify":
+        base = next((loss for step, loss in losses if step == 0), base)
     return base, min((loss for step, loss in losses if step > 0), default=None)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from backhand.adapters.classifier_config import padding_id
-from backhand.data.class_examples import NUMBER, SINGLE, ClassFormat, names_of, problem_of, target_of
+from backhand.adapters.loading import match_linear_adapter, read_adapter
+from backhand.data.class_examples import NUMBER, SINGLE, ClassFormat, is_integer, names_of, problem_of, target_of
+from backhand.data.rows import ClassLabel, ProblemType
 from backhand.data.stored_examples import PreparedData
 from backhand.engines.decoder_engine import DecoderEngine, with_hidden_states
 from backhand.engines.engine import Engine
@@ -13,12 +16,23 @@ from backhand.errors import DataError, UsageError, not_none
 from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
+from backhand.options.config import TrainConfig
 from backhand.options.objectives import ObjectiveOptions
 from backhand.words import count_of, name_list, shorten
 
 _WITHOUT_CLASS = ("bamba", "falcon_h1", "gemma4_text", "granite", "granitemoehybrid", "lfm2")
 """Model types for which transformers has no class for sequence classification."""
 _MOST_INTEGERS = 20
+
+
+@dataclass(frozen=True)
+class StartingHead:
+    """The classification head of the adapter that a run starts from."""
+
+    origin: str  # the adapter
+    outputs: int
+    problem: ProblemType | None = None  # None for an adapter that PEFT wrote
+    labels: tuple[str, ...] = ()  # in the order of the outputs; empty for an adapter that PEFT wrote
 
 
 def class_format(source: ModelSource, engine: Engine, layout: AdapterLayout) -> ClassFormat:
@@ -52,36 +66,105 @@ def class_notes(source: ModelSource) -> tuple[str, ...]:
     return (f"transformers has no class for sequence classification of {kind} models; Backhand alone reads the head",)
 
 
+def starting_head(config: TrainConfig, source: ModelSource, engine: Engine) -> StartingHead | None:
+    """Return the head of the adapter that the run starts from, or None for a fresh adapter.
+
+    Raises:
+        UsageError: the adapter has no head.
+    """
+    origin = config.run.from_adapter
+    if origin is None:
+        return None
+    assert isinstance(engine, DecoderEngine), "other engines are refused before"
+    contents = read_adapter(origin, source, allow_pickle=config.model.allow_pickle)
+    known = {} if contents.record is None else contents.record.classification
+    loaded = match_linear_adapter(contents, engine.module_shapes())
+    outputs = engine.config.class_head.labels_of({one.name: one.shape for one in loaded.trained})
+    if not outputs:
+        raise UsageError(
+            f"{origin} has no classification head",
+            where="from_adapter",
+            why="training continues with the adapter's own modules and values",
+            next_step="give an adapter of --objective classify, or leave out from_adapter for a fresh adapter",
+        )
+    return StartingHead(origin, outputs, known.get("problem_type"), tuple(known.get("labels", ())))
+
+
 def with_labels(
-    options: ObjectiveOptions, train: PreparedData, held_out: PreparedData | None
+    options: ObjectiveOptions, train: PreparedData, held_out: PreparedData | None, start: StartingHead | None = None
 ) -> tuple[ObjectiveOptions, tuple[str, ...]]:
     """Return the options with the kind of problem and the labels filled in, and sentences about both.
 
+    Args:
+        start: the head that the run starts from, whose labels it takes over.
+
     Raises:
-        DataError: the label of a row does not fit, or all rows have the same label.
+        DataError: the label of a row does not fit, or all training rows have the same label or none.
+        UsageError: the labels are not those of the head to start from.
     """
-    examples = train.examples
-    found = [not_none(examples.class_label(row)) for row in range(len(examples))]
-    problem = options.problem_type or problem_of(found)
-    labels = options.class_labels or names_of(found, problem)
+    learned = _labels_of(train)
+    found = learned if held_out is None else [*learned, *_labels_of(held_out)]
+    problem = options.problem_type or (start and start.problem) or problem_of(found)
+    if problem == NUMBER and options.class_labels and not options.problem_type:
+        problem = SINGLE
+    labels = options.class_labels or (start and start.labels) or names_of(found, problem)
+    if start is not None:
+        _check_start(start, problem, labels, names_of(found, problem))
     for data in (train, held_out):
         rows = data.examples if data is not None else ()
         for row in rows:
             target_of(not_none(row.class_label), problem, labels, row.source)
     if problem == NUMBER:
-        said = [f"a number is learned from {count_of(len(found), 'row')}, with squared error"]
-    else:
-        if len(labels) < 2 and problem == SINGLE:
-            raise DataError(
-                f"all rows have the label {labels[0]!r}, so that there is nothing to distinguish",
-                where=train.report.sources[0].source,
-                next_step="add rows with other labels, or give --problem-type regression for numbers",
-            )
-        kind = "one label per row" if problem == SINGLE else "several labels per row"
-        said = [f"{kind}: {name_list(map(shorten, labels), limit=8)}"]
-    if problem == SINGLE and len(labels) > _MOST_INTEGERS and all(label.lstrip("-").isdigit() for label in labels):
+        said = [f"a number is learned from {count_of(len(learned), 'row')}, with squared error"]
+        return replace(options, problem_type=problem, class_labels=()), tuple(said)
+    trained = names_of(learned, problem)
+    if not trained:
+        raise DataError(
+            "no row has a label",
+            where=train.report.sources[0].source,
+            why="the list of labels of every row is empty",
+            next_step="add rows with labels",
+        )
+    chosen = options.class_labels or start is not None
+    if problem == SINGLE and len(labels if chosen else trained) < 2:
+        raise DataError(
+            f"all training rows have the label {trained[0]!r}, so that there is nothing to distinguish",
+            where=train.report.sources[0].source,
+            next_step="add rows with other labels, or give --problem-type regression for numbers",
+        )
+    kind = "one label per row" if problem == SINGLE else "several labels per row"
+    said = [f"{kind}: {name_list(map(shorten, labels), limit=8)}"]
+    if start is None and (untrained := [name for name in labels if name not in set(trained)]):
+        said.append(f"labels of no training row, which are not learned: {name_list(map(shorten, untrained), limit=8)}")
+    if problem == SINGLE and len(labels) > _MOST_INTEGERS and all(map(is_integer, labels)):
         said.append(f"the {len(labels)} integers are read as names; --problem-type regression learns them as numbers")
-    return replace(options, problem_type=problem, class_labels=() if problem == NUMBER else labels), tuple(said)
+    return replace(options, problem_type=problem, class_labels=labels), tuple(said)
+
+
+def _labels_of(data: PreparedData) -> list[ClassLabel]:
+    examples = data.examples
+    return [not_none(examples.class_label(row)) for row in range(len(examples))]
+
+
+def _check_start(start: StartingHead, problem: ProblemType, labels: Sequence[str], found: Sequence[str]) -> None:
+    """Raise UsageError unless the head to start from has this kind of problem and these labels, in this order."""
+    different = []
+    if start.problem is not None and problem != start.problem:
+        different.append(f"problem_type: {start.problem} in the adapter, {problem} in this run")
+    if start.labels and tuple(labels) != start.labels and problem != NUMBER:
+        in_adapter, given = (name_list(map(shorten, names), limit=8) for names in (start.labels, labels))
+        different.append(f"class_labels: {in_adapter} in the adapter, {given} given")
+    elif len(labels) != start.outputs:
+        different.append(f"{count_of(start.outputs, 'output')} in the adapter, {count_of(len(labels), 'label')} here")
+    elif problem != NUMBER and (others := [name for name in found if name not in labels]):
+        different.append(f"the rows have {name_list(map(shorten, others), limit=8)}, which the adapter does not know")
+    if different:
+        raise UsageError(
+            f"the head of {start.origin} does not fit this run: {'; '.join(different)}",
+            where="from_adapter",
+            why="training continues with the adapter's own labels, in their order",
+            next_step="leave out these options or rows, or leave out from_adapter for a fresh head",
+        )
 
 
 def output_count(options: ObjectiveOptions) -> int:

@@ -35,7 +35,14 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.options.objectives import DISTILLED, ObjectiveOptions
-from backhand.training.class_inputs import class_format, class_notes, output_count, set_outputs, with_labels
+from backhand.training.class_inputs import (
+    class_format,
+    class_notes,
+    output_count,
+    set_outputs,
+    starting_head,
+    with_labels,
+)
 from backhand.training.contexts import count_contexts, with_context_text
 from backhand.training.embedding_inputs import check_positions, format_of, with_loss, with_pooling
 from backhand.training.starting_adapter import adapter_config, start_notes
@@ -103,6 +110,9 @@ def read_inputs(
         "source", (model.model, model.quantize), lambda: open_model(model.model, quantize=model.quantize)
     )
     engine = choose_engine(config.model, source, machine.dtype)
+    classifies = config.objective.objective == "classify"
+    if classifies and isinstance(engine, DecoderEngine):
+        set_outputs(engine, 1)  # The names of the head's modules are needed now, its real size follows from the rows.
     config = replace(config, adapter=adapter_config(config, source, engine, typed))
     layout = engine.layout(config.adapter)
     objective = with_context_text(config.objective)
@@ -111,7 +121,6 @@ def read_inputs(
         config = replace(config, objective=with_pooling(objective, source, engine, layout))
     elif objective.predicts_tokens and isinstance(engine, DecoderEngine):
         require_head(engine.config)
-    classifies = objective.objective == "classify"
     text_format = class_format(source, engine, layout) if classifies else format_of(config.objective)
     config = replace(config, adapter=in_numbers(config.adapter, [slot.name for slot in layout.slots]))
     notes = start_notes(config, source, engine, layout)
@@ -141,7 +150,8 @@ def read_inputs(
         if purpose in ("embeddings", "rankings"):
             config = replace(config, objective=with_loss(config.objective, train, held_out))
         if purpose == "classes":
-            resolved, said = with_labels(config.objective, train, held_out)
+            start = starting_head(config, source, engine)
+            resolved, said = with_labels(config.objective, train, held_out, start)
             config, notes = replace(config, objective=resolved), (*notes, *said)
         if purpose in ("pairs", "labels"):
             check_answers_differ(train)
