@@ -19,8 +19,10 @@ from urllib.parse import urlencode
 import pytest
 
 from backhand.cli.main import main
-from backhand.studio import commands, queue
+from backhand.nn.loading.stores import MINILM, SMOLLM2
+from backhand.studio import commands, draft, queue
 from backhand.studio.commands import Commands, Outcome
+from backhand.studio.draft import Draft, more_for
 from backhand.studio.first_rows import first_rows
 from backhand.studio.runs import STATES, all_runs, run_of
 from backhand.studio.workspace import Workspace
@@ -200,6 +202,56 @@ def test_the_options_on_the_screen_are_those_of_the_start(client: Client) -> Non
     for wrong in ({"eval_fraction": "a fifth"}, {"more.epochs": "twelve"}, {"more.epochs": "1,000"}):
         status, text, _ = client.get(f"new/start?{urlencode(draft | wrong)}")
         assert status == 409 and "is not a number" in text and "lint" not in text
+
+
+@pytest.mark.parametrize(
+    ("objective", "used"),
+    [
+        ("sft", set()),
+        ("dpo", {"beta", "loss_type", "label_smoothing"}),
+        ("orpo", {"beta"}),
+        ("simpo", {"beta", "label_smoothing"}),
+        ("kto", {"beta", "loss_type"}),
+        ("embed", {"pooling", "query_prompt", "document_prompt"}),
+        ("rank", set()),
+        ("classify", {"problem_type"}),
+    ],
+)
+def test_only_options_that_the_objective_uses_are_shown_and_given(
+    objective: str, used: set[str], space: Workspace
+) -> None:
+    (space.rows / "rows-1.csv").write_bytes(TABLE)
+    given = {"beta": "0.3", "loss_type": "robust", "label_smoothing": "0.1", "pooling": "mean"}
+    given |= {"query_prompt": "q", "document_prompt": "d", "problem_type": "regression"}
+    fields = {"data": "rows-1.csv", "objective": objective, **{f"more.{name}": value for name, value in given.items()}}
+    assert {field.name for field in more_for(objective).get("objective", ())} == used
+    words = Draft(fields).run_words(space, [])
+    assert {name for name in given if any(word.startswith(f"--{name.replace('_', '-')}=") for word in words)} == used
+
+
+def test_models_of_packages_and_of_the_list_are_known_after_a_restart(
+    client: Client, space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert draft.PACKAGED == (SMOLLM2, MINILM)
+    assert Draft({"model": MINILM}).model_words(space, []) == [f"--model={MINILM}"]
+    client.post("upload?name=faq.csv", body=TABLE)
+    started: list[list[str]] = []
+    monkeypatch.setattr(queue, "enqueue", lambda _, name, words, form="": started.append(words))
+    model = str(tmp_path / "elsewhere" / "model.gguf")
+
+    async def listed(*_: object, **__: object) -> Outcome:
+        return Outcome(0, json.dumps([{"name": model}]), "")
+
+    monkeypatch.setattr(Commands, "checked", listed)
+    assert client.post("start", name="x", model=model, data="rows-1.csv", objective="sft")[0] == 303
+    assert f"--model={model}" in started[0]
+
+
+def test_columns_can_be_chosen_for_labels(client: Client) -> None:
+    client.post("upload?name=faq.csv", body=TABLE)
+    page = part(client.get("part/rows?data=rows-1.csv")[1])
+    (columns,) = (one for one in page.every("div") if "sft" in one.attributes.get("data-if", "").split())
+    assert "classify" in columns.attributes["data-if"].split()
 
 
 def test_files_that_are_no_rows_are_marked_and_not_preselected(client: Client) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -158,6 +159,53 @@ def test_decisions_and_labels_have_probabilities(
     monkeypatch.setattr(Outcome, "json", lambda _: answers)
     _, text, _ = watched.post("runs/run/try", prompt="a")
     assert [cell.text for cell in Page(text.encode()).every("td", class_="number")] == ["60.0%", "60.0%"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "cells"),
+    [
+        ({"label": "<b>", "score": 0.75, "scores": {"<b>": 0.75, "sales": 0.25}}, ["<b>", "75.0%", "sales", "25.0%"]),
+        ({"value": 2.5}, []),
+    ],
+)
+def test_the_head_of_a_run_with_labels_answers(
+    answer: dict[str, Any], cells: list[str], watched: Client, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[list[str], str]] = []
+
+    async def checked(_: Commands, words: list[str], __: object, *, text: str = "") -> Outcome:
+        asked.append((words, text))
+        return Outcome(0, json.dumps(answer) + "\n", "")
+
+    monkeypatch.setattr(Commands, "checked", checked)
+    set_objective(finished, "classify")
+    assert "Classify" in [button.text for button in shown(watched).every("button")]
+    _, text, _ = watched.post("runs/run/try", prompt="--text")
+    page = Page(text.encode())
+    assert [cell.text for row in page.every("tr") for cell in row.children if cell.text] == cells
+    assert cells or "2.5" in page.one("div", class_="text").text
+    words, rows = asked[0]
+    assert words[0] == "classify" and words[-2:] == ["--data=-", "--prompt=text"] and rows == '{"text": "--text"}\n'
+
+
+def test_rankings_and_vectors_have_no_box_for_prompts(watched: Client, finished: Path) -> None:
+    for objective in ("rank", "embed"):
+        set_objective(finished, objective)
+        assert not shown(watched).every("section", id="try")
+
+
+def test_only_formats_of_the_objective_are_offered() -> None:
+    offered = {
+        objective: [kind for kind, one in app.EXPORTS.items() if one.is_for(objective)]
+        for objective in ("sft", "decide", "embed", "classify")
+    }
+    assert offered["classify"] == ["peft"] and "vectors" not in offered["sft"] and "merged" in offered["sft"]
+    assert "decision" in offered["decide"] and "vectors" in offered["embed"]
+
+
+def set_objective(run: Path, objective: str) -> None:
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(re.sub(r'(?m)^objective = "\w+"', f'objective = "{objective}"', config))
 
 
 def model_of(run: Path) -> str:

@@ -57,6 +57,13 @@ _TAKEN: dict[str, tuple[str, ...]] = {
     "rank": ("ranking_loss", "positive_weight", "instruction"),
     "classify": ("problem_type", "class_labels"),
 }
+
+
+def objectives_with(option: str) -> tuple[str, ...]:
+    """Return the objectives that use an option which not all objectives use, or () for any other option."""
+    return tuple(objective for objective, taken in _TAKEN.items() if option in taken)
+
+
 _USUAL_BETA = {"simpo": 2.0, "grpo": 0.0}
 SORTED: tuple[str, ...] = get_args(_Sorted)
 _SMOOTHED = ("exo_pair", "robust", *SORTED)
@@ -202,11 +209,10 @@ class ObjectiveOptions(Options):
             name = option.name
             if name == "objective" or name in _TAKEN[self.objective] or getattr(self, name) == getattr(usual, name):
                 continue
-            having = [objective for objective, taken in _TAKEN.items() if name in taken]
             raise UsageError(
                 f"{name} {getattr(self, name)!r} is given, but {self.objective} does not use it",
                 where=name,
-                next_step=f"leave it out, or give --objective {' or '.join(having)}",
+                next_step=f"leave it out, or give --objective {' or '.join(objectives_with(name))}",
             )
         if self.objective == "bake" and self.context is None:
             raise UsageError(

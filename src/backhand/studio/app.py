@@ -40,11 +40,16 @@ class Download(NamedTuple):
     to: str  # value of `export --to`
     suffix: str  # of the file: `gguf`, or `zip` for a directory
     options: tuple[str, ...] = ()
-    objective: str | None = None  # the only objective whose adapters have this format; None for all
+    objective: str | None = None  # the only objective whose adapters have this format; None for all without a head
+    has_head: bool = False  # the format can hold a classification head
+
+    def is_for(self, objective: str) -> bool:
+        """Return True if adapters of an objective can have this format."""
+        return self.has_head if objective == "classify" else self.objective in (None, objective)
 
 
 EXPORTS = {
-    "peft": Download("PEFT adapter, also for transformers and vLLM (zip)", "peft", "zip"),
+    "peft": Download("PEFT adapter, also for transformers and vLLM (zip)", "peft", "zip", has_head=True),
     "decision": Download("Decision model for llama.cpp (GGUF)", "gguf", "gguf", ("--decision",), "decide"),
     "vectors": Download("Model for sentence-transformers (zip)", "sentence-transformers", "zip", ("--merge",), "embed"),
     "gguf": Download("Adapter for llama.cpp (GGUF)", "gguf", "gguf"),
@@ -52,6 +57,8 @@ EXPORTS = {
     "ollama": Download("Adapter with a Modelfile for Ollama (zip)", "ollama", "zip"),
 }
 """Formats of the export form, by name."""
+_ASKED = {"decide": ("state", "--state=state"), "classify": ("text", "--prompt=text")}
+"""Column and option for a prompt from standard input, by command."""
 _SHOWN_ROWS = 3
 _MAX_SHOWN_TOKENS = 600
 
@@ -128,7 +135,7 @@ async def _run_page(site: Site, request: Request) -> Response:
             "title": run.name,
             "listed": run,
             "log": "" if log is None else log_of(log),
-            "exports": {kind: one.text for kind, one in EXPORTS.items() if one.objective in (None, objective)},
+            "exports": {kind: one.text for kind, one in EXPORTS.items() if one.is_for(objective)},
             "objective": objective,
             "made": site.space.exported(run.name) if site.workspace is not None else [],
             "charts": {},
@@ -177,11 +184,10 @@ async def _try(site: Site, request: Request) -> Response:
         raise UsageError("the prompt is empty")
     words = asking_words(run, prompt)
     # The prompt goes to standard input, because other users can see the words of a process.
-    decides = words[0] == "decide"
-    asked = [*words[:-1], "--data=-", "--state=state" if decides else "--quiet"]
-    text = json.dumps({"state" if decides else "prompt": prompt}) + "\n"
-    outcome = await site.commands.checked(asked, request.is_disconnected, text=text)
-    return site.part("answers", answer=outcome.json(), words=words, decisions=decides)
+    column, option = _ASKED.get(words[0], ("prompt", "--quiet"))
+    text = json.dumps({column: prompt}) + "\n"
+    outcome = await site.commands.checked([*words[:-1], "--data=-", option], request.is_disconnected, text=text)
+    return site.part("answers", answer=outcome.json(), words=words)
 
 
 # ---- a new run ---------------------------------------------------------------------------------------------------
@@ -249,8 +255,12 @@ def _work(request: Request) -> str:
 
 
 async def _draft(site: Site, request: Request) -> Draft:
-    """Return the draft in the address; list the models first if its model may be one of them."""
-    draft = Draft.of(request.query_params.items())
+    """Return the draft in the address, with the models listed as `_with_models` does."""
+    return await _with_models(site, request, Draft.of(request.query_params.items()))
+
+
+async def _with_models(site: Site, request: Request, draft: Draft) -> Draft:
+    """Return the draft; list the models first if its model may be one of them."""
     if site.models is None and not draft.get("typed_model") and os.sep in draft.get("model"):
         site.models = list((await site.commands.checked(["models", "--json"], request.is_disconnected)).json())
     return draft
@@ -301,6 +311,7 @@ async def _start(site: Site, request: Request) -> Response:
     output = site.space.run(name)
     if site.space.taken(name):
         raise UsageError(f"there is a run {name} already", next_step="give another name")
+    await _with_models(site, request, draft)
     words = draft.train_words(site.space, site.model_names, output)
     queue.enqueue(site.space, name, words, draft.query(name=""))
     return site.go_to_run(name)

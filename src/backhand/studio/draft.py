@@ -17,6 +17,7 @@ from backhand.bounds import union_members
 from backhand.cli.option_fields import OptionField, option_fields
 from backhand.errors import UsageError
 from backhand.options.config import TrainConfig
+from backhand.options.objectives import objectives_with
 from backhand.studio.workspace import Workspace
 
 OBJECTIVES = {
@@ -45,13 +46,8 @@ MORE = {
 }
 """Options under "more", by section. None of them names a file or code."""
 
-_PAIRS, _VECTORS = ("dpo", "orpo", "simpo", "kto"), ("embed",)
-_ONLY_FOR = {
-    **dict.fromkeys(("beta", "loss_type", "label_smoothing"), _PAIRS),
-    **dict.fromkeys(("pooling", "query_prompt", "document_prompt"), _VECTORS),
-    "option_order": ("decide",),
-}
-"""Objectives of the options that not all objectives have."""
+PACKAGED = ("smollm2-135m", "all-minilm-l6-v2")
+"""Models inside PyPI packages. Their names in `nn.loading.stores` cannot be imported without torch."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _STORED_NAME = re.compile(r"(?:ollama|lmstudio):[\w./:-]+")
 _QUESTIONS = 3
@@ -67,10 +63,16 @@ def more_fields() -> dict[str, tuple[OptionField, ...]]:
 def more_for(objective: str) -> dict[str, tuple[OptionField, ...]]:
     """Return the options under "more" that an objective has, by section."""
     by_section = {
-        section: tuple(field for field in fields if objective in _ONLY_FOR.get(field.name, (objective,)))
+        section: tuple(field for field in fields if _is_for(objective, field.name))
         for section, fields in more_fields().items()
     }
     return {section: fields for section, fields in by_section.items() if fields}
+
+
+def _is_for(objective: str, option: str) -> bool:
+    """Return True if an objective uses an option; no objective yet is `sft`."""
+    having = ("decide",) if option == "option_order" else objectives_with(option)
+    return not having or (objective or "sft") in having
 
 
 def choices_of(field: OptionField) -> tuple[str, ...]:
@@ -115,7 +117,7 @@ class Draft:
     @property
     def model_name(self) -> str:
         """Name of the model, without the folders of a path."""
-        name = self.get("typed_model") or self.get("model") or "smollm2-135m"
+        name = self.get("typed_model") or self.get("model") or PACKAGED[0]
         return Path(name).name if name.startswith(("/", "~", ".")) else name
 
     def query(self, **changes: str) -> str:
@@ -132,7 +134,7 @@ class Draft:
             UsageError: the model is a path that this page may not read.
         """
         name = self.get("typed_model") or self.get("model")
-        known = name in ("", "smollm2-135m", *listed) or _HUB_NAME.fullmatch(name) or _STORED_NAME.fullmatch(name)
+        known = name in ("", *PACKAGED, *listed) or _HUB_NAME.fullmatch(name) or _STORED_NAME.fullmatch(name)
         return [f"--model={name if known else workspace.allowed(name)}"] if name else []
 
     def data_words(self, workspace: Workspace) -> list[str]:
@@ -192,7 +194,8 @@ class Draft:
         words = []
         for name in names:
             value, field = self.get(f"more.{name}"), by_name[name]
-            if value and value != default_of(field):
+            # An earlier choice of the objective may have left options that the page no longer shows.
+            if value and value != default_of(field) and _is_for(self.objective, name):
                 kinds = {int, float} & {*union_members(field.hint)}
                 if kinds and value not in _WORDS:
                     value = self._number(f"more.{name}", name.replace("_", " "), whole=kinds == {int})

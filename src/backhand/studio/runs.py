@@ -223,6 +223,8 @@ def asking_words(run: ListedRun, prompt: str) -> list[str]:
     words = [f"--model={model}", f"--adapter={adapter}"]
     if run.at_work:
         words.append("--threads=1")  # training uses the others
+    if record.objective == "classify":
+        return ["classify", *words, f"--text={prompt}"]
     if isinstance(template := data.get("chat_template"), str):
         words.append(f"--chat-template={template}")
     if record.objective == "decide":

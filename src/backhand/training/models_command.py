@@ -39,7 +39,7 @@ from backhand.errors import BackhandError, ResourceError
 from backhand.kernels.dequantize import type_name
 from backhand.loop.process_memory import settled_rss_bytes
 from backhand.nn.batch import PackedBatch
-from backhand.nn.compute import available_cores, default_dtype
+from backhand.nn.compute import available_cores, default_dtype, limit_kernel_caches
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.weights import dense_views, empty_weights, module_shapes
 from backhand.nn.families.family import DecoderConfig
@@ -139,6 +139,7 @@ class ListedModel:
 
 def models(options: ModelsOptions) -> list[ListedModel]:
     """Return every model on this machine. A file that cannot be opened is listed with the reason."""
+    limit_kernel_caches()  # as a run does, so that its memory is predicted
     dtype = default_dtype(torch.device("cpu"))
     process, seconds = settled_rss_bytes(dtype), TokenSeconds(dtype)
     packaged = [] if options.places else packaged_models()

@@ -83,6 +83,13 @@ function prepare(part) {
   }
 }
 
+// A typed value takes precedence over a list, so a choice in the list clears it.
+document.addEventListener("change", ({ target }) => {
+  if (!target.matches("select, input[type=radio]") || !target.value) return;
+  const typed = target.form?.elements.namedItem(`typed_${target.name}`);
+  if (typed) typed.value = "";
+});
+
 document.addEventListener("submit", (event) => {
   const form = event.target;
   if (form.dataset.upload) {
