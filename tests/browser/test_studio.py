@@ -223,6 +223,18 @@ def send(run: Path, number: int) -> None:
     os.kill(status.process, number)
 
 
+def test_a_choice_in_a_list_clears_the_text_that_takes_precedence(studio: Studio, context: BrowserContext) -> None:
+    (studio.directory / "rows" / "rows-1.csv").write_text(TABLE)
+    with tab(context, studio.address) as page:
+        page.goto(f"{studio.address.partition('?')[0]}new/learn?data=rows-1.csv&objective=sft")
+        page.wait_for_selector("#objective")
+        page.fill("#typed_prompt", "{answer}")
+        page.select_option("#completion", "answer")
+        assert page.input_value("#typed_prompt") == "{answer}"
+        page.select_option("#prompt", "question")
+        assert page.input_value("#typed_prompt") == ""
+
+
 def test_errors_are_those_of_the_command_line(
     studio: Studio, context: BrowserContext, screens: Screens, tmp_path: Path
 ) -> None:

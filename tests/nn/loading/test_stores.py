@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType as StorageType
 from backhand.cli.main import main
 from backhand.errors import ArtifactError
 from backhand.kernels.builds import library, torch_form
+from backhand.nn.compute import most_kernels
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.stores import models_on_this_machine, packaged_models, stored_path
@@ -209,6 +210,14 @@ def test_a_file_in_blocks_is_listed_as_it_is_trained(home: Path, monkeypatch: py
         assert listed()["Q8_0"].base == "quantized", "the other form does not fit either"
         monkeypatch.setattr("backhand.training.models_command.available_bytes", lambda: 1 << 40)
         assert listed()["Q8_0"].base == "dense", "unpacked slowly"
+
+
+def test_kernels_are_counted_as_in_a_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        monkeypatch.setenv(name, "")  # so that the test restores it
+        monkeypatch.delenv(name)
+    (home / "empty").mkdir()
+    assert models(ModelsOptions(places=(home / "empty",))) == [] and most_kernels() == 128
 
 
 def test_a_folder_and_files_that_are_no_models(
