@@ -48,7 +48,7 @@ def test_each_side_counts_its_own_rows_and_left_out_rows_are_reported_once() -> 
     assert (train.report.documents, held.report.documents) == (16, 4)
     assert (train.report.truncated, train.report.skipped_bad) == (3, 1)
     assert held.report.lines() == [
-        "4 documents with 12 tokens, 4 of them supervised, the longest 3",
+        "4 documents of 2 rows with 12 tokens, 4 of them supervised, the longest 3",
         "2 of these 10 rows",
     ]
 

@@ -96,7 +96,7 @@ def test_a_command_page_has_every_option_of_its_help(command: object, capsys: py
     from backhand.cli.main import main
 
     assert main([command.name, "--help"]) == 0
-    options = set(re.findall(r"^│ (?:\*? *)(--(?!no-)[\w-]+)", capsys.readouterr().out, re.MULTILINE))
+    options = set(re.findall(r"^│ (?:\*? {0,4})(--(?!no-)[\w-]+)", capsys.readouterr().out, re.MULTILINE))
     page = command_pages()[command.name]
     assert options
     # In the first cell of a row, by itself or next to another name of it.

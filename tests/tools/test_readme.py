@@ -27,6 +27,7 @@ def readme() -> ModuleType:
 PAGES = (
     "README.md",
     "docs/commands.md",
+    "docs/decisions.md",
     "docs/files.md",
     "docs/benchmarks.md",
     "docs/models.md",

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -325,12 +326,16 @@ def test_a_count_of_restarts_that_is_no_number_is_named(
 
 
 def test_a_signal_of_ones_own_after_anothers_is_no_second_one() -> None:
-    with Interruption(lambda _text: None) as interruption, interruption.graceful():
-        interruption.heard_elsewhere(signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert interruption.requested == signal.SIGTERM
-        with pytest.raises(SystemExit):
+    with ExitStack() as handlers:
+        interruption = handlers.enter_context(Interruption(lambda _text: None))
+        with interruption.graceful():
+            interruption.heard_elsewhere(signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
+            assert interruption.requested == signal.SIGTERM
+            with pytest.raises(SystemExit):
+                os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(SystemExit):  # a run that ended all the same ends the program
+            handlers.close()
 
 
 def test_callbacks_do_not_go_to_processes_that_are_started(straight: TrainConfig) -> None:
