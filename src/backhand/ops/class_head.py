@@ -66,9 +66,12 @@ def class_head_forward(
 
     Args:
         x: (rows, hidden).
-        output, output_bias: C (labels, hidden) and c (labels,).
-        dense, dense_bias: D (hidden, hidden) and d (hidden,).
-        norm, norm_bias: weight and bias of the layer norm, (hidden,).
+        output: C, (labels, hidden).
+        output_bias: c, (labels,).
+        dense: D, (hidden, hidden).
+        dense_bias: d, (hidden,).
+        norm: weight of the layer norm, (hidden,).
+        norm_bias: bias of the layer norm, (hidden,).
         activation: φ after the dense layer, an op of `elementwise`.
         eps: ε of the norm.
 
