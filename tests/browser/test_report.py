@@ -96,7 +96,7 @@ def test_printed_it_is_complete(finished: Path, open_page: OpenPage) -> None:
     with open_page((finished / "report.html").as_uri(), scheme="dark") as page:
         pdf = PdfReader(io.BytesIO(page.pdf(format="A4")))
     text = "\n".join(sheet.extract_text() for sheet in pdf.pages)
-    for heading in ("Held-out rows", "How training went", "The adapter itself", "What was proved", "The rows"):
+    for heading in ("Held-out rows", "How training went", "The adapter itself", "Proofs about this run", "The rows"):
         assert heading in text
     # What is closed on the screen is open on paper, and charts are drawn there with their axes.
     assert "PeftModel.from_pretrained" in text and "vllm serve" in text

@@ -29,6 +29,7 @@ ROWS = [
 _RUN_READ = re.compile(r"(?<![\w/])runs/(\w+)")
 _RUN_MADE = re.compile(r"--output[ =]runs/(\w+)(?![\w/])")
 _ROWS_OF_RUNS = {
+    "classes": "--data docs/recipes/tickets.jsonl --objective classify",
     "decided": "--data docs/recipes/tickets.jsonl --objective decide",
     "ranked": "--data pairs.jsonl --objective rank",
     "vectors": "--data pairs.jsonl --objective embed --pooling mean",
