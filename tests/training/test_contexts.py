@@ -142,7 +142,7 @@ def test_files_with_long_paths_are_read(tmp_path: Path) -> None:
     (folder / "list.txt").write_text("answer in json")
     assert context_text(str(folder / "list.txt")) == "answer in json\n"
     assert json.loads(named_contexts(str(folder))) == {"list.txt": "answer in json\n"}
-    assert context_text("ü" * 200 + " and a word") == "ü" * 200 + " and a word", "no name of a file has so many bytes"
+    assert context_text("ü" * 200 + " and a word") == "ü" * 200 + " and a word", "a name of a file is shorter"
 
 
 def test_a_row_names_a_file_exactly_or_without_its_own_suffix(tmp_path: Path) -> None:

@@ -184,6 +184,16 @@ def _write_answers(options: GenerateOptions, loaded: LoadedModel) -> None:
         )
 
 
+def write_lines(lines: Sequence[Mapping[str, Any]], output: Path | None, noun: str) -> None:
+    """Write one JSON object per line to a file, and say how many of what there are; or to standard output."""
+    text = _json_lines(lines)
+    if output is None:
+        sys.stdout.write(text)
+        return
+    write_atomically(output, text.encode("utf-8"))
+    say(f"{count_of(len(lines), noun)} written to {output}")
+
+
 def _json_lines(lines: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 

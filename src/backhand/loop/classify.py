@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,25 +13,22 @@ from backhand.bounds import check_kind
 from backhand.data.class_examples import MULTI, NUMBER, ClassEncoder, ClassFormat
 from backhand.data.data_report import TruncationStats
 from backhand.data.examples import Example, check_vocabulary
-from backhand.data.options import DataOptions, NamedColumns, RowSources
+from backhand.data.options import DataOptions, NamedColumns
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import prepare
-from backhand.data.raw_rows import RowErrors
-from backhand.data.row_pipeline import RowPipeline
-from backhand.data.rows import ClassRow, EmbeddingRow, ProblemType
-from backhand.data.sources import expand
+from backhand.data.rows import ClassRow, ProblemType
 from backhand.data.stored_examples import StoredExamples, stored
 from backhand.data.text_encoder import TextEncoder
 from backhand.distributed.communicator import Communicator
-from backhand.errors import DataError, UsageError, not_none
-from backhand.files import write_atomically
-from backhand.generation.command import check_output
+from backhand.errors import UsageError, not_none
+from backhand.generation.command import check_output, write_lines
 from backhand.generation.completer import EngineCompleter, require_finite
 from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.loop.class_scores import ClassScores, constant_logits, score_classes
+from backhand.loop.embed import texts_of
 from backhand.loop.objectives.classify import logits_of_rows, targets_of
 from backhand.options.command_options import ClassifyOptions
-from backhand.printing import counting, say
+from backhand.printing import counting
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import count_of, shorten, show_notes
 
@@ -137,42 +132,19 @@ def classify(options: ClassifyOptions) -> list[dict[str, Any]]:
     if run.text is not None:
         texts = [(run.text, "text")]
     else:
-        texts = _texts(options.data, NamedColumns(prompt=run.prompt))
+        rows = texts_of(options.data, NamedColumns(prompt=run.prompt), "texts")
+        texts = [(row.texts[0], row.source) for row in rows]
     with loaded_model(options.model, run.adapter, classifies=True) as loaded:
         show_notes(loaded.notes)
         return list(Classifier.of(loaded, run.micro_batch_rows).answers(texts))
 
 
-def _texts(data: RowSources, named: NamedColumns) -> list[tuple[str, str]]:
-    """Return all valid texts of the files with their locations."""
-    bad = RowErrors(data.skip_bad)
-    pipeline = RowPipeline(data, named, None, bad, "texts")
-    texts: list[tuple[str, str]] = []
-    for name in expand(data.data):
-        for row in pipeline.open_file(name)[2]:
-            if len(texts) == data.max_rows:
-                break
-            assert isinstance(row, EmbeddingRow)
-            texts.append((row.texts[0], row.source))
-    if bad.count:
-        show_notes([f"{count_of(bad.count, 'malformed row')} left out, the first: {bad.errors[0].one_line}"])
-    if not texts:
-        raise DataError("there is no text", where=", ".join(data.data))
-    return texts
-
-
 def classify_command(options: ClassifyOptions) -> list[dict[str, Any]]:
     """Run `classify` and write one JSON object per text, to `output` or to standard output."""
-    output = options.run.output
-    check_output(output, overwrite=options.run.overwrite)
+    check_output(options.run.output, overwrite=options.run.overwrite)
     with working("classifying"):
         answers = classify(options)
-    text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-    if output is None:
-        sys.stdout.write(text)
-    else:
-        write_atomically(output, text.encode())
-        say(f"{count_of(len(answers), 'answer')} written to {output}")
+    write_lines(answers, options.run.output, "answer")
     return answers
 
 

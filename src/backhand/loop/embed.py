@@ -32,7 +32,7 @@ from backhand.data.text_encoder import TextEncoder
 from backhand.distributed.communicator import Communicator
 from backhand.errors import DataError, UsageError, not_none
 from backhand.files import write_atomically
-from backhand.generation.command import check_output
+from backhand.generation.command import check_output, write_lines
 from backhand.generation.completer import EngineCompleter, require_finite
 from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.loop.objectives.embed import check_pooling, embed_rows
@@ -150,7 +150,7 @@ def embed(options: EmbedOptions) -> Tensor:
     with loaded_model(options.model, run.adapter) as loaded:
         show_notes(loaded.notes)
         embedder = Embedder.of(loaded, options.vectors)
-        texts = [row.texts[0] for row in _texts(options.data, NamedColumns(prompt=run.prompt), "texts")]
+        texts = [row.texts[0] for row in texts_of(options.data, NamedColumns(prompt=run.prompt), "texts")]
         vectors = embedder.vectors(texts, queries=run.queries)
     if run.dims is None:
         return vectors
@@ -171,12 +171,7 @@ def embed_command(options: EmbedOptions) -> Tensor:
         write_atomically(output, buffer.getvalue())
         say(f"{count_of(len(vectors), 'vector')} written to {output}")
         return vectors
-    lines = "".join(json.dumps({"embedding": vector}) + "\n" for vector in vectors.tolist())
-    if output is None:
-        sys.stdout.write(lines)
-    else:
-        write_atomically(output, lines.encode())
-        say(f"{count_of(len(vectors), 'vector')} written to {output}")
+    write_lines([{"embedding": vector} for vector in vectors.tolist()], output, "vector")
     return vectors
 
 
@@ -204,7 +199,8 @@ def rows_of(data: RowSources, named: NamedColumns, purpose: Purpose, recorded: N
     return rows
 
 
-def _texts(data: RowSources, named: NamedColumns, purpose: Purpose) -> list[EmbeddingRow]:
+def texts_of(data: RowSources, named: NamedColumns, purpose: Purpose) -> list[EmbeddingRow]:
+    """Return all valid rows of texts of the files."""
     return [row for row in rows_of(data, named, purpose) if isinstance(row, EmbeddingRow)]
 
 
@@ -218,7 +214,7 @@ def evaluate_vectors(options: EvaluateOptions) -> dict[str, Any]:
         UsageError, DataError, ArtifactError: an option, the rows, the model or the adapter cannot be used.
     """
     run, data = options.run, options.data
-    rows = _texts(data, NamedColumns(prompt=data.prompt, completion=data.completion), "embeddings")
+    rows = texts_of(data, NamedColumns(prompt=data.prompt, completion=data.completion), "embeddings")
     texts = list(dict.fromkeys(text for row in rows for text in row.texts))
     number_of = {text: number for number, text in enumerate(texts)}
     identities = [TextIdentities(tuple(number_of[text] for text in row.texts), row.score) for row in rows]
@@ -282,14 +278,14 @@ def mine(options: MineOptions) -> list[dict[str, str]]:
     check_kind("options", options, MineOptions)
     options.validate()
     run = options.run
-    rows = _texts(options.data, NamedColumns(prompt=run.prompt, completion=run.completion), "embeddings")
+    rows = texts_of(options.data, NamedColumns(prompt=run.prompt, completion=run.completion), "embeddings")
     if scored := [row for row in rows if row.score is not None]:
         raise DataError(
             "a pair with a score has no negatives", where=scored[0].source, next_step="give rows of anchor and positive"
         )
     corpus = [row.texts[1] for row in rows]
     if run.corpus:
-        corpus += [row.texts[0] for row in _texts(RowSources(data=run.corpus), NamedColumns(), "texts")]
+        corpus += [row.texts[0] for row in texts_of(RowSources(data=run.corpus), NamedColumns(), "texts")]
     candidates, anchors = list(dict.fromkeys(corpus)), list(dict.fromkeys(row.texts[0] for row in rows))
     with loaded_model(options.model, run.adapter) as loaded:
         show_notes(loaded.notes)
@@ -356,12 +352,7 @@ def mine_command(options: MineOptions) -> list[dict[str, str]]:
     check_output(run.output, overwrite=run.overwrite)
     with working("mining"):
         rows = mine(options)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if run.output is None:
-        sys.stdout.write(text)
-    else:
-        write_atomically(run.output, text.encode())
-        say(f"{count_of(len(rows), 'row')} written to {run.output}")
+    write_lines(rows, run.output, "row")
     full = sum(len(row) == 2 + run.negatives for row in rows)
     show_notes([f"{full:,} of {count_of(len(rows), 'row')} have {count_of(run.negatives, 'negative')}"])
     return rows

@@ -6,8 +6,6 @@ Qwen3-Reranker, vLLM and llama.cpp compute it. The prompt is that of the adapter
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,8 +23,7 @@ from backhand.data.rows import INSTRUCTION, EmbeddingRow, RankingRow
 from backhand.data.stored_examples import stored
 from backhand.distributed.communicator import Communicator
 from backhand.errors import DataError, not_none
-from backhand.files import write_atomically
-from backhand.generation.command import check_output
+from backhand.generation.command import check_output, write_lines
 from backhand.generation.completer import require_finite
 from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.loop.embed import rows_of
@@ -36,7 +33,7 @@ from backhand.loop.ranking_scores import score_rankings
 from backhand.options.command_options import RankOptions
 from backhand.options.config import check_ranking_system
 from backhand.options.objectives import ObjectiveOptions
-from backhand.printing import counting, say
+from backhand.printing import counting
 from backhand.terminal import working
 from backhand.words import count_of, show_notes
 
@@ -219,14 +216,8 @@ def _probabilities(scores: Sequence[float]) -> list[float]:
 
 def rank_command(options: RankOptions) -> list[dict[str, Any]]:
     """Run `rank`, and write one JSON object per line, to `output` or to standard output."""
-    output = options.run.output
-    check_output(output, overwrite=options.run.overwrite)
+    check_output(options.run.output, overwrite=options.run.overwrite)
     with working("ranking"):
         lines = rank(options)
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    if output is None:
-        sys.stdout.write(text)
-    else:
-        write_atomically(output, text.encode())
-        say(f"{count_of(len(lines), 'line')} written to {output}")
+    write_lines(lines, options.run.output, "line")
     return lines

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from backhand.data.class_examples import MULTI, NUMBER, target_of
-from backhand.data.packing import RowPacker, micro_batches
+from backhand.data.packing import RowPacker
 from backhand.data.rows import ProblemType
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import BoundModel, Trainable
@@ -28,7 +28,7 @@ from backhand.generation.completer import LanguageModel
 from backhand.loop.class_scores import ClassScores, constant_logits, row_losses, score_classes
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.measuring import HeldOut
-from backhand.loop.objectives.objective import Objective
+from backhand.loop.objectives.objective import Objective, RowPasses
 from backhand.loop.step import StepWork, sequential_sum
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.class_head import class_gradients, class_logits
@@ -156,15 +156,12 @@ def logits_of_rows(
         interruptible: return None if a process has been asked to stop.
         done: called after every forward pass.
     """
-    groups = micro_batches(range(len(packer.lengths)), packer.lengths, max_rows=micro_batch_rows)
-    tokens = [packer.packed_tokens(group) for group in groups]
-    mine = processes.assign(tokens)[processes.rank]
+    every = range(len(packer.lengths))
+    groups, tokens, batch = RowPasses.of(packer, every, micro_batch_rows, processes, hidden_states)
 
     def logits(number: int) -> list[list[float]]:
-        later, group = (groups[own] for own in mine if own > number), groups[number]
-        batch = packer.packed(group, "cpu") if hidden_states is None else hidden_states.packed(group, later)
         assert isinstance(model, Decoder), "other engines are refused before"
-        found = class_logits(model, batch.to(model.device)).double().tolist()
+        found = class_logits(model, batch(number).to(model.device)).double().tolist()
         done()
         return cast("list[list[float]]", found)
 

@@ -27,14 +27,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.data.packing import RowPacker, micro_batches
+from backhand.data.packing import RowPacker
 from backhand.data.rows import TextIdentities
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
 from backhand.errors import UsageError, not_none
 from backhand.generation.completer import LanguageModel
 from backhand.loop.hidden_state_cache import HiddenStateCache
-from backhand.loop.objectives.objective import Measured, Objective, means
+from backhand.loop.objectives.objective import Measured, Objective, RowPasses, means
 from backhand.loop.retrieval_scores import mean_cosine
 from backhand.loop.step import StepWork
 from backhand.nn.batch import PackedBatch, StateLoss
@@ -270,15 +270,11 @@ def embed_rows(
         interruptible: return None if a process has been asked to stop.
         done: called after every forward pass.
     """
-    groups = micro_batches(range(len(packer.lengths)), packer.lengths, max_rows=micro_batch_rows)
-    tokens = [packer.packed_tokens(group) for group in groups]
-    mine = processes.assign(tokens)[processes.rank]
+    every = range(len(packer.lengths))
+    groups, tokens, batch = RowPasses.of(packer, every, micro_batch_rows, processes, hidden_states)
 
     def embed(number: int) -> Tensor:
-        later = (groups[own] for own in mine if own > number)
-        group = groups[number]
-        batch = packer.packed(group, "cpu") if hidden_states is None else hidden_states.packed(group, later)
-        vectors = embed_batch(model, batch.to(model.device), pooling)
+        vectors = embed_batch(model, batch(number).to(model.device), pooling)
         done()
         return vectors
 

@@ -218,6 +218,39 @@ def token_owners(packer: RowPacker, rows: Sequence[int]) -> tuple[Tensor, Tensor
     return torch.arange(len(counts)).repeat_interleave(counts), counts.double()
 
 
+class RowPasses(NamedTuple):
+    """Forward passes over rows, which are divided among the processes."""
+
+    groups: list[list[int]]  # the rows of each pass
+    tokens: list[int]  # number of tokens of each pass, in descending order
+    batch: Callable[[int], PackedBatch]  # returns the batch of a pass of this process
+
+    @classmethod
+    def of(
+        cls,
+        packer: RowPacker,
+        rows: Sequence[int],
+        micro_batch_rows: int,
+        processes: Communicator,
+        hidden_states: HiddenStateCache | None,
+    ) -> RowPasses:
+        """Divide rows.
+
+        Args:
+            hidden_states: cache of the rows' hidden states, which may compute later passes of this process ahead.
+        """
+        groups = micro_batches(rows, packer.lengths, max_rows=micro_batch_rows)
+        tokens = [packer.packed_tokens(group) for group in groups]
+        mine = processes.assign(tokens)[processes.rank]
+
+        def batch(number: int) -> PackedBatch:
+            if hidden_states is None:
+                return packer.packed(groups[number], "cpu")
+            return hidden_states.packed(groups[number], (groups[own] for own in mine if own > number))
+
+        return cls(groups, tokens, batch)
+
+
 def document_sums(
     model: LanguageModel,
     packer: RowPacker,
@@ -237,15 +270,11 @@ def document_sums(
         interruptible: return None if a process has been asked to stop.
         on_row: called once per row of this process as soon as its micro-batch is computed.
     """
-    groups = micro_batches(rows, packer.lengths, max_rows=micro_batch_rows)
-    tokens = [packer.packed_tokens(group) for group in groups]
-    mine = processes.assign(tokens)[processes.rank]
+    groups, tokens, batch = RowPasses.of(packer, rows, micro_batch_rows, processes, hidden_states)
 
     def sums(number: int) -> list[float]:
         group = groups[number]
-        later = (groups[own] for own in mine if own > number)
-        batch = packer.packed(group, "cpu") if hidden_states is None else hidden_states.packed(group, later)
-        losses = model.token_losses(batch.to(model.device)).double().cpu()
+        losses = model.token_losses(batch(number).to(model.device)).double().cpu()
         owner, counts = token_owners(packer, group)
         result: list[float] = (-torch.zeros(len(counts), dtype=torch.float64).index_add_(0, owner, losses)).tolist()
         for _ in group:
