@@ -14,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from backhand.distributed.communicator import Communicator, GradientSum, MicroBatchResult, StepTotals
+from backhand.distributed.communicator import Communicator, GradientSum, MicroBatchResult, StepTotals, sequential_sum
 from backhand.distributed.gradient_sums import OrderedSum, PlainSum, assign
-from backhand.loop.step import sequential_sum
 
 Kind = Callable[[Tensor, Sequence[Sequence[int]], "Meeting"], GradientSum]
 

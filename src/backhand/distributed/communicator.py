@@ -6,9 +6,11 @@ never asks how many processes there are: the results are the same bits, unless `
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -179,6 +181,11 @@ class Communicator:
         Raises:
             CheckError: names the processes whose adapter differs from rank 0's.
         """
+
+
+def sequential_sum(values: Iterable[float]) -> float:
+    """Return the float64 sum from left to right. The last bits of Python's own `sum` depend on the Python version."""
+    return functools.reduce(operator.add, values, 0.0)
 
 
 def zero_sum(gradients: Tensor, elements: int) -> Tensor:

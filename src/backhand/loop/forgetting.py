@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from backhand.data.held_out import neutral_texts
-from backhand.distributed.communicator import Communicator
+from backhand.distributed.communicator import Communicator, sequential_sum
 from backhand.engines.engine import Trainable
 from backhand.errors import not_none
-from backhand.loop.step import sequential_sum
 from backhand.nn.lora_parameters import LoRAParameters
 
 

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from backhand.data.embedding_examples import EmbeddingFormat
 from backhand.data.text_encoder import TextEncoder
-from backhand.distributed.communicator import Communicator
+from backhand.distributed.communicator import Communicator, sequential_sum
 from backhand.engines.engine import BoundModel, Trainable
 from backhand.errors import CheckError, not_none
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.measuring import HeldOut
 from backhand.loop.objectives.embed import EmbedObjective, embed_rows
 from backhand.loop.retrieval_scores import VectorScores, score_vectors
-from backhand.loop.step import sequential_sum
 from backhand.loop.vector_changes import (
     SHOWN_LETTERS,
     cosine_histogram,

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker, micro_batches
-from backhand.distributed.communicator import Communicator
+from backhand.distributed.communicator import Communicator, sequential_sum
 from backhand.engines.engine import Trainable
 from backhand.generation.completer import LanguageModel
 from backhand.loop.hidden_state_cache import HiddenStateCache
-from backhand.loop.step import sequential_sum
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading.quantizing import QuantizingSource

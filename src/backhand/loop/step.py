@@ -18,25 +18,22 @@ The update is AdamW:
     m ← β₁ m + (1 - β₁) g,   v ← β₂ v + (1 - β₂) g²
     θ ← θ - η λ θ - η (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)      [arXiv:1711.05101, algorithm 2]
 
-It is computed by torch.optim's functional form, because creating a `torch.optim.AdamW` imports torch's compiler, which
-costs one second and 70 MB. `AdapterOptimizer` applies it to the two flat buffers of `nn.lora_parameters`: all values
-and all gradients.
+`AdapterOptimizer` applies it to the flat buffers of `nn.lora_parameters`. It calls torch.optim's functional form of
+AdamW, because creating a `torch.optim.AdamW` imports torch's compiler, which costs one second and 70 MB.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from backhand.distributed.communicator import Communicator, MicroBatchResult, StepTotals
+from backhand.distributed.communicator import Communicator, MicroBatchResult, StepTotals, sequential_sum
 from backhand.engines.engine import Trainable
 from backhand.errors import CheckError
 from backhand.nn.batch import PackedBatch
@@ -118,11 +115,6 @@ def training_step(
         optimizer.lora.refresh_compute(model.dtype)  # the next forward reads the factors in this dtype
     computed_tokens = tuple(sum(work.packed_tokens[number] for number in numbers) for numbers in assigned)
     return StepResult(nats / work.mean_over, norm, taken, totals, computed_tokens)
-
-
-def sequential_sum(values: Iterable[float]) -> float:
-    """Return the float64 sum from left to right. The last bits of Python's own `sum` depend on the Python version."""
-    return functools.reduce(operator.add, values, 0.0)
 
 
 # Number of elements per piece: enough for vector instructions, and few enough for an accurate sum in float32.

@@ -29,7 +29,7 @@ from backhand.loop.objectives.compared import check_answers_differ
 from backhand.loop.sampled_answers import PromptPacker, check_context, prompt_of
 from backhand.loop.step_plan import chosen_rate
 from backhand.nn.decoder.adapted_group import HEAD
-from backhand.nn.decoder.adapted_head import require_head
+from backhand.nn.decoder.forward_backward import require_head
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout

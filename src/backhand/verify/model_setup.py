@@ -23,8 +23,8 @@ from backhand.data.rows import Purpose
 from backhand.errors import DataError, UsageError
 from backhand.generation.held_base import stays_quantized
 from backhand.nn.compute import resolve_device, resolve_dtype
-from backhand.nn.decoder.adapted_head import require_head
 from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.forward_backward import require_head
 from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.opening import open_model

@@ -21,7 +21,7 @@ from torch import Tensor
 from backhand.data.class_examples import MULTI, NUMBER, target_of
 from backhand.data.packing import RowPacker
 from backhand.data.rows import ProblemType
-from backhand.distributed.communicator import Communicator
+from backhand.distributed.communicator import Communicator, sequential_sum
 from backhand.engines.engine import BoundModel, Trainable
 from backhand.errors import not_none
 from backhand.generation.completer import LanguageModel
@@ -29,7 +29,7 @@ from backhand.loop.class_scores import ClassScores, constant_logits, row_losses,
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.measuring import HeldOut
 from backhand.loop.objectives.objective import Objective, RowPasses
-from backhand.loop.step import StepWork, sequential_sum
+from backhand.loop.step import StepWork
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.class_head import class_gradients, class_logits
 from backhand.nn.decoder.decoder import Decoder

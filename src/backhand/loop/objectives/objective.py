@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from backhand.data.packing import RowPacker, micro_batches
-from backhand.distributed.communicator import Communicator
+from backhand.distributed.communicator import Communicator, sequential_sum
 from backhand.engines.engine import Trainable
 from backhand.generation.completer import LanguageModel
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.measuring import HeldOut
-from backhand.loop.step import StepWork, sequential_sum
+from backhand.loop.step import StepWork
 from backhand.nn.batch import PackedBatch, TokenLoss
 
 Measured = dict[str, tuple[float, int]]

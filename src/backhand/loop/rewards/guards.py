@@ -20,9 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from backhand.distributed.communicator import Communicator
+from backhand.distributed.communicator import Communicator, sequential_sum
 from backhand.errors import CheckError
-from backhand.loop.step import sequential_sum
 from backhand.runs.directory import Proof, ProofLog
 
 BOUNDS: dict[torch.dtype, tuple[float, float]] = {

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.errors import UsageError, not_none
+from backhand.errors import not_none
 from backhand.nn.batch import PackedBatch, TeacherStates, TokenLoss
 from backhand.nn.decoder.adapted_group import BLOCK_GROUPS, HEAD, GroupAdapter, group_adapter, mask_seed
 from backhand.nn.decoder.projections import group_backward, group_forward
@@ -44,17 +44,6 @@ class Head(NamedTuple):
     token_rows: str | None  # name of the trained rows of `weight`, if the head is tied to an embedding with such rows
 
 
-def require_head(config: DecoderConfig) -> None:
-    """Raise UsageError if the model has no language-model head, and so no probabilities of tokens."""
-    if not config.has_head:
-        raise UsageError(
-            f"this {config.family} model has no language-model head",
-            where="model",
-            why="it computes hidden states of texts and no probabilities of tokens",
-            next_step="choose a language model, or train this model on embeddings of texts",
-        )
-
-
 def head_of(
     weight: FrozenMatrix,
     config: DecoderConfig,
@@ -62,8 +51,7 @@ def head_of(
     trained: TrainedParts,
     dropout_seed: int | None,
 ) -> Head:
-    """Return the head of a pass; `dropout_seed` is None for no dropout. Raises as `require_head`."""
-    require_head(config)
+    """Return the head of a pass; `dropout_seed` is None for no dropout."""
     # Without dropout all chunks share one adapter, so DoRA's norm is computed once.
     fixed = None if dropout_seed is not None else head_adapter(weight, config, lora)
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.adapted_group import HEAD, GroupAdapter
-from backhand.nn.decoder.adapted_head import distillation_losses, head_adapter, head_factors, head_losses, require_head
+from backhand.nn.decoder.adapted_head import distillation_losses, head_adapter, head_factors, head_losses
 from backhand.nn.decoder.class_head_weights import start_class_head
-from backhand.nn.decoder.forward_backward import ForwardBackward
+from backhand.nn.decoder.forward_backward import ForwardBackward, require_head
 from backhand.nn.decoder.projections import group_forward
 from backhand.nn.decoder.weights import load_weights, module_shapes, named_views
 from backhand.nn.families.family_parsing import decoder_config

@@ -35,11 +35,11 @@ from backhand.errors import not_none
 from backhand.kernels.builds import kernels_available
 from backhand.kernels.few_rows import QUICK_ROW
 from backhand.nn.batch import document_runs
-from backhand.nn.decoder.adapted_head import require_head
 from backhand.nn.decoder.attention_mixer import gated_output, layer_scores
 from backhand.nn.decoder.block import MIXERS, mlp_sublayer_forward
 from backhand.nn.decoder.decode_step import DecodeStep, decode_step
 from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.forward_backward import require_head
 from backhand.nn.decoder.kv_cache import KVCache, Where
 from backhand.nn.decoder.mixer import BlockContext, Rows
 from backhand.nn.decoder.ple_block import ple_forward

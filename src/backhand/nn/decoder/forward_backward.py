@@ -22,11 +22,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from backhand.errors import not_none
+from backhand.errors import UsageError, not_none
 from backhand.nn.batch import PackedBatch, StateLoss, TokenLoss
 from backhand.nn.decoder.adapted_embedding import adapted_embedding, embedding_gradients
 from backhand.nn.decoder.adapted_group import ALL_GROUPS, BlockAdapter, GroupAdapter, block_adapter
-from backhand.nn.decoder.adapted_head import Head, distillation_backward, general_head_backward, head_of, require_head
+from backhand.nn.decoder.adapted_head import Head, distillation_backward, general_head_backward, head_of
 from backhand.nn.decoder.block import RECOMPUTE_MODES, BlockSaved, block_backward, block_forward
 from backhand.nn.decoder.cross_layer import CrossLayer
 from backhand.nn.decoder.encoder_inputs import encoder_inputs_backward, encoder_inputs_forward
@@ -44,6 +44,17 @@ from backhand.ops.frozen_matrix import frozen_rows
 from backhand.ops.layer_norm import NormSaved
 from backhand.ops.linear_cross_entropy import chunk_shape, linear_cross_entropy_backward
 from backhand.ops.rotary import RotaryTable, angles, scaled_for_queries
+
+
+def require_head(config: DecoderConfig) -> None:
+    """Raise UsageError if the model has no language-model head, and so no probabilities of tokens."""
+    if not config.has_head:
+        raise UsageError(
+            f"this {config.family} model has no language-model head",
+            where="model",
+            why="it computes hidden states of texts and no probabilities of tokens",
+            next_step="choose a language model, or train this model on embeddings of texts",
+        )
 
 
 class ForwardBackward:
@@ -378,6 +389,7 @@ class ForwardBackward:
         return self._final_norm_backward(d_normed, norm), loss
 
     def _head_of(self, dropout_seed: int | None) -> Head:
+        require_head(self.config)
         return head_of(self.active.head, self.config, self.lora, self._trained, dropout_seed)
 
     def _final_norm(self, x: Tensor) -> tuple[Tensor, NormSaved | None]:
