@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from backhand.printing import bounded, say
@@ -75,8 +75,8 @@ def finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def begin_alike(one: str, other: str) -> int:
-    """Return the length of the longest common prefix of two texts."""
+def begin_alike(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Return the length of the longest common prefix of two texts, or of two sequences."""
     both = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(both) if a != b), min(len(one), len(other)))
 

@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 
-from backhand.data.decisions import inferred_question, question_of
+from backhand.data.chat import thoughts_off
+from backhand.data.decision_examples import DecisionEncoder
+from backhand.data.decisions import Asked, DecisionRow, inferred_question, question_of
+from backhand.data.documents import RowRenderer
 from backhand.data.lint import lint
-from backhand.data.options import DataOptions
+from backhand.data.options import DataOptions, TemplateOptions
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import prepare
 from backhand.data.stored_examples import PreparedData
 from backhand.errors import DataError, UsageError
 from support.tiny_tokenizer import tiny_tokenizer
+from support.trl_templates import tokenizer_for
 
 TEAM = {"type": "choice", "instructions": "Which team?", "criteria": {"sales": None, "billing": "money"}}
 URGENT = {"type": "noul", "instructions": "Urgent?", "criteria": {"true": "within the hour"}}
@@ -153,6 +157,33 @@ def test_each_document_ends_in_the_label_of_its_option(tmp_path: Path) -> None:
     assert len(orders) > 20, "training rows show their options in many orders"
     again = read(lines(tmp_path / "rows.jsonl", rows), option_order="random")
     assert again.digest == data.digest
+
+
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("qwen2_5", ""),
+        ("qwen3", ""),
+        ("qwen3_6", ""),
+        ("nemotron_3_nano", ""),
+        ("gptoss", "<|channel|>final<|message|>"),
+        ("glm4moe", "\n"),
+    ],
+)
+def test_the_label_follows_the_prompt_that_servers_render(name: str, before: str) -> None:
+    """Servers switch thoughts off. Some templates write more before an answer, which then belongs to the prompt."""
+    tokenizer = tokenizer_for(name)
+    question = question_of("team", TEAM, "row")
+    renderer = RowRenderer(tokenizer, thoughts_off(TemplateOptions(), tokenizer))
+    encoder = DecisionEncoder(renderer, 4000)
+    (example,) = encoder.encode([DecisionRow("state", (Asked(question, (1.0, 0.0)),), "row")])
+    assert example is not None
+    messages = [{"role": "user", "content": question.prompt("state", question.canonical_order)}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, enable_thinking=False)
+    assert [tokenizer.decode(one.input_ids) for one in example.documents] == [
+        f"{prompt}{before}{label}" for label in "AB"
+    ]
+    assert encoder.prompt_end == before
 
 
 def test_each_epoch_has_orders_of_its_own(tmp_path: Path) -> None:

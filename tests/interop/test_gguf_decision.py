@@ -22,6 +22,7 @@ from backhand.training.run import train
 from support.finished_runs import tiny
 from support.tiny_models import save_tiny, tiny_model
 from support.tiny_run import TinyRun, with_options
+from support.trl_templates import template_source
 
 __all__ = ["tiny"]
 
@@ -40,6 +41,7 @@ def decided(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> TrainCon
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"data": (str(path),), "eval_data": (), "eval_fraction": 0.25, "state": "text"}
     model = save_tiny(tiny_model("llama-tied", num_hidden_layers=2, max_position_embeddings=512), place / "model")
+    (model / "chat_template.jinja").write_text(template_source("qwen3"))
     questions = {"team": "Which team?", "mood": "Mood?"}
     made = tiny.config(place / "run", **data, question=questions, model=str(model))
     made = with_options(replace(made, objective=ObjectiveOptions(objective="decide")), eval_every=2)
@@ -101,7 +103,10 @@ def test_the_file_has_type_template_and_temperatures(decided: TrainConfig, expor
     assert metadata.value("llama.decision.type") == "lfm2-d1"
     for kind, temperature in record["decisions"]["temperatures"].items():
         assert metadata.value(f"llama.decision.temperature.{kind}") == pytest.approx(temperature)
-    assert "option.label" in metadata.value("tokenizer.chat_template.systemone")
+    template = metadata.value("tokenizer.chat_template.systemone")
+    assert "option.label" in template and template.endswith('assistant\\n<think>\\n\\n</think>\\n\\n" }}'), template[
+        -90:
+    ]
 
 
 def test_the_export_is_proved_by_llama_cpp(decided: TrainConfig, exported: Path) -> None:

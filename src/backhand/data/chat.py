@@ -19,19 +19,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from backhand.data.bounded_template import BoundedTemplate, TemplateLimitError, TemplateRefusal, TemplateSyntaxError
 from backhand.data.options import TemplateOptions
 from backhand.data.reply_start import ReplyStart, find_start
 from backhand.data.rows import Conversation, Message
-from backhand.data.template_probe import TemplateProbe
+from backhand.data.template_probe import TemplateProbe, switches
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import ArtifactError, BackhandError, DataError, UsageError
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
 from backhand.words import begin_alike, shorten
 
 NO_TEMPLATE = "none"
+OptionsT = TypeVar("OptionsT", bound=TemplateOptions)
 
 RenderingCounts = Counter[str | tuple[str, str]]
 """Number of rows by event of rendering, and of replies by (`ReplyStart.how`, `ReplyStart.detail`)."""
@@ -77,6 +78,13 @@ def read_template(option: str | None, tokenizer: Any) -> str | None:
             why=str(error),
             next_step=f"name a file, give the template itself, or {NO_TEMPLATE!r}",
         ) from None
+
+
+def thoughts_off(options: OptionsT, tokenizer: Any) -> OptionsT:
+    """Return the options with the chat template's switches for thoughts off, unless `template_args` sets them."""
+    template = read_template(options.chat_template, tokenizer)
+    off = {name: value for setting in switches(template or "", {}) for name, value in setting.items() if not value}
+    return replace(options, template_args={**off, **options.template_args})
 
 
 def stopping_role_ids(tokenizer: Any, options: TemplateOptions) -> tuple[int, ...]:

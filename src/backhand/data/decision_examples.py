@@ -6,6 +6,9 @@
 The last token of each document is its only supervised token. The documents of a row begin with the same tokens, which
 are computed once (`data.prefix_forest`).
 
+As in vLLM and SGLang, the template's thoughts are switched off (`chat.thoughts_off`). The label comes after everything
+that the template writes before an answer, such as an empty thought or the name of a channel.
+
 Training rows also have the names of the options of each choice as answers to its prompt. A model knows what *billing*
 means, and learns from few rows which texts it fits. The letters learn from the same hidden states. Without the names,
 a small model takes more steps, and decides other rows worse.
@@ -40,8 +43,12 @@ class DecisionEncoder:
 
     def __init__(self, renderer: RowRenderer, max_length: int) -> None:
         self._renderer, self._max_length = renderer, max_length
-        self._reply = Replies(renderer)
-        self._labels = LabelTokens(self._reply)
+        self._labels = LabelTokens(Replies(renderer))
+
+    @property
+    def prompt_end(self) -> str:
+        """The text between the prompt of generation and the answer."""
+        return self._renderer.decode(self._labels.lead)
 
     def example(self, row: DecisionRow, orders: Sequence[Sequence[int]], encoded: Sequence[Example]) -> Example | None:
         """Return the example of a row, or None if a prompt is longer than `max_length`.
@@ -60,7 +67,7 @@ class DecisionEncoder:
         spellings: list[int] = []
         for asked, order, one in zip(row.asked, orders, encoded, strict=True):
             begin, _ = one.last_answer
-            prompt = one.input_ids[:begin]
+            prompt = one.input_ids[: begin + len(self._labels.lead)]
             if len(prompt) >= self._max_length:
                 return None
             tokens, others = self._labels.of(asked.question)
@@ -119,7 +126,7 @@ class DecisionEncoder:
         for asked, size in zip(row.asked, row.sizes, strict=True):
             if asked.question.type == "choice":
                 prompt = documents[first].input_ids[:-1]
-                names += [ending_in(prompt, self._reply(key), row.source) for key in asked.question.keys]
+                names += [ending_in(prompt, self._labels.answer(key), row.source) for key in asked.question.keys]
             first += size
         if max(map(len, names), default=0) > self._max_length:
             return example

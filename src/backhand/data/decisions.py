@@ -27,11 +27,12 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from string import ascii_uppercase, digits
 from typing import Any, Literal, get_args
 
 from backhand.errors import DataError
-from backhand.words import name_list, shorten
+from backhand.words import begin_alike, name_list, shorten
 
 PROMPT_VERSION = 1
 """Version of the prompt's wording and labels, as SGLang counts them."""
@@ -315,7 +316,7 @@ class DecisionRow:
 
 
 class LabelTokens:
-    """The token of every label at the start of a reply.
+    """The token of every label at the start of an answer.
 
     Args:
         reply: returns the tokens of a reply with this text, including those that end it.
@@ -323,8 +324,16 @@ class LabelTokens:
 
     def __init__(self, reply: Callable[[str], tuple[int, ...]]) -> None:
         self._reply = reply
-        self._end: tuple[int, ...] | None = None
         self._known: dict[str, int | None] = {}
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The tokens that the chat template writes before every answer. They belong to the prompt."""
+        return self._around[0]
+
+    def answer(self, text: str) -> tuple[int, ...]:
+        """Return the tokens of an answer with this text, including those that end the reply."""
+        return self._reply(text)[len(self.lead) :]
 
     def of(self, question: Question) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the tokens of the labels of a question, and of its other spellings that are one token.
@@ -346,11 +355,16 @@ class LabelTokens:
         spare = dict.fromkeys(token for token in others if token is not None and token not in tokens)
         return tuple(token for token in tokens if token is not None), tuple(spare)
 
+    @cached_property
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The tokens before and after every answer. The shorter of two answers is one token."""
+        one, other = self._reply("A"), self._reply("0")
+        lead = one[: begin_alike(one, other)]
+        return lead, min(one, other, key=len)[len(lead) + 1 :]
+
     def _token(self, label: str) -> int | None:
         """Return the token of a label, or None if it is not one token."""
         if label not in self._known:
-            first, *rest = self._reply(label)
-            if self._end is None:  # the shorter reply of two labels ends after one token
-                self._end = min((tuple(self._reply(text)[1:]) for text in ("A", "0")), key=len)
-            self._known[label] = first if tuple(rest) == self._end else None
+            first, *rest = self.answer(label)
+            self._known[label] = first if tuple(rest) == self._around[1] else None
         return self._known[label]

@@ -12,6 +12,7 @@ from typing import Any
 
 from backhand.bounds import check_fields
 from backhand.data import prepared_cache
+from backhand.data.chat import thoughts_off
 from backhand.data.columns import ColumnReader
 from backhand.data.context import TeacherPrompts
 from backhand.data.data_report import DataReport, TruncationStats
@@ -117,7 +118,7 @@ def prepare(
             )
     if purpose == "decisions":
         if questions is None:
-            encoder = DecisionEncoder(RowRenderer(tokenizer, options), options.max_length)
+            encoder = DecisionEncoder(RowRenderer(tokenizer, thoughts_off(options, tokenizer)), options.max_length)
             draws: list[tuple[int, ...]] = [()]
             if options.option_order == "random":
                 draws = [(seed, epoch) for epoch in range(epochs)]
@@ -169,6 +170,8 @@ def read_examples(
     Raises:
         UsageError, DataError: as `prepare`.
     """
+    if purpose in ("decisions", "states"):
+        options = thoughts_off(options, tokenizer)
     renderer = RowRenderer(tokenizer, options, train_on_all=options.train_on == "all")
     encoder = RowEncoder(
         renderer, options, None if prompts is None else RowRenderer(tokenizer, options), teacher, text_format

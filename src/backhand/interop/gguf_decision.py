@@ -18,7 +18,9 @@ import gguf
 import torch
 
 from backhand.adapters.record import AdapterRecord
-from backhand.data.decisions import CLOSINGS, Asked, DecisionRow, Question, question_of
+from backhand.data.chat import thoughts_off
+from backhand.data.decision_examples import DecisionEncoder
+from backhand.data.decisions import CLOSINGS, LABELS, Asked, DecisionRow, Question, question_of
 from backhand.data.documents import RowRenderer
 from backhand.data.held_out import neutral_texts
 from backhand.data.rows import Completion
@@ -88,11 +90,13 @@ def gguf_decision(opened: OpenedAdapter) -> GGUFDecision:
                 why="llama.cpp uses such options as labels themselves, in another prompt than the one trained on",
                 next_step="give the options longer names, and train again",
             )
-    renderer = RowRenderer(opened.source.tokenizer(), recorded_template(record))
-    document, _ = renderer.prompt(Completion(_BODY, None, "\n", None, "decision"))
+    tokenizer = opened.source.tokenizer()
+    renderer = RowRenderer(tokenizer, thoughts_off(recorded_template(record), tokenizer))
+    document, _ = renderer.prompt(Completion(_BODY, LABELS["choice"][0], "\n", None, "decision"))
     begin, _, end = document.text.partition(_BODY)
     if document.prefix:
-        begin = opened.source.tokenizer().decode(list(renderer.encoder.prefix_ids)) + begin
+        begin = renderer.decode(renderer.encoder.prefix_ids) + begin
+    end += DecisionEncoder(renderer, _LONGEST_PROMPT).prompt_end
     texts: list[tuple[str, str]] = [("begin", begin), ("end", end), *CLOSINGS.items()]
     template = _TEMPLATE
     for name, text in texts:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from backhand.bounds import check_kind
+from backhand.data.chat import thoughts_off
 from backhand.data.decision_examples import DecisionEncoder
 from backhand.data.decisions import PROMPT_VERSION, Asked, DecisionRow, Question, QuestionType, question_of
 from backhand.data.documents import RowRenderer
@@ -83,7 +84,8 @@ class Decider:
                 next_step="use the version of Backhand that trained it",
             )
         questions = {name: question_of(name, spec, "backhand.json") for name, spec in record["questions"].items()}
-        encoder = DecisionEncoder(RowRenderer(loaded.tokenizer, template), loaded.model.context_tokens)
+        renderer = RowRenderer(loaded.tokenizer, thoughts_off(template, loaded.tokenizer))
+        encoder = DecisionEncoder(renderer, loaded.model.context_tokens)
         return cls(loaded, questions, record["temperatures"], record.get("state"), encoder, micro_batch_rows)
 
     def outcomes(
