@@ -200,6 +200,9 @@ def nf4_model(directory: str, dtype: torch.dtype) -> Any:
     return model.requires_grad_(False)
 
 
+MOST_ACTIVATION_BYTES = 2**30
+"""Size of the activations that `CeilingPeer` holds, of at least one layer."""
+
 ATTENTION_PRODUCTS = 7
 """Products of attention's forward (S, O) and backward (S again, ∂L/∂P, ∂L/∂V, ∂L/∂Q, ∂L/∂K)."""
 
@@ -245,7 +248,16 @@ class CeilingPeer:
             return new(rows, n_in), new(n_out, n_in), new(rows, n_out), new(rank, n_in), new(n_out, rank)
 
         # Weights of their own for each layer: the real step reads each from memory once forward and once backward.
-        self.products = [operands(tokens, i, o, m) for _ in range(self.layers) for i, o, m in shapes]
+        # Layers share activations that would not fit into memory; what is left is larger than any cache.
+        layer_bytes = tokens * sum(i + o for i, o, _ in shapes) * dtype.itemsize
+        distinct = max(1, min(self.layers, MOST_ACTIVATION_BYTES // layer_bytes))
+        self.products: list[tuple[Tensor, ...]] = []
+        for layer in range(self.layers):
+            for j, (i, o, m) in enumerate(shapes):
+                x, weight, g, lora_A, lora_B = operands(tokens if layer < distinct else 0, i, o, m)
+                if layer >= distinct:
+                    x, _, g, _, _ = self.products[layer % distinct * len(shapes) + j]
+                self.products.append((x, weight, g, lora_A, lora_B))
         self.head = operands(256, d, config.vocab_size, 1)
         self.chunks = (tokens + 255) // 256
         columns = [attention_columns(workload.length, one.window, q, d) for one in config.layers]

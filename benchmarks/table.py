@@ -398,50 +398,69 @@ def vectors_scores_section(results: dict[str, Any]) -> list[str]:
     return [*lines, *table(["", "nDCG@10, mean", "of the seeds", "seeds"], rows)]
 
 
+def by_machine(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Group runs of `train_step.py --add` by the line that describes their machine, in the order of the first ones."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault(machine_line(run["machine"]), []).append(run)
+    return groups
+
+
 def shapes_section(results: dict[str, Any]) -> list[str]:
     """The table of `shapes.json`: one step of other sizes and rows, compared with its products alone."""
-    lines = ["", "## Larger models, short and long rows", "", machine_line(results["machine"]), ""]
-    lines += ["Shapes of a Qwen2 with random weights; 135M is SmolLM2. `train_step.py --add`.", ""]
+    lines = ["", "## Larger models, short and long rows", ""]
+    lines += ["Shapes of a Qwen2 with random weights; 135M is SmolLM2. `train_step.py --add`."]
     head = ["", "dtype", "tokens/s", "step, median (min to max)", "of the products alone", "memory above the model"]
-    rows = []
-    for run in results["runs"]:
-        workload, ours = run["workload"], run["peers"]["backhand"]
-        model = workload["model"].removeprefix("smollm2-").upper()
-        rows.append(
-            [
-                f"{model}, {workload['rows']} × {workload['length']} tokens",
-                workload["dtype"],
-                f"{ours['tokens_per_s']:.0f}",
-                "{median:.2f} s ({min:.2f} to {max:.2f})".format(**ours["step_s"]),
-                f"{run['ratios']['share_of_products_alone']:.2f} ×",
-                f"{ours['memory_above_model_bytes'] / 2**20:.0f} MiB",
-            ]
-        )
-    return [*lines, *table(head, rows)]
+    for machine, runs in by_machine(results["runs"]).items():
+        rows = []
+        for run in runs:
+            workload, ours = run["workload"], run["peers"]["backhand"]
+            model = workload["model"].removeprefix("smollm2-").upper()
+            rows.append(
+                [
+                    f"{model}, {workload['rows']} × {workload['length']} tokens",
+                    workload["dtype"],
+                    f"{ours['tokens_per_s']:.0f}",
+                    "{median:.2f} s ({min:.2f} to {max:.2f})".format(**ours["step_s"]),
+                    _ratio(run["ratios"], "products-alone"),
+                    f"{ours['memory_above_model_bytes'] / 2**20:.0f} MiB",
+                ]
+            )
+        lines += ["", machine, "", *table(head, rows)]
+    return lines
 
 
 def long_rows_section(results: dict[str, Any]) -> list[str]:
-    """Return the table of `long_rows.json`: one row of each length, with attention's products in the ceiling."""
-    lines = ["", "## One row, from short to long", "", machine_line(results["machine"]), ""]
-    lines += ["The ceiling has all matrix products, attention's visible half at the rate of the linear layers."]
-    lines += ["`train_step.py --rows 1 --length N --add`.", ""]
-    head = ["tokens", "dtype", "step", "of the ceiling", "PEFT tuned", "faster by", "of its memory"]
-    rows = []
-    for run in sorted(results["runs"], key=lambda run: (run["workload"]["dtype"], run["workload"]["length"])):
-        workload, peers, ratios = run["workload"], run["peers"], run["ratios"]
-        theirs = peers.get("peft-tuned")
-        rows.append(
-            [
-                f"{workload['length']:,}",
-                workload["dtype"],
-                f"{peers['backhand']['step_s']['median']:.2f} s",
-                f"{ratios['share_of_all_products']:.2f} ×",
-                "" if theirs is None else f"{theirs['step_s']['median']:.2f} s",
-                "" if theirs is None else f"{ratios['speed_over_peft_tuned']:.2f} ×",
-                "" if theirs is None else f"{ratios['memory_over_peft_tuned']:.2f}",
-            ]
-        )
-    return [*lines, *table(head, rows)]
+    """Return the tables of `long_rows.json`: one row of each length, with attention's products in the ceiling."""
+    lines = ["", "## One row, from short to long", ""]
+    lines += [
+        "To measure a line of these tables, run `python benchmarks/train_step.py --long-row TOKENS --model MODEL`."
+    ]
+    lines += ["The ceiling is all matrix products, with attention's visible half at the rate of the linear layers."]
+    lines += ["With one thread, a step is in seconds of processor time."]
+    head = ["", "tokens", "dtype", "threads", "step", "of the ceiling"]
+    head += ["PEFT tuned", "Backhand is faster by", "of its memory"]
+    order = lambda run: tuple(run["workload"][name] for name in ("model", "dtype", "threads", "length"))  # noqa: E731
+    for machine, runs in by_machine(results["runs"]).items():
+        rows = []
+        for run in sorted(runs, key=order):
+            workload, peers, ratios = run["workload"], run["peers"], run["ratios"]
+            theirs = peers.get("peft-tuned")
+            rows.append(
+                [
+                    workload["model"].removeprefix("smollm2-").upper(),
+                    f"{workload['length']:,}",
+                    workload["dtype"],
+                    str(workload["threads"]),
+                    f"{peers['backhand']['step_s']['median']:.2f} s",
+                    _ratio(ratios, "products-alone"),
+                    "" if theirs is None else f"{theirs['step_s']['median']:.2f} s",
+                    _ratio(ratios, "peft-tuned"),
+                    "" if theirs is None else f"{ratios['memory_over_peft_tuned']:.2f} ×",
+                ]
+            )
+        lines += ["", machine, "", *table(head, rows)]
+    return lines
 
 
 _UPPER_NAMES = {

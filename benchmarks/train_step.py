@@ -3,23 +3,30 @@
     python benchmarks/train_step.py [--dtype bfloat16 float32] [--rows 4] [--length 256] [--steps 7]
     python benchmarks/train_step.py --instructions avx2 --dtype float32 --output benchmarks/results/train_step_avx2.json
     python benchmarks/train_step.py --model 1.5b --add --output benchmarks/results/shapes.json
+    python benchmarks/train_step.py --long-row 8192 --model 0.5b --dtype bfloat16 --threads 1 --seconds 300
 
 Every peer runs in its own process; the processes take turns, so that drift of the machine hits all alike, and of the
 two steps of a turn the second is timed. Before a time is believed, all peers must agree on the first loss and have a
 gradient norm above zero. Peers that are tuned have what a run of ours sets for itself, the ceiling too: the allocator,
 large pages, the route of float32 products. The medians, spreads and ratios, with machine and versions, go to
-benchmarks/results/train_step.json; with --add in addition to the results of other workloads. A model is a file, a
-directory, a known name, the shape of one in random_gguf.py, or granite-4-h (random_hybrid.py).
+benchmarks/results/train_step.json; with --add in addition to the results of other workloads. With one thread, times are
+processor time, which other processes on the machine hardly change. A model is a file, a directory, a known name, the
+shape of one in random_gguf.py, or granite-4-h (random_hybrid.py).
+
+--long-row measures one row and adds it to benchmarks/results/long_rows.json. Its peers are never in memory at the same
+time: each turn starts a new process. A peer whose memory does not suffice is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +35,8 @@ from machine import CAPS, cap_instructions, describe_machine
 from random_gguf import SHAPES, write_random_model
 from random_hybrid import NAME as HYBRID
 from random_hybrid import write_random_hybrid
+
+from backhand.system import available_bytes
 
 HERE = Path(__file__).parent
 PEERS = (
@@ -41,8 +50,13 @@ PEERS = (
     "backhand-transformers",
     "products-alone",
 )
+LONG_ROW_PEERS = ("backhand", "peft-tuned", "products-alone")
 # Relative difference of the first step's loss that two dtypes' roundings allow.
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+
+
+class EndedError(Exception):
+    """A peer's process ended without an answer."""
 
 
 class Worker:
@@ -65,7 +79,7 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.peer} ended with exit code {self.process.wait()}")
+            raise EndedError(f"{self.peer} ended with exit code {self.process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -76,8 +90,8 @@ class Worker:
         self.process.stdin.flush()
         self.steps.append(self._answer())
 
-    def timed_step(self) -> float:
-        """Seconds of the second of two steps.
+    def timed_step(self, clock: str) -> float:
+        """Return the seconds of the second of two steps by a clock, `step_s` or `processor_s`.
 
         A process that has waited for the others pays in its first step for what was taken from it meanwhile: its code
         and data in the caches, and in a virtual machine, once it has waited some seconds, 3 µs for each page of 4 KiB.
@@ -85,7 +99,16 @@ class Worker:
         """
         self.step()
         self.step()
-        return self.steps[-1]["step_s"]
+        return self.steps[-1][clock]
+
+    def limit_memory(self) -> None:
+        """Let allocations fail before the machine has no memory left."""
+        available = available_bytes()
+        if available is not None:
+            status = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+            reserved = next(int(line.split()[1]) for line in status if line.startswith("VmData:")) * 1024
+            limit = reserved + available
+            resource.prlimit(self.process.pid, resource.RLIMIT_DATA, (limit, limit))
 
     def close(self) -> None:
         """End the process."""
@@ -110,14 +133,51 @@ def measure(dtype: str, model: str, arguments: argparse.Namespace) -> dict[str, 
     """Interleaved steps of all peers in one dtype."""
     workload = {"model": model, "rows": arguments.rows, "length": arguments.length, "dtype": dtype}
     workers = [Worker(peer, workload, arguments.threads) for peer in arguments.peers]
-    workload["model"] = arguments.model
     for _ in range(arguments.warmup):
         for worker in workers:
             worker.step()
     times: dict[str, list[float]] = {worker.peer: [] for worker in workers}
     for _ in range(arguments.steps):
         for worker in workers:
-            times[worker.peer].append(worker.timed_step())
+            times[worker.peer].append(worker.timed_step(clock(arguments)))
+    for worker in workers:
+        worker.close()
+    return summary(workers, times, dtype, arguments)
+
+
+def measure_long_row(dtype: str, model: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Steps of all peers in one dtype, with one process at a time. No turn starts after `--seconds`."""
+    workload = {"model": model, "rows": 1, "length": arguments.length, "dtype": dtype}
+    workers: dict[str, Worker] = {}
+    times: dict[str, list[float]] = {peer: [] for peer in arguments.peers}
+    began = time.monotonic()
+    for turn in range(arguments.steps):
+        if turn > 0 and time.monotonic() - began > arguments.seconds:
+            break
+        for peer in list(times):
+            try:
+                workers[peer] = worker = Worker(peer, workload, arguments.threads)
+                worker.limit_memory()
+                times[peer].append(worker.timed_step(clock(arguments)))
+                worker.close()
+            except EndedError as error:
+                if peer == "backhand":
+                    raise
+                print(f"left out: {error}", file=sys.stderr)
+                workers.pop(peer, None)
+                del times[peer]
+    return summary(list(workers.values()), times, dtype, arguments)
+
+
+def clock(arguments: argparse.Namespace) -> str:
+    """Return the name of the clock: processor time with one thread, otherwise elapsed time."""
+    return "processor_s" if arguments.threads == 1 else "step_s"
+
+
+def summary(
+    workers: list[Worker], times: dict[str, list[float]], dtype: str, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Return the results of one dtype, after a check that they belong to the same training step."""
     check_parity(workers, dtype)
     tokens = arguments.rows * arguments.length
     results = {}
@@ -131,7 +191,8 @@ def measure(dtype: str, model: str, arguments: argparse.Namespace) -> dict[str, 
             "last_loss": worker.steps[-1]["loss"],
             "first_grad_norm": worker.steps[0]["grad_norm"],
         }
-        worker.close()
+    workload = {"model": arguments.model, "rows": arguments.rows, "length": arguments.length, "dtype": dtype}
+    workload["threads"] = arguments.threads
     return {"workload": workload, "peers": results, "ratios": ratios(results, times)}
 
 
@@ -189,11 +250,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peers", nargs="+", default=list(PEERS))
+    parser.add_argument("--peers", nargs="+", help=f"default: {' '.join(PEERS)}")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "train_step.json")
     parser.add_argument("--instructions", choices=sorted(CAPS), help="use no newer ones than these")
     parser.add_argument("--add", action="store_true", help="leave what --output has of other workloads")
+    parser.add_argument("--long-row", type=int, metavar="TOKENS", help=f"one row; peers: {' '.join(LONG_ROW_PEERS)}")
+    parser.add_argument("--seconds", type=float, default=300, help="of --long-row, for each dtype: start no turn later")
     arguments = parser.parse_args()
+    run_one = measure
+    if arguments.long_row is not None:
+        arguments.rows, arguments.length, arguments.add, run_one = 1, arguments.long_row, True, measure_long_row
+        arguments.output = HERE / "results" / "long_rows.json"
+    arguments.peers = arguments.peers or list(PEERS if arguments.long_row is None else LONG_ROW_PEERS)
     cap_instructions(arguments.instructions)
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model
@@ -201,16 +269,30 @@ def main() -> None:
             model = str(write_random_hybrid(Path(folder) / model))
         elif model in SHAPES:
             model = str(write_random_model(Path(folder) / f"{model}.gguf", SHAPES[model]))
-        runs = [measure(dtype, model, arguments) for dtype in arguments.dtype]
+        try:
+            runs = [run_one(dtype, model, arguments) for dtype in arguments.dtype]
+        except EndedError as error:
+            raise SystemExit(str(error)) from None
     for run in runs:
         show(run)
-    if arguments.add and arguments.output.exists():
-        measured = [run["workload"] for run in runs]
-        before = json.loads(arguments.output.read_text(encoding="utf-8"))["runs"]
-        runs = [run for run in before if run["workload"] not in measured] + runs
-    results = {"machine": describe_machine(arguments.instructions), "runs": runs}
+    machine = describe_machine(arguments.instructions)
+    results: dict[str, Any] = {"machine": machine, "runs": runs}
+    if arguments.add:
+        results = {"runs": added(arguments.output, [{"machine": machine, **run} for run in runs])}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def added(path: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs of a file and these, which replace runs of the same workload and instructions."""
+
+    def key(run: dict[str, Any]) -> tuple[Any, ...]:
+        machine = run["machine"]
+        return machine["processor"], machine.get("capped_to"), run["workload"]
+
+    measured = [key(run) for run in runs]
+    before = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
+    return [run for run in before if key(run) not in measured] + runs
 
 
 if __name__ == "__main__":
