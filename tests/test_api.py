@@ -119,6 +119,8 @@ def test_texts_and_paths_are_the_same() -> None:
         (lambda: backhand.generate(prompts="a"), "prompts is one text"),  # type: ignore[call-overload]
         (lambda: backhand.generate(), "give either prompt or prompts"),  # type: ignore[call-overload]
         (lambda: backhand.train(data=3), "3 is not a list of file names or hub ids"),  # type: ignore[arg-type]
+        (lambda: backhand.train(beta=0.1), 'next: leave it out, or give objective="dpo" or'),
+        (lambda: backhand.export("a", to="mlx", output="b", decision=True), 'next: give to="gguf"'),
     ],
 )
 def test_wrong_names_are_answered_with_the_right_ones(call: Callable[[], object], said: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from backhand.api_errors import errors_in_python
 from backhand.bounds import Options, check_kind, check_names
 from backhand.cli.option_fields import build, option_fields
 from backhand.data.given_rows import Rows
@@ -65,6 +66,7 @@ def _named(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+@errors_in_python(TrainConfig)
 def train(
     config: TrainConfig | None = None,
     *,
@@ -101,6 +103,7 @@ def train(
     return train_with_report(built, callbacks=callbacks, typed=frozenset(given))
 
 
+@errors_in_python(EvaluateOptions)
 def evaluate(
     options: EvaluateOptions | None = None,
     *,
@@ -145,6 +148,7 @@ def generate(
 def generate(
     *, data: Rows, prompt: str = ..., adapter: Place | None = None, model: Place | None = None, **options: Any
 ) -> list[dict[str, Any]]: ...
+@errors_in_python(GenerateOptions)
 def generate(
     prompt: str | None = None,
     *,
@@ -201,6 +205,7 @@ def classify(
     model: Place | None = None,
     **options: Any,
 ) -> list[dict[str, float]]: ...
+@errors_in_python(GenerateOptions)
 def classify(
     prompt: str | None = None,
     *,
@@ -249,6 +254,7 @@ def decide(
     model: Place | None = ...,
     **options: Any,
 ) -> list[dict[str, Any]]: ...
+@errors_in_python(DecideOptions)
 def decide(
     state: State | None = None,
     *,
@@ -291,6 +297,7 @@ def decide(
     return answers if state is None else answers[0]
 
 
+@errors_in_python(RankOptions)
 def rank(
     query: str,
     documents: Sequence[str],
@@ -321,6 +328,7 @@ def rank(
     return scores
 
 
+@errors_in_python(EmbedOptions)
 def embed(
     texts: str | Sequence[str] | None = None,
     *,
@@ -401,6 +409,7 @@ def _answers(function: str, data: Any, given: Mapping[str, Any]) -> list[dict[st
         return answer_rows(options, loaded)
 
 
+@errors_in_python(ExportOptions)
 def export(adapter: Place, *, to: Format, output: Place, model: Place | None = None, **options: Any) -> Path:
     """Write an adapter, or with `merge=True` the merged model, in another program's format, and prove it.
 
