@@ -178,12 +178,16 @@ def _end_s(plan: RunPlan, seconds: Seconds) -> float:
     modules = _REPORT_PER_MODULE_S * len(inputs.layout.slots)
     if not inputs.held_out_examples or not answers:
         return modules
-    answers_s = MAX_NEW_TOKENS * seconds.decode
-    if inputs.config.objective.objective == "sft":  # exact match: losses, and the probabilities of labels
+    end_s = modules + 2 * MAX_NEW_TOKENS * seconds.decode  # of base and adapter
+    if inputs.config.objective.objective == "sft":
+        # The adapter's answers end like those of the rows.
+        longest = max(example.supervised_tokens for example in inputs.held_out_examples[:answers])
+        end_s -= max(0, MAX_NEW_TOKENS - longest) * seconds.decode
+        # Exact match: losses, and the probabilities of labels.
         rows = min(len(inputs.held_out_examples), _MOST_ROWS)
         share = rows / len(inputs.held_out_examples)
-        answers_s += 2 * share * _held_out_positions(plan) * (_FORWARD_SHARE * seconds.trained + seconds.below)
-    return modules + 2 * answers_s  # of base and adapter
+        end_s += 4 * share * _held_out_positions(plan) * (_FORWARD_SHARE * seconds.trained + seconds.below)
+    return end_s
 
 
 _MOST_ROWS = 500
@@ -213,7 +217,8 @@ def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float
     few = torch.arange(_DECODED_TOGETHER, device=machine.device) % vocab_size
     few_s = [0.0] * len(models)
     if not (isinstance(short.model, Decoder) and not short.model.config.has_head):  # an encoder answers nothing
-        few_s = fastest_calls([partial(model.logits, few) for model in models], machine.device, 0.0)
+        decoders = [partial(model.logits, few) for model in models]
+        few_s = fastest_calls(decoders, machine.device, time.perf_counter() + _DECODING_BUDGET_S)
     tokens, seconds = timed(_PROBE_TOKENS, 0.0)
     affordable = int((deadline - time.perf_counter()) / (_PASSES * sum(seconds) / tokens))
     if affordable > tokens:
@@ -227,7 +232,7 @@ def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float
     )
 
 
-_PROBE_TOKENS, _DECODED_TOGETHER = 64, 8
+_PROBE_TOKENS, _DECODED_TOGETHER, _DECODING_BUDGET_S = 64, 8, 0.3
 _PASSES = 3
 """Cost of a measurement in passes: one that compiles kernels, which takes as long as two, and one that is timed."""
 
