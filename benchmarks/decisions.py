@@ -1,13 +1,13 @@
 """Decisions against other programs, in turns: training against classifiers, and deciding against llama.cpp's server.
 
-    python benchmarks/decisions.py train [--rows 300] [--words 300] [--output FILE]
+    python benchmarks/decisions.py train [--rows 300] [--words 300] [--dtype bfloat16] [--output FILE]
     python benchmarks/decisions.py decide ADAPTER DECISION.gguf [--states 1000] [--output FILE]
     python benchmarks/decisions.py agree ADAPTER DECISION.gguf [--states 200] [--label float32] [--output FILE]
 
-`train`: rows with a state of 300 words and three questions, on SmolLM2 in float32. The other side is transformers and
+`train`: rows with a state of 300 words and three questions, on SmolLM2. The other side is transformers and
 PEFT with `AutoModelForSequenceClassification`, which needs a classifier per question: each of its steps is three
 forward and backward passes of the states alone, without a prompt, padded to the longest one. Both sides adapt all
-linear layers at rank 16 with AdamW, 8 rows per step.
+linear layers at rank 16 with AdamW, 8 rows per step, 2 at once.
 
 `decide`: an adapter trained with `--objective decide`, and the file that `backhand export --to gguf --decision` wrote.
 Both programs read this file, and use the same number of threads. States are decided in groups of 64, which llama.cpp's
@@ -32,8 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,52 +86,45 @@ def resident_peak() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-def backhand_trainer(rows: Path) -> Callable[[int], int]:
-    """Return a function that makes one step and returns its number of rows."""
-    import torch
+def train_with_backhand(rows: Path, given: argparse.Namespace) -> None:
+    """Run `backhand.train`, which makes a step for each line of standard input, and answer with its time."""
+    import backhand
 
-    from backhand.data.options import DataOptions
-    from backhand.data.packing import RowPacker, Sampler
-    from backhand.data.prepare import prepare
-    from backhand.distributed.communicator import Communicator
-    from backhand.loop.objectives.decide import DecideObjective
-    from backhand.loop.step import AdapterOptimizer, StepWork, training_step
-    from backhand.nn.decoder.decoder import Decoder
-    from backhand.nn.loading import open_model
-    from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
-    from backhand.options.config import OptimizationOptions
+    released = 0.0
 
-    source = open_model("smollm2-135m")
-    data = DataOptions(data=(str(rows),), eval_fraction=0.0)
-    examples = prepare(data, source.tokenizer(), purpose="decisions")[0].examples
-    decoder = Decoder.from_source(source, dtype=torch.float32, device=torch.device("cpu"))
-    shapes = decoder.module_shapes().items()
-    lora = LoRAParameters(LoRASlot(name, i, o, RANK, 2.0) for name, (o, i) in shapes if name != "lm_head")
-    for name, view in lora.named_tensors():
-        view.normal_(std=0.02) if name.endswith("lora_A") else view.zero_()
-    decoder.attach(lora)
-    optimizer = AdapterOptimizer(lora, OptimizationOptions())
-    packer, sampler = RowPacker(examples, share_prefixes=True), Sampler(len(examples), BATCH_ROWS, 0)
-    objective = DecideObjective(packer)
+    def after_step(record: Mapping[str, Any]) -> bool:
+        nonlocal released
+        if "loss" not in record:
+            return True
+        if released:
+            report_turn(BATCH_ROWS, released)
+        else:
+            print(json.dumps({"ready": True}), flush=True)  # the first step compiles kernels
+        more = bool(sys.stdin.readline())
+        released = time.perf_counter()
+        return more
 
-    def step(number: int) -> int:
-        group = sampler.rows_of(number)
-        work = StepWork(
-            lambda _: packer.packed(group, "cpu"),
-            [packer.packed_tokens(group)],
-            packer.supervised_tokens(group),
-            [None],
-            len(group),
-            partial(objective.gradients, [group]),
+    with tempfile.TemporaryDirectory() as folder:
+        backhand.train(
+            data=rows,
+            model="smollm2-135m",
+            objective="decide",
+            dtype=given.dtype,
+            threads=given.threads,
+            rank=RANK,
+            batch_rows=BATCH_ROWS,
+            micro_batch_rows=given.micro_batch,
+            eval_fraction=0.0,
+            answers=0,
+            max_steps=1000,
+            quiet=True,
+            output=Path(folder) / "run",
+            callbacks=[after_step],
         )
-        training_step(decoder, optimizer, work, Communicator(), 2e-4)
-        return len(group)
-
-    return step
 
 
-def classifier_trainer(rows: Path) -> Callable[[int], int]:
-    """The same for transformers and PEFT, a classifier per question."""
+def classifier_trainer(rows: Path, given: argparse.Namespace) -> Callable[[int], int]:
+    """Return a function that makes one step of transformers and PEFT, with a classifier per question."""
     import peft
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -140,15 +132,16 @@ def classifier_trainer(rows: Path) -> Callable[[int], int]:
     from backhand.nn.loading import open_model
     from backhand.nn.loading.transformers_model import load_transformers_model
 
-    source = open_model("smollm2-135m")
-    tokenizer, whole = source.tokenizer(), load_transformers_model(source, dtype=torch.float32)
-    model = AutoModelForSequenceClassification.from_config(whole.config)
+    torch.set_num_threads(given.threads)
+    source, dtype = open_model("smollm2-135m"), getattr(torch, given.dtype)
+    tokenizer, whole = source.tokenizer(), load_transformers_model(source, dtype=dtype)
+    model = AutoModelForSequenceClassification.from_config(whole.config).to(dtype)
     model.base_model.load_state_dict(whole.base_model.state_dict())
     model.config.pad_token_id = tokenizer.pad_token_id
     del whole
     config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="SEQ_CLS")
     model.config.num_labels = model.num_labels = 3
-    model.score = torch.nn.Linear(model.config.hidden_size, 3, bias=False)
+    model.score = torch.nn.Linear(model.config.hidden_size, 3, bias=False, dtype=dtype)
     adapted = peft.get_peft_model(model, config)
     optimizer = torch.optim.AdamW((one for one in adapted.parameters() if one.requires_grad), lr=2e-4)
     lines = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
@@ -157,11 +150,14 @@ def classifier_trainer(rows: Path) -> Callable[[int], int]:
     def step(number: int) -> int:
         start = number * BATCH_ROWS % len(lines)
         group = lines[start : start + BATCH_ROWS]
-        batch = tokenizer([line["state"] for line in group], return_tensors="pt", padding=True)
-        answers = [[teams.index(a["team"]), int(a["urgent"]), a["mood"]] for a in (line["answers"] for line in group)]
-        for question in range(len(QUESTIONS)):
-            labels = torch.tensor([answer[question] for answer in answers])
-            adapted(**batch, labels=labels).loss.backward()
+        for question in QUESTIONS:
+            for first in range(0, BATCH_ROWS, given.micro_batch):
+                some = group[first : first + given.micro_batch]
+                batch = tokenizer([line["state"] for line in some], return_tensors="pt", padding=True)
+                answers = [line["answers"][question] for line in some]
+                labels = torch.tensor([teams.index(one) if question == "team" else int(one) for one in answers])
+                loss = adapted(**batch, labels=labels).loss
+                (loss * len(some) / BATCH_ROWS).backward()
             torch.nn.utils.clip_grad_norm_(adapted.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -269,9 +265,12 @@ def serve(turn: Callable[[int], int]) -> None:
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         began = time.perf_counter()
-        count = turn(int(line))
-        seconds = time.perf_counter() - began
-        print(json.dumps({"per_s": count / seconds, "peak_bytes": resident_peak()}), flush=True)
+        report_turn(turn(int(line)), began)
+
+
+def report_turn(count: int, began: float) -> None:
+    """Print the speed of a turn that has just ended, and the memory of this process."""
+    print(json.dumps({"per_s": count / (time.perf_counter() - began), "peak_bytes": resident_peak()}), flush=True)
 
 
 def in_turns(commands: dict[str, list[str]], turns: int) -> dict[str, Any]:
@@ -320,6 +319,8 @@ def main() -> None:
     parser.add_argument("paths", nargs="*", type=Path)
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--words", type=int, default=300, help="words of a state to train on")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model to train")
+    parser.add_argument("--micro-batch", type=int, default=2, help="rows to train on at once")
     parser.add_argument("--states", type=int, default=1000)
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
@@ -327,9 +328,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     if given.what == "train-backhand":
-        serve(backhand_trainer(*given.paths))
+        train_with_backhand(*given.paths, given)
     elif given.what == "train-peft":
-        serve(classifier_trainer(*given.paths))
+        serve(classifier_trainer(*given.paths, given))
     elif given.what in ("by-backhand", "by-llama"):
         made = backhand_decider if given.what == "by-backhand" else llama_cpp_decider
         serve(made(*given.paths, given.threads, given.states))
@@ -355,7 +356,9 @@ def compare(given: argparse.Namespace) -> None:
         if given.what == "train":
             rows = Path(folder) / "rows.jsonl"
             write_rows(rows, given.rows, given.words)
-            commands = {"backhand": ["train-backhand", str(rows)], "transformers + PEFT": ["train-peft", str(rows)]}
+            sides = {"backhand": "train-backhand", "transformers + PEFT": "train-peft"}
+            more = ["--dtype", given.dtype, "--threads", str(given.threads), "--micro-batch", str(given.micro_batch)]
+            commands = {name: [side, str(rows), *more] for name, side in sides.items()}
         else:
             more = [*map(str, given.paths), "--threads", str(given.threads), "--states", str(given.states)]
             commands = {"backhand": ["by-backhand", *more], "llama.cpp": ["by-llama", *more]}
@@ -365,7 +368,7 @@ def compare(given: argparse.Namespace) -> None:
     result["memory"] = round(ours["peak_bytes"] / theirs["peak_bytes"], 2)
     output = given.output or HERE / "results" / f"decisions_{given.what}.json"
     whole = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"runs": {}}
-    case = f"states of {given.words} words" if given.what == "train" else f"{given.states:,} states"
+    case = f"states of {given.words} words, {given.dtype}" if given.what == "train" else f"{given.states:,} states"
     whole["machine"] = describe_machine()
     whole["runs"][case] = {"load": os.getloadavg()[0], "turns": given.turns, "figures": result}
     print(json.dumps(whole, indent=1))
