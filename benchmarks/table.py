@@ -227,6 +227,7 @@ def section() -> str:
         *(("rewards", rewards_section), ("rewards_sampling", sampling_section)),
         *(("baking", baking_section), ("few_shot", few_shot_section)),
         *(("vectors", vectors_section), ("vectors_scores", vectors_scores_section)),
+        ("reranking", reranking_section),
     )
     for name, make in sections:
         if (HERE / "results" / f"{name}.json").exists():
@@ -404,6 +405,31 @@ def by_machine(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     for run in runs:
         groups.setdefault(machine_line(run["machine"]), []).append(run)
     return groups
+
+
+def reranking_section(results: dict[str, Any]) -> list[str]:
+    """Return the table of `reranking.json`: training a reranker."""
+    workload, peers = results["workload"], results["peers"]
+    lines = ["", "## Rerankers", "", "`python benchmarks/reranking.py`", "", machine_line(results["machine"]), ""]
+    lines.append(
+        f"{workload['queries']} queries a step, each with one relevant document and {workload['negatives']} others of "
+        f"{workload['document_words']} words, pointwise loss, {workload['dtype']}:"
+    )
+    ours, rows = peers["backhand"], []
+    for peer, row in peers.items():
+        cells = [f"{row['seconds'] / workload['steps']:.1f} s", f"{row['seconds'] / ours['seconds']:.2f} ×"]
+        memory = row["peak_rss_bytes"]
+        cells += [f"{memory / 2**20:,.0f} MiB", f"{ours['peak_rss_bytes'] / memory:.2f}"]
+        rows.append([_RERANKING_NAMES[peer], *cells])
+    head = ["", "seconds per step", "Backhand is faster by", "peak memory", "of it Backhand's"]
+    return [*lines, "", *table(head, rows)]
+
+
+_RERANKING_NAMES = {
+    "backhand": "**Backhand**",
+    "peft": "transformers and PEFT as documented",
+    "peft-tuned": "the same tuned (a query at a time, head at the last position, allocator, fused AdamW)",
+}
 
 
 def shapes_section(results: dict[str, Any]) -> list[str]:
@@ -693,4 +719,5 @@ def machine_line(machine: dict[str, Any]) -> str:
     processor = ", ".join([machine["processor"], *([machine["instructions"]] if "instructions" in machine else [])])
     if "capped_to" in machine:
         processor += f", kept from more than {machine['capped_to'].upper()}"
-    return f"{machine['cores']} cores ({processor}), {memory}; {versions}."
+    cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
+    return f"{cores} ({processor}), {memory}; {versions}."
