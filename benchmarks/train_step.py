@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,8 +34,6 @@ from machine import CAPS, cap_instructions, describe_machine
 from random_gguf import SHAPES, write_random_model
 from random_hybrid import NAME as HYBRID
 from random_hybrid import write_random_hybrid
-
-from backhand.system import available_bytes
 
 HERE = Path(__file__).parent
 PEERS = (
@@ -101,14 +98,12 @@ class Worker:
         self.step()
         return self.steps[-1][clock]
 
-    def limit_memory(self) -> None:
-        """Let allocations fail before the machine has no memory left."""
-        available = available_bytes()
-        if available is not None:
-            status = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-            reserved = next(int(line.split()[1]) for line in status if line.startswith("VmData:")) * 1024
-            limit = reserved + available
-            resource.prlimit(self.process.pid, resource.RLIMIT_DATA, (limit, limit))
+    def yield_memory(self) -> None:
+        """Let the system end this process first if memory does not suffice.
+
+        A limit on the process's memory would keep the heap from large pages (`kernels.large_pages`).
+        """
+        Path(f"/proc/{self.process.pid}/oom_score_adj").write_text("1000")
 
     def close(self) -> None:
         """End the process."""
@@ -146,7 +141,7 @@ def measure(dtype: str, model: str, arguments: argparse.Namespace) -> dict[str, 
 
 
 def measure_long_row(dtype: str, model: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Steps of all peers in one dtype, with one process at a time. No turn starts after `--seconds`."""
+    """Third steps of all peers in one dtype, with one process at a time. No turn starts after `--seconds`."""
     workload = {"model": model, "rows": 1, "length": arguments.length, "dtype": dtype}
     workers: dict[str, Worker] = {}
     times: dict[str, list[float]] = {peer: [] for peer in arguments.peers}
@@ -157,7 +152,8 @@ def measure_long_row(dtype: str, model: str, arguments: argparse.Namespace) -> d
         for peer in list(times):
             try:
                 workers[peer] = worker = Worker(peer, workload, arguments.threads)
-                worker.limit_memory()
+                worker.yield_memory()
+                worker.step()  # after which a run gives unused memory back, which the next step faults in again
                 times[peer].append(worker.timed_step(clock(arguments)))
                 worker.close()
             except EndedError as error:
