@@ -66,7 +66,9 @@ def interval_text(share: float, rows: int) -> str:
 
 
 def in_words(size: int) -> str:
-    """Format a number of bytes, such as `812 MiB` or `3.4 GiB`."""
+    """Format a number of bytes, such as `12 KiB`, `812 MiB` or `3.4 GiB`."""
+    if size < 2**20:
+        return f"{-(-size // 2**10)} KiB"
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 

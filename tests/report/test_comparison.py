@@ -35,6 +35,7 @@ def test_two_runs_side_by_side(two: tuple[Path, Path], tmp_path: Path) -> None:
     series = {row["series"] for row in page.charts["held-out"]["data"]["values"]}
     assert series == {"run", "other"}
     assert len(page.every("article", class_="answer")) == 4
+    assert {row["series"] for row in page.charts["forgetting"]["data"]["values"]} == {"run", "other"}
     assert "forgotten on neutral texts" in " ".join(cell.text for cell in page.every("th"))
 
 

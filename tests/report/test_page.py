@@ -16,7 +16,7 @@ import pytest
 
 from backhand.errors import ArtifactError, CheckError, UsageError
 from backhand.loop.observers import Observer
-from backhand.report.page import SECTIONS, run_page
+from backhand.report.page import SECTIONS, result_sentence, run_page
 from backhand.report.run_record import read_run
 from backhand.report.train import train
 from backhand.runs.interruption import Interrupted
@@ -44,6 +44,33 @@ def test_training_leaves_a_page_with_every_section(finished: Path) -> None:
     }  # fmt: skip
     for name in page.charts:
         assert page.one("div", id=f"chart-{name}").attributes["class"] == "chart"
+
+
+def test_the_result_in_one_sentence(finished: Path) -> None:
+    run = read_run(finished)
+    assert re.fullmatch(r"held-out loss \d+\.\d+ → \d+\.\d+: it helped\.", result_sentence(run))
+    decided = {"accuracy": 0.4, "majority": 0.4, "rows": 100}
+    values = {"base_decisions": {"team": decided}, "adapted_decisions": {"team": decided | {"accuracy": 0.9}}}
+    sentences = {
+        "right answers 40% → 90%: it helped.": values,
+        "right answers 25% → 50%: it helped.": {
+            "base_classes": {"accuracy": 0.25},
+            "adapted_classes": {"accuracy": 0.5},
+        },
+        "ndcg@10 0.250 → 0.500: it helped.": {
+            "base_retrieval": {"ndcg@10": 0.25},
+            "adapted_retrieval": {"ndcg@10": 0.5},
+        },
+    }
+    for sentence, summary in sentences.items():
+        assert result_sentence(replace(run, summary=summary)) == sentence
+    pairs = replace(
+        run,
+        summary={"held_out_pairs": {"rewards/accuracies": 0.75}},
+        config=run.config | {"objective": {"objective": "dpo"}},
+    )
+    assert result_sentence(pairs) == "pairs in the right order 75%."
+    assert result_sentence(replace(run, summary={}, metrics=[])) == ""
 
 
 def test_the_page_is_one_file_that_its_policy_keeps_shut(finished: Path) -> None:

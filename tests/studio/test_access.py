@@ -37,6 +37,13 @@ def test_the_token_is_exchanged_for_a_strict_cookie_that_scripts_cannot_read(cli
     assert client.get("")[0] == 200
 
 
+def test_the_token_leaves_the_address_bar_also_if_the_browser_has_the_cookie(client: Client) -> None:
+    for place in ("", "new/rows"):
+        status, text, headers = client.get(f"{place}?token={client.address.token}")
+        assert status == 200 and headers["refresh"] == f"0;url={client.address.root}/"
+        assert "Continue to Backhand" in text and client.address.token not in text
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_without_the_cookie_nothing_is_answered(client: Client, place: str) -> None:
     stranger = Client(client.address)

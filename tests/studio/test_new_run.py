@@ -20,6 +20,7 @@ import pytest
 
 from backhand.cli.main import main
 from backhand.nn.loading.stores import MINILM, SMOLLM2
+from backhand.report.run_record import read_run
 from backhand.studio import commands, draft, queue
 from backhand.studio.commands import Commands, Outcome
 from backhand.studio.draft import Draft, more_for
@@ -130,6 +131,24 @@ def test_the_list_has_every_state(client: Client, space: Workspace, finished: Pa
     assert STATES["not started"] in text and "&lt;b&gt;no data" in text and "Start it again" in text
     assert client.post("runs/done/restart")[0] == 409
     assert client.post("runs/later/stop")[0] == 303 and not queue.waiting(space)
+    page = part(client.get("")[1])
+    assert "was cancelled before it started" in page.one("div", id="runs").text
+    assert "Start it again" in client.get("runs/later")[1]
+    assert client.post("runs/later/delete", sure="yes")[0] == 303 and "later" not in client.get("")[1]
+
+
+def test_a_cancelled_continuation_leaves_the_run_as_it_was(space: Workspace, finished: Path) -> None:
+    finished.rename(space.run("one"))
+    (space.queue / "000001-one.json").write_text('{"words": ["train", "--resume"]}')
+    assert queue.cancel(space, "one") and run_of(space, "one").state == "finished"
+
+
+def test_the_list_has_the_result_of_each_run(client: Client, space: Workspace, finished: Path) -> None:
+    finished.rename(space.run("one"))
+    (_, first), *later = read_run(space.run("one")).held_out_losses()
+    best = min(loss for _, loss in later)
+    sentences = [one.text for one in part(client.get("")[1]).one("article", class_="run").children if one.tag == "p"]
+    assert f"Held-out loss {first:.1f} → {best:.3f}: it helped." in sentences
 
 
 def test_a_run_is_finished_while_its_process_writes_the_report(

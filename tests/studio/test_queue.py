@@ -88,6 +88,9 @@ def test_a_run_that_waits_is_cancelled_and_the_others_keep_their_order(space: Wo
     assert list(queue.waiting(space)) == ["a", "c"]
     assert start().wait(60) == 0
     assert [code(space, name) for name in ("a", "b", "c")] == [0, None, 0]
+    assert run_of(space, "b").state == "cancelled" and run_of(space, "b").can_restart
+    queue.enqueue(space, "b", ["--version"])
+    assert run_of(space, "b").state == "waiting"
 
 
 def test_the_code_and_the_message_of_a_run_that_cannot_start_are_kept(space: Workspace, start: Start) -> None:

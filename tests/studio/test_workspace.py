@@ -21,6 +21,7 @@ from backhand.studio.command import Address
 from backhand.studio.queue import Job
 from backhand.studio.runs import run_of
 from backhand.studio.workspace import Workspace, checked_name
+from support.page import Page
 from support.studio_client import Client, until
 from support.tiny_run import TinyRun
 
@@ -48,10 +49,17 @@ def test_an_upload_has_a_name_of_our_own(client: Client, space: Workspace, name:
 def test_names_count_up_and_keep_the_suffix(client: Client, space: Workspace) -> None:
     for name in ("a.csv", "b.jsonl.gz", "c.PARQUET"):
         assert client.post(f"upload?name={name}", body=ROWS)[0] == 200
-    assert {name for name, _ in space.uploads()} == {"rows-1.csv", "rows-2.jsonl.gz", "rows-3.parquet"}
+    assert set(space.uploads()) == {"rows-1.csv", "rows-2.jsonl.gz", "rows-3.parquet"}
     assert client.post("delete-rows", data="rows-2.jsonl.gz", query="")[0] == 303
     assert client.post("delete-rows", data="../studio.json", query="")[0] == 409
-    assert {name for name, _ in space.uploads()} == {"rows-1.csv", "rows-3.parquet"}
+    assert set(space.uploads()) == {"rows-1.csv", "rows-3.parquet"}
+
+
+def test_uploads_are_listed_with_their_size_and_date(client: Client, space: Workspace) -> None:
+    client.post("upload?name=faq.csv", body=ROWS * 1000)
+    os.utime(space.rows / "rows-1.csv", (86_400 * 365.25 * 30,) * 2)
+    (choice,) = Page(client.get("new/rows")[1].encode()).every("label", class_="choice")
+    assert "faq.csv" in choice.text and "22 KiB" in choice.text and "2000" in choice.text
 
 
 def test_the_name_of_a_deleted_upload_is_not_used_again(client: Client, space: Workspace) -> None:
@@ -130,7 +138,7 @@ def test_a_server_that_is_killed_during_an_upload_leaves_nothing_of_it(tmp_path:
         process.kill()
         process.communicate()
     again = Workspace(tmp_path / "studio")
-    assert again.uploads() == []
+    assert again.uploads() == {}
     again.remove_unfinished()
     assert not any(rows.iterdir())
     assert again.port == int(port) and again.token == token

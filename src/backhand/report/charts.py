@@ -105,11 +105,12 @@ def _both(run: RunRecord, name: str) -> Rows:
     return _series(run.steps, name, "training rows") + _series(run.evaluations, f"eval_{name}", "held-out rows")
 
 
-def loss_comparison(runs: Sequence[tuple[str, RunRecord]], key: str) -> Spec:
-    """Return a chart with one curve per run, of training rows (`loss`) or held-out rows (`eval_loss`)."""
+def comparison(runs: Sequence[tuple[str, RunRecord]], key: str) -> Spec:
+    """Return a chart with one curve per run, of a key in the lines of steps (`loss`) or of evaluations (any other)."""
     lines = [(name, run.steps if key == "loss" else run.evaluations) for name, run in runs]
     rows = [row for name, of_run in lines for row in _series(of_run, key, name)]
-    return curve(rows, "nats per supervised token", height=260, log="auto", dots="all" if key == "eval_loss" else "")
+    unit = "nats per neutral token" if key == "forgetting_nats" else "nats per supervised token"
+    return curve(rows, unit, height=260, log="auto", dots="" if key == "loss" else "all")
 
 
 def curve(

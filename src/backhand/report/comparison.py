@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backhand.report import charts
-from backhand.report.headline import base_and_best, forgot, headline
+from backhand.report.headline import base_and_best, forgot, forgotten, headline
 from backhand.report.page import differences, prompt_parts
 from backhand.report.proof_tables import proof_tables
 from backhand.report.rendering import NOT_KNOWN, figure, render, size, time_taken
@@ -33,8 +33,8 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 def comparison_values(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[str, Any]:
     """Return the template's values for these runs under these names, except the title."""
     named = list(zip(names, runs, strict=True))
-    keys = {"held-out": "eval_loss", "training": "loss"}
-    specs = {name: charts.loss_comparison(named, key) for name, key in keys.items()}
+    keys = {"held-out": "eval_loss", "training": "loss", "forgetting": "forgetting_nats"}
+    specs = {name: charts.comparison(named, key) for name, key in keys.items()}
     return {
         "names": names,
         "headlines": [(name, headline(run)) for name, run in named],
@@ -82,7 +82,7 @@ def _proofs(run: RunRecord) -> str:
 _FIGURES: Mapping[str, Callable[[RunRecord], str]] = {
     "state": lambda run: run.status.state if run.status else NOT_KNOWN,
     "held-out loss, base → best": _loss,
-    "forgotten on neutral texts, nats per token": lambda run: figure(run.summary.get("forgotten_nats")),
+    "forgotten on neutral texts, nats per token": lambda run: figure(forgotten(run)),
     "best step": lambda run: figure(run.summary.get("best_step")),
     "steps": lambda run: figure(run.summary.get("steps", max((line["step"] for line in run.metrics), default=0))),
     "tokens": lambda run: figure(run.summary.get("tokens")),

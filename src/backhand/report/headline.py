@@ -68,8 +68,13 @@ def headline(run: RunRecord) -> str:
 
 def forgot(run: RunRecord) -> str:
     """Return a clause if the loss on neutral texts has risen much, otherwise ""."""
-    clause = forgetting(forgotten_nats(run.evaluations, _best_step(run)))
+    clause = forgetting(forgotten(run))
     return f"; {clause}" if clause else ""
+
+
+def forgotten(run: RunRecord) -> float | None:
+    """Return the rise of the loss on neutral texts at the best step, or None if it was not measured."""
+    return forgotten_nats(run.evaluations, _best_step(run))
 
 
 def _best_step(run: RunRecord) -> int | None:

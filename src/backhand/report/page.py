@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -54,7 +54,7 @@ def live_values(run: RunRecord) -> dict[str, Any]:
     has_curves = bool(drawn)
     drawn |= _data_charts(run) | _decision_charts(run) | _vector_charts(run)
     return {
-        "title": f"{run.path.name}: run report",
+        "title": f"{run.name}: run report",
         "run": run,
         "sections": [(name, "repeat it" if name == "repeat" else name) for name in SECTIONS[1:]],
         "headline": headline(run),
@@ -119,6 +119,45 @@ def _result_tile(run: RunRecord) -> tuple[str, str, str]:
         return (value, f"{name} of pairs" + ("; free answers got worse" if worse else ""), "bad" if worse else "")
     helped, colour = VERDICTS[verdict(run)]
     return (value, f"{name}: {helped}", colour)
+
+
+def result_sentence(run: RunRecord) -> str:
+    """Return the effect on held-out rows as a short sentence: the clearest figure before and after, and the verdict.
+
+    It is "" if nothing was measured.
+    """
+    what, before, after, words = _clearest_figure(run)
+    if not is_number(after):
+        return ""
+    change = f"{words(before)} → {words(after)}" if is_number(before) else words(after)
+    judged = verdict(run)
+    end = {"open": " so far", "unknown": ""}.get(judged, f": {VERDICTS[judged][0]}")
+    return f"{what} {change}{end}."
+
+
+def _clearest_figure(run: RunRecord) -> tuple[str, Any, Any, Callable[[float], str]]:
+    """Return a name, the figure before and after training, and the function that formats it."""
+    kinds = ("labels", "decisions", "classes", "retrieval")
+    base, adapted = ({kind: run.summary.get(f"{side}_{kind}") or {} for kind in kinds} for side in ("base", "adapted"))
+    for kind in ("labels", "classes"):
+        if "accuracy" in adapted[kind]:
+            return "right answers", base[kind].get("accuracy"), adapted[kind]["accuracy"], _SHARE
+    if adapted["decisions"]:
+        return "right answers", *map(_mean_accuracy, (base["decisions"], adapted["decisions"])), _SHARE
+    if score := next((name for name in ("ndcg@10", "spearman") if name in adapted["retrieval"]), None):
+        return score, base["retrieval"].get(score), adapted["retrieval"][score], _short
+    if pairs := run.summary.get("held_out_pairs"):
+        return "pairs in the right order", None, pairs.get("rewards/accuracies"), _SHARE
+    before, after = base_and_best(run)
+    if run.objective == "grpo":
+        return "held-out reward", *(None if one is None else -one for one in (before, after)), _short
+    return "held-out loss", before, after, _short
+
+
+def _mean_accuracy(decisions: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Return the share of right answers to all questions, or None if there are none."""
+    rows = sum(one["rows"] for one in decisions.values())
+    return sum(one["accuracy"] * one["rows"] for one in decisions.values()) / rows if rows else None
 
 
 VERDICTS = {

@@ -59,6 +59,11 @@ class RunRecord:
     status: RunStatus | None  # status.json, None without a readable one
 
     @property
+    def name(self) -> str:
+        """Name of the run directory."""
+        return self.path.resolve().name
+
+    @property
     def adapter(self) -> Path:
         """Path of the published adapter, which may not exist yet."""
         return self.path / ADAPTER

@@ -109,12 +109,12 @@ class Access:
             raise Refused(HTTPStatus.FORBIDDEN, "this request comes from another page")
         if not _equal(scope["path"][: len(self.root) + 1], f"{self.root}/"):
             raise Refused(HTTPStatus.FORBIDDEN, _UNKNOWN)
+        (token,) = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[:1]
+        if scope["method"] != "POST" and _equal(token, self._token):
+            return self._welcome()  # also with a cookie, so that the token leaves the address bar
         if _equal(_cookie_in(headers, self._cookie), self._session):
             return self._app
-        (token,) = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[:1]
-        if scope["method"] == "POST" or not _equal(token, self._token):
-            raise Refused(HTTPStatus.FORBIDDEN, _UNKNOWN)
-        return self._welcome()
+        raise Refused(HTTPStatus.FORBIDDEN, _UNKNOWN)
 
     def _welcome(self) -> ASGIApp:
         """Return a page that sets the cookie and goes on by itself.

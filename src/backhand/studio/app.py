@@ -28,7 +28,7 @@ from backhand.runs.directory import CONFIG, REPORT
 from backhand.studio import queue
 from backhand.studio.access import SANDBOX_POLICY, Refused, refusal
 from backhand.studio.draft import MORE, OBJECTIVES, Draft, changed_run, choices_of, default_of, more_for
-from backhand.studio.runs import adapter_of, all_runs, asking_words, log_of, page_of, stop, version_of
+from backhand.studio.runs import adapter_of, all_runs, asking_words, log_of, page_of, result_of, stop, version_of
 from backhand.studio.site import Site, static
 from backhand.studio.workspace import checked_name
 
@@ -119,9 +119,12 @@ async def _home(site: Site, request: Request) -> Response:
     queue.start_worker(site.space)
     runs = all_runs(site.space)
     versions = [version_of(run, None) for run in runs]
-    return _unless_known(
-        request, " ".join(versions), lambda: site.page("home.html.j2", {"title": "Runs", "runs": runs})
-    )
+
+    def page() -> Response:
+        results = {run.name: result_of(run.path, version) for run, version in zip(runs, versions, strict=True)}
+        return site.page("home.html.j2", {"title": "Runs", "runs": runs, "results": results})
+
+    return _unless_known(request, " ".join(versions), page)
 
 
 async def _run_page(site: Site, request: Request) -> Response:
@@ -281,7 +284,7 @@ async def _lint_part(site: Site, request: Request) -> Response:
 async def _start_step(site: Site, request: Request) -> Response:
     draft = await _draft(site, request)
     words = draft.train_words(site.space, site.model_names, site.space.run("NAME"))
-    label = draft.get("typed_data") or dict(site.space.uploads())[draft.get("data")]
+    label = draft.get("typed_data") or site.space.uploads()[draft.get("data")].label
     values = {
         "title": "New run: start",
         "draft": draft,

@@ -38,6 +38,7 @@ class Job:
     process: int | None = None  # None until it is started
     process_start: str | None = None  # see `runs.status.is_running`
     exit_code: int | None = None  # None until it has ended
+    cancelled: bool = False  # True if it was cancelled while it waited
 
     @property
     def running(self) -> bool:
@@ -71,11 +72,20 @@ def enqueue(workspace: Workspace, name: str, words: list[str], form: str = "") -
 
 
 def cancel(workspace: Workspace, name: str) -> bool:
-    """Remove a run that waits; return False if it does not wait."""
-    if (path := workspace.queued().get(name)) is not None:
-        with suppress(FileNotFoundError):  # it has just been started
+    """Remove a run from the queue; return False if it does not wait.
+
+    A run that never started stays as a cancelled one. Any other run has the state of its last start again.
+    """
+    if (path := workspace.queued().get(name)) is None:
+        return False
+    job = _read(path)
+    with suppress(FileNotFoundError):  # it has just been started
+        if job is None or read_job(workspace, name) is not None or workspace.run(name).exists():
             path.unlink()
-            return True
+        else:
+            path.rename(workspace.job_file(name))
+            _write(workspace.job_file(name), replace(job, cancelled=True))
+        return True
     return False
 
 

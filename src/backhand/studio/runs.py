@@ -7,13 +7,14 @@ import platform
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from backhand.errors import BackhandError, UsageError
 from backhand.json_shape import parse
 from backhand.printing import duration
-from backhand.report.page import live_values
+from backhand.report.page import live_values, result_sentence
 from backhand.report.run_record import read_run
 from backhand.runs.checkpoint import newest_checkpoint
 from backhand.runs.directory import (
@@ -47,6 +48,7 @@ STATES = {
     "failed": "ended with an error",
     "killed": "was killed, and can be continued",
     "not started": "could not start",
+    "cancelled": "was cancelled before it started",
 }
 
 
@@ -90,7 +92,8 @@ class ListedRun:
     @property
     def can_restart(self) -> bool:
         """True if the run ended without a checkpoint, and the command that started it is known."""
-        ended = self.state in ("not started", "interrupted", "failed", "killed") and not self.can_continue
+        without_start = ("not started", "cancelled", "interrupted", "failed", "killed")
+        ended = self.state in without_start and not self.can_continue
         return ended and self.job is not None and "--resume" not in self.job.words
 
 
@@ -109,7 +112,7 @@ def listed_run(path: Path, job: Job | None = None, *, waits: bool = False) -> Li
     elif status is not None and (status.state == "running" or not _prepares(job, status)):
         state, reason = status.state, status.reason
     elif job is not None and not job.running:
-        state = "not started"
+        state = "cancelled" if job.cancelled else "not started"
     elif job is None:
         state, reason = "killed", "its process ended without a message"
     began = status.began if status is not None else ""
@@ -180,6 +183,18 @@ def version_of(run: ListedRun, log: Path | None) -> str:
         except OSError:
             parts.append("-")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=1024)
+def result_of(path: Path, _version: str) -> str:
+    """Return the result of a run in one sentence, "" if it is not known.
+
+    The second argument is the result of `version_of`: a run is read again only if it has changed.
+    """
+    try:
+        return result_sentence(read_run(path))
+    except BackhandError:
+        return ""
 
 
 def page_of(run: ListedRun) -> dict[str, Any] | None:

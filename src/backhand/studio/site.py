@@ -90,7 +90,8 @@ class Site:
 
     def _rows_name(self, draft: Draft) -> str:
         """Return the name of the rows as the user knows it."""
-        return Path(draft.get("typed_data")).name or dict(self.space.uploads()).get(draft.get("data"), "")
+        upload = self.space.uploads().get(draft.get("data"))
+        return Path(draft.get("typed_data")).name or (upload.label if upload else "")
 
     def go(self, place: str) -> Response:
         """Return a redirect to a page, after a form."""

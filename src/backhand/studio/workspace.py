@@ -18,8 +18,9 @@ import re
 import secrets
 import shutil
 from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 from backhand.data.sources import SUFFIXES, data_suffix
 from backhand.errors import DataError, ResourceError, UsageError
@@ -46,6 +47,14 @@ _NAME = re.compile(r"[^\W_](?:[\w -]{0,58}\w)?")
 class _Settings(TypedDict):
     token: str
     port: int
+
+
+class Upload(NamedTuple):
+    """An uploaded file of rows."""
+
+    label: str  # name that it had in the browser
+    bytes: int
+    stored: str  # time of the upload, as an ISO time
 
 
 class Workspace:
@@ -126,11 +135,11 @@ class Workspace:
         for unfinished in self.rows.glob(f"{TEMPORARY}*"):
             unfinished.unlink()
 
-    def uploads(self) -> list[tuple[str, str]]:
-        """Return (file name, the name that it had in the browser) per upload, the newest first."""
+    def uploads(self) -> dict[str, Upload]:
+        """Return the uploads by the name of their file, the newest first."""
         files = [path for path in self.rows.iterdir() if path.is_file() and data_suffix(path) in SUFFIXES]
         files.sort(key=lambda path: -path.stat().st_mtime_ns)
-        return [(path.name, _text(path.with_name(f"{path.name}.name")) or path.name) for path in files]
+        return {path.name: _upload(path) for path in files}
 
     async def save_upload(self, name: str, parts: AsyncIterator[bytes]) -> str:
         """Write an upload under a name that no upload had before; return the name. An unfinished upload leaves nothing.
@@ -199,7 +208,7 @@ class Workspace:
 
     def upload(self, name: str) -> Path:
         """Return the path of an upload. Raises UsageError if there is none of this name."""
-        if name not in dict(self.uploads()):
+        if name not in self.uploads():
             raise UsageError("there is no such file of rows", next_step="choose another one")
         return self.rows / name
 
@@ -276,6 +285,11 @@ def checked_name(name: str) -> str:
             next_step="give another name",
         )
     return name
+
+
+def _upload(path: Path) -> Upload:
+    label, status = _text(path.with_name(f"{path.name}.name")), path.stat()
+    return Upload(label or path.name, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC).isoformat())
 
 
 def _text(path: Path) -> str | None:
