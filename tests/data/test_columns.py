@@ -22,6 +22,7 @@ from backhand.data.options import (
     RowSources,
     TemplateOptions,
     asking_options,
+    parse_columns,
     reading_options,
     shell_quoted,
 )
@@ -83,6 +84,53 @@ def test_columns_of_a_spreadsheet_by_name(tmp_path: Path) -> None:
     assert notes[-1] == "not read: the column id"
     prompts, _ = asked(path, prompt="subject", completion="{team}!", system="{body}, in {curly} braces")
     assert prompts[0].reply == "shipping!" and "Where is it?, in {curly} braces" in prompts[0].text
+
+
+@pytest.mark.parametrize(
+    ("table", "purpose", "given", "texts"),
+    [
+        (
+            "asked,good,bad\nhow?,so,not so\n",
+            "pairs",
+            {"prompt": "asked", "columns": {"chosen": "good", "rejected": "bad"}},
+            ["how?", "so", "not so"],
+        ),
+        (
+            "asked,said,fine\nhow?,so,true\nhow?,not so,false\n",
+            "labels",
+            {"prompt": "asked", "completion": "said", "columns": {"label": "fine"}},
+            ["how?", "so", "not so"],
+        ),
+    ],
+)
+def test_columns_of_any_form_by_name(
+    table: str, purpose: Purpose, given: dict[str, Any], texts: list[str], tmp_path: Path
+) -> None:
+    data = DataOptions(data=(str(written(tmp_path / "t.csv", table)),), **given)
+    tokenizer = byte_level()
+    train, _ = prepare(data, tokenizer, purpose=purpose)
+    read = "".join(tokenizer.decode(one.input_ids) for example in train.examples for one in example.documents)
+    assert all(text in read for text in texts) and not any("not read" in note for note in train.report.notes)
+    with pytest.raises(UsageError, match="there is no column 'sad'") as raised:
+        prepare(DataOptions(data=data.data, columns={"rejected": "sad"}), tokenizer, purpose=purpose)
+    assert raised.value.where == "columns"
+    assert all(f" --columns {name}={column}" in reading_options(data) for name, column in given["columns"].items())
+
+
+def test_a_named_column_keeps_its_value_and_may_be_a_template() -> None:
+    columns = {"sentence1": "{a} {b}", "sentence2": "b", "score": "how near", "negative": "none"}
+    raw = RawRow({"a": "x", "b": "y", "how near": 0.5, "none": None}, "f:1")
+    (row,) = ColumnReader(NamedColumns(columns=columns)).rows(iter([raw]), RowErrors())
+    assert [row.values[name] for name in columns] == ["x y", "y", 0.5, None]
+    (row,) = ColumnReader(NamedColumns(), recorded=NamedColumns(columns=columns)).rows(iter([raw]), RowErrors())
+    assert row.values["score"] == 0.5
+
+
+@pytest.mark.parametrize("words", [["chosen"], ["=a"], ["chosen="]])
+def test_columns_need_a_name_and_a_column(words: list[str]) -> None:
+    with pytest.raises(UsageError, match="NAME=COLUMN"):
+        parse_columns(words)
+    assert parse_columns(["chosen=a b", "rejected={a}={b}"]) == {"chosen": "a b", "rejected": "{a}={b}"}
 
 
 def test_a_prompt_of_one_column_may_be_messages_and_numbers_are_text(tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ import sys
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode
 
 import pytest
 
 from backhand.cli.main import main
+from backhand.errors import UsageError
 from backhand.nn.loading.stores import MINILM, SMOLLM2
 from backhand.report.run_record import read_run
 from backhand.studio import commands, draft, queue
@@ -234,6 +235,8 @@ def test_the_options_on_the_screen_are_those_of_the_start(client: Client) -> Non
         ("embed", {"pooling", "query_prompt", "document_prompt"}),
         ("rank", set()),
         ("classify", {"problem_type"}),
+        ("grpo", {"beta"}),
+        ("bake", set()),
     ],
 )
 def test_only_options_that_the_objective_uses_are_shown_and_given(
@@ -244,6 +247,7 @@ def test_only_options_that_the_objective_uses_are_shown_and_given(
     given |= {"query_prompt": "q", "document_prompt": "d", "problem_type": "regression"}
     fields = {"data": "rows-1.csv", "objective": objective, **{f"more.{name}": value for name, value in given.items()}}
     assert {field.name for field in more_for(objective).get("objective", ())} == used
+    fields |= {"reward_exact": "yes", "context": space.save_context("be brief")}
     words = Draft(fields).run_words(space, [])
     assert {name for name in given if any(word.startswith(f"--{name.replace('_', '-')}=") for word in words)} == used
 
@@ -266,11 +270,70 @@ def test_models_of_packages_and_of_the_list_are_known_after_a_restart(
     assert f"--model={model}" in started[0]
 
 
-def test_columns_can_be_chosen_for_labels(client: Client) -> None:
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ("objective=sft&prompt=question&completion=answer", ["--prompt=question", "--completion=answer"]),
+        (
+            "objective=dpo&prompt=question&chosen=good&rejected=bad",
+            ["--prompt=question", "--columns=chosen=good", "--columns=rejected=bad", "--objective=dpo"],
+        ),
+        ("objective=kto&prompt=q&completion=a&label=fine", ["--prompt=q", "--completion=a", "--columns=label=fine"]),
+        ("objective=embed&prompt=q&negative=n", ["--prompt=q", "--columns=negative=n"]),
+        (
+            "objective=embed&prompt=a&completion=b&score=s",
+            ["--columns=sentence1=a", "--columns=sentence2=b", "--columns=score=s"],
+        ),
+        ("objective=rank&prompt=q&completion=d&score=s", ["--prompt=q", "--completion=d", "--columns=score=s"]),
+        ("objective=classify&prompt=text&completion=label", ["--prompt=text", "--completion=label"]),
+        (
+            "objective=grpo&prompt=q&answer=a&reward_exact=yes&reward_length=40&reward_regex=^a",
+            ["--columns=answer=a", "--objective=grpo", "--reward=exact", "--reward=length:40", "--reward=regex:^a"],
+        ),
+    ],
+)
+def test_columns_of_every_objective_are_named(fields: str, words: list[str], client: Client, space: Workspace) -> None:
     client.post("upload?name=faq.csv", body=TABLE)
-    page = part(client.get("part/rows?data=rows-1.csv")[1])
-    (columns,) = (one for one in page.every("div") if "sft" in one.attributes.get("data-if", "").split())
-    assert "classify" in columns.attributes["data-if"].split()
+    assert words == [
+        word for word in Draft.of(parse_qsl(f"data=rows-1.csv&{fields}")).run_words(space, []) if word in words
+    ]
+    page = part(client.get(f"part/rows?data=rows-1.csv&{fields}")[1])
+    objective, offered = dict(parse_qsl(fields))["objective"], set()
+    for place in page.every("div"):
+        if objective in (place.attributes.get("data-if") or "").split():
+            offered |= {one.attributes.get("name") for one in place.all()}
+    assert {name for name, _ in parse_qsl(fields)} - {"objective"} <= offered
+    ids = [one.attributes["id"] for one in page.root.all() if "id" in one.attributes]
+    assert len({*ids}) == len(ids)
+
+
+def test_rewards_of_the_page_are_checks_and_never_code(client: Client, space: Workspace) -> None:
+    client.post("upload?name=faq.csv", body=TABLE)
+    for fields in ("", "&reward_exact=yes&reward=x.py:f&reward_file=x.py&more.reward=x.py:f&reward_x.py:f=yes"):
+        draft = Draft.of(parse_qsl(f"data=rows-1.csv&objective=grpo{fields}"))
+        if fields:
+            assert [word for word in draft.run_words(space, []) if word.startswith("--reward")] == ["--reward=exact"]
+        else:
+            with pytest.raises(UsageError, match="no check is chosen"):
+                draft.run_words(space, [])
+    assert "--prompts" in draft.lint_words(space, [])
+
+
+def test_a_long_prompt_is_a_file_whatever_it_looks_like(client: Client, space: Workspace) -> None:
+    client.post("upload?name=faq.csv", body=TABLE)
+    secret = space.root.parent / "secret.txt"
+    secret.write_text("x")
+    status, _, headers = client.post("new/learn", data="rows-1.csv", objective="bake", context_text=str(secret))
+    (query,) = re.findall(r"new/learn\?(.*)", headers["location"])
+    assert status == 303 and str(secret) not in query and "context=context-" in query
+    draft = Draft.of(parse_qsl(query))
+    (word,) = (word for word in draft.run_words(space, []) if word.startswith("--context="))
+    assert Path(word.partition("=")[2]).read_text() == str(secret) and word.startswith(f"--context={space.rows}")
+    assert str(secret) in part(client.get(f"part/rows?{query}")[1]).one("textarea").text
+    for name in ("../studio.json", "studio.json", str(secret), "context-0000000000000000.txt", "rows-1.csv"):
+        with pytest.raises(UsageError, match="no such prompt"):
+            space.context(name)
+    assert "context-" not in client.get("new/rows")[1]
 
 
 def test_files_that_are_no_rows_are_marked_and_not_preselected(client: Client) -> None:
@@ -335,6 +398,18 @@ def test_a_renamed_run_starts_again_in_its_own_directory(
         ("prompt,completion,label", "{n},b,true", {"objective": "kto"}),
         ("query,document,label", "{n},b,1", {"objective": "rank"}),
         (
+            "Question,Better reply,Worse reply",
+            "is {n} bad?,no {n},yes {n}",
+            {"objective": "dpo", "prompt": "Question", "chosen": "Better reply", "rejected": "Worse reply"},
+        ),
+        (
+            "id,Title A,Title B,Duplicate",
+            "{n},title {n},name of {n},{truth}",
+            {"objective": "embed", "prompt": "Title A", "completion": "Title B", "score": "Duplicate"},
+        ),
+        ("text,label", "the text of {n},{n}.5", {"objective": "classify", "prompt": "text", "completion": "label"}),
+        ("text,topics", 'the text of {n},"[""{k}""]"', {"objective": "classify", "completion": "topics"}),
+        (
             "title,text,section",
             "title {n},text {n},{k}",
             {"objective": "decide", "state": "{title}\\n{text}", "question": "section"},
@@ -352,7 +427,7 @@ def test_a_renamed_run_starts_again_in_its_own_directory(
     ],
 )
 def test_columns_suggest_what_to_learn(header: str, row: str, suggested: dict[str, str], tmp_path: Path) -> None:
-    rows = [row.format(n=number, k="AB"[number % 2]) for number in range(20)]
+    rows = [row.format(n=number, k="AB"[number % 2], truth=("yes", "no")[number % 2]) for number in range(20)]
     (tmp_path / "rows.csv").write_text("\n".join([header, *rows]))
     first = first_rows(str(tmp_path / "rows.csv"))
     assert {name: first[name] for name in suggested} == suggested and len(first["rows"]) == 5

@@ -97,6 +97,21 @@ def test_the_longest_documents_are_named(plan: Plan, tiny: TinyRun, tmp_path: Pa
     assert code == 2 and "--show" in err
 
 
+def test_a_sample_of_a_large_file_has_the_figures_of_all_rows(plan: Plan, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 3000, seed=3)
+    with rows.open("a") as file:
+        file.write(json.dumps({"prompt": "the user asks " * 40, "completion": "a list"}) + "\n")
+    words = ("--data", str(rows), "--batch-rows", "8", "--no-calibrate", "--json")
+    whole, sampled = (json.loads(plan(*words, *more)[1]) for more in ((), ("--sample", "200")))
+    same = ("rows", "held_out_rows", "steps")
+    assert [sampled[name] for name in same] == pytest.approx([whole[name] for name in same], rel=0.01)
+    assert sampled["peak_bytes"] == pytest.approx(whole["peak_bytes"], rel=0.01)
+    note = next(note for note in sampled["notes"] if "estimated" in note)
+    read = re.match(r"([\d,]+) documents of 3,001 rows were encoded", note)
+    assert read is not None and 200 <= int(read[1]) <= 500 and "python:" not in str(sampled["notes"])
+    assert json.loads(plan(*words, "--sample", "2000")[1])["notes"] == whole["notes"]
+
+
 def test_without_rows_the_longest_are_assumed(plan: Plan) -> None:
     short = json.loads(plan("--no-calibrate", "--json", "--max-length", "32")[1])
     long = json.loads(plan("--no-calibrate", "--json", "--max-length", "64")[1])

@@ -1,8 +1,8 @@
 r"""Rename columns: by options such as `--prompt '{subject}\n{body}' --completion team`, or by common spreadsheet names.
 
 Renaming comes before the form of a row is detected (`data.forms`). The column that an option names becomes `prompt`,
-`completion`, `system`, `messages` or `state`, and the columns of `--question` become `answers`. The original columns
-are kept too, since reward functions and labels read them.
+`completion`, `system`, `messages` or `state`, and the columns of `--question` become `answers`. `--columns` gives any
+other name, such as `chosen`. The original columns are kept too, since reward functions and labels read them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -47,7 +48,7 @@ class ColumnReader:
         answers: the rows need answers, so `recorded` columns of answers must be there too.
 
     Attributes:
-        given: column or template by option.
+        given: column or template by option, without `columns`.
         used: columns that were read.
         note: sentence about guessed columns, or None.
     """
@@ -62,12 +63,13 @@ class ColumnReader:
         answers: bool = True,
     ) -> None:
         self.given = _by_option(named)
+        self._columns: Mapping[str, str] = named.columns
         self._answers: tuple[str, ...] = ()  # columns of answers to questions
         if isinstance(named, DecisionColumns) and named.state is not None:
             self.given["state"], self._answers = named.state, tuple(named.question)
         self._system = system if self.given and system is not None and has_columns(system) else None
-        self._guess = guess and not self.given
-        self._recorded = {} if recorded is None or self.given else _by_option(recorded)
+        self._guess = guess and not self.given and not self._columns
+        self._recorded = None if self.given or self._columns else recorded
         self._needs_answers = answers
         self.used: frozenset[str] = frozenset()
         self.note: str | None = None
@@ -81,23 +83,25 @@ class ColumnReader:
         first = next(raws, None)
         if first is None:
             return
-        if self._recorded:
-            self._take_recorded(first)
+        if self._recorded is not None:
+            self._take_recorded(first, self._recorded)
         if self._guess and not self.given:
             self._guess_from(first)
-        for option, text in [*self.given.items(), *(("question", name) for name in self._answers)]:
+        columns = [("columns", text) for text in self._columns.values()]
+        for option, text in [*self.given.items(), *columns, *(("question", name) for name in self._answers)]:
             self._check(option, text, first)
-        self.used = frozenset(
-            name for text in (*self.given.values(), self._system or "", *self._answers) for name in columns_named(text)
-        )
+        texts = (*self.given.values(), *self._columns.values(), self._system or "", *self._answers)
+        self.used = frozenset(name for text in texts for name in columns_named(text))
         for raw in chain([first], raws):
             try:
-                yield self._renamed(raw) if self.given else raw
+                yield self._renamed(raw) if self.given or self._columns else raw
             except DataError as error:
                 bad.add(error)
 
     def _renamed(self, raw: RawRow) -> RawRow:
-        values = {name: value for name, value in raw.values.items() if name not in _DECIDING}
+        values = {name: value for name, value in raw.values.items() if not self.given or name not in _DECIDING}
+        for name, text in self._columns.items():
+            values[name] = PIECES.sub(partial(_piece, raw=raw), text) if has_columns(text) else raw.values.get(text)
         for option, text in self.given.items():
             values[option] = _filled(option, text, raw)
         if self._answers:
@@ -105,7 +109,7 @@ class ColumnReader:
         if isinstance(values.get("prompt"), list) and isinstance(answer := values.get("completion"), str):
             values["completion"] = [{"role": "assistant", "content": answer}]
         if self._system is not None and (not values.get("system") or "system" in columns_named(self._system)):
-            values["system"] = PIECES.sub(lambda match: _piece(match, raw, keep=True), self._system)
+            values["system"] = PIECES.sub(partial(_piece, raw=raw, keep=True), self._system)
         return RawRow(values, raw.source)
 
     def _check(self, option: str, text: str, row: RawRow) -> None:
@@ -128,17 +132,20 @@ class ColumnReader:
                     + "Write columns in braces, and double the braces that belong to the text: {{ and }}",
                 )
 
-    def _take_recorded(self, row: RawRow) -> None:
-        present = {
-            option: text
-            for option, text in self._recorded.items()
-            if all(name in row.values for name in columns_named(text))
-        }
-        if not present.keys() & {"prompt", "messages"} or (self._needs_answers and present != self._recorded):
+    def _take_recorded(self, row: RawRow, recorded: NamedColumns) -> None:
+        def present(texts: Mapping[str, str]) -> dict[str, str]:
+            return {key: text for key, text in texts.items() if row.values.keys() >= {*columns_named(text)}}
+
+        given, columns = present(_by_option(recorded)), present(recorded.columns)
+        complete = given == _by_option(recorded) and columns == recorded.columns
+        if not complete and (self._needs_answers or not given.keys() & {"prompt", "messages"}):
             return
-        self.given = present
-        options = "".join(f" --{option} {shell_quoted(text)}" for option, text in present.items())
-        self.note = f"the columns are read as in the adapter's training:{options}"
+        if not given and not columns:
+            return
+        self.given, self._columns = given, columns
+        options = [f" --{option} {shell_quoted(text)}" for option, text in given.items()]
+        options += [f" --columns {shell_quoted(f'{name}={text}')}" for name, text in columns.items()]
+        self.note = f"the columns are read as in the adapter's training:{''.join(options)}"
 
     def _guess_from(self, row: RawRow) -> None:
         names = common_names(row.values)
@@ -177,14 +184,14 @@ def _filled(option: str, text: str, raw: RawRow) -> Any:
     if text in (names[0], f"{{{names[0]}}}"):
         value = raw.values[names[0]]
         return value if isinstance(value, list) else _as_text(value, raw.source)
-    return PIECES.sub(lambda match: _piece(match, raw), text)
+    return PIECES.sub(partial(_piece, raw=raw), text)
 
 
 def _piece(match: re.Match[str], raw: RawRow, *, keep: bool = False) -> str:
     """Return the text for a piece of a template. With `keep`, braces around an unknown column are left unchanged."""
     if match[1] is None:
         return WRITTEN[match[0]]
-    return match[0] if keep and match[1] not in raw.values else _as_text(raw.values[match[1]], raw.source)
+    return match[0] if keep and match[1] not in raw.values else _as_text(raw.values.get(match[1]), raw.source)
 
 
 def _is_empty(value: Any) -> bool:

@@ -13,7 +13,7 @@ import math
 from typing import Any
 
 from backhand.data.forms import LISTED_SCORES, SCORES, Form, negative_columns
-from backhand.data.raw_rows import RawRow, describe
+from backhand.data.raw_rows import TRUTH, RawRow, describe
 from backhand.data.rows import EmbeddingRow, RankingRow
 from backhand.errors import DataError
 
@@ -57,7 +57,7 @@ def read_ranking(form: Form, raw: RawRow) -> RankingRow:
                 where=raw.source,
                 next_step="give one number per document",
             )
-        targets = [_score(name, float(one) if isinstance(one, bool) else one, raw.source) for one in scores]
+        targets = [_score(name, one, raw.source) for one in scores]
     elif form.purpose == "rankings":
         negatives = _negatives(raw)
         targets = [1.0] * len(documents) + [0.0] * len(negatives)
@@ -89,14 +89,16 @@ def _text(name: str, value: Any, source: str) -> str:
 
 
 def _score(name: str, value: Any, source: str) -> float:
+    if isinstance(value, bool | str) and (truth := TRUTH.get(str(value).strip().lower())) is not None:
+        return float(truth)
     try:
-        score = math.nan if isinstance(value, bool) else float(value)
+        score = float(value)
     except (TypeError, ValueError):
         score = math.nan
     if not math.isfinite(score):
         raise DataError(
             f"{name} is {describe(value)}, not a number",
             where=source,
-            next_step="give a number; a higher one means that the texts belong together more",
+            next_step="give a number, or yes and no; a higher one means that the texts belong together more",
         )
     return score

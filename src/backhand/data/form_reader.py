@@ -14,7 +14,7 @@ from backhand.data.decisions import Question
 from backhand.data.embedding_rows import read_embedding, read_ranking
 from backhand.data.forms import PREFERENCE, Form, detect
 from backhand.data.messages import read_conversation, read_turns
-from backhand.data.raw_rows import RawRow, RowErrors, describe
+from backhand.data.raw_rows import TRUTH, RawRow, RowErrors, describe
 from backhand.data.rows import Completion, Conversation, Pair, PlainText, PromptRow, Purpose, Row, UnpairedRow
 from backhand.errors import DataError
 from backhand.words import begin_alike, name_list
@@ -254,12 +254,12 @@ def _no_prompt(common: str, source: str) -> DataError:
 
 
 def _label(value: object, column: str, source: str) -> bool:
-    label = {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
+    label = TRUTH.get(str(value).strip().lower())
     if label is None:
         raise DataError(
             f"{column} is {describe(value)}, neither true nor false",
             where=source,
-            next_step="write true for a desirable answer, false for an undesirable one",
+            next_step="write true or yes for a desirable answer, false or no for an undesirable one",
         )
     return label
 

@@ -191,7 +191,7 @@ def detect(
             f"these columns do not fit {purpose}: {', '.join(sorted(present)) or 'none'}",
             where=raw.source,
             why=_NEEDED[purpose],
-            next_step="rename the columns, or train on answers with --objective sft",
+            next_step="name the columns with --columns NAME=COLUMN, or train on answers with --objective sft",
         )
     raise columns.preference_pair() or columns.without_answer() or columns.null() or columns.unknown()
 

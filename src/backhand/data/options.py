@@ -129,9 +129,10 @@ def shell_quoted(text: str) -> str:
 def reading_options(data: DataOptions) -> str:
     """Return the options that determine how columns are read, each after a space, for commands on other files."""
     given = {name: getattr(data, name) for name in ("prompt", "completion", "messages", "system", "chat_template")}
-    return "".join(
+    words = "".join(
         f" --{name.replace('_', '-')} {shell_quoted(text)}" for name, text in given.items() if text is not None
     )
+    return words + "".join(f" --columns {shell_quoted(f'{name}={text}')}" for name, text in data.columns.items())
 
 
 LONGEST_TYPED = 500
@@ -156,7 +157,7 @@ def asking_options(data: DataOptions, system: str | None = None) -> str:
         system = None if data.system is None or has_columns(data.system) else data.system
     elif not system_option(system):
         system = None
-    alone = replace(data, prompt=prompt, completion=None, messages=None, system=system)
+    alone = replace(data, prompt=prompt, completion=None, messages=None, columns={}, system=system)
     return reading_options(alone)
 
 
@@ -191,6 +192,26 @@ class RowSources(Options):
     """Leave out malformed rows and count them, instead of stopping at the first one."""
 
 
+def parse_columns(values: str | Iterable[str]) -> dict[str, str]:
+    """Parse `columns` of a command line: `NAME=COLUMN`.
+
+    Raises:
+        UsageError: a value has no name or no column.
+    """
+    pairs = [value.partition("=") for value in ([values] if isinstance(values, str) else values)]
+    if any(not name.strip() or not column.strip() for name, _, column in pairs):
+        raise UsageError("columns has no NAME=COLUMN", where="columns", next_step="for example chosen='better answer'")
+    return {name.strip(): column.strip() for name, _, column in pairs}
+
+
+def _check_texts(where: str, texts: Any) -> None:
+    """Raise UsageError unless `texts` maps columns to text."""
+    if not isinstance(texts, Mapping) or not all(isinstance(text, str) for text in texts.values()):
+        raise UsageError(
+            f"{texts!r} is no table of texts", where=where, next_step=f"write NAME = 'TEXT' under [data.{where}]"
+        )
+
+
 @dataclass(frozen=True)
 class NamedColumns:
     """Columns by name, where Backhand cannot recognize them."""
@@ -205,6 +226,10 @@ class NamedColumns:
     messages: Text | None = None
     """The column of a conversation as a list of messages."""
 
+    columns: Annotated[Mapping[str, str], Check(_check_texts), Words(parse_columns)] = field(default_factory=dict)
+    """Columns of any other form of rows, as `NAME=COLUMN`: `chosen='better answer'` reads the column `better answer` as
+    `chosen`. A text with columns in braces is allowed as for `prompt`. It can be given several times."""
+
 
 def parse_questions(values: str | Iterable[str]) -> dict[str, str]:
     """Parse `question` of a command line: `COLUMN=INSTRUCTIONS`, or a column alone.
@@ -218,16 +243,6 @@ def parse_questions(values: str | Iterable[str]) -> dict[str, str]:
     return {name.strip(): text.strip() for name, _, text in pairs}
 
 
-def _check_questions(where: str, questions: Any) -> None:
-    """Raise UsageError unless `questions` maps columns to text."""
-    if not isinstance(questions, Mapping) or not all(isinstance(text, str) for text in questions.values()):
-        raise UsageError(
-            f"{questions!r} is no table of questions",
-            where=where,
-            next_step="write urgent = 'Is it urgent?' under [data.question]",
-        )
-
-
 @dataclass(frozen=True)
 class DecisionColumns:
     """Columns of rows of decisions."""
@@ -235,9 +250,7 @@ class DecisionColumns:
     state: Text | None = None
     """The column of the text to decide about, or a text with columns in braces as for `prompt` (`decide`)."""
 
-    question: Annotated[Mapping[str, str], Check(_check_questions), Words(parse_questions)] = field(
-        default_factory=dict
-    )
+    question: Annotated[Mapping[str, str], Check(_check_texts), Words(parse_questions)] = field(default_factory=dict)
     """A column of answers with the question that they answer, as `COLUMN='QUESTION'` (`decide`). It can be given
     several times. The question is a choice between the answers that occur, yes or no, or a score."""
 

@@ -12,6 +12,8 @@ from backhand.words import shorten
 TABLE = (dict, Mapping)
 """Types of tables. Nearly all are dicts, and `isinstance` is slow for Mapping."""
 _LISTS = (list, tuple)
+TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+"""Values of columns that say whether something is so, in lower case."""
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,11 @@ def _classification(loaded: LoadedAdapter, decoder: Decoder) -> Mapping[str, Any
 def _columns(record: AdapterRecord) -> NamedColumns:
     """Return the columns that the rows of training were read from."""
     texts = {option: record.config.get(f"data.{option}") for option in ("prompt", "completion", "messages")}
-    return NamedColumns(**{option: text for option, text in texts.items() if isinstance(text, str)})
+    columns = record.config.get("data.columns")
+    return NamedColumns(
+        **{option: text for option, text in texts.items() if isinstance(text, str)},
+        columns=columns if isinstance(columns, dict) else {},
+    )
 
 
 def recorded_template(record: AdapterRecord) -> TemplateOptions:

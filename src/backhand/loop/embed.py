@@ -214,7 +214,7 @@ def evaluate_vectors(options: EvaluateOptions) -> dict[str, Any]:
         UsageError, DataError, ArtifactError: an option, the rows, the model or the adapter cannot be used.
     """
     run, data = options.run, options.data
-    rows = texts_of(data, NamedColumns(prompt=data.prompt, completion=data.completion), "embeddings")
+    rows = texts_of(data, data, "embeddings")
     texts = list(dict.fromkeys(text for row in rows for text in row.texts))
     number_of = {text: number for number, text in enumerate(texts)}
     identities = [TextIdentities(tuple(number_of[text] for text in row.texts), row.score) for row in rows]

@@ -28,7 +28,7 @@ from torch import Tensor
 from backhand.bounds import check_kind
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, check_vocabulary
-from backhand.data.options import DataOptions, NamedColumns
+from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import check_first_rows, prepare
 from backhand.data.row_encoder import Prompt
@@ -366,9 +366,8 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
             count, results = evaluate_decisions(loaded, data, run.micro_batch_rows)
             return Evaluation(count, *(_of_decisions(*result) for result in results))
         if loaded.ranking or run.rankings:
-            named = NamedColumns(prompt=data.prompt, completion=data.completion)
             count, ranked = evaluate_rankings(
-                *(loaded, data, named, data, run.micro_batch_rows), adapted=run.adapter is not None
+                *(loaded, data, data, data, run.micro_batch_rows), adapted=run.adapter is not None
             )
             return Evaluation(count, *(_of_rankings(*result) for result in ranked))
         rows = evaluation_rows(data, loaded, run)

@@ -367,6 +367,10 @@ class PlanRunOptions:
     """Measure this machine's speed on some of the model's blocks for about ten seconds. If off, only memory is
     planned."""
 
+    sample: Count | None = None
+    """Encode about this many rows of a larger file, evenly spaced and with the longest ones, and estimate the figures
+    of all rows from them. The plan of a large file then takes seconds."""
+
     show: CountFromZero = 0
     """Number of the longest documents to list with file, line and tokens. They determine the memory."""
 

@@ -143,14 +143,15 @@ def _clearest_figure(run: RunRecord) -> tuple[str, Any, Any, Callable[[float], s
         if "accuracy" in adapted[kind]:
             return "right answers", base[kind].get("accuracy"), adapted[kind]["accuracy"], _SHARE
     if adapted["decisions"]:
-        return "right answers", *map(_mean_accuracy, (base["decisions"], adapted["decisions"])), _SHARE
+        return "right answers", _mean_accuracy(base["decisions"]), _mean_accuracy(adapted["decisions"]), _SHARE
     if score := next((name for name in ("ndcg@10", "spearman") if name in adapted["retrieval"]), None):
         return score, base["retrieval"].get(score), adapted["retrieval"][score], _short
     if pairs := run.summary.get("held_out_pairs"):
         return "pairs in the right order", None, pairs.get("rewards/accuracies"), _SHARE
     before, after = base_and_best(run)
     if run.objective == "grpo":
-        return "held-out reward", *(None if one is None else -one for one in (before, after)), _short
+        before, after = (None if one is None else -one for one in (before, after))
+        return "held-out reward", before, after, _short
     return "held-out loss", before, after, _short
 
 

@@ -27,7 +27,7 @@ from backhand.report.run_record import read_run
 from backhand.runs.directory import CONFIG, REPORT
 from backhand.studio import queue
 from backhand.studio.access import SANDBOX_POLICY, Refused, refusal
-from backhand.studio.draft import MORE, OBJECTIVES, Draft, changed_run, choices_of, default_of, more_for
+from backhand.studio.draft import CHECKS, MORE, OBJECTIVES, ROLES, Draft, changed_run, choices_of, default_of, more_for
 from backhand.studio.runs import adapter_of, all_runs, asking_words, log_of, page_of, result_of, stop, version_of
 from backhand.studio.site import Site, static
 from backhand.studio.workspace import checked_name
@@ -61,6 +61,8 @@ _ASKED = {"decide": ("state", "--state=state"), "classify": ("text", "--prompt=t
 """Column and option for a prompt from standard input, by command."""
 _SHOWN_ROWS = 3
 _MAX_SHOWN_TOKENS = 600
+_PLANNED_ROWS = 2000
+"""Number of rows of a larger file that the plan encodes."""
 
 
 def make_app(site: Site) -> Starlette:
@@ -76,6 +78,7 @@ def make_app(site: Site) -> Starlette:
         _route(site, "/new", _model_step),
         _route(site, "/new/rows", _rows_step),
         _route(site, "/new/learn", _learn_step),
+        _route(site, "/new/learn", _learn, "POST"),
         _route(site, "/new/start", _start_step),
         _route(site, "/part/models", _models_part),
         _route(site, "/part/rows", _first_rows_part),
@@ -242,14 +245,35 @@ async def _learn_step(site: Site, request: Request) -> Response:
     return site.page("new_learn.html.j2", {"title": "New run: what to learn", "draft": draft})
 
 
+async def _learn(site: Site, request: Request) -> Response:
+    """Store the prompt of a form, which is too long for an address, and show the checked rows."""
+    form = await request.form()
+    draft = Draft.of((name, value) for name, value in form.items() if isinstance(value, str))
+    text = draft.get("context_text")
+    context = site.space.save_context(text) if text else ""
+    return site.go(f"new/learn?{draft.query(context_text='', context=context)}")
+
+
 async def _first_rows_part(site: Site, request: Request) -> Response:
     draft = Draft.of(request.query_params.items())
     path = draft.data_words(site.space)[0].partition("=")[2]
     outcome = await site.commands.run([path], request.is_disconnected, module="backhand.studio.first_rows")
     if not draft.get("typed_data"):
         site.space.mark_unreadable(draft.get("data"), unreadable=outcome.code != 0)
-    values = {"first": outcome.json(), "draft": draft, "objectives": OBJECTIVES}
-    return site.part("rows", **values)
+    first = outcome.json()
+    if first["objective"] == "decide" and _is_encoder(site, draft):  # it has no answers to compare, but a head
+        first |= {"objective": "classify", "prompt": first["state"], "completion": first["question"]}
+    context = site.space.context(draft.get("context")).read_text("utf-8") if draft.get("context") else ""
+    values = {"first": first, "draft": draft, "objectives": OBJECTIVES, "roles": ROLES, "checks": CHECKS}
+    return site.part("rows", **values, context=context)
+
+
+def _is_encoder(site: Site, draft: Draft) -> bool:
+    """Return True if the chosen model is one of the list, and an encoder."""
+    chosen = draft.get("model")
+    return not draft.get("typed_model") and any(
+        one["name"] == chosen and one.get("answers") is False for one in site.models or ()
+    )
 
 
 def _work(request: Request) -> str:
@@ -302,6 +326,7 @@ async def _start_step(site: Site, request: Request) -> Response:
 async def _plan_part(site: Site, request: Request) -> Response:
     draft = await _draft(site, request)
     words = ["plan", *draft.run_words(site.space, site.model_names)]
+    words.append(f"--sample={_PLANNED_ROWS}")
     outcome = await site.commands.checked([*words, "--json"], request.is_disconnected, work=_work(request))
     busy = any(run.at_work for run in all_runs(site.space))
     return site.part("plan", plan=outcome.json(), words=words, busy=busy)
@@ -405,7 +430,8 @@ _ACTIONS: dict[str, Answer] = {
 
 async def _export(site: Site, request: Request) -> Response:
     run = site.run(request)
-    kind = str((await request.form()).get("to", ""))
+    form = await request.form()
+    kind = str(form.get("to", ""))
     if kind not in EXPORTS:
         raise UsageError("this is not a format of the page", next_step="choose one of the list")
     export = EXPORTS[kind]
@@ -413,6 +439,10 @@ async def _export(site: Site, request: Request) -> Response:
     output = site.space.exports / run.name / (f"{run.name}-{kind}" + (".gguf" if export.suffix == "gguf" else ""))
     words = ["export", f"--model={model}", f"--adapter={adapter_of(run)}", f"--to={export.to}", *export.options]
     words.append(f"--output={output}")
+    if repository := str(form.get("push", "")).strip():
+        if form.get("sure") != "yes":
+            raise UsageError("nothing is uploaded", next_step="mark the box below the repository, which confirms it")
+        words.append(f"--push={repository}")
     path = output.with_name(f"{output.name}.zip") if export.suffix == "zip" else output
     output.parent.mkdir(mode=0o700, exist_ok=True)
     for earlier in {output, path}:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, NamedTuple, get_args, get_origin
 from urllib.parse import urlencode
 
 from backhand.bounds import union_members
@@ -18,6 +18,7 @@ from backhand.cli.option_fields import OptionField, option_fields
 from backhand.errors import UsageError
 from backhand.options.config import TrainConfig
 from backhand.options.objectives import objectives_with
+from backhand.options.rewards import SAMPLING
 from backhand.studio.workspace import Workspace
 
 OBJECTIVES = {
@@ -30,8 +31,50 @@ OBJECTIVES = {
     "embed": "Vectors for search: texts that belong together get similar vectors",
     "rank": "Rankings: each document gets a score for a query",
     "classify": "Labels or a number from a head on the model, also for encoders such as BERT",
+    "grpo": "Rewards: the model tries answers, and checks that you choose reward the right ones (GRPO)",
+    "bake": "A long prompt: the model answers without it as it answers with it",
 }
 """Objectives of the page, with a description."""
+
+
+class Role(NamedTuple):
+    """A column that an objective reads."""
+
+    name: str  # `prompt` and `completion` have options of their own; any other name is one of `--columns`
+    label: str
+    optional: bool = False  # rows need no such column
+
+
+_QUESTION = Role("prompt", "Question")
+ROLES: Mapping[str, tuple[Role, ...]] = {
+    "sft": (_QUESTION, Role("completion", "Answer")),
+    "dpo orpo simpo": (_QUESTION, Role("chosen", "Better answer"), Role("rejected", "Worse answer")),
+    "kto": (_QUESTION, Role("completion", "Answer"), Role("label", "Is it good? (true or false, yes or no, 1 or 0)")),
+    "embed": (
+        Role("prompt", "First text, such as a question"),
+        Role("completion", "Text that belongs to it"),
+        Role("negative", "Similar text that does not belong to it", optional=True),
+        Role("score", "How much both belong together (a number, or yes and no)", optional=True),
+    ),
+    "rank": (
+        Role("prompt", "Query"),
+        Role("completion", "Document"),
+        Role("negative", "Document that does not fit", optional=True),
+        Role("score", "How well the document fits (a number, or yes and no)", optional=True),
+    ),
+    "classify": (Role("prompt", "Text"), Role("completion", "Label, or number to predict")),
+    "grpo": (_QUESTION, Role("answer", "Right answer, for the checks that compare with it", optional=True)),
+    "bake": (_QUESTION,),
+}
+"""Columns of each objective other than `decide`, by the names of the objectives that have the same."""
+_OWN_OPTIONS = ("prompt", "completion")
+_OF_SCORED_TEXTS = {"prompt": "sentence1", "completion": "sentence2"}
+"""Names of the texts of a row of vectors that has a score."""
+CHECKS = {
+    "exact": "The answer is exactly that of the row",
+    "number": "The last number of the answer is the last number of the row's answer",
+}
+"""Built-in rewards without an argument. Rewards that are code or name a file are not offered."""
 
 MORE = {
     "adapter": ("rank", "alpha", "dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules"),
@@ -42,6 +85,7 @@ MORE = {
     "data": ("max_length", "long_rows", "skip_bad", "train_on", "system", "option_order"),
     "run": ("eval_every", "save_every", "keep", "early_stopping", "max_forgetting", "answers", "seed"),
     "model": ("dtype", "engine", "base", "memory", "recompute"),
+    "rewards": ("group", "max_new_tokens", "temperature"),
     "objective": ("beta", "loss_type", "label_smoothing", "pooling", "query_prompt", "document_prompt", "problem_type"),
 }
 """Options under "more", by section. None of them names a file or code."""
@@ -69,9 +113,13 @@ def more_for(objective: str) -> dict[str, tuple[OptionField, ...]]:
     return {section: fields for section, fields in by_section.items() if fields}
 
 
+_HAVING = {"option_order": ("decide",), "group": ("grpo",)} | dict.fromkeys(SAMPLING, ("grpo", "bake"))
+"""Objectives of options outside the section `objective`."""
+
+
 def _is_for(objective: str, option: str) -> bool:
     """Return True if an objective uses an option; no objective yet is `sft`."""
-    having = ("decide",) if option == "option_order" else objectives_with(option)
+    having = _HAVING.get(option) or objectives_with(option)
     return not having or (objective or "sft") in having
 
 
@@ -151,9 +199,40 @@ class Draft:
                     asked = self.get(f"asked{number}")
                     words.append(f"--question={column}={asked}" if asked else f"--question={column}")
         else:
-            words += self._options("prompt", "completion", "messages")
+            words += self._column_words()
         if self.get("eval_fraction"):
             words.append(f"--eval-fraction={self._number('eval_fraction', 'the share of held-out rows')}")
+        return words
+
+    def _column_words(self) -> list[str]:
+        """Return the options of the columns."""
+        roles = next(roles for names, roles in ROLES.items() if (self.objective or "sft") in names.split())
+        given = {role.name: self.get(f"typed_{role.name}") or self.get(role.name) for role in roles}
+        if self.objective == "embed" and given["score"]:
+            given = {_OF_SCORED_TEXTS.get(name, name): text for name, text in given.items() if name != "negative"}
+        columns = {name: text for name, text in given.items() if text}
+        return [
+            f"--{name}={text}" if name in _OWN_OPTIONS else f"--columns={name}={text}" for name, text in columns.items()
+        ]
+
+    def _objective_words(self, workspace: Workspace) -> list[str]:
+        """Return the options of the objective and of what it needs. Raises UsageError: it is incomplete."""
+        if self.objective in ("", "sft"):
+            return []
+        words = [f"--objective={self.objective}"]
+        if self.objective == "grpo":
+            rewards = [name for name in CHECKS if self.get(f"reward_{name}")]
+            if self.get("reward_length"):
+                rewards.append(f"length:{self._number('reward_length', 'the length of answers', whole=True)}")
+            if pattern := self.get("reward_regex"):
+                rewards.append(f"regex:{pattern}")
+            if not rewards:
+                raise UsageError("no check is chosen", next_step="go back to What to learn, and choose a check")
+            words += [f"--reward={name}" for name in rewards]
+        if self.objective == "bake":
+            if not self.get("context"):
+                raise UsageError("there is no prompt", next_step="go back to What to learn, and write or paste it")
+            words.append(f"--context={workspace.context(self.get('context'))}")
         return words
 
     def _number(self, name: str, label: str, *, whole: bool = False) -> str:
@@ -173,16 +252,14 @@ class Draft:
     def lint_words(self, workspace: Workspace, listed: Iterable[str]) -> list[str]:
         """Return the words of `lint`. Raises UsageError as `model_words` and `data_words`."""
         flags = {"decide": ["--decisions"], "kto": ["--labels"], "embed": ["--embeddings"]}
-        flags |= {"rank": ["--rankings"], "classify": ["--classes"]}
+        flags |= {"rank": ["--rankings"], "classify": ["--classes"], "grpo": ["--prompts"], "bake": ["--prompts"]}
         more = [name for name in MORE["data"] if name != "option_order"]
         words = [*self.model_words(workspace, listed), *self.data_words(workspace), *self._more(more)]
         return ["lint", *words, *flags.get(self.objective, [])]
 
     def run_words(self, workspace: Workspace, listed: Iterable[str]) -> list[str]:
         """Return the options of `train` and `plan`. Raises UsageError as `model_words` and `data_words`."""
-        words = [*self.model_words(workspace, listed), *self.data_words(workspace)]
-        if self.objective not in ("", "sft"):
-            words.append(f"--objective={self.objective}")
+        words = [*self.model_words(workspace, listed), *self.data_words(workspace), *self._objective_words(workspace)]
         return words + self._more([name for names in MORE.values() for name in names])
 
     def train_words(self, workspace: Workspace, listed: Iterable[str], output: Path) -> list[str]:

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from backhand.data.column_hints import COUNTING, ClassColumns
+from backhand.data.column_hints import CLASSES, COUNTING, ClassColumns
 from backhand.data.columns import common_names
-from backhand.data.raw_rows import RowErrors
+from backhand.data.forms import SCORES
+from backhand.data.raw_rows import TRUTH, RowErrors
 from backhand.data.sources import expand, read_rows
 from backhand.errors import BackhandError
 from backhand.words import shorten
@@ -24,7 +25,7 @@ _LONGEST = 300
 
 
 def first_rows(name: str) -> dict[str, Any]:
-    """Return `columns`, `rows`, `objective`, and for decisions `state` and `question`.
+    """Return `columns`, `rows`, `objective`, and the columns that it reads, such as `state` and `question`.
 
     Raises:
         DataError: the file cannot be read, or contains no valid row.
@@ -41,15 +42,20 @@ def first_rows(name: str) -> dict[str, Any]:
     return {
         "columns": columns,
         "rows": [{column: _text(row.get(column)) for column in columns} for row in rows[:SHOWN_ROWS]],
-        **_suggested(columns, classes.names(len(rows)), _texts(columns, rows)),
+        **_suggested(columns, classes.names(len(rows)), _texts(columns, rows), rows),
     }
 
 
-def _suggested(columns: Sequence[str], classes: Sequence[str], texts: Sequence[str]) -> dict[str, str]:
-    """Return the objective that the names and values of the columns suggest."""
-    small = {column.lower() for column in columns}
-    if {"chosen", "rejected"} <= small:
-        return {"objective": "dpo"}
+def _suggested(
+    columns: Sequence[str], classes: Sequence[str], texts: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """Return the objective that the names and values of the columns suggest, and the columns that it reads."""
+    small = {column.strip().lower() for column in columns}
+    if (better := _named(columns, _BETTER)) and (worse := _named(columns, _WORSE)):
+        if {"chosen", "rejected"} <= small:
+            return {"objective": "dpo"}
+        asked = [column for column in texts if column not in (better, worse)]
+        return {"objective": "dpo", "chosen": better, "rejected": worse} | ({"prompt": asked[0]} if asked else {})
     if "query" in small and small & {"document", "documents", "docs", "passage"}:
         return {"objective": "rank"}
     if {"anchor", "positive"} <= small or {"sentence1", "sentence2", "score"} <= small:
@@ -58,12 +64,81 @@ def _suggested(columns: Sequence[str], classes: Sequence[str], texts: Sequence[s
         return {"objective": "kto"}
     if small & {"messages", "conversations"} or {"prompt", "completion"} <= small:
         return {"objective": "sft"}
+    if compared := _compared(columns, texts, rows):
+        return {"objective": "embed"} | compared
+    others = [column for column in texts if column not in classes]
+    if (target := next((name for name in columns if _is_target(name, rows)), None)) and len({*others} - {target}) == 1:
+        return {
+            "objective": "classify",
+            "prompt": next(name for name in others if name != target),
+            "completion": target,
+        }
     if not classes:
         known = "text" in small or common_names(columns) or len(texts) < 2
         return {"objective": "sft"} | ({} if known else {"prompt": texts[0], "completion": texts[-1]})
-    others = [column for column in texts if column not in classes]
     state = others[0] if len(others) == 1 else "\\n".join(f"{{{column}}}" for column in others)
     return {"objective": "decide", "state": state, "question": classes[-1]} if others else {"objective": "sft"}
+
+
+_BETTER = ("chosen", "better", "preferred", "accepted")
+_WORSE = ("rejected", "worse", "dispreferred", "refused")
+"""Parts of the names of the columns of a pair of answers."""
+
+
+def _named(columns: Sequence[str], parts: Sequence[str]) -> str | None:
+    """Return the only column whose name contains one of these words, or None."""
+    found = [column for column in columns if {*re.findall(r"[a-z]+", column.lower())} & {*parts}]
+    return found[0] if len(found) == 1 else None
+
+
+_SIDES = {"1": "2", "a": "b", "left": "right", "first": "second", "one": "two"}
+
+
+def _compared(columns: Sequence[str], texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the columns of two texts that differ in a number or side, such as `title_a` and `title_b`, and a score.
+
+    It is {} if there are no two such texts, or further columns than a score.
+    """
+    words = {name: re.findall(r"[^\W\d_]+|\d+", name.lower()) for name in columns}
+    for one, other in ((one, other) for one in columns for other in columns if one != other):
+        both = list(zip(words[one], words[other], strict=False))
+        differing = [pair for pair in both if pair[0] != pair[1]]
+        if (
+            len(words[one]) != len(words[other])
+            or len(differing) != 1
+            or _SIDES.get(differing[0][0]) != differing[0][1]
+        ):
+            continue
+        rest = [name for name in columns if name not in (one, other) and name.strip(" .#:").lower() not in COUNTING]
+        if {one, other} <= {*texts} and len(rest) < 2 and all(_is_score(name, rows) for name in rest):
+            return {"prompt": one, "completion": other} | ({"score": rest[0]} if rest else {})
+    return {}
+
+
+def _is_score(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return True if the values of a column are numbers, or yes and no."""
+    return all(_number(value) is not None or str(value).strip().lower() in TRUTH for value in _values(column, rows))
+
+
+def _is_target(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return True if a column has numbers with fractions to predict, or lists of labels."""
+    values = _values(column, rows)
+    if values and all(isinstance(value, list) or re.fullmatch(r"\[.*\]", str(value).strip()) for value in values):
+        return True
+    numbers = [_number(value) for value in values]
+    named = column.strip().lower() in (*CLASSES, *SCORES, "rating")
+    return named and None not in numbers and any(number is not None and number % 1 for number in numbers)
+
+
+def _values(column: str, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+    return [row[column] for row in rows if row.get(column) not in (None, "")]
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _texts(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,7 +1,7 @@
 """The studio's directory. Other users can read none of it.
 
 - `studio.json`: token and port of the address. `open.html` sends the browser to this address.
-- `rows/`: uploads, under names of our own.
+- `rows/`: uploads, and prompts to be baked, under names of our own.
 - `runs/NAME/`: run directories, the only state of a run.
 - `queue/`: runs that wait, see `queue`.
 - `jobs/NAME.json`: command, process and exit code of the last start of a run. `NAME.log` has its output.
@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import itertools
 import json
@@ -38,6 +39,7 @@ _UNREADABLE = ".unreadable"
 """Ending of an empty file next to an upload that could not be read."""
 _PARTS = ("rows", "runs", "queue", "jobs", "exports")
 _UPLOAD = re.compile(r"rows-([0-9]+)\..*")
+_CONTEXT = re.compile(r"context-[0-9a-f]{16}\.txt")
 _WORKBOOK, _DOCUMENT = "this is a spreadsheet workbook", "this is a Word document: it needs a table of rows first"
 _OFFICE = {".xlsx": _WORKBOOK, ".xls": _WORKBOOK, ".ods": _WORKBOOK, ".docx": _DOCUMENT, ".doc": _DOCUMENT}
 """Reasons why files of office programs are not rows, by their ending."""
@@ -211,6 +213,29 @@ class Workspace:
         if name not in self.uploads():
             raise UsageError("there is no such file of rows", next_step="choose another one")
         return self.rows / name
+
+    def save_context(self, text: str) -> str:
+        """Write a prompt that a run turns into an adapter, under a name made from its text; return the name.
+
+        Raises:
+            ResourceError: there are too many, or the disk is full.
+        """
+        data = text.encode("utf-8", "replace")
+        path = self.rows / f"context-{hashlib.sha256(data).hexdigest()[:16]}.txt"
+        if not path.exists():
+            if len([*self.rows.glob("context-*.txt")]) >= MAX_UPLOADS:
+                next_step = f"delete some of the files context-*.txt in {self.rows}"
+                raise ResourceError(f"there are {MAX_UPLOADS} prompts already", next_step=next_step)
+            with save_errors("the prompt", self.rows, len(data)):
+                replace_file(FileLayer(), path, data, 0o600)
+        return path.name
+
+    def context(self, name: str) -> Path:
+        """Return the path of a prompt. Raises UsageError if there is none of this name."""
+        path = self.rows / name
+        if not _CONTEXT.fullmatch(name) or not path.is_file():
+            raise UsageError("there is no such prompt", next_step="go back to What to learn, and write or paste it")
+        return path
 
     def allowed(self, name: str) -> Path:
         """Return the resolved path.

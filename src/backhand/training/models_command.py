@@ -130,6 +130,7 @@ class ListedModel:
     file_bytes: int | None = None  # bytes of the stored weights
     types: tuple[str, ...] = ()  # types of the stored weights, most frequent first
     engine: str | None = None  # `backhand`, `transformers`, or None if the model cannot be trained
+    answers: bool | None = None  # False for an encoder, which predicts no tokens; None if unknown
     note: str | None = None  # why the decoder engine was not chosen, or why the model cannot be opened
     base: HeldBase | None = None  # form of the frozen weights in training; None if not the decoder engine
     memory_bytes: int | None = None  # peak memory of a step of 4 × 256 tokens; None if unknown
@@ -157,6 +158,7 @@ def _listed(stored: StoredModel, dtype: torch.dtype, process_bytes: int, seconds
         one = replace(one, engine=engine.name, note=engine.note)
         if not isinstance(engine, DecoderEngine):
             return one
+        one = replace(one, answers=engine.config.has_head)
         plan, fits = _memory(engine, source, process_bytes)
         taken_s = 1000 * seconds.of(engine.config) * plan.recompute_cost
         return replace(one, base=plan.base, memory_bytes=plan.peak_bytes, fits=fits, seconds_per_1000_tokens=taken_s)

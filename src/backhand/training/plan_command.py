@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from backhand.data.examples import Example
+from backhand.data.row_sample import RowSample, sampled
 from backhand.engines.machine import Machine, resolve_machine
 from backhand.engines.memory.plan import LIVE_VIEW, HeldBase
+from backhand.errors import not_none
 from backhand.loop.forecast import FULL_LENGTH
 from backhand.loop.rewards.process import RewardProcess
 from backhand.nn.compute import compute_settings
@@ -22,7 +25,7 @@ from backhand.printing import duration
 from backhand.terminal import console, table_of, working
 from backhand.training.calibration import Speed, calibrate
 from backhand.training.plan import RunPlan, plan_run
-from backhand.words import in_words
+from backhand.words import count_of, in_words
 
 _ASSUMED = "no --data: rows of {length:,} tokens (--max-length) are assumed, every token of them a target"
 
@@ -36,6 +39,9 @@ class PlanReport:
     plan: RunPlan  # model, adapter, rows, steps and memory
     machine: Machine  # where the run computes
     speed: Speed | None  # predicted durations; None if not measured
+    rows: int  # training rows
+    held_out_rows: int
+    steps: int
     notes: tuple[str, ...]  # sentences for people
     longest: tuple[Example, ...] = ()  # the longest training documents, the longest first, for `--show`
 
@@ -48,9 +54,9 @@ class PlanReport:
             "dtype": str(self.machine.dtype).removeprefix("torch."),
             "threads": self.machine.threads,
             "processes": self.machine.local_world_size,
-            "rows": len(plan.inputs.train.examples),
-            "held_out_rows": 0 if plan.inputs.held_out is None else len(plan.inputs.held_out.examples),
-            "steps": plan.inputs.total_steps,
+            "rows": self.rows,
+            "held_out_rows": self.held_out_rows,
+            "steps": self.steps,
             "trained_parameters": plan.size.adapter_elements,
             "micro_batch_rows": memory.micro_batch_rows,
             "recompute": memory.recompute,
@@ -90,6 +96,10 @@ def plan(options: PlanOptions) -> PlanReport:
         ResourceError: the run does not fit into memory. Names options that would fit.
     """
     config = options.validate().run_config
+    sample = None
+    if options.plan.sample is not None and config.data.data:
+        sample = sampled(config.data, options.plan.sample, splits=config.objective.purpose != "prompts")
+        config = config if sample is None else replace(config, data=sample.options)
     rewards = config.rewards
     machine = resolve_machine(config)
     with (
@@ -110,9 +120,31 @@ def plan(options: PlanOptions) -> PlanReport:
         notes += run_plan.inputs.train.report.lines()
     if not run_plan.size.measured:
         notes.append(_ESTIMATED)
-    examples = run_plan.inputs.train.examples
+    inputs = run_plan.inputs
+    held_out_rows = 0 if inputs.held_out is None else len(inputs.held_out.examples)
+    rows, steps = len(inputs.train.examples), inputs.total_steps
+    if sample is not None:
+        notes = [note.replace(sample.name, sample.file) for note in notes]
+        read = f"{rows + held_out_rows:,} documents of {count_of(sample.rows, 'row')}"
+        notes.append(f"{read} were encoded, evenly spaced and with the longest; figures of all rows are estimated")
+        rows = round(rows * sample.factor)
+        steps = _steps_of_all(run_plan, sample)
+        if speed is not None:
+            speed = replace(speed, train_s=speed.train_s * steps / inputs.total_steps)
+        if not config.data.eval_data and held_out_rows:
+            held_out_rows = round(held_out_rows * sample.factor)
+            if speed is not None:
+                speed = replace(speed, evaluate_s=speed.evaluate_s * sample.factor)
+    examples = inputs.train.examples
     longest = examples.take(np.argsort(-examples.column("tokens"), kind="stable")[: options.plan.show])
-    return PlanReport(run_plan, machine, speed, (*notes, *run_plan.notes), tuple(longest))
+    return PlanReport(run_plan, machine, speed, rows, held_out_rows, steps, (*notes, *run_plan.notes), tuple(longest))
+
+
+def _steps_of_all(plan: RunPlan, sample: RowSample) -> int:
+    """Return the number of steps with all rows of a file, of which the plan has a sample."""
+    options = plan.inputs.config.optimization
+    per_epoch = math.ceil(plan.inputs.sampler.rows * sample.factor / options.batch_rows)
+    return options.max_steps or not_none(options.epochs) * per_epoch
 
 
 def plan_command(options: PlanOptions) -> PlanReport:
@@ -183,7 +215,7 @@ def _print_speed(console: Console, report: PlanReport, speed: Speed) -> None:
     of_all = "" if report.machine.local_world_size == 1 else f" of {report.machine.local_world_size} processes"
     text = (
         f"{speed.tokens_per_s:,.0f} tokens/s{of_all} (measured for {speed.measured_s:.0f} s): "
-        f"{plan.inputs.total_steps:,} steps take about {duration(speed.train_s)}"
+        f"{report.steps:,} steps take about {duration(speed.train_s)}"
         + FULL_LENGTH
         * plan.inputs.config.objective.trains_on_samples
     )

@@ -71,7 +71,7 @@ function choose(select) {
   for (const part of select.form.querySelectorAll("[data-if]")) {
     const shown = part.dataset.if.split(" ").includes(select.value);
     part.hidden = !shown;
-    for (const input of part.querySelectorAll("input, select")) input.disabled = !shown;
+    for (const input of part.querySelectorAll("input, select, textarea")) input.disabled = !shown;
   }
 }
 
@@ -86,7 +86,7 @@ function prepare(part) {
 // A typed value takes precedence over a list, so a choice in the list clears it.
 document.addEventListener("change", ({ target }) => {
   if (!target.matches("select, input[type=radio]") || !target.value) return;
-  const typed = target.form?.elements.namedItem(`typed_${target.name}`);
+  const typed = target.closest("[data-if], form")?.querySelector(`[name="typed_${target.name}"]`);
   if (typed) typed.value = "";
 });
 
