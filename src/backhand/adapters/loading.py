@@ -269,7 +269,28 @@ def load_adapter_for(
         UnusableAdapterError: lists every problem of the files.
         ArtifactError: if the adapter was trained with another base model, tokenizer or chat template.
     """
-    loaded = match_linear_adapter(read_adapter(directory, source, allow_pickle=allow_pickle), module_shapes)
+    contents = read_adapter(directory, source, allow_pickle=allow_pickle)
+    return checked_adapter(
+        contents,
+        source,
+        module_shapes,
+        chat_template=chat_template,
+        template_args=template_args,
+        force_base=force_base,
+    )
+
+
+def checked_adapter(
+    contents: AdapterContents,
+    source: ModelSource,
+    module_shapes: Mapping[str, tuple[int, int]],
+    *,
+    chat_template: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
+    force_base: bool = False,
+) -> LoadedAdapter:
+    """Check an adapter that has been read. Arguments and errors are those of `load_adapter_for`."""
+    loaded = match_linear_adapter(contents, module_shapes)
     forced = check_source(
         loaded.record,
         str(loaded.directory),

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from backhand.adapters.classifier_config import padding_id
-from backhand.adapters.loading import match_linear_adapter, read_adapter
 from backhand.data.class_examples import NUMBER, SINGLE, ClassFormat, is_integer, names_of, problem_of, target_of
 from backhand.data.rows import ClassLabel, ProblemType
 from backhand.data.stored_examples import PreparedData
@@ -16,7 +15,6 @@ from backhand.errors import DataError, UsageError, not_none
 from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
-from backhand.options.config import TrainConfig
 from backhand.options.objectives import ObjectiveOptions
 from backhand.words import count_of, name_list, shorten
 
@@ -64,30 +62,6 @@ def class_notes(source: ModelSource) -> tuple[str, ...]:
     if kind not in _WITHOUT_CLASS:
         return ()
     return (f"transformers has no class for sequence classification of {kind} models; Backhand alone reads the head",)
-
-
-def starting_head(config: TrainConfig, source: ModelSource, engine: Engine) -> StartingHead | None:
-    """Return the head of the adapter that the run starts from, or None for a fresh adapter.
-
-    Raises:
-        UsageError: the adapter has no head.
-    """
-    origin = config.run.from_adapter
-    if origin is None:
-        return None
-    assert isinstance(engine, DecoderEngine), "other engines are refused before"
-    contents = read_adapter(origin, source, allow_pickle=config.model.allow_pickle)
-    known = {} if contents.record is None else contents.record.classification
-    loaded = match_linear_adapter(contents, engine.module_shapes())
-    outputs = engine.config.class_head.labels_of({one.name: one.shape for one in loaded.trained})
-    if not outputs:
-        raise UsageError(
-            f"{origin} has no classification head",
-            where="from_adapter",
-            why="training continues with the adapter's own modules and values",
-            next_step="give an adapter of --objective classify, or leave out from_adapter for a fresh adapter",
-        )
-    return StartingHead(origin, outputs, known.get("problem_type"), tuple(known.get("labels", ())))
 
 
 def with_labels(

@@ -40,12 +40,11 @@ from backhand.training.class_inputs import (
     class_notes,
     output_count,
     set_outputs,
-    starting_head,
     with_labels,
 )
 from backhand.training.contexts import count_contexts, with_context_text
 from backhand.training.embedding_inputs import check_positions, format_of, with_loss, with_pooling
-from backhand.training.starting_adapter import adapter_config, start_notes
+from backhand.training.starting_adapter import StartingAdapter
 from backhand.words import name_list
 
 _MATRICES_IN_SCALE = 8
@@ -113,7 +112,10 @@ def read_inputs(
     classifies = config.objective.objective == "classify"
     if classifies and isinstance(engine, DecoderEngine):
         set_outputs(engine, 1)  # The names of the head's modules are needed now, its real size follows from the rows.
-    config = replace(config, adapter=adapter_config(config, source, engine, typed))
+    start: StartingAdapter | None = None
+    if config.run.from_adapter is not None:
+        start = StartingAdapter(config.run.from_adapter, source, model.allow_pickle)
+        config = replace(config, adapter=start.config(config.adapter, engine, typed))
     layout = engine.layout(config.adapter)
     objective = with_context_text(config.objective)
     config = replace(config, objective=objective)
@@ -123,7 +125,7 @@ def read_inputs(
         require_head(engine.config)
     text_format = class_format(source, engine, layout) if classifies else format_of(config.objective)
     config = replace(config, adapter=in_numbers(config.adapter, [slot.name for slot in layout.slots]))
-    notes = start_notes(config, source, engine, layout)
+    notes = () if start is None else start.check(engine, layout, config.data, force_base=model.force_base)
     notes += peft_notes(source.config.get("model_type"), [slot.name for slot in layout.slots])
     notes += class_notes(source) if classifies else ()
     tokenizer = source.tokenizer()
@@ -150,8 +152,8 @@ def read_inputs(
         if purpose in ("embeddings", "rankings"):
             config = replace(config, objective=with_loss(config.objective, train, held_out))
         if purpose == "classes":
-            start = starting_head(config, source, engine)
-            resolved, said = with_labels(config.objective, train, held_out, start)
+            head = start.head(engine) if start is not None and isinstance(engine, DecoderEngine) else None
+            resolved, said = with_labels(config.objective, train, held_out, head)
             config, notes = replace(config, objective=resolved), (*notes, *said)
         if purpose in ("pairs", "labels"):
             check_answers_differ(train)

@@ -1,4 +1,4 @@
-"""A planned run with its weights: nothing in its configuration is left to choose, and nothing has been written."""
+"""Third stage of a run: the model is loaded, every option has its final value, and no file has been written."""
 
 from __future__ import annotations
 

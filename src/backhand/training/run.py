@@ -2,7 +2,7 @@
 
     lock the run directory → configuration → `load_run`: rows, model, adapter → `Trainer`: loop, summary
 
-`train` starts several processes if `--workers` says so.
+`RunProcess` does this in each process of a run. `train` starts several processes if `--workers` says so.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from backhand.data.prepare import check_readable
 from backhand.distributed.communicator import Communicator
@@ -37,7 +38,7 @@ from backhand.loop.state import PROGRESS_FILE, Progress, restore_adapter
 from backhand.nn.compute import compute_settings
 from backhand.options.config import TrainConfig
 from backhand.reading import refuse_inputs_inside
-from backhand.runs.checkpoint import CheckpointStore
+from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import OWNED, SUMMARY, RunDirectory, opened
 from backhand.runs.interruption import Interruption
 from backhand.runs.status import by_signal
@@ -81,101 +82,150 @@ def train(
         Interrupted: a signal stopped the run after a checkpoint. After `pause_at`, the signal number is 0.
     """
     config.validate()
-    if not in_process_group():
-        if config.run.workers > 1:
-            return launch_workers(config, typed)
-        given = typed | typed_in_launcher()
-        return _train(config, callbacks, files, given, Communicator(), run_cache, pause_at)
-    from backhand.distributed.process_group import joined
+    given = typed | typed_in_launcher()
+    if in_process_group():
+        from backhand.distributed.process_group import joined
 
-    with joined(config.run.reduce) as processes:
-        return _train(config, callbacks, files, typed | typed_in_launcher(), processes)
+        with joined(config.run.reduce) as processes:
+            return RunProcess(config, given, processes, callbacks, files).train()
+    if config.run.workers > 1:
+        return launch_workers(config, typed)
+    return RunProcess(config, given, Communicator(), callbacks, files, run_cache, pause_at).train()
 
 
-def _train(
-    config: TrainConfig,
-    callbacks: Iterable[Callback],
-    files: FileLayer | None,
-    typed: frozenset[str],
-    processes: Communicator,
-    run_cache: RunCache | None = None,
-    pause_at: int | None = None,
-) -> RunSummary:
-    """Run `train` in this process, which may be one of several."""
-    from_adapter = {"run.from_adapter": config.run.from_adapter}
-    processes.assert_equal(comparable_settings(decisive_settings(config)) | from_adapter | versions())
-    if not processes.is_main_process:
-        config = replace(config, run=replace(config.run, quiet=True, report_to=()))
-        callbacks = ()
-    elif restarted_by_torchrun():
-        config = resume_after_restart(config)
-    terminal = TerminalObserver(quiet=config.run.quiet)
-    all_observers = [terminal, *chosen_loggers(config.run.report_to, terminal.noted), *as_observers(callbacks)]
-    run = config.run
-    try:
-        if processes.is_main_process and os.path.lexists(run.output) and not (run.resume or run.overwrite):
-            check_readable(config.data)
-        # Only rank 0 locks the directory and writes to it. The other ranks use its name in messages.
-        run_directory: AbstractContextManager[RunDirectory] = (
-            opened(run.output, resume=run.resume, overwrite=run.overwrite, files=files)
-            if processes.is_main_process
-            else nullcontext(RunDirectory(run.output.resolve(), files or FileLayer()))
-        )
-        with Interruption(terminal.noted) as interruption, run_directory as directory:
-            processes.interruption = interruption
-            checkpoint = done = None
-            if run.overwrite and processes.is_main_process:
-                refuse_inputs_inside(directory.path, _inputs(config), owned=OWNED)
-            if run.resume and processes.is_main_process:
-                config = resumed_config(config, directory.path, typed).validate()
-                store = CheckpointStore(directory.checkpoints, directory.files, terminal.noted)
-                if directory.checkpoints.is_dir():
-                    checkpoint = store.newest_valid()
-                if checkpoint is None:
-                    config = replace(config, run=replace(config.run, from_adapter=original_adapter(directory.path)))
-                else:
-                    progress = Progress.from_json(checkpoint.contents.get(PROGRESS_FILE, b""))
-                    if progress.finished and config.run.prove_resume is None:
-                        done = read_summary(directory.path / SUMMARY)  # the run is finished
-                        if done is not None and restore_adapter(directory, store, checkpoint.contents, progress):
-                            terminal.noted("adapter/ was damaged, and is restored from its checkpoint")
-            config, done = broadcast_config(config, done, processes)
-            if done is not None:
+class _Beginning(NamedTuple):
+    """The state in which a run is found when a process begins or continues it. It is the same in all processes."""
+
+    config: TrainConfig  # a resumed run has the stored options and those that may change
+    checkpoint: Checkpoint | None = None  # to continue from; None for a new run, or one without a checkpoint
+    summary: RunSummary | None = None  # of a run that is finished
+
+
+@dataclass(eq=False)
+class RunProcess:
+    """One process of a run, from its options to the summary. Rank 0 alone prints and writes files."""
+
+    config: TrainConfig  # the validated options
+    typed: frozenset[str]  # names of the options that were typed
+    processes: Communicator  # all processes of the run
+    callbacks: Iterable[Callback] = ()  # called in rank 0
+    files: FileLayer | None = None  # the file layer, for tests
+    run_cache: RunCache | None = None  # shared with other runs of this process
+    pause_at: int | None = None  # step to stop after, as after a signal
+    terminal: TerminalObserver = field(init=False)
+
+    def train(self) -> RunSummary:
+        """Train to the end. Returns and raises the same as `train`."""
+        self._agree()
+        run, is_main = self.config.run, self.processes.is_main_process
+        terminal = self.terminal = TerminalObserver(quiet=run.quiet)
+        observers = [terminal, *chosen_loggers(run.report_to, terminal.noted), *as_observers(self.callbacks)]
+        try:
+            if is_main and os.path.lexists(run.output) and not (run.resume or run.overwrite):
+                check_readable(self.config.data)
+            with Interruption(terminal.noted) as interruption, self._opened() as directory:
+                self.processes.interruption = interruption
+                beginning = self._beginning(directory)
+                if beginning.summary is None:
+                    metrics = [MetricsFile(directory)] if is_main else []
+                    return self._train(beginning, directory, Observers([*observers, *metrics]), interruption)
                 terminal.noted(f"the run in {directory.path} is finished; there is nothing left to do")
-                terminal.ended(done)
-                return done
-            checkpoint = broadcast_checkpoint(checkpoint, processes)
-            machine = resolve_machine(config, processes)
-            # The functions are loaded first, so that one that cannot be loaded leaves no directory.
-            rewarded = config.objective.purpose == "prompts" and processes.is_main_process
-            options = config.rewards
-            reward_process = RewardProcess(options.reward, options.reward_timeout) if rewarded else nullcontext()
-            with (
-                compute_settings(config.model, machine.threads, machine.dtype, machine.device),
-                reward_process as functions,
-            ):
-                run_cache = run_cache or RunCache()
-                loaded = load_run(config, machine, typed, processes, run_cache)
-                if functions is not None:
-                    functions.check_parameters(loaded.inputs.train.examples)
-                metrics = [MetricsFile(directory)] if processes.is_main_process else []
-                observer = Observers([*all_observers, *metrics])
-                trainer = Trainer(
-                    *(loaded, directory, observer, interruption, checkpoint, processes, run_cache, pause_at),
-                    functions=functions,
-                )
-                try:
-                    return trainer.train()
-                except BaseException as error:
-                    with suppress(OSError, BackhandError):  # an error here must not hide the one that ended the run
+                terminal.ended(beginning.summary)
+                return beginning.summary
+        finally:
+            for one in observers:
+                one.closed()
+
+    def _agree(self) -> None:
+        """Check that all processes were given the same run. Other ranks than 0 become quiet.
+
+        Raises:
+            ArtifactError: options, package versions or processors differ.
+            Interrupted: torchrun has restarted a run that was stopped by a signal.
+        """
+        run = self.config.run
+        settings = comparable_settings(decisive_settings(self.config))
+        self.processes.assert_equal(settings | {"run.from_adapter": run.from_adapter} | versions())
+        if not self.processes.is_main_process:
+            self.config = replace(self.config, run=replace(run, quiet=True, report_to=()))
+            self.callbacks = ()
+        elif restarted_by_torchrun():
+            self.config = resume_after_restart(self.config)
+
+    def _opened(self) -> AbstractContextManager[RunDirectory]:
+        """Return the run directory. Rank 0 locks it; the other ranks use its name in messages."""
+        run = self.config.run
+        if self.processes.is_main_process:
+            return opened(run.output, resume=run.resume, overwrite=run.overwrite, files=self.files)
+        return nullcontext(RunDirectory(run.output.resolve(), self.files or FileLayer()))
+
+    def _beginning(self, directory: RunDirectory) -> _Beginning:
+        """Return the options, checkpoint and summary of rank 0. Paths and device remain those of this process."""
+        found = _Beginning(self.config)
+        if self.processes.is_main_process:
+            if self.config.run.overwrite:
+                refuse_inputs_inside(directory.path, _inputs(self.config), owned=OWNED)
+            if self.config.run.resume:
+                found = self._resumed(directory)
+        config, summary = broadcast_config(found.config, found.summary, self.processes)
+        checkpoint = None if summary is not None else broadcast_checkpoint(found.checkpoint, self.processes)
+        return _Beginning(config, checkpoint, summary)
+
+    def _resumed(self, directory: RunDirectory) -> _Beginning:
+        """Return what the directory contains of the run to resume."""
+        config = resumed_config(self.config, directory.path, self.typed).validate()
+        store = CheckpointStore(directory.checkpoints, directory.files, self.terminal.noted)
+        checkpoint = store.newest_valid() if directory.checkpoints.is_dir() else None
+        if checkpoint is None:
+            run = replace(config.run, from_adapter=original_adapter(directory.path))
+            return _Beginning(replace(config, run=run))
+        progress = Progress.from_json(checkpoint.contents.get(PROGRESS_FILE, b""))
+        if not progress.finished or config.run.prove_resume is not None:
+            return _Beginning(config, checkpoint)
+        summary = read_summary(directory.path / SUMMARY)
+        if summary is not None and restore_adapter(directory, store, checkpoint.contents, progress):
+            self.terminal.noted("adapter/ was damaged, and is restored from its checkpoint")
+        return _Beginning(config, checkpoint, summary)
+
+    def _train(
+        self, beginning: _Beginning, directory: RunDirectory, observer: Observers, interruption: Interruption
+    ) -> RunSummary:
+        """Load the run and train it to the end."""
+        config, processes = beginning.config, self.processes
+        machine = resolve_machine(config, processes)
+        run_cache = self.run_cache or RunCache()
+        # The functions are loaded first, so that one that cannot be loaded leaves no directory.
+        rewarded = config.objective.purpose == "prompts" and processes.is_main_process
+        options = config.rewards
+        reward_process = RewardProcess(options.reward, options.reward_timeout) if rewarded else nullcontext()
+        with (
+            compute_settings(config.model, machine.threads, machine.dtype, machine.device),
+            reward_process as functions,
+        ):
+            loaded = load_run(config, machine, self.typed, processes, run_cache)
+            if functions is not None:
+                functions.check_parameters(loaded.inputs.train.examples)
+            trainer = Trainer(
+                loaded,
+                directory,
+                observer,
+                interruption,
+                beginning.checkpoint,
+                processes,
+                run_cache,
+                self.pause_at,
+                functions,
+            )
+            try:
+                return trainer.train()
+            except BaseException as error:
+                with suppress(OSError, BackhandError):  # an error here must not hide the one that ended the run
+                    if processes.is_main_process:
                         # Until this run has a checkpoint, the run that it is to overwrite can be restored.
-                        back = processes.is_main_process and run.overwrite and directory.put_back()
-                        if processes.is_main_process and by_signal(error) and (back or trainer.owns_directory):
-                            terminal.noted(trainer.stop_message(restored=back))
-                    raise
-    finally:
-        for one in all_observers:
-            one.closed()
+                        restored = self.config.run.overwrite and directory.put_back()
+                        if by_signal(error) and (restored or trainer.owns_directory):
+                            self.terminal.noted(trainer.stop_message(restored=restored))
+                raise
 
 
 def _inputs(config: TrainConfig) -> dict[str, Path | str | None]:

@@ -1,38 +1,90 @@
-"""The adapter that a run starts with: a fresh one, or one whose options and values it takes over."""
+"""The adapter that a run starts from: its options, checks against the base model, and its values."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.contents import UnusableAdapterError
-from backhand.adapters.loading import check_source, load_adapter_for, read_adapter
+from backhand.adapters.contents import AdapterContents, UnusableAdapterError
+from backhand.adapters.loading import check_source, checked_adapter, match_linear_adapter, read_adapter
 from backhand.data.chat import read_template
+from backhand.data.options import TemplateOptions
+from backhand.engines.decoder_engine import DecoderEngine
 from backhand.engines.engine import BoundModel, Engine
 from backhand.errors import UsageError
 from backhand.loop.step_plan import derived_seed
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.config import TrainConfig
+from backhand.training.class_inputs import StartingHead
 
 _OWN_OPTIONS = frozenset({"dropout"})
 """Options of the run itself, on which no value of the adapter depends."""
 
 
-def adapter_config(config: TrainConfig, source: ModelSource, engine: Engine, typed: frozenset[str]) -> LoRAConfig:
-    """Return the adapter's configuration as given, or that of the adapter to start from with this run's dropout."""
-    if config.run.from_adapter is None:
-        return config.adapter
-    contents = read_adapter(config.run.from_adapter, source, allow_pickle=config.model.allow_pickle)
-    if not contents.config_usable:
-        raise UnusableAdapterError(contents.directory, contents.problems)
-    taken = replace(contents.described.config, dropout=config.adapter.dropout)
-    _check_options(config.adapter, taken, engine, config.run.from_adapter, typed)
-    return taken
+@dataclass(frozen=True)
+class StartingAdapter:
+    """The adapter that a run starts from. Its files are read once, when they are first needed."""
+
+    origin: str  # the value of `from_adapter`
+    source: ModelSource  # the base model
+    allow_pickle: bool
+
+    @cached_property
+    def contents(self) -> AdapterContents:
+        """The adapter as its files have it. Raises ArtifactError if there is none, or if it cannot be read."""
+        return read_adapter(self.origin, self.source, allow_pickle=self.allow_pickle)
+
+    def config(self, given: LoRAConfig, engine: Engine, typed: frozenset[str]) -> LoRAConfig:
+        """Return the adapter's configuration with this run's dropout.
+
+        Raises:
+            UsageError: the given options differ from those of the adapter.
+        """
+        if not self.contents.config_usable:
+            raise UnusableAdapterError(self.contents.directory, self.contents.problems)
+        taken = replace(self.contents.described.config, dropout=given.dropout)
+        _check_options(given, taken, engine, self.origin, typed)
+        return taken
+
+    def check(
+        self, engine: Engine, layout: AdapterLayout, template: TemplateOptions, *, force_base: bool
+    ) -> tuple[str, ...]:
+        """Check the adapter against the base model, and return notes for the user.
+
+        Raises:
+            ArtifactError: the adapter is damaged, or belongs to another base model, tokenizer or chat template.
+        """
+        checks: dict[str, Any] = {
+            "chat_template": read_template(template.chat_template, self.source.tokenizer()),
+            "template_args": template.template_args,
+            "force_base": force_base,
+        }
+        shapes = engine.module_shapes()
+        if shapes is not None:
+            return checked_adapter(self.contents, self.source, shapes, **checks).notes
+        names = [slot.name for slot in layout.slots]
+        return check_source(self.contents.record, self.origin, self.source, names, **checks)
+
+    def head(self, engine: DecoderEngine) -> StartingHead:
+        """Return the adapter's classification head. Raises UsageError if it has none."""
+        record = self.contents.record
+        known = {} if record is None else record.classification
+        loaded = match_linear_adapter(self.contents, engine.module_shapes())
+        outputs = engine.config.class_head.labels_of({one.name: one.shape for one in loaded.trained})
+        if not outputs:
+            raise UsageError(
+                f"{self.origin} has no classification head",
+                where="from_adapter",
+                why="training continues with the adapter's own modules and values",
+                next_step="give an adapter of --objective classify, or leave out from_adapter for a fresh adapter",
+            )
+        return StartingHead(self.origin, outputs, known.get("problem_type"), tuple(known.get("labels", ())))
 
 
 def _check_options(given: LoRAConfig, taken: LoRAConfig, engine: Engine, origin: str, typed: frozenset[str]) -> None:
@@ -64,26 +116,6 @@ def _check_options(given: LoRAConfig, taken: LoRAConfig, engine: Engine, origin:
 
 def _in_any_order(value: object) -> object:
     return frozenset(value) if isinstance(value, tuple | list) else value
-
-
-def start_notes(config: TrainConfig, source: ModelSource, engine: Engine, layout: AdapterLayout) -> tuple[str, ...]:
-    """Check the adapter to start from against the base model, and return notes for the user.
-
-    Raises:
-        ArtifactError: the adapter cannot be read, or it belongs to another base model, tokenizer or chat template.
-    """
-    if config.run.from_adapter is None:
-        return ()
-    checks: dict[str, Any] = {
-        "chat_template": read_template(config.data.chat_template, source.tokenizer()),
-        "template_args": config.data.template_args,
-        "force_base": config.model.force_base,
-    }
-    directory, pickle, shapes = config.run.from_adapter, config.model.allow_pickle, engine.module_shapes()
-    if shapes is not None:
-        return load_adapter_for(source, directory, shapes, **checks, allow_pickle=pickle).notes
-    record = read_adapter(directory, source, allow_pickle=pickle).record
-    return check_source(record, directory, source, [slot.name for slot in layout.slots], **checks)
 
 
 def set_values(config: TrainConfig, bound: BoundModel) -> None:
