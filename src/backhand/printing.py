@@ -1,4 +1,4 @@
-"""Printing: control characters in foreign text are escaped, and a long command prints what it does now and then.
+"""Printing: control characters in foreign text are escaped, and a long command reports its progress.
 
 Names, paths, rows, settings in files and messages of libraries are foreign text. A terminal obeys some of its
 characters. ESC and other control characters colour, move and delete; direction marks (U+202E, U+2066 …) reorder the

@@ -32,8 +32,9 @@ _COMPARED_TOKENS = 2**20
 class Sampler:
     """Assign rows to steps: every epoch is a new permutation of all rows. The last step of an epoch may be smaller.
 
-    The order is a function of seed and epoch, so a resumed run finds its position in the data from the step number.
-    Rows may have several forms, of which each epoch uses the next one. Form f of row r has the number r + f · rows.
+    The order depends only on seed and epoch, so a resumed run finds its position in the data from the step number.
+    A row may have several forms, such as a question with its options in several orders. Each epoch uses the next form
+    of all rows. Form f of row r has the row number r + f · rows.
     """
 
     rows: int  # number of rows, at least 1
@@ -100,7 +101,7 @@ class RowPacker:
     Args:
         examples: the rows.
         share_prefixes: in each micro-batch, store the common prefix of several documents once. Must be False with
-            dropout: equal tokens of two rows have different masks, and therefore different hidden states.
+            dropout, which gives the same token different hidden states in different rows.
 
     Attributes:
         examples: the rows.
@@ -114,10 +115,10 @@ class RowPacker:
         self.by_document = self
         self.lengths = examples.column("input_tokens").astype(np.int64)
         self._supervised = examples.column("supervised").astype(np.int64)
-        # First token and number of tokens of each document in `examples.tokens`. The number includes the last
-        # supervised token and those after it. They are never inputs, so `lengths` does not count them.
+        # For each document, the index of its first token in `examples.tokens`, and its number of tokens. Unlike
+        # `lengths`, this number includes the last supervised token and all later ones, which are never inputs.
         self._begins, self._sizes = examples.column("begin"), examples.column("tokens")
-        # Index of each row's first document, and at the end the count of all documents. None if rows are documents.
+        # Index of each row's first document, then the number of all documents. None if every row is one document.
         self._first_documents: npt.NDArray[np.int64] | None = None
         if ((counts := examples.document_counts) > 1).any():
             self.by_document = RowPacker(examples.documents, share_prefixes=share_prefixes)

@@ -1,1 +1,1 @@
-"""Runs of several processes: process groups, launcher and heartbeat."""
+"""Runs of several processes: their start, the messages between them, and their signs of life."""

@@ -1,1 +1,1 @@
-"""Training engines: known models by hand, other causal ones through transformers. Also the memory plan of a step."""
+"""The two ways to compute gradients, by hand or by transformers with autograd, and the memory plan of a step."""

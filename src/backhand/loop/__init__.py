@@ -1,1 +1,1 @@
-"""Training loop: step, evaluation, checks during a run, state, logging, objectives, rewards."""
+"""Training loop: steps, evaluations, checks during a run, checkpoints, logging, objectives and rewards."""

@@ -37,7 +37,7 @@ from backhand.nn.batch import PackedBatch
 
 
 class SampledSteps(Protocol):
-    """The steps of a run that trains on answers which it samples."""
+    """The steps of a run that trains on answers that the model itself samples."""
 
     tokens: int
     """Number of tokens of the newest step's prompts and answers."""
@@ -143,7 +143,7 @@ class TrainingLoop:
         return sampled.train(self.model, self.state.optimizer, step, rows, rate), sampled.tokens
 
     def _work(self, rows: Sequence[int], parts: Sequence[Sequence[int]]) -> StepWork:
-        """Return the micro-batches of the next step, of which `parts` are the rows."""
+        """Return the micro-batches of the next step; `parts` contains the row numbers of each micro-batch."""
         objective, seed, step = self.objective, self.plan.run.seed, self.state.progress.step
         supervised, numbers = self.packer.supervised_tokens(rows), range(len(parts))
         return StepWork(
@@ -156,11 +156,11 @@ class TrainingLoop:
         )
 
     def _parts(self, rows: Sequence[int]) -> list[list[int]]:
-        """Return the rows of each micro-batch."""
+        """Return the row numbers of each micro-batch."""
         return micro_batches(rows, self.packer.lengths, max_rows=self.plan.micro_batch_rows)
 
     def _packed(self, parts: Sequence[Sequence[int]], number: int) -> PackedBatch:
-        """Return micro-batch `number`, where `parts` are the rows of each micro-batch of the step.
+        """Return micro-batch `number`; `parts` contains the row numbers of each micro-batch of the step.
 
         The cache of hidden states may compute rows of later micro-batches in the same pass.
         """

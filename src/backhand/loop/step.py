@@ -5,15 +5,15 @@ The loss of a step is the mean over its n supervised tokens, which are divided a
     L = (1 / n) Σ over micro-batches Σ over supervised tokens of -log p(token)
     g = ((g₀ + g₁) + g₂) + … + g_{M-1}      gᵢ = the part of ∂L/∂θ that comes from micro-batch i
 
--log p, with the natural logarithm, is the cross-entropy of a token in nats. Every supervised token has the same weight
-1 / n, so M micro-batches give the gradient of one large batch, even if their numbers of supervised tokens differ.
-The loss of a preference objective is a mean over rows instead, and n is the number of rows.
+θ is all trained values, and -log p, with the natural logarithm, is the cross-entropy of a token in nats. Every token
+has the weight 1 / n. Therefore M micro-batches of any sizes give the gradient of one large batch. For losses of whole
+rows, such as those of preference pairs, L is the mean over rows, and n is the number of rows.
 
 Each gᵢ is computed in a buffer of zeros. The sum is computed in float64 in the order of i. A `Communicator`
 (`distributed.communicator`) divides the micro-batches among the processes of the run. The result is the same for any
-number of processes, unless `--reduce sum` is chosen.
+number of processes, unless the option `--reduce sum` allows another order of addition.
 
-The update is AdamW:
+The update is AdamW with learning rate η and weight decay λ:
 
     m ← β₁ m + (1 - β₁) g,   v ← β₂ v + (1 - β₂) g²
     θ ← θ - η λ θ - η (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)      [arXiv:1711.05101, algorithm 2]
@@ -61,8 +61,8 @@ class StepWork:
     supervised_tokens: int  # of all micro-batches; a supervised token in a shared prefix counts once per document
     dropout_seeds: Sequence[int | None]  # seed of each micro-batch, or None without dropout
     mean_over: int  # n, the divisor of the loss: number of supervised tokens, or of rows
-    # Adds the gradients of micro-batch i, given its packed rows, the factor of its loss and the seed of its dropout,
-    # and returns the loss; None for cross-entropy.
+    # Maps model, i, micro-batch i, the factor of its loss and its dropout seed to the loss, and adds the gradients.
+    # None for cross-entropy.
     gradients: Callable[[Trainable, int, PackedBatch, float, int | None], Tensor] | None = None
 
 
@@ -179,8 +179,8 @@ class AdapterOptimizer:
         values, gradients: the adapter's flat buffers, (elements,) float32.
         first_moment, second_moment: m and v, (elements,) float32.
         updates: t, the number of updates so far, 0-d float32.
-        average: exponential moving average of the values, a ← a + ρ (θ - a) after each update, (elements,) float32. It
-            begins with the values. None without an average.
+        average: exponential moving average of the values, (elements,) float32. It starts with the initial values; each
+            update adds ρ (θ - a) to it, where a is the average. None without an average.
     """
 
     def __init__(self, lora: LoRAParameters, options: OptimizationOptions, average_rate: float = 0.0) -> None:

@@ -1,1 +1,1 @@
-"""Mathematics: one file per op with derivation, forward, backward and reference."""
+"""Mathematics: one file per op, a function with its derivation, forward, backward and reference."""

@@ -2,27 +2,28 @@
 
     y = x Wᵀ + b + s (x̃ Aᵀ) Bᵀ,   s = alpha / rank      [arXiv:2106.09685, eq. 3 and §4.1]
 
-Without dropout x̃ = x. With dropout x̃ = m ⊙ x, where each element of m is 0 with probability p, otherwise 1 / (1 - p).
+Only A and B are trained; alpha and the rank are chosen by the user. Without dropout x̃ = x. With dropout x̃ = m ⊙ x,
+where each element of m is 0 with probability p, otherwise 1 / (1 - p).
 
-Backward. ⊙ multiplies element by element; ⟨P, Q⟩ is the sum of all elements of P ⊙ Q. Let G = ∂L/∂y and h = x̃ Aᵀ.
-Small changes dx, dA and dB of x, A and B change y by dy, and L by dL = ⟨G, dy⟩. W and b are constants, so
+Backward. P ⊙ Q multiplies element by element, and ⟨P, Q⟩ is the sum of all elements of P ⊙ Q. Let G = ∂L/∂y and
+h = x̃ Aᵀ. Small changes dx, dA and dB of x, A and B change y by dy, and L by dL = ⟨G, dy⟩. W and b are constants, so
     dy = dx Wᵀ + s dh Bᵀ + s h dBᵀ,   dh = (m ⊙ dx) Aᵀ + x̃ dAᵀ.
-Two rules, ⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩ and ⟨P, m ⊙ Q⟩ = ⟨m ⊙ P, Q⟩, move dx, dA and dB to one side. The result is
-dL = ⟨∂L/∂x, dx⟩ + ⟨∂L/∂A, dA⟩ + ⟨∂L/∂B, dB⟩ with
+Insert dy into dL. Then rewrite each term as ⟨…, dx⟩, ⟨…, dA⟩ or ⟨…, dB⟩ by two rules: ⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩
+and ⟨P, m ⊙ Q⟩ = ⟨m ⊙ P, Q⟩. The left factors are the gradients:
     ∂L/∂h = s G B                       (..., rank)
     ∂L/∂x = G W + m ⊙ ((∂L/∂h) A)       (..., in)
     ∂L/∂A = (∂L/∂h)ᵀ x̃                  (rank, in)
     ∂L/∂B = s Gᵀ h                      (out, rank)
-The products treat all leading axes of x as rows. The last two gradients are sums over these rows.
+All axes of a tensor except the last are its rows here. The last two gradients are sums over the rows.
 
 Saved: x, h and references to the weights. m is not saved; the backward generates the same m from the seed. Two matrices
 of W's size are never formed: Gᵀ x and W + s B A.
 
-The frozen layer has two large products, x Wᵀ in the forward and G W in the backward. The adapter adds
-6 · rank · (in + out) floating-point operations per row. Training W would add a third large product, Gᵀ x.
+The frozen layer has two large products, x Wᵀ in the forward and G W in the backward. Training W would add a third one,
+Gᵀ x. The adapter adds 6 · rank · (in + out) floating-point operations per row to forward and backward together.
 
-W is a tensor or a quantized matrix; `ops.frozen_matrix` multiplies by both kinds. A training step uses these formulas
-as `ops.lora_group` implements them: several layers with the same input are computed in a few large products.
+W is a tensor or a quantized matrix; `ops.frozen_matrix` multiplies by both kinds. Instead of this op, a training step
+calls `ops.lora_group`, which applies the same formulas to several layers with the same input, in a few large products.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from backhand.ops.weight_tiles import FrozenMatrix
 
 
 class Dropout(NamedTuple):
-    """Dropout of the low-rank branch's input."""
+    """Dropout of the input of the low-rank part, s (x̃ Aᵀ) Bᵀ."""
 
     probability: float  # p, in [0, 1)
     seed: int  # determines m, so that forward and backward use the same m
@@ -94,7 +95,7 @@ def lora_linear_forward(
         lora_A: (rank, in).
         lora_B: (out, rank).
         scaling: s.
-        dropout: dropout of the low-rank branch's input, or None.
+        dropout: dropout of x̃, or None.
 
     Returns:
         y (..., out) in x's dtype, and the saved tensors.
@@ -139,7 +140,7 @@ def lora_linear_reference(
     """Compute the same y in plain torch, for autograd to differentiate.
 
     Args:
-        m: the dropout multiplier, which has the shape of x; None without dropout. Then y = x (W + s B A)ᵀ + b.
+        m: the dropout multiplier, which has the shape of x; None without dropout, where y = x (W + s B A)ᵀ + b.
     """
     if m is None:
         return torch.nn.functional.linear(x, weight + scaling * (lora_B @ lora_A), bias)

@@ -1,1 +1,1 @@
-"""Proofs: compare every op, block and model with autograd and finite differences."""
+"""Proofs of gradients: compare every op, block and model with autograd and finite differences."""

@@ -1,8 +1,8 @@
 """Adapters of a block, grouped by projections that share an input.
 
-A group is a set of linear modules (projections) with the same input. They are computed as one stacked product
-(`nn.decoder.projections`). Most blocks have four groups: the input projections of the mixer (q, k and v for attention),
-its output projection, gate and up, and down. The head is a group by itself.
+A group is a set of linear modules (projections) with the same input. Their weights are stacked, so that one matrix
+product computes all of them (`nn.decoder.projections`). Most blocks have four groups: the input projections of the
+mixer (q, k and v for attention), its output projection, gate and up, and down. The output head is a group by itself.
 
 A `GroupAdapter` contains the LoRA factors of the adapted modules of a group, and views of the flat gradient buffer. The
 ops add the gradients of the factors to these views. Therefore blocks and ops need no module names and no buffers.
@@ -50,7 +50,7 @@ ALL_GROUPS = frozenset(Group)
 BLOCK_GROUPS = Group.DOWN + 1
 """Number of groups of a block without per-layer embeddings."""
 BEFORE_BLOCKS = len(Group)
-"""`group` in `group_mask_seed` for the projection that computes the per-layer embeddings, which is in no block."""
+"""The group of the projection that computes the per-layer embeddings, for `group_mask_seed`. It is in no block."""
 
 
 class GroupAdapter(NamedTuple):
@@ -105,14 +105,14 @@ _GROUP_BEFORE_NORM: dict[str, int] = {
 
 
 class BackwardEnd(NamedTuple):
-    """Place at which the backward pass ends."""
+    """The layer and group at which the backward pass ends."""
 
     layer: int  # lowest layer with a trained tensor; the number of layers if no block is trained
     input_grad_groups: frozenset[Group]  # groups of that layer whose input gradient is needed
 
 
 def backward_end(layout: AdapterLayout, config: DecoderConfig) -> BackwardEnd:
-    """Return the place at which the backward pass ends.
+    """Return the layer and group at which the backward pass ends.
 
     It ends at the lowest group with a trained tensor, and only the groups after this one need input gradients. If a
     module before the first block is trained (the embedding, or the projection that computes the per-layer embeddings),
@@ -163,7 +163,7 @@ def block_adapter(
     per_layer = None
     if len(groups) > Group.PER_LAYER_GATE:
         per_layer = adapter(Group.PER_LAYER_GATE), adapter(Group.PER_LAYER_PROJECTION)
-    # Its mask has the seed of the first projection's, but another width.
+    # Both output projections have the same mask seed; their masks differ, because their inputs have other widths.
     second = adapter(Group.OUTPUT, mixer.second) if mixer.second else None
     of_mixer = [*adapters[:2], *([] if second is None else [second])]
     mixer_extras, mlp_extras = (any(each.extras is not None for each in some) for some in (of_mixer, adapters[2:]))

@@ -5,9 +5,10 @@
     n₂ = norm(x₁)            [a u] = n₂ W_guᵀ (+ LoRA)
     p  = φ(a) ⊙ u            x₂ = x₁ + p W_dᵀ (+ LoRA)
 
-The first two lines are the mixer sublayer, the last two the MLP sublayer. The T tokens of all documents form one axis.
-W_qkv and W_gu are stacked projections (`nn.decoder.weights`), a and u are the outputs of gate and up, and φ is the
-activation. Projections, norms and residual sums are in `nn.decoder.projections`. Everything between [q k v] and o is in
+The first two lines are the mixer sublayer, the last two the MLP sublayer. The input x₀ is (T, hidden): the T tokens of
+all documents, one after another. W_qkv and W_gu are stacked projections (`nn.decoder.weights`). W_o is the output
+projection of attention, and W_d is `down_proj`. a and u are the outputs of gate and up, and φ is the activation.
+Projections, norms and residual sums are in `nn.decoder.projections`. Everything between [q k v] and o is in
 `nn.decoder.attention_mixer`.
 
 Families differ from these lines as follows:
@@ -16,24 +17,25 @@ Families differ from these lines as follows:
 - BERT normalizes the sums instead: x₁ = norm(x₀ + …), with n₁ = x₀ and n₂ = x₁. Its MLP has no gate: p = φ(a).
 - Encoders have layer norms, and attention in both directions.
 - In some layers another mixer replaces attention, and has its own input projections (`nn.decoder.mixer`).
-- Granite multiplies the output of each sublayer by a residual multiplier m before the sum. Falcon-H1 has a multiplier
-  for the output of each of several modules.
+- Granite multiplies the output of each sublayer by a constant m, the residual multiplier, before the sum. Falcon-H1
+  multiplies the outputs of several modules by constants.
 - Falcon-H1's mixer is attention next to Mamba-2, with one projection after each (`nn.decoder.parallel_mixer`).
 - A mixture of experts replaces the MLP sublayer (`nn.decoder.experts`).
 - Gemma 4 adds per-layer embeddings to x₂ and multiplies the sum by a scalar (`nn.decoder.ple_block`).
 
-The loss reads the output of the last block at the supervised positions only. Attention needs the keys and values of all
-tokens, but everything after it treats each position separately. Therefore the last block computes o W_oᵀ and the MLP
-only at the P loss positions, and ∂L/∂o is zero at all others. In the other blocks P = T.
+The loss reads the output of the last block at P positions only, the loss positions. Attention needs the keys and values
+of all tokens, but everything after it treats each position separately. Therefore the last block computes o W_oᵀ and the
+MLP only at the loss positions, and ∂L/∂o is zero at all others. In the other blocks P = T.
 
-Backward takes the lines in reverse order and applies the backward of each op. At both sums the gradient of the residual
-stream has two terms: d_x₁ = d_x₂ + (through the MLP) and d_x₀ = d_x₁ + (through attention). With a residual multiplier
-m the sublayers receive m d_x₂ and m d_x₁. With norms of the sums, their backward comes first. The backward of a
-projection consists of three functions (`ops.lora_group`): the first returns ∂L/∂h and adds ∂L/∂B, the second returns
-∂L/∂x, and the third adds ∂L/∂A. The third needs the input of the projection, which is saved or recomputed, or replaced
-by the saved tensors of the norm that computed it. `ops.adapted_glu` computes the backward of the gated unit p = φ(a) ⊙
-u, and parts of the backward of gate, up and down. From d_p it computes ∂L/∂[a u], and from that ∂L/∂h and ∂L/∂B of gate
-and up. It also recomputes p and adds ∂L/∂A of down.
+Backward takes the lines in reverse order and applies the backward of each op:
+- At both sums, the gradient of x has two terms: d_x₁ = d_x₂ + (the gradient through the MLP), and d_x₀ = d_x₁ + (the
+  gradient through attention). With a residual multiplier m, the sublayers receive m d_x₂ and m d_x₁. In families that
+  normalize the sums, the backward of this norm comes first.
+- The backward of a projection is three functions (`ops.lora_group`). The first returns ∂L/∂h and adds ∂L/∂B, the second
+  returns ∂L/∂x, and the third adds ∂L/∂A. The third reads the input of the projection. If this input is the output of a
+  norm, the tensors that the norm saved are enough.
+- `ops.adapted_glu` is the backward of p = φ(a) ⊙ u together with steps of the projections around it, so that a and u
+  are read once. It maps d_p to ∂L/∂[a u], returns ∂L/∂h of gate and up, and adds their ∂L/∂B and ∂L/∂A of down.
 
 `nn.decoder.general_backward` has the backward functions for mixtures of experts, for MLPs without a gate, for
 Falcon-H1, and for sublayers that train more than LoRA factors. It is also used if the backward pass ends in the MLP
@@ -41,17 +43,17 @@ sublayer or at W_o. A LoRA adapter of all linear layers of a Llama never needs i
 of the first block.
 
 Saved for the backward:
-- x₀, q, k, v, x₁, a, u, and the inverse RMS of n₁ and n₂;
+- x₀, q, k, v, x₁, a, u, and of both norms the inverse RMS of their input, 1 / √(mean x² + ε);
 - h = x Aᵀ of every adapted projection, which has r columns (r is the rank);
 - o, unless the backward of attention recomputes it (`ops.attention`);
-- in families that normalize q and k: their values before these norms, and the inverse RMS of the norms;
-- in families that normalize the output of a sublayer: the input of this norm, and its inverse RMS.
+- in families that normalize q and k: q and k before these norms, and their inverse RMS;
+- in families that normalize the output of a sublayer: this output before the norm, and its inverse RMS.
 
 With `recompute="mlp"`, a, u and their h are not saved. With `recompute="block"`, only x₀ is saved, and the backward
 runs the forward pass of the block again.
 
 The backward recomputes p and the normalized q and k. It recomputes n₁ and n₂ only if it needs them as tensors, for
-example with dropout. Otherwise it computes ∂L/∂A from x₀ or x₁ and the statistics of the norm (`ops.low_rank`).
+example with dropout. Otherwise it computes ∂L/∂A from x₀ or x₁ and the inverse RMS (`ops.low_rank`).
 """
 
 from __future__ import annotations
@@ -236,7 +238,7 @@ def mlp_sublayer_backward(
 ) -> Tensor:
     """Map d_x₂ to d_x₁, both of shape (P, hidden), and add the gradients of the MLP's factors to the flat buffer."""
     gate_up, down, norms = adapter.gate_up.group, adapter.down.group, config.norms
-    # represents n₂ without forming it
+    # x₁ and the inverse RMS, which replace n₂ in the backward
     n2_saved = pre_norm_saved(x1, weights.mlp_norm, weights.mlp_norm_bias, saved.statistics, config)
     a_u, h = saved_or_recomputed_gate_up(saved, n2_saved, weights, adapter, config)
     d_weight, multiplier = adapter.norms.get(norms.after_mlp), config.multipliers.down

@@ -58,10 +58,10 @@ def require_head(config: DecoderConfig) -> None:
 
 
 class ForwardBackward:
-    """Forward and backward pass of a frozen decoder with at most one adapter, whose gradients are computed.
+    """Forward and backward pass of a frozen decoder. The gradients are those of its adapter, if one is attached.
 
     Attributes:
-        config: sizes and traits of the model's family (Llama, Qwen3, Gemma 3, …).
+        config: sizes of the model, and the properties of its family (Llama, Qwen3, Gemma 3, …).
         weights: the frozen weights in the compute dtype.
         active: the weights that the passes use. An adapter may train some tensors in full, such as a norm or rows of
             the embedding. These come from the adapter, all others from `weights`.
@@ -116,7 +116,7 @@ class ForwardBackward:
         return self._scale_embedding(adapted_embedding(input_ids, table, self.config, self.lora))
 
     def input_states(self, batch: PackedBatch) -> Tensor:
-        """Return the input of block 0, (tokens, hidden): the embedded tokens, in encoders after `encoder_inputs`."""
+        """Return the input of block 0, (tokens, hidden): the embedded tokens. In encoders a norm and more follow."""
         x, weights = self.embed(batch.input_ids), self.active.inputs
         return x if weights is None else encoder_inputs_forward(x, batch, weights, self.config.norm_eps)[0]
 
@@ -129,10 +129,10 @@ class ForwardBackward:
     def rotary_tables(
         self, positions: Tensor, document_lengths: Tensor, dtype: torch.dtype | None = None
     ) -> list[tuple[RotaryTable | None, RotaryTable | None]]:
-        """Return two rotary tables per layer. The second one replaces the first for the queries of some families.
+        """Return the rotary tables of each layer: one for keys and queries, and None or one for queries alone.
 
-        Some families multiply queries by a factor that depends on the position. Their second table is the first one
-        times this factor; in other families it is None. Both are None in layers without rotary embedding.
+        The second table is None in most families. Some families multiply queries by a factor that depends on the
+        position; there it is the first table times this factor. Both are None in layers without rotary embedding.
 
         Args:
             positions: (tokens,) int64.
@@ -154,7 +154,7 @@ class ForwardBackward:
         cross_layer: CrossLayer | None = None,
         dtype: torch.dtype | None = None,
     ) -> list[BlockContext]:
-        """Return, for each block, what it reads in addition to its input, weights and adapter.
+        """Return the context of each block: everything that it reads in addition to its input, weights and adapter.
 
         Args:
             loss_positions: (loss positions,) int64, at which the last block computes its output; None for all.
@@ -232,7 +232,7 @@ class ForwardBackward:
             The loss without `loss_scaling`, 0-d float64: Σ nats over supervised tokens, or the value of `token_loss`.
 
         Raises:
-            ValueError: no adapter is attached, or the batch starts above a trained layer.
+            ValueError: no adapter is attached, or the cached hidden states of the batch start above a trained layer.
             UsageError: the model has no head.
         """
         require_head(self.config)
@@ -402,7 +402,7 @@ class ForwardBackward:
         return d_normed if saved is None else norm_backward(d_normed, saved, self._trained.d_final_norm)
 
     def _through_inputs(self, d_x: Tensor, batch: PackedBatch) -> Tensor:
-        """Map ∂L/∂x₀ to the gradient of the embedded tokens. What an encoder computes between them is recomputed."""
+        """Map ∂L/∂x₀ to the gradient of the embedded tokens. An encoder's operations between them are recomputed."""
         weights = self.active.inputs
         if weights is None:
             return d_x
