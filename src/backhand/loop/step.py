@@ -5,9 +5,9 @@ The loss of a step is the mean over its n supervised tokens, which are divided a
     L = (1 / n) Σ over micro-batches Σ over supervised tokens of -log p(token)
     g = ((g₀ + g₁) + g₂) + … + g_{M-1}      gᵢ = the part of ∂L/∂θ that comes from micro-batch i
 
-θ is all trained values, and -log p, with the natural logarithm, is the cross-entropy of a token in nats. Every token
-has the weight 1 / n. Therefore M micro-batches of any sizes give the gradient of one large batch. For losses of whole
-rows, such as those of preference pairs, L is the mean over rows, and n is the number of rows.
+θ is all trained values, and -log p, with the natural logarithm, is the cross-entropy of a token in nats. Every
+supervised token has the weight 1 / n. Therefore M micro-batches of any sizes give the gradient of one large batch. For
+losses of whole rows, such as those of preference pairs, L is the mean over rows, and n is the number of rows.
 
 Each gᵢ is computed in a buffer of zeros. The sum is computed in float64 in the order of i. A `Communicator`
 (`distributed.communicator`) divides the micro-batches among the processes of the run. The result is the same for any

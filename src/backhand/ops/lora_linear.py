@@ -6,7 +6,7 @@ Only A and B are trained; alpha and the rank are chosen by the user. Without dro
 where each element of m is 0 with probability p, otherwise 1 / (1 - p).
 
 Backward. P ⊙ Q multiplies element by element, and ⟨P, Q⟩ is the sum of all elements of P ⊙ Q. Let G = ∂L/∂y and
-h = x̃ Aᵀ. Small changes dx, dA and dB of x, A and B change y by dy, and L by dL = ⟨G, dy⟩. W and b are constants, so
+h = x̃ Aᵀ. Infinitesimal changes dx, dA and dB change y by dy, and L by dL = ⟨G, dy⟩. W and b are constants, so
     dy = dx Wᵀ + s dh Bᵀ + s h dBᵀ,   dh = (m ⊙ dx) Aᵀ + x̃ dAᵀ.
 Insert dy into dL. Then rewrite each term as ⟨…, dx⟩, ⟨…, dA⟩ or ⟨…, dB⟩ by two rules: ⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩
 and ⟨P, m ⊙ Q⟩ = ⟨m ⊙ P, Q⟩. The left factors are the gradients:

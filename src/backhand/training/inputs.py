@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from backhand.data.data_report import DataReport
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.packing import RowPacker, Sampler
 from backhand.data.prepare import prepare
+from backhand.data.row_encoder import TextFormat
 from backhand.data.rows import ClassLabel, RankedTexts, TextIdentities
 from backhand.data.stored_examples import PreparedData, with_totals
 from backhand.engines.decoder_engine import DecoderEngine, choose_engine, with_hidden_states
@@ -132,23 +135,8 @@ def read_inputs(
     if assumed_rows and not config.data.data:
         train, held_out = _assumed_rows(config), None
     else:
-        data, seed, purpose = config.data, config.run.seed, config.objective.purpose
-        teacher = _teacher_prompts(config.objective)
-        epochs = min(config.optimization.epochs or _MOST_FORMS, _MOST_FORMS)
-        train, held_out = run_cache.get_or_create(
-            "rows",
-            (data, seed, purpose, teacher, text_format, epochs),
-            lambda: prepare(
-                data,
-                tokenizer,
-                seed=seed,
-                purpose=purpose,
-                teacher=teacher,
-                text_format=text_format,
-                epochs=epochs,
-            ),
-            only_newest=True,
-        )
+        train, held_out = _read_rows(config, tokenizer, text_format, run_cache)
+        purpose = config.objective.purpose
         if purpose in ("embeddings", "rankings"):
             config = replace(config, objective=with_loss(config.objective, train, held_out))
         if purpose == "classes":
@@ -157,7 +145,7 @@ def read_inputs(
             config, notes = replace(config, objective=resolved), (*notes, *said)
         if purpose in ("pairs", "labels"):
             check_answers_differ(train)
-        config = replace(config, data=replace(data, eval_fraction=train.held_out_share))
+        config = replace(config, data=replace(config.data, eval_fraction=train.held_out_share))
     if classifies:
         set_outputs(engine, output_count(config.objective))
         layout = engine.layout(config.adapter)
@@ -201,6 +189,18 @@ def read_inputs(
     texts = ((text.numpy(), "neutral_texts.txt") for text in neutral.documents)
     check_vocabulary(chain(*beyond, texts), engine.vocab_size, tokenizer)
     return inputs
+
+
+def _read_rows(
+    config: TrainConfig, tokenizer: Any, text_format: TextFormat | None, run_cache: RunCache
+) -> tuple[PreparedData, PreparedData | None]:
+    """Return training rows, and held-out rows or None. Runs that share a cache and these options read them once."""
+    teacher = _teacher_prompts(config.objective)
+    epochs = min(config.optimization.epochs or _MOST_FORMS, _MOST_FORMS)
+    choices: dict[str, Any] = {"seed": config.run.seed, "purpose": config.objective.purpose, "teacher": teacher}
+    choices |= {"text_format": text_format, "epochs": epochs}
+    read = partial(prepare, config.data, tokenizer, **choices)
+    return run_cache.get_or_create("rows", (config.data, choices), read, only_newest=True)
 
 
 def weight_scale(inputs: Mapping[str, int], base_facts: BaseFacts) -> float:

@@ -94,7 +94,7 @@ def train(
 
 
 class _Beginning(NamedTuple):
-    """The state in which a run is found when a process begins or continues it. It is the same in all processes."""
+    """The options, the checkpoint and the summary of a run before it is loaded. They are the same in all processes."""
 
     config: TrainConfig  # a resumed run has the stored options and those that may change
     checkpoint: Checkpoint | None = None  # to continue from; None for a new run, or one without a checkpoint
@@ -172,7 +172,7 @@ class RunProcess:
         return _Beginning(config, checkpoint, summary)
 
     def _resumed(self, directory: RunDirectory) -> _Beginning:
-        """Return what the directory contains of the run to resume."""
+        """Return the stored options, the newest checkpoint and, if the run is finished, its summary."""
         config = resumed_config(self.config, directory.path, self.typed).validate()
         store = CheckpointStore(directory.checkpoints, directory.files, self.terminal.noted)
         checkpoint = store.newest_valid() if directory.checkpoints.is_dir() else None
