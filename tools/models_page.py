@@ -45,6 +45,7 @@ _KNOWN_AS = {
     "ministral3": "Ministral 3",
     "mistral": "Mistral 7B and later dense ones",
     "mixtral": "Mixtral 8x7B, 8x22B",
+    "nemotron_h": "Nemotron-H and Nemotron Nano 2, without experts",
     "olmo2": "OLMo 2",
     "olmo3": "OLMo 3",
     "phi3": "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
@@ -67,6 +68,7 @@ def families_section() -> str:
         dense = {"num_local_experts": 0, "layer_types": ["full_attention"] * 6, "position_embedding_type": "rope"}
         stated = {"granitemoehybrid": dense, "bamba": {"mamba_n_heads": 4, "attn_layer_indices": [3]}}
         stated["falcon_h1"] = {"mamba_n_heads": 4, "mamba_d_ssm": 64}
+        stated["nemotron_h"] = {"hybrid_override_pattern": "M-M*"}
         config = decoder_config({"model_type": family, **_SIZES, **stated.get(family, {})})
         architecture = gguf_architecture({"model_type": family})
         stored = f"`{architecture}`" if architecture else "none that is read"
@@ -82,14 +84,16 @@ def _particular(family: str, config: DecoderConfig) -> str:
     words = {
         "a bias on q, k and v": config.qkv_bias and not config.output_bias,
         "q, k and v in one module": FUSED_QKV in config.groups[0],
-        "gate and up in one module": len(config.groups[2]) == 1,
+        "gate and up in one module": config.has_mlp and len(config.groups[2]) == 1,
         "q and k normed": config.qk_norm == "head",
         "q and k normed over all heads": config.qk_norm == "width",
         "norms after attention and MLP too": config.norms.after_mlp is not None and config.norms.before_mlp is not None,
-        "norms after attention and MLP, none before": config.norms.before_mlp is None,
+        "norms after attention and MLP, none before": config.norms.before_attention is None,
+        "one sublayer in a block: Mamba-2, attention or an MLP": not config.has_mlp,
         "norms that multiply by 1 + weight": config.norm_offset != 0,
         "the embedding scaled": config.embedding_scaling != 1,
-        "GELU": config.activation != "silu",
+        "GELU": config.activation.startswith("gelu"),
+        "squared ReLU without a gate": config.activation == "relu2",
         "layers without rotary embedding": any(
             layer.rotary is None and layer.mixer == ATTENTION for layer in config.layers
         ),

@@ -131,10 +131,12 @@ def test_modules_of_delta_rules_go_to_peft_and_come_back(tmp_path: Path) -> None
     }
 
 
-@pytest.mark.parametrize(("variant", "refused"), [("falcon_h1", True), ("granite4-h", False), ("bamba", False)])
+@pytest.mark.parametrize(
+    ("variant", "refused"), [("falcon_h1", True), ("nemotron_h", True), ("granite4-h", False), ("bamba", False)]
+)
 def test_a_note_names_families_whose_out_proj_peft_refuses(variant: str, refused: bool) -> None:
     model = tiny_model(variant)
-    modules = [name for name in linear_shapes(model) if name.endswith("mamba.out_proj")]
+    modules = [name for name in linear_shapes(model) if name.endswith(".out_proj")]
     with pytest.raises(ValueError, match="'out_proj' is incompatible") if refused else nullcontext():
         peft.get_peft_model(model, peft.LoraConfig(target_modules=["out_proj"]))
     notes = peft_notes(model.config.model_type, modules)

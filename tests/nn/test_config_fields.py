@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from backhand.nn.families import config_fields
 from backhand.nn.families.config_fields import READ_OUTSIDE_CLASS, config_class
 from backhand.nn.families.family_parsing import FAMILIES, FIXED, NEUTRAL, QUANTIZED, UnsupportedModel, decoder_config
-from backhand.nn.families.mixed_families import OF_MAMBA, WITHOUT_EXPERTS
+from backhand.nn.families.mixed_families import OF_MAMBA, UNUSED_BY_NEMOTRON, WITHOUT_EXPERTS
 from backhand.nn.families.rotary import _READ_BY_A_RULE, SCALING_RULES
 from support.tiny_models import full_logits, tiny_config, tiny_documents, tiny_model
 
@@ -47,6 +47,7 @@ def foreign(family: str) -> dict[str, Any]:
         "mixtral": {"num_experts_per_tok"},
         "qwen3_moe": {"num_experts_per_tok"},
         "gpt_oss": {"num_experts_per_tok"},
+        "nemotron_h": {"num_experts_per_tok"},
     }
     return {key: value for key, value in FOREIGN.items() if key not in read.get(family, ())}
 
@@ -88,6 +89,7 @@ _IN_THE_WAY_OF: dict[str, set[str]] = {
     "lfm2": {"sliding_window", "sliding_window_pattern", "rope_local_base_freq"},
     "qwen3_5_text": {"sliding_window", "sliding_window_pattern", "rope_local_base_freq"},
     "falcon_h1": {"sliding_window", "sliding_window_pattern", "rope_local_base_freq", "layer_types"},
+    "nemotron_h": {"sliding_window_pattern", "rope_local_base_freq", "original_max_position_embeddings"},
     "bamba": {"sliding_window", "sliding_window_pattern", "rope_local_base_freq", "layer_types"},
 }
 """Names of other families' fields that shared code looks for; nobody has shown that these families do not mind."""
@@ -126,7 +128,9 @@ def test_every_field_of_transformers_is_used_neutral_or_in_the_way(
     declared = config_class(family)
     assert declared is not None
     classed = asked_for(family, monkeypatch) | set(NEUTRAL) | set(FIXED) | set(QUANTIZED)
-    classed |= {*OF_MAMBA, *WITHOUT_EXPERTS} if family == "granitemoehybrid" else set()
+    classed |= {"granitemoehybrid": {*OF_MAMBA, *WITHOUT_EXPERTS}, "nemotron_h": {*UNUSED_BY_NEMOTRON}}.get(
+        family, set()
+    )
     assert set(declared.fields) - classed == set()
     assert set(READ_OUTSIDE_CLASS) - classed == (_IN_THE_WAY | _IN_THE_WAY_OF[family]) - classed
     monkeypatch.undo()
@@ -192,6 +196,7 @@ def test_every_legacy_name_that_configs_are_converted_from_is_known(monkeypatch:
         sources.append(inspect.getsource(transformers.PreTrainedConfig.__post_init__))
         taken = {key for text in sources for key in re.findall(r"kwargs\.(?:get|pop)\(\s*\"(\w+)\"", text)}
         known = set(NEUTRAL) | generation | asked_for(family, monkeypatch)
+        known |= set(UNUSED_BY_NEMOTRON) if family == "nemotron_h" else set()
         assert {key for key in taken if not declared.reads(key)} - known == set()
 
 
@@ -220,6 +225,7 @@ def test_foreign_fields_change_nothing_in_transformers(family: str) -> None:
 def test_absent_fields_have_the_defaults_of_the_class(family: str) -> None:
     """A config of nothing but its type is the model that transformers makes of it."""
     stated = {"num_local_experts": 0} if family == "granitemoehybrid" else {}  # the default has experts
+    stated |= {"layers_block_type": ["mlp", "full_attention"]} if family == "nemotron_h" else {}
     default = transformers.AutoConfig.for_model(family, **stated)
     ours = decoder_config({"model_type": family, **stated})
     for name in ("vocab_size", "hidden_size", "max_position_embeddings"):
@@ -229,7 +235,8 @@ def test_absent_fields_have_the_defaults_of_the_class(family: str) -> None:
     assert ours.intermediate_size == others.get(family, default.intermediate_size)
     assert len(ours.layers) == default.num_hidden_layers
     assert ours.num_key_value_heads == default.num_key_value_heads
-    assert ours.norm_eps == (default.norm_eps if family == "lfm2" else default.rms_norm_eps)
+    eps = {"lfm2": "norm_eps", "nemotron_h": "layer_norm_epsilon"}.get(family, "rms_norm_eps")
+    assert ours.norm_eps == getattr(default, eps)
     assert ours.tied_head == default.tie_word_embeddings
     default.allow_global_per_layer_attribute_access = True
     assert ours.head_dim == (getattr(default, "head_dim", None) or default.hidden_size // default.num_attention_heads)

@@ -34,6 +34,7 @@ BLOCK_BY_BLOCK = (
     "gemma4",
     "granite4-h",
     "bamba",
+    "nemotron",
     "falcon",
 )
 TAKEN = tuple(variant for variant in VARIANTS if not variant.startswith(BLOCK_BY_BLOCK))

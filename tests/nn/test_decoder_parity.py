@@ -120,7 +120,19 @@ def test_transformers_rejects_every_mutant_of_the_decoder():
 
 @pytest.mark.parametrize("recompute", ["mlp", "block"])
 @pytest.mark.parametrize(
-    "variant", ["llama", "qwen3", "gemma3_text", "gemma4_text", "lfm2", "qwen3_5_text", "bamba", "falcon_h1", "gpt_oss"]
+    "variant",
+    [
+        "llama",
+        "qwen3",
+        "gemma3_text",
+        "gemma4_text",
+        "lfm2",
+        "qwen3_5_text",
+        "bamba",
+        "falcon_h1",
+        "nemotron_h",
+        "gpt_oss",
+    ],
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_recomputed_equals_kept(variant, recompute, dropout):
@@ -239,6 +251,8 @@ def test_parts_of_the_model_adapted(targets, expected):
         ("granite4-h", r"model\.layers\.1\.mamba\.in_proj", 1),
         ("bamba", r"model\.layers\.2\.(mamba\.out_proj|feed_forward\.up_proj)", 2),
         ("falcon_h1", r"model\.layers\.1\.(mamba\.out_proj|self_attn\.k_proj)", 2),
+        ("nemotron_h", r"model\.layers\.1\.mixer\.up_proj", 1),
+        ("nemotron_h", r"model\.layers\.(3\.mixer\.out|4\.mixer\.down)_proj", 2),
     ],
 )
 def test_parts_of_a_model_with_other_mixers_adapted(variant, targets, expected):

@@ -50,7 +50,10 @@ def full(decoder: Decoder, tokens: Sequence[int]) -> torch.Tensor:
     ("variant", "adapted"),
     [
         *((variant, True) for variant in VARIANTS),
-        *((variant, False) for variant in ("llama", "gemma3_text", "lfm2", "qwen3_5_text", "bamba", "gpt_oss")),
+        *(
+            (variant, False)
+            for variant in ("llama", "gemma3_text", "lfm2", "qwen3_5_text", "bamba", "nemotron_h", "gpt_oss")
+        ),
     ],
 )
 def test_one_row_token_by_token_equals_the_full_forward(variant: str, adapted: bool) -> None:
@@ -98,7 +101,9 @@ def test_extending_rows_that_hold_tokens_equals_the_full_forward(variant: str) -
         assert relative_error(logits[row], full(decoder, tokens)[-1]) < TOLERANCE
 
 
-@pytest.mark.parametrize("variant", ["llama", "gemma3_text", "lfm2", "qwen3_5_text", "granite4-h", "falcon_h1"])
+@pytest.mark.parametrize(
+    "variant", ["llama", "gemma3_text", "lfm2", "qwen3_5_text", "granite4-h", "falcon_h1", "nemotron_h"]
+)
 def test_long_prompts_pass_in_chunks(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "CHUNK_TOKENS", 10)
     decoder = adapted_decoder(variant)
@@ -206,7 +211,7 @@ def test_a_truncated_row_continues_differently(variant: str) -> None:
     assert relative_error(logits[0], full(decoder, [*tokens[:12], 4, 5, 6])[-1]) < TOLERANCE
 
 
-@pytest.mark.parametrize("variant", ["lfm2", "lfm2-biases", "qwen3_5_text", "granite4-h", "falcon_h1"])
+@pytest.mark.parametrize("variant", ["lfm2", "lfm2-biases", "qwen3_5_text", "granite4-h", "falcon_h1", "nemotron_h"])
 def test_a_row_with_a_state_is_emptied_where_it_would_be_cut(variant: str) -> None:
     decoder = adapted_decoder(variant)
     tokens = ids(20)
@@ -220,7 +225,7 @@ def test_a_row_with_a_state_is_emptied_where_it_would_be_cut(variant: str) -> No
     assert relative_error(logits[1], full(decoder, [*tokens[:9], 7])[-1]) < TOLERANCE
 
 
-@pytest.mark.parametrize("variant", ["lfm2", "lfm2-biases", "qwen3_5_text", "granite4-h", "falcon_h1"])
+@pytest.mark.parametrize("variant", ["lfm2", "lfm2-biases", "qwen3_5_text", "granite4-h", "falcon_h1", "nemotron_h"])
 def test_a_state_that_was_left_in_the_middle_is_not_used(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interruption between two layers: some have the new token in their states, and others do not."""
     decoder = adapted_decoder(variant)

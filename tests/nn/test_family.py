@@ -125,7 +125,7 @@ def test_what_is_neutral_leaves_the_logits_of_transformers_alone(variant: str) -
     assert torch.equal(full_logits(model, document), expected)
 
 
-@pytest.mark.parametrize("variant", [one for one in VARIANTS if not one.startswith("gemma4")])
+@pytest.mark.parametrize("variant", [one for one in VARIANTS if not one.startswith(("gemma4", "nemotron"))])
 def test_old_and_new_spelling_of_rotary_fields_agree(variant: str) -> None:
     config = tiny_config(variant).to_dict()
     old = {key: value for key, value in config.items() if key != "rope_parameters"}
@@ -325,6 +325,9 @@ def test_the_width_of_lfm2s_mlp(changes: dict[str, Any], width: int) -> None:
         ("granite4-h", {"layer_types": ["mamba", "sliding_attention"] * 2}, ["full_attention and linear_attention"]),
         ("bamba", {"partial_rotary_factor": 1.0}, ["partial_rotary_factor = 1.0"]),
         ("falcon_h1", {"projectors_bias": True}, ["projectors_bias = True"]),
+        ("nemotron_h", {"layers_block_type": ["mlp", "moe"]}, ["layers_block_type = ", "no blocks of kind moe"]),
+        ("nemotron_h", {"layers_block_type": None}, ["hybrid_override_pattern", "no blocks of kind moe"]),
+        ("nemotron_h", {"mlp_hidden_act": "silu", "mamba_hidden_act": "gelu"}, ["mlp_hidden_act", "mamba_hidden_act"]),
         ("lfm2", {"layer_types": ["conv", "sliding_attention", "conv", "conv"]}, ["full_attention and conv"]),
         ("llama", {"rope_scaling": {"rope_type": "axial"}}, ["rope_scaling.rope_type = 'axial'"]),
         ("llama", {"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope_theta = "]),
@@ -417,10 +420,14 @@ def test_values_that_no_model_has_are_errors(changes: dict[str, Any], named: str
         ({"time_step_limit": [0.2, 0.1]}, "time_step_limit"),
         ({"attn_layer_indices": ["1"]}, "attn_layer_indices"),
         ({"mlp_multipliers": [1.0]}, "mlp_multipliers"),
+        ({"n_groups": 4}, "6 Mamba heads cannot share 4 groups"),
+        ({"layers_block_type": "mlp"}, "layers_block_type is not a list"),
     ],
 )
 def test_sizes_of_mamba_that_no_model_has_are_errors(changes: dict[str, Any], named: str) -> None:
-    variant = {"attn_layer_indices": "bamba", "mlp_multipliers": "falcon_h1"}.get(*changes, "granite4-h")
+    of = {"attn_layer_indices": "bamba", "mlp_multipliers": "falcon_h1"}
+    of |= dict.fromkeys(("n_groups", "layers_block_type"), "nemotron_h")
+    variant = of.get(*changes, "granite4-h")
     with pytest.raises(ArtifactError, match=named):
         decoder_config({**tiny_config(variant).to_dict(), **changes})
 
@@ -429,6 +436,15 @@ def test_sizes_of_mamba_that_no_model_has_are_errors(changes: dict[str, Any], na
 def test_no_limits_of_the_time_step_in_any_spelling(limits: object) -> None:
     config = decoder_config({**tiny_config("bamba-steps").to_dict(), "time_step_limit": limits})
     assert config.ssm is not None and config.ssm.time_steps is None
+
+
+def test_nemotron_h_as_its_older_configs_state_it() -> None:
+    """A pattern of letters, Mamba's fields under older names, and a number of layers that is not read."""
+    config = tiny_config("nemotron_h").to_dict()
+    older = {key: value for key, value in config.items() if key != "layers_block_type"}
+    older |= {"hybrid_override_pattern": "M-*M-", "num_hidden_layers": 52, "mamba_n_groups": older.pop("n_groups")}
+    older["mamba_d_conv"] = older.pop("conv_kernel")
+    assert decoder_config(older) == decoder_config(config)
 
 
 def test_widths_of_mamba_heads_follow_from_the_hidden_size() -> None:

@@ -27,6 +27,7 @@ MIXERS = (
     "qwen3_5_text",
     "bamba-steps",
     "falcon_h1",
+    "nemotron_h",
     "gemma4_text",
 )
 

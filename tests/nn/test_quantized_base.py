@@ -141,7 +141,7 @@ def _assert_equal(dense: Decoder, quantized: Decoder, config: LoRAConfig, batch:
 
 
 # A file cannot say that nothing turns, and none of Mamba-2 is read.
-_NOT_STORED = ("granite4-nope", "granite4-h", "bamba", "falcon")
+_NOT_STORED = ("granite4-nope", "granite4-h", "bamba", "falcon", "nemotron")
 _STORED = [variant for variant in VARIANTS if not variant.startswith(_NOT_STORED)]
 # Which weights a family takes where, and how blocks of a kind are multiplied, have nothing to do with each other.
 _PAIRS = [(variant, place % len(_MIXES)) for place, variant in enumerate(_STORED)]
@@ -195,7 +195,7 @@ def test_parts_of_a_split_file(tmp_path: Path) -> None:
     _assert_equal(*_pair(path, torch.float32), _ADAPTERS["factors"], _batch())
 
 
-@pytest.mark.parametrize("variant", ["llama", "granite4-h", "falcon_h1"])
+@pytest.mark.parametrize("variant", ["llama", "granite4-h", "falcon_h1", "nemotron_h"])
 def test_a_hugging_face_directory_as_it_is_stored(variant: str, tmp_path: Path) -> None:
     path = save_tiny(tiny_model(variant, dtype=torch.bfloat16), tmp_path / "tiny")
     dense, quantized = _pair(path, torch.float32)

@@ -17,15 +17,19 @@ from support.parity import decoder_like, our_gradients, peft_gradients, peft_los
 from support.tiny_gguf import write_tiny_gguf_with_prediction
 from support.tiny_models import attach_lora, full_logits, save_tiny, tiny_documents, tiny_model
 
-VARIANTS = ("qwen3_5_text", "qwen3_5_text-tied", "granite4-h", "bamba-steps", "falcon_h1")
+VARIANTS = ("qwen3_5_text", "qwen3_5_text-tied", "granite4-h", "bamba-steps", "falcon_h1", "nemotron_h")
 LENGTHS = (2 * CHUNK_TOKENS + 22, 9, CHUNK_TOKENS + 6, 1)
 SCALING = 1.7
+
+
+def _eps(variant: str) -> str:
+    return "layer_norm_epsilon" if variant == "nemotron_h" else "rms_norm_eps"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_documents_of_several_chunks_equal_transformers_and_peft(variant: str) -> None:
     """In both dtypes against transformers in float64: over long documents its own float32 decays are 1e-5 from it."""
-    adapted = attach_lora(tiny_model(variant, dtype=torch.float64, rms_norm_eps=0.1), rank=5, alpha=8.5)
+    adapted = attach_lora(tiny_model(variant, dtype=torch.float64, **{_eps(variant): 0.1}), rank=5, alpha=8.5)
     batch = supervise(tiny_documents(LENGTHS))
     with without_float32_casts(adapted):
         loss = peft_loss(adapted, batch)

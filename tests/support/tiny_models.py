@@ -347,6 +347,38 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         },
     ),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention", "mlp"],
+            "mamba_num_heads": 6,
+            "mamba_head_dim": 18,
+            "ssm_state_size": 9,
+            "n_groups": 2,
+            "chunk_size": 16,
+            "layer_norm_epsilon": _DELTA_EPS,
+            "rms_norm_eps": None,
+        },
+    ),
+    "nemotron-biases": (
+        "nemotron_h",
+        {
+            "layers_block_type": ["mlp", "linear_attention", "full_attention"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 20,
+            "ssm_state_size": 7,
+            "n_groups": 1,
+            "conv_kernel": 3,
+            "chunk_size": 16,
+            "use_bias": True,
+            "mlp_bias": True,
+            "use_conv_bias": False,
+            "time_step_min": 0.5,
+            "layer_norm_epsilon": _DELTA_EPS,
+            "rms_norm_eps": None,
+            "rescale_prenorm_residual": False,
+        },
+    ),
     "falcon-norm": (
         "falcon_h1",
         {
@@ -503,6 +535,7 @@ FAMILIES: tuple[str, ...] = (
     "granite4-h",
     "bamba",
     "falcon_h1",
+    "nemotron_h",
     "lfm2",
     "smollm3",
     "gemma2",
@@ -520,7 +553,8 @@ def tiny_config(variant: str, **overrides: Any) -> PreTrainedConfig:
     if values.get("layer_types") is not None:
         values["layer_types"] = values["layer_types"][: values["num_hidden_layers"]]
     # transformers fills the nested rope dictionaries in place: give it its own.
-    values["rope_parameters"] = _copy(values["rope_parameters"])
+    if "rope_parameters" in values:
+        values["rope_parameters"] = _copy(values["rope_parameters"])
     return transformers.AutoConfig.for_model(model_type, **values)
 
 
@@ -564,7 +598,7 @@ def randomise(model: torch.nn.Module, *, seed: int) -> None:
                 # It does not divide scores by √d: without it in these norms attention would take one token for all,
                 # and rounding would be enlarged in any program.
                 parameter.mul_(parameter.numel() ** -0.25)
-        elif "embed_tokens" in name:
+        elif "embed_tokens" in name or name.endswith("embeddings.weight"):
             parameter.copy_(0.4 * drawn)
         else:
             parameter.copy_(_scaled(drawn, model, name))
@@ -587,7 +621,7 @@ def _multiplies_plainly(model: torch.nn.Module, name: str) -> bool:
     if type(model).__name__.startswith("Qwen3_5"):
         return name.endswith("linear_attn.norm.weight")
     offset = type(model).__name__.startswith(("Gemma2", "Gemma3"))
-    return name.endswith(("norm.weight", "LayerNorm.weight")) and not offset
+    return name.endswith(("norm.weight", "norm_f.weight", "LayerNorm.weight")) and not offset
 
 
 def save_tiny(model: PreTrainedModel, directory: Path, *, max_shard_size: str = "1GB", tokenizer: bool = True) -> Path:
@@ -640,7 +674,7 @@ EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 def expert_count(config: PreTrainedConfig) -> int:
     """Experts in a layer; 0 where there are none."""
-    return int(getattr(config, "num_local_experts", 0))
+    return 0 if config.model_type == "nemotron_h" else int(getattr(config, "num_local_experts", 0))
 
 
 def tiny_documents(lengths: Sequence[int], *, seed: int = 2, vocab_size: int = VOCAB_SIZE) -> list[torch.Tensor]:

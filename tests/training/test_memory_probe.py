@@ -51,6 +51,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {},
     "bamba": {"num_hidden_layers": 5},
     "falcon_h1": {"num_hidden_layers": 5},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"] * 2},
     "gemma4_text": {},
     "gpt_oss": {"num_hidden_layers": 5},
 }
@@ -95,6 +96,7 @@ def peaks(
         ("qwen3_5_text", torch.float32, "shared"),
         ("bamba", torch.float32, "shared"),
         ("falcon_h1", torch.float32, "unlike"),
+        ("nemotron_h", torch.float32, "unlike"),
         ("gemma4_text", torch.float32, "short-rows"),
         ("gpt_oss", torch.float32, "unlike"),
     ],

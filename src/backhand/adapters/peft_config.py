@@ -27,7 +27,7 @@ class PEFTConfig:
     notes: tuple[str, ...] = field(default=(), compare=False)
 
 
-_REFUSED_OUTPUTS = ("falcon_h1",)
+_REFUSED_OUTPUTS = ("falcon_h1", "nemotron_h")
 """Model types that are trained by hand, and whose modules named `out_proj` PEFT refuses to adapt."""
 
 

@@ -9,6 +9,9 @@ The short model contains three kinds of layers in the order of the model, and th
 - the lowest adapted layer, which needs no gradient of its input;
 - the last layer of each kind between the lowest and the last one;
 - the last layer, which computes its MLP sublayer for supervised tokens only.
+
+One more layer of a kind is inserted above the lowest layer, or above the layer whose keys it uses. At the peak of
+memory, in whichever layer's backward, its saved tensors then exist, as those of most layers of the whole model do.
 """
 
 from __future__ import annotations
@@ -96,7 +99,9 @@ def short_decoder(
         first = next(number for number, layer in enumerate(chosen) if kinds[layer] == kind)
         blocks_of_kind = sum(kinds[layer] == kind for layer in region)
         in_short = sum(kinds[layer] == kind for layer in chosen)
-        with_one_more = decoder_of([*chosen[: first + 1], *chosen[first:]])
+        source = config.layers[chosen[first]].kv_source
+        place = chosen.index(lowest if source is None else source) + 1
+        with_one_more = decoder_of([*chosen[:place], chosen[first], *chosen[place:]])
         more.append(MoreBlocks(with_one_more, blocks_of_kind, blocks_of_kind - in_short))
     below = sum(layer < lowest for layer in range(count) if layer not in kv_sources)
     return ShortModel(decoder_of(chosen), more, below)

@@ -1,4 +1,4 @@
-"""The activation of a gated linear unit, φ, and its derivative φ': SiLU, GELU in both forms, and σ.
+"""The activation of a gated linear unit, φ, and its derivative φ': SiLU, GELU in both forms, σ and ReLU².
 
 SiLU: φ(a) = a σ(a), φ'(a) = σ + a σ (1 - σ) = φ + σ (1 - φ): the line from φ to 1 at σ.
 GELU, tanh form: φ(a) = a (1 + t) / 2 with t = tanh(z), z = κ (a + 0.044715 a³), κ = √(2/π)      [arXiv:1606.08415, §2]
@@ -6,9 +6,11 @@ GELU, tanh form: φ(a) = a (1 + t) / 2 with t = tanh(z), z = κ (a + 0.044715 a�
 GELU: φ(a) = a Φ(a) with Φ(a) = (1 + erf(a/√2)) / 2, the normal distribution. Φ'(a) = e^(-a²/2) / √(2π), its density, so
       φ'(a) = Φ(a) + a Φ'(a).
 σ: φ(a) = 1 / (1 + e⁻ᵃ), φ'(a) = σ (1 - σ).
+ReLU²: φ(a) = r² with r = max(a, 0), φ'(a) = 2 r, which is continuous at 0      [arXiv:2109.08668, §3.1].
 
 `glu` and `elementwise` use both, and their cases prove them; `glu`'s kernels store neither. The MLPs of some encoders
-are φ(a) without a gate. Torch's form evaluates the exponentials, the most expensive part, once for both.
+and of Nemotron-H, which has ReLU², are φ(a) without a gate; the cases of `nn.decoder.block` prove them. Torch's form
+evaluates the exponentials, the most expensive part, once for both.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ def activate(a: Tensor, activation: str, out: Tensor | None) -> Tensor:
         torch.ops.aten.gelu.out(a, approximate="tanh" if activation == "gelu_tanh" else "none", out=out)
     elif activation == "sigmoid":
         torch.sigmoid(a, out=out)
+    elif activation == "relu2":
+        torch.clamp(a, min=0, out=out).square_()
     else:
         raise _unknown(activation)
     return out
@@ -74,7 +78,7 @@ def activated(a: Tensor, activation: str) -> Activated:
 
 
 def activation_gradient(d_y: Tensor, a: Tensor, activation: str, out: Tensor) -> Tensor:
-    """Compute ∂L/∂a = d_y ⊙ φ'(a) of an MLP without a gate in `out`, which may be a itself.
+    """Compute ∂L/∂a = d_y ⊙ φ'(a) of an MLP without a gate in `out`, which may be a or d_y itself.
 
     Torch's kernels read d_y and a once. The steps of `activated` would be ten passes over memory.
     """
@@ -83,6 +87,8 @@ def activation_gradient(d_y: Tensor, a: Tensor, activation: str, out: Tensor) ->
     elif activation in _GELU:
         form = "tanh" if activation == "gelu_tanh" else "none"
         torch.ops.aten.gelu_backward.grad_input(d_y, a, approximate=form, grad_input=out)
+    elif activation == "relu2":
+        torch.mul(d_y, torch.relu(a).mul_(2), out=out)
     else:
         raise _unknown(activation)
     return out
@@ -106,4 +112,4 @@ _GELU = {"gelu": gelu, "gelu_tanh": gelu_tanh}
 
 
 def _unknown(activation: str) -> ValueError:
-    return ValueError(f"activation {activation!r} is none of 'silu', 'gelu', 'gelu_tanh', 'sigmoid'")
+    return ValueError(f"activation {activation!r} is none of 'silu', 'gelu', 'gelu_tanh', 'sigmoid', 'relu2'")

@@ -18,7 +18,7 @@ from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.objectives import ObjectiveOptions
 from backhand.words import count_of, name_list, shorten
 
-_WITHOUT_CLASS = ("bamba", "falcon_h1", "gemma4_text", "granite", "granitemoehybrid", "lfm2")
+_WITHOUT_CLASS = ("bamba", "falcon_h1", "gemma4_text", "granite", "granitemoehybrid", "lfm2", "nemotron_h")
 """Model types for which transformers has no class for sequence classification."""
 _MOST_INTEGERS = 20
 

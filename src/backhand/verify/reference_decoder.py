@@ -27,6 +27,7 @@ from backhand.nn.families.family import (
     ATTENTION_AND_SSM,
     GATED_DELTA,
     LAYER_SCALAR,
+    MLP,
     PER_LAYER_GROUPS,
     PER_LAYER_MODEL,
     PER_LAYER_MODEL_NORM,
@@ -317,6 +318,8 @@ def reference_block(x: Tensor, at: ReferenceLayer) -> Tensor:
     normed = at.norm(x, config.norms.before_attention if layer.input_norm else None)
     x = _sum(x, _MIXERS.get(layer.mixer, _attention)(normed, at), config.norms.after_attention, at)
     branch = at.norm(x, config.norms.before_mlp)
+    if not config.has_mlp:
+        return x
     if layer.experts:
         return x + at.norm(_experts(branch, at), config.norms.after_mlp) * times
     both = torch.cat([at.linear(branch, part, loss_positions_only=True) for part in config.groups[2]], -1)
@@ -342,6 +345,8 @@ def _sum(x: Tensor, branch: Tensor, norm: str | None, at: ReferenceLayer) -> Ten
 def _activated(gate: Tensor, config: DecoderConfig) -> Tensor:
     if config.activation == "silu":
         return functional.silu(gate)
+    if config.activation == "relu2":
+        return functional.relu(gate) * gate
     return functional.gelu(gate, approximate="tanh" if config.activation == "gelu_tanh" else "none")
 
 
@@ -456,7 +461,7 @@ def _gated_delta(x: Tensor, at: ReferenceLayer) -> Tensor:
 
 def _ssm(x: Tensor, at: ReferenceLayer) -> Tensor:
     """Return the output of Mamba-2, (tokens, hidden), by its recurrence, document by document."""
-    sizes, runs, weights, inside = not_none(at.config.ssm), at.runs, at.weights, f"{at.name}.mamba"
+    sizes, runs, weights, inside = not_none(at.config.ssm), at.runs, at.weights, f"{at.name}.{at.config.ssm_path}"
     (input_name,), (output_name,) = at.config.mixers[SSM].groups
     projected = at.linear(x, input_name)
     if at.config.multipliers.ssm:
@@ -485,6 +490,12 @@ def _attention_and_ssm(x: Tensor, at: ReferenceLayer) -> Tensor:
     return _attention(x, at) * multipliers.output + _ssm(x, at) * multipliers.second_output
 
 
+def _mlp(x: Tensor, at: ReferenceLayer) -> Tensor:
+    """Return the output of an MLP without a gate, (tokens, hidden)."""
+    (up,), (down,) = at.config.mixers[MLP].groups
+    return at.linear(_activated(at.linear(x, up), at.config), down, loss_positions_only=True)
+
+
 def _short_conv(x: Tensor, at: ReferenceLayer) -> Tensor:
     """Return the gated short convolution's output, (tokens, hidden), document by document."""
     (input_name,), (output_name,) = at.config.mixers[SHORT_CONV].groups
@@ -498,6 +509,7 @@ _MIXERS: dict[str, Callable[[Tensor, ReferenceLayer], Tensor]] = {
     GATED_DELTA: _gated_delta,
     SSM: _ssm,
     ATTENTION_AND_SSM: _attention_and_ssm,
+    MLP: _mlp,
 }
 
 

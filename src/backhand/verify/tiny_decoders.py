@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from backhand.nn.families.family import (
     GATED_DELTA,
     KEYS_AS_VALUES,
     LAYER_SCALAR,
+    MLP,
     SHARED_KEYS,
     SHORT_CONV,
     SSM,
@@ -59,7 +61,7 @@ _LONGROPE = rule("longrope", short_factor=(1.3, 2.1), long_factor=(1.9, 0.7), or
 _FULL, _SLIDING, _CONVOLVED = LayerConfig(), LayerConfig(window=WINDOW), LayerConfig(rotary=None, mixer=SHORT_CONV)
 _DELTA = LayerConfig(rotary=None, mixer=GATED_DELTA)
 _SSM = LayerConfig(rotary=None, mixer=SSM)
-_PARALLEL = LayerConfig(mixer=ATTENTION_AND_SSM)
+_PARALLEL, _MLP = LayerConfig(mixer=ATTENTION_AND_SSM), LayerConfig(rotary=None, mixer=MLP)
 
 LLAMA = DecoderConfig(
     family="llama",
@@ -183,6 +185,14 @@ FAMILIES: dict[str, DecoderConfig] = {
         norm_eps=0.1,
         ssm=SSMSizes(4, 5, groups=2, state_width=3, taps=4, norm="before_gate"),
         layers=(_PARALLEL,),
+    ),
+    "nemotron-h, one sublayer a block": _tiny(
+        "nemotron_h",
+        norm_eps=0.1,
+        mlp_bias=True,
+        ssm=SSMSizes(4, 5, groups=2, state_width=3, taps=3, bias=True, time_steps=(0.5, inf)),
+        layers=(_SSM, _MLP, _STILL),
+        rotary=(),
     ),
     "gemma2, capped": _tiny(
         "gemma2",

@@ -39,7 +39,7 @@ from support.tiny_models import (
 )
 
 _GRANITE4 = ("granitemoehybrid", "granite4-nope")
-_MAMBA = ("granite4-h", "bamba", "falcon")  # no file of these is read
+_MAMBA = ("granite4-h", "bamba", "falcon", "nemotron")  # no file of these is read
 
 # What cannot be written into a file of their architecture: a sliding window, a scale, biases.
 _OVERRIDES: dict[str, dict[str, Any]] = {

@@ -35,7 +35,8 @@ HEAD = "lm_head"
 class Group(IntEnum):
     """Groups of a block, in the order of the forward pass.
 
-    `DecoderConfig.layer_groups` contains the module names of each group: `layer_groups[layer][group]`.
+    `DecoderConfig.layer_groups` contains the module names of each group: `layer_groups[layer][group]`. Blocks
+    without an MLP sublayer have only the first two.
     """
 
     INPUT = 0
@@ -69,7 +70,7 @@ class BlockAdapter(NamedTuple):
 
     input: GroupAdapter  # input projections of the mixer
     output: GroupAdapter  # output projection of the mixer
-    gate_up: GroupAdapter
+    gate_up: GroupAdapter  # of no module in blocks without an MLP sublayer, like down
     down: GroupAdapter
     # views of the gradients of trained norms; the key is the norm's name inside the block, such as `input_layernorm`
     norms: Mapping[str | None, Tensor] = _NO_NORMS
@@ -93,6 +94,8 @@ _GROUP_BEFORE_NORM: dict[str, int] = {
     "self_attn.k_layernorm": Group.INPUT,
     "linear_attn.norm": Group.INPUT,
     "mamba.norm": Group.INPUT,
+    "norm": _BLOCK_INPUT,
+    "mixer.norm": Group.INPUT,
     "post_attention_layernorm": Group.OUTPUT,  # after attention or before the MLP, by family
     "pre_feedforward_layernorm": Group.OUTPUT,
     "ffn_norm": Group.OUTPUT,
@@ -152,7 +155,8 @@ def block_adapter(
         output_sizes += [(config.per_layer.width,), hidden]
 
     def adapter(group: Group, modules: tuple[str, ...] | None = None) -> GroupAdapter:
-        modules = groups[group] if modules is None else modules
+        if modules is None:
+            modules = groups[group] if group < len(groups) else ()
         names = tuple(f"{config.block_path(layer)}.{name}" for name in modules)
         group_weights = None if weights is None else [weights[name] for name in modules]
         seed = None if dropout_seed is None else group_mask_seed(dropout_seed, layer, group)

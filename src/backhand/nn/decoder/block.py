@@ -20,6 +20,7 @@ Families differ from these lines as follows:
 - Granite multiplies the output of each sublayer by a constant m, the residual multiplier, before the sum. Falcon-H1
   multiplies the outputs of several modules by constants.
 - Falcon-H1's mixer is attention next to Mamba-2, with one projection after each (`nn.decoder.parallel_mixer`).
+- Nemotron-H's blocks are a mixer sublayer alone: x₂ = x₁. The mixer of some is an MLP (`nn.decoder.mlp_mixer`).
 - A mixture of experts replaces the MLP sublayer (`nn.decoder.experts`).
 - Gemma 4 adds per-layer embeddings to x₂ and multiplies the sum by a scalar (`nn.decoder.ple_block`).
 
@@ -62,12 +63,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import ALL_GROUPS, BlockAdapter, Group
 from backhand.nn.decoder.attention_mixer import ATTENTION_MIXER
 from backhand.nn.decoder.delta_mixer import GATED_DELTA_RULE
 from backhand.nn.decoder.experts import ExpertsSaved, experts_sublayer_forward
 from backhand.nn.decoder.general_backward import general_mixer_backward, general_mlp_backward
 from backhand.nn.decoder.mixer import BlockContext, MixerSaved, MLPSaved
+from backhand.nn.decoder.mlp_mixer import MLP_MIXER
 from backhand.nn.decoder.parallel_mixer import PARALLEL
 from backhand.nn.decoder.ple_block import PLESaved, ple_backward, ple_forward
 from backhand.nn.decoder.projections import (
@@ -94,6 +97,7 @@ from backhand.nn.families.family import (
     ATTENTION_AND_SSM,
     GATED_DELTA,
     KEYS_AS_VALUES,
+    MLP,
     SHARED_KEYS,
     SHORT_CONV,
     SSM,
@@ -115,13 +119,17 @@ MIXERS = {
     GATED_DELTA: GATED_DELTA_RULE,
     SSM: STATE_SPACE,
     ATTENTION_AND_SSM: PARALLEL,
+    MLP: MLP_MIXER,
     **dict.fromkeys((VALUE_NORMED, KEYS_AS_VALUES, SHARED_KEYS), SHARED_ATTENTION),
 }
 """Mixers by the names in `LayerConfig.mixer`."""
 
 
 class BlockSaved(NamedTuple):
-    """Tensors saved for the backward pass of a block. With recompute="block" everything but x0 is None."""
+    """Tensors saved for the backward pass of a block. With recompute="block" everything but x0 is None.
+
+    mlp is also None in blocks without an MLP sublayer, whose x1 is their output.
+    """
 
     x0: Tensor  # (T, hidden)
     mixer: MixerSaved | None
@@ -141,7 +149,7 @@ def block_forward(
         x2, ple_saved = ple_forward(x2, weights, adapter, context)
     if recompute == "block":
         return x2, BlockSaved(x0, None, None, None)
-    if recompute == "mlp":
+    if recompute == "mlp" and mlp_saved is not None:
         mlp_saved = mlp_saved._replace(gate_up=None, h_gate_up=None)
     return x2, BlockSaved(x0, mixer_saved, x1, mlp_saved, ple_saved)
 
@@ -163,8 +171,13 @@ def mixer_sublayer_forward(
 
 def mlp_sublayer_forward(
     x1: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig, scratch: Scratch
-) -> tuple[Tensor, MLPSaved | ExpertsSaved]:
-    """Map x₁ to x₂, both of shape (P, hidden), and return x₂ and the tensors saved for the backward."""
+) -> tuple[Tensor, MLPSaved | ExpertsSaved | None]:
+    """Map x₁ to x₂, both of shape (P, hidden), and return x₂ and the tensors saved for the backward.
+
+    Return x₁ itself and None in blocks without an MLP sublayer.
+    """
+    if weights.down is None:
+        return x1, None
     if weights.router is not None:
         return experts_sublayer_forward(x1, weights, adapter, config, scratch)
     ffn = config.intermediate_size
@@ -220,10 +233,11 @@ def block_backward(
             return None
         d_x2 = d_before_ple
     config, needs_d_n1 = context.config, Group.INPUT in input_grad_groups
+    d_x1: Tensor | None = d_x2
     plain_mlp = config.gated_mlp and not adapter.mlp_extras and config.multipliers.gate == 1.0
     if plain_mlp and Group.GATE_UP in input_grad_groups and isinstance(mlp_saved, MLPSaved):
-        d_x1: Tensor | None = mlp_sublayer_backward(d_x2, x1, mlp_saved, weights, adapter, config)
-    else:
+        d_x1 = mlp_sublayer_backward(d_x2, x1, mlp_saved, weights, adapter, config)
+    elif mlp_saved is not None:
         d_x1 = general_mlp_backward(d_x2, x1, mlp_saved, weights, adapter, config, input_grad_groups)
     if d_x1 is None:
         return None
@@ -244,12 +258,12 @@ def mlp_sublayer_backward(
     d_weight, multiplier = adapter.norms.get(norms.after_mlp), config.multipliers.down
     d_down, d_stream = residual_backward(d_x2, saved.post_norm, d_weight, config, multiplier)
     d_h_down = h_gradient(d_down, saved.h_down, down.adapters)
-    d_p = group_input_gradient(d_down, d_h_down, weights.down, down)
+    d_p = group_input_gradient(d_down, d_h_down, not_none(weights.down), down)
     del d_down
     unit = AdaptedGLUSaved(a_u, config.activation, gate_up, h, down, d_h_down)
     d_a_u, d_h, *_ = adapted_glu_backward(d_p, unit, out=a_u)
     del d_p
-    d_n2 = group_gradients(d_a_u, n2_saved, d_h, weights.gate_up, gate_up)
+    d_n2 = group_gradients(d_a_u, n2_saved, d_h, not_none(weights.gate_up), gate_up)
     return pre_norm_backward(d_n2, n2_saved, adapter.norms.get(norms.before_mlp), d_stream)
 
 

@@ -78,7 +78,7 @@ def _mlp_backward(
     else:
         p, ready = glu_recompute(unit)
     needs_d_p = Group.DOWN in input_grad_groups
-    d_p = group_backward(d_y, p, weights.down, adapter.down, saved.h_down, input_gradient=needs_d_p)
+    d_p = group_backward(d_y, p, not_none(weights.down), adapter.down, saved.h_down, input_gradient=needs_d_p)
     del p
     if d_p is None:
         return None
@@ -89,7 +89,7 @@ def _mlp_backward(
         scale_gate(a_u, config)
     del ready, d_p
     needs_d_n2 = Group.GATE_UP in input_grad_groups
-    return group_backward(a_u, n2, weights.gate_up, adapter.gate_up, h, input_gradient=needs_d_n2)
+    return group_backward(a_u, n2, not_none(weights.gate_up), adapter.gate_up, h, input_gradient=needs_d_n2)
 
 
 def general_mixer_backward(

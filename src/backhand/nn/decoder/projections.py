@@ -278,7 +278,7 @@ def gate_up_forward(
     n2: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig
 ) -> tuple[Tensor, Tensor]:
     """Return [a | u] of shape (P, 2f), with a multiplied by the family's multiplier, and h of the group."""
-    gate_up, h = group_forward(n2, weights.gate_up, weights.gate_up_bias, adapter.gate_up)
+    gate_up, h = group_forward(n2, not_none(weights.gate_up), weights.gate_up_bias, adapter.gate_up)
     scale_gate(gate_up, config)
     return gate_up, h
 

@@ -36,8 +36,6 @@ from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_forward
 from backhand.ops.ssd import SSDSaved, ssd_backward, ssd_forward
 from backhand.ops.time_step import TimeStepSaved, time_step_backward, time_step_forward
 
-NORM = "mamba.norm"
-
 
 class SSMSaved(NamedTuple):
     """s (T, heads · head width) and the inverse RMS of the norm, (groups, T, 1); None without a norm."""
@@ -81,7 +79,8 @@ def ssm_backward(
     d_input = torch.empty_like(saved.input)
     d_z, d_xbc, d_a = d_input.split(sizes.inputs, dim=1)
 
-    d_gate, d_scanned = _gated_backward(d_y, z, inner, weights, sizes, adapter.norms.get(NORM))
+    d_weight = adapter.norms.get(f"{context.config.ssm_path}.norm")
+    d_gate, d_scanned = _gated_backward(d_y, z, inner, weights, sizes, d_weight)
     d_z.copy_(d_gate)
     del d_gate
 

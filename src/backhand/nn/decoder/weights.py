@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.errors import not_none
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.decoder.class_head_weights import load_class_head
@@ -44,7 +45,7 @@ class BlockWeights:
 
     - input (Σ sizes, hidden), which is (q + 2k, hidden) for attention
     - output (hidden, width), which is (hidden, q) for attention; second_output (hidden, width) next to it
-    - gate_up (2f, hidden) and down (hidden, f)
+    - gate_up (2f, hidden) and down (hidden, f); None in blocks without an MLP sublayer
     - norms and their biases (hidden,); q_norm and k_norm (head_dim,), or (q,) and (k,) for norms over all heads
     - sinks (heads,) of attention with sinks
     - conv (hidden, 1, taps) and conv_bias (hidden,) of a short convolution
@@ -60,8 +61,8 @@ class BlockWeights:
 
     input: FrozenMatrix
     output: FrozenMatrix
-    gate_up: FrozenMatrix
-    down: FrozenMatrix
+    gate_up: FrozenMatrix | None = None
+    down: FrozenMatrix | None = None
     second_output: FrozenMatrix | None = None
     attention_norm: Tensor | None = None
     mlp_norm: Tensor | None = None
@@ -149,10 +150,10 @@ def block_parts(config: DecoderConfig, layer: LayerConfig) -> list[Part]:
     group("output", mixer.groups[1], [hidden], mixer.width - mixer.second_width, mixer.biases[1])
     if mixer.second:
         group("second_output", mixer.second, [hidden], mixer.second_width)
-    if mixture is None:
+    if mixture is None and config.has_mlp:
         group("gate_up", config.groups[2], sized.gate_up_sizes, hidden, config.mlp_bias)
         group("down", config.groups[3], [hidden], sized.intermediate_size, config.mlp_bias)
-    else:
+    elif mixture is not None:
         (gate_up,), (down,) = EXPERT_GROUPS
         for field, parameter, rows, inputs in (
             ("gate_up", gate_up, 2 * mixture.width, hidden),
@@ -319,7 +320,7 @@ def linear_parts(block: BlockWeights, config: DecoderConfig, layer: int) -> dict
     }
     if config.layers[layer].experts:
         (gate_up,), (down,) = EXPERT_GROUPS
-        parts |= {gate_up: block.gate_up, down: block.down}
+        parts |= {gate_up: not_none(block.gate_up), down: not_none(block.down)}
     return parts
 
 

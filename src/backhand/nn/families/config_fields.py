@@ -316,9 +316,9 @@ READ_OUTSIDE_CLASS = frozenset({
     # Set on a config by name, and read by the code that all models share.
     "attention_chunk_size", "compression_config", "default_rope_type", "default_theta", "gradient_checkpointing",
     "head_dim", "is_causal", "kv_sharing_modes", "layer_types", "mtp_layer_types", "original_max_position_embeddings",
-    "partial_rotary_factor", "per_layer_config", "quantization_config", "rope_local_base_freq", "rope_scaling",
-    "rope_theta", "sliding_window", "sliding_window_pattern", "vision_aspect_ratio", "vision_feature_layer",
-    "vision_feature_select_strategy", "number_of_conv_states", "output_router_logits",
+    "partial_rotary_factor", "per_layer_config", "quantization_config", "rope_local_base_freq", "rope_parameters",
+    "rope_scaling", "rope_theta", "sliding_window", "sliding_window_pattern", "vision_aspect_ratio",
+    "vision_feature_layer", "vision_feature_select_strategy", "number_of_conv_states", "output_router_logits",
     # Nested models.
     "decoder", "generator", "text_config",
     # Implementations.

@@ -16,7 +16,7 @@ from backhand.ops.clamped_glu import Clamp
 from backhand.ops.logits_rule import PLAIN, LogitsRule
 
 ATTENTION, SHORT_CONV, GATED_DELTA, SSM = "attention", "short_conv", "gated_delta", "ssm"
-ATTENTION_AND_SSM = "attention_and_ssm"
+ATTENTION_AND_SSM, MLP = "attention_and_ssm", "mlp"
 VALUE_NORMED, KEYS_AS_VALUES, SHARED_KEYS = "value_normed", "keys_as_values", "shared_keys"
 """Names of mixers, see `MixerShape`."""
 
@@ -101,6 +101,12 @@ GRANITE4_GROUPS = (*GROUPS[:2], ("shared_mlp.input_linear",), ("shared_mlp.outpu
 BAMBA_GROUPS = (*GROUPS[:2], ("feed_forward.gate_proj", "feed_forward.up_proj"), ("feed_forward.down_proj",))
 """Groups by Bamba's names."""
 
+NEMOTRON_GROUPS = (("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"), ("mixer.o_proj",))
+"""Groups of attention by Nemotron-H's names. Its blocks have no MLP sublayer."""
+
+MLP_GROUPS: tuple[tuple[str, ...], ...] = (("mixer.up_proj",), ("mixer.down_proj",))
+"""Groups of an MLP that is the mixer of its block (Nemotron-H)."""
+
 SHORT_CONV_GROUPS: tuple[tuple[str, ...], ...] = (("conv.in_proj",), ("conv.out_proj",))
 """Groups of the gated short convolution. The first computes [B | C | x] in one module."""
 
@@ -138,8 +144,12 @@ GATED_DELTA_GROUPS: tuple[tuple[str, ...], ...] = (
 )
 """Groups of the gated delta rule: [q k v | z | b | a], and the output projection."""
 
-SSM_GROUPS: tuple[tuple[str, ...], ...] = (("mamba.in_proj",), ("mamba.out_proj",))
-"""Groups of Mamba-2's mixer. The first computes [z | x b c | a] in one module."""
+_SSM_PATHS = ("mamba", "mixer")
+
+
+def ssm_groups(path: str) -> tuple[tuple[str, ...], ...]:
+    """Return the groups of Mamba-2's mixer at this path. The first computes [z | x b c | a] in one module."""
+    return (f"{path}.in_proj",), (f"{path}.out_proj",)
 
 
 class MixerShape(NamedTuple):
@@ -265,7 +275,8 @@ GROUP_OF = {
     part: index
     for first, groups in (
         *((0, each) for each in (GROUPS, LFM2_GROUPS, GRANITE4_GROUPS, BAMBA_GROUPS, BERT_GROUPS, MODERNBERT_GROUPS)),
-        *((0, each) for each in (SHORT_CONV_GROUPS, GATED_DELTA_GROUPS, SSM_GROUPS)),
+        *((0, each) for each in (NEMOTRON_GROUPS, MLP_GROUPS, SHORT_CONV_GROUPS, GATED_DELTA_GROUPS)),
+        *((0, ssm_groups(path)) for path in _SSM_PATHS),
         *((0, ((FUSED_QKV,), (), (FUSED_GATE_UP,))), (2, EXPERT_GROUPS), (4, PER_LAYER_GROUPS)),
     )
     for index, parts in enumerate(groups, first)
@@ -385,6 +396,15 @@ TRAITS: dict[str, dict[str, Any]] = {
         "final_norm": "final_norm",
         "inputs": EncoderInputs("embeddings.norm"),
     },
+    "nemotron_h": {
+        "groups": NEMOTRON_GROUPS,
+        "norms": NormNames("norm", None, None, None),
+        "final_norm": "model.norm_f",
+        "embedding": "model.embeddings",
+        "ssm_path": "mixer",
+        "gated_mlp": False,
+        "activation": "relu2",
+    },
     "olmo2": _OLMO,
     "olmo3": _OLMO,
     "phi3": {"groups": ((FUSED_QKV,), GROUPS[1], (FUSED_GATE_UP,), GROUPS[3])},
@@ -414,7 +434,8 @@ class DecoderConfig:
     tied_head: bool  # the head's weight is the embedding's
     max_position_embeddings: int
     norm_offset: float = 0.0  # 1.0 if the norm multiplies by 1 + weight (Gemma), else 0.0
-    # linear modules of a block with attention: `GROUPS`, or fused modules (Phi-3, GLM)
+    # linear modules of a block with attention: `GROUPS`, or fused modules (Phi-3, GLM). Only the first two in families
+    # whose blocks are a mixer sublayer alone (Nemotron-H)
     groups: tuple[tuple[str, ...], ...] = GROUPS
     norms: NormNames = NORMS_BEFORE  # names of the block's norms in its files
     final_norm: str | None = "model.norm"  # name of the norm before the head; None in families without it
@@ -427,7 +448,7 @@ class DecoderConfig:
     norm: str = "rms"  # kind of the norms of blocks and of the final norm: `rms` or `layer`
     norm_bias: bool = False  # these norms have biases
     norms_of_sums: bool = False  # the norms after the sublayers are those of the residual sums (BERT)
-    gated_mlp: bool = True  # the MLP has a gate; False for φ(x W_upᵀ) W_downᵀ (BERT)
+    gated_mlp: bool = True  # the MLP has a gate; False for φ(x W_upᵀ) W_downᵀ (BERT, Nemotron-H)
     # linear modules of transformers' class that are not computed: BERT's pooler, which a text's embedding does not need
     outside: tuple[str, ...] = ()
     inputs: EncoderInputs | None = None  # embeddings and norm before the first block of encoders, or None
@@ -437,7 +458,8 @@ class DecoderConfig:
     qk_norm: str | None = None
     # names of the norms of queries and keys
     qk_norms: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
-    activation: str = "silu"  # activation of the gate: `silu`, `gelu` or `gelu_tanh`
+    # activation of the gate, or of the MLP without a gate: `silu`, `gelu`, `gelu_tanh` or `relu2`
+    activation: str = "silu"
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -451,7 +473,8 @@ class DecoderConfig:
     # families have norms of q and k over each head
     attention_gate: bool = False
     delta: DeltaSizes | None = None  # sizes of layers with the gated delta rule (Qwen3.5), or None
-    ssm: SSMSizes | None = None  # sizes of Mamba-2 (Granite 4 H, Bamba, Falcon-H1), or None
+    ssm: SSMSizes | None = None  # sizes of Mamba-2 (Granite 4 H, Bamba, Falcon-H1, Nemotron-H), or None
+    ssm_path: str = "mamba"  # path of Mamba-2 inside the block
     multipliers: Multipliers = NO_MULTIPLIERS
     mixture: Mixture | None = None  # settings of layers of experts (Mixtral, Qwen3-MoE, gpt-oss), or None
     short_conv: ShortConv | None = None  # settings of layers with a short convolution (LFM2), or None
@@ -474,6 +497,11 @@ class DecoderConfig:
     def output_name(self) -> str:
         """Return the name of the model's result, `logits` or, without a head, `final states`."""
         return "logits" if self.has_head else "final states"
+
+    @property
+    def has_mlp(self) -> bool:
+        """True if blocks have an MLP sublayer after the mixer's. Otherwise a block is a mixer sublayer alone."""
+        return len(self.groups) > 2
 
     @property
     def shares_prefixes(self) -> bool:
@@ -528,16 +556,17 @@ class DecoderConfig:
                 },
             )
         if self.ssm is not None:
-            frozen = {"conv": ("mamba.conv1d.weight", (self.ssm.channels, 1, self.ssm.taps))}
-            frozen |= {"conv_bias": ("mamba.conv1d.bias", (self.ssm.channels,))} if self.ssm.conv_bias else {}
+            path = self.ssm_path
+            frozen = {"conv": (f"{path}.conv1d.weight", (self.ssm.channels, 1, self.ssm.taps))}
+            frozen |= {"conv_bias": (f"{path}.conv1d.bias", (self.ssm.channels,))} if self.ssm.conv_bias else {}
             by_head = {"log_rate": "A_log", "rate_bias": "dt_bias", "skip": "D"}
             mixers[SSM] = MixerShape(
-                SSM_GROUPS,
+                ssm_groups(path),
                 (sum(self.ssm.inputs),),
                 self.ssm.width,
                 (self.ssm.bias, self.ssm.bias),
-                {"gated_norm": ("mamba.norm.weight", (self.ssm.width,))} if self.ssm.norm else {},
-                frozen | {field: (f"mamba.{name}", (self.ssm.heads,)) for field, name in by_head.items()},
+                {"gated_norm": (f"{path}.norm.weight", (self.ssm.width,))} if self.ssm.norm else {},
+                frozen | {field: (f"{path}.{name}", (self.ssm.heads,)) for field, name in by_head.items()},
             )
             attention, ssm = mixers[ATTENTION], mixers[SSM]
             mixers[ATTENTION_AND_SSM] = MixerShape(
@@ -550,6 +579,9 @@ class DecoderConfig:
                 ssm.groups[1],
                 ssm.width,
             )
+        if not self.has_mlp:
+            f, bias = self.intermediate_size, self.mlp_bias
+            mixers[MLP] = MixerShape(MLP_GROUPS, (f,), f, (bias, bias), {}, {})
         return mixers
 
     def at(self, layer: LayerConfig) -> DecoderConfig:

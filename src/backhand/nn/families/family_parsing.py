@@ -29,7 +29,7 @@ transformers 5.24:
   `embedding_scaling` is the float32 number, and the multiplication rounds it to the dtype of the weight.
 - Encoders: see `nn.families.encoder_families`. Gemma 3 with `use_bidirectional_attention` is an encoder too
   (EmbeddingGemma). `sliding_window` is then the width of the whole window, and a query sees half of it to each side.
-- LFM2, Granite 4, Bamba and Qwen3.5: see `nn.families.mixed_families`. Mixtral, Qwen3-MoE and gpt-oss: see
+- LFM2, Granite 4, Bamba, Nemotron-H and Qwen3.5: see `nn.families.mixed_families`. Mixtral, Qwen3-MoE and gpt-oss: see
   `nn.families.expert_families`. Gemma 4: see `nn.families.gemma4_fields`.
 - Rotary: see `nn.families.rotary`. Gemma 3's full layers have base 1e6 and optional scaling, its sliding layers 1e4.
   All layers of OLMo 3 have base 5e5, and its full layers have optional scaling.
@@ -62,7 +62,7 @@ from backhand.nn.families.encoder_families import bert, modernbert
 from backhand.nn.families.expert_families import gpt_oss, mixtral, qwen3_moe
 from backhand.nn.families.family import DecoderConfig
 from backhand.nn.families.gemma4_fields import gemma4_text
-from backhand.nn.families.mixed_families import bamba, falcon_h1, granite4, lfm2, qwen3_5
+from backhand.nn.families.mixed_families import bamba, falcon_h1, granite4, lfm2, nemotron_h, qwen3_5
 from backhand.nn.families.neutral_fields import FIXED, NEUTRAL, QUANTIZED
 from backhand.nn.families.rotary import (
     FULL,
@@ -280,6 +280,7 @@ _FAMILIES: dict[str, Callable[[ConfigFields], DecoderConfig]] = {
     "ministral3": _ministral3,
     "mistral": _mistral,
     "mixtral": mixtral,
+    "nemotron_h": nemotron_h,
     "olmo2": _olmo2,
     "olmo3": _olmo3,
     "phi3": _phi3,

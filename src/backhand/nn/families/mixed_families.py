@@ -24,6 +24,11 @@ together, if it is not null. Its output is normalized only with `mamba_rms_norm`
 `mamba_norm_before_gate`. Multipliers of a module's input are here multipliers of its output, which is the same without
 biases. Those of queries and keys are part of the scaling of scores.
 
+Nemotron-H, from the same source: a block is one sublayer, Mamba-2, attention or an MLP without a gate, as
+`layers_block_type` says. Older configs have a string with one of `M*-` per block (`hybrid_override_pattern`).
+`num_hidden_layers` is not read. No features are rotated, attention has no biases, and time steps have no upper limit.
+`use_bias` applies to the projections around Mamba-2. Mixtures of experts (`moe`, `E`) are not computed.
+
 Granite and Bamba: the heads of Mamba-2 have `mamba_expand` times the hidden size together. The norm of its output is
 computed for each of `mamba_n_groups` groups. The size of a chunk is a choice of the program.
 
@@ -43,6 +48,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 
 from backhand.errors import ArtifactError
 from backhand.nn.families.common_fields import (
@@ -56,13 +62,17 @@ from backhand.nn.families.common_fields import (
 )
 from backhand.nn.families.config_fields import ConfigFields, delta_sizes, ssm_sizes
 from backhand.nn.families.family import (
+    ATTENTION,
     ATTENTION_AND_SSM,
     GATED_DELTA,
+    MLP,
     SHORT_CONV,
     SSM,
     DecoderConfig,
+    LayerConfig,
     Multipliers,
     ShortConv,
+    SSMSizes,
 )
 from backhand.nn.families.rotary import FULL, bamba_rotary, lfm2_rotary, qwen35_rotary
 from backhand.ops.logits_rule import LogitsRule
@@ -191,6 +201,72 @@ def _with_mamba(fields: ConfigFields, decoder: DecoderConfig, recurrent: Sequenc
         fields.neutral(*OF_MAMBA)
         return decoder
     return replace(with_layers(decoder, recurrent, rotary=None, mixer=SSM), ssm=ssm_sizes(fields))
+
+
+_NEMOTRON_MIXERS = {_LINEAR: SSM, FULL: ATTENTION, "mlp": MLP}
+_NEMOTRON_LETTERS = {"M": _LINEAR, "*": FULL, "-": "mlp", "E": "moe"}
+_NEMOTRON_PATTERN = "ME*-"
+"""The blocks of the class's default."""
+_NEMOTRON_OLDER = {
+    "mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_dt_min": "time_step_min",
+    "mamba_conv_bias": "use_conv_bias",
+}  # fmt: skip
+"""Older names of fields, which take precedence."""
+UNUSED_BY_NEMOTRON = (
+    "num_hidden_layers", "expand", "mamba_expand", "chunk_size", "use_mamba_kernels", "mamba_proj_bias",
+    "time_step_max", "time_step_floor", "time_step_limit", "mamba_dt_max", "mamba_dt_init_floor", "mamba_dt_limit",
+    "mamba_ssm_cache_dtype", "attention_bias", "sliding_window", "rope_theta", "rope_scaling", "rope_parameters",
+    "partial_rotary_factor", "rescale_prenorm_residual", "residual_in_fp32", "hidden_dropout",
+    "num_nextn_predict_layers", "mtp_layers_block_type", "mtp_hybrid_override_pattern",
+    "n_routed_experts", "n_shared_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size",
+    "moe_latent_size", "moe_shared_expert_overlap", "num_experts_per_tok", "routed_scaling_factor", "n_group",
+    "topk_group", "norm_topk_prob",
+)  # fmt: skip
+"""Fields that the class does not read, or only for the initialization, the prediction of further tokens, or experts."""
+
+
+def nemotron_h(fields: ConfigFields) -> DecoderConfig:
+    """Nemotron-H without experts."""
+    for older, key in _NEMOTRON_OLDER.items():
+        if (value := fields.value(older)) is not None:
+            fields.put(key, value)
+    fields.must_equal("mamba_hidden_act", "silu")
+    fields.neutral(*UNUSED_BY_NEMOTRON)
+    kinds = _block_kinds(fields)
+    fields.put("num_hidden_layers", len(kinds))
+    decoder = common_fields(
+        fields, rotary_sets=lambda *_: (), norm_eps="layer_norm_epsilon", activation=("mlp_hidden_act", "relu2")
+    )
+    heads, groups = fields.integer("mamba_num_heads"), fields.integer("n_groups")
+    if heads % groups:
+        raise ArtifactError(f"{heads} Mamba heads cannot share {groups} groups", where="config.json")
+    sizes = SSMSizes(
+        heads,
+        fields.integer("mamba_head_dim"),
+        groups,
+        fields.integer("ssm_state_size"),
+        fields.integer("conv_kernel"),
+        conv_bias=fields.flag("use_conv_bias", True),
+        bias=fields.flag("use_bias", False),
+        time_steps=(fields.number("time_step_min"), inf),
+    )
+    layers = tuple(LayerConfig(rotary=None, mixer=_NEMOTRON_MIXERS[kind]) for kind in kinds)
+    return replace(decoder, layers=layers, ssm=sizes, mlp_bias=fields.flag("mlp_bias", False))
+
+
+def _block_kinds(fields: ConfigFields) -> list[str]:
+    """Return the kind of each block, a key of `_NEMOTRON_MIXERS`."""
+    current, alias, pattern = map(fields.value, ("layers_block_type", "layer_types", "hybrid_override_pattern"))
+    stated = alias if current is None else current
+    if stated is None:
+        stated = [_NEMOTRON_LETTERS.get(letter, letter) for letter in str(pattern or _NEMOTRON_PATTERN)]
+    if not isinstance(stated, list) or not stated or not all(isinstance(kind, str) for kind in stated):
+        raise ArtifactError("layers_block_type is not a list of kinds of blocks", where="config.json")
+    kinds = [_OLDER_TYPES.get(kind, kind) for kind in stated]
+    if unknown := sorted({*kinds} - {*_NEMOTRON_MIXERS}):
+        key = "hybrid_override_pattern" if current is None and alias is None else "layers_block_type"
+        fields.problem(key, f"the engine has no blocks of kind {', '.join(unknown)}")
+    return [kind if kind in _NEMOTRON_MIXERS else FULL for kind in kinds]
 
 
 def qwen3_5(fields: ConfigFields) -> DecoderConfig:

@@ -30,7 +30,7 @@ from backhand.nn.loading.safetensors_file import SafetensorsFile
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.tied_head import HEAD_WEIGHT, has_separate_head, ties_head
 from backhand.nn.loading.tokenizer_patterns import check_patterns
-from backhand.nn.loading.wrappers import encoder_name, is_excluded, text_name, unwrap_config, without_encoder_prefix
+from backhand.nn.loading.wrappers import class_name, is_excluded, text_name, unwrap_config, without_encoder_prefix
 from backhand.reading import MAX_TABLES_BYTES, open_plain, read_plain
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class HuggingFaceDirectory(ModelSource):
             self.config[HEADLESS] = True
         places = {}
         for name, file in stored.items():
-            ours = encoder_name(self.config, name)
+            ours = class_name(self.config, name)
             if ours is None:
                 self._heads[without_encoder_prefix(name)] = (file, name)
             elif not is_excluded(self.config, name):

@@ -36,8 +36,10 @@ _CLASS_NAMES = {"granitemoehybrid": "GraniteMoeHybrid", "qwen3_5_text": "Qwen3_5
 _INSIDE = re.compile(r"(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(?P<rest>.+)")
 _OLDER_TIE = "tie_embedding"
 """LFM2's older name for `tie_word_embeddings`. It takes precedence."""
-_EXCLUDED = {"qwen3_5_text": re.compile(r"mtp\.|model\.visual\.")}
+_EXCLUDED = {"nemotron_h": re.compile("mtp"), "qwen3_5_text": re.compile(r"mtp\.|model\.visual\.")}
 """Tensors in a text model's checkpoint that transformers ignores too: multi-token prediction and vision."""
+_STORED_PREFIXES = {"nemotron_h": ("backbone.", "model.")}
+"""Prefix of tensors in checkpoints → prefix in transformers' class, by model type. transformers renames them too."""
 
 _KEY_VALUE_TENSOR = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.(?:k_proj|v_proj|k_norm|v_norm)\.")
 """Key and value tensors. Checkpoints of Gemma 4 contain them, unused, in layers that share another layer's."""
@@ -87,13 +89,16 @@ _ENCODER_PREFIX = re.compile(r"^(?:bert|model)\.")
 _OLDER_NORMS = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
 
-def encoder_name(config: Mapping[str, Any], name: str) -> str | None:
-    """Return the name of an encoder's tensor without prefixes, or None if it belongs to a pooler or a head.
+def class_name(config: Mapping[str, Any], name: str) -> str | None:
+    """Return the name in transformers' class of a stored tensor of a model that is not wrapped.
 
-    For other models, return the name itself. Older BERT files have other names for the tensors of norms.
+    For an encoder, return the name without prefixes, or None if the tensor belongs to a pooler or a head. Older BERT
+    files have other names for the tensors of norms.
     """
-    if config.get("model_type") not in ENCODERS:
-        return name
+    model_type = config.get("model_type")
+    if model_type not in ENCODERS:
+        stored, ours = _STORED_PREFIXES.get(str(model_type), ("", ""))
+        return ours + name.removeprefix(stored) if name.startswith(stored) else name
     name = without_encoder_prefix(name)
     for older, newer in _OLDER_NORMS:
         name = name.removesuffix(older) + newer if name.endswith(older) else name

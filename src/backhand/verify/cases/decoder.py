@@ -65,6 +65,8 @@ CASES = (
     OP.case("trees, mamba next to attention", "falcon-h1, norm", **TREES),
     OP.case("mamba next to attention, out_proj of the top one alone", "falcon-h1, mamba", "1.mamba.out_proj"),
     OP.case("mamba, in_proj of the top one alone", "granite 4 h", "2.mamba.in_proj"),
+    OP.case("trees, one sublayer a block", "nemotron", **TREES),
+    OP.case("one sublayer a block, down and o alone", "nemotron", "1.mixer.down_proj 2.mixer.o_proj", dropout=0.2),
     OP.case("short convolutions, out of one alone", "lfm2, short", "2.conv.out_proj"),
     OP.case("short convolutions, w2 and in of one", "lfm2, short", "1.feed_forward.w2 2.conv.in_proj"),
     OP.case("shared keys, k of the lender alone", GEMMA4, "0.self_attn.k_proj"),

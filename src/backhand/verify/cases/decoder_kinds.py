@@ -58,6 +58,8 @@ CASES = (
         "modules of mamba in full", "bamba", "down_proj", "0.mamba.in_proj.weight 0.mamba.out_proj.bias", dropout=0.2
     ),
     _dora("mamba next to attention, DoRA, dropout", "falcon-h1, mamba", "o_proj out_proj in_proj", dropout=0.2),
+    _dora("one sublayer a block, DoRA, dropout", "nemotron", "up_proj down_proj in_proj o_proj", dropout=0.2),
+    OP.case("every norm of one sublayer a block", "nemotron", "1.mixer.up_proj", "norm.weight norm_f.weight"),
     OP.case("every norm, also before the gate", "falcon-h1, norm", "0.feed_forward.up_proj", "norm.weight"),
     OP.case("every norm by LFM2 names", "lfm2, short", "2.feed_forward.w2", "norm.weight"),
     OP.case(
