@@ -70,8 +70,9 @@ def families_section() -> str:
         stated["falcon_h1"] = {"mamba_n_heads": 4, "mamba_d_ssm": 64}
         stated["nemotron_h"] = {"hybrid_override_pattern": "M-M*"}
         config = decoder_config({"model_type": family, **_SIZES, **stated.get(family, {})})
-        architecture = gguf_architecture({"model_type": family})
-        stored = f"`{architecture}`" if architecture else "none that is read"
+        variants = ({"model_type": family, **one} for one in (stated.get(family, {}), {}))
+        architectures = dict.fromkeys(name for one in variants if (name := gguf_architecture(one)) is not None)
+        stored = ", ".join(f"`{name}`" for name in architectures) or "none that is read"
         named, particular = _KNOWN_AS[family], _particular(family, config)
         rows.append(f"| `{family}` | {named} | `{causal_class(family)[0]}` | {stored} | {particular} |")
     rules = ", ".join(f"`{rule}`" for rule in SCALING_RULES)

@@ -51,7 +51,7 @@ class Unpacked:
             opened(model, path, **options)
             self._files.append(model)  # mapped as long as it is counted
             for name in model.tensor_names():
-                tensor, data = model.stored_tensor(name)
+                ((tensor, data),) = model.stored_tensors(name)
                 start = data.ctypes.data
                 values = int(np.prod(tensor.shape))
                 self._places[start, start + tensor.byte_count] = (path.name, name, values)

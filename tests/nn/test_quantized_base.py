@@ -26,7 +26,15 @@ from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.weight_tiles import frozen_dense, tiles_of
 from support.parity import supervise
 from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import VARIANTS, VOCAB_SIZE, save_tiny, tiny_config, tiny_documents, tiny_model
+from support.tiny_models import (
+    FALCON_H1_OF_LLAMA_CPP,
+    VARIANTS,
+    VOCAB_SIZE,
+    save_tiny,
+    tiny_config,
+    tiny_documents,
+    tiny_model,
+)
 
 # Rows of every matrix are whole blocks of 256; rows of stacks are no multiples of a tile's edge of 64.
 _SIZES: dict[str, Any] = {
@@ -71,8 +79,14 @@ def _write(variant: str, mix: tuple[StorageType, ...], path: Path) -> Path:
         sizes |= {"linear_num_key_heads": 2, "linear_num_value_heads": 8, "linear_value_head_dim": 96}
     if variant.startswith("qwen3_moe"):  # in a file every layer has experts
         sizes |= {"moe_intermediate_size": 512, "mlp_only_layers": [], "decoder_sparse_step": 1}
-    if variant == "granitemoehybrid":
-        sizes |= {"shared_intermediate_size": 768}
+    if variant in ("granitemoehybrid", "granite4-h"):
+        sizes |= {"shared_intermediate_size": 768, "intermediate_size": 768}
+    if variant == "granite4-h":
+        sizes |= {"num_hidden_layers": 4, "mamba_n_heads": 8, "mamba_d_head": sizes["hidden_size"] // 4}
+    if variant == "falcon_h1":
+        sizes |= FALCON_H1_OF_LLAMA_CPP | {"mamba_d_ssm": 768, "mamba_d_head": 128}
+    if variant == "nemotron_h":
+        sizes |= {"mamba_head_dim": 128}
     if variant.startswith("lfm2"):  # a width of whole blocks, and no biases, which a file cannot have
         sizes |= {"block_auto_adjust_ff_dim": False, "conv_bias": False}
     if variant.startswith(
@@ -83,7 +97,7 @@ def _write(variant: str, mix: tuple[StorageType, ...], path: Path) -> Path:
         sizes |= {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 256}
     if variant == "gemma4-keys":
         sizes |= {"num_global_key_value_heads": 4}
-    rotary = tiny_config(variant).rope_parameters
+    rotary = getattr(tiny_config(variant), "rope_parameters", {})
     if rotary.get("partial_rotary_factor", 1.0) < 1.0:
         sizes["rope_parameters"] = rotary | {"partial_rotary_factor": 0.5}
     model = _of_few_rows(tiny_model(variant, **sizes))
@@ -140,8 +154,8 @@ def _assert_equal(dense: Decoder, quantized: Decoder, config: LoRAConfig, batch:
         assert torch.equal(expected, found)
 
 
-# A file cannot say that nothing turns, and none of Mamba-2 is read.
-_NOT_STORED = ("granite4-nope", "granite4-h", "bamba", "falcon", "nemotron")
+# A file of architecture granite cannot say that nothing turns, and none has biases around Mamba-2.
+_NOT_STORED = ("granite4-nope", "bamba", "falcon-norm", "nemotron-biases")
 _STORED = [variant for variant in VARIANTS if not variant.startswith(_NOT_STORED)]
 # Which weights a family takes where, and how blocks of a kind are multiplied, have nothing to do with each other.
 _PAIRS = [(variant, place % len(_MIXES)) for place, variant in enumerate(_STORED)]

@@ -39,6 +39,8 @@ _ARCHITECTURE = {
     "gpt_oss": "gpt-oss",
     "granite": "granite",
     "granitemoehybrid": "granite",
+    "falcon_h1": "falcon-h1",
+    "nemotron_h": "nemotron_h",
     "lfm2": "lfm2",
     "smollm3": "smollm3",
     "gemma2": "gemma2",
@@ -46,7 +48,7 @@ _ARCHITECTURE = {
     "gemma4_text": "gemma4",
 }
 
-_INTERLEAVED = ("llama", "mistral", "mixtral", "ministral3", "granite", "granitemoehybrid", "smollm3")
+_INTERLEAVED = ("llama", "mistral", "mixtral", "ministral3", "granite", "granitemoehybrid", "smollm3", "nemotron_h")
 
 _MODULES = {
     "model.embed_tokens": "token_embd",
@@ -79,6 +81,26 @@ _MODULES = {
     "feed_forward.w1": "ffn_gate",
     "feed_forward.w2": "ffn_down",
     "feed_forward.w3": "ffn_up",
+    "feed_forward.gate_proj": "ffn_gate",
+    "feed_forward.up_proj": "ffn_up",
+    "feed_forward.down_proj": "ffn_down",
+    "model.final_layernorm": "output_norm",
+    "model.embeddings": "token_embd",
+    "model.norm_f": "output_norm",
+    "norm": "attn_norm",
+    **{f"mixer.{ours}_proj": f"attn_{stored}" for ours, stored in zip("qkvo", ("q", "k", "v", "output"), strict=True)},
+    "mixer.up_proj": "ffn_up",
+    "mixer.down_proj": "ffn_down",
+    **{
+        f"{path}.{ours}": stored
+        for path in ("mamba", "mixer")
+        for ours, stored in (
+            ("in_proj", "ssm_in"),
+            ("conv1d", "ssm_conv1d"),
+            ("norm", "ssm_norm"),
+            ("out_proj", "ssm_out"),
+        )
+    },
 }
 _QWEN35 = {
     "linear_attn.in_proj_qkv": "attn_qkv",
@@ -91,6 +113,7 @@ _QWEN35 = {
 }
 _WHOLE = {
     "A_log": "ssm_a",
+    "D": "ssm_d",
     "dt_bias": "ssm_dt.bias",
     "layer_scalar": SCALAR,
     "sinks": "attn_sinks.weight",
@@ -100,7 +123,7 @@ _GLM4_NORMS = {
     "post_attention_layernorm": "ffn_norm",
     "post_mlp_layernorm": "post_ffw_norm",
 }
-_NORMS = {"post_attention_layernorm": "ffn_norm"}
+_NORMS = {"post_attention_layernorm": "ffn_norm", "pre_ff_layernorm": "ffn_norm"}
 _NORMS_AFTER = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
 _GEMMA_NORMS = _NORMS_AFTER | {"pre_feedforward_layernorm": "ffn_norm"}
 
@@ -148,7 +171,7 @@ def write_tiny_gguf(
         plain = (
             values.ndim == 1
             or name.endswith(".bias")
-            or any(part in name for part in ("conv.conv", "conv1d", "ffn_gate_inp"))
+            or any(part in name for part in ("conv.conv", "conv1d", "ffn_gate_inp", "ssm_a", "ssm_d", "ssm_norm"))
         )
         stored = StorageType.F32 if plain else storage(name) if callable(storage) else storage
         if stored == StorageType.F32:
@@ -231,6 +254,8 @@ def _writer(model: PreTrainedModel, path: Path, parts: int) -> gguf.GGUFWriter:
     tensors = len(tiny_gguf_tensors(model))
     both = getattr(config, "use_bidirectional_attention", False)
     architecture = "gemma-embedding" if both else _ARCHITECTURE[config.model_type]
+    if config.model_type == "granitemoehybrid" and _has_mamba(config):
+        architecture = "granitehybrid"
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=-(-tensors // parts) if parts > 1 else 0)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_name("tiny")
@@ -243,18 +268,28 @@ def _writer(model: PreTrainedModel, path: Path, parts: int) -> gguf.GGUFWriter:
     if config.model_type == "gemma4_text":
         add_gemma4(writer, config)
     else:
-        writer.add_feed_forward_length(next(widths, config.intermediate_size))
+        width = next(widths, config.intermediate_size)
+        nemotron = config.model_type == "nemotron_h"
+        by_layer = [width * (kind == "mlp") for kind in config.layers_block_type] if nemotron else width
+        writer.add_feed_forward_length(by_layer)
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-        writer.add_rope_dimension_count(int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)))
+        if not nemotron:
+            writer.add_rope_dimension_count(int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)))
     if config.model_type == "lfm2":
         convolved = [kind == "conv" for kind in config.layer_types]
         writer.add_head_count_kv([0 if here else config.num_key_value_heads for here in convolved])
         writer.add_shortconv_l_cache(config.conv_L_cache)
+    elif _has_mamba(config):
+        _add_mamba(writer, config)
     elif config.model_type != "gemma4_text":
         writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.norm_eps if config.model_type == "lfm2" else config.rms_norm_eps)
+    eps = {"lfm2": "norm_eps", "nemotron_h": "layer_norm_epsilon"}.get(config.model_type, "rms_norm_eps")
+    writer.add_layer_norm_rms_eps(getattr(config, eps))
     writer.add_vocab_size(config.vocab_size)
+    if config.model_type == "nemotron_h":
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        return writer
     rotary = config.rope_parameters
     if config.model_type == "granitemoehybrid":
         writer.add_rope_scaling_finetuned(config.position_embedding_type == "rope")
@@ -317,6 +352,40 @@ def _writer(model: PreTrainedModel, path: Path, parts: int) -> gguf.GGUFWriter:
     return writer
 
 
+def _has_mamba(config: Any) -> bool:
+    return config.model_type in ("falcon_h1", "nemotron_h") or "linear_attention" in (
+        getattr(config, "layer_types", None) or () if config.model_type == "granitemoehybrid" else ()
+    )
+
+
+def _add_mamba(writer: gguf.GGUFWriter, config: Any) -> None:
+    """Sizes of Mamba-2, by each family's own names, and the layers with attention."""
+    old = config.model_type == "nemotron_h"
+    heads = config.mamba_num_heads if old else config.mamba_n_heads
+    writer.add_ssm_time_step_rank(heads)
+    writer.add_ssm_inner_size(heads * (config.mamba_head_dim if old else config.mamba_d_head))
+    writer.add_ssm_group_count(config.n_groups if old else config.mamba_n_groups)
+    writer.add_ssm_state_size(config.ssm_state_size if old else config.mamba_d_state)
+    writer.add_ssm_conv_kernel(config.conv_kernel if old else config.mamba_d_conv)
+    if config.model_type == "falcon_h1":
+        writer.add_head_count_kv(config.num_key_value_heads)
+    else:
+        attends = [kind == "full_attention" for kind in config.layer_types]
+        writer.add_head_count_kv([config.num_key_value_heads * here for here in attends])
+
+
+def _of_mamba(values: np.ndarray[Any, Any], config: Any, name: str) -> np.ndarray[Any, Any]:
+    """As the converter has it: rates for their logarithms, columns, and a row of the norm for each group."""
+    if name.endswith("A_log"):
+        values = -np.exp(values)
+    if name.endswith(("A_log", ".D")):
+        return values[:, None]
+    if name.endswith("conv1d.weight"):
+        return values.squeeze(1)
+    groups = config.n_groups if config.model_type == "nemotron_h" else config.mamba_n_groups
+    return values.reshape(groups, -1) if name.endswith(("mamba.norm.weight", "mixer.norm.weight")) else values
+
+
 def _readable(config: Any) -> Any:
     """Gemma 4's own lets nobody ask for a size that layers differ in."""
     return SimpleNamespace(**config.to_dict()) if config.model_type == "gemma4_text" else config
@@ -359,17 +428,22 @@ def tiny_gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray[Any, Any]]
             values = values + 1
         if config.model_type == "qwen3_5_text":
             values = _of_qwen35(values, config, name)
+        elif _has_mamba(config):
+            values = _of_mamba(values, config, name)
         if module == "shared_mlp.input_linear":  # gate and up, each a tensor of its own there
             for part, half in zip(("ffn_gate", "ffn_up"), np.split(values, 2), strict=True):
                 tensors[f"{block}{part}.weight"] = np.ascontiguousarray(half)
             continue
         stored = f"{block}{names[module]}.{kind}" if module in names else f"{block}{_WHOLE[kind]}"
+        if module == "pre_ff_layernorm":
+            stored = f"{block}ffn_norm"
         tensors[stored] = np.ascontiguousarray(values)
-    if config.rope_parameters.get("rope_type") == "llama3":
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if rotary.get("rope_type") == "llama3":
         tensors["rope_freqs.weight"] = _llama3_divisors(config.rope_parameters, config.head_dim)
     if config.model_type == "gemma4_text":
         tensors["rope_freqs.weight"] = gemma4_frequencies(config)
-    if config.rope_parameters.get("rope_type") == "longrope":
+    if rotary.get("rope_type") == "longrope":
         for length in ("short", "long"):
             factors = np.array(config.rope_parameters[f"{length}_factor"], dtype=np.float32)
             tensors[f"rope_factors_{length}.weight"] = factors

@@ -100,8 +100,8 @@ def short_decoder(
         blocks_of_kind = sum(kinds[layer] == kind for layer in region)
         in_short = sum(kinds[layer] == kind for layer in chosen)
         source = config.layers[chosen[first]].kv_source
-        place = chosen.index(lowest if source is None else source) + 1
-        with_one_more = decoder_of([*chosen[:place], chosen[first], *chosen[place:]])
+        above = chosen.index(lowest if source is None else source) + 1
+        with_one_more = decoder_of([*chosen[:above], chosen[first], *chosen[above:]])
         more.append(MoreBlocks(with_one_more, blocks_of_kind, blocks_of_kind - in_short))
     below = sum(layer < lowest for layer in range(count) if layer not in kv_sources)
     return ShortModel(decoder_of(chosen), more, below)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from backhand.adapters.record import AdapterRecord, record_bytes
 from backhand.errors import ArtifactError, CheckError
 from backhand.interop.opened_adapter import refuse
 from backhand.nn.decoder.delta_mixer import L2_EPS
-from backhand.nn.families.family import GPT_OSS_CLAMP, PER_LAYER_MODEL, DecoderConfig
+from backhand.nn.families.family import GPT_OSS_CLAMP, NO_MULTIPLIERS, PER_LAYER_MODEL, DecoderConfig
 from backhand.nn.families.rotary import BETA_FAST, BETA_SLOW
 from backhand.nn.loading.expert_tensors import parse_expert_name
 from backhand.nn.loading.gguf_families import EXAONE4_32B_LAYERS, FULL_INTERVAL, GPT_OSS_INTERVAL, NO_ROPE_INTERVAL
@@ -30,6 +31,8 @@ from backhand.nn.loading.gguf_layouts import StoredSizes, layout
 from backhand.nn.loading.gguf_tensors import gguf_names
 
 _OUTPUT = "lm_head"
+TIME_STEP_MIN = 0.001
+"""Lowest time step of Nemotron-H's released models. Files do not state it, and llama.cpp has no limit."""
 
 
 def write_gguf_adapter(
@@ -174,9 +177,18 @@ def _obstacles(config: DecoderConfig, architecture: str) -> Iterator[tuple[bool,
         too_many = architecture == "exaone4" and len(slides) != EXAONE4_32B_LAYERS
         yield too_many, f"a sliding window in models of other than {EXAONE4_32B_LAYERS} layers"
     if architecture == "granite":
-        yield config.ssm is not None, "layers of Mamba-2"
         unrotated = "layers without rotary embeddings, unless a flag says so that only its own converter writes"
         yield any(layer.rotary is None for layer in config.layers), unrotated
+    if config.ssm is not None:
+        lowest = None if config.family != "nemotron_h" else (TIME_STEP_MIN, inf)
+        yield config.ssm.bias, "biases of the projections around Mamba-2"
+        yield not config.ssm.conv_bias, "a convolution of Mamba-2 without bias"
+        yield config.ssm.time_steps != lowest, "limits of Mamba-2's time step"
+        yield config.ssm.norm == "before_gate", "a norm of Mamba-2 before the gate"
+        scaled = config.multipliers != NO_MULTIPLIERS or (
+            architecture == "falcon-h1" and (config.embedding_scaling != 1.0 or config.logits.scaling != 1.0)
+        )
+        yield scaled, "multipliers of modules, which its own converter multiplies into the weights"
     if config.delta is not None:
         yield config.delta.key_width != config.delta.value_width, "value heads of another width than key heads"
         own_eps = f"an epsilon of its own, {L2_EPS:g}, for the delta rule's queries and keys"
@@ -254,4 +266,9 @@ def llama_cpp_notes(config: DecoderConfig, architecture: str, *, context_ends: b
         f"context that it is started with: give it at most {limit} tokens (-c {limit}) for such texts, more for others"
         for limit in config.length_limits
     ]
+    if config.family == "nemotron_h":
+        notes.append(
+            f"note: llama.cpp does not have the model's lowest time step of Mamba-2, {TIME_STEP_MIN:g}, and computes "
+            "tokens with a shorter one otherwise"
+        )
     return notes

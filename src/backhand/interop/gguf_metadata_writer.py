@@ -16,13 +16,19 @@ import numpy as np
 
 from backhand.errors import ArtifactError, not_none
 from backhand.interop.gguf_adapter_writer import context_length, full_attention_interval, refuse_for_llama_cpp
-from backhand.nn.families.family import ATTENTION, GATED_DELTA, DecoderConfig
+from backhand.nn.families.family import ATTENTION, ATTENTION_AND_SSM, GATED_DELTA, MLP, DecoderConfig
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.families.rotary_frequencies import inverse_frequencies, llama3_factors, yarn_length
 from backhand.nn.loading.gguf_families import DELTA_INTERVAL, RECURRENT_LAYERS
 from backhand.nn.loading.gguf_gemma4 import NO_ROTATION
 from backhand.nn.loading.gguf_pretokenizers import PRE_TOKENIZERS
-from backhand.nn.loading.gguf_tensors import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, gguf_architecture
+from backhand.nn.loading.gguf_tensors import (
+    GRANITE_HYBRID,
+    LONG_FACTORS,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    gguf_architecture,
+)
 from backhand.nn.loading.gguf_tokenizer import (
     BERT_KIND,
     BERT_NORMALIZER,
@@ -53,22 +59,30 @@ def add_model_metadata(writer: gguf.GGUFWriter, source: ModelSource) -> list[str
     writer.add_context_length(context_length(config, writer.arch))
     writer.add_embedding_length(config.hidden_size)
     sized = [config.at(layer) for layer in config.layers]
-    writer.add_feed_forward_length(_once([layer.intermediate_size for layer in sized]))
+    widths = [layer.intermediate_size for layer in sized]
+    if not config.has_mlp:
+        widths = [width if one.mixer == MLP else 0 for width, one in zip(widths, config.layers, strict=True)]
+    writer.add_feed_forward_length(_once(widths))
     writer.add_head_count(config.num_heads)
-    attends = [layer.mixer == ATTENTION for layer in config.layers]
-    kv_heads = config.num_key_value_heads
-    by_layer = _once([layer.num_key_value_heads for layer in sized])
-    writer.add_head_count_kv(by_layer if config.short_conv is None else [kv_heads if here else 0 for here in attends])
+    attends = [layer.mixer in (ATTENTION, ATTENTION_AND_SSM) for layer in config.layers]
+    kv_heads = [layer.num_key_value_heads for layer in sized]
+    if config.short_conv is not None or config.ssm is not None:
+        kv_heads = [heads if here else 0 for heads, here in zip(kv_heads, attends, strict=True)]
+    # llama.cpp reads a list of LFM2 also if all its layers have attention.
+    writer.add_head_count_kv(kv_heads if config.short_conv is not None else _once(kv_heads))
     if config.short_conv is not None:
         writer.add_shortconv_l_cache(config.short_conv.taps)
-    if config.rotary:
+    if config.rotary or config.ssm is not None:
         head_dim = _full_head_dim(config)
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
+    if config.rotary:
         writer.add_rope_dimension_count(config.rotary[_full_rotary(config)].features or head_dim)
         _add_rotary(writer, config)
     add_eps = writer.add_layer_norm_eps if config.norm == "layer" else writer.add_layer_norm_rms_eps
     add_eps(config.norm_eps)
+    if writer.arch == "nemotron_h":
+        writer.add_layer_norm_eps(config.norm_eps)  # llama.cpp requires both
     writer.add_vocab_size(config.vocab_size)
     if config.inputs is not None:
         writer.add_causal_attention(False)
@@ -78,11 +92,13 @@ def add_model_metadata(writer: gguf.GGUFWriter, source: ModelSource) -> list[str
         writer.add_expert_used_count(config.mixture.chosen)
     if config.mixture is not None and writer.arch in ("qwen3moe", "gpt-oss"):
         writer.add_expert_feed_forward_length(config.mixture.width)
-    if writer.arch == "granite":
+    if writer.arch in ("granite", GRANITE_HYBRID):
         writer.add_attention_scale(config.attention_scaling)
         writer.add_embedding_scale(config.embedding_scaling)
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_logit_scale(1 / config.logits.scaling)
+    if config.ssm is not None:
+        _add_mamba(writer, config)
     if config.delta is not None:
         _add_delta(writer, config, source.config)
     if writer.arch == "gemma4":
@@ -124,6 +140,17 @@ def _add_gemma4(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
     writer.add_shared_kv_layers(sum(layer.kv_source is not None for layer in config.layers))
     writer.add_embedding_length_per_layer_input(0 if config.per_layer is None else config.per_layer.width)
     writer.add_final_logit_softcapping(config.logits.cap or 0.0)  # llama.cpp's default is a cap of 30
+
+
+def _add_mamba(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
+    sizes = not_none(config.ssm)
+    writer.add_ssm_conv_kernel(sizes.taps)
+    writer.add_ssm_state_size(sizes.state_width)
+    writer.add_ssm_group_count(sizes.groups)
+    writer.add_ssm_time_step_rank(sizes.heads)
+    writer.add_ssm_inner_size(sizes.width)
+    if writer.arch == GRANITE_HYBRID:
+        writer.add_rope_scaling_finetuned(any(layer.rotary is not None for layer in config.layers))
 
 
 def _add_delta(writer: gguf.GGUFWriter, config: DecoderConfig, stated: Mapping[str, Any]) -> None:
@@ -215,7 +242,7 @@ def _full_rotary(config: DecoderConfig) -> int:
 
 def _full_head_dim(config: DecoderConfig) -> int:
     """Return the head size of layers with full attention, which in Gemma 4 differs from that of sliding layers."""
-    return config.rotary_dims[_full_rotary(config)]
+    return config.rotary_dims[_full_rotary(config)] if config.rotary else config.head_dim
 
 
 # A BPE tokenizer as a GGUF file's vocabulary: byte-level, or of characters with ▁ for a space, as Gemma's.

@@ -33,7 +33,13 @@ from backhand.nn.loading.gguf_families import RECURRENT_LAYERS, prediction_block
 from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.nn.loading.gguf_layouts import Layout, layout, stored_sizes
 from backhand.nn.loading.gguf_model import GGUFModel
-from backhand.nn.loading.gguf_tensors import gguf_architecture, gguf_names, huggingface_name, is_skipped
+from backhand.nn.loading.gguf_tensors import (
+    GRANITE_HYBRID,
+    gguf_architecture,
+    gguf_names,
+    huggingface_name,
+    is_skipped,
+)
 from backhand.nn.loading.gguf_values import dequantized
 from backhand.nn.loading.tied_head import HEAD_WEIGHT
 from backhand.printing import counting
@@ -110,7 +116,7 @@ def write_gguf_model(
     weights.written_names = {
         one.ours[0]: tuple(str(huggingface_name(architecture, name)) for name in one.names)
         for one in planned
-        if parse_expert_name(one.ours[0]) is None
+        if parse_expert_name(one.ours[0]) is None and architecture != GRANITE_HYBRID
     }
     with closing(gguf.GGUFWriter(path, architecture)) as writer:
         left_out = _write(writer, weights, planned, description, more, tensors or {})
@@ -180,16 +186,24 @@ def _plan(weights: MergedWeights, architecture: str, storage: StorageType | None
         ours = members[0]
         how = layout(architecture, ours, sizes)
         is_new = ours == HEAD_WEIGHT and weights.unties_head
-        in_base = source.stored_tensor(ours) if isinstance(source, GGUFModel) and not is_new else None
-        if storage is None and isinstance(source, GGUFModel) and in_base and not any(map(weights.is_merged, members)):
-            data = tuple(source.stored_tensor(member)[1] for member in members)
-            planned.append(_Planned(names, members, how, StorageType(in_base[0].type_id), data))
-            continue
+        if storage is None and isinstance(source, GGUFModel) and not (is_new or any(map(weights.is_merged, members))):
+            stored = [part for member in members for part in source.stored_tensors(member)]
+            if len({tensor.type_id for tensor, _ in stored}) == 1:
+                data = _by_member([part for _, part in stored], len(members))
+                planned.append(_Planned(names, members, how, StorageType(stored[0][0].type_id), data))
+                continue
         kind = _FLOATING.get(weights.stored_dtype(ours), StorageType.F32) if storage is None else storage
         # Routers, positions and token types are float32, as in llama.cpp's converter.
         kind = StorageType.F32 if ours.endswith(_FLOAT32_NAMES) or names[0] in _FLOAT32_TENSORS else kind
         planned.append(_Planned(names, members, how, _fitting(kind, weights.shape(ours))))
     return planned
+
+
+def _by_member(parts: list[_Bytes], members: int) -> tuple[_Bytes, ...]:
+    """Return the bytes of each of our tensors. A fused tensor is in two tensors of the file."""
+    each = len(parts) // members
+    groups = [parts[start : start + each] for start in range(0, len(parts), each)]
+    return tuple(group[0] if each == 1 else np.concatenate([part.reshape(-1) for part in group]) for group in groups)
 
 
 def _by_tensor(weights: MergedWeights, architecture: str) -> dict[tuple[str, ...], tuple[str, ...]]:

@@ -171,7 +171,7 @@ def _known(source: ModelSource) -> tuple[str, int, int, tuple[str, ...]]:
     family = str(source.config.get("model_type"))
     parameters = sum(math.prod(source.shape(name)) for name in source.tensor_names())
     if isinstance(source, GGUFModel):
-        tensors = [source.stored_tensor(name)[0] for name in source.tensor_names()]
+        tensors = [tensor for name in source.tensor_names() for tensor, _ in source.stored_tensors(name)]
         types: Counter[str] = Counter()
         for tensor in tensors:
             types[type_name(tensor.type_id)] += math.prod(tensor.shape)

@@ -128,7 +128,7 @@ def outcome(path: Path) -> str:
             stored = model.stored_rows(name)
         except BackhandError:
             continue
-        entry, _ = model.stored_tensor(name)
+        ((entry, _),) = model.stored_tensors(name)
         assert 0 < entry.offset <= entry.offset + entry.byte_count <= len(content)
         rows = np.frombuffer(content, np.uint8, entry.byte_count, entry.offset).reshape(entry.shape[0], -1)
         assert np.array_equal(stored.blocks, rows)

@@ -28,6 +28,7 @@ from support.in_memory import experts_apart
 from support.llama_cpp import LlamaCpp
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import (
+    FALCON_H1_OF_LLAMA_CPP,
     GPT_OSS_OF_LLAMA_CPP,
     ORIGINAL_LENGTH,
     VARIANTS,
@@ -39,11 +40,12 @@ from support.tiny_models import (
 )
 
 _GRANITE4 = ("granitemoehybrid", "granite4-nope")
-_MAMBA = ("granite4-h", "bamba", "falcon", "nemotron")  # no file of these is read
+_NOT_STORED = ("bamba", "falcon-norm", "nemotron-biases")
 
 # What cannot be written into a file of their architecture: a sliding window, a scale, biases.
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2-biases": {"conv_bias": False},
+    "falcon_h1": FALCON_H1_OF_LLAMA_CPP,
     "mistral": {"sliding_window": None},
     "gemma2": {"query_pre_attn_scalar": 14},
     "gemma3_text": {"query_pre_attn_scalar": 14},
@@ -54,7 +56,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 _VARIANTS = [
     variant
     for variant in VARIANTS
-    if not variant.endswith(("-window", "-shares")) and variant not in _GRANITE4 and not variant.startswith(_MAMBA)
+    if not variant.endswith(("-window", "-shares")) and variant not in _GRANITE4 and not variant.startswith(_NOT_STORED)
 ]
 
 

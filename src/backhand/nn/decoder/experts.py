@@ -39,7 +39,7 @@ from backhand.nn.decoder.projections import (
     pre_norm_forward,
     residual_sum,
 )
-from backhand.nn.decoder.weights import BlockWeights
+from backhand.nn.decoder.weights import BlockWeights, mlp_matrix
 from backhand.nn.families.family import EXPERT_GROUPS, DecoderConfig, Mixture
 from backhand.nn.lora_parameters import deinterleave_gate_up, expert_factors
 from backhand.nn.scratch import Scratch
@@ -125,7 +125,7 @@ def experts_sublayer_forward(
     else:
         p, _ = glu_forward(gate, up, config.activation, out=product)
     weigh_forward(p, shares, routing, out=p)
-    matrices = ExpertMatrices(not_none(weights.down), mixture.experts)
+    matrices = ExpertMatrices(mlp_matrix(weights.down), mixture.experts)
     z, down = expert_linear_forward(p, matrices, routing.counts, _factors(adapter.down, mixture))
     y, _ = combine_forward(z, routing)
     if weights.down_bias is not None:
@@ -161,7 +161,7 @@ def experts_backward(
         p, activated = glu_recompute(GLUSaved(gate, up, config.activation))
     weighed, weighing = weigh_forward(p, saved.shares, routing)
     d_z = combine_backward(d_y, CombineSaved(routing)).d_z
-    matrices, factors = ExpertMatrices(not_none(weights.down), mixture.experts), _factors(adapter.down, mixture)
+    matrices, factors = ExpertMatrices(mlp_matrix(weights.down), mixture.experts), _factors(adapter.down, mixture)
     down = ExpertLinearSaved(weighed, matrices, routing.counts, factors, saved.h_down, None)
     d_weighed = _projection_backward(d_z, down, adapter.down, mixture, Group.DOWN in input_grad_groups)
     del d_z, weighed, down
@@ -180,7 +180,7 @@ def experts_backward(
     del d_p, activated
 
     rows, _ = dispatch_forward(x, routing)
-    matrices, factors = ExpertMatrices(not_none(weights.gate_up), mixture.experts), _factors(adapter.gate_up, mixture)
+    matrices, factors = ExpertMatrices(mlp_matrix(weights.gate_up), mixture.experts), _factors(adapter.gate_up, mixture)
     first = ExpertLinearSaved(rows, matrices, routing.counts, factors, h_gate_up, None)
     d_rows = _projection_backward(d_gate_up, first, adapter.gate_up, mixture, Group.GATE_UP in input_grad_groups)
     del rows, d_gate_up, first
@@ -196,7 +196,7 @@ def _gate_up(
 ) -> tuple[Tensor, Tensor]:
     """Return [a | u] of shape (T · k, 2f) and h of all rows."""
     rows, _ = dispatch_forward(n2, routing)
-    matrices = ExpertMatrices(not_none(weights.gate_up), mixture.experts)
+    matrices = ExpertMatrices(mlp_matrix(weights.gate_up), mixture.experts)
     factors, bias = _factors(adapter.gate_up, mixture), weights.gate_up_bias
     biases = None if bias is None else _by_expert(bias, mixture)
     gate_up, saved = expert_linear_forward(rows, matrices, routing.counts, factors, biases)

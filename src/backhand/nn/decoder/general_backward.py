@@ -33,7 +33,7 @@ from backhand.nn.decoder.projections import (
     scatter_rows,
     split_output,
 )
-from backhand.nn.decoder.weights import BlockWeights
+from backhand.nn.decoder.weights import BlockWeights, mlp_matrix
 from backhand.nn.families.family import DecoderConfig
 from backhand.ops.activation import activate, activation_gradient
 from backhand.ops.glu import GLUSaved, glu_backward, glu_recompute
@@ -78,7 +78,7 @@ def _mlp_backward(
     else:
         p, ready = glu_recompute(unit)
     needs_d_p = Group.DOWN in input_grad_groups
-    d_p = group_backward(d_y, p, not_none(weights.down), adapter.down, saved.h_down, input_gradient=needs_d_p)
+    d_p = group_backward(d_y, p, mlp_matrix(weights.down), adapter.down, saved.h_down, input_gradient=needs_d_p)
     del p
     if d_p is None:
         return None
@@ -89,7 +89,7 @@ def _mlp_backward(
         scale_gate(a_u, config)
     del ready, d_p
     needs_d_n2 = Group.GATE_UP in input_grad_groups
-    return group_backward(a_u, n2, not_none(weights.gate_up), adapter.gate_up, h, input_gradient=needs_d_n2)
+    return group_backward(a_u, n2, mlp_matrix(weights.gate_up), adapter.gate_up, h, input_gradient=needs_d_n2)
 
 
 def general_mixer_backward(

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.errors import not_none
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.decoder.class_head_weights import load_class_head
@@ -199,7 +198,8 @@ def empty_weights(
     def matrix(names: Sequence[str], *shape: int) -> FrozenMatrix:
         if stored is None:
             return new(*shape)
-        return QuantizedMatrix([stored.stored_rows(f"{name}.weight") for name in names], dtype, device)
+        parts = [part for name in names for part in stored.stored_parts(f"{name}.weight")]
+        return QuantizedMatrix(parts, dtype, device)
 
     def block(index: int, layer: LayerConfig) -> BlockWeights:
         tensors: dict[str, Any] = {}
@@ -320,8 +320,15 @@ def linear_parts(block: BlockWeights, config: DecoderConfig, layer: int) -> dict
     }
     if config.layers[layer].experts:
         (gate_up,), (down,) = EXPERT_GROUPS
-        parts |= {gate_up: not_none(block.gate_up), down: not_none(block.down)}
+        parts |= {gate_up: mlp_matrix(block.gate_up), down: mlp_matrix(block.down)}
     return parts
+
+
+def mlp_matrix(stack: FrozenMatrix | None) -> FrozenMatrix:
+    """Return a matrix of the MLP sublayer of a block that has one."""
+    if stack is None:
+        raise ValueError("the block has no MLP sublayer")
+    return stack
 
 
 def module_shapes(config: DecoderConfig, labels: int = 0) -> ModuleShapes:

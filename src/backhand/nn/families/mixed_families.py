@@ -262,7 +262,7 @@ def _block_kinds(fields: ConfigFields) -> list[str]:
         stated = [_NEMOTRON_LETTERS.get(letter, letter) for letter in str(pattern or _NEMOTRON_PATTERN)]
     if not isinstance(stated, list) or not stated or not all(isinstance(kind, str) for kind in stated):
         raise ArtifactError("layers_block_type is not a list of kinds of blocks", where="config.json")
-    kinds = [_OLDER_TYPES.get(kind, kind) for kind in stated]
+    kinds = [_OLDER_TYPES.get(str(kind), str(kind)) for kind in stated]
     if unknown := sorted({*kinds} - {*_NEMOTRON_MIXERS}):
         key = "hybrid_override_pattern" if current is None and alias is None else "layers_block_type"
         fields.problem(key, f"the engine has no blocks of kind {', '.join(unknown)}")

@@ -40,6 +40,8 @@ from backhand.nn.loading.gguf_tensors import (
 )
 from backhand.nn.loading.wrappers import causal_class
 
+_WITH_ZEROS = ("lfm2", "granitehybrid", "nemotron_h")
+"""Architectures in which layers without attention have 0 key/value heads, and layers without an MLP a width of 0."""
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -72,7 +74,7 @@ def huggingface_config(file: GGUFFile, architecture: str, rope_factors: Mapping[
         "intermediate_size": _of_layers(metadata, "feed_forward_length", architecture),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": _key_value_heads(metadata, architecture, heads),
+        "num_key_value_heads": _of_layers(metadata, "attention.head_count_kv", architecture, heads),
         "head_dim": head_dim,
         "max_position_embeddings": context_length,
         "rms_norm_eps": metadata.number(ARCHITECTURES[architecture].norm_eps),
@@ -103,17 +105,15 @@ def huggingface_config(file: GGUFFile, architecture: str, rope_factors: Mapping[
     return config | ({UNREAD: unread} if unread else {}) | ({FOREIGN: foreign} if foreign else {})
 
 
-def _key_value_heads(metadata: Metadata, architecture: str, heads: int) -> int:
-    """Return the key/value heads of attention layers. LFM2's list has 0 for its convolution layers."""
-    counts = metadata.get("attention.head_count_kv")
-    if architecture == "lfm2" and isinstance(counts, list) and len({*counts, 0}) == 2:
-        (counts,) = {*counts} - {0}
-        return metadata.checked("attention.head_count_kv", counts)
-    return _of_layers(metadata, "attention.head_count_kv", architecture, heads)
-
-
 def _of_layers(metadata: Metadata, key: str, architecture: str, default: int | None = None) -> int:
-    """Return a number common to all layers. For Gemma 4 it is the first of a list, which `gguf_gemma4` reads again."""
+    """Return a number common to all layers that have one, the others have 0.
+
+    For Gemma 4 it is the first of a list, which `gguf_gemma4` reads again.
+    """
+    values = metadata.get(key)
+    if architecture in _WITH_ZEROS and isinstance(values, list) and len({*values, 0}) == 2:
+        (only,) = {*values} - {0}
+        return metadata.checked(key, only)
     return metadata.first(key, default) if architecture == "gemma4" else metadata.integer(key, default)
 
 

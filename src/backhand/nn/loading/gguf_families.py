@@ -17,6 +17,8 @@ numbers that are constants in llama.cpp's code:
 - **Qwen3.5.** Every fourth layer is attention and the others have the gated delta rule, unless
   `full_attention_interval` or `attention.recurrent_layers` says otherwise. Multi-token prediction blocks after the last
   layer are ignored.
+- **Mamba-2** (`granitehybrid`, `falcon-h1`, `nemotron_h`). A layer with 0 key/value heads is Mamba-2. In `nemotron_h`,
+  a layer with a feed-forward length is an MLP. Falcon-H1's multipliers are part of the weights.
 - **Mistral** files have architecture `llama`. A file with a sliding window becomes a `mistral` config.
 - **OLMo 3** files have architecture `olmo2` and a sliding window. Rotary scaling does not apply to sliding layers.
 - **OLMo and EXAONE.** If there is a sliding window, every fourth layer is full attention. EXAONE 4 with 64 layers has a
@@ -136,6 +138,83 @@ def _granite(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
         "embedding_multiplier": metadata.number("embedding_scale", 1.0),
         "residual_multiplier": metadata.number("residual_scale", 1.0),
         "logits_scaling": metadata.number("logit_scale"),
+    }
+
+
+def _mamba(metadata: Metadata, file: GGUFFile, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return heads, width of a head, groups, state width, taps and bias of the convolution by these names."""
+    heads, inner = metadata.integer("ssm.time_step_rank"), metadata.integer("ssm.inner_size")
+    if inner % heads:
+        raise ArtifactError(f"ssm.inner_size = {inner} is not a multiple of {heads} heads", where=str(file.path))
+    groups, width = metadata.integer("ssm.group_count", 1), metadata.integer("ssm.state_size")
+    taps, bias = metadata.integer("ssm.conv_kernel"), any(name.endswith("ssm_conv1d.bias") for name in file.tensors)
+    return dict(zip(names, (heads, inner // heads, groups, width, taps, bias), strict=True))
+
+
+_MAMBA = (
+    "mamba_n_heads", "mamba_d_head", "mamba_n_groups", "mamba_d_state", "mamba_d_conv", "mamba_conv_bias",
+)  # fmt: skip
+_NEMOTRON = ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "use_conv_bias")
+
+
+def _attends(metadata: Metadata, layers: int, file: GGUFFile) -> list[bool]:
+    """Return for each layer if it has attention, by its number of key/value heads."""
+    counts = metadata.get("attention.head_count_kv")
+    counts = counts if isinstance(counts, list) else [counts] * layers
+    if len(counts) != layers:
+        raise ArtifactError(f"head_count_kv has {len(counts)} numbers for {layers} layers", where=str(file.path))
+    return [bool(count) for count in counts]
+
+
+def _granite_hybrid(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
+    rotates = metadata.get("rope.scaling.finetuned", True)
+    _granite(config, metadata, file)
+    metadata.get("rope.scaling.finetuned")
+    metadata.accept_if_equal("expert_shared_feed_forward_length", config["intermediate_size"])
+    mamba = _mamba(metadata, file, _MAMBA)
+    inner = mamba["mamba_n_heads"] * mamba["mamba_d_head"]
+    if inner % config["hidden_size"]:
+        raise ArtifactError(f"ssm.inner_size = {inner} is not a multiple of the hidden size", where=str(file.path))
+    config |= mamba | {
+        "model_type": "granitemoehybrid",
+        "num_local_experts": 0,
+        "shared_intermediate_size": config["intermediate_size"],
+        "position_embedding_type": "rope" if rotates else "nope",
+        "layer_types": [
+            "attention" if here else "mamba" for here in _attends(metadata, config["num_hidden_layers"], file)
+        ],
+        "mamba_expand": inner // config["hidden_size"],
+    }
+
+
+def _falcon_h1(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
+    mamba = _mamba(metadata, file, _MAMBA)
+    config |= mamba | {
+        "model_type": "falcon_h1",
+        "mamba_d_ssm": mamba["mamba_n_heads"] * mamba["mamba_d_head"],
+        "mamba_rms_norm": "blk.0.ssm_norm.weight" in file.tensors,
+        "mamba_norm_before_gate": False,
+    }
+
+
+def _nemotron_h(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
+    layers = config["num_hidden_layers"]
+    widths = metadata.get("feed_forward_length")
+    mlps = [bool(width) for width in widths] if isinstance(widths, list) else [bool(widths)] * layers
+    attends = _attends(metadata, layers, file)
+    if len(mlps) != layers:
+        raise ArtifactError(f"feed_forward_length has {len(mlps)} numbers for {layers} layers", where=str(file.path))
+    metadata.accept_if_equal("attention.layer_norm_epsilon", config["rms_norm_eps"])
+    for key in ("hidden_act", "rope_parameters"):
+        del config[key]
+    config |= _mamba(metadata, file, _NEMOTRON) | {
+        "model_type": "nemotron_h",
+        "layers_block_type": [
+            "full_attention" if attention else "mlp" if mlp else "linear_attention"
+            for attention, mlp in zip(attends, mlps, strict=True)
+        ],
+        "layer_norm_epsilon": config.pop("rms_norm_eps"),
+        "mlp_bias": any(name.endswith("ffn_down.bias") for name in file.tensors),
     }
 
 
@@ -295,6 +374,9 @@ FAMILY_PARTS: dict[str, FamilyPart] = {
     "qwen3moe": _qwen3moe,
     "gpt-oss": _gpt_oss,
     "granite": _granite,
+    "granitehybrid": _granite_hybrid,
+    "falcon-h1": _falcon_h1,
+    "nemotron_h": _nemotron_h,
     "lfm2": _lfm2,
     "smollm3": _smollm3,
     "olmo2": _olmo2,

@@ -2,18 +2,22 @@
 
 - **Rotary pairs.** ggml rotates the neighbouring features 2i and 2i + 1 of a head, and Hugging Face rotates i and
   i + head_dim/2. Files of architectures `llama`, `granite`, `smollm3` and `mistral3` therefore reorder the rows and
-  biases of attn_q and attn_k. Row (head, half, i) in Hugging Face is row (head, i, half) in GGUF.
+  biases of attn_q and attn_k. So do those of `granitehybrid` and `nemotron_h`, also if nothing is rotated. Row (head,
+  half, i) in Hugging Face is row (head, i, half) in GGUF.
 - **Norm weights.** Gemma 2 and 3 are stored with the 1 already added. So is Qwen3.5, except for the norm of its delta
   rule's output.
 - **Delta rule.** Qwen3.5 has several value heads per key head, adjacent in Hugging Face's order. ggml repeats the list
   of key heads instead: Hugging Face's value head (key head, i) is (i, key head) in GGUF. This holds for the rows of
   the projections to values, gates, rates and decays, for the channels of the convolution, and for the columns of the
   output projection. The decay's parameter A is stored as -e^A.
+- **Mamba-2.** A is stored as -e^A. A and D are columns, (heads, 1), and the weight of the norm has a row per group of
+  heads.
 - **Convolutions.** The taps are (channels, taps) in GGUF and (channels, 1, taps) in Hugging Face.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,12 +31,17 @@ from backhand.nn.families.config_fields import ConfigFields, delta_sizes
 from backhand.nn.families.family import DeltaSizes
 from backhand.nn.loading.gguf_tensors import ARCHITECTURES, gguf_architecture
 
+_SSM_PART = re.compile(r"\.(?:mamba|mixer)\.(A_log|D|norm\.weight|conv1d\.weight)")
+_GROUPS_OF_SSM = {"falcon-h1": "mamba_n_groups", "granitehybrid": "mamba_n_groups", "nemotron_h": "n_groups"}
+"""Field of the config with the number of groups of Mamba-2's heads, by architecture."""
+
 
 class StoredSizes(NamedTuple):
-    """Sizes that determine the order of rows: features of an attention head, and heads of the delta rule."""
+    """Sizes that determine the layout of tensors."""
 
-    head_dim: int
-    delta: DeltaSizes | None = None
+    head_dim: int  # features of an attention head
+    delta: DeltaSizes | None = None  # heads of the delta rule
+    ssm_groups: int | None = None  # groups of Mamba-2's heads
 
 
 class TiledHeads(NamedTuple):
@@ -61,6 +70,7 @@ class Layout:
     tiled: TiledHeads | None = None  # the order of value heads, if it differs
     negated_exp: bool = False  # the stored values are -e^A for Hugging Face's A
     taps: bool = False  # the tensor has a convolution's taps, which have one more axis in Hugging Face
+    rows: int | None = None  # a vector is stored as this number of rows; 0 for one row per element
 
     @property
     def is_plain(self) -> bool:
@@ -74,10 +84,15 @@ class Layout:
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """Return Hugging Face's shape for a stored shape."""
+        if self.rows is not None:
+            return (math.prod(stored),)
         return (stored[0], 1, *stored[1:]) if self.taps else stored
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the stored shape for Hugging Face's shape."""
+        if self.rows is not None:
+            rows = self.rows or shape[0]
+            return rows, shape[0] // rows
         return (shape[0], *shape[2:]) if self.taps else shape
 
     def to_huggingface(self, values: Tensor) -> Tensor:
@@ -89,6 +104,8 @@ class Layout:
             values = self.tiled.reordered(values, self.tiled.group, self.tiled.key_heads)
         if self.negated_exp:
             values = torch.log(-values)
+        if self.rows is not None:
+            values = values.flatten()
         if self.taps:
             values = values.unsqueeze(1)
         return values - self.offset if self.offset else values
@@ -104,6 +121,8 @@ class Layout:
             values = self.tiled.reordered(values, self.tiled.key_heads, self.tiled.group)
         if self.negated_exp:
             values = -torch.exp(values)
+        if self.rows is not None:
+            values = values.view(self.stored_shape(tuple(values.shape)))
         return values + self.offset if self.offset else values
 
     @property
@@ -116,6 +135,8 @@ class Layout:
         """Return the reason why a matrix of this shape cannot be reordered, or None if it can."""
         if self.pairs_per_head is not None and shape[0] % (2 * self.pairs_per_head):
             return f"{shape[0]} rows are not a whole number of heads of {2 * self.pairs_per_head}"
+        if self.rows is not None and (len(shape) != 2 or self.rows not in (0, shape[0])):
+            return f"shape {shape} does not have {self.rows} rows"
         if self.tiled is not None:
             key_heads, group, width, before, axis = self.tiled
             if shape[axis] != before + key_heads * group * width:
@@ -150,16 +171,22 @@ def stored_sizes(config: Mapping[str, Any]) -> StoredSizes:
     delta = None
     if gguf_architecture(config) == "qwen35":
         delta = delta_sizes(ConfigFields(config, str(config["model_type"])))
-    return StoredSizes(head_dimension(config), delta)
+    groups = None
+    if (field := _GROUPS_OF_SSM.get(str(gguf_architecture(config)))) is not None:
+        groups = ConfigFields(config, str(config["model_type"])).integer(field)
+    return StoredSizes(head_dimension(config), delta, groups)
 
 
 def layout(architecture: str, name: str, sizes: StoredSizes) -> Layout:
     """Return the stored layout of the tensor with this Hugging Face name."""
     row = ARCHITECTURES[architecture]
-    if row.interleaved and re.search(r"\.self_attn\.[qk]_proj\.", name):
+    if row.interleaved and re.search(r"\.(?:self_attn|mixer)\.[qk]_proj\.", name):
         return Layout(pairs_per_head=sizes.head_dim // 2)
     if sizes.delta is not None and ".linear_attn." in name:
         return _delta_layout(name.rpartition(".linear_attn.")[2], sizes.delta)
+    if sizes.ssm_groups is not None and (part := _SSM_PART.search(name)) is not None:
+        rows = {"norm.weight": sizes.ssm_groups, "conv1d.weight": None}.get(part[1], 0)
+        return Layout(negated_exp=part[1] == "A_log", taps=rows is None, rows=rows)
     if row.norm_offset and name.endswith("norm.weight"):
         return Layout(offset=row.norm_offset)
     if name.endswith(".conv.conv.weight"):

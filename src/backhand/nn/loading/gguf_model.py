@@ -22,6 +22,8 @@ from backhand.nn.loading.gguf_file import GGUFFile, GGUFTensor
 from backhand.nn.loading.gguf_layouts import Layout, layout, stored_sizes
 from backhand.nn.loading.gguf_tensors import (
     ARCHITECTURES,
+    GRANITE4_PARTS,
+    GRANITE_HYBRID,
     LONG_FACTORS,
     ROPE_FACTORS,
     SHORT_FACTORS,
@@ -84,13 +86,21 @@ class GGUFModel(ModelSource):
         self._sizes = stored_sizes(self.config)
 
     @cached_property
-    def _stored(self) -> dict[str, GGUFTensor]:
-        stored: dict[str, GGUFTensor] = {}
+    def _stored(self) -> dict[str, tuple[GGUFTensor, ...]]:
+        """Stored tensors by Hugging Face name. Several tensors are consecutive rows of one in Hugging Face."""
+        stored: dict[str, tuple[GGUFTensor, ...]] = {}
         for name, tensor in self.metadata.tensors.items():
             names = huggingface_names(self.architecture, name, tensor.shape)
             if names and not is_excluded(self.config, names[0]):
                 single = parse_expert_name(names[0]) is None
-                stored.update(zip(names, [tensor] if single else _expert_tensors(tensor, len(names)), strict=True))
+                parts = [tensor] if single else _expert_tensors(tensor, len(names))
+                stored.update(zip(names, ((part,) for part in parts), strict=True))
+        if self.architecture == GRANITE_HYBRID:
+            for layer in range(self.config["num_hidden_layers"]):
+                for fused, pieces in GRANITE4_PARTS.items():
+                    inside = [f"model.layers.{layer}.{piece}" for piece in pieces]
+                    if all(name in stored for name in inside):
+                        stored[f"model.layers.{layer}.{fused}"] = tuple(stored.pop(name)[0] for name in inside)
         return stored
 
     def tensor_names(self) -> tuple[str, ...]:
@@ -99,18 +109,21 @@ class GGUFModel(ModelSource):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape in Hugging Face layout."""
-        return layout(self.architecture, name, self._sizes).shape(self._tensor(name).shape)
+        first, *others = self._tensors(name)
+        rows, *columns = layout(self.architecture, name, self._sizes).shape(first.shape)
+        return rows + sum(other.shape[0] for other in others), *columns
 
     def load(self, name: str) -> Tensor:
         """Return the tensor in Hugging Face layout: float32 if it is quantized, otherwise in the stored dtype."""
-        tensor = self._tensor(name)
-        values = dequantized(self._bytes(tensor), tensor.type_id)
-        self._place_of[tensor.name].drop_pages(tensor)
-        return self._layout(name).to_huggingface(values.view(tensor.shape))
+        parts, values = self._tensors(name), []
+        for tensor in parts:
+            values.append(dequantized(self._bytes(tensor), tensor.type_id).view(tensor.shape))
+            self._place_of[tensor.name].drop_pages(tensor)
+        return self._layout(name).to_huggingface(values[0] if len(values) == 1 else torch.cat(values))
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the stored dtype, or float32 if the tensor is quantized."""
-        return native_dtype(self._tensor(name).type_id) or torch.float32
+        return native_dtype(self._tensors(name)[0].type_id) or torch.float32
 
     def check_unchanged(self) -> None:
         """Check that every part is unchanged since it was opened.
@@ -128,14 +141,16 @@ class GGUFModel(ModelSource):
 
     def drop_mapped_pages(self) -> None:
         """Release the resident pages of every tensor."""
-        for name in self._stored:
-            tensor = self._tensor(name)
-            self._place_of[tensor.name].drop_pages(tensor)
+        for tensors in self._stored.values():
+            for tensor in tensors:
+                self._place_of[tensor.name].drop_pages(tensor)
 
-    def stored_rows(self, name: str) -> StoredRows:
+    def stored_parts(self, name: str) -> list[StoredRows]:
         """Return the blocks of a matrix, mapped, with the order of its rows or columns as an index tensor."""
-        tensor, data = self.stored_tensor(name)
-        stored_layout = self._layout(name)
+        return [self._rows(tensor, self._layout(name)) for tensor in self._tensors(name)]
+
+    def _rows(self, tensor: GGUFTensor, stored_layout: Layout) -> StoredRows:
+        data = self._bytes(tensor)
         blocks = data.reshape(tensor.shape[0], -1)
         if stored_layout.is_plain:
             return StoredRows(blocks, tensor.type_id)
@@ -147,7 +162,7 @@ class GGUFModel(ModelSource):
 
     def stored_bytes(self, name: str) -> int:
         """Return the size of a tensor's blocks in bytes."""
-        return self._tensor(name).byte_count
+        return sum(tensor.byte_count for tensor in self._tensors(name))
 
     @property
     def quantized(self) -> bool:
@@ -161,16 +176,15 @@ class GGUFModel(ModelSource):
 
     @property
     def _matrix_types(self) -> set[int]:
-        return {tensor.type_id for tensor in self._stored.values() if len(tensor.shape) == 2}
+        return {tensor.type_id for parts in self._stored.values() for tensor in parts if len(tensor.shape) == 2}
 
-    def stored_tensor(self, name: str) -> tuple[GGUFTensor, np.ndarray[Any, np.dtype[np.uint8]]]:
-        """Return the stored tensor with this Hugging Face name, and its bytes, mapped.
+    def stored_tensors(self, name: str) -> list[tuple[GGUFTensor, np.ndarray[Any, np.dtype[np.uint8]]]]:
+        """Return the stored tensors with this Hugging Face name, in the order of its rows, and their bytes, mapped.
 
         Raises:
             ArtifactError: if there is no such tensor.
         """
-        tensor = self._tensor(name)
-        return tensor, self._bytes(tensor)
+        return [(tensor, self._bytes(tensor)) for tensor in self._tensors(name)]
 
     def _bytes(self, tensor: GGUFTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the stored bytes of a tensor or of one expert in it."""
@@ -182,22 +196,25 @@ class GGUFModel(ModelSource):
 
     def load_into(self, name: str, destination: Tensor) -> None:
         """Dequantize a tensor directly into `destination`."""
-        tensor = self._tensor(name)
+        parts = self._tensors(name)
         if self.shape(name) != tuple(destination.shape):
             raise ArtifactError(shape_mismatch(name, self.shape(name), tuple(destination.shape)), where=str(self.path))
         if self._layout(name).is_plain:
-            dequantize_into(self._bytes(tensor), tensor.type_id, destination)
+            rows = destination.split([tensor.shape[0] for tensor in parts])
+            for tensor, piece in zip(parts, rows, strict=True):
+                dequantize_into(self._bytes(tensor), tensor.type_id, piece)
         else:
             destination.copy_(self.load(name))
-        self._place_of[tensor.name].drop_pages(tensor)
+        for tensor in parts:
+            self._place_of[tensor.name].drop_pages(tensor)
 
     def _layout(self, name: str) -> Layout:
-        stored_layout, tensor = layout(self.architecture, name, self._sizes), self._tensor(name)
+        stored_layout, tensor = layout(self.architecture, name, self._sizes), self._tensors(name)[0]
         if (misfit := stored_layout.misfit(tensor.shape)) is not None:
             raise ArtifactError(f"{tensor.name}: {misfit}", where=str(self.path), next_step="download the file again")
         return stored_layout
 
-    def _tensor(self, name: str) -> GGUFTensor:
+    def _tensors(self, name: str) -> tuple[GGUFTensor, ...]:
         if name not in self._stored:
             raise ArtifactError(f"there is no tensor {name}", where=str(self.path), next_step="download the file again")
         return self._stored[name]

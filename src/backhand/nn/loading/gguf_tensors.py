@@ -17,6 +17,7 @@ from backhand.nn.families.family import (
     GPT_OSS_ROUTER,
     GROUPS,
     LAYER_SCALAR,
+    MLP_GROUPS,
     NORMS_BEFORE,
     PER_LAYER_GROUPS,
     PER_LAYER_MODEL,
@@ -29,6 +30,7 @@ from backhand.nn.families.family import (
     TRAITS,
     EncoderInputs,
     split_layer,
+    ssm_groups,
 )
 from backhand.nn.loading.expert_tensors import parse_expert_name
 
@@ -37,6 +39,18 @@ _ATTENTION_BIAS = {"attention_bias": "blk.0.attn_output.bias"}
 _BIASES = _ATTENTION_BIAS | {"mlp_bias": "blk.0.ffn_down.bias"}
 _DELTA_MODULES = (*GATED_DELTA_GROUPS[0], *GATED_DELTA_GROUPS[1], "linear_attn.conv1d", "linear_attn.norm")
 _SHORT_CONV_MODULES = (*SHORT_CONV_GROUPS[0], "conv.conv", *SHORT_CONV_GROUPS[1])
+
+
+def _ssm_modules(path: str) -> tuple[str, ...]:
+    (in_proj,), (out_proj,) = ssm_groups(path)
+    return in_proj, f"{path}.conv1d", f"{path}.norm", out_proj
+
+
+def _ssm_tensors(path: str) -> dict[str, str]:
+    names = {"ssm_a": "A_log", "ssm_d": "D", "ssm_dt.bias": "dt_bias", "ssm_conv1d.bias": "conv1d.bias"}
+    return {stored: f"{path}.{ours}" for stored, ours in names.items()}
+
+
 _PER_LAYER_MODULES = (*PER_LAYER_GROUPS[0], *PER_LAYER_GROUPS[1], PER_LAYER_NORM)
 # llama.cpp gives every layer of Qwen3-MoE experts; Backhand also reads layers with an MLP.
 _DENSE_MLP = {f"ffn_{part}.weight": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
@@ -57,6 +71,7 @@ class Architecture(NamedTuple):
     norm_offset: float = 0.0  # constant that is added to stored weights of norms
     expert_tensors: tuple[str, ...] = ()  # kinds of tensors that exist as stacks of all experts: `weight`, `bias`
     norm_eps: str = "attention.layer_norm_rms_epsilon"  # the key with the ε of the norms
+    prefix: str = "model."  # prefix of the modules' names in TensorNameMap, in ours `model.`
 
 
 _LAYER_NORM_EPS = "attention.layer_norm_epsilon"
@@ -82,7 +97,20 @@ _TABLE = {
         biases=_ATTENTION_BIAS,
         expert_tensors=("weight", "bias"),
     ),
-    "granite": Architecture(("granite", "granitemoehybrid"), biases=_BIASES, interleaved=True),
+    "granite": Architecture(("granite",), biases=_BIASES, interleaved=True),
+    "falcon-h1": Architecture(
+        ("falcon_h1",), _ssm_modules("mamba"), {"ffn_norm": "pre_ff_layernorm.weight"} | _ssm_tensors("mamba")
+    ),
+    "granitehybrid": Architecture(
+        ("granite",), _ssm_modules("mamba"), _ssm_tensors("mamba"), biases=_ATTENTION_BIAS, interleaved=True
+    ),
+    "nemotron_h": Architecture(
+        ("nemotron_h",),
+        (*_ssm_modules("mixer"), *MLP_GROUPS[0], *MLP_GROUPS[1]),
+        _ssm_tensors("mixer"),
+        interleaved=True,
+        prefix="backbone.",
+    ),
     "lfm2": Architecture(("lfm2",), _SHORT_CONV_MODULES),
     "smollm3": Architecture(("smollm3",), biases=_BIASES, interleaved=True),
     "olmo2": Architecture(("olmo2", "olmo3"), biases=_ATTENTION_BIAS),
@@ -104,9 +132,12 @@ _TABLE = {
 }
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(_TABLE)
 """Values of general.architecture that can be read and written."""
-_EMBEDDING_GEMMA = "gemma-embedding"
+_EMBEDDING_GEMMA, GRANITE_HYBRID = "gemma-embedding", "granitehybrid"
 _ARCHITECTURE_OF = {
-    family: name for name, row in ARCHITECTURES.items() for family in row.families if name != _EMBEDDING_GEMMA
+    family: name
+    for name, row in ARCHITECTURES.items()
+    for family in row.families
+    if name not in (_EMBEDDING_GEMMA, GRANITE_HYBRID)
 }
 
 _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
@@ -133,7 +164,9 @@ def _names_of(architecture: str) -> tuple[dict[str, str], dict[str, str]]:
 
     def stored(modules: Sequence[str], prefix: str = "") -> Iterator[tuple[str, str]]:
         for module in modules:
-            if (name := names.get_name(prefix + module)) is not None:
+            path = prefix + module
+            known = row.prefix + path.removeprefix("model.") if path.startswith("model.") else path
+            if (name := names.get_name(known)) is not None:
                 yield name.removeprefix("blk.0."), module
 
     traits = TRAITS.get(row.families[0], {})
@@ -172,14 +205,22 @@ def gguf_architecture(config: Mapping[str, Any]) -> str | None:
     """Return the general.architecture of a model with this Hugging Face config, or None if it is not supported."""
     if config.get("model_type") == "gemma3_text" and config.get("use_bidirectional_attention"):
         return _EMBEDDING_GEMMA
+    if config.get("model_type") == "granitemoehybrid":
+        types = config.get("layer_types")
+        hybrid = not isinstance(types, list) or any(one in ("mamba", "linear_attention") for one in types)
+        return GRANITE_HYBRID if hybrid else "granite"
     return _ARCHITECTURE_OF.get(str(config.get("model_type")))
 
 
-_GRANITE4_PARTS = {
+GRANITE4_PARTS = {
     "shared_mlp.input_linear.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     "shared_mlp.output_linear.weight": ("mlp.down_proj.weight",),
 }
-"""Tensors of Granite 4 → Granite 3's names, which the files have: gate and up are separate tensors."""
+"""Tensors of Granite 4 → Granite 3's names of the tensors in files: gate and up are separate.
+
+A file of architecture `granite` opens as a Granite 3, with these names. One of architecture `granitehybrid` opens as a
+Granite 4, whose fused tensor is then in two tensors of the file.
+"""
 
 
 def gguf_names(architecture: str, name: str) -> tuple[str, ...]:
@@ -202,7 +243,7 @@ def gguf_names(architecture: str, name: str) -> tuple[str, ...]:
     if place is None:
         return tuple(stored for stored, ours in outside.items() if ours == name)
     layer, module = place
-    parts = _GRANITE4_PARTS.get(module, (module,)) if architecture == "granite" else (module,)
+    parts = GRANITE4_PARTS.get(module, (module,)) if architecture.startswith("granite") else (module,)
     return tuple(f"blk.{layer}.{stored}" for part in parts for stored, ours in inside.items() if ours == part)
 
 

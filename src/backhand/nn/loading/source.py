@@ -104,10 +104,14 @@ class ModelSource(ABC):
             tensor = tensor.float()
         return StoredRows(tensor.view(torch.uint8).numpy(), _NATIVE_TYPES[tensor.dtype])
 
+    def stored_parts(self, name: str) -> list[StoredRows]:
+        """Return a matrix in its stored form, as consecutive rows if the source stores it in several tensors."""
+        return [self.stored_rows(name)]
+
     def load_in_pieces(self, name: str) -> FrozenMatrix:
         """Return a matrix as a float32 QuantizedMatrix, dequantized block by block, and any other tensor by `load`."""
         return (
-            QuantizedMatrix([self.stored_rows(name)], torch.float32) if len(self.shape(name)) == 2 else self.load(name)
+            QuantizedMatrix(self.stored_parts(name), torch.float32) if len(self.shape(name)) == 2 else self.load(name)
         )
 
     def stored_bytes(self, name: str) -> int:
