@@ -107,7 +107,7 @@ def mamba() -> Mixer:
         skip=module.D,
         gated_norm=module.norm.weight,
     )
-    ours = SimpleNamespace(ssm=sizes, norm_eps=config.rms_norm_eps, multipliers=NO_MULTIPLIERS)
+    ours = SimpleNamespace(ssm=sizes, ssm_path="mamba", norm_eps=config.rms_norm_eps, multipliers=NO_MULTIPLIERS)
     return Mixer(module, given, (sum(sizes.inputs),), sizes.width, ssm_forward, ssm_backward, weights, ours)
 
 
