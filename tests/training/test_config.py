@@ -162,6 +162,19 @@ def test_something_else_than_the_dataclass_is_named(call: Any, said: str) -> Non
     assert said in str(refused.value)
 
 
+def test_only_decisions_are_averaged_by_default_and_a_second_average_is_refused() -> None:
+    decides, taught = (
+        ObjectiveOptions(objective=name, teacher_update_rate=rate) for name, rate in (("decide", 0.0), ("sdft", 0.1))
+    )
+    assert TrainConfig().average_share is None
+    assert TrainConfig(objective=decides).average_share == 0.6
+    given = OptimizationOptions(average_share=0.0)
+    assert TrainConfig(objective=decides, optimization=given).average_share == 0.0
+    with pytest.raises(UsageError) as caught:
+        TrainConfig(objective=taught, optimization=OptimizationOptions(average_share=0.5)).validate()
+    assert caught.value.where == "average_share"
+
+
 @pytest.mark.parametrize("objective", ["decide", "rank"])
 def test_few_rows_of_new_labels_have_more_epochs(objective: Any) -> None:
     decide = TrainConfig(objective=ObjectiveOptions(objective=objective))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import backhand
@@ -334,6 +335,16 @@ def test_the_first_rows_are_shown_once_per_question_with_the_label_of_their_answ
     assert f"{label.strip()}: {rows[0]['team']}" in text
 
 
+def test_the_adapter_has_the_average_of_the_values(straight: TrainConfig) -> None:
+    """`test_evaluate_scores_base_and_adapter` shows that the held-out loss is that of the adapter."""
+    newest = straight.run.output / "checkpoints" / "step-12"
+    state = load_file(newest / "state.safetensors")
+    factors = load_file(newest / "adapter_model.safetensors").values()
+    saved, average = (torch.cat([one.flatten() for one in part]).sort()[0] for part in (factors, [state["average"]]))
+    assert torch.equal(saved, average) and not torch.equal(state["average"], state["values"])
+    assert straight.optimization.average_share is None, "it is the default of decisions"
+
+
 def test_without_held_out_rows_there_is_no_temperature(tiny: TinyRun, tmp_path: Path) -> None:
     train(config(tiny, tmp_path, tmp_path / "run", eval_data=(), eval_fraction=0.0, epochs=1))
     record = json.loads((tmp_path / "run" / "adapter" / "backhand.json").read_text())
@@ -452,6 +463,8 @@ def test_evaluate_scores_base_and_adapter(straight: TrainConfig, capsys: pytest.
     found = json.loads(capsys.readouterr().out)
     assert found["rows"] == 6 and found["adapted"]["decisions"].keys() == {"team", "mood"}
     last = min(lines(straight.run.output, "eval_loss"), key=lambda line: line["eval_loss"])
+    assert found["adapted"]["loss"] == pytest.approx(last["eval_loss"], rel=1e-5), "the best step is chosen calibrated"
+    assert last["eval_uncalibrated_loss"] > last["eval_loss"]
     decisions = [*found["adapted"]["decisions"].values()]
     assert sum(one["accuracy"] for one in decisions) / 2 == pytest.approx(last["eval_accuracy"])
     assert found["base"]["loss"] > found["adapted"]["loss"], "temperatures are fitted to these very rows"

@@ -317,9 +317,10 @@ def test_constant_scores_end_a_run() -> None:
     objective = RankObjective(RowPacker(ranking_examples(), share_prefixes=False))
     documents = 2 * sum(map(len, TARGETS))
     apart = torch.arange(documents, dtype=torch.float64) ** 2
-    assert objective.evaluated(range(4), apart.tolist())["spread"] > 0
+    losses, scores = objective.evaluated(range(4), apart, torch.ones(4))
+    assert scores["spread"] > 0 and losses.tolist() == [1.0] * 4
     with pytest.raises(CheckError, match="the scores are constant"):
-        objective.evaluated(range(4), [1.0] * documents)
+        objective.evaluated(range(4), torch.ones(documents), torch.ones(4))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,5 +32,28 @@ def test_a_long_buffer_is_clipped_to_the_norm_that_was_asked_for() -> None:
     assert _norm(lora.gradients) == pytest.approx(0.7, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("share", "weights"), [(1.0, [1.0] * 6), (0.4, [float(i * (i + 1) * (i + 2)) for i in range(1, 7)])]
+)
+def test_the_saved_values_are_an_average_in_which_later_steps_have_more_weight(
+    share: float, weights: list[float]
+) -> None:
+    lora = LoRAParameters([LoRASlot("layers.0.proj", 30, 20, 4, 1.7)])
+    lora.refresh_compute(torch.bfloat16)
+    optimizer = AdapterOptimizer(lora, OptimizationOptions(average_share=share))
+    draw, steps = torch.Generator().manual_seed(0), list[Tensor]()
+    for _ in weights:
+        lora.gradients.copy_(torch.randn(lora.gradients.shape, generator=draw))
+        optimizer.step(0.1)
+        steps.append(lora.values.double())
+    expected = sum(weight * values for weight, values in zip(weights, steps, strict=True)) / sum(weights)
+    lora.refresh_compute(torch.bfloat16)
+    with optimizer.saved_values():
+        torch.testing.assert_close(lora.values.double(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lora.compute_values, lora.values.bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(lora.values.double(), steps[-1], rtol=0, atol=0)
+    torch.testing.assert_close(lora.compute_values, lora.values.bfloat16(), rtol=0, atol=0)
+
+
 def _norm(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values, dtype=torch.float64))

@@ -182,7 +182,7 @@ class MeasuredMemory:
         key = shape, recompute
         size = self.size if recompute == "none" else replace(self.size, gaps=WIDE_GAPS)
         estimate = estimated_step(size, shape, recompute)
-        least = sum(fixed_parts(size, shape.gradient_copies, self.process.now).values()) + _LEAST_SHARE * sum(estimate)
+        least = sum(fixed_parts(size, shape.adapter_copies, self.process.now).values()) + _LEAST_SHARE * sum(estimate)
         if not size.measured or (self.budget_bytes is not None and least > MARGIN * self.budget_bytes):
             return parts_of(size, shape, estimate, self.process.now)
         if key not in self._steps:

@@ -52,7 +52,9 @@ class RunState:
 
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.optimizer.moments().items()}
         tensors["values"] = self.lora.values.cpu()
-        return {**adapter_files(), STATE_FILE: save(tensors), PROGRESS_FILE: self.progress.to_json()}
+        with self.optimizer.saved_values():
+            files = adapter_files()
+        return {**files, STATE_FILE: save(tensors), PROGRESS_FILE: self.progress.to_json()}
 
     def restore(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         """Continue from a checkpoint.

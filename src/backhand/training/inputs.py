@@ -165,7 +165,8 @@ def read_inputs(
     if isinstance(held_out_packer, DistilledPacker | DistilledPrompts):
         held_out = held_out_packer.rows
     epochs = config.epochs_of(len(train.examples))
-    config = replace(config, optimization=replace(config.optimization, epochs=epochs))
+    optimization = replace(config.optimization, epochs=epochs, average_share=config.average_share)
+    config = replace(config, optimization=optimization)
     forms = len(train.of_all_epochs) // len(train.examples)
     sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed, forms)
     measures_forgetting = held_out is not None or config.run.max_forgetting is not None

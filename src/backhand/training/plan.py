@@ -193,10 +193,12 @@ def _step_shapes(inputs: RunInputs, machine: Machine) -> Mapping[int, StepShape]
         prompt = inputs.longest_prompt_and_answer() - answer
         sampled_tokens = min(rows_per_process, sampled_rows) * prompt + sampled_rows * answer
     ordered = config.run.reduce == "ordered"
+    # An average of the values, and the newest values while the model computes with the average.
+    averages = 2 if options.average_share or config.objective.teacher_update_rate else 0
     return {
         rows: replace(
             shape,
-            gradient_copies=gradient_copies(-(-step_rows // rows), machine.world_size, ordered=ordered),
+            adapter_copies=gradient_copies(-(-step_rows // rows), machine.world_size, ordered=ordered) + averages,
             neutral_tokens=max(inputs.neutral.lengths, default=0),
             sampled_rows=sampled_rows,
             sampled_tokens=sampled_tokens,

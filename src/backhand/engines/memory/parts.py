@@ -88,10 +88,10 @@ def estimated_step(size: ModelSize, shape: StepShape, recompute: Recompute) -> S
     return StepBytes(shape.tokens * size.saved_bytes[recompute], shape.tokens * size.stream_bytes + at_work)
 
 
-def fixed_parts(size: ModelSize, gradient_copies: int, process_bytes: int) -> dict[str, int]:
+def fixed_parts(size: ModelSize, adapter_copies: int, process_bytes: int) -> dict[str, int]:
     """Return the bytes that do not depend on the step, by part. They are exact except for the process."""
     narrow = size.dtype_bytes if size.dtype_bytes != FLOAT32_BYTES else 0
-    copies = (_COPIES_OF_ADAPTER - 2 + gradient_copies) * FLOAT32_BYTES + narrow
+    copies = (_COPIES_OF_ADAPTER - 2 + adapter_copies) * FLOAT32_BYTES + narrow
     return {
         "process": process_bytes,
         "base weights": size.weight_bytes,
@@ -115,7 +115,7 @@ def parts_of(size: ModelSize, shape: StepShape, step: StepBytes, process_bytes: 
     if between > most:
         fullest, most = "checkpoints and measurements", between
     parts = {
-        **fixed_parts(size, shape.gradient_copies, process_bytes),
+        **fixed_parts(size, shape.adapter_copies, process_bytes),
         "kept activations": step.saved,
         fullest: most,
         "compiled kernels": min(shape.sizes * size.kernels, most_kernels()) * size.kernel_bytes,

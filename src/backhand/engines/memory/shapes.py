@@ -23,7 +23,8 @@ class StepShape:
     parents: tuple[int, ...] = ()  # parents of these segments, see `PackedBatch`
     mean_tokens: float = 0.0  # mean number of tokens per micro-batch in the first steps
     sizes: int = 1  # number of different sizes of micro-batches, in tokens or in supervised tokens
-    gradient_copies: int = 0  # number of additional gradient buffers for summing micro-batches
+    # number of additional buffers of the adapter's size, for summing the gradients of micro-batches and for averages
+    adapter_copies: int = 0
     neutral_tokens: int = 0  # number of tokens of the longest neutral text; 0 if forgetting is not measured
     # sampled_rows, sampled_tokens: number of answers that are sampled together, and of their tokens, prompts once
     sampled_rows: int = 0

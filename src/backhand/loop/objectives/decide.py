@@ -2,7 +2,8 @@
 
 The score of an option is the log-probability of its label, so the sums of an `Objective` are enough. In training rows,
 choices are asked a second time, where the score of an option is the log-probability of its name
-(`data.decision_examples`). Held-out rows also give the temperatures (`loop.decision_scores`).
+(`data.decision_examples`). Held-out rows also give the temperatures (`loop.decision_scores`), and the best
+step is that of the lowest loss with temperatures.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from backhand.data.decisions import DecisionRow, QuestionType
 from backhand.distributed.communicator import Communicator
@@ -92,10 +94,22 @@ class DecideObjective(AnswerObjective):
         bound.model.attach(bound.lora)
         return HeldOutDecisions(rows, base, outcomes())
 
-    def evaluated(self, rows: Sequence[int], sums: Sequence[float]) -> Mapping[str, float]:
-        """Fit the temperatures to the held-out rows."""
-        self.temperatures = fit_temperatures(outcomes_of(self.decisions(rows), sums))
-        return {}
+    def evaluated(self, rows: Sequence[int], sums: Tensor, losses: Tensor) -> tuple[Tensor, Mapping[str, float]]:
+        """Fit the temperatures to the held-out rows, and return the calibrated losses and the mean loss without them.
+
+        The adapter is used with its temperatures. Without them, the loss of a model that decides better, but too
+        confidently, would be higher.
+        """
+        decisions = self.decisions(rows)
+        self.temperatures = fit_temperatures(outcomes_of(decisions, sums.tolist()))
+        of_documents = [
+            self.temperatures.get(asked.question.type, 1.0)
+            for row in decisions
+            for asked, size in zip((*row.asked, *row.named), (*row.sizes, *row.name_sizes), strict=True)
+            for _ in range(size)
+        ]
+        calibrated = self.of_sums(rows, sums / torch.tensor(of_documents, dtype=sums.dtype)).losses
+        return calibrated, {"uncalibrated_loss": float(losses.mean())}
 
 
 def decision_figures(decisions: HeldOutDecisions) -> dict[str, Any]:

@@ -126,9 +126,16 @@ class AnswerObjective(Objective):
     def prepare(self, model: Trainable, rows: Sequence[int], processes: Communicator, micro_batch_rows: int) -> None:
         """Prepare the losses of these rows, for objectives in which the loss of a row depends on other rows."""
 
-    def evaluated(self, rows: Sequence[int], sums: Sequence[float]) -> Mapping[str, float]:  # noqa: ARG002
-        """Receive s of all documents of held-out rows after an evaluation, and return further metrics of these rows."""
-        return {}
+    def evaluated(self, rows: Sequence[int], sums: Tensor, losses: Tensor) -> tuple[Tensor, Mapping[str, float]]:  # noqa: ARG002
+        """Receive s of all documents of held-out rows after an evaluation.
+
+        Args:
+            losses: of the rows, as in training.
+
+        Returns:
+            the losses that choose the best step, (rows,) float64, and further metrics of these rows.
+        """
+        return losses, {}
 
     def gradients(
         self,
@@ -206,9 +213,9 @@ class HeldOutObjective(HeldOut):
         if sums is None:
             return None
         result = objective.of_sums(rows, sums)
-        measured = {**means([result.measured]), **objective.evaluated(rows, sums.tolist())}
-        self.measured = {f"eval_{name}": value for name, value in measured.items()}
-        return sequential_sum(result.losses.tolist()) / len(rows)
+        losses, further = objective.evaluated(rows, sums, result.losses)
+        self.measured = {f"eval_{name}": value for name, value in {**means([result.measured]), **further}.items()}
+        return sequential_sum(losses.tolist()) / len(rows)
 
 
 def token_owners(packer: RowPacker, rows: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -71,13 +71,13 @@ class RankObjective(AnswerObjective):
         """Return the target probabilities of a list."""
         return targets.softmax(0) if self.options.ranking_loss == "listnet" else targets / targets.sum()
 
-    def evaluated(self, rows: Sequence[int], sums: Sequence[float]) -> Mapping[str, float]:
-        """Return the scores of held-out rows.
+    def evaluated(self, rows: Sequence[int], sums: Tensor, losses: Tensor) -> tuple[Tensor, Mapping[str, float]]:
+        """Return the losses unchanged, and the scores of held-out rows.
 
         Raises:
             CheckError: the scores have become constant since an earlier evaluation.
         """
-        scored = self._scored(rows, torch.tensor(sums, dtype=torch.float64))
+        scored = self._scored(rows, sums)
         if self._was_apart and not scored.spread > CONSTANT:
             raise CheckError(
                 f"the scores are constant: those of a query's documents differ by {scored.spread:.2g} nats",
@@ -85,7 +85,7 @@ class RankObjective(AnswerObjective):
                 next_step="start again with a lower --learning-rate, or with more rows per step (--batch-rows)",
             )
         self._was_apart = self._was_apart or scored.spread > CONSTANT
-        return {**scored.values, "spread": scored.spread}
+        return losses, {**scored.values, "spread": scored.spread}
 
     def held_out_scores(self, bound: BoundModel, micro_batch_rows: int) -> dict[str, Any]:
         """Return the fields of summary.json on these rows, of the base model and of the adapted one.
