@@ -294,3 +294,18 @@ def test_a_mixture_that_llama_cpp_lacks_is_no_file(
     options = MergeOptions(adapter=adapter, output=tmp_path / "merged.gguf", model=str(base), quiet=True)
     with pytest.raises(ArtifactError, match=message):
         merge_command(options)
+
+
+def test_a_falcon_h1s_exported_adapter_belongs_to_files(tmp_path: Path) -> None:
+    """There the multipliers are in the weights, so on the directory it would mean something else."""
+    model = tiny_model("falcon_h1")
+    base, adapter = save_tiny(model, tmp_path / "base"), save_tiny_adapter(model, tmp_path / "adapter", alpha=10)
+    output = tmp_path / "adapter.gguf"
+    export_command(ExportOptions(adapter=adapter, to="gguf", output=output, model=str(base), quiet=True))
+    file = write_tiny_gguf(model, tmp_path / "base.gguf")
+    assert float((_ours(file, output) - _ours(base, adapter)).abs().max()) < 1e-4
+    with pytest.raises(ArtifactError, match="the adapter is for a GGUF file of this model"):
+        open_adapter(str(base), output, force_base=False)
+    tied = save_tiny(tiny_model("falcon_h1", tie_word_embeddings=True), tmp_path / "tied")
+    with pytest.raises(ArtifactError, match="multipliers of the embedding and of logits with a tied head"):
+        merge_command(MergeOptions(adapter=adapter, output=tmp_path / "no.gguf", model=str(tied), quiet=True))

@@ -27,7 +27,6 @@ from backhand.ops.weight_tiles import frozen_dense, tiles_of
 from support.parity import supervise
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import (
-    FALCON_H1_OF_LLAMA_CPP,
     VARIANTS,
     VOCAB_SIZE,
     save_tiny,
@@ -84,7 +83,7 @@ def _write(variant: str, mix: tuple[StorageType, ...], path: Path) -> Path:
     if variant == "granite4-h":
         sizes |= {"num_hidden_layers": 4, "mamba_n_heads": 8, "mamba_d_head": sizes["hidden_size"] // 4}
     if variant == "falcon_h1":
-        sizes |= FALCON_H1_OF_LLAMA_CPP | {"mamba_d_ssm": 768, "mamba_d_head": 128}
+        sizes |= {"mamba_d_ssm": 768, "mamba_d_head": 128}
     if variant == "nemotron_h":
         sizes |= {"mamba_head_dim": 128}
     if variant.startswith("lfm2"):  # a width of whole blocks, and no biases, which a file cannot have

@@ -15,12 +15,12 @@ import xllamacpp
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-from support.tiny_models import FALCON_H1_OF_LLAMA_CPP, GPT_OSS_OF_LLAMA_CPP
+from support.tiny_models import GPT_OSS_OF_LLAMA_CPP
 
 # llama.cpp reads no sliding window for mistral, no layer without experts for qwen3moe, no head_dim for qwen2, olmo2,
 # exaone4 and glm, no bias for olmo2, no windows in exaone4's models of other than 64 layers, it derives Gemma's scale
 # from head_dim, the delta rule's queries and keys are normed with the norms' epsilon, and Gemma 4's layers share keys
-# and values of the last two that have their own. Multipliers of Falcon-H1 are part of the weights.
+# and values of the last two that have their own.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {},
@@ -48,7 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {},
     "granitemoehybrid": {},
     "granite4-h": {},
-    "falcon_h1": FALCON_H1_OF_LLAMA_CPP,
+    "falcon_h1": {},
     "nemotron_h": {},
     "lfm2": {"head_dim": 10},
     "smollm3": {},

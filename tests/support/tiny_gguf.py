@@ -386,6 +386,26 @@ def _of_mamba(values: np.ndarray[Any, Any], config: Any, name: str) -> np.ndarra
     return values.reshape(groups, -1) if name.endswith(("mamba.norm.weight", "mixer.norm.weight")) else values
 
 
+def _multiplied(values: np.ndarray[Any, Any], config: Any, module: str) -> np.ndarray[Any, Any]:
+    """Falcon-H1's weights with its multipliers in them."""
+    attention, (gate, down) = config.attention_in_multiplier, config.mlp_multipliers
+    shared = config.mamba_n_groups * config.mamba_d_state
+    rows = (config.mamba_d_ssm, config.mamba_d_ssm, shared, shared, config.mamba_n_heads)
+    of_module = {
+        "q_proj": attention,
+        "k_proj": attention * config.key_multiplier,
+        "v_proj": attention,
+        "o_proj": config.attention_out_multiplier,
+        "gate_proj": gate,
+        "down_proj": down,
+        "out_proj": config.ssm_out_multiplier,
+        "in_proj": config.ssm_in_multiplier * np.repeat(config.ssm_multipliers, rows)[:, None],
+        "embed_tokens": config.embedding_multiplier,
+        "lm_head": config.lm_head_multiplier,
+    }
+    return np.asarray(values * of_module.get(module.rpartition(".")[2], 1.0), dtype=np.float32)
+
+
 def _readable(config: Any) -> Any:
     """Gemma 4's own lets nobody ask for a size that layers differ in."""
     return SimpleNamespace(**config.to_dict()) if config.model_type == "gemma4_text" else config
@@ -430,6 +450,8 @@ def tiny_gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray[Any, Any]]
             values = _of_qwen35(values, config, name)
         elif _has_mamba(config):
             values = _of_mamba(values, config, name)
+        if config.model_type == "falcon_h1":
+            values = _multiplied(values, config, module)
         if module == "shared_mlp.input_linear":  # gate and up, each a tensor of its own there
             for part, half in zip(("ffn_gate", "ffn_up"), np.split(values, 2), strict=True):
                 tensors[f"{block}{part}.weight"] = np.ascontiguousarray(half)

@@ -502,15 +502,6 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-FALCON_H1_OF_LLAMA_CPP: dict[str, Any] = {
-    **dict.fromkeys(("embedding_multiplier", "lm_head_multiplier", "key_multiplier"), 1.0),
-    **dict.fromkeys(("attention_in_multiplier", "attention_out_multiplier"), 1.0),
-    **dict.fromkeys(("ssm_in_multiplier", "ssm_out_multiplier"), 1.0),
-    "mlp_multipliers": [1.0] * 2,
-    "ssm_multipliers": [1.0] * 5,
-}
-"""Falcon-H1 as a file has it."""
-
 GPT_OSS_OF_LLAMA_CPP: dict[str, Any] = {
     "swiglu_limit": 7.0,
     "swiglu_alpha": 1.702,

@@ -32,6 +32,7 @@ from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.nn.loading.gguf_layouts import StoredSizes, layout, stored_sizes
 from backhand.nn.loading.gguf_tensors import gguf_architecture, huggingface_name, huggingface_names
 from backhand.nn.loading.gguf_values import dequantized
+from backhand.nn.loading.unit_multipliers import has_multipliers
 from backhand.reading import open_plain
 
 ALPHA_KEY = "adapter.lora.alpha"
@@ -110,6 +111,13 @@ def _check_kind(file: GGUFFile, config: Mapping[str, Any]) -> str:
             f"the adapter is for models of architecture {stated!r}, and the base model is a {config.get('model_type')}",
             where=where,
             next_step="give the base that it was trained on as --model",
+        )
+    if has_multipliers(config):
+        raise ArtifactError(
+            "the adapter is for a GGUF file of this model",
+            where=str(file.path),
+            why="the weights of the file contain the model's multipliers, and those of the directory do not",
+            next_step="give the GGUF file as --model",
         )
     return wanted
 

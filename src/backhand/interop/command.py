@@ -15,7 +15,7 @@ from backhand.errors import BackhandError, ResourceError, UsageError, short_reas
 from backhand.files import staged, write_atomically
 from backhand.interop.gguf_adapter_writer import llama_cpp_notes, write_gguf_adapter
 from backhand.interop.merging import merge_adapter
-from backhand.interop.opened_adapter import OpenedAdapter, open_adapter, refuse
+from backhand.interop.opened_adapter import OpenedAdapter, for_gguf, open_adapter, refuse
 from backhand.interop.options import ExportOptions, given
 from backhand.interop.other_formats import (
     ADAPTER_FILE,
@@ -126,6 +126,7 @@ def _export_adapter(options: ExportOptions, opened: OpenedAdapter, output: Path,
     prover.say_notes(opened.loaded)
     # PEFT's files could contain more than factors, but the proofs here cover factors alone.
     refuse(str(options.to), _more_than_factors(options, opened))
+    opened = for_gguf(opened) if options.to in ("gguf", "ollama") else opened
     architecture = gguf_architecture(opened.source.config)
     if options.to in ("gguf", "ollama") and architecture:
         for note in llama_cpp_notes(opened.config, architecture, context_ends=False):

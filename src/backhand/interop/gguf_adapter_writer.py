@@ -188,7 +188,7 @@ def _obstacles(config: DecoderConfig, architecture: str) -> Iterator[tuple[bool,
         scaled = config.multipliers != NO_MULTIPLIERS or (
             architecture == "falcon-h1" and (config.embedding_scaling != 1.0 or config.logits.scaling != 1.0)
         )
-        yield scaled, "multipliers of modules, which its own converter multiplies into the weights"
+        yield scaled, "multipliers of the embedding and of logits with a tied head"
     if config.delta is not None:
         yield config.delta.key_width != config.delta.value_width, "value heads of another width than key heads"
         own_eps = f"an epsilon of its own, {L2_EPS:g}, for the delta rule's queries and keys"

@@ -24,7 +24,7 @@ from backhand.interop.gguf_ranking import GGUFRanking, llama_cpp_ranks, ranks
 from backhand.interop.gguf_vectors import prove_gguf_vectors, text_end, vector_entries
 from backhand.interop.huggingface_writer import write_huggingface
 from backhand.interop.merged_weights import MergedWeights, ModuleLoss
-from backhand.interop.opened_adapter import OpenedAdapter, open_adapter, refuse
+from backhand.interop.opened_adapter import OpenedAdapter, for_gguf, open_adapter, refuse
 from backhand.interop.options import (
     FLOAT32_TOLERANCE,
     ROUNDED_TOLERANCE,
@@ -95,6 +95,7 @@ def merge_adapter(
         allow_pickle=options.reading.allow_pickle,
     )
     prover.say_notes(opened.loaded)
+    opened = for_gguf(opened) if gguf else opened
     if vectors:
         embedding_of(opened)  # raises before anything is written
     pools = gguf and bool((opened.loaded.record or AdapterRecord()).embedding)

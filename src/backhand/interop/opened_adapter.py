@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,8 +16,10 @@ from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family import DecoderConfig
 from backhand.nn.families.family_parsing import decoder_config
+from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
+from backhand.nn.loading.unit_multipliers import UnitMultipliers, has_multipliers, scaled_rows
 from backhand.words import name_list
 
 _WITHOUT_ENGINE = (
@@ -62,6 +64,21 @@ def open_adapter(model: str, adapter: Path, *, force_base: bool, allow_pickle: b
     shapes = module_shapes(config)
     loaded = load_adapter_for(source, adapter, shapes, force_base=force_base, allow_pickle=allow_pickle)
     return OpenedAdapter(source, config, shapes, loaded, factors_of(loaded), probe_documents(source, config))
+
+
+def for_gguf(opened: OpenedAdapter) -> OpenedAdapter:
+    """Return base and adapter in the form that a GGUF file has: Falcon-H1 with its multipliers in the weights."""
+    if isinstance(opened.source, GGUFModel) or not has_multipliers(opened.source.config):
+        return opened
+    source, factors = UnitMultipliers(opened.source), dict(opened.loaded.factors)
+    for name, tensor in factors.items():
+        module, _, part = name.rpartition(".")
+        rows = None if part == "lora_A" else source.row_multipliers(module)
+        if rows is not None:
+            factors[name] = scaled_rows(tensor, rows)
+    loaded = replace(opened.loaded, factors=factors)
+    config = decoder_config(source.config)
+    return replace(opened, source=source, config=config, loaded=loaded, factors=factors_of(loaded))
 
 
 _RANDOM_TOKENS = 32

@@ -28,7 +28,6 @@ from support.in_memory import experts_apart
 from support.llama_cpp import LlamaCpp
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import (
-    FALCON_H1_OF_LLAMA_CPP,
     GPT_OSS_OF_LLAMA_CPP,
     ORIGINAL_LENGTH,
     VARIANTS,
@@ -45,7 +44,14 @@ _NOT_STORED = ("bamba", "falcon-norm", "nemotron-biases")
 # What cannot be written into a file of their architecture: a sliding window, a scale, biases.
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2-biases": {"conv_bias": False},
-    "falcon_h1": FALCON_H1_OF_LLAMA_CPP,
+    # The file's weights contain the multipliers.
+    "falcon_h1": {
+        **{f"attention_{end}_multiplier": 1.0 for end in ("in", "out")},
+        **{f"ssm_{end}_multiplier": 1.0 for end in ("in", "out")},
+        **{f"{module}_multiplier": 1.0 for module in ("embedding", "lm_head", "key")},
+        "mlp_multipliers": [1.0] * 2,
+        "ssm_multipliers": [1.0] * 5,
+    },
     "mistral": {"sliding_window": None},
     "gemma2": {"query_pre_attn_scalar": 14},
     "gemma3_text": {"query_pre_attn_scalar": 14},

@@ -169,10 +169,10 @@ def falcon_h1(fields: ConfigFields) -> DecoderConfig:
     sizes = ssm_sizes(fields, None if width is None else fields.integer("mamba_d_ssm"))
     place = "before_gate" if fields.flag("mamba_norm_before_gate", True) else "after_gate"
     attention_in, keys = fields.number("attention_in_multiplier"), fields.number("key_multiplier")
-    gate, down = _multipliers(fields, "mlp_multipliers", 2)
+    gate, down = multipliers_of(fields, "mlp_multipliers", 2)
     # transformers holds the five in a float32 buffer.
     of_input = fields.number("ssm_in_multiplier")
-    ssm = [of_input * nearest_float32(one) for one in _multipliers(fields, "ssm_multipliers", 5)]
+    ssm = [of_input * nearest_float32(one) for one in multipliers_of(fields, "ssm_multipliers", 5)]
     multipliers = Multipliers(
         output=attention_in * fields.number("attention_out_multiplier"),
         second_output=fields.number("ssm_out_multiplier"),
@@ -190,7 +190,7 @@ def falcon_h1(fields: ConfigFields) -> DecoderConfig:
     )
 
 
-def _multipliers(fields: ConfigFields, key: str, count: int) -> tuple[float, ...]:
+def multipliers_of(fields: ConfigFields, key: str, count: int) -> tuple[float, ...]:
     """Return a list of multipliers, all 1 if the field is null or absent."""
     return (1.0,) * count if fields.value(key) is None else fields.numbers(key, count)
 
