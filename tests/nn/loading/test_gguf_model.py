@@ -116,6 +116,14 @@ def test_a_granite_4_of_attention_alone_is_read_as_llama_cpp_has_it(tmp_path: Pa
     assert float((decoder.logits(ids) - expected).norm() / expected.norm()) < 1e-6
 
 
+def test_nemotron_hs_epsilon_under_either_name(tmp_path: Path) -> None:
+    """llama.cpp takes the second name if the first one is missing."""
+    model, name = tiny_model("nemotron_h"), "nemotron_h.attention.layer_norm_rms_epsilon"
+    for without in ((), (name,)):
+        source = open_model(write_tiny_gguf(model, tmp_path / "tiny.gguf", without=without))
+        assert decoder_config(source.config).norm_eps == pytest.approx(model.config.layer_norm_epsilon)
+
+
 def test_one_without_rotary_embedding_is_no_granite_3(tmp_path: Path) -> None:
     source = open_model(write_tiny_gguf(tiny_model("granite4-nope", attention_bias=False), tmp_path / "tiny.gguf"))
     with pytest.raises(UnsupportedModel, match=r"granite\.rope\.scaling\.finetuned = False"):

@@ -67,6 +67,8 @@ def huggingface_config(file: GGUFFile, architecture: str, rope_factors: Mapping[
     layers = metadata.integer("block_count") - prediction_block_count(file, architecture)
     if not 0 < layers <= len(file.tensors):
         raise ArtifactError(f"{layers} blocks cannot consist of {len(file.tensors)} tensors", where=str(file.path))
+    # llama.cpp's default, which is not read from files that state the epsilon of RMS norms.
+    other_eps = metadata.get("attention.layer_norm_epsilon") if architecture == "nemotron_h" else None
     config: dict[str, Any] = {
         "model_type": architecture,
         "vocab_size": embedding.shape[0],
@@ -77,7 +79,7 @@ def huggingface_config(file: GGUFFile, architecture: str, rope_factors: Mapping[
         "num_key_value_heads": _of_layers(metadata, "attention.head_count_kv", architecture, heads),
         "head_dim": head_dim,
         "max_position_embeddings": context_length,
-        "rms_norm_eps": metadata.number(ARCHITECTURES[architecture].norm_eps),
+        "rms_norm_eps": metadata.number(ARCHITECTURES[architecture].norm_eps, other_eps),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }

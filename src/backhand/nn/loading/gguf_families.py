@@ -204,7 +204,6 @@ def _nemotron_h(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> N
     attends = _attends(metadata, layers, file)
     if len(mlps) != layers:
         raise ArtifactError(f"feed_forward_length has {len(mlps)} numbers for {layers} layers", where=str(file.path))
-    metadata.accept_if_equal("attention.layer_norm_epsilon", config["rms_norm_eps"])
     for key in ("hidden_act", "rope_parameters"):
         del config[key]
     config |= _mamba(metadata, file, _NEMOTRON) | {
