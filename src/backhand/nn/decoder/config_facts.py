@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from math import isinf
 from typing import Any, cast
 
 from backhand.nn.families.config_fields import UNREAD, UnsupportedModel
@@ -91,7 +92,9 @@ def _flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _as_json(value: Any) -> Any:
-    """Return nested tuples as the lists that JSON gives back."""
+    """Return nested tuples as the lists that JSON gives back, and infinity, which JSON does not have, as a word."""
+    if isinstance(value, float) and isinf(value):
+        return str(value)
     return [_as_json(one) for one in value] if isinstance(value, list | tuple) else value
 
 
