@@ -165,7 +165,16 @@ def mixer_sublayer_forward(
         gather_rows(x0, positions), gather_rows(o, positions), weights, adapter, config
     )
     saved_output = None if mixer.recomputes_output(o, config) else o
-    return x1, MixerSaved(statistics, qkv, saved_output, inner, h_input, h_output, post_norm, h_second)
+    return x1, MixerSaved(
+        statistics=statistics,
+        input=qkv,
+        output=saved_output,
+        inner=inner,
+        h_input=h_input,
+        h_output=h_output,
+        post_norm=post_norm,
+        h_second=h_second,
+    )
 
 
 def mlp_sublayer_forward(

@@ -167,10 +167,17 @@ class ForwardBackward:
         tables, scratch = self.rotary_tables(batch.positions, batch.document_lengths, dtype), Scratch()
         cross_layer = cross_layer or self.cross_layer(batch.input_ids)[0]
         contexts = [
-            BlockContext(config, layer, table, batch.segment_runs, scratch, queries, None, number, cross_layer)
-            for number, (config, layer, (table, queries)) in enumerate(
-                zip(self._layer_configs, self.config.layers, tables, strict=True)
+            BlockContext(
+                config=self._layer_configs[number],
+                layer=layer,
+                rotary=table,
+                segment_runs=batch.segment_runs,
+                scratch=scratch,
+                query_rotary=query_table,
+                number=number,
+                cross_layer=cross_layer,
             )
+            for number, (layer, (table, query_table)) in enumerate(zip(self.config.layers, tables, strict=True))
         ]
         contexts[-1] = contexts[-1]._replace(loss_positions=loss_positions)
         return contexts

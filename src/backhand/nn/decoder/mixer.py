@@ -35,7 +35,7 @@ class BlockContext(NamedTuple):
     config: DecoderConfig  # with the sizes of this layer
     layer: LayerConfig  # the layer's mixer, and the window of attention
     rotary: RotaryTable | None  # angles of the tokens' positions; None in layers without rotary embedding
-    segment_runs: tuple[SegmentRun, ...]  # segments of the documents
+    segment_runs: tuple[SegmentRun, ...]  # neighbouring segments of equal length, which attention computes in one call
     scratch: Scratch  # buffers for temporaries, shared by all blocks of a pass
     query_rotary: RotaryTable | None = None  # angles of queries if the family scales queries by their position
     # (P,) int64, the positions that the last block computes after its mixer; None in all other blocks: all positions
