@@ -391,7 +391,7 @@ def _answers(function: str, data: Any, given: Mapping[str, Any]) -> list[dict[st
         options.answer.adapter,
         template=options.template,
         one_at_a_time=one,
-        classifies=function == "classify",
+        takes_heads=function == "classify",
     ) as loaded:
         if not options.answer.quiet:
             show_notes(loaded.notes)

@@ -5,25 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers
 
-from backhand.adapters.config import LoRAConfig
 from backhand.adapters.record import AdapterRecord
-from backhand.engines.decoder_engine import DecoderEngine
-from backhand.engines.engine import BoundModel, RunCache
+from backhand.engines.engine import BoundModel
 from backhand.files import write_together
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.class_head import class_gradients, class_logits
-from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.loading.opening import open_model
-from backhand.nn.lora_parameters import LoRAParameters
+from support.class_models import bound_model, class_model, their_gradients, their_model, wider
 from support.no_autograd import autograd_raises
 from support.parity import relative_error, wholly_in_float64
-from support.tiny_encoders import ENCODERS
-from support.tiny_models import randomise, tiny_config, tiny_documents
+from support.tiny_models import tiny_documents
 from support.tiny_tokenizer import tiny_tokenizer
 
 LENGTHS = (23, 9, 9, 1, 18)
@@ -39,20 +32,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def class_model(name: str, **overrides: Any) -> Any:
-    """A random model of transformers' class for sequence classification."""
-    if name in ENCODERS:
-        kind, sizes, _ = ENCODERS[name]
-        config = tiny_config(kind, **sizes, **overrides) if name == "embeddinggemma" else None
-        config = config or transformers.AutoConfig.for_model(kind, **{**sizes, **overrides})
-    else:
-        config = tiny_config(name, **overrides)
-    config.num_labels, config.pad_token_id = LABELS, 0
-    model = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
-    randomise(model, seed=0)
-    return model.eval()
-
-
 def documents() -> list[torch.Tensor]:
     """Documents without the padding token at their end."""
     return [torch.cat((one, torch.tensor([7]))) for one in tiny_documents(LENGTHS)]
@@ -66,16 +45,6 @@ def packed(texts: list[torch.Tensor], pooling: str) -> PackedBatch:
     return PackedBatch(torch.cat(texts), torch.cat(labels), tuple(map(len, texts)))
 
 
-def bound_model(directory: Path, dtype: torch.dtype, config: LoRAConfig | None = None) -> BoundModel:
-    """Our model of a directory with a fresh adapter, whose factors are random."""
-    engine = DecoderEngine(open_model(str(directory)), dtype, LABELS)
-    bound = engine.load(config or LoRAConfig(rank=5, alpha=8.5), torch.device("cpu"), "none", "dense", RunCache())
-    bound.initialise(torch.Generator().manual_seed(0))
-    bound.lora.values.add_(torch.randn(bound.lora.element_count, generator=torch.Generator().manual_seed(1)) / 8)
-    bound.lora.refresh_compute(dtype)
-    return bound
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Directories of base models, by name."""
@@ -83,7 +52,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def directory(name: str) -> Path:
         if name not in made:
-            class_model(name, **MODELS[name]).save_pretrained(place / name)
+            class_model(name, LABELS, **MODELS[name]).save_pretrained(place / name)
             tiny_tokenizer().save_pretrained(place / name)
             made[name] = place / name
         return made[name]
@@ -98,16 +67,9 @@ def write_adapter(bound: BoundModel, directory: Path) -> None:
     write_together(directory, bound.adapter_files(record, {}))
 
 
-def their_model(base: Path, adapter: Path) -> Any:
-    """The model as the adapter's README loads it."""
-    config = transformers.AutoConfig.from_pretrained(adapter)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, config=config)
-    return peft.PeftModel.from_pretrained(model, adapter, is_trainable=True).eval()
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients_equal_transformers_and_peft(name: str, saved: Any, tmp_path: Path) -> None:
-    bound = bound_model(saved(name), torch.float32)
+    bound = bound_model(saved(name), torch.float32, LABELS)
     write_adapter(bound, tmp_path / "adapter")
     theirs, decoder = their_model(saved(name), tmp_path / "adapter"), bound.model
     assert theirs.config.id2label == {0: "no", 1: "maybe", 2: "yes"}
@@ -128,22 +90,3 @@ def test_logits_and_gradients_equal_transformers_and_peft(name: str, saved: Any,
     expected = their_gradients(theirs, decoder.config.class_head.prefix)
     for tensor, _ in wide.lora.named_tensors():
         assert relative_error(wide.lora.gradient(tensor), expected[tensor]) <= 1e-9, tensor
-
-
-def wider(bound: BoundModel, directory: Path) -> Decoder:
-    """The same model and adapter in float64."""
-    decoder = Decoder.from_source(open_model(str(directory)), dtype=torch.float64)
-    lora = LoRAParameters(bound.lora.slots.values(), full_tensors=bound.lora.full_tensors.values(), dtype=torch.float64)
-    lora.values.copy_(bound.lora.values)
-    decoder.attach(lora)
-    return decoder
-
-
-def their_gradients(model: Any, prefix: str) -> dict[str, torch.Tensor]:
-    """PEFT's gradients by our names."""
-    found = {}
-    for key, parameter in model.named_parameters():
-        name = key.replace(".default", "").replace(".modules_to_save", "").removeprefix("base_model.model.")
-        name = name.removeprefix(f"{prefix}.") if prefix else name
-        found[name.removesuffix(".weight") if "lora_" in name else name] = parameter.grad
-    return found

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
@@ -72,3 +74,14 @@ def word_piece_tokenizer() -> PreTrainedTokenizerFast:
     )
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def pair_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """Write `word_piece_tokenizer` as a BertTokenizer, which returns token types, and return it."""
+    word_piece_tokenizer().save_pretrained(directory)
+    place = directory / "tokenizer_config.json"
+    config = json.loads(place.read_text())
+    del config["backend"]
+    place.write_text(json.dumps(config | {"tokenizer_class": "BertTokenizer"}))
+    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(directory)
+    return tokenizer

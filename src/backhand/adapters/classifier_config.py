@@ -1,4 +1,4 @@
-"""config.json next to an adapter for classification: the base model's configuration with the names of the labels.
+"""config.json next to an adapter with a head: the base model's configuration with the names of the labels.
 
 PEFT's configuration has no place for them. With this file `AutoConfig.from_pretrained(adapter)` gives everything that
 `AutoModelForSequenceClassification.from_pretrained(base, config=…)` needs.
@@ -23,15 +23,27 @@ def config_bytes(source: ModelSource, classification: Mapping[str, Any]) -> byte
         classification: as in `AdapterRecord.classification`.
     """
     config = {key: value for key, value in source.config.items() if " " not in key and key != "architectures"}
+    config |= head_fields(source, classification)
+    return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def head_fields(source: ModelSource, classification: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of config.json on the head, and the padding token.
+
+    Args:
+        classification: as in `AdapterRecord.classification`.
+    """
     labels = classification["labels"]
-    config |= {
+    config = {
         "problem_type": classification["problem_type"],
         "id2label": {str(number): label for number, label in enumerate(labels)},
         "label2id": {label: number for number, label in enumerate(labels)},
     }
+    if classification["problem_type"] is None:  # without it, some versions of sentence-transformers return logits
+        config["sentence_transformers"] = {"activation_fn": "torch.nn.modules.activation.Sigmoid"}
     if (padding := padding_id(source)) is not None:
         config["pad_token_id"] = padding
-    return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")
+    return config
 
 
 def padding_id(source: ModelSource) -> int | None:

@@ -58,8 +58,8 @@ class AdapterRecord:
     decisions: Mapping[str, Any] = field(default_factory=dict)
     # of an adapter for vectors of texts: `pooling`, `query_prompt`, `document_prompt`, `max_length`, `matryoshka_dims`
     embedding: Mapping[str, Any] = field(default_factory=dict)
-    # of an adapter with a classification head: `problem_type` as in transformers, the `labels` in the order of the
-    # logits, and `max_length`
+    # of an adapter with a head: `problem_type` as in transformers (None for scores of documents), the `labels` in the
+    # order of the logits, and `max_length`
     classification: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -33,6 +33,12 @@ class ClassFormat:
     pooling: PoolingName
     padding_id: int | None = None  # the padding token of the model, or None
 
+    def read_tokens(self, tokens: list[int]) -> list[int]:
+        """Return the tokens of a text that transformers reads, without padding tokens at the end of a decoder's."""
+        while self.pooling == "last" and len(tokens) > 1 and tokens[-1] == self.padding_id:
+            tokens = tokens[:-1]
+        return tokens
+
 
 class ClassEncoder:
     """Make examples of texts for a classification head.
@@ -65,9 +71,7 @@ class ClassEncoder:
             (stats.dropped_long if self._drop else stats.truncated).append(row.source)
             if self._drop:
                 return None
-        tokens = [*before, *ids[:room].tolist(), *after]
-        while self._format.pooling == "last" and len(tokens) > 1 and tokens[-1] == self._format.padding_id:
-            tokens.pop()
+        tokens = self._format.read_tokens([*before, *ids[:room].tolist(), *after])
         label = None if row.label is None else ClassLabel(row.label)
         return pooled_document(tokens, self._format.pooling, row.source, class_label=label)
 

@@ -38,8 +38,9 @@ class Example:
         others: the documents of a row of decisions, embeddings or rankings after this one.
         embedding: digests and score of a row of embeddings; else None. Each text is a document of the row.
         ranking: digests and targets of a row of rankings; else None. Each text has two documents, which end in yes and
-            in no.
+            in no; or one document, which is a pair of query and text, for a score head.
         class_label: the label of a text that a classification head learns; else None.
+        second_text: index of the first token with token type 1, if the document is a pair of texts; else 0.
     """
 
     input_ids: TokenIds
@@ -53,6 +54,7 @@ class Example:
     embedding: TextIdentities | None = None
     ranking: RankedTexts | None = None
     class_label: ClassLabel | None = None
+    second_text: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -248,12 +248,14 @@ def lint(
     seed: int = 0,
     purpose: Purpose | None = None,
     context_length: int | None = None,
+    text_format: TextFormat | None = None,
 ) -> tuple[LintReport, PreparedData]:
     """Prepare the rows as for training, without malformed ones, and report problems.
 
     Args:
         purpose: use of the rows; None to detect it from their columns.
         context_length: the model's largest number of tokens, or None if unknown.
+        text_format: the way from texts to tokens; None for the usual one of the purpose.
 
     Raises:
         UsageError, DataError: as `prepare`; but a malformed row is a finding.
@@ -266,7 +268,7 @@ def lint(
         purpose=purpose,
         bad=bad,
         truncation=truncation,
-        text_format=None if purpose is None else _TEXT_FORMATS.get(purpose),
+        text_format=text_format or (None if purpose is None else _TEXT_FORMATS.get(purpose)),
     )
     documents = train.examples.documents
     problems: list[tuple[Any, ...]] = [

@@ -14,10 +14,14 @@ from rich.text import Text
 from backhand.data.data_report import DataReport
 from backhand.data.lint import CHECKS, Finding, LintReport, lint
 from backhand.data.options import LintOptions
+from backhand.data.pair_examples import PairFormat
 from backhand.data.rows import Purpose
 from backhand.data.token_view import documents_to_show, token_lines, view_tokens
 from backhand.errors import DataError
+from backhand.nn.families.config_fields import UnsupportedModel
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
+from backhand.nn.loading.source import ModelSource
 from backhand.printing import say, visible
 from backhand.terminal import console_for_tables, table_of
 from backhand.words import count_of
@@ -42,12 +46,14 @@ def lint_command(options: LintOptions) -> LintReport:
         "rankings": options.lint.rankings,
         "classes": options.lint.classes,
     }
+    purpose = next((purpose for purpose, chosen in chosen_by.items() if chosen), None)
     report, train = lint(
         options.data,
         tokenizer,
         seed=options.lint.seed,
-        purpose=next((purpose for purpose, chosen in chosen_by.items() if chosen), None),
+        purpose=purpose,
         context_length=context if isinstance(context, int) else None,
+        text_format=PairFormat("cls") if purpose == "rankings" and _is_encoder(source) else None,
     )
     shown = documents_to_show(train.examples, options.lint.show)
     if options.lint.json:
@@ -70,6 +76,14 @@ def lint_command(options: LintOptions) -> LintReport:
             next_step="correct them, or leave them out with --skip-bad",
         )
     return report
+
+
+def _is_encoder(source: ModelSource) -> bool:
+    """Return True if a model attends in both directions, so that a head scores its documents."""
+    try:
+        return not decoder_config(source.config).causal
+    except UnsupportedModel:
+        return False
 
 
 SHOWN_LABELS = 20

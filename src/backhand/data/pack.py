@@ -30,7 +30,8 @@ def pack(examples: Iterable[Example], *, share: bool = False, device: torch.devi
     """
     documents = list(examples)
     tokens = [np.where(document.supervised, ~document.input_ids, document.input_ids) for document in documents]
-    return to_batch(tokens, prefix_forest(tokens, [trained_length(one) for one in documents], share=share), device)
+    forest = prefix_forest(tokens, [trained_length(one) for one in documents], share=share)
+    return to_batch(tokens, forest, device, np.array([one.second_text for one in documents], dtype=np.int32))
 
 
 def trained_length(example: Example) -> int:

@@ -118,6 +118,7 @@ class RowPacker:
         # For each document, the index of its first token in `examples.tokens`, and its number of tokens. Unlike
         # `lengths`, this number includes the last supervised token and all later ones, which are never inputs.
         self._begins, self._sizes = examples.column("begin"), examples.column("tokens")
+        self._second_texts = examples.column("second_text")
         # Index of each row's first document, then the number of all documents. None if every row is one document.
         self._first_documents: npt.NDArray[np.int64] | None = None
         if ((counts := examples.document_counts) > 1).any():
@@ -131,7 +132,8 @@ class RowPacker:
 
         A padding segment at the end rounds the batch's number of tokens up to a bucket size.
         """
-        return pad_to_bucket(to_batch(self._tokens(rows), self.forest(rows), device))
+        second_texts = self.by_document._second_texts[self.documents(rows)]
+        return pad_to_bucket(to_batch(self._tokens(rows), self.forest(rows), device, second_texts))
 
     def forest(self, rows: Sequence[int]) -> Forest:
         """Return the segments of the micro-batch of these rows, without the padding segment."""
@@ -180,16 +182,25 @@ class RowPacker:
         return sum(int(self._supervised[row]) for row in rows)
 
 
-def to_batch(documents: Sequence[SignedTokens], forest: Forest, device: torch.device | str) -> PackedBatch:
+def to_batch(
+    documents: Sequence[SignedTokens], forest: Forest, device: torch.device | str, second_texts: npt.NDArray[np.int32]
+) -> PackedBatch:
     """Return the packed batch of these segments, without a padding segment.
 
     Args:
         documents: tokens per document, in which the id of a supervised token is stored as ~id.
         forest: the division of the documents into segments.
+        second_texts: `Example.second_text` of each document.
     """
     parts = [inputs_and_labels(documents[number][start : end + 1]) for number, start, end in forest.sources]
     ids, labels = (
         torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *arrays])).to(device)
         for arrays in (zip(*parts, strict=True) if parts else ((), ()))
     )
-    return PackedBatch(ids, labels, forest.lengths, forest.parents, forest.ends)
+    types = None
+    if second_texts.any():
+        begins = [second_texts[number] or documents[number].size for number, _, _ in forest.sources]
+        spans = [np.arange(start, end) for _, start, end in forest.sources]
+        of_spans = [(span >= begin).astype(np.int64) for span, begin in zip(spans, begins, strict=True)]
+        types = torch.from_numpy(np.concatenate(of_spans)).to(device)
+    return PackedBatch(ids, labels, forest.lengths, forest.parents, forest.ends, token_types=types)

@@ -18,6 +18,7 @@ from backhand.data.documents import RowRenderer
 from backhand.data.embedding_examples import EmbeddingEncoder, EmbeddingFormat
 from backhand.data.examples import Example, encode_document, truncate
 from backhand.data.options import DataOptions
+from backhand.data.pair_examples import PairEncoder, PairFormat
 from backhand.data.ranking_examples import RankingEncoder, RankingFormat
 from backhand.data.rows import (
     ClassRow,
@@ -37,8 +38,11 @@ from backhand.data.text_encoder import TokenIds
 from backhand.errors import BackhandError, DataError
 from backhand.system import lift_limits
 
-TextFormat = EmbeddingFormat | RankingFormat | ClassFormat
+TextFormat = EmbeddingFormat | RankingFormat | PairFormat | ClassFormat
 """The way from the texts of a row to tokens, for rows whose texts are compared."""
+
+
+_TextEncoder = EmbeddingEncoder | RankingEncoder | PairEncoder | ClassEncoder
 
 
 @dataclass(frozen=True)
@@ -114,11 +118,13 @@ class RowEncoder:
         self._prompts = prompts
         self._teacher = teacher
         self._decisions = None if options is None else DecisionEncoder(renderer, options.max_length)
-        self._texts: EmbeddingEncoder | RankingEncoder | ClassEncoder | None = None
+        self._texts: _TextEncoder | None = None
         if options is not None and text_format is not None:
             drop, longest = options.long_rows == "drop", options.max_length
             if isinstance(text_format, RankingFormat):
                 self._texts = RankingEncoder(renderer, text_format, longest, drop=drop)
+            elif isinstance(text_format, PairFormat):
+                self._texts = PairEncoder(renderer.encoder, text_format, longest, drop=drop)
             elif isinstance(text_format, ClassFormat):
                 self._texts = ClassEncoder(renderer.encoder, text_format, longest, drop=drop)
             else:
@@ -163,11 +169,9 @@ class RowEncoder:
         result.counts = self.renderer.take_counts()
         return result
 
-    def _encode_texts(
-        self, encoder: EmbeddingEncoder | RankingEncoder | ClassEncoder, rows: Sequence[Row]
-    ) -> EncodedRows:
+    def _encode_texts(self, encoder: _TextEncoder, rows: Sequence[Row]) -> EncodedRows:
         result, writer = EncodedRows(), ExampleWriter()
-        if isinstance(encoder, RankingEncoder):
+        if isinstance(encoder, RankingEncoder | PairEncoder):
             examples = encoder.encode([row for row in rows if isinstance(row, RankingRow)], result.truncation)
         elif isinstance(encoder, ClassEncoder):
             examples = encoder.encode([row for row in rows if isinstance(row, ClassRow)], result.truncation)

@@ -35,7 +35,7 @@ from backhand.files import reason
 _IN_MEMORY_BYTES = 2**23
 _PIECE_TOKENS = 2**18
 LABELS = (None, False, True)
-_ALONE, _FIRST, _NEXT = range(3)
+ALONE, FIRST, NEXT = range(3)
 
 StoredRow = PromptRow | DecisionRow | TextIdentities | RankedTexts | ClassLabel
 """A part of a row that is stored as an object: of prompts, decisions, embeddings, rankings and classes."""
@@ -50,6 +50,7 @@ RECORD = np.dtype(
         ("supervised", np.int32),  # tokens
         ("input_tokens", np.int32),  # tokens before the last supervised one: those that enter the model
         ("highest", np.int32),  # largest token id
+        ("second_text", np.int32),  # `Example.second_text`
         ("source_digest", np.uint64),
         ("token_digest", np.uint64),  # of the token ids of all documents of the example
         ("key", np.void, 32),  # `Example.key`
@@ -79,10 +80,11 @@ class ExampleWriter:
             encoded = (
                 np.where(document.supervised, ~ids, ids).astype(np.int32).tobytes() + source + bytes(-len(source) % 4)
             )
-            place = _NEXT if document is not example else _FIRST if len(example.documents) > 1 else _ALONE
+            place = NEXT if document is not example else FIRST if len(example.documents) > 1 else ALONE
             record = (
                 *(self._places, len(ids), len(source), place, LABELS.index(document.desirable)),
-                *(len(targets), int(targets.max(initial=0)), int(ids.max(initial=0)), _digest(source), *whole),
+                *(len(targets), int(targets.max(initial=0)), int(ids.max(initial=0)), document.second_text),
+                *(_digest(source), *whole),
             )
             with _disk_space():
                 self._tokens.write(encoded)
@@ -154,17 +156,18 @@ def _document_ends(records: npt.NDArray[Any], tokens: int) -> npt.NDArray[np.int
     """Return (documents,) the end of each document with its source. Raises ValueError: the records are inconsistent."""
     sizes = records["tokens"] + -(-records["source_bytes"].astype(np.int64) // 4)
     ends = np.cumsum(sizes)
-    first, following = records["place"] == _FIRST, records["place"] == _NEXT
+    first, following = records["place"] == FIRST, records["place"] == NEXT
     if not (
         len(records)
         and records["tokens"].min() > 1
         and records["source_bytes"].min() >= 0
         and np.array_equal(records["begin"], ends - sizes)
         and ends[-1] == tokens
-        and 0 <= records["place"].min() <= records["place"].max() <= _NEXT
+        and 0 <= records["place"].min() <= records["place"].max() <= NEXT
         and 0 <= records["label"].min() <= records["label"].max() < len(LABELS)
         and not (first[-1] or following[0])
-        and np.array_equal(first[:-1], following[1:])  # only pairs are stored in files
+        and np.array_equal(first[:-1], following[1:])  # only pairs of answers are stored in files
+        and not records["second_text"].any()
     ):
         raise ValueError("its records are inconsistent")
     return ends
@@ -226,7 +229,7 @@ class StoredExamples(Sequence[Example]):
     @classmethod
     def all_of(cls, tokens: TokenIds, records: npt.NDArray[Any], rows: dict[int, StoredRow]) -> StoredExamples:
         """Select all examples."""
-        return cls(tokens, records, rows, np.flatnonzero(records["place"] != _NEXT))
+        return cls(tokens, records, rows, np.flatnonzero(records["place"] != NEXT))
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -249,13 +252,14 @@ class StoredExamples(Sequence[Example]):
     @cached_property
     def _counts(self) -> npt.NDArray[np.int64]:
         """(records,) number of documents from each record to the next row."""
-        starts = np.append(np.flatnonzero(self.records["place"] != _NEXT), len(self.records))
+        starts = np.append(np.flatnonzero(self.records["place"] != NEXT), len(self.records))
         counts = np.ones(len(self.records), dtype=np.int64)
         counts[starts[:-1]] = np.diff(starts)
         return counts
 
     def _document(self, place: int) -> Example:
-        begin, tokens, source_bytes, _, label, *_ = self.records[place].item()
+        record = self.records[place]
+        begin, tokens, source_bytes, _, label, *_ = record.item()
         signed, after = self.tokens[begin : begin + tokens], self.tokens[begin + tokens :]
         supervised = signed < 0
         source = _decoded(after[: -(-source_bytes // 4)].tobytes()[:source_bytes])
@@ -272,6 +276,7 @@ class StoredExamples(Sequence[Example]):
             embedding=embedding,
             ranking=ranking,
             class_label=row if isinstance(row, ClassLabel) else None,
+            second_text=int(record["second_text"]),
         )
 
     def decision(self, number: int) -> DecisionRow | None:

@@ -17,7 +17,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,17 @@ class EncodedText:
     # (tokens,) int32, index after the last character of each token. Starts are not stored, because some tokenizers
     # move them past white space.
     ends: npt.NDArray[np.int32]
+
+
+class PairTokens(NamedTuple):
+    """The ids that the tokenizer puts around two texts."""
+
+    before: tuple[int, ...]
+    between: tuple[int, ...]
+    after: tuple[int, ...]
+    # number of ids of `between` with token type 0; the ids after them have type 1. None if all types are 0, or the
+    # tokenizer returns none
+    of_first: int | None
 
 
 class TextEncoder:
@@ -72,6 +84,7 @@ class TextEncoder:
         self._backend = backend
         if backend.truncation is not None or backend.padding is not None or backend.encode_special_tokens:
             self._backend = _copy(backend)
+        self._has_types = "token_type_ids" in tokenizer.model_input_names
         self._marked_backends: dict[str, tuple[Any, int]] = {}
         added = tokenizer.added_tokens_decoder
         special = {token.content: index for index, token in added.items() if token.special and len(token.content) > 1}
@@ -91,6 +104,25 @@ class TextEncoder:
         self.eos: str | None = tokenizer.eos_token
         self.bos: str | None = tokenizer.bos_token
         self.prefix_ids, self.suffix_ids = _ids_around(self._backend)
+
+    @cached_property
+    def pair_tokens(self) -> PairTokens:
+        """The ids around the two texts of a pair. Raises ArtifactError if the tokenizer changes the texts."""
+        one, other = (self._backend.encode(text, add_special_tokens=False).ids for text in ("a", "b"))
+        pair = self._backend.encode("a", "b", add_special_tokens=True)
+        first = len(self.prefix_ids)
+        second = next((i for i in range(first + len(one), len(pair.ids)) if pair.ids[i : i + len(other)] == other), -1)
+        if pair.ids[: first + len(one)] != [*self.prefix_ids, *one] or second < 0:
+            raise ArtifactError(
+                "the tokenizer does not encode two texts one after the other",
+                where="tokenizer",
+                why="a cross-encoder reads a query and a document together",
+                next_step="use a model whose tokenizer has a template for pairs",
+            )
+        begin, end = first + len(one), second + len(other)
+        types = pair.type_ids[begin:]
+        of_first = types.index(1) if self._has_types and 1 in types else None
+        return PairTokens(self.prefix_ids, tuple(pair.ids[begin:second]), tuple(pair.ids[end:]), of_first)
 
     def mark_for(self, *values: object) -> str | None:
         """Return a mark that does not occur in `values` if any of their strings needs protection; else None."""

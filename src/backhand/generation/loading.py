@@ -22,6 +22,7 @@ from backhand.generation.labels import Labels
 from backhand.nn.compute import compute_settings, resolve_device, resolve_dtype, resolve_threads
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.families.config_fields import UnsupportedModel
+from backhand.nn.families.family import DecoderConfig
 from backhand.nn.loading.opening import open_model
 from backhand.nn.model_options import BaseModelOptions
 
@@ -64,7 +65,7 @@ def loaded_model(
     *,
     template: TemplateOptions | None = None,
     one_at_a_time: bool = False,
-    classifies: bool = False,
+    takes_heads: bool = False,
 ) -> Iterator[LoadedModel]:
     """Load a model, and compute with the options' threads inside the block.
 
@@ -74,7 +75,7 @@ def loaded_model(
         template: chat template and system message, which are compared with the adapter's record; None if no template
             is used.
         one_at_a_time: prompts are completed one by one, so a quantized base stays quantized.
-        classifies: an adapter with a classification head can be used. Such an adapter answers no prompts.
+        takes_heads: an adapter with a head can be used. Such an adapter answers no prompts.
 
     Raises:
         ArtifactError: model, tokenizer or adapter cannot be read, or do not fit together.
@@ -99,12 +100,12 @@ def loaded_model(
                 return EngineCompleter(decoder), (), None
             shapes = decoder.module_shapes()
             loaded = load_adapter_for(source, adapter, shapes, **checks, allow_pickle=pickle)
-            classification = _classification(loaded, decoder)
-            if classification and not classifies:
+            classification = classification_of(loaded, decoder.config)
+            if classification and not takes_heads:
                 raise UsageError(
-                    "this adapter has a classification head, and computes no answers and no vectors",
+                    "this adapter has a classification head or a score head, and computes no answers and no vectors",
                     where="adapter",
-                    next_step="give texts labels with backhand classify, or measure it with backhand evaluate",
+                    next_step="give texts labels with backhand classify, or documents scores with backhand rank",
                 )
             decoder.attach(loaded.parameters(device=device))
             return EngineCompleter(decoder), loaded.notes, loaded.record
@@ -148,13 +149,13 @@ def loaded_model(
         )
 
 
-def _classification(loaded: LoadedAdapter, decoder: Decoder) -> Mapping[str, Any]:
-    """Return the meaning of the logits of an adapter with a classification head; empty for other adapters."""
+def classification_of(loaded: LoadedAdapter, config: DecoderConfig) -> Mapping[str, Any]:
+    """Return the meaning of the logits of an adapter with a head; empty for other adapters."""
     if loaded.described.task_type != CLASS_TASK:
         return {}
     if loaded.record is not None and loaded.record.classification:
         return loaded.record.classification
-    outputs = decoder.config.class_head.labels_of({one.name: one.shape for one in loaded.trained})
+    outputs = config.class_head.labels_of({one.name: one.shape for one in loaded.trained})
     names = [f"LABEL_{number}" for number in range(outputs)]
     return {"problem_type": NUMBER if outputs == 1 else SINGLE, "labels": names}
 

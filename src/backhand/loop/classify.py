@@ -26,7 +26,8 @@ from backhand.generation.completer import EngineCompleter, require_finite
 from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.loop.class_scores import ClassScores, constant_logits, score_classes
 from backhand.loop.embed import texts_of
-from backhand.loop.objectives.classify import logits_of_rows, targets_of
+from backhand.loop.objectives.classify import targets_of
+from backhand.loop.objectives.head import head_logits
 from backhand.options.command_options import ClassifyOptions
 from backhand.printing import counting
 from backhand.terminal import console_for_tables, table_of, working
@@ -47,8 +48,14 @@ class Classifier:
 
     @classmethod
     def of(cls, loaded: LoadedModel, micro_batch_rows: int) -> Classifier:
-        """Return the classifier of a loaded adapter. Raises UsageError if the adapter has no classification head."""
+        """Return the classifier of a loaded adapter. Raises UsageError if the adapter has no head for labels."""
         known: Mapping[str, Any] = loaded.classification
+        if loaded.ranking:
+            raise UsageError(
+                "the head of this adapter scores documents for a query",
+                where="adapter",
+                next_step="use backhand rank",
+            )
         if not known:
             raise UsageError(
                 "this adapter has no classification head",
@@ -78,7 +85,7 @@ class Classifier:
         check_vocabulary(examples.beyond(model.vocab_size), model.vocab_size, tokenizer)
         packer, rows = RowPacker(examples, share_prefixes=model.shares_prefixes), self.micro_batch_rows
         with counting(what, -(-len(examples) // rows), "batches") as done:
-            logits = not_none(logits_of_rows(model.decoder, packer, rows, Communicator(), done=done))
+            logits = not_none(head_logits(model.decoder, packer, rows, Communicator(), done=done))
         require_finite(logits)
         return logits
 
@@ -134,7 +141,7 @@ def classify(options: ClassifyOptions) -> list[dict[str, Any]]:
     else:
         rows = texts_of(options.data, NamedColumns(prompt=run.prompt), "texts")
         texts = [(row.texts[0], row.source) for row in rows]
-    with loaded_model(options.model, run.adapter, classifies=True) as loaded:
+    with loaded_model(options.model, run.adapter, takes_heads=True) as loaded:
         show_notes(loaded.notes)
         return list(Classifier.of(loaded, run.micro_batch_rows).answers(texts))
 

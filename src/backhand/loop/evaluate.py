@@ -82,7 +82,8 @@ class Score:
     pairs: dict[str, float] | None = None
     # by question; None unless the adapter decides. The loss is then the mean loss of an answer
     decisions: dict[str, DecisionScore] | None = None
-    # scores of rankings, see `loop.ranking_scores`; None for other rows. The loss is then the mean loss of a row
+    # scores of rankings, see `loop.ranking_scores`; None for other rows, and for an encoder without a score head. The
+    # loss is then the mean loss of a row
     retrieval: dict[str, Any] | None = None
     # None unless the adapter has a classification head. The loss is then the mean loss of a row, and base is the best
     # constant answer
@@ -356,16 +357,17 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     run, data = options.run, options.data
     if data.state is None and run.adapter is None and not run.rankings:
         check_first_rows(data)  # the record of an adapter may name the columns
-    with loaded_model(options.model, run.adapter, template=data, classifies=True) as loaded:
+    with loaded_model(options.model, run.adapter, template=data, takes_heads=True) as loaded:
         show_notes(loaded.notes)
-        if loaded.classification:
+        ranks = bool(loaded.ranking) or run.rankings
+        if loaded.classification and not ranks:
             count, of_classes = evaluate_classes(loaded, data, run.micro_batch_rows)
             scored = (Score(loss, _perplexity(loss), None, count, classes=one) for loss, one in of_classes)
             return Evaluation(count, *scored)
         if loaded.decisions:
             count, results = evaluate_decisions(loaded, data, run.micro_batch_rows)
             return Evaluation(count, *(_of_decisions(*result) for result in results))
-        if loaded.ranking or run.rankings:
+        if ranks:
             count, ranked = evaluate_rankings(
                 *(loaded, data, data, data, run.micro_batch_rows), adapted=run.adapter is not None
             )
@@ -382,7 +384,7 @@ def _of_decisions(loss: float, answers: int, scores: dict[str, DecisionScore]) -
     return Score(loss, _perplexity(loss), None, answers, decisions=scores)
 
 
-def _of_rankings(loss: float, documents: int, scores: dict[str, Any]) -> Score:
+def _of_rankings(loss: float, documents: int, scores: dict[str, Any] | None) -> Score:
     return Score(loss, _perplexity(loss), None, documents, retrieval=scores)
 
 
@@ -410,7 +412,8 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str
     labelled = ("accuracy", "macro F1", "invented") if result.base.labels else ()
     base = result.base
     of_what, parts = ("answer", "answers") if base.decisions else ("token", "supervised tokens")
-    of_what, parts = ("row", "documents") if base.retrieval else (of_what, parts)
+    ranked = base.retrieval or (result.adapted and result.adapted.retrieval)
+    of_what, parts = ("row", "documents") if ranked else (of_what, parts)
     per_token = of_what == "token"
     matches = ("exact match",) if base.exact_match is not None else ()
     columns = (f"loss (nats per {of_what})", *(("perplexity",) if per_token else ()), *matches, *labelled)

@@ -1,7 +1,8 @@
 """Scores of documents for queries, with or without an adapter: `backhand rank` writes them.
 
-A score is the probability of `yes` against `no` at the end of the prompt, σ(log p(yes) - log p(no)), as the code of
-Qwen3-Reranker, vLLM and llama.cpp compute it. The prompt is that of the adapter's training.
+A score of a decoder is the probability of `yes` against `no` at the end of the prompt, σ(log p(yes) - log p(no)), as
+the code of Qwen3-Reranker, vLLM and llama.cpp compute it. The prompt is that of the adapter's training. A score of an
+encoder is σ of its head's logit for the pair of query and document, as sentence-transformers computes it.
 """
 
 from __future__ import annotations
@@ -18,18 +19,22 @@ from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.options import NamedColumns, RowSources, TemplateOptions
 from backhand.data.packing import RowPacker
+from backhand.data.pair_examples import PairEncoder
 from backhand.data.ranking_examples import RankingEncoder, RankingFormat
 from backhand.data.rows import INSTRUCTION, EmbeddingRow, RankingRow
 from backhand.data.stored_examples import stored
+from backhand.data.text_encoder import TextEncoder
 from backhand.distributed.communicator import Communicator
-from backhand.errors import DataError, not_none
+from backhand.errors import DataError, UsageError, not_none
 from backhand.generation.command import check_output, write_lines
-from backhand.generation.completer import require_finite
+from backhand.generation.completer import EngineCompleter, require_finite
 from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.loop.embed import rows_of
+from backhand.loop.objectives.head import head_logits
 from backhand.loop.objectives.objective import document_sums
-from backhand.loop.objectives.rank import RankObjective, check_targets, scores_of
-from backhand.loop.ranking_scores import score_rankings
+from backhand.loop.objectives.rank import RankingLoss, check_targets, pair_format, scores_of
+from backhand.nn.decoder.class_head import has_score_head
+from backhand.nn.decoder.decoder import Decoder
 from backhand.options.command_options import RankOptions
 from backhand.options.config import check_ranking_system
 from backhand.options.objectives import ObjectiveOptions
@@ -45,7 +50,7 @@ class Reranker:
     """A model that scores documents for queries."""
 
     loaded: LoadedModel
-    encoder: RankingEncoder
+    encoder: RankingEncoder | PairEncoder
     documents: int  # number of documents per forward pass
 
     @classmethod
@@ -56,15 +61,31 @@ class Reranker:
 
         Args:
             instruction: the task; None for that of the adapter's training, or the usual one without an adapter.
+
+        Raises:
+            UsageError: the model gives no scores.
         """
         known, context = loaded.ranking, loaded.model.context_tokens
-        task = known.get("instruction", INSTRUCTION) if instruction is None else instruction
         longest = min(int(known.get("max_length", context)), context)
+        if (decoder := _decoder_with_head(loaded)) is not None:
+            if instruction is not None:
+                raise no_instruction()
+            text_format = pair_format(decoder.config, loaded.padding_id)
+            return cls(loaded, PairEncoder(TextEncoder(loaded.tokenizer), text_format, longest), documents)
+        task = known.get("instruction", INSTRUCTION) if instruction is None else instruction
         encoder = RankingEncoder(RowRenderer(loaded.tokenizer, template), RankingFormat(task), longest)
         return cls(loaded, encoder, documents)
 
+    @property
+    def is_blank(self) -> bool:
+        """True if the scores are those of a head that the model, as it is now, does not have."""
+        model = self.loaded.model
+        if not isinstance(self.encoder, PairEncoder) or not isinstance(model, EngineCompleter):
+            return False
+        return model.decoder.lora is None and not has_score_head(model.decoder)
+
     def scores(self, rows: Sequence[RankingRow], what: str = "rankings") -> list[list[float]]:
-        """Return log p(yes) - log p(no) of the documents of each row, in nats.
+        """Return the scores of the documents of each row before the sigmoid, in nats.
 
         Args:
             what: name of the rows in the progress line.
@@ -111,11 +132,49 @@ class Reranker:
         model, whole = self.loaded.model, stored(examples)
         check_vocabulary(whole.beyond(model.vocab_size), model.vocab_size, self.loaded.tokenizer)
         packer = RowPacker(whole, share_prefixes=model.shares_prefixes)
-        counts = [len(example.documents) // 2 for example in examples]
+        counts = [len(not_none(example.ranking).documents) for example in examples]
         rows = max(1, self.documents // max(counts))
-        sums = not_none(document_sums(model, packer, range(len(examples)), rows, Communicator()))
-        require_finite(sums)
-        return iter([part.tolist() for part in scores_of(sums).split(counts)])
+        if isinstance(self.encoder, PairEncoder):
+            assert isinstance(model, EngineCompleter), "other engines have no heads"
+            found = not_none(head_logits(model.decoder, packer, rows, Communicator())).squeeze(1)
+        else:
+            found = scores_of(not_none(document_sums(model, packer, range(len(examples)), rows, Communicator())))
+        require_finite(found)
+        return iter([part.tolist() for part in found.split(counts)])
+
+
+def _decoder_with_head(loaded: LoadedModel) -> Decoder | None:
+    """Return the model if a head gives its scores; None if its answers do.
+
+    Raises:
+        UsageError: the head gives labels, or there is no head on an encoder.
+    """
+    model, labels = loaded.model, loaded.classification.get("labels", ())
+    if not isinstance(model, EngineCompleter) or (model.decoder.config.causal and not labels):
+        return None
+    if loaded.objective == "classify" or len(labels) > 1:
+        raise UsageError(
+            "the head of this adapter gives labels or a number, and no scores of documents",
+            where="adapter",
+            next_step="give an adapter of --objective rank, or use backhand classify",
+        )
+    if not labels and not has_score_head(model.decoder):
+        raise UsageError(
+            "this encoder has no score head",
+            where="model",
+            why="the scores of an encoder are the logits of a head with one output",
+            next_step="give --adapter with an adapter of --objective rank, or a cross-encoder as --model",
+        )
+    return model.decoder
+
+
+def no_instruction() -> UsageError:
+    """Return the error for an instruction to a cross-encoder."""
+    return UsageError(
+        "an instruction is given, but an encoder reads query and document alone",
+        where="instruction",
+        next_step="leave it out, or write it into the queries",
+    )
 
 
 def _parts(pieces: Sequence[tuple[int, RankingRow]]) -> Iterator[list[tuple[int, RankingRow]]]:
@@ -140,7 +199,7 @@ def evaluate_rankings(
     documents: int,
     *,
     adapted: bool,
-) -> tuple[int, list[tuple[float, int, dict[str, Any]]]]:
+) -> tuple[int, list[tuple[float, int, dict[str, Any] | None]]]:
     """Score the rankings of the base model and, if an adapter is loaded, of the adapted one, on rows with targets.
 
     Args:
@@ -148,7 +207,7 @@ def evaluate_rankings(
 
     Returns:
         the number of rows; and per model the mean loss of a row, the number of documents, and the scores
-        (`loop.ranking_scores`).
+        (`loop.ranking_scores`). An encoder without a head gives all documents the same score and has no such scores.
 
     Raises:
         UsageError, DataError: the rows cannot be read, or do not fit the loss of the adapter's training;
@@ -164,15 +223,16 @@ def evaluate_rankings(
     reranker = Reranker.of(loaded, template, documents)
     examples = stored(reranker.encoded(rows, TruncationStats()))
     check_targets(options, examples)
-    objective = RankObjective(RowPacker(examples, share_prefixes=False), options=options)
-    every, results = range(len(rows)), []
+    ranking_loss, every, results = RankingLoss(examples, options), range(len(rows)), []
     for adapter in (False, True) if adapted else (False,):
         loaded.model.use_adapter(adapter)
-        by_row = reranker.scores(rows, f"{'adapted' if adapter else 'base'} model: rankings")
-        scores = torch.tensor([score for row in by_row for score in row], dtype=torch.float64)
-        losses = objective.of_sums(every, torch.stack((scores, torch.zeros_like(scores)), 1).flatten()).losses
-        scored = score_rankings(objective.texts(every), scores.tolist())
-        results.append((float(losses.mean()), len(scores), scored.to_json()))
+        scores = torch.zeros(sum(len(row.documents) for row in rows), dtype=torch.float64)
+        if not reranker.is_blank:
+            by_row = reranker.scores(rows, f"{'adapted' if adapter else 'base'} model: rankings")
+            scores = torch.tensor([score for row in by_row for score in row], dtype=torch.float64)
+        loss = float(ranking_loss.of_scores(every, scores).losses.mean())
+        scored = None if reranker.is_blank else ranking_loss.scored(every, scores).to_json()
+        results.append((loss, len(scores), scored))
     return len(rows), results
 
 
@@ -190,7 +250,7 @@ def rank(options: RankOptions) -> list[dict[str, Any]]:
     options.validate()
     run = options.run
     named = NamedColumns(prompt=run.prompt, completion=run.completion)
-    with loaded_model(options.model, run.adapter, template=options.template) as loaded:
+    with loaded_model(options.model, run.adapter, template=options.template, takes_heads=True) as loaded:
         show_notes(loaded.notes)
         reranker = Reranker.of(loaded, options.template, run.micro_batch_rows, run.instruction)
         if run.query is None:

@@ -299,7 +299,7 @@ class TrainConfig(Options):
                 next_step="leave one of them out",
             )
         if not self.objective.predicts_tokens:
-            self._check_states()
+            self.check_states()
         if self.objective.objective == "rank":
             check_ranking_system(self.data.system)
         train_on, objective = self.data.train_on, self.objective.objective
@@ -310,7 +310,7 @@ class TrainConfig(Options):
                 next_step="leave out --train-on, or give --objective sft",
             )
 
-    def _check_states(self) -> None:
+    def check_states(self) -> None:
         """Raise UsageError for options that a loss of hidden states does not use."""
         objective = self.objective.objective
         unused = {

@@ -193,7 +193,8 @@ class ObjectiveOptions(Options):
     """Weight of relevant documents in the `pointwise` loss of rankings, for rows with many negatives."""
 
     instruction: Text = INSTRUCTION
-    """The task in the prompt of rankings (`rank`), such as `Given a question, find the help page that answers it`."""
+    """The task in the prompt of rankings by a decoder (`rank`), such as `Given a question, find the help page that
+    answers it`."""
 
     problem_type: ProblemType | None = None
     """Use of the logits of the head of `classify`, named as in transformers: one label per row (cross-entropy), all

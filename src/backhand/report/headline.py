@@ -49,12 +49,12 @@ def _decisions(run: RunRecord) -> tuple[Any, Any]:
 def base_and_best(run: RunRecord) -> tuple[float | None, float | None]:
     """Return the held-out loss before the first step and the lowest one after a step; None if not measured.
 
-    The run may have started from an adapter, whose loss is then the first one. Before the first step, a classification
-    head is random. Its loss says nothing, and that of the best constant answer replaces it, which is known at the end.
+    The run may have started from an adapter, whose loss is then the first one. Before the first step, a new head is
+    random. Its loss says nothing, and that of a constant answer replaces it, which is known at the end.
     """
     losses = run.held_out_losses()
     base = run.summary.get("base_eval_loss")
-    if run.objective != "classify":
+    if not run.fresh_head:
         base = next((loss for step, loss in losses if step == 0), base)
     return base, min((loss for step, loss in losses if step > 0), default=None)
 
@@ -150,7 +150,11 @@ def _outcome(run: RunRecord) -> str:
     if run.objective in ("embed", "rank"):
         before, after = (run.summary.get(f"{name}_retrieval") or {} for name in ("base", "adapted"))
         score = next((name for name in ("ndcg@10", "spearman") if is_number(after.get(name))), None)
-        scores = "" if score is None else f", and {score} from {before[score]:.3f} to {after[score]:.3f}"
+        scores = ""
+        if score is not None and before:
+            scores = f", and {score} from {before[score]:.3f} to {after[score]:.3f}"
+        elif score is not None:
+            scores = f" (the first of equal scores), and {score} is {after[score]:.3f}"
         return f"{change} ({run.objective}){scores}, so it {_verdict(base, best)}"
     if run.objective == "classify":
         before, after = (run.summary.get(f"{name}_classes") or {} for name in ("base", "adapted"))

@@ -84,6 +84,16 @@ class RunRecord:
         return str(self.config.get("objective", {}).get("objective", "sft"))
 
     @property
+    def trains_head(self) -> bool:
+        """True if the adapter has a head on hidden states; of rankings known at the end."""
+        return self.objective == "classify" or bool(self.summary.get("trains_head"))
+
+    @property
+    def fresh_head(self) -> bool:
+        """True if the adapter has a head that the base does not have."""
+        return self.trains_head and not self.summary.get("base_retrieval")
+
+    @property
     def steps(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl about training steps."""
         return [line for line in self.metrics if "loss" in line]

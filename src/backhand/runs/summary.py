@@ -137,6 +137,7 @@ class RunSummary:
     base: str = "dense"  # or `quantized`
     world_size: int = 1  # processes at the end of the run; peak_rss_bytes is that of one process
     objective: str = "sft"  # value of `--objective`
+    trains_head: bool = False  # the adapter has a head on hidden states
     rows_seen: int | None = None  # number of different `rows` in the steps done; None in older files
     # held-out loss before the first step; differs from base_eval_loss if the run started from an adapter
     first_eval_loss: float | None = None
@@ -151,8 +152,8 @@ class RunSummary:
     # base_decisions, adapted_decisions: scores of held-out decisions by question; None for other objectives
     base_decisions: dict[str, DecisionFigures] | None = None
     adapted_decisions: dict[str, DecisionFigures] | None = None
-    # base_retrieval, adapted_retrieval: scores of the vectors of held-out rows, see `loop.retrieval_scores`; None for
-    # other objectives
+    # base_retrieval, adapted_retrieval: scores of the vectors or rankings of held-out rows, see `loop.retrieval_scores`
+    # and `loop.ranking_scores`; None for other objectives. An encoder without a score head has no base_retrieval
     base_retrieval: dict[str, Any] | None = None
     adapted_retrieval: dict[str, Any] | None = None
     # nearest texts of some held-out anchors, as the base model and the adapted one rank them

@@ -43,9 +43,9 @@ class Download(NamedTuple):
     objective: str | None = None  # the only objective whose adapters have this format; None for all without a head
     has_head: bool = False  # the format can hold a classification head
 
-    def is_for(self, objective: str) -> bool:
-        """Return True if adapters of an objective can have this format."""
-        return self.has_head if objective == "classify" else self.objective in (None, objective)
+    def is_for(self, objective: str, trains_head: bool) -> bool:
+        """Return True if adapters of an objective, with or without a head on hidden states, can have this format."""
+        return self.has_head if trains_head else self.objective in (None, objective)
 
 
 EXPORTS = {
@@ -136,12 +136,13 @@ async def _run_page(site: Site, request: Request) -> Response:
 
     def page() -> Response:
         values = page_of(run)
-        objective = values["run"].objective if values and "run" in values else ""
+        record = values["run"] if values and "run" in values else None
+        objective, trains_head = ("", False) if record is None else (record.objective, record.trains_head)
         shared: dict[str, Any] = {
             "title": run.name,
             "listed": run,
             "log": "" if log is None else log_of(log),
-            "exports": {kind: one.text for kind, one in EXPORTS.items() if one.is_for(objective)},
+            "exports": {kind: one.text for kind, one in EXPORTS.items() if one.is_for(objective, trains_head)},
             "objective": objective,
             "made": site.space.exported(run.name) if site.workspace is not None else [],
             "charts": {},

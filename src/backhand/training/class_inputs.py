@@ -1,4 +1,4 @@
-"""Choices and checks of a run with a classification head that depend on its model and its rows."""
+"""Choices and checks of a run with a classification head or a score head that depend on its model and its rows."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 
 from backhand.adapters.classifier_config import padding_id
 from backhand.data.class_examples import NUMBER, SINGLE, ClassFormat, is_integer, names_of, problem_of, target_of
-from backhand.data.rows import ClassLabel, ProblemType
+from backhand.data.rows import INSTRUCTION, ClassLabel, ProblemType
 from backhand.data.stored_examples import PreparedData
 from backhand.engines.decoder_engine import DecoderEngine, with_hidden_states
 from backhand.engines.engine import Engine
 from backhand.errors import DataError, UsageError, not_none
+from backhand.loop.objectives.rank import pair_format
+from backhand.loop.rank import no_instruction
 from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
+from backhand.options.config import TrainConfig
 from backhand.options.objectives import ObjectiveOptions
 from backhand.words import count_of, name_list, shorten
 
@@ -33,13 +36,25 @@ class StartingHead:
     labels: tuple[str, ...] = ()  # in the order of the outputs; empty for an adapter that PEFT wrote
 
 
-def class_format(source: ModelSource, engine: Engine, layout: AdapterLayout) -> ClassFormat:
-    """Return the way from a text to its tokens for the head of this model.
+def trains_head(objective: ObjectiveOptions, engine: Engine) -> bool:
+    """Return True if the objective trains a head on hidden states: labels, or the scores of an encoder."""
+    if objective.objective == "rank":
+        return isinstance(engine, DecoderEngine) and not engine.config.causal
+    return objective.objective == "classify"
+
+
+def head_format(config: TrainConfig, source: ModelSource, engine: Engine, layout: AdapterLayout) -> ClassFormat:
+    """Return the way from a text, or from a query and a document, to its tokens for the head of this model.
 
     Raises:
-        UsageError: the model or the adapter cannot be trained with a head.
+        UsageError: the model or the adapter cannot be trained with a head, or an option does not fit one.
     """
-    config = with_hidden_states(engine, "a classification head needs the hidden states of the model").config
+    if config.objective.objective == "rank":
+        config.check_states()
+        if config.objective.instruction != INSTRUCTION:
+            raise no_instruction()
+        return pair_format(with_hidden_states(engine, "a score head").config, padding_id(source))
+    decoder = with_hidden_states(engine, "a classification head needs the hidden states of the model").config
     if any(name.startswith(HEAD) for name in layout.names):
         raise UsageError(
             f"the adapter trains {HEAD}, which a classification head does not depend on",
@@ -53,7 +68,7 @@ def class_format(source: ModelSource, engine: Engine, layout: AdapterLayout) -> 
             why="the class of the whole model and that of its text model have other names for the head",
             next_step="choose a text model, or train answers with --objective decide",
         )
-    return ClassFormat(config.class_head.pooling, padding_id(source))
+    return ClassFormat(decoder.class_head.pooling, padding_id(source))
 
 
 def class_notes(source: ModelSource) -> tuple[str, ...]:

@@ -219,7 +219,7 @@ def closing_lines(summary: RunSummary) -> list[str]:
     if (pairs := summary.held_out_pairs) is not None:
         clauses = pair_clauses(pairs, summary.held_out_rows, summary.objective, summary.free_answers)
         lines += map(capitalized, clauses)
-    if summary.base_retrieval and summary.adapted_retrieval:
+    if summary.adapted_retrieval:
         lines.append(f"Held-out rows: {scores_text(summary.adapted_retrieval, summary.base_retrieval)}.")
     if summary.neutral_drift is not None:
         lines.append(f"Cosines of neutral texts changed by {summary.neutral_drift:.3f} on average.")
@@ -272,7 +272,7 @@ def closing_lines(summary: RunSummary) -> list[str]:
         f"Next: {uses.get(summary.objective, usual)}",
         f"      backhand evaluate {given} --data FILE{summary.reading}" + " --vectors" * (summary.objective == "embed"),
     ]
-    if summary.objective != "classify":  # llama.cpp has no classification heads for adapters
+    if not summary.trains_head:  # llama.cpp has no heads for adapters
         written = "--decision --output decision.gguf" if summary.objective == "decide" else "--output adapter.gguf"
         next_lines.append(f"      backhand export {given} --to gguf {written}")
     return [*lines, f"Adapter: {adapter}", *next_lines]
@@ -282,8 +282,8 @@ def _improvement(summary: RunSummary) -> list[str]:
     """Return the lines on loss and reward."""
     base, best = summary.base_eval_loss, summary.best_eval_loss
     start = base if summary.first_eval_loss is None else summary.first_eval_loss
-    fresh_head = summary.objective == "classify"
-    start = base if fresh_head else start  # the best constant answer, since a new head knows nothing
+    fresh_head = summary.trains_head and summary.base_retrieval is None
+    start = base if fresh_head else start  # of a constant answer, since a new head knows nothing
     lines = []
     if summary.first_reward is not None and summary.last_reward is not None:
         rose = f"{summary.first_reward:.4f} → {summary.last_reward:.4f}"
@@ -302,7 +302,7 @@ def _improvement(summary: RunSummary) -> list[str]:
     when = f"best after step {summary.best_step}"
     if best >= start:
         before = "the base model" if start == base else "the adapter it started from"
-        before = "the best constant answer" if fresh_head else before
+        before = "a constant answer" if fresh_head else before
         when = f"no evaluation was better than {before}; the adapter kept is that of step {summary.best_step}"
     sign = -1 if summary.objective == "grpo" else 1
     alone = "" if start == base else f"; the base model alone has {sign * base:.4f}"

@@ -173,6 +173,7 @@ def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_si
         malformed_rows=run.inputs.train.report.skipped_bad,
         world_size=world_size,
         objective=run.config.objective.objective,
+        trains_head=run.inputs.trains_head,
         evaluations=len({line["step"] for line in evaluations}),
         held_out_pairs=held_out_pairs(lines, progress.best_step),
         **_rewards(lines, progress),

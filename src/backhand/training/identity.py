@@ -49,6 +49,7 @@ class Identity:
     modules: Sequence[str]  # names of the adapted modules
     train: PreparedData  # training rows
     held_out: PreparedData | None  # held-out rows, or None
+    trains_head: bool  # a head on hidden states is trained with the adapter
     base_facts: BaseFacts  # computes digests of the base's tensors
 
     @cached_property
@@ -105,9 +106,9 @@ class Identity:
 
     @property
     def _classification(self) -> dict[str, Any]:
-        """The meaning of the logits of a head; empty for other objectives."""
+        """The meaning of the logits of a head; empty without a head. A score of documents has no `problem_type`."""
         options = self.config.objective
-        if options.objective != "classify":
+        if not self.trains_head:
             return {}
         longest = min(self.config.data.max_length, decoder_config(self.source.config).max_position_embeddings)
         labels = list(options.class_labels) or ["LABEL_0"]

@@ -39,10 +39,11 @@ from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.options.objectives import DISTILLED, ObjectiveOptions
 from backhand.training.class_inputs import (
-    class_format,
     class_notes,
+    head_format,
     output_count,
     set_outputs,
+    trains_head,
     with_labels,
 )
 from backhand.training.contexts import count_contexts, with_context_text
@@ -71,6 +72,7 @@ class RunInputs:
     total_steps: int
     neutral: ForgettingMeter  # without texts if forgetting is not measured
     notes: tuple[str, ...]  # messages for the user
+    trains_head: bool  # a head on hidden states is trained with the adapter
     base_facts: BaseFacts  # computed when the base's tensors are read
 
     @property
@@ -112,8 +114,8 @@ def read_inputs(
         "source", (model.model, model.quantize), lambda: open_model(model.model, quantize=model.quantize)
     )
     engine = choose_engine(config.model, source, machine.dtype)
-    classifies = config.objective.objective == "classify"
-    if classifies and isinstance(engine, DecoderEngine):
+    has_head = trains_head(config.objective, engine)
+    if has_head and isinstance(engine, DecoderEngine):
         set_outputs(engine, 1)  # The names of the head's modules are needed now, its real size follows from the rows.
     start: StartingAdapter | None = None
     if config.run.from_adapter is not None:
@@ -124,29 +126,32 @@ def read_inputs(
     config = replace(config, objective=objective)
     if objective.objective == "embed":
         config = replace(config, objective=with_pooling(objective, source, engine, layout))
-    elif objective.predicts_tokens and isinstance(engine, DecoderEngine):
+    predicts_tokens = objective.predicts_tokens and not has_head
+    if predicts_tokens and isinstance(engine, DecoderEngine):
         require_head(engine.config)
-    text_format = class_format(source, engine, layout) if classifies else format_of(config.objective)
+    text_format = head_format(config, source, engine, layout) if has_head else format_of(config.objective)
     config = replace(config, adapter=in_numbers(config.adapter, [slot.name for slot in layout.slots]))
     notes = () if start is None else start.check(engine, layout, config.data, force_base=model.force_base)
     notes += peft_notes(source.config.get("model_type"), [slot.name for slot in layout.slots])
-    notes += class_notes(source) if classifies else ()
+    notes += class_notes(source) if has_head else ()
     tokenizer = source.tokenizer()
     if assumed_rows and not config.data.data:
-        train, held_out = _assumed_rows(config), None
+        train, held_out = _assumed_rows(config, has_head), None
     else:
         train, held_out = _read_rows(config, tokenizer, text_format, run_cache)
         purpose = config.objective.purpose
         if purpose in ("embeddings", "rankings"):
             config = replace(config, objective=with_loss(config.objective, train, held_out))
+        head = None
+        if has_head and start is not None and isinstance(engine, DecoderEngine):
+            head = start.head(engine, objective.objective)
         if purpose == "classes":
-            head = start.head(engine) if start is not None and isinstance(engine, DecoderEngine) else None
             resolved, said = with_labels(config.objective, train, held_out, head)
             config, notes = replace(config, objective=resolved), (*notes, *said)
         if purpose in ("pairs", "labels"):
             check_answers_differ(train)
         config = replace(config, data=replace(config.data, eval_fraction=train.held_out_share))
-    if classifies:
+    if has_head:
         set_outputs(engine, output_count(config.objective))
         layout = engine.layout(config.adapter)
     if config.run.early_stopping is not None and held_out is None:
@@ -170,7 +175,7 @@ def read_inputs(
     forms = len(train.of_all_epochs) // len(train.examples)
     sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed, forms)
     measures_forgetting = held_out is not None or config.run.max_forgetting is not None
-    measures_forgetting = measures_forgetting and objective.predicts_tokens
+    measures_forgetting = measures_forgetting and predicts_tokens
     neutral = ForgettingMeter.for_tokenizer(tokenizer) if measures_forgetting else ForgettingMeter(())
     inputs = RunInputs(
         config=config,
@@ -185,6 +190,7 @@ def read_inputs(
         total_steps=config.optimization.max_steps or epochs * sampler.steps_per_epoch,
         neutral=neutral,
         notes=tuple(notes),
+        trains_head=has_head,
         base_facts=run_cache.get_or_create("base facts", (model.model, model.quantize), lambda: BaseFacts(source)),
     )
     texts = ((text.numpy(), "neutral_texts.txt") for text in neutral.documents)
@@ -296,7 +302,7 @@ def _longest(packer: PromptPacker, held_out: RowPacker | None, new_tokens: int) 
     return max((packer.longest, *(len(prompt_of(example)) + new_tokens for example in held_out.examples)))
 
 
-def _assumed_rows(config: TrainConfig) -> PreparedData:
+def _assumed_rows(config: TrainConfig, has_head: bool) -> PreparedData:
     """Return the rows of one step with the largest length, all supervised.
 
     No real rows need more memory, except rows of vectors with more negatives than the loss needs.
@@ -321,7 +327,7 @@ def _assumed_rows(config: TrainConfig) -> PreparedData:
         return with_totals(examples, DataReport())
     if config.objective.purpose == "rankings":
         row = replace(row, supervised=np.arange(length) == length - 1)
-        row = replace(row, others=(row,), ranking=RankedTexts(0, (0,), (1.0,)))
+        row = replace(row, others=() if has_head else (row,), ranking=RankedTexts(0, (0,), (1.0,)))
     if config.objective.purpose == "classes":
         row = replace(row, supervised=np.arange(length) == length - 1, class_label=ClassLabel("0"))
     return with_totals([row] * count, DataReport())

@@ -86,7 +86,10 @@ def load_run(
         machine,
         resolved,
         bound,
-        Identity(resolved, inputs.source, list(bound.lora.slots), inputs.train, inputs.held_out, inputs.base_facts),
+        Identity(
+            *(resolved, inputs.source, list(bound.lora.slots), inputs.train, inputs.held_out),
+            *(inputs.trains_head, inputs.base_facts),
+        ),
         (*rate_note, *plan.notes, *quantized, *bound.notes),
     )
 

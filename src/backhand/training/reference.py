@@ -38,7 +38,7 @@ from backhand.loop.objectives.compared import KTOObjective, PairObjective, misma
 from backhand.loop.objectives.decide import DecideObjective
 from backhand.loop.objectives.embed import EmbedObjective
 from backhand.loop.objectives.objective import Objective, document_sums
-from backhand.loop.objectives.rank import RankObjective
+from backhand.loop.objectives.rank import CrossEncoderObjective, RankObjective
 from backhand.reading import read_plain
 from backhand.runs.directory import REFERENCE, Proof, ProofLog, RunDirectory
 from backhand.training.hidden_states import HiddenStateCaches
@@ -108,6 +108,8 @@ def run_objectives(
             return DecideObjective(packer)
         if options.objective == "embed":
             return EmbedObjective(packer, options=options)
+        if options.objective == "rank" and inputs.trains_head:
+            return CrossEncoderObjective(packer, options=options)
         if options.objective == "rank":
             return RankObjective(packer, options=options)
         if options.objective == "classify":

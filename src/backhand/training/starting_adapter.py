@@ -21,6 +21,7 @@ from backhand.loop.step_plan import derived_seed
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.config import TrainConfig
+from backhand.options.objectives import ObjectiveName
 from backhand.training.class_inputs import StartingHead
 
 _OWN_OPTIONS = frozenset({"dropout"})
@@ -71,8 +72,8 @@ class StartingAdapter:
         names = [slot.name for slot in layout.slots]
         return check_source(self.contents.record, self.origin, self.source, names, **checks)
 
-    def head(self, engine: DecoderEngine) -> StartingHead:
-        """Return the adapter's classification head. Raises UsageError if it has none."""
+    def head(self, engine: DecoderEngine, objective: ObjectiveName) -> StartingHead:
+        """Return the adapter's head. Raises UsageError if it has none, or none for this objective."""
         record = self.contents.record
         known = {} if record is None else record.classification
         loaded = match_linear_adapter(self.contents, engine.module_shapes())
@@ -82,7 +83,14 @@ class StartingAdapter:
                 f"{self.origin} has no classification head",
                 where="from_adapter",
                 why="training continues with the adapter's own modules and values",
-                next_step="give an adapter of --objective classify, or leave out from_adapter for a fresh adapter",
+                next_step=f"give one of --objective {objective} with a head, or leave it out for a fresh adapter",
+            )
+        if objective == "rank" and outputs > 1:
+            raise UsageError(
+                f"the head of {self.origin} has {outputs} outputs",
+                where="from_adapter",
+                why="a score head has one",
+                next_step="give an adapter of --objective rank, or leave out from_adapter for a fresh adapter",
             )
         return StartingHead(self.origin, outputs, known.get("problem_type"), tuple(known.get("labels", ())))
 

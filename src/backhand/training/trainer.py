@@ -31,9 +31,9 @@ from backhand.loop.held_out_vectors import HeldOutEmbeddings
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.loop import SampledSteps, TrainingLoop
 from backhand.loop.measuring import HeldOut
-from backhand.loop.objectives.classify import ClassifyObjective, HeldOutClasses
 from backhand.loop.objectives.decide import DecideObjective, decision_figures
 from backhand.loop.objectives.embed import EmbedObjective
+from backhand.loop.objectives.head import HeadObjective, HeldOutHead
 from backhand.loop.objectives.objective import AnswerObjective, HeldOutObjective, Objective
 from backhand.loop.objectives.rank import RankObjective
 from backhand.loop.observers import Observers, RunStart
@@ -232,7 +232,7 @@ class Trainer:
             the summary with the measurements of the answers.
         """
         run, objective = self.run, self._held_out_objective
-        if isinstance(objective, EmbedObjective | RankObjective | ClassifyObjective) and self.processes.is_main_process:
+        if isinstance(objective, EmbedObjective | RankObjective | HeadObjective) and self.processes.is_main_process:
             run.bound.fill(str(self.directory.adapter))
             if isinstance(objective, EmbedObjective):
                 vectors, tokenizer = self._held_out_vectors(objective), run.inputs.source.tokenizer()
@@ -423,8 +423,8 @@ class Trainer:
             return HeldOutRewards(run.inputs.held_out.examples, sampled.rollout, run.config.run.answers)
         if isinstance(objective, EmbedObjective):
             return self._held_out_vectors(objective, caches.held_out)
-        if isinstance(objective, ClassifyObjective):
-            return self._held_out_classes(objective, caches.held_out)
+        if isinstance(objective, HeadObjective):
+            return HeldOutHead(objective, run.plan.memory.micro_batch_rows, caches.held_out)
         if isinstance(objective, AnswerObjective):
             return HeldOutObjective(objective, run.plan.memory.micro_batch_rows, caches.held_out)
         rows, packer = run.inputs.held_out.examples, run.inputs.held_out_packer
@@ -435,11 +435,6 @@ class Trainer:
     ) -> HeldOutEmbeddings:
         options = self.run.config.optimization
         return HeldOutEmbeddings(objective, not_none(options.micro_batch_rows), options.batch_rows, hidden_states)
-
-    def _held_out_classes(
-        self, objective: ClassifyObjective, hidden_states: HiddenStateCache | None = None
-    ) -> HeldOutClasses:
-        return HeldOutClasses(objective, self.run.plan.memory.micro_batch_rows, hidden_states)
 
     def _card(self, progress: Progress) -> dict[str, object]:
         model = self.run.config.model

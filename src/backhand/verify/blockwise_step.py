@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
@@ -25,15 +25,19 @@ from backhand.nn.decoder.cross_layer import CrossLayer
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.ple_inputs import PLEInputsSaved, ple_inputs_backward, ple_inputs_forward
+from backhand.nn.decoder.pooled_states import read_positions
+from backhand.nn.decoder.projections import norm_backward, norm_forward
 from backhand.nn.decoder.weights import BlockWeights, PerLayerWeights, named_views
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.binary_cross_entropy import binary_cross_entropy_reference
 from backhand.ops.decide import decide_reference
+from backhand.ops.layer_norm import NormSaved
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
 from backhand.ops.preference import PreferenceRule, preference_reference
 from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
 from backhand.options.objectives import ObjectiveOptions
+from backhand.verify.head_loss import HeadLoss
 from backhand.verify.scaffold import Tensors
 
 _BETA = 0.1
@@ -70,7 +74,7 @@ def row_loss(rows: Sequence[Example], options: ObjectiveOptions | None = None) -
         return RowLoss("loss of decisions", decide.token_loss(0, numbers), owners, len(counts), of_sums)
     if rows[0].ranking is not None:
         rank = RankObjective(packer, options=options or ObjectiveOptions("rank"))
-        formula = partial(_ranking_loss, rank.texts(numbers), rank.options)
+        formula = partial(_ranking_loss, rank.loss.texts(numbers), rank.options)
         return RowLoss("loss of rankings", rank.token_loss(0, numbers), owners, len(counts), formula)
     reference = -counts - torch.arange(2 * len(rows), dtype=torch.float64) / 3
     objective = PairObjective(packer, reference, options=ObjectiveOptions("dpo", _BETA))
@@ -122,11 +126,12 @@ class BlockwiseStep:
         cross_layer: the cross-layer tensors of the last pass.
     """
 
-    decoder: Decoder  # with an adapter of nothing but factors
+    decoder: Decoder  # with an adapter of nothing but factors, and the parameters of a head if there is `head_loss`
     batch: PackedBatch  # the packed documents, on the decoder's device
     dropout_seed: int | None  # draws the masks; None for no dropout
     loss_scaling: float
     row_loss: RowLoss | None = None  # the loss where documents are pairs or decisions; None for Σ nats
+    head_loss: HeadLoss | None = None  # the loss of an adapter with a classification head or a score head
 
     def __post_init__(self) -> None:
         decoder = self.decoder
@@ -134,10 +139,19 @@ class BlockwiseStep:
             raise ValueError("there is no adapter to prove: attach one first")
         self.cross_layer = CrossLayer()
         self._ple_saved: PLEInputsSaved | None = None
-        self.lora = LoRAParameters(decoder.lora.slots.values(), device=decoder.device, dtype=torch.float64)
+        slots, whole = decoder.lora.slots.values(), decoder.lora.full_tensors
+        self.lora = LoRAParameters(slots, full_tensors=whole.values(), device=decoder.device, dtype=torch.float64)
         for name in self.lora.slots:
             self.lora.lora_A(name).copy_(decoder.lora.compute_A(name))
             self.lora.lora_B(name).copy_(decoder.lora.compute_B(name))
+        for name in whole:  # the head computes in float32, whatever the compute dtype is
+            self.lora.tensor(name).copy_(decoder.lora.tensor(name))
+        # positions at which the last block computes its output, as in a training step
+        batch = self.batch
+        supervised = batch.supervised_positions if self.head_loss is None else read_positions(batch)
+        self.positions = (
+            torch.arange(len(batch.labels), device=batch.labels.device) if supervised is None else supervised
+        )
 
     @property
     def layers(self) -> range:
@@ -147,7 +161,7 @@ class BlockwiseStep:
     def gradient(self) -> Tensor:
         """Return the whole gradient in the order of the flat buffer."""
         self.lora.gradients.zero_()
-        inputs = self.forward(self.dropout_seed, self.batch.supervised_positions)
+        inputs = self.forward(self.dropout_seed, self.positions)
         d_x, _ = self.head(inputs.pop())
         for layer in reversed(self.layers):
             d_x = self.block(layer, inputs.pop(), d_x)
@@ -188,9 +202,20 @@ class BlockwiseStep:
             inputs.append(x)
         return inputs
 
+    def head_parameters(self, trained: Mapping[str, Tensor] | None = None) -> Tensors:
+        """Return the parameters of the classification head: those of the model and those of the adapter, in float64.
+
+        Args:
+            trained: use these values of the adapter's parameters.
+        """
+        base = {name: tensor.double() for name, tensor in self.decoder.weights.class_head.items()}
+        return base | {name: (trained or {}).get(name, self.lora.tensor(name)) for name in self.lora.full_tensors}
+
     @torch.no_grad()
     def head(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ∂L/∂x of the last block's output x, both at the supervised positions, and the loss."""
+        """Return ∂L/∂x of the last block's output x, both at `positions`, and the loss."""
+        if self.head_loss is not None:
+            return self._class_head(x, self.head_loss)
         config, weights = self.decoder.config, self.decoder.weights
         labels = self.batch.labels[self.batch.supervised_positions]
         factors = self.decoder.head_factors(self.dropout_seed)
@@ -211,13 +236,33 @@ class BlockwiseStep:
         loss = self.batch.per_document(losses).sum() if loss is None else loss
         return rms_norm_backward(grads.d_x, norm, weight_gradient=False).d_x, loss
 
+    def _class_head(self, x: Tensor, head_loss: HeadLoss) -> tuple[Tensor, Tensor]:
+        states, norm = self.final_norm(x)
+        read = torch.isin(self.positions, self.batch.supervised_positions)
+        loss, d_read, d_parameters = head_loss.by_hand(states[read], self.batch, self.head_parameters())
+        for name in self.lora.full_tensors:
+            self.lora.gradient(name).copy_(self.loss_scaling * d_parameters[name])
+        d_states = torch.zeros_like(states)
+        d_states[read] = self.loss_scaling * d_read
+        return d_states if norm is None else norm_backward(d_states, norm, None), loss
+
     @torch.no_grad()
     def block(self, layer: int, x0: Tensor, d_x2: Tensor) -> Tensor:
         """Return ∂L/∂x₀ of the block, and add its adapter gradients to the buffer."""
-        weights, context = self.block_weights(layer), self.context(layer, self.batch.supervised_positions)
+        weights, context = self.block_weights(layer), self.context(layer, self.positions)
         adapter = block_adapter(self.lora, self.decoder.config, layer, self.dropout_seed)
         _, saved = block_forward(x0, weights, adapter, context, "none")
         return not_none(block_backward(d_x2.clone(), saved, weights, adapter, context))
+
+    def final_norm(self, x: Tensor) -> tuple[Tensor, NormSaved | None]:
+        """Return the final states of the last block's output, and the saved tensors; None without a norm."""
+        weights = self.decoder.weights
+        if weights.final_norm is None:
+            return x, None
+        bias = weights.final_norm_bias
+        return norm_forward(
+            x, weights.final_norm.double(), None if bias is None else bias.double(), self.decoder.config
+        )
 
     def block_weights(self, layer: int) -> BlockWeights:
         """Return a copy of the block's weights in float64."""

@@ -177,13 +177,14 @@ def _verify_model(options: VerifyOptions, say: Say, objective: ObjectiveOptions 
     threads = resolve_threads(options.model)
     with compute_settings(options.model, threads, decoder.dtype, decoder.device):
         batch = pack(setup.examples, device=decoder.device)
-        gradients = GradientProofs(decoder, batch, setup.dropout_seed, setup.rows, objective)
+        gradients = GradientProofs(decoder, batch, setup.dropout_seed, setup.rows, objective, setup.head_loss)
         say(f"{options.model.model}: block by block in float64")
         report.results.extend(gradients.by_block())
         say(f"{options.model.model}: a training step")
         report.results.append(gradients.training_step())
         say(f"{options.model.model}: invariances")
-        report.results.extend(prove_invariances(decoder, setup.examples, gradients.rounding_bound))
+        bound = gradients.rounding_bound
+        report.results.extend(prove_invariances(decoder, setup.examples, bound, setup.head_loss))
         say(f"{options.model.model}: merging")
         report.results.extend(prove_merging(gradients.step))
     return report

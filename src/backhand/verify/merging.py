@@ -20,10 +20,11 @@ from torch import Tensor
 from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import HEAD, block_adapter
 from backhand.nn.decoder.block import block_forward
-from backhand.nn.decoder.merging import is_quantized, merge_into, merged_logits, merged_weight
+from backhand.nn.decoder.merging import is_quantized, merge_into, merged_logits, merged_output, merged_weight
 from backhand.nn.decoder.ple_inputs import ple_inputs_forward
 from backhand.nn.decoder.weights import linear_parts
 from backhand.nn.families.family import PER_LAYER_MODEL
+from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.rms_norm import rms_norm_forward
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.verify.blockwise_step import BlockwiseStep
@@ -41,7 +42,7 @@ SMALLEST_BOUND = 1e-5
 def prove_merging(step: BlockwiseStep) -> Iterator[Result]:
     """Prove merging in float64 and in the compute dtype. The decoder stays merged and should not be used afterwards."""
     inputs = step.forward(None)
-    unmerged = _exact_logits(step, inputs[-1], merged=False)
+    unmerged = step.final_norm(inputs[-1])[0] if step.head_loss else _exact_logits(step, inputs[-1], merged=False)
     errors = {f"layer {layer}": _block_error(step, layer, *inputs[layer : layer + 2]) for layer in step.layers}
     if HEAD in step.lora:
         errors["head"] = relative_error(_exact_logits(step, inputs[-1], merged=True), unmerged)
@@ -51,7 +52,7 @@ def prove_merging(step: BlockwiseStep) -> Iterator[Result]:
     yield statement(
         f"{len(errors)} × merged = unmerged, float64", errors[worst], FLOAT64_BOUND, f"worst: {worst}", "merge"
     )
-    yield _merged_logits(step, unmerged)
+    yield _merged_outputs(step, unmerged)
 
 
 def _block_error(step: BlockwiseStep, layer: int, x0: Tensor, x2: Tensor) -> float:
@@ -88,26 +89,45 @@ def _exact_logits(step: BlockwiseStep, x: Tensor, *, merged: bool) -> Tensor:
     return logits
 
 
-def _merged_logits(step: BlockwiseStep, exact: Tensor) -> Result:
-    """Compare the logits in the compute dtype before and after merging. A quantized decoder uses `merged_logits`."""
-    decoder, batch, lora = step.decoder, step.batch, not_none(step.decoder.lora)
+def _merged_outputs(step: BlockwiseStep, exact: Tensor) -> Result:
+    """Compare the logits in the compute dtype before and after merging, or the final states that a head reads.
 
-    def logits() -> Tensor:
+    A quantized decoder uses `merged_logits`.
+    """
+    decoder, batch, lora = step.decoder, step.batch, not_none(step.decoder.lora)
+    what = "logits" if step.head_loss is None else "final states"
+
+    def outputs() -> Tensor:
+        if step.head_loss is not None:
+            return decoder.final_states(batch).double()
         return decoder.logits(batch.input_ids, batch.lengths).double()
 
-    adapted = logits()
+    adapted = outputs()
+    factors = _factors_of(lora)
     decoder.detach()
-    base = logits()
-    if is_quantized(decoder):
-        merged = merged_logits(decoder, lora, batch).double()
+    base = outputs()
+    if is_quantized(decoder) and step.head_loss is not None:
+        merged = decoder.final_norm(merged_output(decoder, factors, batch)).double()
+    elif is_quantized(decoder):
+        merged = merged_logits(decoder, factors, batch).double()
     else:
-        merge_into(decoder, lora)
-        merged = logits()
+        merge_into(decoder, factors)
+        merged = outputs()
     rounding, effect = relative_error(adapted, exact), relative_error(base, adapted)
     bound = max(UNITS_OF_ROUNDING * torch.finfo(decoder.dtype).eps, MERGED_TIMES_UNMERGED * rounding, SMALLEST_BOUND)
     if effect > bound:
         lost = norm(merged - adapted) / norm(base - adapted)
-        detail = f"the adapter changes the logits by {effect:.1e} of their norm; {lost:.1e} of this change is lost"
+        detail = f"the adapter changes the {what} by {effect:.1e} of their norm; {lost:.1e} of this change is lost"
     else:
         detail = f"the adapter itself changes only {effect:.1e}"
-    return statement("merged = unmerged, logits", relative_error(merged, adapted), bound, detail, "merge")
+    return statement(f"merged = unmerged, {what}", relative_error(merged, adapted), bound, detail, "merge")
+
+
+def _factors_of(lora: LoRAParameters) -> LoRAParameters:
+    """Return the adapter without the parameters of a head, which merging does not change."""
+    if not lora.full_tensors:
+        return lora
+    factors = LoRAParameters(lora.slots.values(), device=lora.values.device)
+    for name, view in factors.named_tensors():
+        view.copy_(lora.tensor(name))
+    return factors

@@ -16,14 +16,15 @@ If the error is above the bound, the geometric means over several similar adapte
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.errors import not_none
-from backhand.nn.batch import IGNORE_INDEX, PackedBatch
+from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.decoder.cross_layer import KeysAndValues
 from backhand.nn.decoder.decoder import Decoder
@@ -33,16 +34,19 @@ from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.options.objectives import ObjectiveOptions
 from backhand.verify.blockwise_step import BlockwiseStep, float64_dense, row_loss
+from backhand.verify.head_loss import HeadLoss
 from backhand.verify.measure import geometric_mean, relative_error
 from backhand.verify.reference_decoder import (
     NatsLoss,
     ReferenceAdapter,
     ReferenceCrossLayer,
     ReferenceLayer,
+    StatesLoss,
     reference_block,
     reference_head,
     reference_inputs,
     reference_loss,
+    reference_states,
 )
 from backhand.verify.report import Result, statement
 from backhand.verify.runner import NEIGHBOURS, dtype_name, rounding_bound
@@ -51,6 +55,7 @@ from backhand.verify.scaffold import Tensors
 # The largest relative error of any gradient in float64.
 FLOAT64_BOUND = 1e-9
 NEIGHBOURHOOD = 0.05
+_OF_HEAD = "gradient of the head"
 # Outputs, and the upstream gradients of these outputs.
 Graph = tuple[Sequence[Tensor], Sequence[Tensor]]
 # A function of an adapter whose factors include all leaves, also those that belong to no module.
@@ -66,6 +71,7 @@ class GradientProofs:
         dropout_seed: seed of the masks, the same for engine and reference; None for no dropout.
         rows: the pairs or the rows of decisions or rankings in the batch, whose loss is then proved instead of Σ nats.
         objective: the loss of rankings; None for the usual one.
+        head_loss: the loss of an adapter with a head; None without one.
 
     Attributes:
         step: the same step in float64. `by_block` fills its gradients.
@@ -79,10 +85,11 @@ class GradientProofs:
         dropout_seed: int | None,
         rows: Sequence[Example] = (),
         objective: ObjectiveOptions | None = None,
+        head_loss: HeadLoss | None = None,
     ) -> None:
         loss = row_loss(rows, objective) if rows else None
-        loss_scaling = 1.0 / max(len(rows) or batch.supervised_tokens, 1)
-        self.step = BlockwiseStep(decoder, batch, dropout_seed, loss_scaling, loss)
+        parts = len(rows) or (batch.supervised_tokens if head_loss is None else len(batch.ends))
+        self.step = BlockwiseStep(decoder, batch, dropout_seed, 1.0 / max(parts, 1), loss, head_loss)
         self.rounding_bound = math.nan
         self._errors: dict[str, float] = {}
 
@@ -90,9 +97,10 @@ class GradientProofs:
         """Prove in float64: the loss, then each kind of module over all layers, and the gradients between blocks."""
         step = self.step
         step.lora.gradients.zero_()
-        inputs = step.forward(step.dropout_seed, step.batch.supervised_positions)
+        inputs = step.forward(step.dropout_seed, step.positions)
         d_x, loss_error = self._prove_head(inputs.pop())
         what = "loss" if step.row_loss is None else step.row_loss.name
+        what = what if step.head_loss is None else "weighted sum of the head's logits"
         yield statement(f"{what} = reference, float64", loss_error, FLOAT64_BOUND)
         for layer in reversed(step.layers):
             d_x = self._prove_block(layer, inputs.pop(), d_x)
@@ -122,8 +130,11 @@ class GradientProofs:
         step = self.step
         decoder, lora = step.decoder, not_none(step.decoder.lora)
         lora.gradients.zero_()
-        token_loss = None if step.row_loss is None else step.row_loss.token_loss
-        decoder.loss_and_gradients(step.batch, step.loss_scaling, step.dropout_seed, token_loss)
+        if step.head_loss is not None:
+            step.head_loss.engine_gradients(decoder, step.batch, step.loss_scaling, step.dropout_seed)
+        else:
+            token_loss = None if step.row_loss is None else step.row_loss.token_loss
+            decoder.loss_and_gradients(step.batch, step.loss_scaling, step.dropout_seed, token_loss)
         return relative_error(lora.gradients, truth), relative_error(self._by_autograd(), truth)
 
     def _neighbours(self) -> Iterator[tuple[float, float]]:
@@ -136,7 +147,7 @@ class GradientProofs:
                 drawn = torch.randn(values.shape, generator=generator).to(values.device)
                 lora.values.copy_(values * torch.exp(NEIGHBOURHOOD * drawn))
                 lora.refresh_compute(step.decoder.dtype)
-                near = BlockwiseStep(step.decoder, step.batch, step.dropout_seed, step.loss_scaling, step.row_loss)
+                near = replace(step)
                 yield self._rounding_errors(near.gradient())
         finally:
             lora.values.copy_(values)
@@ -147,14 +158,15 @@ class GradientProofs:
         step = self.step
         decoder, lora = step.decoder, not_none(step.decoder.lora)
         factors = {
-            f"{name}.{part}": factor
-            for name in lora.slots
-            for part, factor in (("lora_A", lora.compute_A(name)), ("lora_B", lora.compute_B(name)))
+            name: tensor if name in lora.full_tensors else lora.compute(name) for name, tensor in lora.named_tensors()
         }
         views = {name: frozen_dense(view) for name, view in named_views(decoder.weights, decoder.config)}
 
         def forward(adapter: ReferenceAdapter) -> Graph:
-            loss = reference_loss(views, decoder.config, step.batch, adapter, self._nats_loss)
+            loss = reference_loss(
+                *(views, decoder.config, step.batch, adapter, self._nats_loss),
+                *(self._loss_of_states(adapter.factors), step.positions),
+            )
             return (loss,), (torch.full_like(loss, step.loss_scaling),)
 
         _, gradients = _differentiate(forward, factors, lora, step.dropout_seed)
@@ -165,6 +177,8 @@ class GradientProofs:
         step = self.step
         config, weights = step.decoder.config, step.decoder.weights
         d_x, by_hand = step.head(x)
+        if step.head_loss is not None:
+            return d_x, self._prove_class_head(x, d_x, by_hand)
         head = float64_dense(weights.head)
         named = {f"{config.final_norm}.weight": not_none(weights.final_norm).double()}
         named |= {f"{config.embedding}.weight": head, f"{HEAD}.weight": head}
@@ -180,6 +194,32 @@ class GradientProofs:
         (loss,), by_autograd = self._prove([HEAD], {"x": x}, forward)
         self._compare("d_x of the head", d_x, by_autograd["x"])
         return d_x, relative_error(by_hand, loss.detach())
+
+    def _prove_class_head(self, x: Tensor, d_x: Tensor, by_hand: Tensor) -> float:
+        """Compare the gradients of the head's parameters and ∂L/∂x, and return the loss's relative error."""
+        step = self.step
+        config, read = step.decoder.config, torch.isin(step.positions, step.batch.supervised_positions)
+        ends = (f"{config.final_norm}.weight", f"{config.final_norm}.bias")
+        named = {name: float64_dense(view) for name, view in named_views(step.decoder.weights, config) if name in ends}
+
+        def forward(adapter: ReferenceAdapter) -> Graph:
+            states = reference_states(adapter.factors["x"], named, config)[read]
+            loss = not_none(self._loss_of_states(adapter.factors))(states)
+            return (loss,), (torch.full_like(loss, step.loss_scaling),)
+
+        trained = {name: step.lora.tensor(name) for name in step.lora.full_tensors}
+        (loss,), by_autograd = _differentiate(forward, {"x": x, **trained}, step.lora, step.dropout_seed)
+        self._compare("d_x of the head", d_x, by_autograd["x"])
+        for name in trained:
+            self._compare(name, step.lora.gradient(name), by_autograd[name])
+        return relative_error(by_hand, loss.detach())
+
+    def _loss_of_states(self, trained: Mapping[str, Tensor]) -> StatesLoss | None:
+        """Return the loss of a head with these values of the adapter's parameters; None without a head."""
+        step = self.step
+        if (head_loss := step.head_loss) is None:
+            return None
+        return lambda states: head_loss.reference(states, step.batch, step.head_parameters(trained))
 
     @property
     def _nats_loss(self) -> NatsLoss:
@@ -198,7 +238,10 @@ class GradientProofs:
             extra["inputs"] = cross_layer.ple[:, layer]
         d_x0 = step.block(layer, x0, d_x2)
         named = step.named_weights(layer)
-        loss_positions = step.batch.labels != IGNORE_INDEX if layer == step.layers[-1] else None
+        loss_positions = None
+        if layer == step.layers[-1]:
+            loss_positions = torch.zeros_like(step.batch.labels, dtype=torch.bool)
+            loss_positions[step.positions] = True
 
         def forward(adapter: ReferenceAdapter) -> Graph:
             leaves = adapter.factors
@@ -265,11 +308,14 @@ class GradientProofs:
         kinds: dict[str, list[str]] = {}
         for name in (*self.step.lora.slots, "d_x"):
             kinds.setdefault(name.rpartition(".")[2], [])
-        for name in self._errors:
+        heads = [name for name in self._errors if name in self.step.lora.full_tensors]
+        for name in self._errors.keys() - heads:
             kinds["d_x" if name.startswith("d_x") else name.split(".")[-2]].append(name)
-        for kind, names in kinds.items():
+        for kind, names in {**kinds, **({_OF_HEAD: heads} if heads else {})}.items():
             worst = max(names, key=lambda name: (math.isnan(self._errors[name]), self._errors[name]))
-            what = f"{len(names)} × d_x" if kind == "d_x" else f"{len(names) // 2} × {kind}: d_lora_A, d_lora_B"
+            what = f"{len(names)} × {kind}"
+            if kind not in ("d_x", _OF_HEAD):
+                what = f"{len(names) // 2} × {kind}: d_lora_A, d_lora_B"
             yield statement(f"{what} = autograd's, float64", self._errors[worst], FLOAT64_BOUND, f"worst: {worst}")
 
 

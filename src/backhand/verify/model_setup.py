@@ -10,28 +10,39 @@ from typing import Any
 import numpy as np
 import torch
 
+from backhand.adapters.classifier_config import padding_id
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.loading import load_adapter_for
+from backhand.adapters.loading import LoadedAdapter, load_adapter_for
+from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import resolve_adapter
 from backhand.data.chat import read_template
+from backhand.data.class_examples import ClassEncoder, ClassFormat
+from backhand.data.data_report import TruncationStats
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.held_out import neutral_texts
 from backhand.data.options import DataOptions
 from backhand.data.prepare import read_examples, training_questions
 from backhand.data.ranking_examples import RankingFormat
-from backhand.data.rows import Purpose
+from backhand.data.rows import ClassRow, Purpose
+from backhand.data.text_encoder import TextEncoder
 from backhand.errors import DataError, UsageError
 from backhand.generation.held_base import stays_quantized
+from backhand.generation.loading import classification_of, ranking_of
+from backhand.loop.objectives.rank import pair_format
 from backhand.nn.compute import resolve_device, resolve_dtype
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.forward_backward import require_head
+from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.families.config_fields import UnsupportedModel
+from backhand.nn.families.family import DecoderConfig
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.opening import open_model
+from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.nn.model_options import BaseModelOptions
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.options.objectives import ObjectiveOptions
+from backhand.verify.head_loss import HeadLoss
 from backhand.verify.measure import norm
 
 ADAPTER_SEED = 0
@@ -53,6 +64,7 @@ class ModelSetup:
     dropout_seed: int | None  # seed of the dropout masks, None for an adapter without dropout
     notes: tuple[str, ...]
     rows: tuple[Example, ...] = ()  # the same documents as rows, if these are pairs, decisions or rankings
+    head_loss: HeadLoss | None = None  # the loss of an adapter with a classification head or a score head
 
 
 def load_setup(
@@ -82,10 +94,28 @@ def load_setup(
     except UnsupportedModel as error:
         error.next_step = _WITHOUT_ENGINE
         raise
-    require_head(config)
-    if data.state is not None or data.question:
-        objective = ObjectiveOptions("decide")
-    examples, rows, note = _documents(data, source.tokenizer(), max_tokens, objective or ObjectiveOptions())
+    loaded = None
+    if adapter is not None:
+        loaded = load_adapter_for(
+            source,
+            adapter,
+            module_shapes(config),
+            chat_template=read_template(data.chat_template, source.tokenizer()),
+            template_args=data.template_args,
+            force_base=model.force_base,
+            allow_pickle=model.allow_pickle,
+        )
+        _check_proved(loaded, config)
+    head_loss = None
+    if loaded is not None and classification_of(loaded, config):
+        head_loss = HeadLoss(config)
+        examples, note = _texts_of_head(data, source, config, loaded.record or AdapterRecord(), max_tokens)
+        rows: tuple[Example, ...] = ()
+    else:
+        require_head(config)
+        if data.state is not None or data.question:
+            objective = ObjectiveOptions("decide")
+        examples, rows, note = _documents(data, source.tokenizer(), max_tokens, objective or ObjectiveOptions())
     check_vocabulary(
         ((example.input_ids, example.source) for example in examples), config.vocab_size, source.tokenizer()
     )
@@ -94,28 +124,10 @@ def load_setup(
     adapter_notes: tuple[str, ...] = ()
     if len(examples) == 1:
         adapter_notes = ("there is only one document: packing and accumulation are not measured",)
-    if adapter is None:
+    if loaded is None:
         lora = random_adapter(decoder)
         description = f"random adapter, rank {RANDOM_ADAPTER.rank}, all linear layers, dropout {RANDOM_ADAPTER.dropout}"
     else:
-        template = read_template(data.chat_template, source.tokenizer())
-        loaded = load_adapter_for(
-            source,
-            adapter,
-            decoder.module_shapes(),
-            chat_template=template,
-            template_args=data.template_args,
-            force_base=model.force_base,
-            allow_pickle=model.allow_pickle,
-        )
-        experts = {shape.name for shape in loaded.shapes if shape.experts}
-        if untested := [(name, what) for name, what in loaded.beyond_factors.items() if name not in experts]:
-            name, what = untested[0]
-            raise UsageError(
-                f"--model proves plain LoRA, and this adapter trains more: {name}: {what}",
-                where="adapter",
-                next_step="backhand verify without --model proves these gradients for ops and whole decoders",
-            )
         lora = loaded.parameters(device=device)
         adapter_notes += loaded.notes
         description = f"adapter {adapter}"
@@ -127,7 +139,47 @@ def load_setup(
         note,
         *adapter_notes,
     )
-    return ModelSetup(decoder, examples, DROPOUT_SEED if dropout else None, notes, rows)
+    return ModelSetup(decoder, examples, DROPOUT_SEED if dropout else None, notes, rows, head_loss)
+
+
+def _check_proved(loaded: LoadedAdapter, config: DecoderConfig) -> None:
+    """Raise UsageError for an adapter that trains more than factors and a head, whose gradients are not compared."""
+    proved = {shape.name for shape in loaded.shapes if shape.experts}
+    proved |= {name.rpartition(".")[0] for name in config.class_head.parameters.values()}
+    if untested := [(name, what) for name, what in loaded.beyond_factors.items() if name not in proved]:
+        name, what = untested[0]
+        raise UsageError(
+            f"--model proves plain LoRA, and this adapter trains more: {name}: {what}",
+            where="adapter",
+            next_step="backhand verify without --model proves these gradients for ops and whole decoders",
+        )
+
+
+def _texts_of_head(
+    data: DataOptions, source: ModelSource, config: DecoderConfig, record: AdapterRecord, max_tokens: int
+) -> tuple[tuple[Example, ...], str]:
+    """Return the first texts or pairs of texts of the rows as a head reads them, and a note about them.
+
+    Without rows they are the neutral texts of the package.
+    """
+    tokenizer, padding = source.tokenizer(), padding_id(source)
+    longest = min(data.max_length, config.max_position_embeddings, max_tokens // 2 - 1)
+    text_format = ClassFormat(config.class_head.pooling, padding)
+    if data.data:
+        purpose: Purpose = "rankings" if ranking_of(record) else "classes"
+        chosen = pair_format(config, padding) if purpose == "rankings" else text_format
+        options = replace(data, max_length=longest)
+        read = read_examples(options, data.data, tokenizer, purpose=purpose, text_format=chosen)
+        documents = [_alone(document) for example in read.examples for document in example.documents]
+        where = ", ".join(data.data)
+    else:
+        texts = [ClassRow(text, None, "neutral_texts.txt") for text in neutral_texts()]
+        encoded = ClassEncoder(TextEncoder(tokenizer), text_format, longest).encode(texts, TruncationStats())
+        documents = [one for one in encoded if isinstance(one, Example)]
+        where = "neutral texts of the package"
+    examples = choose_documents(documents, max_tokens)
+    tokens = sum(len(example) for example in examples)
+    return tuple(examples), f"{len(examples)} of {len(documents)} documents of {where}: {tokens} tokens"
 
 
 def random_adapter(decoder: Decoder) -> LoRAParameters:
@@ -187,7 +239,7 @@ def _documents(
 
 def _alone(document: Example) -> Example:
     """Return a document of a row without the others."""
-    return replace(document, rejected=None, others=(), decision=None, ranking=None)
+    return replace(document, rejected=None, others=(), decision=None, ranking=None, class_label=None)
 
 
 def _text_example(text: str, tokenizer: Any) -> Example:

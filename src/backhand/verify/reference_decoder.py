@@ -55,6 +55,7 @@ from backhand.verify.packed_tokens import unshare_prefixes
 
 Tensors = Mapping[str, Tensor]
 NatsLoss = Callable[[Tensor], Tensor]
+StatesLoss = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,8 @@ def reference_loss(
     batch: PackedBatch,
     adapter: ReferenceAdapter,
     nats_loss: NatsLoss = torch.sum,
+    loss_of_states: StatesLoss | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Return the sum of nats over the supervised positions, 0-d. For an encoder, return its `state_loss`.
 
@@ -227,6 +230,8 @@ def reference_loss(
         batch: the packed documents; what they share is computed for each of them.
         adapter: the adapter, with factors in the dtype of the weights.
         nats_loss: another loss of the nats of the documents' supervised tokens, (supervised,).
+        loss_of_states: a loss of the supervised final states, instead of the nats.
+        positions: positions at which the last block draws dropout masks; None for the supervised ones.
     """
     batch = (
         unshare_prefixes(batch) if batch.parents else batch
@@ -237,14 +242,25 @@ def reference_loss(
     cross_layer = ReferenceCrossLayer(reference_inputs(x, weights, config, batch.input_ids, adapter))
     for layer in range(layers):
         # The loss reads only the supervised positions of the last block.
-        loss_positions = batch.labels != IGNORE_INDEX if layer == layers - 1 else None
+        loss_positions = _loss_positions(batch, positions) if layer == layers - 1 else None
         x = reference_block(
             x, ReferenceLayer(layer, weights, config, batch.lengths, adapter, loss_positions, cross_layer)
         )
-    if not config.has_head:
-        states = x if config.final_norm is None else _named_norm(x, config.final_norm, weights, config)
-        return state_loss(states[batch.labels != IGNORE_INDEX])
+    if loss_of_states is not None or not config.has_head:
+        return (loss_of_states or state_loss)(reference_states(x, weights, config)[batch.labels != IGNORE_INDEX])
     return reference_head(x, weights, config, batch.labels, adapter, lambda nats: nats_loss(batch.per_document(nats)))
+
+
+def _loss_positions(batch: PackedBatch, positions: Tensor | None) -> Tensor:
+    """Return True for the positions at which the last block draws masks, (tokens,) bool."""
+    if positions is None:
+        return batch.labels != IGNORE_INDEX
+    return torch.zeros_like(batch.labels, dtype=torch.bool).index_fill_(0, positions, value=True)
+
+
+def reference_states(x: Tensor, weights: Tensors, config: DecoderConfig) -> Tensor:
+    """Return the final states of the last block's output: after the final norm, if there is one."""
+    return x if config.final_norm is None else _named_norm(x, config.final_norm, weights, config)
 
 
 def state_loss(states: Tensor) -> Tensor:

@@ -1,8 +1,11 @@
 """Rankings: losses of the scores of a query's documents.
 
-The score of a document is s = log p(yes) - log p(no) at the end of its prompt (`data.ranking_examples`). The sums of an
-`Objective` are these two log-probabilities, whose gradients are ∂L/∂s and -∂L/∂s. Whatever else is probable at that
-position cancels.
+With a decoder, the score of a document is s = log p(yes) - log p(no) at the end of its prompt, see
+`data.ranking_examples`. The sums of an `Objective` are these two log-probabilities, whose gradients are ∂L/∂s and
+-∂L/∂s. Whatever else is probable at that position cancels.
+
+With an encoder, which is then called a cross-encoder, s is the logit of a head with one output, see
+`data.pair_examples`.
 
     pointwise   mean binary cross-entropy of the documents, with targets from 0 to 1   (`ops.binary_cross_entropy`)
     listwise    cross-entropy of the softmax over the documents, with the targets divided by their sum   (`ops.decide`)
@@ -13,18 +16,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from backhand.data.pair_examples import PairFormat
 from backhand.data.rows import RankedTexts
 from backhand.data.stored_examples import StoredExamples
 from backhand.distributed.communicator import Communicator
-from backhand.engines.engine import BoundModel
+from backhand.engines.engine import BoundModel, Trainable
 from backhand.errors import CheckError, DataError, not_none
-from backhand.loop.objectives.objective import AnswerObjective, Documents, RowLosses, document_sums
+from backhand.loop.objectives.head import HeadLoss, HeadObjective, head_logits
+from backhand.loop.objectives.objective import AnswerObjective, Documents, RowLosses, document_sums, means
 from backhand.loop.ranking_scores import RankingScores, score_rankings
+from backhand.nn.decoder.class_head import has_score_head
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.families.family import DecoderConfig
 from backhand.ops.binary_cross_entropy import binary_cross_entropy_backward, binary_cross_entropy_forward
 from backhand.ops.decide import decide_backward, decide_forward
 from backhand.options.objectives import ObjectiveOptions
@@ -34,24 +43,30 @@ CONSTANT = 1e-5
 
 
 @dataclass
-class RankObjective(AnswerObjective):
-    """The loss of rankings."""
+class RankingLoss:
+    """The loss of rankings as a function of the scores of their documents."""
 
-    options: ObjectiveOptions = field(default_factory=lambda: ObjectiveOptions("rank"))
+    examples: StoredExamples
+    options: ObjectiveOptions
     _was_apart: bool = False  # True after an evaluation in which scores differed
 
     def texts(self, rows: Sequence[int]) -> list[RankedTexts]:
         """Return digests and targets of these rows."""
-        return [not_none(self.packer.examples.ranking(row)) for row in rows]
+        return [not_none(self.examples.ranking(row)) for row in rows]
 
-    def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
+    def of_scores(self, rows: Sequence[int], scores: Tensor) -> RowLosses:
         """Compute the losses of the rows, and metrics of those whose documents differ in their targets.
 
         `hit@1` is the share of rows with a most relevant document first, and `margin` the mean score of these documents
         above that of the others.
+
+        Args:
+            scores: s of all documents of the rows, (documents,) float64.
+
+        Returns:
+            the losses. `d_sums` is ∂Σ losses / ∂s, (documents,).
         """
         texts = self.texts(rows)
-        scores = scores_of(documents.sums)
         counts = torch.tensor([len(row.documents) for row in texts])
         targets = torch.tensor([target for row in texts for target in row.targets], dtype=torch.float64)
         owner = torch.arange(len(texts)).repeat_interleave(counts)
@@ -64,20 +79,19 @@ class RankObjective(AnswerObjective):
             listed = torch.cat([self._distribution(one) for one in targets.split(counts.tolist())])
             losses, of_lists = decide_forward(scores, listed, owner, len(texts))
             d_scores = decide_backward(torch.ones_like(losses), of_lists).d_scores
-        measured = _measured(texts, scores.split(counts.tolist()))
-        return RowLosses(losses, torch.stack((d_scores, -d_scores), 1).flatten(), measured)
+        return RowLosses(losses, d_scores, _measured(texts, scores.split(counts.tolist())))
 
     def _distribution(self, targets: Tensor) -> Tensor:
         """Return the target probabilities of a list."""
         return targets.softmax(0) if self.options.ranking_loss == "listnet" else targets / targets.sum()
 
-    def evaluated(self, rows: Sequence[int], sums: Tensor, losses: Tensor) -> tuple[Tensor, Mapping[str, float]]:
-        """Return the losses unchanged, and the scores of held-out rows.
+    def evaluated(self, rows: Sequence[int], scores: Tensor) -> dict[str, float]:
+        """Return metrics of held-out rows after an evaluation.
 
         Raises:
             CheckError: the scores have become constant since an earlier evaluation.
         """
-        scored = self._scored(rows, sums)
+        scored = self.scored(rows, scores)
         if self._was_apart and not scored.spread > CONSTANT:
             raise CheckError(
                 f"the scores are constant: those of a query's documents differ by {scored.spread:.2g} nats",
@@ -85,7 +99,31 @@ class RankObjective(AnswerObjective):
                 next_step="start again with a lower --learning-rate, or with more rows per step (--batch-rows)",
             )
         self._was_apart = self._was_apart or scored.spread > CONSTANT
-        return losses, {**scored.values, "spread": scored.spread}
+        return {**scored.values, "spread": scored.spread}
+
+    def scored(self, rows: Sequence[int], scores: Tensor) -> RankingScores:
+        """Return retrieval scores of these rows for s of all their documents, (documents,)."""
+        return score_rankings(self.texts(rows), scores.tolist())
+
+
+@dataclass
+class RankObjective(AnswerObjective):
+    """The loss of rankings by a decoder."""
+
+    options: ObjectiveOptions = field(default_factory=lambda: ObjectiveOptions("rank"))
+
+    @cached_property
+    def loss(self) -> RankingLoss:
+        """The loss as a function of scores."""
+        return RankingLoss(self.packer.examples, self.options)
+
+    def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
+        result = self.loss.of_scores(rows, scores_of(documents.sums))
+        return result._replace(d_sums=torch.stack((result.d_sums, -result.d_sums), 1).flatten())
+
+    def evaluated(self, rows: Sequence[int], sums: Tensor, losses: Tensor) -> tuple[Tensor, Mapping[str, float]]:
+        """Return the losses unchanged, and the scores of held-out rows. Raises as `RankingLoss.evaluated`."""
+        return losses, self.loss.evaluated(rows, scores_of(sums))
 
     def held_out_scores(self, bound: BoundModel, micro_batch_rows: int) -> dict[str, Any]:
         """Return the fields of summary.json on these rows, of the base model and of the adapted one.
@@ -101,11 +139,62 @@ class RankObjective(AnswerObjective):
             else:
                 bound.model.attach(bound.lora)
             sums = not_none(document_sums(bound.model, self.packer, every, micro_batch_rows, Communicator()))
-            scores[f"{name}_retrieval"] = self._scored(every, sums).to_json()
+            scores[f"{name}_retrieval"] = self.loss.scored(every, scores_of(sums)).to_json()
         return scores
 
-    def _scored(self, rows: Sequence[int], sums: Tensor) -> RankingScores:
-        return score_rankings(self.texts(rows), scores_of(sums).tolist())
+
+@dataclass
+class CrossEncoderObjective(HeadObjective):
+    """The loss of rankings by an encoder with a score head."""
+
+    options: ObjectiveOptions = field(default_factory=lambda: ObjectiveOptions("rank"))
+
+    @cached_property
+    def loss(self) -> RankingLoss:
+        """The loss as a function of scores."""
+        return RankingLoss(self.packer.examples, self.options)
+
+    @property
+    def _every(self) -> range:
+        return range(len(self.packer.examples))
+
+    def loss_of(self, rows: Sequence[int], logits: Tensor) -> HeadLoss:
+        losses, d_scores, measured = self.loss.of_scores(rows, logits.squeeze(1))
+        return HeadLoss(losses.sum(), d_scores.unsqueeze(1), measured)
+
+    def base_logits(self, model: Trainable) -> Tensor | None:
+        """Return equal scores, since a base without a score head ranks nothing; None for a cross-encoder."""
+        if isinstance(model, Decoder) and has_score_head(model):
+            return None
+        return torch.zeros(int(self.packer.examples.document_counts.sum()), 1, dtype=torch.float64)
+
+    def row_losses(self, logits: Tensor) -> Tensor:
+        return self.loss.of_scores(self._every, logits.squeeze(1)).losses
+
+    def evaluated(self, logits: Tensor) -> dict[str, float]:
+        """Return metrics. Raises as `RankingLoss.evaluated`."""
+        scores = logits.squeeze(1)
+        measured = self.loss.of_scores(self._every, scores).measured
+        return {**means([measured]), **self.loss.evaluated(self._every, scores)}
+
+    def held_out_scores(self, bound: BoundModel, micro_batch_rows: int) -> dict[str, Any]:
+        """Return the fields of summary.json, those of the base only if it is a cross-encoder itself."""
+        every, scores = self._every, {}
+        for name in ("base", "adapted"):
+            if name == "base":
+                bound.model.detach()
+            else:
+                bound.model.attach(bound.lora)
+            if name == "adapted" or self.base_logits(bound.model) is None:
+                logits = not_none(head_logits(bound.model, self.packer, micro_batch_rows, Communicator()))
+                scores[f"{name}_retrieval"] = self.loss.scored(every, logits.squeeze(1)).to_json()
+        return scores
+
+
+def pair_format(config: DecoderConfig, padding_id: int | None) -> PairFormat:
+    """Return the way from a query and a document to the tokens that the score head of a model reads."""
+    token_types = config.inputs is not None and config.inputs.types > 1
+    return PairFormat(config.class_head.pooling, padding_id, token_types)
 
 
 def scores_of(sums: Tensor) -> Tensor:

@@ -64,6 +64,13 @@ def class_gradients(decoder: Decoder, batch: PackedBatch, loss: LogitsLoss, drop
     return pooled_gradients(decoder, batch, decoder.config.class_head.pooling, of_vectors, dropout_seed)
 
 
+def has_score_head(decoder: Decoder) -> bool:
+    """Return True if the model's own files have a whole head with one output, as those of a cross-encoder."""
+    head, parameters = decoder.config.class_head, decoder.weights.class_head
+    whole = all(name in parameters for name in head.parameters.values())
+    return whole and head.labels_of({name: tensor.shape for name, tensor in parameters.items()}) == 1
+
+
 def _forward(decoder: Decoder, vectors: Tensor) -> tuple[Tensor, ClassHeadSaved]:
     head, lora = decoder.config.class_head, decoder.lora
     parameters = dict(decoder.weights.class_head)
@@ -72,7 +79,7 @@ def _forward(decoder: Decoder, vectors: Tensor) -> tuple[Tensor, ClassHeadSaved]
     if missing := [name for name in head.parameters.values() if name not in parameters]:
         raise ArtifactError(
             f"neither the adapter nor the model has {missing[0]}, a part of the head for classification",
-            next_step="give an adapter that --objective classify has trained",
+            next_step="give an adapter with a head, of --objective classify, or of rank on an encoder",
         )
     dtype = torch.promote_types(vectors.dtype, parameters[f"{head.output}.weight"].dtype)
     weights = {argument: parameters[name].to(dtype) for argument, name in head.parameters.items()}

@@ -139,7 +139,11 @@ class Decoder(ForwardBackward):
 
     def output(self, x: Tensor) -> Tensor:
         """Return `head` of the last block's output or, for a model without a head, the final states."""
-        return self.head(x) if self.config.has_head else self._final_norm(x)[0]
+        return self.head(x) if self.config.has_head else self.final_norm(x)
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """Return the final states of the last block's output, both (rows, hidden)."""
+        return self._final_norm(x)[0]
 
     def projected(self, x: Tensor) -> Tensor:
         """Return final norm and output projection, (rows, hidden) to (rows, vocab), before the rule for logits."""

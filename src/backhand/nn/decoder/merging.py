@@ -41,7 +41,9 @@ def merge_into(decoder: Decoder, lora: LoRAParameters) -> None:
         f"{decoder.config.block_path(layer)}.{part}": frozen_dense(weight)
         for layer, block in enumerate(decoder.weights.blocks)
         for part, weight in linear_parts(block, decoder.config, layer).items()
-    } | {HEAD: frozen_dense(decoder.weights.head)}
+    }
+    if decoder.config.has_head:
+        weights[HEAD] = frozen_dense(decoder.weights.head)
     if decoder.weights.per_layer is not None:
         weights[PER_LAYER_MODEL] = frozen_dense(decoder.weights.per_layer.projection)
     for name in lora.slots:
@@ -67,6 +69,16 @@ def merged_logits(decoder: Decoder, lora: LoRAParameters, batch: PackedBatch) ->
     Raises:
         ValueError: the adapter trains more than factors of linear modules.
     """
+    weights, config, x = decoder.weights, decoder.config, merged_output(decoder, lora, batch)
+    if HEAD not in lora:
+        return decoder.head(x)
+    normed, _ = rms_norm_forward(x, not_none(weights.final_norm), config.norm_eps, config.norm_offset)
+    return normed @ merged_weight(frozen_dense(weights.head), lora, HEAD).T
+
+
+@torch.no_grad()
+def merged_output(decoder: Decoder, lora: LoRAParameters, batch: PackedBatch) -> Tensor:
+    """Return the last block's output, (tokens, hidden), as `merged_logits` computes it."""
     _check_plain(lora)
     weights, config = decoder.weights, decoder.config
     x = decoder.input_states(batch)
@@ -82,10 +94,7 @@ def merged_logits(decoder: Decoder, lora: LoRAParameters, batch: PackedBatch) ->
                 weight.copy_(merged_weight(weight, lora, module))
         no_adapter = block_adapter(None, config, layer, None)
         x, _ = block_forward(x, block, no_adapter, context, "block")
-    if HEAD not in lora:
-        return decoder.head(x)
-    normed, _ = rms_norm_forward(x, not_none(weights.final_norm), config.norm_eps, config.norm_offset)
-    return normed @ merged_weight(frozen_dense(weights.head), lora, HEAD).T
+    return x
 
 
 def _cross_layer(decoder: Decoder, lora: LoRAParameters, batch: PackedBatch, x: Tensor) -> CrossLayer | None:
