@@ -7,6 +7,7 @@ import torch
 from sentence_transformers.sentence_transformer import losses
 from torch import nn
 
+from backhand.engines.memory_probe import TensorBytes
 from backhand.ops.cosent import cosent_backward, cosent_forward
 from backhand.ops.info_nce import InfoNCERule, info_nce_backward, info_nce_forward
 from backhand.ops.normalize import normalize_backward, normalize_forward
@@ -48,7 +49,7 @@ def test_info_nce_is_multiple_negatives_ranking_loss(symmetric, negatives, dtype
 
     def ours(anchors, *candidates):
         none, rule = torch.zeros(0, 2, dtype=torch.int64), InfoNCERule(20.0, symmetric)
-        of_rows, saved = info_nce_forward(anchors, torch.cat(candidates), torch.arange(ROWS), none, rule)
+        of_rows, saved = info_nce_forward(anchors, torch.cat(candidates), torch.arange(ROWS), none, None, rule)
         grads = info_nce_backward(OF_ROW, saved)
         return of_rows.mean(), (grads.d_anchors, *grads.d_candidates.split(ROWS))
 
@@ -75,3 +76,14 @@ def test_cosent_is_cosent_loss():
 
     theirs = losses.CoSENTLoss(nn.Identity())
     check(ours, lambda columns: theirs.compute_loss_from_embeddings(columns, targets), drawn(2))
+
+
+def test_scores_of_a_large_batch_take_a_few_small_blocks():
+    """All 2,048 × 2,048 scores would be 17 MB, and their gradient as much again."""
+    rows = 2048
+    anchors, candidates = (torch.randn(rows, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    nothing = torch.zeros(0, 2, dtype=torch.int64)
+    with TensorBytes() as tensors:
+        _, saved = info_nce_forward(anchors, candidates, torch.arange(rows), nothing, None, InfoNCERule(symmetric=True))
+        info_nce_backward(torch.ones(rows), saved)
+    assert tensors.peak_bytes < 12e6

@@ -97,7 +97,7 @@ class EmbeddingEncoder:
             first.supervised,
             row.source,
             others=tuple(others),
-            embedding=TextIdentities(identities, row.score),
+            embedding=TextIdentities(identities, row.score, None if row.label is None else identity(row.label)),
         )
 
 

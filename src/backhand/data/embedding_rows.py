@@ -1,8 +1,9 @@
 """Read rows of embeddings and of rankings, in the forms of sentence-transformers.
 
-anchor, positive[, negative | negative_1, negative_2, … | negatives]      two texts that belong together
-sentence1, sentence2, score                                               two texts and their similarity
-text                                                                      a text whose vector is computed
+    anchor, positive[, negative | negative_1, negative_2, … | negatives]      two texts that belong together
+    sentence1, sentence2, score                                               two texts and their similarity
+    text, label                                                               one of several texts with this label
+    text                                                                      a text whose vector is computed
 
 Rows of rankings have a query instead of the anchor, and one or several documents with their scores.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from backhand.data.forms import LISTED_SCORES, SCORES, Form, negative_columns
+from backhand.data.forms import LABELLED_TEXT, LISTED_SCORES, SCORES, Form, negative_columns
 from backhand.data.raw_rows import TRUTH, RawRow, describe
 from backhand.data.rows import EmbeddingRow, RankingRow
 from backhand.errors import DataError
@@ -22,8 +23,12 @@ def read_embedding(form: Form, raw: RawRow) -> EmbeddingRow:
     """Read a row.
 
     Raises:
-        DataError: a text is empty or no text, or the score is no number.
+        DataError: a text is empty or no text, the score is no number, or the label neither text nor number.
     """
+    if form.columns == LABELLED_TEXT:
+        name, label = form.columns
+        text = _text(name, raw.values[name], raw.source)
+        return EmbeddingRow((text,), None, raw.source, _label(label, raw.values[label], raw.source))
     names = [name for name in form.columns if name not in SCORES]
     texts = [_text(name, raw.values[name], raw.source) for name in names]
     score = None
@@ -86,6 +91,17 @@ def _text(name: str, value: Any, source: str) -> str:
     if not value.strip():
         raise DataError(f"{name} is empty", where=source, next_step="fill it in, or remove the row")
     return value
+
+
+def _label(name: str, value: Any, source: str) -> str:
+    label = str(value).strip() if isinstance(value, str | int | float) else ""
+    if not label or value != value:
+        raise DataError(
+            f"{name} is {describe(value)}, not a label",
+            where=source,
+            next_step="give a text or a number: texts with the same label belong together",
+        )
+    return label
 
 
 def _score(name: str, value: Any, source: str) -> float:

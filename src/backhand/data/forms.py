@@ -66,6 +66,7 @@ def negative_columns(columns: Iterable[str]) -> list[str]:
 
 _NAMED = ("prompt", "completion")  # also the columns that --prompt and --completion name
 _DOCUMENTS = ("documents", "docs")
+LABELLED_TEXT = ("text", "label")
 
 FORMS = (
     Form(("messages",), "conversation"),
@@ -104,7 +105,8 @@ FORMS = (
     Form(("question", "answer"), "embedding", "embeddings"),
     Form(("query", "answer"), "embedding", "embeddings"),
     Form(("prompt", "completion"), "embedding", "embeddings"),
-    Form(("text", "label"), "class", "classes"),
+    Form(LABELLED_TEXT, "embedding", "embeddings"),
+    Form(LABELLED_TEXT, "class", "classes"),
     Form(("text", "labels"), "class", "classes"),
     Form(("prompt", "completion"), "class", "classes"),
     Form(("text",), "embedding", "texts"),
@@ -136,8 +138,8 @@ _NEEDED: dict[Purpose, str] = {
     "labels": "a row with a label has prompt, completion and label",
     "prompts": "a prompt to answer has prompt, question, or instruction and input",
     "decisions": "a decision has state, questions and answers, or text and label; --state and --question name others",
-    "embeddings": "a pair has anchor and positive, a scored pair sentence1, sentence2 and score; "
-    "--prompt and --completion name the columns of anchors and positives",
+    "embeddings": "a pair has anchor and positive, a scored pair sentence1, sentence2 and score, and a labelled text "
+    "text and label; --prompt and --completion name the columns of anchors and positives",
     "rankings": "a row has query, positive and negatives, or query, document and score; --prompt and --completion "
     "name the columns of queries and documents",
     "candidates": "a row has query and document, or query and a list of documents; --prompt and --completion name "

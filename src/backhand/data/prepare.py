@@ -22,6 +22,7 @@ from backhand.data.decisions import Question
 from backhand.data.documents import RowRenderer
 from backhand.data.forms import Form, detect
 from backhand.data.held_out import default_held_out_share, overlap, split
+from backhand.data.label_pairs import with_pairs
 from backhand.data.options import DataOptions, NamedColumns, RowSources, TemplateOptions, no_data
 from backhand.data.raw_rows import RawRow, RowErrors
 from backhand.data.row_encoder import EncodedRows, Prompt, RowEncoder, TextFormat
@@ -116,6 +117,8 @@ def prepare(
                 f"warning: {len(shared):,} of {len(held_out.examples):,} held-out documents also occur in the training "
                 f"data, for example {shared[0].source}; the held-out loss will be too low"
             )
+    if purpose == "embeddings":
+        train, held_out = with_pairs(train), None if held_out is None else with_pairs(held_out)
     if purpose == "decisions":
         if questions is None:
             encoder = DecisionEncoder(RowRenderer(tokenizer, thoughts_off(options, tokenizer)), options.max_length)

@@ -93,6 +93,7 @@ class EmbeddingRow:
     texts: tuple[str, ...]
     score: float | None  # similarity of a scored pair; None for other rows
     source: str
+    label: str | None = None  # label of a single text, which belongs to the texts with the same label; else None
 
 
 class TextIdentities(NamedTuple):
@@ -100,6 +101,7 @@ class TextIdentities(NamedTuple):
 
     texts: tuple[int, ...]  # a digest of each text, without its prompt
     score: float | None  # as in `EmbeddingRow`
+    label: int | None = None  # a digest of the label of both texts; None for rows without labels
 
 
 @dataclass(frozen=True)

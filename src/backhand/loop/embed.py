@@ -19,8 +19,9 @@ from torch import Tensor
 
 from backhand.bounds import check_kind
 from backhand.data.data_report import TruncationStats
-from backhand.data.embedding_examples import EmbeddingEncoder, EmbeddingFormat
+from backhand.data.embedding_examples import EmbeddingEncoder, EmbeddingFormat, identity
 from backhand.data.examples import Example, check_vocabulary
+from backhand.data.label_pairs import paired_rows
 from backhand.data.options import NamedColumns, RowSources
 from backhand.data.packing import RowPacker
 from backhand.data.raw_rows import RowErrors
@@ -214,12 +215,17 @@ def evaluate_vectors(options: EvaluateOptions) -> dict[str, Any]:
         UsageError, DataError, ArtifactError: an option, the rows, the model or the adapter cannot be used.
     """
     run, data = options.run, options.data
-    rows = texts_of(data, data, "embeddings")
+    rows = paired_rows(texts_of(data, data, "embeddings"))
     texts = list(dict.fromkeys(text for row in rows for text in row.texts))
     number_of = {text: number for number, text in enumerate(texts)}
-    identities = [TextIdentities(tuple(number_of[text] for text in row.texts), row.score) for row in rows]
-    # An anchor has another prompt than the same text as a positive. Both texts of a scored pair are documents.
-    asked = list(dict.fromkeys(row.texts[0] for row in rows if row.score is None))
+    identities = [
+        TextIdentities(
+            tuple(number_of[text] for text in row.texts), row.score, None if row.label is None else identity(row.label)
+        )
+        for row in rows
+    ]
+    # An anchor has another prompt than the same text as a positive. Both texts of another pair are documents.
+    asked = list(dict.fromkeys(row.texts[0] for row in rows if _has_query(row)))
     query_of = {text: number for number, text in enumerate(asked)}
     result: dict[str, Any] = {"rows": len(rows), "base": None, "adapted": None}
     with loaded_model(options.model, run.adapter) as loaded:
@@ -231,12 +237,17 @@ def evaluate_vectors(options: EvaluateOptions) -> dict[str, Any]:
             documents = embedder.vectors(texts, what=f"{name} model: texts")
             queries = embedder.vectors(asked, queries=True, what=f"{name} model: anchors")
             vectors = [
-                queries[query_of[text]] if row.score is None and place == 0 else documents[number_of[text]]
+                queries[query_of[text]] if _has_query(row) and place == 0 else documents[number_of[text]]
                 for row in rows
                 for place, text in enumerate(row.texts)
             ]
             result[name] = {"retrieval": score_vectors(identities, torch.stack(vectors)).to_json()}
     return result
+
+
+def _has_query(row: EmbeddingRow) -> bool:
+    """Return True if the first text of a row is a query, and not a document as the others."""
+    return row.score is None and row.label is None
 
 
 def evaluate_vectors_command(options: EvaluateOptions) -> dict[str, Any]:
@@ -279,9 +290,10 @@ def mine(options: MineOptions) -> list[dict[str, str]]:
     options.validate()
     run = options.run
     rows = texts_of(options.data, NamedColumns(prompt=run.prompt, completion=run.completion), "embeddings")
-    if scored := [row for row in rows if row.score is not None]:
+    if others := [row for row in rows if row.score is not None or row.label is not None]:
+        what = "a text with a label" if others[0].score is None else "a pair with a score"
         raise DataError(
-            "a pair with a score has no negatives", where=scored[0].source, next_step="give rows of anchor and positive"
+            f"{what} has no negatives", where=others[0].source, next_step="give rows of anchor and positive"
         )
     corpus = [row.texts[1] for row in rows]
     if run.corpus:

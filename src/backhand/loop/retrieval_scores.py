@@ -1,7 +1,7 @@
 """Scores of vectors on held-out rows: retrieval of positives, or the rank correlation with given scores.
 
 Retrieval ranks all different candidates (positives and hard negatives) of the rows by their cosine with each different
-anchor. The relevant candidates of an anchor are its positives in all rows.
+anchor. The relevant candidates of an anchor are its positives in all rows, or all other texts with its label.
 
     recall@k   share of the relevant candidates among the first k        MRR@10   1 / rank of the first relevant one
     nDCG@10    Σ_{relevant ranks r ≤ 10} 1 / log2(r + 1), divided by the largest possible sum
@@ -14,7 +14,7 @@ scores, where equal values have their mean rank. The intervals contain 95 % of t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,19 +75,18 @@ def score_vectors(rows: Sequence[TextIdentities], embeddings: Tensor) -> VectorS
         given = np.array([row.score for row in rows], dtype=np.float64)
         value, interval = spearman(cosines, given), resampled_spearman(cosines, given)
         return VectorScores({"spearman": value}, {"spearman": interval}, len(rows), 0, mean_cosine(of_texts))
-    relevant = defaultdict[int, set[int]](set)
-    for row in rows:
-        relevant[row.texts[0]].add(row.texts[1])
-    corpus = list(dict.fromkeys(text for row in rows for text in row.texts[1:]))
+    corpus = list(firsts[1])
     column_of = {text: column for column, text in enumerate(corpus)}
-    queries, candidates = (units[list(first.values())] for first in firsts)  # in the order of `relevant` and `corpus`
-    own = {number: column_of[text] for number, text in enumerate(relevant) if text in column_of}
-    ranks = _ranks(queries, candidates, [[column_of[text] for text in relevant[one]] for one in relevant], own)
-    of_queries = {name: np.array([score(one) for one in ranks]) for name, score in _SCORES.items()}
+    queries, candidates = (units[list(first.values())] for first in firsts)
+    own = {number: column_of[text] for number, text in enumerate(firsts[0]) if text in column_of}
+    relevant, labelled = _relevant_columns(rows, column_of), rows[0].label is not None
+    ranked = _ranks(queries, candidates, relevant, own, labelled=labelled)
+    of_each = np.array([[score(ranks) for score in _SCORES.values()] for ranks in ranked])
+    of_queries = dict(zip(_SCORES, of_each.T, strict=True))
     return VectorScores(
         {name: float(scores.mean()) for name, scores in of_queries.items()},
         {name: resampled_mean(scores) for name, scores in of_queries.items()},
-        len(relevant),
+        len(firsts[0]),
         len(corpus),
         mean_cosine(of_texts),
     )
@@ -113,24 +112,42 @@ def scores_text(scores: Mapping[str, Any], base: Mapping[str, Any] | None = None
     return f"{', '.join(parts)} of {of_what}"
 
 
-def _ranks(
-    queries: Tensor, candidates: Tensor, relevant: Sequence[Sequence[int]], own: dict[int, int]
-) -> list[npt.NDArray[np.int64]]:
-    """Return the ranks of the relevant candidates of each query, ascending from 1, in blocks of queries.
+def _relevant_columns(rows: Sequence[TextIdentities], column_of: Mapping[int, int]) -> list[Tensor]:
+    """Return the columns of the relevant candidates of each different anchor. Anchors with a label share a tensor."""
+    columns, key_of = defaultdict[int, dict[int, None]](dict), dict[int, int]()
+    for row in rows:
+        key = key_of.setdefault(row.texts[0], row.texts[0] if row.label is None else row.label)
+        columns[key][column_of[row.texts[1]]] = None
+    shared = {key: torch.tensor(list(found)) for key, found in columns.items()}
+    return [shared[key] for key in key_of.values()]
 
-    A candidate with the text of the query itself is not ranked, unless it is relevant.
+
+def _ranks(
+    queries: Tensor, candidates: Tensor, relevant: Sequence[Tensor], own: Mapping[int, int], *, labelled: bool
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield the ranks of the relevant candidates of each query, ascending from 1, in blocks of queries.
+
+    Ranks after `DEPTH` are all `DEPTH` + 1, since no score tells them apart. A candidate with the text of the query
+    itself is not ranked, unless the text is its own positive.
+
+    Args:
+        relevant: the columns of the relevant candidates of each query.
+        own: the column of the query's own text, by query.
+        labelled: queries are relevant for themselves only because they have their label.
     """
-    ranks: list[npt.NDArray[np.int64]] = []
     size = max(1, BLOCK_SCORES // max(1, len(candidates)))
     for start in range(0, len(queries), size):
-        scores = queries[start : start + size] @ candidates.T
+        scores, found = queries[start : start + size] @ candidates.T, []
         for number, of_query in enumerate(scores, start):
-            if number in own and own[number] not in relevant[number]:
-                of_query[own[number]] = -torch.inf
-            of_relevant = of_query[list(relevant[number])]
-            above = (of_query[None] > of_relevant[:, None]).sum(1)
-            ranks.append(np.sort(above.numpy()) + 1)
-    return ranks
+            columns, mine = relevant[number], own.get(number)
+            if mine is not None and (labelled or not (columns == mine).any()):
+                columns, of_query[mine] = columns[columns != mine], -torch.inf
+            found.append(of_query[columns])
+        best = scores.topk(min(DEPTH, len(candidates)), dim=1).values
+        for of_relevant, highest in zip(found, best, strict=True):
+            above = (highest[None] > of_relevant[:, None]).sum(1)
+            ranks = torch.where(of_relevant >= highest[-1], above + 1, DEPTH + 1)
+            yield np.sort(ranks.numpy())
 
 
 def _recall(depth: int) -> Any:

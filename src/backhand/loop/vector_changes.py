@@ -81,17 +81,17 @@ def nearest_texts(
     """
     units, anchors = normalize_forward(embeddings)[0], first_documents([len(row.texts) for row in rows]).tolist()
     candidates: dict[int, int] = {}
-    relevant: dict[int, set[int]] = {}
+    relevant: dict[int, set[int]] = {}  # by the label or by the text of the anchor
     for row, place in zip(rows, anchors, strict=True):
         if row.score is None:  # the second text of a scored pair may be dissimilar
-            relevant.setdefault(row.texts[0], set()).add(row.texts[1])
+            relevant.setdefault(row.label or row.texts[0], set()).add(row.texts[1])
         for number, text in enumerate(row.texts[1:], place + 1):
             candidates.setdefault(text, number)
     digests, places = [*candidates], [*candidates.values()]
     found = []
     for number in shown:
         cosines, best = (units[places] @ units[anchors[number]]).topk(min(NEAREST, len(places)))
-        right = relevant.get(rows[number].texts[0], set())
+        right = relevant.get(rows[number].label or rows[number].texts[0], set())
         found.append(
             [
                 {"text": texts[places[one]][:SHOWN_LETTERS], "cosine": cosine, "right": digests[one] in right}

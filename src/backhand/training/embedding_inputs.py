@@ -111,6 +111,20 @@ def with_loss(options: ObjectiveOptions, train: PreparedData, held_out: Prepared
             next_step="add a column negative, or give --embedding-loss infonce",
         )
     trained = rows[: len(train.examples)]
+    labels = {row.label for row in trained}
+    if labels != {None} and len(labels) == 1:
+        raise DataError(
+            "all texts have the same label, so that no text has a negative",
+            where=train.report.sources[0].source,
+            why="texts with the same label are no negatives of each other",
+            next_step="add texts with other labels",
+        )
+    if (None in labels) != any(row.label is None for row in rows):
+        raise DataError(
+            "training and held-out rows have different forms: texts with a label, and pairs",
+            where=train.report.sources[0].source,
+            next_step="give rows of one form",
+        )
     if loss in ("infonce", "symmetric") and len({text for row in trained for text in row.texts[1:]}) == 1:
         raise DataError(
             "all rows have the same positive, so that no anchor has a negative",

@@ -14,7 +14,7 @@ one micro-batch needs no first pass. Every process computes stages 1 and 3 of it
 step, so the bits do not depend on the number of processes.
 
 Duplicates are no negatives of each other: a candidate is excluded for an anchor if its text is the anchor itself, or a
-positive of any row with the same anchor.
+positive of any row with the same anchor. If rows have labels, neither are texts with the same label.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from backhand.nn.batch import PackedBatch, StateLoss
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.pooled_states import loss_of_states, pooled_states
 from backhand.ops.cosent import cosent_backward, cosent_forward
-from backhand.ops.info_nce import InfoNCERule, info_nce_backward, info_nce_forward
+from backhand.ops.info_nce import InfoNCERule, Labels, info_nce_backward, info_nce_forward
 from backhand.ops.normalize import normalize_backward, normalize_forward
 from backhand.ops.pooling import Pooling
 from backhand.ops.triplet import triplet_backward, triplet_forward
@@ -198,7 +198,8 @@ class EmbedObjective(Objective):
         excluded = excluded_pairs(identities)
         rule = InfoNCERule(options.similarity_scale, options.embedding_loss == "symmetric")
         losses, saved = info_nce_forward(
-            units[anchors], units[candidates], torch.arange(len(identities)), excluded, rule
+            *(units[anchors], units[candidates], torch.arange(len(identities)), excluded),
+            *(labels_of(identities), rule),
         )
         d_units[anchors], d_units[candidates] = info_nce_backward(ones, saved)
         return losses, d_units
@@ -228,6 +229,16 @@ def excluded_pairs(rows: Sequence[TextIdentities]) -> Tensor:
         if candidate != number
     ]
     return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+
+
+def labels_of(rows: Sequence[TextIdentities]) -> Labels | None:
+    """Return the labels of anchors and candidates, numbered from 0; None for rows without labels."""
+    if any(row.label is None for row in rows):
+        return None
+    numbers: dict[int | None, int] = {}
+    labels = [numbers.setdefault(row.label, len(numbers)) for row in rows]
+    negatives = [label for label, row in zip(labels, rows, strict=True) for _ in row.texts[2:]]
+    return Labels(torch.tensor(labels, dtype=torch.int64), torch.tensor([*labels, *negatives], dtype=torch.int64))
 
 
 def check_pooling(pooling: Pooling, *, causal: bool) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from backhand.ops.info_nce import InfoNCEGrads, InfoNCERule, InfoNCESaved, info_nce_backward
+from backhand.ops.info_nce import InfoNCEGrads, InfoNCERule, InfoNCESaved, Labels, info_nce_backward
 from backhand.verify.mutants import Mutant, wrong
 from backhand.verify.scaffold import COUNT, Axis, Draw, Op
 
@@ -31,6 +31,16 @@ def _excluded(draw: Draw, positives: Tensor, rows: int, count: int, share: float
     return pairs[torch.randperm(len(pairs), generator=draw.generator)]
 
 
+def _drawn_labels(draw: Draw, rows: int, count: int, kinds: int) -> dict[str, Tensor]:
+    """Draw labels of so few kinds that many pairs have equal ones; none if `kinds` is 0."""
+    sizes = {"anchor_labels": rows, "candidate_labels": count} if kinds else {}
+    return {name: torch.randint(kinds, (size,), generator=draw.generator) for name, size in sizes.items()}
+
+
+def _labels(anchor_labels: Tensor | None, candidate_labels: Tensor | None) -> Labels | None:
+    return None if anchor_labels is None or candidate_labels is None else Labels(anchor_labels, candidate_labels)
+
+
 ONE_WAY, SYMMETRIC = InfoNCERule(1.7), InfoNCERule(1.3, symmetric=True)
 OP = Op(
     "info_nce",
@@ -39,10 +49,11 @@ OP = Op(
         "candidates": lambda draw, count, width, unit: _rows(draw, count, width, unit),
         "positives": _positives,
         "excluded": _excluded,
+        "drawn_labels": _drawn_labels,
         "d_y": "rows",
     },
-    {"rule": ONE_WAY, "rows": COUNT, "others": 4, "width": Axis(7, 33), "share": 0.2, "unit": False},
-    derived={"count": lambda rows, others: rows + others},
+    {"rule": ONE_WAY, "rows": COUNT, "others": 4, "width": Axis(7, 33), "share": 0.2, "unit": False, "kinds": 0},
+    derived={"count": lambda rows, others: rows + others, "labels": _labels},
 )
 
 CASES = (
@@ -54,6 +65,8 @@ CASES = (
     OP.case("nothing excluded", SYMMETRIC, share=0.0),
     OP.case("most are excluded", SYMMETRIC, share=0.8),
     OP.case("blocks of two anchors", SYMMETRIC, 7, 2, pieces=18),
+    OP.case("labels", ONE_WAY, kinds=3),
+    OP.case("labels, symmetric, blocks of two anchors", SYMMETRIC, 7, 2, kinds=2, pieces=18),
 )
 
 
@@ -68,6 +81,9 @@ def _weighted_by_rows(g: Tensor, s: InfoNCESaved, d: Tensor) -> Tensor:
         return d
     scores = s.rule.scale * (s.anchors @ s.candidates.T)
     scores[s.excluded[:, 0], s.excluded[:, 1]] = -torch.inf
+    if s.labels is not None:
+        alike = s.labels.anchors[:, None] == s.labels.candidates
+        scores.masked_fill_(alike.scatter_(1, s.positives[:, None], False), -torch.inf)
     columns = (scores - s.column_sums.nan_to_num(neginf=0.0)).exp()
     return d + s.rule.scale / 2 * (g[:, None] * columns).T @ s.anchors
 
@@ -93,6 +109,11 @@ MUTANTS = (
         "excluded pairs counted",
         "d_anchors d_candidates",
         lambda g, s, gradient: getattr(_under(g, s, excluded=s.excluded[:0]), gradient),
+    ),
+    wrong(
+        "candidates with the same label counted",
+        "d_anchors d_candidates",
+        lambda g, s, gradient: getattr(_under(g, s, labels=None), gradient),
     ),
     wrong(
         "positives in order",
