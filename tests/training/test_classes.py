@@ -20,8 +20,9 @@ from backhand.data.options import DataOptions
 from backhand.data.rows import ClassLabel, ProblemType
 from backhand.engines.machine import resolve_machine
 from backhand.errors import ArtifactError, BackhandError, DataError, UsageError
+from backhand.interop.command import export_command
 from backhand.interop.merging import merge_command
-from backhand.interop.options import MergeOptions
+from backhand.interop.options import ExportOptions, MergeOptions
 from backhand.loop.class_scores import constant_logits, row_losses, score_classes
 from backhand.loop.objectives.classify import loss_and_gradient
 from backhand.nn.loading.opening import open_model
@@ -33,6 +34,7 @@ from backhand.runs.summary import read_summary
 from backhand.training.console import closing_lines
 from backhand.training.plan import plan_run
 from backhand.training.run import train
+from backhand.verify.command import prove_run
 from support.page import Page
 from support.ranks import bits_of_several, start_ranks
 from support.tiny_encoders import tiny_encoder
@@ -165,12 +167,40 @@ def test_the_page_shows_the_scores(straight: TrainConfig) -> None:
     assert "accuracy from" in page.one("section", id="result").text and "perplexity" not in page.one("body").text
 
 
-def test_an_adapter_with_a_head_answers_no_prompts_and_is_not_merged(straight: TrainConfig, tiny: TinyRun) -> None:
-    adapter = straight.run.output / "adapter"
+def test_an_adapter_with_a_head_answers_no_prompts(straight: TrainConfig, tiny: TinyRun) -> None:
     with pytest.raises(UsageError, match="classification head"):
-        backhand.generate("user", adapter=adapter, model=tiny.model)
-    with pytest.raises(ArtifactError, match="classification head"):
-        merge_command(MergeOptions(adapter, straight.run.output / "merged", str(tiny.model), quiet=True))
+        backhand.generate("user", adapter=straight.run.output / "adapter", model=tiny.model)
+
+
+def test_merged_models_have_the_head(
+    straight: TrainConfig, of_bert: tuple[TrainConfig, Path], tiny: TinyRun, tmp_path: Path
+) -> None:
+    for number, (run, model) in enumerate(((straight, tiny.model), of_bert)):
+        adapter, output = run.run.output / "adapter", tmp_path / str(number)
+        merge_command(MergeOptions(adapter, output, str(model), quiet=True))
+        merged, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
+            output, output_loading_info=True
+        )
+        assert not loading["missing_keys"] and not loading["mismatched_keys"]
+        theirs_config = transformers.AutoConfig.from_pretrained(adapter)
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(model, config=theirs_config)
+        adapted = peft.PeftModel.from_pretrained(base, adapter).eval()
+        assert merged.config.id2label == theirs_config.id2label
+        ids = torch.tensor([[5, 9, 11, 7]])
+        with torch.no_grad():
+            assert torch.allclose(merged.eval()(ids).logits, adapted(ids).logits, atol=1e-5)
+        export_command(ExportOptions(adapter, tmp_path / f"peft-{number}", str(model), to="peft", quiet=True))
+        for name in ("adapter_model.safetensors", "config.json"):
+            assert (tmp_path / f"peft-{number}" / name).read_bytes() == (adapter / name).read_bytes()
+    with pytest.raises(ArtifactError, match="GGUF file has no place"):
+        merge_command(MergeOptions(adapter, tmp_path / "model.gguf", str(model), quiet=True))
+
+
+def test_verify_proves_the_gradients_of_a_decoders_head(straight: TrainConfig) -> None:
+    report = prove_run(straight.run.output, max_tokens=80)
+    proved = {result.case: result for result in report.results}
+    assert proved["1 × gradient of the head = autograd's, float64"].error <= 1e-9
+    assert proved["weighted sum of the head's logits = reference, float64"].passed
 
 
 def test_a_run_starts_from_a_head(straight: TrainConfig, tiny: TinyRun, tmp_path: Path) -> None:

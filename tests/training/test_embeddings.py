@@ -420,6 +420,10 @@ def test_an_encoder_trains_on_vectors_alone_and_is_exported(tiny: TinyRun, tmp_p
     proofs = [json.loads(line) for line in (made.run.output / "proofs.jsonl").read_text().splitlines()]
     exported = [proof for proof in proofs if proof["command"] == "export"]
     assert len(exported) == 3 and all(proof["passed"] for proof in exported)
+    adapter, unmerged = made.run.output / "adapter", tmp_path / "unmerged"
+    export_command(ExportOptions(adapter, unmerged, str(model), to="sentence-transformers", quiet=True))
+    expected = backhand.embed(["user asks json"], adapter=adapter, model=model, dtype="float32")
+    assert SentenceTransformer(str(unmerged)).encode(["user asks json"]) == pytest.approx(expected, abs=1e-5)
     with pytest.raises(UsageError, match="this bert model has no language-model head"):
         train(with_options(tiny.config(tmp_path / "sft"), model=str(model)))
     short = save_tiny(tiny_encoder("bert", max_position_embeddings=8), tmp_path / "short")

@@ -6,6 +6,9 @@ import shlex
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
+from backhand.adapters import classifier_config
 from backhand.adapters.contents import read_adapter_directory
 from backhand.adapters.loading import match_linear_adapter, read_adapter
 from backhand.adapters.module_factors import Factors, factors_of
@@ -14,6 +17,7 @@ from backhand.data.template_report import default_system
 from backhand.errors import BackhandError, ResourceError, UsageError, short_reason
 from backhand.files import staged, write_atomically
 from backhand.interop.gguf_adapter_writer import llama_cpp_notes, write_gguf_adapter
+from backhand.interop.huggingface_writer import write_tokenizer
 from backhand.interop.merging import merge_adapter
 from backhand.interop.opened_adapter import OpenedAdapter, for_gguf, open_adapter, refuse
 from backhand.interop.options import ExportOptions, given
@@ -30,6 +34,12 @@ from backhand.interop.other_formats import (
     write_modelfile,
 )
 from backhand.interop.proving import Prover, prove_export
+from backhand.interop.sentence_transformers import (
+    for_sentence_transformers,
+    kind_of,
+    prove_sentence_transformers,
+    write_files,
+)
 from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_layouts import stored_sizes
 from backhand.nn.loading.gguf_model import GGUFModel
@@ -131,14 +141,31 @@ def _export_adapter(options: ExportOptions, opened: OpenedAdapter, output: Path,
     if options.to in ("gguf", "ollama") and architecture:
         for note in llama_cpp_notes(opened.config, architecture, context_ends=False):
             prover.say(note)
+    if options.to == "sentence-transformers":
+        kind_of(opened)  # raises before anything is written
     with staged(output) as path:
         read = _write(options, opened, path)
         prove_export(prover, opened.factors, read, opened)
+        if options.to in ("peft", "sentence-transformers") and opened.loaded.trained:
+            _prove_head(opened, path, prover)
+        if options.to == "sentence-transformers":
+            prove_sentence_transformers(path, opened, prover, merged=False)
+
+
+def _prove_head(opened: OpenedAdapter, path: Path, prover: Prover) -> None:
+    """Compare the parameters of the head in the written files with those of the adapter, bit by bit."""
+    written = match_linear_adapter(read_adapter(path, opened.source), opened.shapes).factors
+    names = [tensor.name for tensor in opened.loaded.trained]
+    wrong = sum(not torch.equal(written[name], opened.loaded.factors[name]) for name in names)
+    prover.check(f"{len(names)} parameters of the head read back from the file bit by bit", wrong, 0, "write it again")
 
 
 def _more_than_factors(options: ExportOptions, opened: OpenedAdapter) -> dict[str, str]:
     """Return reasons by module that cannot be exported; GGUF files accept plain factors of embeddings and experts."""
     refused = opened.loaded.beyond_factors
+    if options.to in ("peft", "sentence-transformers") and not options.uniform:
+        of_head = {name.rpartition(".")[0] for name in opened.config.class_head.parameters.values()}
+        refused = {name: reason for name, reason in refused.items() if name not in of_head}
     if options.to in ("gguf", "ollama"):
         for shape in opened.loaded.shapes:
             if (shape.embedding or shape.experts) and shape.magnitude is None and shape.lora_bias is None:
@@ -160,9 +187,16 @@ def _write(options: ExportOptions, opened: OpenedAdapter, path: Path) -> Factors
     if options.to == "mlx":
         files = mlx_files(opened)
     else:
+        if options.to == "sentence-transformers":
+            opened = for_sentence_transformers(opened)
         files = peft_directory_files(opened, uniform=options.uniform, text_model=options.text_model)
+    if options.to == "sentence-transformers":
+        files.pop(classifier_config.NAME, None)  # with it, transformers looks for the weights of a whole model
     for name, data in files.items():
         write_atomically(path / name, data)
+    if options.to == "sentence-transformers":
+        write_tokenizer(path, opened.source)
+        write_files(path, opened)
     return read_mlx_files(path) if options.to == "mlx" else _read(opened, path)
 
 

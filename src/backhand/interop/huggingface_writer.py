@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +25,13 @@ from backhand.interop.merged_weights import MergedWeights, wider_dtype
 from backhand.nn.loading.expert_tensors import hub_name, split_experts, stack_shape
 from backhand.nn.loading.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceDirectory
 from backhand.nn.loading.source import ModelSource
+from backhand.nn.loading.wrappers import EncoderWrapper, Wrapper
 from backhand.printing import counting
 
 _DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+_CLASS = re.compile(r"(?:For\w+|Model)?$")
+"""End of the name of a class of transformers, which says what the model is for."""
 
 _COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -61,7 +66,7 @@ def write_huggingface(
         weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
         _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
     _write_json(directory / CONFIG_FILE, _config(weights, dtypes))
-    _write_tokenizer(directory, weights.source)
+    write_tokenizer(directory, weights.source)
     write_atomically(directory / "README.md", card.encode("utf-8"))
 
 
@@ -81,9 +86,11 @@ class _Stored(NamedTuple):
 
 def _tensors(weights: MergedWeights, dtypes: Mapping[str, torch.dtype]) -> list[_Stored]:
     kind = weights.source.config.get("model_type")
+    prefix = "" if weights.head is None else weights.head.prefix
+    around: Wrapper = EncoderWrapper("", prefix) if prefix else Wrapper("", "model")
     found: dict[str, list[str]] = {}
     for name in weights.names():
-        found.setdefault(hub_name(kind, name), []).append(name)
+        found.setdefault(around.wrapped_name(hub_name(kind, name)), []).append(name)
     tensors = []
     for name, ours in found.items():
         one = weights.shape(ours[0])
@@ -164,10 +171,15 @@ def _config(weights: MergedWeights, dtypes: Mapping[str, torch.dtype]) -> dict[s
     config["dtype"] = str(dtype).removeprefix("torch.")
     if weights.unties_head:
         config["tie_word_embeddings"] = False
+    if weights.head is not None:
+        names = [str(name) for name in config.get("architectures") or ()]
+        config["architectures"] = [_CLASS.sub("ForSequenceClassification", name, count=1) for name in names]
+        config |= weights.head.fields
     return config
 
 
-def _write_tokenizer(directory: Path, source: ModelSource) -> None:
+def write_tokenizer(directory: Path, source: ModelSource) -> None:
+    """Write the tokenizer's files: copies of those of the base, if it is a Hugging Face directory."""
     if isinstance(source, HuggingFaceDirectory):
         for name in _COPIED:
             if (source.path / name).is_file():

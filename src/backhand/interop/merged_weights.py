@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +41,14 @@ class ModuleLoss:
     update: float  # ‖update‖ / ‖W‖
 
 
+class MergedHead(NamedTuple):
+    """The head of a model of transformers' class for sequence classification."""
+
+    parameters: Mapping[str, Tensor]  # by name
+    prefix: str  # path of the base in the class; empty if the class has the names of the base
+    fields: Mapping[str, Any]  # of config.json
+
+
 @dataclass
 class MergedWeights:
     """The tensors of the merged model, computed one by one from base and adapter."""
@@ -53,6 +62,7 @@ class MergedWeights:
     # digests of the values that each tensor must have when it is read back, for tensors computed so far
     digests: dict[str, str] = field(default_factory=dict)
     losses: list[ModuleLoss] = field(default_factory=list)  # of the modules merged so far
+    head: MergedHead | None = None  # the head of an adapter that has one
     # pass through the base's blocks that also computes the probes' logits; its tensors are not read a second time
     walk: BlockWalk | None = None
 
@@ -64,8 +74,13 @@ class MergedWeights:
         return self.is_merged(HEAD_WEIGHT) or (self.is_merged(EMBEDDING_WEIGHT) and not self.keeps_head_tied)
 
     def names(self) -> list[str]:
-        """Return the Hugging Face names of all tensors: the blocks in order, the others in the order of the base."""
-        stated = [*self.source.tensor_names(), *([HEAD_WEIGHT] if self.unties_head else [])]
+        """Return the Hugging Face names of all tensors: the blocks in order, the others in the order of the base.
+
+        The tensors of a head come last.
+        """
+        of_head = {} if self.head is None else self.head.parameters
+        stated = [name for name in self.source.tensor_names() if name not in of_head]
+        stated += [*([HEAD_WEIGHT] if self.unties_head else []), *of_head]
         layers = [layer_of(name) for name in stated]
         first = next((place for place, layer in enumerate(layers) if layer is not None), len(stated))
         places = {
@@ -76,6 +91,8 @@ class MergedWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape in Hugging Face layout."""
+        if (tensor := self._of_head(name)) is not None:
+            return tuple(tensor.shape)
         return self.source.shape(self._base_name(name))
 
     def is_merged(self, name: str) -> bool:
@@ -83,7 +100,9 @@ class MergedWeights:
         return name in self.trained or (name.removesuffix(".weight") in self.factors and name.endswith(".weight"))
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of the tensor in the base, or float32 if it is quantized."""
+        """Return the dtype of the tensor in the base, or float32 if it is quantized; of the head that of training."""
+        if (tensor := self._of_head(name)) is not None:
+            return tensor.dtype
         return self.source.dtype(self._base_name(name))
 
     def make(self, name: str, rounded: Rounding) -> Tensor:
@@ -91,8 +110,9 @@ class MergedWeights:
 
         It is rounded from float32 (from float64 if the base is). Its digest and its loss are recorded.
         """
-        weight, module = self._load(self._base_name(name)), name.removesuffix(".weight")
-        if not self.is_merged(name):
+        of_head, module = self._of_head(name), name.removesuffix(".weight")
+        weight = self._load(self._base_name(name)) if of_head is None else of_head
+        if of_head is not None or not self.is_merged(name):
             stored = rounded(weight)
         else:
             change = self._change(name)
@@ -116,6 +136,10 @@ class MergedWeights:
             weight = merged_weight(weight, self._change(name))
         return weight[list(token_ids)]
 
+    def _of_head(self, name: str) -> Tensor | None:
+        """Return a parameter of the head, or None for the base's tensors."""
+        return None if self.head is None else self.head.parameters.get(name)
+
     def _change(self, name: str) -> ModuleFactors | Tensor:
         return self.trained[name] if name in self.trained else self.factors[name.removesuffix(".weight")]
 
@@ -136,10 +160,14 @@ class MergedWeights:
         """
 
         def read(name: str) -> FrozenMatrix:
+            if name in heads:
+                return heads[name]
             walked = walk.tensor(name)
             return written.load_in_pieces(name) if walked is None else walked
 
-        there = set(written.tensor_names())
+        of_head = () if self.head is None else self.head.parameters
+        heads = {name: tensor for name in of_head if (tensor := written.head_tensor(name)) is not None}
+        there = {*written.tensor_names(), *heads}
         both = [name for name in self.digests if name in there]
         wrong = []
         with counting("reading the merged model back", len(both), "tensors") as done:

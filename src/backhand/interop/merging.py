@@ -13,17 +13,19 @@ from pathlib import Path
 import torch
 from gguf import GGMLQuantizationType
 
+from backhand.adapters.classifier_config import head_fields
 from backhand.adapters.record import AdapterRecord
 from backhand.data.held_out import neutral_texts
 from backhand.errors import ArtifactError, not_none
 from backhand.files import staged
+from backhand.generation.loading import classification_of
 from backhand.interop.gguf_adapter_writer import context_length
 from backhand.interop.gguf_decision import gguf_decision, prove_decisions
 from backhand.interop.gguf_model_writer import write_gguf_model
 from backhand.interop.gguf_ranking import GGUFRanking, llama_cpp_ranks, ranks
 from backhand.interop.gguf_vectors import prove_gguf_vectors, text_end, vector_entries
 from backhand.interop.huggingface_writer import write_huggingface
-from backhand.interop.merged_weights import MergedWeights, ModuleLoss
+from backhand.interop.merged_weights import MergedHead, MergedWeights, ModuleLoss
 from backhand.interop.opened_adapter import OpenedAdapter, for_gguf, open_adapter, refuse
 from backhand.interop.options import (
     FLOAT32_TOLERANCE,
@@ -33,7 +35,7 @@ from backhand.interop.options import (
     given,
 )
 from backhand.interop.proving import BlockWalk, Prover, difference
-from backhand.interop.sentence_transformers import embedding_of, prove_vectors, write_files
+from backhand.interop.sentence_transformers import kind_of, prove_sentence_transformers, write_files
 from backhand.kernels.dequantize import native_dtype
 from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family import DecoderConfig, RotaryConfig
@@ -97,13 +99,20 @@ def merge_adapter(
     prover.say_notes(opened.loaded)
     opened = for_gguf(opened) if gguf else opened
     if vectors:
-        embedding_of(opened)  # raises before anything is written
+        kind_of(opened)  # raises before anything is written
     pools = gguf and bool((opened.loaded.record or AdapterRecord()).embedding)
     more = gguf_decision(opened).add_to if decision else vector_entries(opened) if pools else None
     ranking: GGUFRanking | None = None
     base = describe_base(opened.source)
     prover.say(f"base: {base}")
     weights = merged_weights(opened)
+    if gguf and weights.head is not None:
+        raise ArtifactError(
+            "the adapter has a head, for which a GGUF file has no place",
+            where=str(opened.loaded.directory),
+            why="the writer of GGUF files knows no names for the tensors of a head",
+            next_step="merge into a directory: leave out .gguf and --to gguf",
+        )
     weights.walk = BlockWalk(opened.source, opened.documents, [None, opened.loaded.parameters()])
     if weights.unties_head:
         prover.say("note: the base's head is its embedding; the merged model has a head of its own")
@@ -138,21 +147,14 @@ def merge_adapter(
         ranking.prove(path, prover, exact=options.dtype == "float32")
     if vectors:
         write_files(path, opened)
-        prove_vectors(path, opened, prover)
+        prove_sentence_transformers(path, opened, prover, merged=True)
     if decision:
         prove_decisions(path, opened, prover, exact=options.dtype == "float32")
 
 
 def merged_weights(opened: OpenedAdapter) -> MergedWeights:
     """Return the tensors of the merged model. Raises ArtifactError with the modules that cannot be merged."""
-    loaded = opened.loaded
-    if {tensor.name for tensor in loaded.trained} & {*opened.config.class_head.parameters.values()}:
-        raise ArtifactError(
-            "the adapter has a classification head, which is not merged here",
-            where=str(loaded.directory),
-            why="the merged model is a language model or an encoder without a head",
-            next_step="use the adapter as it is, or load it with PEFT and call merge_and_unload()",
-        )
+    loaded, head = opened.loaded, merged_head(opened)
     reasons = {}
     for shape in loaded.shapes:
         if shape.lora_bias is not None:
@@ -160,13 +162,38 @@ def merged_weights(opened: OpenedAdapter) -> MergedWeights:
         elif shape.embedding and shape.magnitude is not None:
             reasons[shape.name] = "DoRA of an embedding is not merged here"
     refuse("a merged model", reasons, merge=False)
-    trained = {tensor.name: loaded.factors[tensor.name] for tensor in loaded.trained if tensor.token_ids is None}
-    rows = [tensor for tensor in loaded.trained if tensor.token_ids is not None]
+    of_base = [tensor for tensor in loaded.trained if head is None or tensor.name not in head.parameters]
+    trained = {tensor.name: loaded.factors[tensor.name] for tensor in of_base if tensor.token_ids is None}
+    rows = [tensor for tensor in of_base if tensor.token_ids is not None]
     for tensor in rows:
         table = trained.get(tensor.base_name, opened.source.load(tensor.base_name)).float().clone()
         table[list(tensor.token_ids or ())] = loaded.factors[tensor.name].float()
         trained[tensor.base_name] = table
-    return MergedWeights(opened.source, opened.factors, trained, keeps_head_tied=bool(rows))
+    return MergedWeights(opened.source, opened.factors, trained, keeps_head_tied=bool(rows), head=head)
+
+
+def merged_head(opened: OpenedAdapter) -> MergedHead | None:
+    """Return the head of an adapter for classification or for scores, completed by the base's; None without one.
+
+    Raises:
+        ArtifactError: neither the adapter nor the base has a parameter of the head.
+    """
+    loaded, source = opened.loaded, opened.source
+    if not (classification := classification_of(loaded, opened.config)):
+        return None
+    head = opened.config.class_head
+    trained = {tensor.name for tensor in loaded.trained}
+    parameters = {}
+    for name in head.parameters.values():
+        tensor = loaded.factors[name] if name in trained else source.head_tensor(name)
+        if tensor is None:
+            raise ArtifactError(
+                f"neither the adapter nor the base has {name}, a part of the head",
+                where=str(loaded.directory),
+                next_step="use the base with which the adapter was trained",
+            )
+        parameters[name] = tensor
+    return MergedHead(parameters, head.prefix, head_fields(source, classification))
 
 
 def _prove(

@@ -89,7 +89,7 @@ class ExportOptions(AdaptedModelOptions, Options):
 
     to: Format | None = None
     """Target format: `peft` (also for vLLM), `gguf` (llama.cpp), `ollama`, `mlx`, `kohya` (diffusion models), or
-    `sentence-transformers` (a merged model for vectors)."""
+    `sentence-transformers` (a model for vectors or for rankings, merged or as an adapter of its base)."""
 
     uniform: bool = False
     """With `peft`: one rank and one scaling for all modules, as vLLM requires. Smaller ranks are padded with zeros, and
@@ -118,8 +118,6 @@ class ExportOptions(AdaptedModelOptions, Options):
         for name in ("uniform", "text_model"):
             if getattr(self, name) and (self.to != "peft" or self.merge):
                 raise UsageError(f"{name} applies to adapters in PEFT's format", where=name, next_step="give --to peft")
-        if self.to == "sentence-transformers" and not self.merge:
-            raise UsageError("sentence-transformers loads a merged model", where="to", next_step="give --merge as well")
         if self.decision and self.to != "gguf":
             raise UsageError("a decision model is a GGUF file", where="decision", next_step="give --to gguf")
         if not self.merge and not self.decision:

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from backhand.adapters import classifier_config
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import AdapterContents, read_json_object, read_tensors, tensor_bytes
 from backhand.adapters.module_factors import Factors, ModuleFactors, factors_without_model
@@ -33,9 +34,11 @@ from backhand.adapters.peft_saving import HEADLESS_TASK, AdapterParts, adapter_f
 from backhand.adapters.targets import Target
 from backhand.errors import ArtifactError, UsageError
 from backhand.files import write_atomically
+from backhand.generation.loading import classification_of
 from backhand.interop.opened_adapter import OpenedAdapter, refuse
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.stores import OLLAMA
+from backhand.nn.loading.wrappers import EncoderWrapper
 from backhand.nn.lora_parameters import LoRASlot
 
 CONFIG_FILE = "adapter_config.json"
@@ -164,7 +167,8 @@ def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False, text_m
     Args:
         text_model: use the names of the text model alone, if the base's files contain an image model around it.
     """
-    loaded = opened.loaded
+    loaded, prefix = opened.loaded, opened.config.class_head.prefix
+    classification = classification_of(loaded, opened.config)
     described = replace(
         loaded.described,
         base_model=loaded.described.base_model or opened.base_name,
@@ -172,9 +176,14 @@ def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False, text_m
     )
     names = list(opened.shapes)
     wrapper = None if text_model else opened.source.wrapper
+    if classification and prefix:
+        wrapper = EncoderWrapper("", prefix)
     if not uniform:
         parts = AdapterParts(described, loaded.targets, loaded.shapes, loaded.factors, loaded.trained)
-        return adapter_files(parts, record=loaded.record, module_names=names, wrapper=wrapper)
+        files = adapter_files(parts, record=loaded.record, module_names=names, wrapper=wrapper)
+        if classification:
+            files = {classifier_config.NAME: classifier_config.config_bytes(opened.source, classification), **files}
+        return files
     rank = max(one.rank for one in opened.factors.values())
     scaling = Counter(one.scaling for one in opened.factors.values()).most_common(1)[0][0]
     alpha = round(scaling * rank, 9)
