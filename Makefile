@@ -34,9 +34,10 @@ INSTALL := BACKHAND_KERNELS=none $(PIP) install $(if $(CONSTRAINTS),--constraint
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 BACKHAND_KERNELS=avx2
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # What an instruction set can change in torch and in what is built on it; not what reads files, and not the loops of each
-# build by themselves, which `make tests` has run on this processor, those for AVX2 too.
-AVX2_TESTS := tests/ops $(filter-out %/test_config_fields.py %/test_family.py,$(wildcard tests/nn/test_*.py)) \
-	tests/kernels/test_quantized_matrix.py
+# build by themselves, which `make tests` has run on this processor, those for AVX2 too. Families differ in their
+# configuration, not in their instructions: the proofs compute a block and a decoder of each.
+AVX2_TESTS := tests/ops tests/kernels/test_quantized_matrix.py $(patsubst %,tests/nn/test_%.py,compute decode_step \
+	decoding encoders forest frozen_prefix quantized_base state_gradients state_mixers)
 
 .PHONY: help set-up packages kernels kernels-sanitize wheels test-install test-foreign demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser test-cuda test-mps fuzz check lint format-check types imports docstrings prose readme docs size format bench clean
 
