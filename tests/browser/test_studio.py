@@ -235,6 +235,44 @@ def test_a_choice_in_a_list_clears_the_text_that_takes_precedence(studio: Studio
         assert page.input_value("#typed_prompt") == ""
 
 
+def test_every_objective_shows_its_own_columns(
+    studio: Studio, tiny: TinyRun, context: BrowserContext, screens: Screens
+) -> None:
+    (studio.directory / "rows" / "rows-1.csv").write_text(TABLE)
+    (studio.directory / "jobs" / "Earlier.json").write_text('{"words": ["train"], "cancelled": true}')
+    root = studio.address.partition("?")[0]
+    shown = {"sft": "#completion", "dpo": "#dpo-rejected", "kto": "#kto-label", "embed": "#embed-negative"}
+    shown |= {"rank": "#rank-score", "classify": "#classify-completion", "grpo": "#reward_length"}
+    shown |= {"decide": "#question0", "bake": "#context_text"}
+    with tab(context, studio.address) as page:
+        page.wait_for_selector("main#main")
+        assert page.url == root
+        page.goto(studio.address)  # again, with the cookie
+        page.wait_for_selector("main#main")
+        assert page.url == root
+        page.get_by_text("was cancelled before it started").wait_for()
+        screens.check(page, "cancelled")
+        page.goto(f"{root}new/rows")
+        page.get_by_text("uploaded on").wait_for()
+        screens.check(page, "uploads")
+        page.goto(f"{root}new/learn?data=rows-1.csv&typed_model={tiny.model}")
+        page.wait_for_selector("#objective")
+        for objective, field in shown.items():
+            page.select_option("#objective", objective)
+            assert {name: page.is_visible(name) for name in shown.values()} == {
+                name: name == field for name in shown.values()
+            }
+            if objective in ("dpo", "grpo", "bake"):
+                screens.check(page, f"learn-{objective}")
+        page.fill("#context_text", "Answer in one word.\n</textarea><script>window.hurt = 1</script>")
+        page.select_option("#bake-prompt", "question")
+        page.get_by_role("button", name="Check the rows").click()
+        page.get_by_text("training documents").wait_for()
+        assert "context=context-" in page.url and "Answer" not in page.url
+        assert page.input_value("#context_text").startswith("Answer in one word.\n</textarea>")
+        assert page.evaluate("window.hurt") is None
+
+
 def test_errors_are_those_of_the_command_line(
     studio: Studio, context: BrowserContext, screens: Screens, tmp_path: Path
 ) -> None:

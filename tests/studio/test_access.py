@@ -56,6 +56,15 @@ def test_without_the_cookie_nothing_is_answered(client: Client, place: str) -> N
     assert stranger.ask(f"/{place}?token={client.address.token}")[0] == 403  # without the path
 
 
+def test_the_cookie_of_another_studio_is_refused(client: Client, tmp_path: Path) -> None:
+    with serving(Workspace(tmp_path / "other"), host=LOOPBACK, port=0) as address:
+        other = Client(address).enter()
+        assert other.get("")[0] == 200
+        value = other.cookie.partition("=")[2]
+        other.address, other.cookie = client.address, f"backhand-{client.address.port}={value}"
+        assert other.get("")[0] == 403 and other.post("start", name="x")[0] == 403
+
+
 def test_the_token_does_not_allow_a_change_by_itself(client: Client) -> None:
     stranger = Client(client.address)
     assert stranger.post(f"start?token={client.address.token}", name="x")[0] == 403
@@ -123,7 +132,8 @@ def test_a_server_of_the_network_answers_to_numbers_but_not_to_names_that_point_
 )
 def test_a_change_that_another_page_asks_for_is_refused(client: Client, headers: dict[str, str]) -> None:
     sent = {"Origin": client.origin, "Content_Type": "application/x-www-form-urlencoded"} | headers
-    for place in ("start", "upload?name=x.csv", "runs/one/stop", "runs/one/delete"):
+    places = ("start", "upload?name=x.csv", "delete-rows", "new/learn")
+    for place in (*places, *(f"runs/one/{name}" for name in ("stop", "delete", "rename", "resume", "try", "export"))):
         path = f"{client.address.root}/{place}"
         status, text, answered = client.ask(path, method="POST", body=b"name=x", **sent)
         assert status == 403 and "another page" in text
@@ -239,10 +249,13 @@ def test_a_port_that_is_taken_is_named(space: Workspace, client: Client, tmp_pat
 
 def test_the_command_prints_its_address_first_warns_of_other_hosts_and_ends_with_ctrl_c(tmp_path: Path) -> None:
     words = ["studio", "--directory", str(tmp_path / "studio"), "--no-browser", "--host", "0.0.0.0"]
-    command = [sys.executable, "-m", "backhand", *words]
     pipe = subprocess.PIPE
     process = subprocess.Popen(
-        command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        [sys.executable, "-m", "backhand", *words],
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     try:
         assert process.stdout is not None and process.stderr is not None
@@ -253,11 +266,24 @@ def test_the_command_prints_its_address_first_warns_of_other_hosts_and_ends_with
         if memory.exists():
             line = next(line for line in memory.read_text().splitlines() if line.startswith("VmRSS:"))
             assert int(line.split()[1]) < 70 * 1024  # no torch
+            place, _, token = first.split("Studio: http://0.0.0.0:")[1].strip().partition("/?token=")
+            port, _, root = place.partition("/")
+            page = Client(command.Address(LOOPBACK, int(port), f"/{root}", token)).enter().get("")
+            assert page[0] == 200 and processor_s(process.pid) < 1.0
+            before = processor_s(process.pid)
+            time.sleep(1.0)
+            assert processor_s(process.pid) == before
         process.send_signal(2)
         assert process.wait(60) == 0
     finally:
         process.kill()
         process.communicate()
+
+
+def processor_s(process: int) -> float:
+    """Return the seconds of processor time of a process."""
+    times = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_the_help_imports_no_server() -> None:

@@ -12,9 +12,10 @@ import shlex
 import subprocess
 import sys
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from urllib.parse import parse_qsl, urlencode
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlencode
 
 import pytest
 
@@ -307,6 +308,30 @@ def test_columns_of_every_objective_are_named(fields: str, words: list[str], cli
     assert len({*ids}) == len(ids)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        "objective=dpo&prompt=asked&chosen=good&rejected=bad",
+        "objective=kto&prompt=asked&completion=good&label=fine",
+        "objective=embed&prompt=asked&completion=good&negative=bad",
+        "objective=embed&prompt=good&completion=bad&score=fine",
+        "objective=classify&prompt=asked&completion=fine",
+        "objective=grpo&prompt=asked&answer=good&reward_exact=yes&reward_number=yes&reward_length=9&reward_regex=^a|b",
+        "objective=bake&prompt=asked&context=",
+    ],
+)
+def test_the_command_of_every_objective_can_be_planned(
+    fields: str, space: Workspace, tiny: TinyRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "".join(f"how {n}?,so {n},not {n},{'yes' if n % 2 else 'no'}\n" for n in range(60))
+    (space.rows / "rows-1.csv").write_text(f"asked,good,bad,fine\n{rows}")
+    fields = fields.replace("context=", f"context={space.save_context('be brief')}")
+    more = {"data": "rows-1.csv", "typed_model": str(tiny.model), "more.dtype": "float32", "more.max_new_tokens": "16"}
+    words = Draft.of((dict(parse_qsl(fields)) | more).items()).run_words(space, [])
+    assert main(["plan", *words, "--no-calibrate", "--json", "--sample=2000"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] >= 48
+
+
 def test_rewards_of_the_page_are_checks_and_never_code(client: Client, space: Workspace) -> None:
     client.post("upload?name=faq.csv", body=TABLE)
     for fields in ("", "&reward_exact=yes&reward=x.py:f&reward_file=x.py&more.reward=x.py:f&reward_x.py:f=yes"):
@@ -448,3 +473,65 @@ def test_attacks_in_rows_and_columns_stay_text(client: Client, tiny: TinyRun) ->
     for place in ("new", "new/rows", "new/learn", "new/start"):
         page = part(client.get(f"{place}?data=rows-1.csv&{query}")[1])
         assert not page.every("img") and not page.every("iframe") and len(page.every("script")) <= 1
+
+
+ATTACK = " ".join(ATTACKS)
+LINTED = {
+    "train": {"rows": 1, "documents": 1, "tokens": 2, "supervised_tokens": 1, "notes": [ATTACK]},
+    "held_out": None,
+    "errors": 1,
+    "findings": [{"severity": "error", "where": [ATTACK], "what": ATTACK, "remedy": ATTACK}],
+    "template": [ATTACK],
+    "shown": [{"source": ATTACK, "tokens": [{"text": ATTACK, "supervised": True}]}],
+}
+PLANNED = {"budget_bytes": None, "peak_bytes": 1, "train_s": None, "steps": 1, "rows": 1, "held_out_rows": 0}
+LISTED = {"name": ATTACK, "path": ATTACK, "store": ATTACK, "family": ATTACK, "types": [ATTACK], "engine": "backhand"}
+DECIDED = {"type": "choice", "choice": ATTACK, "probabilities": {ATTACK: 0.5, "x": 0.5}, "confidence": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("place", "answer"),
+    [
+        ("part/rows", {"columns": [ATTACK], "rows": [{ATTACK: ATTACK}], "objective": "decide", "state": ATTACK}),
+        ("part/lint", LINTED),
+        ("part/plan", PLANNED | {"notes": [ATTACK]}),
+        ("part/models", [LISTED | {"file_bytes": 1, "memory_bytes": None, "fits": None, "note": ATTACK}]),
+        ("runs/one/try", {"answers": {ATTACK: DECIDED}}),
+        ("runs/one/export", {}),
+    ],
+)
+def test_attacks_in_what_commands_answer_stay_text(
+    place: str,
+    answer: Any,
+    client: Client,
+    space: Workspace,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    outcome = Outcome(0, json.dumps(answer), ATTACK)
+
+    async def run(_: Commands, words: list[str], *__: object, **___: object) -> Outcome:
+        if words[0] == "export":
+            Path(words[-1].partition("=")[2]).touch()
+        return outcome
+
+    config = (finished / "config.toml").read_text()
+    (finished / "config.toml").write_text(config.replace('objective = "sft"', 'objective = "decide"'))
+    finished.rename(space.run("one"))
+    client.post(f"upload?name={quote('x' + ATTACK[:150])}.csv", body=TABLE)
+    monkeypatch.setattr(Commands, "run", run)
+    query = urlencode(
+        {"data": "rows-1.csv", "objective": "decide", "question0": ATTACK, "asked0": ATTACK, "state": ATTACK}
+    )
+    for code in (0, 3):
+        outcome = replace(outcome, code=code)
+        if place.startswith("runs"):
+            status, text, _ = client.post(place, prompt=ATTACK, to="gguf")
+        else:
+            status, text, _ = client.get(f"{place}?{query}")
+        page = part(text)
+        hostile = [tag for tag in ("script", "img", "svg", "iframe", "style") if page.every(tag)]
+        assert status in (200, 409) and "onerror" in page.root.text and hostile in ([], ["script"])
+        assert all(one.attributes.get("src") for one in page.every("script"))
+        assert not [one for one in page.root.all() if any(name.startswith("on") for name in one.attributes)]
+    assert not part(client.get("new/rows")[1]).every("img")

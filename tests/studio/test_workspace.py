@@ -18,6 +18,7 @@ import pytest
 from backhand.errors import UsageError
 from backhand.studio import access, workspace
 from backhand.studio.command import Address
+from backhand.studio.commands import Commands, Outcome
 from backhand.studio.queue import Job
 from backhand.studio.runs import run_of
 from backhand.studio.workspace import Workspace, checked_name
@@ -160,6 +161,32 @@ def test_names_of_runs_stay_in_their_directory(client: Client, space: Workspace,
 def test_addresses_lead_nowhere_else(client: Client, place: str) -> None:
     status, text, _ = client.get(place)
     assert status in (404, 409) and "root:" not in text and "import" not in text
+
+
+def test_exports_stay_in_the_directory_of_their_run(
+    client: Client, space: Workspace, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished.rename(space.run("one"))
+    started: list[list[str]] = []
+
+    async def export(_: Commands, words: list[str], *__: object) -> Outcome:
+        started.append(words)
+        next(Path(word.partition("=")[2]) for word in words if word.startswith("--output=")).touch()
+        return Outcome(0, "", "<b>done</b>")
+
+    monkeypatch.setattr(Commands, "checked", export)
+    for kind in ("../gguf", "/etc/passwd", "", "gguf/../../../x"):
+        assert client.post("runs/one/export", to=kind)[0] == 409
+    for name in ("..%2fone", "one%2f..%2f..", "%2e%2e"):
+        assert client.post(f"runs/{name}/export", to="gguf")[0] in (404, 409)
+    assert client.post("runs/one/export", to="gguf", push="me/mine")[0] == 409 and not started
+    assert client.post("runs/one/export", to="gguf", push="--output=/tmp/x", sure="yes")[0] == 200
+    assert started[0][-1] == "--push=--output=/tmp/x" and f"--output={space.exports}/one/one-gguf.gguf" in started[0]
+    (space.exports / "one" / "link").symlink_to("/etc")
+    secret = space.root / "studio.json"
+    for place in ("..%2f..%2fstudio.json", "%2e%2e%2fone.json", "..", "link%2fpasswd", "link", str(secret)):
+        status, text, _ = client.get(f"runs/one/download/{place}")
+        assert status in (404, 409) and space.token not in text and "root:" not in text
 
 
 def test_a_command_ends_when_nobody_waits_for_it_any_more(client: Client, space: Workspace, tiny: TinyRun) -> None:

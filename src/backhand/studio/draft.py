@@ -31,7 +31,7 @@ OBJECTIVES = {
     "embed": "Vectors for search: texts that belong together get similar vectors",
     "rank": "Rankings: each document gets a score for a query",
     "classify": "Labels or a number from a head on the model, also for encoders such as BERT",
-    "grpo": "Rewards: the model tries answers, and checks that you choose reward the right ones (GRPO)",
+    "grpo": "Rewards: the model tries answers, and checks reward the right ones (GRPO)",
     "bake": "A long prompt: the model answers without it as it answers with it",
 }
 """Objectives of the page, with a description."""
