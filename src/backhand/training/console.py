@@ -396,7 +396,12 @@ def opening_facts(
     if objective.purpose == "pairs" and report.documents == 2 * report.rows:
         facts.append("data: each row has two documents, with the chosen and with the rejected answer")
     if objective.purpose == "rankings":
-        facts.append("data: each text of a row is two documents, which end in yes and in no")
+        of_text = (
+            "one document, with the query before it"
+            if run.inputs.trains_head
+            else "two documents, which end in yes and in no"
+        )
+        facts.append(f"data: each text of a row is {of_text}")
     if run.inputs.held_out is not None:
         facts.append(f"held out: {'; '.join(run.inputs.held_out.report.lines(unit))}")
     facts.append(
