@@ -43,10 +43,10 @@ class Reads(Observer):
         self.before_steps: list[int] = []
         for source, method in (
             (HuggingFaceDirectory, "load"),
-            (HuggingFaceDirectory, "stored_rows"),
+            (HuggingFaceDirectory, "stored_parts"),
             (GGUFModel, "load"),
             (GGUFModel, "load_into"),
-            (GGUFModel, "stored_tensor"),
+            (GGUFModel, "stored_parts"),
         ):
             self._note(monkeypatch, source, method)
 

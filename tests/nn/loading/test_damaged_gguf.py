@@ -125,7 +125,7 @@ def outcome(path: Path) -> str:
         if len(model.shape(name)) != 2:
             continue
         try:
-            stored = model.stored_rows(name)
+            (stored,) = model.stored_parts(name)
         except BackhandError:
             continue
         ((entry, _),) = model.stored_tensors(name)
@@ -139,7 +139,7 @@ def outcome(path: Path) -> str:
 def check_numbers(model: GGUFModel, name: str, rows: np.ndarray, type_id: int) -> None:
     from backhand.kernels.quantized_matrix import QuantizedMatrix
 
-    stored = model.stored_rows(name)
+    (stored,) = model.stored_parts(name)
     values, size = block_shape(type_id)
     assert rows.shape[1] // size * values == model.shape(name)[1]
     try:

@@ -104,9 +104,9 @@ class HuggingFaceDirectory(ModelSource):
         """Return the stored dtype, or bfloat16 for tensors in MXFP4 blocks."""
         return torch.bfloat16 if name in self._packed else super().dtype(name)
 
-    def stored_rows(self, name: str) -> StoredRows:
+    def stored_parts(self, name: str) -> list[StoredRows]:
         """Return a matrix in its stored form. MXFP4 blocks are copied into ggml's order, which the kernels multiply."""
-        return self._packed[name].rows() if name in self._packed else super().stored_rows(name)
+        return [self._packed[name].rows()] if name in self._packed else super().stored_parts(name)
 
     def stored_bytes(self, name: str) -> int:
         """Return the stored size of a tensor in bytes."""

@@ -69,7 +69,7 @@ class QuantizingSource(ModelSource):
         """Return the tensor. A quantized matrix is returned as its dequantized float32 values."""
         if not self._quantizes(name):
             return self.unquantized.load(name)
-        return QuantizedMatrix([self.stored_rows(name)], torch.float32).dense()
+        return QuantizedMatrix(self.stored_parts(name), torch.float32).dense()
 
     def head_tensor(self, name: str) -> Tensor | None:
         """Return a parameter of a head for classification, which is not quantized; None if it is not there."""
@@ -79,16 +79,16 @@ class QuantizingSource(ModelSource):
         """Return float32 for a quantized matrix, and the source's dtype for any other tensor."""
         return torch.float32 if self._quantizes(name) else self.unquantized.dtype(name)
 
-    def stored_rows(self, name: str) -> StoredRows:
+    def stored_parts(self, name: str) -> list[StoredRows]:
         """Return a matrix in quantized blocks."""
         if not self._quantizes(name):
-            return self.unquantized.stored_rows(name)
+            return self.unquantized.stored_parts(name)
         if name not in self._stored:
             from gguf.quants import quantize
 
             blocks = quantize(self.unquantized.load(name).float().contiguous().numpy(), self._kind)
             self._stored[name] = StoredRows(blocks.reshape(self.shape(name)[0], -1), int(self._kind))
-        return self._stored[name]
+        return [self._stored[name]]
 
     def stored_bytes(self, name: str) -> int:
         """Return the size of a tensor's blocks in bytes, without quantizing it."""

@@ -97,16 +97,16 @@ class ModelSource(ABC):
             raise ArtifactError(shape_mismatch(name, self.shape(name), tuple(destination.shape)), where=str(self.path))
         destination.copy_(self.load(name))
 
-    def stored_rows(self, name: str) -> StoredRows:
-        """Return a matrix in its stored form, with rows in Hugging Face order. Mapped if the source maps its files."""
+    def stored_parts(self, name: str) -> list[StoredRows]:
+        """Return a matrix in its stored form, mapped if the source maps its files.
+
+        The parts are consecutive rows in Hugging Face order, several if the source stores the matrix in several
+        tensors.
+        """
         tensor = self.load(name).detach().cpu().contiguous()
         if tensor.dtype not in _NATIVE_TYPES:
             tensor = tensor.float()
-        return StoredRows(tensor.view(torch.uint8).numpy(), _NATIVE_TYPES[tensor.dtype])
-
-    def stored_parts(self, name: str) -> list[StoredRows]:
-        """Return a matrix in its stored form, as consecutive rows if the source stores it in several tensors."""
-        return [self.stored_rows(name)]
+        return [StoredRows(tensor.view(torch.uint8).numpy(), _NATIVE_TYPES[tensor.dtype])]
 
     def load_in_pieces(self, name: str) -> FrozenMatrix:
         """Return a matrix as a float32 QuantizedMatrix, dequantized block by block, and any other tensor by `load`."""
