@@ -129,7 +129,7 @@ def attended(dtype: torch.dtype) -> tuple[Any, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_recomputed_output_has_the_bits_of_the_forward(dtype):
     saved, y, d_y = attended(dtype)
-    assert can_recompute_output(saved.q) == (dtype == torch.float32)
+    assert can_recompute_output(saved.q, RUNS) == (dtype == torch.float32)
     recomputed, other = torch.full_like(y, float("nan")), torch.full_like(y, float("nan"))
     plain = attention_backward(d_y, saved)
     both = attention_backward(d_y, saved._replace(output=None), output_buffer=recomputed)
@@ -139,10 +139,21 @@ def test_the_recomputed_output_has_the_bits_of_the_forward(dtype):
     assert relative_error(recomputed, y) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
+@needs_loops
+def test_queries_of_many_visible_keys_save_their_output():
+    q = torch.zeros(1, 1, 8)
+    whole, continued = (SegmentRun(0, 1, 1025),), (SegmentRun(0, 1, 600), SegmentRun(600, 3, 425, ((0, 600),)))
+    for runs in (whole, continued):
+        assert not can_recompute_output(q, runs)
+        assert not can_recompute_output(q, runs, window=1025)
+        assert can_recompute_output(q, runs, window=1024)
+    assert can_recompute_output(q, (SegmentRun(0, 9, 1024),))
+
+
 def test_torch_s_form_returns_the_saved_output_or_recomputes_it():
     with torch_form():
         saved, y, d_y = attended(torch.float64)
-        assert not can_recompute_output(saved.q)
+        assert not can_recompute_output(saved.q, RUNS)
         recomputed = torch.empty_like(y)
         attention_backward(d_y, saved, output_buffer=recomputed)
         assert torch.equal(recomputed, y)

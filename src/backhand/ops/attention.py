@@ -30,10 +30,10 @@ to 1 - e^(σ - ℓ'), and with δ = rowsum(P ⊙ ∂L/∂P) = rowsum(G ⊙ O). E
 gradient through it.
 
 The kernel (native/attention.cpp) takes all documents at once, saves no ℓ, and uses the processor's pairwise products of
-bfloat16 where it has them. No backward needs O or ℓ, since δ is a sum over P and
-∂L/∂P. A caller that needs O there can have it recomputed from P V, which is one product in six, and need not save it
-(`can_recompute_output`). Torch's form also caps scores. It attends documents of similar length together
-(`document_groups`), by blocks of queries (`attention_blocks`).
+bfloat16 where it has them. No backward needs O or ℓ, since δ is a sum over P and ∂L/∂P. A caller that needs O there can
+have it recomputed from P V, which is one product in six, and need not save it (`can_recompute_output`). O of a long
+document is saved, since attention is most of its step. Torch's form also caps scores. It attends documents of similar
+length together (`document_groups`), by blocks of queries (`attention_blocks`).
 
 Saved: Q, K, V, and O if it was kept.
 """
@@ -61,10 +61,14 @@ from backhand.ops.document_groups import (
     gather_documents,
     gather_keys,
     groups,
+    longest_document,
     scatter_documents,
     scatter_key_grads,
     segments,
 )
+
+MOST_KEYS_RECOMPUTED = 1024
+"""The number of visible keys up to which O is recomputed. Beyond it, P V takes more than 3 % of a usual step."""
 
 
 class AttentionSaved(NamedTuple):
@@ -86,12 +90,17 @@ class AttentionGrads(NamedTuple):
     d_v: Tensor
 
 
-def can_recompute_output(q: Tensor, cap: float | None = None) -> bool:
+def can_recompute_output(
+    q: Tensor, runs: tuple[SegmentRun, ...], window: int | None = None, cap: float | None = None
+) -> bool:
     """Return True if `attention_backward` recomputes O of such queries at little cost, so that O need not be saved.
 
     The kernel does. In bfloat16, O is half as large and P V takes as long as in float32, so that O is saved.
     """
-    return cap is None and q.dtype != torch.bfloat16 and kernels.applies(q)
+    if cap is not None or q.dtype == torch.bfloat16 or not kernels.applies(q):
+        return False
+    longest = longest_document(runs)
+    return (longest if window is None else min(longest, window)) <= MOST_KEYS_RECOMPUTED
 
 
 def attention_forward(

@@ -44,18 +44,19 @@ def attention_output(qkv: Tensor, weights: BlockWeights, context: BlockContext) 
     """Return o (T, q) for qkv (T, q + 2k) or (T, 2q + 2k), and the tensors saved in addition to both."""
     config = context.config
     q, k, v, inverse_rms = prepare_qkv(qkv, weights, context)
-    buffer = context.scratch.take("attended", q.shape, q) if recomputes_output(qkv, config) else None
+    buffer = context.scratch.take("attended", q.shape, q) if recomputes_output(qkv, context) else None
     output, _ = attention_forward(q, k, v, *attention_setting(weights, context), out=buffer)
     kept = AttentionMixerSaved(output if config.attention_gate else None, inverse_rms)
     return gated_output(qkv, output, config), kept
 
 
-def recomputes_output(x: Tensor, config: DecoderConfig) -> bool:
-    """Return True if the backward of attention recomputes o for x's dtype and device.
+def recomputes_output(x: Tensor, context: BlockContext) -> bool:
+    """Return True if the backward of attention recomputes o for x's dtype and device and the documents' lengths.
 
     With gates, the output of attention before gating is saved instead.
     """
-    return not config.attention_gate and can_recompute_output(x, config.attention_cap)
+    config, runs = context.config, context.segment_runs
+    return not config.attention_gate and can_recompute_output(x, runs, context.layer.window, config.attention_cap)
 
 
 def recomputed_output(saved: MixerSaved, weights: BlockWeights, context: BlockContext) -> Tensor:

@@ -164,7 +164,7 @@ def mixer_sublayer_forward(
     x1, h_output, h_second, post_norm = mixer_output_forward(
         gather_rows(x0, positions), gather_rows(o, positions), weights, adapter, config
     )
-    saved_output = None if mixer.recomputes_output(o, config) else o
+    saved_output = None if mixer.recomputes_output(o, context) else o
     return x1, MixerSaved(
         statistics=statistics,
         input=qkv,

@@ -79,7 +79,7 @@ class Rows(NamedTuple):
     new: int
 
 
-def _never_recomputed(_output: Tensor, _config: DecoderConfig) -> bool:
+def _never_recomputed(_output: Tensor, _context: BlockContext) -> bool:
     return False
 
 
@@ -100,7 +100,7 @@ class Mixer(NamedTuple):
     # (input (T, Σ sizes), weights, context) to q, k and v, (T, heads, head_dim), and optionally more. None for mixers
     # other than attention
     qkv: Callable[[Tensor, BlockWeights, BlockContext], tuple[Any, ...]] | None = None
-    # (output, config) to True if the backward recomputes the output, so that it is not saved
-    recomputes_output: Callable[[Tensor, DecoderConfig], bool] = _never_recomputed
+    # (output, context) to True if the backward recomputes the output, so that it is not saved
+    recomputes_output: Callable[[Tensor, BlockContext], bool] = _never_recomputed
     # (tensors saved by the sublayer, weights, context) to the recomputed output. None if the output is always saved
     output: Callable[[MixerSaved, BlockWeights, BlockContext], Tensor] | None = None

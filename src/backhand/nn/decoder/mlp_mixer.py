@@ -61,6 +61,6 @@ MLP_MIXER = Mixer(
     mlp_mixer_backward,
     _no_states,
     _extend,
-    recomputes_output=lambda _output, _config: True,
+    recomputes_output=lambda _output, _context: True,
     output=_output,
 )
