@@ -127,11 +127,11 @@ def test_the_teacher_is_a_moving_average_of_the_adapter() -> None:
         optimizer.step(0.1)
         expected = 0.8 * expected + 0.2 * optimizer.values
     assert optimizer.average is not None
-    assert relative_error(optimizer.average, expected) < 1e-6
-    assert relative_error(optimizer.average, optimizer.values) > 1e-3
+    assert relative_error(optimizer.average.values, expected) < 1e-6
+    assert relative_error(optimizer.average.values, optimizer.values) > 1e-3
     sampler = AnswerSampler(RewardOptions(max_new_tokens=6), 1, (), lambda _, row, __: row, Communicator())
     asked = prompts(share=True)
-    averaged, frozen = (DistilledSteps(sampler, asked, start, 3) for start in (None, optimizer.average.clone()))
+    averaged, frozen = (DistilledSteps(sampler, asked, start, 3) for start in (None, optimizer.average.values.clone()))
     losses = []
     for steps, rate in ((averaged, 0.2), (frozen, 0.0)):
         other = AdapterOptimizer(decoder.lora, OptimizationOptions(), rate)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from backhand.loop.step import AdapterOptimizer, flat_norm
+from backhand.loop.value_average import saved_values
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.options.config import OptimizationOptions
 
@@ -48,7 +49,7 @@ def test_the_saved_values_are_an_average_in_which_later_steps_have_more_weight(
         steps.append(lora.values.double())
     expected = sum(weight * values for weight, values in zip(weights, steps, strict=True)) / sum(weights)
     lora.refresh_compute(torch.bfloat16)
-    with optimizer.saved_values():
+    with saved_values(optimizer.average):
         torch.testing.assert_close(lora.values.double(), expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(lora.compute_values, lora.values.bfloat16(), rtol=0, atol=0)
     torch.testing.assert_close(lora.values.double(), steps[-1], rtol=0, atol=0)

@@ -31,6 +31,7 @@ from backhand.loop.observers import Observer
 from backhand.loop.state import RunState
 from backhand.loop.step import StepResult
 from backhand.loop.step_plan import StepPlan
+from backhand.loop.value_average import saved_values
 from backhand.printing import going_on
 from backhand.system import rss_bytes
 from backhand.words import finite_or_none, name_list
@@ -187,7 +188,7 @@ class Evaluator:
         """Measure the held-out loss and the forgetting. Return True if the loss is the best so far."""
         progress = self.state.progress
         record: dict[str, Any] = {"step": progress.step}
-        with self.state.optimizer.saved_values():
+        with saved_values(self.state.optimizer.average):
             loss = None if self.held_out is None else self.held_out.loss(self.model, self.processes)
             if self.held_out is not None and loss is None:
                 return False  # interrupted by a signal: the evaluation stays pending

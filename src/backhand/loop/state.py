@@ -20,6 +20,7 @@ from backhand.files import free_bytes
 from backhand.json_shape import ShapeError, convert, load
 from backhand.loop.guards import MOST_SHOWN, is_finite, named_unusable
 from backhand.loop.step import AdapterOptimizer
+from backhand.loop.value_average import saved_values
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.reading import read_plain
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
@@ -52,7 +53,7 @@ class RunState:
 
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.optimizer.moments().items()}
         tensors["values"] = self.lora.values.cpu()
-        with self.optimizer.saved_values():
+        with saved_values(self.optimizer.average):
             files = adapter_files()
         return {**files, STATE_FILE: save(tensors), PROGRESS_FILE: self.progress.to_json()}
 

@@ -18,15 +18,6 @@ The update is AdamW with learning rate η and weight decay λ:
     m ← β₁ m + (1 - β₁) g,   v ← β₂ v + (1 - β₂) g²
     θ ← θ - η λ θ - η (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)      [arXiv:1711.05101, algorithm 2]
 
-A run can save an average of the values after each step instead of the newest ones. At the end of a run, AdamW moves
-around a minimum with the noise of single steps, which the average evens out. After update t it is
-
-    a ← a + (κ + 1) / (t + κ) (θ - a),   κ = 2 / share - 2      [polynomial-decay averaging, arXiv:1212.1824, §4]
-
-The weights of the values grow with their step to the power of κ, from the first update on. The mean age of the values
-tends to t / (κ + 2) = share t / 2, as in the plain mean over the last share of the steps. A share of 1 gives the mean
-of all values.
-
 `AdapterOptimizer` applies it to the flat buffers of `nn.lora_parameters`. It calls torch.optim's functional form of
 AdamW, because creating a `torch.optim.AdamW` imports torch's compiler, which costs one second and 70 MB.
 """
@@ -35,8 +26,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +35,8 @@ from torch.optim.adamw import adamw
 
 from backhand.distributed.communicator import Communicator, MicroBatchResult, StepTotals, sequential_sum
 from backhand.engines.engine import Trainable
-from backhand.errors import CheckError, not_none
+from backhand.errors import CheckError
+from backhand.loop.value_average import ValueAverage
 from backhand.nn.batch import PackedBatch
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.options.config import OptimizationOptions, Schedule
@@ -183,25 +174,24 @@ class AdapterOptimizer:
     Args:
         lora: the adapter.
         options: β₁, β₂, ε, weight decay λ, the norm at which gradients are clipped, and the share of the average.
-        average_rate: constant rate ρ of the average, for a teacher that is never saved; 0 for the average of `options`.
+        average_rate: constant rate of the average, for a teacher that is never saved; 0 for the average of `options`.
 
     Attributes:
         values, gradients: the adapter's flat buffers, (elements,) float32.
         first_moment, second_moment: m and v, (elements,) float32.
         updates: t, the number of updates so far, 0-d float32.
-        average: moving average of the values, (elements,) float32. It starts with the initial values; each update adds
-            ρ (θ - a) to it, where a is the average. None without an average.
+        average: moving average of the values; None without one.
     """
 
     def __init__(self, lora: LoRAParameters, options: OptimizationOptions, average_rate: float = 0.0) -> None:
         self.lora = lora
         self.options = options
-        self.max_grad_norm = options.max_grad_norm
         self.values, self.gradients = lora.values, lora.gradients
         self.first_moment, self.second_moment = torch.zeros_like(self.values), torch.zeros_like(self.values)
         self.updates = torch.zeros((), dtype=torch.float32, device=self.values.device)
         self.average_rate = average_rate
-        self.average = self.values.clone() if average_rate or options.average_share else None
+        averages, share = average_rate or options.average_share, options.average_share
+        self.average = ValueAverage(lora, average_rate, share) if averages else None
         self._parameter_groups = self._split_by_rate(options.loraplus_lr_ratio)
 
     def _split_by_rate(self, ratio: float) -> list[tuple[float, list[slice]]]:
@@ -225,9 +215,9 @@ class AdapterOptimizer:
 
     def clip(self) -> float:
         """Scale the gradients to a norm of at most `max_grad_norm` (0: no limit). Return the norm before scaling."""
-        norm = flat_norm(self.lora.gradients)
-        if math.isfinite(norm) and 0 < self.max_grad_norm < norm:
-            self.lora.gradients.mul_(self.max_grad_norm / (norm + _CLIP_EPSILON))
+        norm, limit = flat_norm(self.lora.gradients), self.options.max_grad_norm
+        if math.isfinite(norm) and 0 < limit < norm:
+            self.lora.gradients.mul_(limit / (norm + _CLIP_EPSILON))
         return norm
 
     @torch.no_grad()
@@ -252,29 +242,9 @@ class AdapterOptimizer:
             )
         self.updates += 1
         if self.average is not None:
-            self.average.lerp_(self.values, self.average_rate or self._rate_of_share())
-
-    def _rate_of_share(self) -> float:
-        """Return the rate of the average after this update, see the module docstring."""
-        power = 2 / not_none(self.options.average_share) - 2
-        return (power + 1) / (int(self.updates) + power)
-
-    @contextmanager
-    def saved_values(self) -> Iterator[None]:
-        """Give the adapter the values to evaluate and to save inside the context: the average of `options`, if any."""
-        if self.average_rate or self.average is None:
-            yield
-            return
-        newest, dtype = self.values.clone(), self.lora.compute_values.dtype
-        try:
-            self.values.copy_(self.average)
-            self.lora.refresh_compute(dtype)
-            yield
-        finally:
-            self.values.copy_(newest)
-            self.lora.refresh_compute(dtype)
+            self.average.update(int(self.updates))
 
     def moments(self) -> dict[str, Tensor]:
         """Return the state by its names in a checkpoint: m is `mean`, v is `squares`, and t is `updates`."""
         moments = {"mean": self.first_moment, "squares": self.second_moment, "updates": self.updates}
-        return moments if self.average is None else {**moments, "average": self.average}
+        return moments if self.average is None else {**moments, "average": self.average.values}

@@ -90,7 +90,7 @@ from backhand.nn.decoder.projections import (
 from backhand.nn.decoder.shared_attention import SHARED_ATTENTION
 from backhand.nn.decoder.short_conv import SHORT_CONVOLUTION
 from backhand.nn.decoder.ssm_mixer import STATE_SPACE
-from backhand.nn.decoder.weights import BlockWeights, mlp_matrix
+from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.families.family import (
     ATTENTION,
     ATTENTION_AND_SSM,
@@ -259,6 +259,7 @@ def mlp_sublayer_backward(
     d_x2: Tensor, x1: Tensor, saved: MLPSaved, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig
 ) -> Tensor:
     """Map d_x₂ to d_x₁, both of shape (P, hidden), and add the gradients of the MLP's factors to the flat buffer."""
+    assert weights.gate_up is not None and weights.down is not None
     gate_up, down, norms = adapter.gate_up.group, adapter.down.group, config.norms
     # x₁ and the inverse RMS, which replace n₂ in the backward
     n2_saved = pre_norm_saved(x1, weights.mlp_norm, weights.mlp_norm_bias, saved.statistics, config)
@@ -266,12 +267,12 @@ def mlp_sublayer_backward(
     d_weight, multiplier = adapter.norms.get(norms.after_mlp), config.multipliers.down
     d_down, d_stream = residual_backward(d_x2, saved.post_norm, d_weight, config, multiplier)
     d_h_down = h_gradient(d_down, saved.h_down, down.adapters)
-    d_p = group_input_gradient(d_down, d_h_down, mlp_matrix(weights.down), down)
+    d_p = group_input_gradient(d_down, d_h_down, weights.down, down)
     del d_down
     unit = AdaptedGLUSaved(a_u, config.activation, gate_up, h, down, d_h_down)
     d_a_u, d_h, *_ = adapted_glu_backward(d_p, unit, out=a_u)
     del d_p
-    d_n2 = group_gradients(d_a_u, n2_saved, d_h, mlp_matrix(weights.gate_up), gate_up)
+    d_n2 = group_gradients(d_a_u, n2_saved, d_h, weights.gate_up, gate_up)
     return pre_norm_backward(d_n2, n2_saved, adapter.norms.get(norms.before_mlp), d_stream)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter
 from backhand.nn.decoder.mixer import BlockContext, MixerSaved, MLPSaved
-from backhand.nn.decoder.weights import BlockWeights, mlp_matrix
+from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.families.family import DecoderConfig
 from backhand.nn.scratch import Scratch
 from backhand.ops.layer_norm import LayerNormSaved, NormSaved, layer_norm_backward, layer_norm_forward, norm_apply
@@ -278,7 +278,8 @@ def gate_up_forward(
     n2: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig
 ) -> tuple[Tensor, Tensor]:
     """Return [a | u] of shape (P, 2f), with a multiplied by the family's multiplier, and h of the group."""
-    gate_up, h = group_forward(n2, mlp_matrix(weights.gate_up), weights.gate_up_bias, adapter.gate_up)
+    assert weights.gate_up is not None
+    gate_up, h = group_forward(n2, weights.gate_up, weights.gate_up_bias, adapter.gate_up)
     scale_gate(gate_up, config)
     return gate_up, h
 
