@@ -40,7 +40,8 @@ from backhand.runs.summary import RunSummary, read_summary
 from backhand.training.console import closing_lines
 from backhand.training.plan import plan_run
 from backhand.training.run import train
-from backhand.verify.command import prove_run
+from backhand.verify.command import prove_run, verify
+from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
 from support.class_models import bound_model, class_model, their_gradients, their_model, wider
 from support.no_autograd import autograd_raises
 from support.page import Page
@@ -281,6 +282,16 @@ def test_verify_proves_the_gradients_of_the_head(straight: TrainConfig) -> None:
     assert head.passed and head.error <= 1e-9
     assert proved["merged = unmerged, final states"].passed
     assert any(case.startswith("packed = unpacked") for case in proved)
+
+
+def test_verify_proves_an_encoder_without_an_adapter(model: Path) -> None:
+    """Its vectors, with a random adapter with dropout."""
+    made = VerifyOptions(
+        model=VerifiedModelOptions(model=str(model), dtype="float32"), verify=VerifyRunOptions(max_tokens=80)
+    )
+    report = verify(made)
+    assert report.passed
+    assert any(result.case == "weighted sum of vectors = reference, float64" for result in report.results)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
 from backhand.training.console import closing_lines
 from backhand.training.run import train
+from backhand.verify.command import prove_run
 from support.float64_reference import without_float32_casts
 from support.page import Page
 from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
@@ -379,6 +380,13 @@ def test_a_run_learns_and_scores_retrieval(straight: TrainConfig) -> None:
     shown = closing_lines(summary)
     assert any("6 anchors among 12 candidates" in line for line in shown)
     assert any(line.startswith("Next: backhand embed") for line in shown)
+
+
+def test_verify_proves_the_gradients_of_vectors(straight: TrainConfig) -> None:
+    report = prove_run(straight.run.output, max_tokens=80)
+    proved = {result.case: result for result in report.results}
+    assert proved["weighted sum of vectors = reference, float64"].error <= 1e-9
+    assert proved["merged = unmerged, final states"].passed
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])

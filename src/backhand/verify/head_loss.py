@@ -1,9 +1,9 @@
-"""The loss with which a classification head or a score head is proved: a weighted sum of its logits.
+"""The loss with which a classification head, a score head or vectors are proved: a weighted sum of the outputs.
 
-    v = pooling of the final states,   y = head(v),   L = Σ_documents Σ_k w_k y_k
+    v = pooling of the final states,   y = head(v), or v without a head,   L = Σ_documents Σ_k w_k y_k
 
-The losses of labels and of rankings are ops with proofs of their own, and their gradients enter the head in the place
-of w. The sum does not depend on how documents are packed.
+The losses of labels, rankings and vectors are ops with proofs of their own. Their gradients take the place of w. The
+sum does not depend on how documents are packed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import Tensor
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.class_head import class_gradients
 from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.pooled_states import pooled_gradients
 from backhand.nn.families.family import DecoderConfig
 from backhand.ops.class_head import class_head_backward, class_head_forward, class_head_reference
-from backhand.ops.pooling import pooling_backward, pooling_forward, pooling_reference
+from backhand.ops.pooling import Pooling, pooling_backward, pooling_forward, pooling_reference
 
 _PARTS = ("output_bias", "dense", "dense_bias", "norm", "norm_bias")
 """Arguments of `class_head_reference` for parts that not all heads have."""
@@ -36,12 +37,18 @@ class HeadGradients(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """The weighted sum of the logits of a head."""
+    """The weighted sum of the logits of a head, or of the vectors of texts."""
 
     config: DecoderConfig
+    vectors: Pooling | None = None  # the pooling of vectors, if these are proved without a head
+
+    @property
+    def pooling(self) -> Pooling:
+        """The vector of a text that the loss or the head reads."""
+        return self.vectors or self.config.class_head.pooling
 
     def of_logits(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss, 0-d, and its gradient of the logits, (documents, outputs)."""
+        """Return the loss, 0-d, and its gradient of the logits or vectors, (documents, outputs)."""
         weights = torch.sin(torch.arange(1, logits.shape[1] + 1, dtype=torch.float64, device=logits.device)).to(logits)
         return (logits * weights).sum(), weights.expand_as(logits)
 
@@ -54,7 +61,10 @@ class HeadLoss:
             value, d_logits = self.of_logits(logits)
             return value, loss_scaling * d_logits
 
-        class_gradients(decoder, batch, loss, dropout_seed)
+        if self.vectors is None:
+            class_gradients(decoder, batch, loss, dropout_seed)
+        else:
+            pooled_gradients(decoder, batch, self.vectors, loss, dropout_seed)
 
     def by_hand(self, states: Tensor, batch: PackedBatch, parameters: Mapping[str, Tensor]) -> HeadGradients:
         """Compute loss and gradients by the ops.
@@ -64,7 +74,10 @@ class HeadLoss:
             parameters: of the head, by name.
         """
         head = self.config.class_head
-        vectors, pooled = pooling_forward(batch.per_document(states), batch.document_tokens, head.pooling)
+        vectors, pooled = pooling_forward(batch.per_document(states), batch.document_tokens, self.pooling)
+        if self.vectors is not None:
+            loss, d_vectors = self.of_logits(vectors)
+            return HeadGradients(loss, batch.sum_at_positions(pooling_backward(d_vectors, pooled).d_x), {})
         named = {argument: parameters[name] for argument, name in head.parameters.items()}
         logits, saved = class_head_forward(vectors, **named, activation=head.activation, eps=self.config.norm_eps)
         loss, d_logits = self.of_logits(logits)
@@ -76,7 +89,9 @@ class HeadLoss:
     def reference(self, states: Tensor, batch: PackedBatch, parameters: Mapping[str, Tensor]) -> Tensor:
         """Compute the same loss by torch, for autograd to differentiate. The arguments are those of `by_hand`."""
         head = self.config.class_head
-        vectors = pooling_reference(batch.per_document(states), batch.document_tokens, head.pooling)
+        vectors = pooling_reference(batch.per_document(states), batch.document_tokens, self.pooling)
+        if self.vectors is not None:
+            return self.of_logits(vectors)[0]
         dtype = torch.promote_types(vectors.dtype, torch.float32)
         names = head.parameters
         given = {argument: parameters[names[argument]].to(dtype) if argument in names else None for argument in _PARTS}

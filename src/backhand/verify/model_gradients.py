@@ -100,7 +100,8 @@ class GradientProofs:
         inputs = step.forward(step.dropout_seed, step.positions)
         d_x, loss_error = self._prove_head(inputs.pop())
         what = "loss" if step.row_loss is None else step.row_loss.name
-        what = what if step.head_loss is None else "weighted sum of the head's logits"
+        if step.head_loss is not None:
+            what = f"weighted sum of {'the logits' if step.head_loss.vectors is None else 'vectors'}"
         yield statement(f"{what} = reference, float64", loss_error, FLOAT64_BOUND)
         for layer in reversed(step.layers):
             d_x = self._prove_block(layer, inputs.pop(), d_x)

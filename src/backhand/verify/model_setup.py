@@ -18,11 +18,13 @@ from backhand.adapters.targets import resolve_adapter
 from backhand.data.chat import read_template
 from backhand.data.class_examples import ClassEncoder, ClassFormat
 from backhand.data.data_report import TruncationStats
+from backhand.data.embedding_examples import EmbeddingFormat
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.held_out import neutral_texts
 from backhand.data.options import DataOptions
 from backhand.data.prepare import read_examples, training_questions
 from backhand.data.ranking_examples import RankingFormat
+from backhand.data.row_encoder import TextFormat
 from backhand.data.rows import ClassRow, Purpose
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import DataError, UsageError
@@ -31,12 +33,12 @@ from backhand.generation.loading import classification_of, ranking_of
 from backhand.loop.objectives.rank import pair_format
 from backhand.nn.compute import resolve_device, resolve_dtype
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.forward_backward import require_head
 from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family import DecoderConfig
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.opening import open_model
+from backhand.nn.loading.sentence_transformers import read_embedding_files
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.nn.model_options import BaseModelOptions
@@ -64,7 +66,7 @@ class ModelSetup:
     dropout_seed: int | None  # seed of the dropout masks, None for an adapter without dropout
     notes: tuple[str, ...]
     rows: tuple[Example, ...] = ()  # the same documents as rows, if these are pairs, decisions or rankings
-    head_loss: HeadLoss | None = None  # the loss of an adapter with a classification head or a score head
+    head_loss: HeadLoss | None = None  # the loss of an adapter with a head or for vectors, and of encoders
 
 
 def load_setup(
@@ -106,13 +108,16 @@ def load_setup(
             allow_pickle=model.allow_pickle,
         )
         _check_proved(loaded, config)
+    record = AdapterRecord() if loaded is None or loaded.record is None else loaded.record
     head_loss = None
     if loaded is not None and classification_of(loaded, config):
         head_loss = HeadLoss(config)
-        examples, note = _texts_of_head(data, source, config, loaded.record or AdapterRecord(), max_tokens)
+    elif record.embedding or not config.has_head:
+        head_loss = HeadLoss(config, _text_format(source, record).pooling)
+    if head_loss is not None:
+        examples, note = _texts(data, source, head_loss, record, max_tokens)
         rows: tuple[Example, ...] = ()
     else:
-        require_head(config)
         if data.state is not None or data.question:
             objective = ObjectiveOptions("decide")
         examples, rows, note = _documents(data, source.tokenizer(), max_tokens, objective or ObjectiveOptions())
@@ -155,19 +160,29 @@ def _check_proved(loaded: LoadedAdapter, config: DecoderConfig) -> None:
         )
 
 
-def _texts_of_head(
-    data: DataOptions, source: ModelSource, config: DecoderConfig, record: AdapterRecord, max_tokens: int
+def _text_format(source: ModelSource, record: AdapterRecord) -> EmbeddingFormat:
+    """Return the way from a text to its vector: of the adapter, else of the model's own files, else the mean."""
+    known = record.embedding
+    if not known:
+        files = read_embedding_files(source.path)
+        known = {"pooling": "mean", "query_prompt": "", "document_prompt": ""} if files is None else files._asdict()
+    return EmbeddingFormat(known["pooling"], known["query_prompt"], known["document_prompt"])
+
+
+def _texts(
+    data: DataOptions, source: ModelSource, loss: HeadLoss, record: AdapterRecord, max_tokens: int
 ) -> tuple[tuple[Example, ...], str]:
-    """Return the first texts or pairs of texts of the rows as a head reads them, and a note about them.
+    """Return the first texts or pairs of texts of the rows as the loss reads them, and a note about them.
 
     Without rows they are the neutral texts of the package.
     """
-    tokenizer, padding = source.tokenizer(), padding_id(source)
+    config, tokenizer, padding = loss.config, source.tokenizer(), padding_id(source)
     longest = min(data.max_length, config.max_position_embeddings, max_tokens // 2 - 1)
-    text_format = ClassFormat(config.class_head.pooling, padding)
+    text_format = ClassFormat(loss.pooling, padding)
     if data.data:
-        purpose: Purpose = "rankings" if ranking_of(record) else "classes"
-        chosen = pair_format(config, padding) if purpose == "rankings" else text_format
+        purpose: Purpose = "rankings" if ranking_of(record) else "classes" if loss.vectors is None else "embeddings"
+        chosen: TextFormat = pair_format(config, padding) if purpose == "rankings" else text_format
+        chosen = _text_format(source, record) if purpose == "embeddings" else chosen
         options = replace(data, max_length=longest)
         read = read_examples(options, data.data, tokenizer, purpose=purpose, text_format=chosen)
         documents = [_alone(document) for example in read.examples for document in example.documents]
@@ -239,7 +254,7 @@ def _documents(
 
 def _alone(document: Example) -> Example:
     """Return a document of a row without the others."""
-    return replace(document, rejected=None, others=(), decision=None, ranking=None, class_label=None)
+    return replace(document, rejected=None, others=(), decision=None, ranking=None, class_label=None, embedding=None)
 
 
 def _text_example(text: str, tokenizer: Any) -> Example:
