@@ -270,9 +270,10 @@ def test_the_command_prints_its_address_first_warns_of_other_hosts_and_ends_with
             port, _, root = place.partition("/")
             page = Client(command.Address(LOOPBACK, int(port), f"/{root}", token)).enter().get("")
             assert page[0] == 200 and processor_s(process.pid) < 1.0
+            time.sleep(0.5)  # the connection is closed
             before = processor_s(process.pid)
             time.sleep(1.0)
-            assert processor_s(process.pid) == before
+            assert processor_s(process.pid) - before < 0.025  # the clock counts in steps of 0.01 s
         process.send_signal(2)
         assert process.wait(60) == 0
     finally:
