@@ -39,6 +39,7 @@ from support.tiny_models import EXPERT_PARAMETERS, tiny_config
 SHAPES = {
     "short-rows": StepShape(160, 60, (40,) * 4),
     "long-row": StepShape(192, 180, (192,)),
+    "long-row-and-token": StepShape(193, 180, (192, 1)),
     "unlike": StepShape(176, 30, (16, 60, 100)),
     "shared": StepShape(144, 40, (48, 32, 16, 30, 18), (-1, 0, 0, -1, 3)),
 }

@@ -44,11 +44,12 @@ class StepShape:
             supervised = min(self.supervised_tokens, limit)
             return replace(self, tokens=limit, supervised_tokens=supervised, lengths=tuple(lengths))
         remaining, taken = limit, list[int]()
-        for length in sorted(self.lengths or (self.tokens,), reverse=True):
+        longest_first = sorted(self.lengths or (self.tokens,), reverse=True)
+        for length in [min(longest_first[0], limit), *longest_first[1:]]:
             if length <= remaining:
                 taken.append(length)
                 remaining -= length
-        lengths = sorted(taken) or [remaining]
+        lengths = sorted(taken)
         tokens = sum(lengths)
         supervised = min(self.supervised_tokens, tokens)
         return replace(self, tokens=tokens, supervised_tokens=supervised, lengths=tuple(lengths), parents=())
