@@ -61,7 +61,6 @@ from backhand.ops.document_groups import (
     gather_documents,
     gather_keys,
     groups,
-    longest_document,
     scatter_documents,
     scatter_key_grads,
     segments,
@@ -99,8 +98,13 @@ def can_recompute_output(
     """
     if cap is not None or q.dtype == torch.bfloat16 or not kernels.applies(q):
         return False
-    longest = longest_document(runs)
+    longest = _longest_document(runs)
     return (longest if window is None else min(longest, window)) <= MOST_KEYS_RECOMPUTED
+
+
+def _longest_document(runs: tuple[SegmentRun, ...]) -> int:
+    """Return the number of tokens of the longest document, or 0 without documents."""
+    return max((run.length + sum(end - begin for begin, end in run.before) for run in runs), default=0)
 
 
 def attention_forward(

@@ -59,11 +59,6 @@ def continued_end(runs: tuple[SegmentRun, ...]) -> int:
     return max((run.before[-1][1] for run in runs if run.before), default=0)
 
 
-def longest_document(runs: tuple[SegmentRun, ...]) -> int:
-    """Return the number of tokens of the longest document up to the end of any segment, or 0."""
-    return max((run.length + sum(end - begin for begin, end in run.before) for run in runs), default=0)
-
-
 class Places(NamedTuple):
     """Row indices that map tokens to places and back; torch reads rows by index far faster than it writes them."""
 
