@@ -10,9 +10,10 @@ the peers take turns. The loss is InfoNCE over all rows of a step.
 
 `sentence-transformers` is CachedMultipleNegativesRankingLoss with an adapter of PEFT in SentenceTransformerTrainer, as
 documented. `sentence-transformers-tuned` is the same without dropout, with this project's allocator setting and a fused
-optimizer, and with `--mini-batch` texts at once. With `-bfloat16`, its products are bfloat16 (autocast). Memory is the
-peak of the process; `idle` is a process that has loaded torch, the library and the model, and trains nothing. Next to
-the seconds of each step, its seconds of processor time are stored, which other programs of the machine change little.
+optimizer, and with `--mini-batch` texts at once. Backhand has as many pairs at once. With `-bfloat16`, products are
+bfloat16 (autocast). Memory is the peak of the process; `idle` is a process that has loaded torch, the library and the
+model, and trains nothing. Next to the seconds of each step, its seconds of processor time are stored, which other
+programs of the machine change little.
 
 With `--scores`, both train on the same rows with the same options, in float32, with the dropout of each library's
 default, and the nDCG@10 of held-out rows is computed by the same function from the vectors of each. Results go to
@@ -105,6 +106,7 @@ def run_backhand(task: dict[str, Any], output: Path, dtype: str) -> dict[str, An
             optimization=OptimizationOptions(
                 max_steps=task["steps"],
                 batch_rows=task["rows"],
+                micro_batch_rows=task["mini_batch"],
                 learning_rate=RATE,
                 warmup_steps=task["warmup_steps"],
             ),

@@ -166,10 +166,11 @@ def test_only_decisions_are_averaged_by_default_and_a_second_average_is_refused(
     decides, taught = (
         ObjectiveOptions(objective=name, teacher_update_rate=rate) for name, rate in (("decide", 0.0), ("sdft", 0.1))
     )
-    assert TrainConfig().average_share is None
-    assert TrainConfig(objective=decides).average_share == 0.6
+    assert TrainConfig().average_share_of(1000) is None
+    assert TrainConfig(objective=decides).average_share_of(50) == 0.6
+    assert TrainConfig(objective=decides).average_share_of(49) is None, "it lags while the loss falls quickly"
     given = OptimizationOptions(average_share=0.0)
-    assert TrainConfig(objective=decides, optimization=given).average_share == 0.0
+    assert TrainConfig(objective=decides, optimization=given).average_share_of(50) == 0.0
     with pytest.raises(UsageError) as caught:
         TrainConfig(objective=taught, optimization=OptimizationOptions(average_share=0.5)).validate()
     assert caught.value.where == "average_share"

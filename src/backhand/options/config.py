@@ -93,7 +93,7 @@ class ModelOptions(BaseModelOptions):
 
 
 _EPOCHS = 3
-_DECIDE_AVERAGE = 0.6
+_DECIDE_AVERAGE, _AVERAGED_FROM = 0.6, 50
 _NEW_LABELS, _LABEL_STEPS, _MOST_EPOCHS = ("decide", "rank"), 100, 15
 """The labels of these objectives mean nothing to a model before it is trained. Fewer steps leave it close to guessing.
 """
@@ -142,7 +142,7 @@ class OptimizationOptions(Options):
     average_share: Annotated[float, Bound(at_least=0.0, at_most=1.0)] | None = None
     """Evaluate and save an average of the adapter's values over about this share of the steps so far, instead of the
     newest values (1212.1824). It evens out the noise of single steps; 0 takes the newest values. Default: 0.6 for
-    `decide`, otherwise 0."""
+    `decide` with at least 50 steps, otherwise 0."""
 
     batch_rows: Count = 16
     """Rows per optimizer step."""
@@ -277,11 +277,11 @@ class TrainConfig(Options):
         steps_per_epoch = -(-rows // optimization.batch_rows)
         return min(max(_EPOCHS, -(-_LABEL_STEPS // steps_per_epoch)), _MOST_EPOCHS)
 
-    @property
-    def average_share(self) -> float | None:
-        """The share of the steps over which values are averaged, or its default."""
+    def average_share_of(self, steps: int) -> float | None:
+        """Return the share of the steps over which values are averaged in a run of this number of steps."""
         given = self.optimization.average_share
-        return _DECIDE_AVERAGE if given is None and self.objective.objective == "decide" else given
+        long_enough = self.objective.objective == "decide" and steps >= _AVERAGED_FROM
+        return _DECIDE_AVERAGE if given is None and long_enough else given
 
     @property
     def run_config(self) -> TrainConfig:

@@ -169,11 +169,12 @@ def read_inputs(
         train = packer.rows
     if isinstance(held_out_packer, DistilledPacker | DistilledPrompts):
         held_out = held_out_packer.rows
-    epochs = config.epochs_of(len(train.examples))
-    optimization = replace(config.optimization, epochs=epochs, average_share=config.average_share)
-    config = replace(config, optimization=optimization)
     forms = len(train.of_all_epochs) // len(train.examples)
     sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed, forms)
+    epochs = config.epochs_of(len(train.examples))
+    total_steps = config.optimization.max_steps or epochs * sampler.steps_per_epoch
+    averaged = config.average_share_of(total_steps)
+    config = replace(config, optimization=replace(config.optimization, epochs=epochs, average_share=averaged))
     measures_forgetting = held_out is not None or config.run.max_forgetting is not None
     measures_forgetting = measures_forgetting and predicts_tokens
     neutral = ForgettingMeter.for_tokenizer(tokenizer) if measures_forgetting else ForgettingMeter(())
@@ -187,7 +188,7 @@ def read_inputs(
         packer=packer,
         held_out_packer=held_out_packer,
         sampler=sampler,
-        total_steps=config.optimization.max_steps or epochs * sampler.steps_per_epoch,
+        total_steps=total_steps,
         neutral=neutral,
         notes=tuple(notes),
         trains_head=has_head,
