@@ -13,10 +13,13 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import asdict, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from backhand.cli.main import main
@@ -423,6 +426,21 @@ def test_a_renamed_run_starts_again_in_its_own_directory(
         ("prompt,completion,label", "{n},b,true", {"objective": "kto"}),
         ("query,document,label", "{n},b,1", {"objective": "rank"}),
         (
+            "Prompt,Chosen,Rejected",
+            "{n},b,c",
+            {"objective": "dpo", "prompt": "Prompt", "chosen": "Chosen", "rejected": "Rejected"},
+        ),
+        (
+            "Anchor,Positive,Negative",
+            "{n},b,c",
+            {"objective": "embed", "prompt": "Anchor", "completion": "Positive", "negative": "Negative"},
+        ),
+        (
+            "Query,Document,Score",
+            "{n},b,1",
+            {"objective": "rank", "prompt": "Query", "completion": "Document", "score": "Score"},
+        ),
+        (
             "Question,Better reply,Worse reply",
             "is {n} bad?,no {n},yes {n}",
             {"objective": "dpo", "prompt": "Question", "chosen": "Better reply", "rejected": "Worse reply"},
@@ -457,6 +475,12 @@ def test_columns_suggest_what_to_learn(header: str, row: str, suggested: dict[st
     first = first_rows(str(tmp_path / "rows.csv"))
     assert {name: first[name] for name in suggested} == suggested and len(first["rows"]) == 5
     assert first["columns"] == header.split(",")
+
+
+def test_the_first_rows_of_a_table_with_dates_are_shown(tmp_path: Path) -> None:
+    table = pa.table({"question": ["a b"], "answer": ["c"], "asked": [date(2024, 5, 1)]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert first_rows(str(tmp_path / "rows.parquet"))["rows"][0]["asked"] == '"2024-05-01"'
 
 
 def test_attacks_in_rows_and_columns_stay_text(client: Client, tiny: TinyRun) -> None:

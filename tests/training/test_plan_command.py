@@ -105,11 +105,44 @@ def test_a_sample_of_a_large_file_has_the_figures_of_all_rows(plan: Plan, tmp_pa
     whole, sampled = (json.loads(plan(*words, *more)[1]) for more in ((), ("--sample", "200")))
     same = ("rows", "held_out_rows", "steps")
     assert [sampled[name] for name in same] == pytest.approx([whole[name] for name in same], rel=0.01)
-    assert sampled["peak_bytes"] == pytest.approx(whole["peak_bytes"], rel=0.01)
+    trained = (*words, "--eval-fraction", "0")  # so that the longest row is trained on
+    parts = [json.loads(plan(*trained, *more)[1])["parts"] for more in ((), ("--sample", "200"))]
+    activations = [one["kept activations"] + one["workspace"] for one in parts]
+    assert activations[1] == pytest.approx(activations[0], rel=0.1)
     note = next(note for note in sampled["notes"] if "estimated" in note)
     read = re.match(r"([\d,]+) documents of 3,001 rows were encoded", note)
     assert read is not None and 200 <= int(read[1]) <= 500 and "python:" not in str(sampled["notes"])
     assert json.loads(plan(*words, "--sample", "2000")[1])["notes"] == whole["notes"]
+
+
+def test_a_sample_names_files_and_splits_as_training_does(plan: Plan, tmp_path: Path) -> None:
+    few = write_rows(tmp_path / "few.jsonl", 40, seed=3)
+    words = ("--batch-rows", "2", "--no-calibrate", "--json")
+    for sample in ("1", "8"):
+        found = json.loads(plan("--data", str(few), *words, "--sample", sample)[1])
+        assert (found["rows"], found["held_out_rows"]) == (40, 0)
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_rows(folder / "train.jsonl", 300, seed=4)
+    write_rows(folder / "valid.jsonl", 7, seed=5)
+    states = ("--layers", "last:1", "--cache-frozen", "memory", "--epochs", "2")
+    for data in (
+        (str(folder),),
+        (str(few), str(folder / "train.jsonl")),
+        (str(folder / "train.jsonl"), "--max-rows=90"),
+    ):
+        whole, found = (json.loads(plan("--data", *data, *words, *states, *more)[1]) for more in ((), ("--sample=8",)))
+        same = ("rows", "held_out_rows", "steps")
+        assert [found[name] for name in same] == pytest.approx([whole[name] for name in same], rel=0.1)
+        assert found["kept_states"]["bytes"] == pytest.approx(whole["kept_states"]["bytes"], rel=0.3)
+        assert "were encoded" in found["notes"][-1] and "python:" not in str(found["notes"])
+    longest = json.loads(plan("--data", str(few), str(folder), *words, "--sample", "8", "--show", "3")[1])["longest"]
+    for one in longest:
+        name, number = one["where"].rsplit(":", 1)
+        assert Path(name).read_text().splitlines()[int(number) - 1]
+    few.write_text(few.read_text() + '{"prompt": 3, "completion": "x"}\n' + few.read_text() * 9)
+    code, _, err = plan("--data", str(few), *words, "--sample", "30")
+    assert "python:" not in err and (code == 0 or f"{few}:41" in err)
 
 
 def test_without_rows_the_longest_are_assumed(plan: Plan) -> None:

@@ -33,19 +33,21 @@ class GivenRows(str):
 
     Attributes:
         rows: the rows, of JSON types.
+        places: the place of each row in messages, or None to number them.
     """
 
-    __slots__ = ("rows",)
+    __slots__ = ("places", "rows")
     rows: Sequence[Mapping[str, Any]]
+    places: Sequence[str] | None
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, Any]]) -> GivenRows:
-        """Return the name of these rows, which carries them."""
+    def of(cls, rows: Sequence[Mapping[str, Any]], places: Sequence[str] | None = None) -> GivenRows:
+        """Return the name of these rows, which carries them and their places."""
         digest = hashlib.sha256()
         for row in rows:
             digest.update(json.dumps(row, default=str).encode("utf-8", "surrogatepass") + b"\n")
         name = cls(PREFIX + digest.hexdigest()[:16])
-        name.rows = rows
+        name.rows, name.places = rows, places
         return name
 
 
@@ -83,7 +85,7 @@ def _rows_of_frame(frame: Any) -> list[dict[str, Any]]:
 
 
 def read_given(name: str, bad: RowErrors) -> Iterator[RawRow]:
-    """Yield rows in memory. The source is `python:DIGEST row N`, counted from 1.
+    """Yield rows in memory. The source is `python:DIGEST row N`, counted from 1, unless they have places.
 
     Raises:
         DataError: this process does not have the rows, or one is malformed and `bad` does not count it.
@@ -96,6 +98,6 @@ def read_given(name: str, bad: RowErrors) -> Iterator[RawRow]:
         )
     for number, row in enumerate(name.rows, 1):
         try:
-            yield checked_row(row, f"{name} row {number}")
+            yield checked_row(row, f"{name} row {number}" if name.places is None else name.places[number - 1])
         except DataError as error:
             bad.add(error)

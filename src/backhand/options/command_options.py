@@ -368,8 +368,8 @@ class PlanRunOptions:
     planned."""
 
     sample: Count | None = None
-    """Encode about this many rows of a larger file, evenly spaced and with the longest ones, and estimate the figures
-    of all rows from them. The plan of a large file then takes seconds."""
+    """Encode about this many rows of larger files, evenly spaced and with the longest ones, and estimate the figures
+    of all rows from them. At least the rows of two steps are encoded. The plan of a large file then takes seconds."""
 
     show: CountFromZero = 0
     """Number of the longest documents to list with file, line and tokens. They determine the memory."""

@@ -50,19 +50,20 @@ def _suggested(
     columns: Sequence[str], classes: Sequence[str], texts: Sequence[str], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, str]:
     """Return the objective that the names and values of the columns suggest, and the columns that it reads."""
-    small = {column.strip().lower() for column in columns}
+    small = {column.strip().lower(): column for column in columns}
     if (better := _named(columns, _BETTER)) and (worse := _named(columns, _WORSE)):
-        if {"chosen", "rejected"} <= small:
+        if {"chosen", "rejected"} <= {*columns}:
             return {"objective": "dpo"}
         asked = [column for column in texts if column not in (better, worse)]
-        return {"objective": "dpo", "chosen": better, "rejected": worse} | ({"prompt": asked[0]} if asked else {})
-    if "query" in small and small & {"document", "documents", "docs", "passage"}:
+        prompts = [small[name] for name in ("prompt", "question") if name in small] or asked[:1]
+        return {"objective": "dpo", "chosen": better, "rejected": worse} | ({"prompt": prompts[0]} if prompts else {})
+    for objective, roles in _KNOWN:
+        if roles.keys() <= small.keys():
+            exact = all(small[name] == name for name in roles)
+            return {"objective": objective} | ({} if exact else {role: small[name] for name, role in roles.items()})
+    if "query" in small and small.keys() & {"documents", "docs"}:
         return {"objective": "rank"}
-    if {"anchor", "positive"} <= small or {"sentence1", "sentence2", "score"} <= small:
-        return {"objective": "embed"}
-    if {"prompt", "completion", "label"} <= small:
-        return {"objective": "kto"}
-    if small & {"messages", "conversations"} or {"prompt", "completion"} <= small:
+    if small.keys() & {"messages", "conversations"} or {"prompt", "completion"} <= small.keys():
         return {"objective": "sft"}
     if compared := _compared(columns, texts, rows):
         return {"objective": "embed"} | compared
@@ -79,6 +80,19 @@ def _suggested(
     state = others[0] if len(others) == 1 else "\\n".join(f"{{{column}}}" for column in others)
     return {"objective": "decide", "state": state, "question": classes[-1]} if others else {"objective": "sft"}
 
+
+_KNOWN: Sequence[tuple[str, Mapping[str, str]]] = (
+    *(
+        ("rank", {"query": "prompt", document: "completion"} | dict.fromkeys(scores, "score"))
+        for document in ("document", "passage")
+        for scores in (("score",), ("label",), ())
+    ),
+    ("embed", {"anchor": "prompt", "positive": "completion", "negative": "negative"}),
+    ("embed", {"anchor": "prompt", "positive": "completion"}),
+    ("embed", {"sentence1": "prompt", "sentence2": "completion", "score": "score"}),
+    ("kto", {"prompt": "prompt", "completion": "completion", "label": "label"}),
+)
+"""Objectives with the columns of their rows, and the roles of these columns on the page. More columns come first."""
 
 _BETTER = ("chosen", "better", "preferred", "accepted")
 _WORSE = ("rejected", "worse", "dispreferred", "refused")
@@ -156,7 +170,7 @@ def _numbers_rows(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _text(value: object) -> str:
-    return shorten(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), _LONGEST)
+    return shorten(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str), _LONGEST)
 
 
 def main(name: str) -> int:

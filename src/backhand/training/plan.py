@@ -48,6 +48,7 @@ def plan_run(
     watched: bool = False,
     typed: frozenset[str] = frozenset(),
     run_cache: RunCache | None = None,
+    row_factor: float = 1.0,
 ) -> RunPlan:
     """Plan a run. Nothing is written.
 
@@ -58,6 +59,7 @@ def plan_run(
         watched: include the memory of a second model, which answers prompts while this one trains.
         typed: names of the options that the user gave explicitly.
         run_cache: shared with other runs of this process.
+        row_factor: number of rows in the run per row of `config`, if these are a sample.
 
     Raises:
         UsageError, DataError, ArtifactError, ResourceError: each says what to do.
@@ -66,7 +68,7 @@ def plan_run(
     inputs = read_inputs(config, machine, typed, run_cache, assumed_rows=assumed_rows)
     engine = inputs.engine
     bases, budget_bytes = _plan_bases(inputs, machine, run_cache, engine.bases if assumed_rows else (), watched=watched)
-    hidden_states = _plan_hidden_states(inputs, machine, bases.chosen, budget_bytes)
+    hidden_states = _plan_hidden_states(inputs, machine, bases.chosen, budget_bytes, row_factor)
     notes = list(inputs.notes)
     if bases.chosen.base == "quantized" and (slow := inputs.source.slow_types):
         notes.append(
@@ -86,7 +88,7 @@ def plan_run(
 
 
 def _plan_hidden_states(
-    inputs: RunInputs, machine: Machine, memory: MemoryPlan, budget_bytes: int | None
+    inputs: RunInputs, machine: Machine, memory: MemoryPlan, budget_bytes: int | None, row_factor: float
 ) -> HiddenStatePlan:
     config, engine = inputs.config, inputs.engine
     held_out = RowPacker(inputs.held_out_examples, share_prefixes=engine.shares_prefixes)
@@ -96,11 +98,13 @@ def _plan_hidden_states(
         reason = f"on {machine.device.type} the last bits of a row depend on the other rows of its batch"
         frozen = replace(frozen, batch_dependent=reason)
     # Rows that are computed more than once: training rows that repeat in the same form, and held-out rows.
-    repeated = cached_tokens(inputs.packer) if inputs.total_steps > inputs.sampler.new_steps else 0
+    new_steps = inputs.sampler.new_steps * (row_factor if config.optimization.max_steps else 1.0)
+    repeated = cached_tokens(inputs.packer) * row_factor if inputs.total_steps > new_steps else 0.0
+    evaluated = cached_tokens(held_out) * (1.0 if config.data.eval_data else row_factor)
     return plan_hidden_states(
         "off" if config.objective.samples else config.model.cache_frozen,
         frozen,
-        repeated + cached_tokens(held_out),
+        round(repeated + evaluated),
         memory,
         budget_bytes=budget_bytes,
         disk_bytes=free_bytes(config.run.output.absolute()),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from backhand.data.examples import Example
 from backhand.data.row_sample import RowSample, sampled
 from backhand.engines.machine import Machine, resolve_machine
 from backhand.engines.memory.plan import LIVE_VIEW, HeldBase
-from backhand.errors import not_none
+from backhand.errors import BackhandError, not_none
 from backhand.loop.forecast import FULL_LENGTH
 from backhand.loop.rewards.process import RewardProcess
 from backhand.nn.compute import compute_settings
@@ -98,15 +99,18 @@ def plan(options: PlanOptions) -> PlanReport:
     config = options.validate().run_config
     sample = None
     if options.plan.sample is not None and config.data.data:
-        sample = sampled(config.data, options.plan.sample, splits=config.objective.purpose != "prompts")
+        most = max(options.plan.sample, 2 * config.optimization.batch_rows)  # the memory is that of whole steps
+        sample = sampled(config.data, most, splits=config.objective.purpose != "prompts")
         config = config if sample is None else replace(config, data=sample.options)
     rewards = config.rewards
     machine = resolve_machine(config)
     with (
+        _naming_files(sample),
         RewardProcess(rewards.reward, rewards.reward_timeout) if rewards.reward else nullcontext() as functions,
         compute_settings(config.model, machine.threads, machine.dtype, machine.device),
     ):
-        run_plan = plan_run(config, machine, assumed_rows=True, watched=options.plan.watch)
+        factor = 1.0 if sample is None else sample.factor
+        run_plan = plan_run(config, machine, assumed_rows=True, watched=options.plan.watch, row_factor=factor)
         if functions is not None and config.data.data:
             functions.check_parameters(run_plan.inputs.train.examples)
         speed = calibrate(run_plan, machine) if options.plan.calibrate else None
@@ -124,20 +128,34 @@ def plan(options: PlanOptions) -> PlanReport:
     held_out_rows = 0 if inputs.held_out is None else len(inputs.held_out.examples)
     rows, steps = len(inputs.train.examples), inputs.total_steps
     if sample is not None:
-        notes = [note.replace(sample.name, sample.file) for note in notes]
-        read = f"{rows + held_out_rows:,} documents of {count_of(sample.rows, 'row')}"
+        notes = [sample.with_files(note) for note in notes]
+        split = not run_plan.inputs.config.data.eval_data
+        read = f"{rows + held_out_rows * split:,} documents of {count_of(sample.rows, 'row')}"
         notes.append(f"{read} were encoded, evenly spaced and with the longest; figures of all rows are estimated")
         rows = round(rows * sample.factor)
         steps = _steps_of_all(run_plan, sample)
         if speed is not None:
-            speed = replace(speed, train_s=speed.train_s * steps / inputs.total_steps)
-        if not config.data.eval_data and held_out_rows:
+            ratio = steps / inputs.total_steps
+            speed = replace(speed, train_s=speed.train_s * ratio, kept_s=speed.kept_s * ratio)
+        if split and held_out_rows:
             held_out_rows = round(held_out_rows * sample.factor)
             if speed is not None:
                 speed = replace(speed, evaluate_s=speed.evaluate_s * sample.factor)
     examples = inputs.train.examples
     longest = examples.take(np.argsort(-examples.column("tokens"), kind="stable")[: options.plan.show])
     return PlanReport(run_plan, machine, speed, rows, held_out_rows, steps, (*notes, *run_plan.notes), tuple(longest))
+
+
+@contextmanager
+def _naming_files(sample: RowSample | None) -> Iterator[None]:
+    """Name the files in errors about a sample of their rows."""
+    try:
+        yield
+    except BackhandError as error:
+        for part in ("what", "where", "why") if sample is not None else ():
+            if (text := getattr(error, part)) is not None:
+                setattr(error, part, not_none(sample).with_files(text))
+        raise
 
 
 def _steps_of_all(plan: RunPlan, sample: RowSample) -> int:
