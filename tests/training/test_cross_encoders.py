@@ -326,3 +326,18 @@ def test_adapters_and_models_without_a_score_head_are_refused(
         backhand.rank(QUERY, DOCUMENTS, adapter=adapter, model=model, instruction="find it")
     with pytest.raises(ArtifactError, match="GGUF file has no place"):
         merge_command(MergeOptions(adapter, tmp_path / "model.gguf", str(model), quiet=True))
+    with pytest.raises(ArtifactError, match="cannot be expressed") as refused:
+        export_command(ExportOptions(adapter, tmp_path / "adapter.gguf", str(model), to="gguf", quiet=True))
+    assert "--merge" not in str(refused.value.next_step)
+
+
+def test_a_head_of_one_label_is_no_score_head(model: Path, tmp_path: Path) -> None:
+    known = {"labels": ["bad"], "problem_type": "multi_label_classification"}
+    files = bound_model(model, torch.float32, 1).adapter_files(AdapterRecord(classification=known), {})
+    write_together(tmp_path / "adapter", files)
+    for merge in (False, True):
+        options = ExportOptions(
+            *(tmp_path / "adapter", tmp_path / "out", str(model)), to="sentence-transformers", merge=merge, quiet=True
+        )
+        with pytest.raises(UsageError, match="neither on vectors nor on the rankings"):
+            export_command(options)

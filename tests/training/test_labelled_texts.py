@@ -20,10 +20,11 @@ from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import prepare
 from backhand.data.rows import TextIdentities
-from backhand.errors import DataError
+from backhand.errors import DataError, not_none
 from backhand.loop.embed import evaluate_vectors, mine
 from backhand.loop.objectives.embed import EmbedObjective, labels_of
 from backhand.loop.retrieval_scores import score_vectors
+from backhand.loop.vector_changes import nearest_texts
 from backhand.nn.model_options import BaseModelOptions
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions, MineOptions
 from backhand.options.config import TrainConfig
@@ -136,6 +137,28 @@ def test_all_other_texts_of_a_label_are_relevant() -> None:
     assert values["recall@1"] == pytest.approx((3 * 1 / 2 + 2) / 5)
 
 
+def test_the_own_text_of_an_anchor_is_not_shown_as_its_nearest() -> None:
+    rows = [TextIdentities((one, other), None, 7) for one, other in ((1, 2), (2, 3), (3, 1))]
+    of_text = {1: (1.0, 0.0), 2: (0.9, 0.1), 3: (0.8, 0.1)}
+    texts = [text for row in rows for text in row.texts]
+    (found,) = nearest_texts(rows, torch.tensor([of_text[text] for text in texts]), [*map(str, texts)], [0])
+    assert [(one["text"], one["right"]) for one in found] == [("2", True), ("3", True)]
+
+
+def test_a_split_keeps_labels_of_few_texts_whole(tmp_path: Path) -> None:
+    """Else most held-out texts would have no partner. Labels of many texts are on both sides."""
+    few = [{"text": f"user asks {number} {which}", "label": number} for number in range(40) for which in "ab"]
+    many = [{"text": f"user asks {number}", "label": number % 3} for number in range(90)]
+    for rows, shares_labels in ((few, False), (many, True)):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = DataOptions(data=(str(tmp_path / "rows.jsonl"),), eval_fraction=0.3)
+        sides = prepare(data, tiny_tokenizer(), purpose="embeddings", text_format=EmbeddingFormat("mean"))[:2]
+        examples = [not_none(side).examples for side in sides]
+        assert sum(map(len, examples)) == len(rows), "no text is left out"
+        labels = [{not_none(one.embedding).label for one in side} for side in examples]
+        assert bool(labels[0] & labels[1]) == shares_labels
+
+
 @pytest.fixture(scope="module")
 def straight(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     place = tmp_path_factory.mktemp("labelled")
@@ -182,5 +205,12 @@ def test_other_rows_and_one_label_are_refused(straight: TrainConfig, tiny: TinyR
     ):
         with pytest.raises(DataError, match=words):
             train(with_options(again, **options))
+    single = tmp_path / "single.jsonl"
+    single.write_text("".join(json.dumps({"text": f"user {word}", "label": word}) + "\n" for word in "abc"))
+    for files, words in (((str(single),), "no two texts"), ((straight.data.data[0], str(pairs)), "others are pairs")):
+        with pytest.raises(DataError, match=words):
+            evaluate_vectors(EvaluateOptions(run=EvaluateRunOptions(vectors=True), data=DataOptions(data=files)))
+    with pytest.raises(DataError, match="all held-out texts have the same label"):
+        train(with_options(again, eval_data=(str(one),)))
     with pytest.raises(DataError, match="a text with a label has no negatives"):
         mine(MineOptions(data=DataOptions(data=straight.data.data), model=BaseModelOptions(model=str(tiny.model))))

@@ -23,7 +23,8 @@ _STREAM = "held-out split"
 def split(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedData, PreparedData]:
     """Split into training and held-out examples, each in the order of the file.
 
-    All documents of a row, and all rows that have a document in common, are on the same side.
+    All documents of a row, and all rows that have a document in common, are on the same side. So are all texts of a
+    label, if a random split of single texts would leave too few of a label to pair them.
 
     Args:
         fraction: share of the distinct rows to hold out, in (0, 1); each side gets at least one row.
@@ -31,7 +32,7 @@ def split(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedData,
     Raises:
         DataError: there are fewer than two distinct rows.
     """
-    examples, groups = data.examples, _groups(data.examples)
+    examples, groups = data.examples, _groups(data.examples, fraction)
     distinct = np.unique(groups)
     if len(distinct) < 2:
         raise DataError(
@@ -64,7 +65,7 @@ def default_held_out_share(data: PreparedData) -> float:
     Five held-out rows are enough to find the best evaluation of a run, but too few to measure how good it is
     (docs/rates.md).
     """
-    distinct = len(np.unique(_groups(data.examples)))
+    distinct = len(np.unique(_groups(data.examples, USUAL_SHARE)))
     return 0.0 if distinct < FEWEST_ROWS else min(USUAL_SHARE, MOST_HELD_OUT / distinct)
 
 
@@ -88,10 +89,11 @@ def _package_lines(name: str) -> list[str]:
     return resources.files("backhand.data").joinpath(name).read_text(encoding="utf-8").splitlines()
 
 
-def _groups(examples: StoredExamples) -> npt.NDArray[np.int64]:
+def _groups(examples: StoredExamples, fraction: float) -> npt.NDArray[np.int64]:
     """(examples,) the first example of each example's group (union-find).
 
-    Equal rows and equal tokens join groups, and so do equal queries of rankings.
+    Equal rows and equal tokens join groups, and so do equal queries of rankings. Equal labels of texts whose vectors
+    are trained join groups if the held-out share has fewer than two texts per label on average.
     """
     parents: dict[int, int] = {}  # only of examples that are not the first of their group
 
@@ -104,6 +106,10 @@ def _groups(examples: StoredExamples) -> npt.NDArray[np.int64]:
     rankings = [row for row in map(examples.ranking, range(len(examples) if examples.rows else 0)) if row is not None]
     if rankings:
         columns.append(np.array([row.query for row in rankings], dtype=np.uint64))
+    texts = [row for row in map(examples.embedding, range(len(examples) if examples.rows else 0)) if row is not None]
+    labels = [row.label for row in texts if row.label is not None]
+    if len(labels) == len(examples) and fraction * len(labels) < 2 * len(set(labels)):
+        columns.append(np.array(labels, dtype=np.uint64))
     for column in columns:
         for one, other in zip(*equal_neighbours(column), strict=True):
             first, second = sorted((root(one), root(other)))

@@ -44,11 +44,15 @@ def partners(labels: Sequence[int], texts: Sequence[int]) -> npt.NDArray[np.int6
 def paired_rows(rows: Sequence[EmbeddingRow]) -> list[EmbeddingRow]:
     """Return rows of one text with its label as rows of pairs, without the rows that have no partner.
 
-    Other rows are returned unchanged.
+    Other rows are returned unchanged. Raises DataError as `with_pairs`.
     """
-    if any(row.label is None for row in rows):
+    labelled = [row for row in rows if row.label is not None]
+    if not labelled:
         return list(rows)
+    _check_forms(len(labelled), len(rows), labelled[0].source)
     others = partners([identity(row.label or "") for row in rows], [identity(row.texts[0]) for row in rows])
+    if not (others >= 0).any():
+        raise _without_pairs(rows[0].source)
     return [
         replace(row, texts=(row.texts[0], rows[other].texts[0]))
         for row, other in zip(rows, others.tolist(), strict=True)
@@ -56,8 +60,29 @@ def paired_rows(rows: Sequence[EmbeddingRow]) -> list[EmbeddingRow]:
     ]
 
 
-def with_pairs(data: PreparedData) -> PreparedData:
+def _check_forms(labelled: int, rows: int, where: str | None) -> None:
+    if labelled < rows:
+        raise DataError(
+            f"{labelled:,} of {rows:,} rows have a label, and the others are pairs",
+            where=where,
+            next_step="give rows of one form",
+        )
+
+
+def _without_pairs(where: str, *, held_out: bool = False) -> DataError:
+    more = "give several texts per label, or rows with anchor and positive"
+    return DataError(
+        f"no two {'held-out ' if held_out else ''}texts have the same label, so that there are no pairs",
+        where=where,
+        next_step="give a larger --eval-fraction, or 0 for no held-out rows, or --eval-data" if held_out else more,
+    )
+
+
+def with_pairs(data: PreparedData, *, held_out: bool = False) -> PreparedData:
     """Return rows of one text with its label as rows of pairs. Other rows are returned unchanged.
+
+    Args:
+        held_out: the rows are held out.
 
     Raises:
         DataError: some rows have a label and others none, or no two texts have the same label.
@@ -67,21 +92,12 @@ def with_pairs(data: PreparedData) -> PreparedData:
     labelled = [row for row in rows if row is not None and row.label is not None]
     if not labelled:
         return data
-    if len(labelled) < len(rows):
-        raise DataError(
-            f"{len(labelled):,} of {len(rows):,} rows have a label, and the others are pairs",
-            where=data.report.sources[0].source if data.report.sources else None,
-            next_step="give rows of one form",
-        )
+    _check_forms(len(labelled), len(rows), data.report.sources[0].source if data.report.sources else None)
     labels = [row.label or 0 for row in labelled]
     others = partners(labels, [row.texts[0] for row in labelled])
     paired = np.flatnonzero(others >= 0)
     if not len(paired):
-        raise DataError(
-            "no two texts have the same label, so that there are no pairs",
-            where=examples[0].source,
-            next_step="give several texts per label, or rows with anchor and positive",
-        )
+        raise _without_pairs(examples[0].source, held_out=held_out)
     alone = len(rows) - len(paired)
     notes = data.report.notes
     if alone:

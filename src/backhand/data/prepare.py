@@ -118,7 +118,7 @@ def prepare(
                 f"data, for example {shared[0].source}; the held-out loss will be too low"
             )
     if purpose == "embeddings":
-        train, held_out = with_pairs(train), None if held_out is None else with_pairs(held_out)
+        train, held_out = with_pairs(train), None if held_out is None else with_pairs(held_out, held_out=True)
     if purpose == "decisions":
         if questions is None:
             encoder = DecisionEncoder(RowRenderer(tokenizer, thoughts_off(options, tokenizer)), options.max_length)

@@ -135,7 +135,9 @@ def _push(output: Path, repository: str) -> str:
 def _export_adapter(options: ExportOptions, opened: OpenedAdapter, output: Path, prover: Prover) -> None:
     prover.say_notes(opened.loaded)
     # PEFT's files could contain more than factors, but the proofs here cover factors alone.
-    refuse(str(options.to), _more_than_factors(options, opened))
+    head = {one.name for one in opened.loaded.trained} & {*opened.config.class_head.parameters.values()}
+    # GGUF files have no place for a head, even of a merged model.
+    refuse(str(options.to), _more_than_factors(options, opened), merge=options.to == "peft" or not head)
     opened = for_gguf(opened) if options.to in ("gguf", "ollama") else opened
     architecture = gguf_architecture(opened.source.config)
     if options.to in ("gguf", "ollama") and architecture:

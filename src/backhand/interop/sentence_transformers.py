@@ -24,7 +24,6 @@ from torch import Tensor
 
 from backhand.adapters.peft_saving import CLASS_TASK, HEADLESS_TASK
 from backhand.adapters.record import AdapterRecord
-from backhand.data.class_examples import NUMBER
 from backhand.data.embedding_examples import suffix_of
 from backhand.data.held_out import neutral_texts
 from backhand.data.options import TemplateOptions
@@ -53,7 +52,7 @@ def kind_of(opened: OpenedAdapter) -> Literal["vectors", "rankings"]:
     """Return what the adapter is for. Raises UsageError if it was trained neither on vectors nor on rankings."""
     loaded = opened.loaded
     classification = classification_of(loaded, opened.config)
-    if len(classification.get("labels", ())) == 1 and classification.get("problem_type") != NUMBER:
+    if classification and classification["problem_type"] is None:  # the logit is a score of documents
         return "rankings"
     if not (loaded.record or AdapterRecord()).embedding:
         raise UsageError(

@@ -73,6 +73,8 @@ def nearest_texts(
 ) -> list[list[dict[str, Any]]]:
     """Return, for the anchor of each shown row, the nearest candidates with their cosines.
 
+    The text of the anchor itself is no candidate, unless it is its own positive.
+
     Args:
         rows: digests of the rows' texts.
         embeddings: (documents, hidden), the vectors of all texts of the rows.
@@ -90,8 +92,12 @@ def nearest_texts(
     digests, places = [*candidates], [*candidates.values()]
     found = []
     for number in shown:
-        cosines, best = (units[places] @ units[anchors[number]]).topk(min(NEAREST, len(places)))
-        right = relevant.get(rows[number].label or rows[number].texts[0], set())
+        row, scores = rows[number], units[places] @ units[anchors[number]]
+        right = relevant.get(row.label or row.texts[0], set())
+        itself = row.texts[0] in candidates and (row.label is not None or row.texts[0] not in right)
+        if itself:
+            scores[digests.index(row.texts[0])] = -torch.inf
+        cosines, best = scores.topk(min(NEAREST, len(places) - itself))
         found.append(
             [
                 {"text": texts[places[one]][:SHOWN_LETTERS], "cosine": cosine, "right": digests[one] in right}

@@ -119,6 +119,14 @@ def with_loss(options: ObjectiveOptions, train: PreparedData, held_out: Prepared
             why="texts with the same label are no negatives of each other",
             next_step="add texts with other labels",
         )
+    held_out_labels = {row.label for row in rows[len(trained) :]}
+    if len(held_out_labels) == 1 and held_out_labels != {None}:
+        raise DataError(
+            "all held-out texts have the same label, so that no text has a negative",
+            where=not_none(held_out).examples[0].source,
+            why="their loss is 0 for every model, and chooses no step",
+            next_step="give a larger --eval-fraction, or 0 for no held-out rows, or --eval-data with several labels",
+        )
     if (None in labels) != any(row.label is None for row in rows):
         raise DataError(
             "training and held-out rows have different forms: texts with a label, and pairs",
