@@ -30,17 +30,20 @@ _COMPARED_TOKENS = 2**20
 
 @dataclass(frozen=True)
 class Sampler:
-    """Assign rows to steps: every epoch is a new permutation of all rows. The last step of an epoch may be smaller.
+    """Assign rows to steps: every epoch is a new permutation of the data. The last step of an epoch may be smaller.
 
     The order depends only on seed and epoch, so a resumed run finds its position in the data from the step number.
-    A row may have several forms, such as a question with its options in several orders. Each epoch uses the next form
-    of all rows. Form f of row r has the row number r + f · rows.
+
+    A record of the data may have several forms, such as a question with its options in several orders. Each form is a
+    row of its own. The list of rows contains all records in form 0, then all records in form 1, and so on. Form f of
+    record r has the row number r + f · (number of records). Each epoch uses all records in one form, and the next
+    epoch uses the next form.
     """
 
-    rows: int  # number of rows, at least 1
+    rows: int  # number of records, which is the number of rows in each form; at least 1
     batch_rows: int  # number of rows per step, at least 1
     seed: int  # determines the permutations
-    forms: int = 1  # number of forms of each row, at least 1
+    forms: int = 1  # number of forms of each record, at least 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -56,7 +59,7 @@ class Sampler:
 
     @property
     def new_steps(self) -> int:
-        """Number of steps after which rows repeat in the same form."""
+        """Number of steps after which records repeat in the same form."""
         return self.forms * self.steps_per_epoch
 
     def epochs_done(self, steps: int) -> float:
@@ -115,8 +118,9 @@ class RowPacker:
         self.by_document = self
         self.lengths = examples.column("input_tokens").astype(np.int64)
         self._supervised = examples.column("supervised").astype(np.int64)
-        # For each document, the index of its first token in `examples.tokens`, and its number of tokens. Unlike
-        # `lengths`, this number includes the last supervised token and all later ones, which are never inputs.
+        # For each document, the index of its first token in `examples.tokens`, and the number of all its tokens.
+        # `lengths` counts only the tokens before the last supervised one. That token is a label and no input, and no
+        # loss depends on the tokens after it.
         self._begins, self._sizes = examples.column("begin"), examples.column("tokens")
         self._second_texts = examples.column("second_text")
         # Index of each row's first document, then the number of all documents. None if every row is one document.
@@ -190,7 +194,8 @@ def to_batch(
     Args:
         documents: tokens per document, in which the id of a supervised token is stored as ~id.
         forest: the division of the documents into segments.
-        second_texts: `Example.second_text` of each document.
+        second_texts: for each document that is a pair of texts, the index of the first token of the second text
+            (`Example.second_text`); 0 for all other documents.
     """
     parts = [inputs_and_labels(documents[number][start : end + 1]) for number, start, end in forest.sources]
     ids, labels = (

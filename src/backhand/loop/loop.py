@@ -50,10 +50,13 @@ class SampledSteps(Protocol):
     def train(
         self, model: Trainable, optimizer: AdapterOptimizer, step: int, rows: Sequence[int], rate: float
     ) -> StepResult:
-        """Train on the answers of the step. Raises CheckError if a guard fires."""
+        """Train on the answers of the step. Raises CheckError if a guard fails."""
 
     def repeated(self) -> SampledSteps:
-        """Return a copy for repeating steps, without guards and without logging."""
+        """Return an object that repeats steps of the run, to check that a resumed run would give the same bits.
+
+        It has no guards and logs nothing.
+        """
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""One training step: sum the gradients of the micro-batches in one flat buffer, clip them, and update with AdamW.
+"""One training step: add up the gradients of the micro-batches, clip the sum, and update the adapter with AdamW.
 
 The loss of a step is the mean over its n supervised tokens, which are divided among M micro-batches:
 
@@ -9,9 +9,9 @@ The loss of a step is the mean over its n supervised tokens, which are divided a
 supervised token has the weight 1 / n. Therefore M micro-batches of any sizes give the gradient of one large batch. For
 losses of whole rows, such as those of preference pairs, L is the mean over rows, and n is the number of rows.
 
-Each gᵢ is computed in a buffer of zeros. The sum is computed in float64 in the order of i. A `Communicator`
-(`distributed.communicator`) divides the micro-batches among the processes of the run. The result is the same for any
-number of processes, unless the option `--reduce sum` allows another order of addition.
+Each gᵢ is computed in the flat float32 gradient buffer, after zeroing it. A `Communicator` adds up the gᵢ in
+float64, in the order of i, and copies the sum to the gradient buffer. It also divides the micro-batches among the
+processes of the run. Their number does not change the result, unless `--reduce sum` allows another order of addition.
 
 The update is AdamW with learning rate η and weight decay λ:
 
@@ -62,8 +62,8 @@ class StepWork:
     supervised_tokens: int  # of all micro-batches; a supervised token in a shared prefix counts once per document
     dropout_seeds: Sequence[int | None]  # seed of each micro-batch, or None without dropout
     mean_over: int  # n, the divisor of the loss: number of supervised tokens, or of rows
-    # Maps model, i, micro-batch i, the factor of its loss and its dropout seed to the loss, and adds the gradients.
-    # None for cross-entropy.
+    # None for cross-entropy. For other losses: a function of (model, i, micro-batch i, loss scaling, dropout seed). It
+    # adds the gradients of (loss scaling · loss) to the gradient buffer, and returns the loss without the scaling.
     gradients: Callable[[Trainable, int, PackedBatch, float, int | None], Tensor] | None = None
 
 
@@ -173,12 +173,12 @@ class AdapterOptimizer:
 
     Args:
         lora: the adapter.
-        options: β₁, β₂, ε, weight decay λ, the norm at which gradients are clipped, and the share of the average.
-        average_rate: constant rate of the average, for a teacher that is never saved; 0 for the average of `options`.
+        options: β₁, β₂, ε, λ, the norm at which gradients are clipped, and `average_share`: if it is given, the run
+            saves an average of the values over the last steps (`loop.value_average`).
+        average_rate: rate of the moving average that is the teacher of self-distillation; 0 without such a teacher.
 
     Attributes:
-        values, gradients: the adapter's flat buffers, (elements,) float32.
-        first_moment, second_moment: m and v, (elements,) float32.
+        values, gradients, first_moment, second_moment: θ, g, m and v, flat, (elements,) float32.
         updates: t, the number of updates so far, 0-d float32.
         average: moving average of the values; None without one.
     """

@@ -237,7 +237,7 @@ class RewardedSteps:
         return results[0] if results and results[0].grad_norm != 0 else _NOT_TRAINED
 
     def repeated(self) -> RewardedSteps:
-        """Return a copy for repeating steps: without a guard, and without logging proofs."""
+        """Return a copy without a guard that logs no proofs, to repeat steps and compare the results."""
         return replace(self, guard=None, logprob_check=LogprobCheck(self.logprob_check.bounds, lambda _: None))
 
     def _prompts(self, rows: Sequence[int]) -> list[Example]:

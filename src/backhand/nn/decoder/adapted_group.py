@@ -70,8 +70,8 @@ class BlockAdapter(NamedTuple):
 
     input: GroupAdapter  # input projections of the mixer
     output: GroupAdapter  # output projection of the mixer
-    gate_up: GroupAdapter  # of no module in blocks without an MLP sublayer, like down
-    down: GroupAdapter
+    gate_up: GroupAdapter  # gate and up of the MLP; contains no module in blocks without an MLP sublayer
+    down: GroupAdapter  # down of the MLP; contains no module in blocks without an MLP sublayer
     # views of the gradients of trained norms; the key is the norm's name inside the block, such as `input_layernorm`
     norms: Mapping[str | None, Tensor] = _NO_NORMS
     # gate and projection of the per-layer embeddings; None in families without them
@@ -145,7 +145,7 @@ def block_adapter(
         lora: the adapter, or None.
         dropout_seed: seed of the micro-batch, or None for no dropout.
         weights: weights of the block's projections, (out, in); the key is the name inside the block, such as
-            `self_attn.q_proj`. Only DoRA needs them, for its norms.
+            `self_attn.q_proj`. Only DoRA needs them: it divides by the vector norms of the rows of W + s B A.
     """
     layer_config, groups = config.at(config.layers[layer]), config.layer_groups[layer]
     hidden = (config.hidden_size,)
@@ -231,8 +231,9 @@ def mask_seed(micro_batch_seed: int, number: int) -> int:
 def group_mask_seed(micro_batch_seed: int, layer: int, group: int) -> int:
     """Return the seed of the dropout mask of a group's input.
 
-    The four groups of each block have the mask numbers 4 · layer + group. The chunks of the head have the numbers after
-    those of the last layer. The groups of per-layer embeddings have negative numbers.
+    The four groups of each block have the mask numbers 4 · layer + group. The groups of per-layer embeddings have
+    negative numbers. The output head is computed in chunks of positions, and each chunk has its own mask. In a model
+    of n layers, chunk c has the mask number 4 · n + c (`nn.decoder.adapted_head`).
     """
     first = BLOCK_GROUPS * (layer if group < BLOCK_GROUPS else -1 - layer)
     return mask_seed(micro_batch_seed, first + group % BLOCK_GROUPS)

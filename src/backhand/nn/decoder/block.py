@@ -36,25 +36,28 @@ Backward takes the lines in reverse order and applies the backward of each op:
   returns ∂L/∂x, and the third adds ∂L/∂A. The third reads the input of the projection. If this input is the output of a
   norm, the tensors that the norm saved are enough.
 - `ops.adapted_glu` is the backward of p = φ(a) ⊙ u together with steps of the projections around it, so that a and u
-  are read once. It maps d_p to ∂L/∂[a u], returns ∂L/∂h of gate and up, and adds their ∂L/∂B and ∂L/∂A of down.
+  are read once. It receives d_p and returns ∂L/∂[a u] and, for the gate and up projections, ∂L/∂h. It adds ∂L/∂B of
+  gate and up, and ∂L/∂A of down, to the flat buffer.
 
 `nn.decoder.general_backward` has the backward functions for mixtures of experts, for MLPs without a gate, for
 Falcon-H1, and for sublayers that train more than LoRA factors. It is also used if the backward pass ends in the MLP
-sublayer or at W_o. A LoRA adapter of all linear layers of a Llama never needs it: there the backward pass ends at W_qkv
-of the first block.
+sublayer or at W_o. A LoRA adapter of all linear layers of a Llama never needs these functions, because the backward
+pass ends at W_qkv of the first block.
 
 Saved for the backward:
-- x₀, q, k, v, x₁, a, u, and of both norms the inverse RMS of their input, 1 / √(mean x² + ε);
+- x₀, x₁, a, u, v, and of both norms the inverse RMS of their input, 1 / √(mean x² + ε);
+- q and k after the rotation. Families that normalize q and k save them before norm and rotation instead, and also save
+  the inverse RMS of these norms;
 - h = x Aᵀ of every adapted projection, which has r columns (r is the rank);
 - o, unless the backward of attention recomputes it (`ops.attention`);
-- in families that normalize q and k: q and k before these norms, and their inverse RMS;
 - in families that normalize the output of a sublayer: this output before the norm, and its inverse RMS.
 
 With `recompute="mlp"`, a, u and their h are not saved. With `recompute="block"`, only x₀ is saved, and the backward
 runs the forward pass of the block again.
 
-The backward recomputes p and the normalized q and k. It recomputes n₁ and n₂ only if it needs them as tensors, for
-example with dropout. Otherwise it computes ∂L/∂A from x₀ or x₁ and the inverse RMS (`ops.low_rank`).
+The backward always recomputes p. In families that normalize q and k, it also applies norm and rotation to the saved q
+and k again. It recomputes n₁ and n₂ only if it needs them as tensors, for example with dropout. Otherwise it computes
+∂L/∂A from x₀ or x₁ and the inverse RMS (`ops.low_rank`).
 """
 
 from __future__ import annotations
@@ -222,8 +225,9 @@ def block_backward(
     Args:
         d_x2: ∂L/∂x₂. It may be overwritten.
         saved: from `block_forward`. [a u] is overwritten by its gradient.
-        input_grad_groups: groups of projections whose input gradient is needed: all groups, except in the lowest
-            trained block. There the backward pass ends at the first group that is not in the set.
+        input_grad_groups: groups of projections whose input gradient is needed. If the backward pass ends in this
+            block, these are the groups after the lowest trained group, otherwise all groups. The pass visits the groups
+            in reverse order and ends at the first one that is not in the set.
 
     Returns:
         d_x₀, or None if the backward pass ends in this block.

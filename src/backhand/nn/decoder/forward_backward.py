@@ -129,10 +129,11 @@ class ForwardBackward:
     def rotary_tables(
         self, positions: Tensor, document_lengths: Tensor, dtype: torch.dtype | None = None
     ) -> list[tuple[RotaryTable | None, RotaryTable | None]]:
-        """Return the rotary tables of each layer: one for keys and queries, and None or one for queries alone.
+        """Return the rotary tables of each layer: the table of keys, and the table of queries if it is another one.
 
-        The second table is None in most families. Some families multiply queries by a factor that depends on the
-        position; there it is the first table times this factor. Both are None in layers without rotary embedding.
+        In most families the second table is None, and queries use the table of keys. Some families multiply queries by
+        a factor that depends on the position. Their table of queries is the table of keys times this factor. Both
+        tables are None in layers without rotary embedding.
 
         Args:
             positions: (tokens,) int64.
@@ -203,7 +204,7 @@ class ForwardBackward:
         """Return the adapter of every block in the compute dtype; `dropout_seed` is None for no dropout.
 
         A `BlockAdapter` contains views of the adapter's flat buffers. Without dropout it is the same in every pass and
-        is cached. With DoRA it also contains norms of the adapted weights, which change in every step.
+        is cached. With DoRA it also contains the norms of the rows of adapted weights, which change in every step.
         """
         lora, dora = self.lora, self._trained.uses_dora
         buffer = None if lora is None else lora.compute_values
@@ -296,9 +297,9 @@ class ForwardBackward:
         Args:
             positions: positions at which the last block computes its output; None for all.
             top: everything after the last block. Maps the output x of the last block to ∂L/∂x and the loss.
-            logits_shape: shape of the logits, to allocate their memory before the blocks run, or None. Until the head
-                runs, the blocks keep temporary tensors in this memory. With recomputation, the logits need no reserved
-                memory, because the blocks release enough.
+            logits_shape: (chunk, vocab), the shape of the logits that the head computes at once. Their memory is
+                allocated before the blocks run, and the blocks keep temporary tensors in it until the head runs. None
+                to allocate nothing. With recomputation, the blocks release enough memory for the logits.
         """
         lora, trained = self.lora, self._trained
         if lora is None:
@@ -380,7 +381,8 @@ class ForwardBackward:
             head, lora = self._head_of(dropout_seed), self.lora if trained.head else None
             d_normed, loss = general_head_backward(normed, batch, head, lora, loss_scaling, token_loss, logits)
         else:
-            # The backward starts from ∂L/∂L = 1, times `loss_scaling`, so one call computes forward and backward.
+            # The loss is a sum of token losses, so the gradient of each token loss is known before the forward: it is
+            # `loss_scaling` for each document with the token. Therefore one call computes the losses and d_normed.
             losses, (d_normed, *_) = linear_cross_entropy_backward(
                 normed,
                 self.active.head,

@@ -10,7 +10,8 @@ There are five such cases:
 T, P and the names of tensors are defined in `nn.decoder.block`.
 
 Each projection receives its input and computes all its gradients in one call, so p and o are recomputed first.
-`input_grad_groups` contains the groups whose input gradient is needed. The pass ends at the first group outside it.
+`input_grad_groups` contains the groups whose input gradient is needed. The pass visits the groups in reverse order and
+ends at the first one that is not in this set.
 """
 
 from __future__ import annotations
