@@ -114,6 +114,10 @@ def test_columns_of_any_form_by_name(
     with pytest.raises(UsageError, match="there is no column 'sad'") as raised:
         prepare(DataOptions(data=data.data, columns={"rejected": "sad"}), tokenizer, purpose=purpose)
     assert raised.value.where == "columns"
+    for misspelt, near in {"choosen": "chosen", "lable": "label", "zzz": "docs/data.md"}.items():
+        with pytest.raises(UsageError, match=f"no form of rows reads {misspelt}") as raised:
+            prepare(DataOptions(data=data.data, columns={misspelt: "asked"}), tokenizer, purpose=purpose)
+        assert near in str(raised.value.next_step)
     assert all(f" --columns {name}={column}" in reading_options(data) for name, column in given["columns"].items())
 
 

@@ -12,11 +12,11 @@ from backhand.data.column_hints import ClassColumns
 from backhand.data.decision_rows import read_decision
 from backhand.data.decisions import Question
 from backhand.data.embedding_rows import read_embedding, read_ranking
-from backhand.data.forms import PREFERENCE, Form, detect
+from backhand.data.forms import PREFERENCE, Form, detect, nearest_known
 from backhand.data.messages import read_conversation, read_turns
 from backhand.data.raw_rows import TRUTH, RawRow, RowErrors, describe
 from backhand.data.rows import Completion, Conversation, Pair, PlainText, PromptRow, Purpose, Row, UnpairedRow
-from backhand.errors import DataError
+from backhand.errors import DataError, UsageError
 from backhand.words import begin_alike, name_list
 
 
@@ -27,6 +27,7 @@ class FormReader:
         allow_prompts, purpose, named: see `detect`.
         questions: the questions of rows of decisions that do not contain their own.
         context_column: column in which rows name the context of the teacher; None without one.
+        columns: names that `--columns` gives.
 
     Attributes:
         form: the form of the file, or None before the first valid row.
@@ -42,11 +43,13 @@ class FormReader:
         named: Mapping[str, str] | None = None,
         questions: Mapping[str, Question] | None = None,
         context_column: str | None = None,
+        columns: Iterable[str] = (),
     ) -> None:
         self._purpose: Purpose | None = purpose
         self._detect = partial(detect, allow_prompts=allow_prompts, purpose=purpose, named=named)
         self._questions = questions or {}
         self._context_column = context_column
+        self._misspelt = [(name, near) for name in columns if (near := nearest_known(name)) != [name]]
         self.form: Form | None = None
         self.columns: dict[str, None] = {}
         self._first_source = ""
@@ -57,8 +60,20 @@ class FormReader:
 
         Raises:
             DataError: the row has another form than the rows before it, a missing column, or a value of a wrong type.
+            UsageError: the row has no form, and `--columns` gives a name of no form.
         """
-        form = self.form or self._detect(raw)
+        try:
+            form = self.form or self._detect(raw)
+        except DataError as error:
+            if not self._misspelt:
+                raise
+            name, near = self._misspelt[0]
+            raise UsageError(
+                f"no form of rows reads {name}",
+                where="columns",
+                why=f"{raw.source}: {error.what}",
+                next_step=f"did you mean {' or '.join(near)}?" if near else "docs/data.md lists the forms of rows",
+            ) from None
         if self.form is not None:
             self._check_same(raw)
         if form.kind == "decision":

@@ -10,7 +10,7 @@ from backhand.data.column_hints import suggestion
 from backhand.data.raw_rows import RawRow
 from backhand.data.rows import Purpose
 from backhand.errors import DataError
-from backhand.words import name_list
+from backhand.words import name_list, nearest_names
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,14 @@ _NEEDED: dict[Purpose, str] = {
     "states": "a state to decide has state, prompt or text; --state names another column",
 }
 """Columns that purposes other than answers need, as a phrase for errors."""
+
+
+def nearest_known(name: str) -> list[str]:
+    """Return the columns of forms with the most similar names: this name alone if it is one of them."""
+    if negative_columns([name]):
+        return [name]
+    known = {*_SHARED_COLUMNS, "negative"}.union(*({*form.columns, *form.optional, form.system} for form in FORMS))
+    return [name] if name in known else nearest_names(name, [one for one in known if one is not None])
 
 
 def forms_for(*purposes: Purpose) -> tuple[Form, ...]:

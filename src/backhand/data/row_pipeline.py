@@ -68,6 +68,7 @@ class RowPipeline:
             named=named.given,
             questions=self.questions,
             context_column=self.context_column,
+            columns=self.named.columns,
         )
         raws = read_rows(name, self.bad, held_out=self.held_out)
         return named, reader, reader.read_all(named.rows(raws, self.bad), self.bad)
