@@ -64,6 +64,8 @@ def test_the_result_in_one_sentence(finished: Path) -> None:
     }
     for sentence, summary in sentences.items():
         assert result_sentence(replace(run, summary=summary)) == sentence
+    unchanged = {f"{side}_retrieval": {"ndcg@10": 0.5} for side in ("base", "adapted")}
+    assert result_sentence(replace(run, summary=unchanged)) == result_sentence(run)
     pairs = replace(
         run,
         summary={"held_out_pairs": {"rewards/accuracies": 0.75}},

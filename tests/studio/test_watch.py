@@ -188,10 +188,27 @@ def test_the_head_of_a_run_with_labels_answers(
     assert words[0] == "classify" and words[-2:] == ["--data=-", "--prompt=text"] and rows == '{"text": "--text"}\n'
 
 
-def test_rankings_and_vectors_have_no_box_for_prompts(watched: Client, finished: Path) -> None:
-    for objective in ("rank", "embed"):
-        set_objective(finished, objective)
-        assert not shown(watched).every("section", id="try")
+def test_rankings_have_no_box_for_prompts(watched: Client, finished: Path) -> None:
+    set_objective(finished, "rank")
+    assert not shown(watched).every("section", id="try")
+
+
+def test_vectors_of_two_texts_are_compared(watched: Client, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[str], str]] = []
+
+    async def checked(_: Commands, words: list[str], __: object, *, text: str = "") -> Outcome:
+        asked.append((words, text))
+        return Outcome(0, '{"embedding": [0.6, 0.8]}\n{"embedding": [1.0, 0.0]}\n', "")
+
+    monkeypatch.setattr(Commands, "checked", checked)
+    set_objective(finished, "embed")
+    assert "Compare" in [button.text for button in shown(watched).every("button")]
+    assert watched.post("runs/run/try", prompt="a shoe", other=" ")[0] == 409 and not asked
+    _, text, _ = watched.post("runs/run/try", prompt="a shoe", other="<b>")
+    assert Page(text.encode()).one("div", class_="text").text == "0.6"
+    words, rows = asked[0]
+    assert words[0] == "embed" and words[-2:] == ["--data=-", "--prompt=text"]
+    assert rows == '{"text": "a shoe"}\n{"text": "<b>"}\n'
 
 
 def test_only_formats_of_the_objective_are_offered() -> None:

@@ -129,6 +129,10 @@ def result_sentence(run: RunRecord) -> str:
     what, before, after, words = _clearest_figure(run)
     if not is_number(after):
         return ""
+    if is_number(before) and words(before) == words(after):  # the verdict is that of the loss
+        what, before, after, words = _loss_figure(run)
+        if not is_number(after):
+            return ""
     change = f"{words(before)} → {words(after)}" if is_number(before) else words(after)
     judged = verdict(run)
     end = {"open": " so far", "unknown": ""}.get(judged, f": {VERDICTS[judged][0]}")
@@ -148,6 +152,10 @@ def _clearest_figure(run: RunRecord) -> tuple[str, Any, Any, Callable[[float], s
         return score, base["retrieval"].get(score), adapted["retrieval"][score], _short
     if pairs := run.summary.get("held_out_pairs"):
         return "pairs in the right order", None, pairs.get("rewards/accuracies"), _SHARE
+    return _loss_figure(run)
+
+
+def _loss_figure(run: RunRecord) -> tuple[str, Any, Any, Callable[[float], str]]:
     before, after = base_and_best(run)
     if run.objective == "grpo":
         before, after = (None if one is None else -one for one in (before, after))

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Awaitable, Callable
 from functools import wraps
 from http import HTTPStatus
+from operator import mul
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
@@ -57,7 +58,11 @@ EXPORTS = {
     "ollama": Download("Adapter with a Modelfile for Ollama (zip)", "ollama", "zip"),
 }
 """Formats of the export form, by name."""
-_ASKED = {"decide": ("state", "--state=state"), "classify": ("text", "--prompt=text")}
+_ASKED = {
+    "decide": ("state", "--state=state"),
+    "classify": ("text", "--prompt=text"),
+    "embed": ("text", "--prompt=text"),
+}
 """Column and option for a prompt from standard input, by command."""
 _SHOWN_ROWS = 3
 _MAX_SHOWN_TOKENS = 600
@@ -186,14 +191,20 @@ async def _progress(site: Site, request: Request) -> Response:
 
 async def _try(site: Site, request: Request) -> Response:
     run = site.run(request)
-    prompt = str((await request.form()).get("prompt", ""))
-    if not prompt.strip():
-        raise UsageError("the prompt is empty")
-    words = asking_words(run, prompt)
+    form = await request.form()
+    texts = [str(form[name]) for name in ("prompt", "other") if name in form]  # the other text is one to compare
+    if not texts or not all(map(str.strip, texts)):
+        raise UsageError(f"the {'text' if len(texts) > 1 else 'prompt'} is empty")
+    words = asking_words(run, texts[0])
+    if len(texts) != (2 if words[0] == "embed" else 1):
+        raise UsageError("two texts are compared, and one prompt is answered", next_step="reload the page")
     # The prompt goes to standard input, because other users can see the words of a process.
     column, option = _ASKED.get(words[0], ("prompt", "--quiet"))
-    text = json.dumps({column: prompt}) + "\n"
+    text = "".join(json.dumps({column: one}) + "\n" for one in texts)
     outcome = await site.commands.checked([*words[:-1], "--data=-", option], request.is_disconnected, text=text)
+    if len(texts) > 1:  # the vectors have length 1
+        one, other = (json.loads(line)["embedding"] for line in outcome.output.splitlines())
+        return site.part("answers", cosine=sum(map(mul, one, other)), words=words)
     return site.part("answers", answer=outcome.json(), words=words)
 
 

@@ -229,6 +229,8 @@ def adapter_of(run: ListedRun) -> Path:
 def asking_words(run: ListedRun, prompt: str) -> list[str]:
     """Return the words of the command that answers a prompt with the base model and with the adapter.
 
+    An adapter of vectors computes vectors of texts, which the page compares.
+
     Raises:
         UsageError: there is no checkpoint yet.
         ArtifactError: the configuration cannot be read.
@@ -240,6 +242,8 @@ def asking_words(run: ListedRun, prompt: str) -> list[str]:
         words.append("--threads=1")  # training uses the others
     if record.objective == "classify":
         return ["classify", *words, f"--text={prompt}"]
+    if record.objective == "embed":
+        return ["embed", *words, "--data=texts.jsonl"]
     if isinstance(template := data.get("chat_template"), str):
         words.append(f"--chat-template={template}")
     if record.objective == "decide":
