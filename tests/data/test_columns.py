@@ -130,6 +130,19 @@ def test_a_named_column_keeps_its_value_and_may_be_a_template() -> None:
     assert row.values["score"] == 0.5
 
 
+def test_columns_name_a_prompt_as_its_option_does(tmp_path: Path) -> None:
+    row = {"asked": "how?", "said": "so", "messages": [{"role": "user", "content": "x"}]}
+    data = (str(written(tmp_path / "t.jsonl", json.dumps(row) + "\n")),)
+    columns = {"prompt": "asked", "completion": "said"}
+    named, by_option = (
+        prepare(DataOptions(data=data, **given), byte_level())[0].examples[0].input_ids.tolist()
+        for given in ({"columns": columns}, columns)
+    )
+    assert named == by_option
+    with pytest.raises(UsageError, match="prompt is named twice"):
+        DataOptions(data=data, prompt="said", columns=columns).validate()
+
+
 @pytest.mark.parametrize("words", [["chosen"], ["=a"], ["chosen="]])
 def test_columns_need_a_name_and_a_column(words: list[str]) -> None:
     with pytest.raises(UsageError, match="NAME=COLUMN"):

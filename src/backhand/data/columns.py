@@ -63,7 +63,7 @@ class ColumnReader:
         answers: bool = True,
     ) -> None:
         self.given = _by_option(named)
-        self._columns: Mapping[str, str] = named.columns
+        self._columns: Mapping[str, str] = _others(named)
         self._answers: tuple[str, ...] = ()  # columns of answers to questions
         if isinstance(named, DecisionColumns) and named.state is not None:
             self.given["state"], self._answers = named.state, tuple(named.question)
@@ -136,8 +136,8 @@ class ColumnReader:
         def present(texts: Mapping[str, str]) -> dict[str, str]:
             return {key: text for key, text in texts.items() if row.values.keys() >= {*columns_named(text)}}
 
-        given, columns = present(_by_option(recorded)), present(recorded.columns)
-        complete = given == _by_option(recorded) and columns == recorded.columns
+        given, columns = present(_by_option(recorded)), present(_others(recorded))
+        complete = given == _by_option(recorded) and columns == _others(recorded)
         if not complete and (self._needs_answers or not given.keys() & {"prompt", "messages"}):
             return
         if not given and not columns:
@@ -170,9 +170,18 @@ def common_names(columns: Iterable[str]) -> tuple[str, str] | None:
     return small[next(iter(prompts))], small[next(iter(answers))]
 
 
+_OPTIONS = ("prompt", "completion", "messages")
+"""Names that have an option of their own."""
+
+
 def _by_option(named: NamedColumns) -> dict[str, str]:
-    given = {option: getattr(named, option) for option in ("prompt", "completion", "messages")}
-    return {option: text for option, text in given.items() if text is not None}
+    columns = {option: named.columns[option] for option in _OPTIONS if option in named.columns}
+    given = {option: getattr(named, option) for option in _OPTIONS}
+    return columns | {option: text for option, text in given.items() if text is not None}
+
+
+def _others(named: NamedColumns) -> dict[str, str]:
+    return {name: text for name, text in named.columns.items() if name not in _OPTIONS}
 
 
 def _filled(option: str, text: str, raw: RawRow) -> Any:

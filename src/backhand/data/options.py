@@ -305,6 +305,13 @@ class DataOptions(TemplateOptions, DecisionColumns, NamedColumns, RowSources, Op
     or `text` (whole texts of a column `text`, even if another column looks like their class)."""
 
     def _check_together(self) -> None:
+        options = ("prompt", "completion", "messages", "state")
+        if twice := [name for name in options if name in self.columns and getattr(self, name) is not None]:
+            raise UsageError(
+                f"{twice[0]} is named twice, with --{twice[0]} and with --columns {twice[0]}=…",
+                where="columns",
+                next_step="give only one of them",
+            )
         if self.messages is not None and (self.prompt is not None or self.completion is not None):
             raise UsageError(
                 "messages already contain prompt and completion",
