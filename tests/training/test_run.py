@@ -33,7 +33,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_reported_before_the_first_step(
     tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     summary = train(tiny.config(tmp_path / "old", max_steps=2))
-    needed = 16 * summary.trained_parameters
+    needed = 16 * summary.trained_parameters + 4
     files = [path.stat().st_size for path in (tmp_path / "old/checkpoints/step-2").iterdir()]
     assert needed <= sum(files) <= needed + 60_000
     monkeypatch.setattr("backhand.loop.state.free_bytes", lambda _: needed - 1)
@@ -46,6 +46,17 @@ def test_a_disk_without_room_for_a_checkpoint_is_reported_before_the_first_step(
         train(tiny.config(tmp_path / "old", max_steps=2, overwrite=True))
     assert (tmp_path / "old/adapter/adapter_model.safetensors").read_bytes() == before
     assert train(tiny.config(tmp_path / "old", max_steps=2, resume=True)).steps == 2  # finished: nothing is to be saved
+
+
+def test_a_checkpoint_with_an_average_needs_more_room(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = train(tiny.config(tmp_path / "old", max_steps=1, average_share=0.5))
+    needed = 20 * summary.trained_parameters + 4
+    assert needed <= sum(path.stat().st_size for path in (tmp_path / "old/checkpoints/step-1").iterdir())
+    monkeypatch.setattr("backhand.loop.state.free_bytes", lambda _: needed - 1)
+    with pytest.raises(ResourceError, match=f"takes {needed:,} bytes"):
+        train(tiny.config(tmp_path / "run", average_share=0.5))
 
 
 def test_the_files_of_a_run(tiny: TinyRun, tmp_path: Path) -> None:

@@ -142,6 +142,18 @@ def test_the_teacher_is_a_moving_average_of_the_adapter() -> None:
     assert losses[0] == losses[1], "the teacher has the averaged values"
 
 
+def test_the_average_that_a_run_saves_is_no_teacher() -> None:
+    decoder = decoder_like(attach_lora(tiny_model("llama"), rank=3, alpha=5.1), 1.7)
+    sampler = AnswerSampler(RewardOptions(max_new_tokens=6), 1, (), lambda _, row, __: row, Communicator())
+    losses = []
+    for share in (None, 0.5):
+        steps = DistilledSteps(sampler, prompts(share=True), None, 3)
+        steps.sample_answers(decoder, 0, [0, 1, 2])
+        optimizer = AdapterOptimizer(decoder.lora, OptimizationOptions(average_share=share))
+        losses.append(steps.train(decoder, optimizer, 0, [0, 1, 2], 0.0).loss)
+    assert losses[0] == losses[1], "without a rate, the teacher stays the base model"
+
+
 def test_agreement_is_that_of_full_logits() -> None:
     adapted = attach_lora(tiny_model("llama"), rank=3, alpha=5.1)
     decoder = decoder_like(adapted, 5.1 / 3)

@@ -68,7 +68,8 @@ class DistilledSteps:
         packed_tokens, supervised = list(map(packer.packed_tokens, parts)), packer.supervised_tokens(every)
         own = processes.assign(packed_tokens)[processes.rank]
         store = MemoryStateStore(packer.state_tokens, model.config.hidden_size, model.dtype)
-        with computing_with(model, self.start if optimizer.average is None else optimizer.average.values):
+        average = optimizer.average if optimizer.average_rate else None  # otherwise it is the average that a run saves
+        with computing_with(model, self.start if average is None else average.values):
             packer.learn_from(model, store, [parts[number] for number in own])
         self.tokens = packer.tokens(every)
         work = StepWork(

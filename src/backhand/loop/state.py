@@ -125,9 +125,10 @@ class Saver:
         Raises:
             ResourceError: it has not. Names the required and the free bytes.
         """
-        # state.safetensors contains the values and two moments, and the PEFT file the values. The rest is small.
-        values = self.state.lora.values
-        needed = 4 * values.numel() * values.element_size()
+        # state.safetensors contains the values, the moments and the average, and the PEFT file the values. The rest is
+        # small.
+        tensors = [self.state.lora.values] * 2 + list(self.state.optimizer.moments().values())
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         free = free_bytes(self.directory.path)
         if free is not None and free < needed:
             raise ResourceError(
