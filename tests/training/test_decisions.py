@@ -335,13 +335,18 @@ def test_the_first_rows_are_shown_once_per_question_with_the_label_of_their_answ
     assert f"{label.strip()}: {rows[0]['team']}" in text
 
 
-def test_the_adapter_has_the_average_of_the_values(straight: TrainConfig) -> None:
+def test_the_adapter_has_the_average_or_the_newest_values(straight: TrainConfig) -> None:
     """`test_evaluate_scores_base_and_adapter` shows that the held-out loss is that of the adapter."""
-    newest = straight.run.output / "checkpoints" / "step-12"
-    state = load_file(newest / "state.safetensors")
-    factors = load_file(newest / "adapter_model.safetensors").values()
-    saved, average = (torch.cat([one.flatten() for one in part]).sort()[0] for part in (factors, [state["average"]]))
-    assert torch.equal(saved, average) and not torch.equal(state["average"], state["values"])
+    for line in lines(straight.run.output, "eval_newest_loss"):
+        checkpoint = straight.run.output / "checkpoints" / f"step-{line['step']}"
+        assert line["eval_loss"] == min(line["eval_average_loss"], line["eval_newest_loss"])
+        if not checkpoint.exists():
+            continue
+        state = load_file(checkpoint / "state.safetensors")
+        factors = load_file(checkpoint / "adapter_model.safetensors").values()
+        better = "average" if line["eval_average_loss"] <= line["eval_newest_loss"] else "values"
+        saved, expected = (torch.cat([one.flatten() for one in part]).sort()[0] for part in (factors, [state[better]]))
+        assert torch.equal(saved, expected) and not torch.equal(state["average"], state["values"])
 
 
 def test_without_held_out_rows_there_is_no_temperature(tiny: TinyRun, tmp_path: Path) -> None:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch import Tensor
 
+from backhand.errors import not_none
+from backhand.loop.evaluator import Evaluator
+from backhand.loop.measuring import HeldOut
+from backhand.loop.state import Progress, RunState
 from backhand.loop.step import AdapterOptimizer, flat_norm
 from backhand.loop.value_average import saved_values
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
@@ -54,6 +62,39 @@ def test_the_saved_values_are_an_average_in_which_later_steps_have_more_weight(
         torch.testing.assert_close(lora.compute_values, lora.values.bfloat16(), rtol=0, atol=0)
     torch.testing.assert_close(lora.values.double(), steps[-1], rtol=0, atol=0)
     torch.testing.assert_close(lora.compute_values, lora.values.bfloat16(), rtol=0, atol=0)
+
+
+class _Sum(HeldOut):
+    """A held-out loss that is a multiple of the sum of the values."""
+
+    def __init__(self, lora: LoRAParameters, sign: float) -> None:
+        super().__init__((), 1)
+        self._lora, self._sign = lora, sign
+
+    def loss(self, *_: Any, **__: Any) -> float:
+        loss = self._sign * float(self._lora.values.sum())
+        self.measured = {"eval_measured": loss}
+        return loss
+
+
+@pytest.mark.parametrize(("sign", "newest_is_better"), [(1.0, True), (-1.0, False)])
+def test_the_better_of_average_and_newest_values_is_saved(sign: float, newest_is_better: bool) -> None:
+    lora = LoRAParameters([LoRASlot("layers.0.proj", 30, 20, 4, 1.7)])
+    optimizer = AdapterOptimizer(lora, OptimizationOptions(average_share=1.0))
+    held_out, plan = _Sum(lora, sign), SimpleNamespace(run=SimpleNamespace(max_forgetting=None))
+    evaluator = Evaluator(Mock(), RunState(lora, optimizer, Progress(step=2)), cast("Any", plan), held_out=held_out)
+    for _ in range(2):
+        lora.gradients.fill_(1.0)
+        optimizer.step(0.1)  # the sum falls
+    average, newest = not_none(optimizer.average), lora.values.clone()
+    assert evaluator.evaluate()
+    assert not torch.equal(average.values, newest) and torch.equal(lora.values, newest)
+    with saved_values(average):
+        assert torch.equal(lora.values, newest if newest_is_better else average.values)
+        better = evaluator.state.progress.eval_loss
+        assert better == held_out.measured["eval_measured"] == held_out.loss()
+    optimizer.step(0.1)
+    assert average.is_saved, "an evaluation says nothing about later values"
 
 
 def _norm(values: Tensor) -> float:

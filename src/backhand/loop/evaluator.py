@@ -188,10 +188,10 @@ class Evaluator:
         """Measure the held-out loss and the forgetting. Return True if the loss is the best so far."""
         progress = self.state.progress
         record: dict[str, Any] = {"step": progress.step}
+        loss = None if self.held_out is None else self._held_out_loss(self.held_out, record)
+        if self.held_out is not None and loss is None:
+            return False  # interrupted by a signal: the evaluation stays pending
         with saved_values(self.state.optimizer.average):
-            loss = None if self.held_out is None else self.held_out.loss(self.model, self.processes)
-            if self.held_out is not None and loss is None:
-                return False  # interrupted by a signal: the evaluation stays pending
             if loss is not None and self.held_out is not None:
                 record["eval_loss"] = finite_or_none(loss)
                 record |= {name: finite_or_none(value) for name, value in self.held_out.measured.items()}
@@ -215,17 +215,41 @@ class Evaluator:
             return False
         return progress.record_evaluation(loss)
 
+    def _held_out_loss(self, held_out: HeldOut, record: dict[str, Any]) -> float | None:
+        """Return the held-out loss, or None if a signal interrupted it.
+
+        With an average of the values, both it and the newest values are measured, and the better ones will be saved.
+        """
+        average = self.state.optimizer.average
+        if average is None or average.rate or self.state.progress.step == 0:
+            return held_out.loss(self.model, self.processes)
+        average.is_saved = True
+        with saved_values(average):
+            loss = held_out.loss(self.model, self.processes)
+        results = held_out.results
+        newest = None if loss is None else held_out.loss(self.model, self.processes)
+        if loss is None or newest is None:
+            return None
+        record |= {"eval_average_loss": finite_or_none(loss), "eval_newest_loss": finite_or_none(newest)}
+        average.is_saved = not math.isfinite(newest) or loss <= newest
+        if average.is_saved:
+            held_out.results = results
+            return loss
+        return newest
+
     def _record_first(self, loss: float) -> None:
         """Record the loss before the first step, and the base's own loss if the run starts from an adapter."""
         progress = self.state.progress
         progress.first_eval_loss = progress.eval_loss = loss
         progress.base_eval_loss = loss
         if self.held_out is not None and not self._is_fresh():
+            results = self.held_out.results
             self.model.detach()
             try:
                 progress.base_eval_loss = self.held_out.loss(self.model, self.processes, interruptible=False)
             finally:
                 self.model.attach(self.state.lora)
+                self.held_out.results = results  # such as temperatures, which are saved with the adapter
         if not math.isfinite(loss):
             raise CheckError(
                 f"the held-out loss before the first step is {loss}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,6 +83,15 @@ class HeldOut:
         with counting("held-out loss", share, "batches") as done:
             losses = processes.parallel_map(tokens, nats, interruptible=interruptible)
         return None if losses is None else sequential_sum(losses) / self.supervised_tokens
+
+    @property
+    def results(self) -> tuple[Any, ...]:
+        """All values of the most recent `loss` except the loss. They can be set to those of an earlier one."""
+        return self.measured, self.said
+
+    @results.setter
+    def results(self, results: tuple[Any, ...]) -> None:
+        self.measured, self.said = results
 
     def token_losses(self, model: LanguageModel) -> Iterator[tuple[Example, Tensor]]:
         """Yield every document with the losses of its supervised tokens, (supervised,) in nats, float32 or wider.

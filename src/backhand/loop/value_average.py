@@ -7,7 +7,8 @@ around a minimum with the noise of single steps, which the average evens out. Af
 
 The weights of the values grow with their step to the power of κ, from the first update on. The mean age of the values
 tends to t / (κ + 2) = share t / 2, as in the plain mean over the last share of the steps. A share of 1 gives the mean
-of all values.
+of all values. In a short run, whose loss still falls at the end, the average is worse than the newest values. Each
+evaluation therefore measures both, and those with the lower held-out loss are saved.
 
 The teacher of self-distillation is an average with a constant rate ρ, a ← a + ρ (θ - a), which is never saved.
 """
@@ -31,11 +32,13 @@ class ValueAverage:
 
     Attributes:
         values: a, (elements,) float32.
+        is_saved: False if the newest values had a lower loss than the average in an evaluation after the newest update.
     """
 
     def __init__(self, lora: LoRAParameters, rate: float, share: float | None) -> None:
         self.values = lora.values.clone()
         self.lora, self.rate, self._share = lora, rate, share
+        self.is_saved = True
 
     def update(self, updates: int) -> None:
         """Add the adapter's values after this number of updates."""
@@ -44,12 +47,13 @@ class ValueAverage:
             power = 2 / not_none(self._share) - 2
             rate = (power + 1) / (updates + power)
         self.values.lerp_(self.lora.values, rate)
+        self.is_saved = True
 
 
 @contextmanager
 def saved_values(average: ValueAverage | None) -> Iterator[None]:
-    """Give the adapter the values to evaluate and to save: the average, unless there is none or it is a teacher's."""
-    if average is None or average.rate:
+    """Give the adapter the values to save: the average, unless there is none, it is a teacher's, or it is worse."""
+    if average is None or average.rate or not average.is_saved:
         yield
         return
     lora = average.lora

@@ -140,9 +140,9 @@ class OptimizationOptions(Options):
     """Term added to the denominator of AdamW's update for numerical stability."""
 
     average_share: Annotated[float, Bound(at_least=0.0, at_most=1.0)] | None = None
-    """Evaluate and save an average of the adapter's values over about this share of the steps so far, instead of the
-    newest values (1212.1824). It evens out the noise of single steps; 0 takes the newest values. Default: 0.6 for
-    `decide` with at least 50 steps, otherwise 0."""
+    """Average the adapter's values over about this share of the steps so far (1212.1824), which evens out the noise of
+    single steps. Each evaluation measures the average and the newest values, and the better ones are saved; without
+    held-out rows, the average is. 0: no average. Default: 0.6 for `decide` with at least 50 steps, otherwise 0."""
 
     batch_rows: Count = 16
     """Rows per optimizer step."""

@@ -161,6 +161,8 @@ def _evaluations_s(plan: RunPlan, machine: Machine, seconds: Seconds) -> dict[in
     later = positions * (forward + (0.0 if plan.hidden_states.where != "off" else seconds.below))
     if config.objective.purpose == "prompts":
         first = later = math.ceil(rows / ROWS_AT_ONCE) * config.rewards.max_new_tokens * seconds.decode
+    if config.optimization.average_share:
+        later *= 2  # the average and the newest values
     neutral = 2 * _SHORT_TEXTS * sum(inputs.neutral.lengths) * (forward + seconds.below)
     at = dict.fromkeys((*range(every, total, every), total), (later + neutral) / machine.world_size)
     if not rows:

@@ -9,13 +9,13 @@ step is that of the lowest loss with temperatures.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.data.decisions import DecisionRow, QuestionType
+from backhand.data.decisions import DecisionRow
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import BoundModel
 from backhand.errors import not_none
@@ -35,9 +35,6 @@ class HeldOutDecisions(NamedTuple):
 @dataclass
 class DecideObjective(AnswerObjective):
     """The loss of decisions."""
-
-    # of the most recent evaluation, by type of question; empty before the first
-    temperatures: Mapping[QuestionType, float] = field(default_factory=dict)
 
     def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
         """Compute the losses of the rows. Their metrics are the accuracy and the probability of all labels together."""

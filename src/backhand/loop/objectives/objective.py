@@ -16,11 +16,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from backhand.data.decisions import QuestionType
 from backhand.data.packing import RowPacker, micro_batches
 from backhand.distributed.communicator import Communicator, sequential_sum
 from backhand.engines.engine import Trainable
@@ -108,6 +109,8 @@ class AnswerObjective(Objective):
 
     # s of every document of the rows under the model that the run starts from; None without a reference
     reference: Tensor | None = None
+    # of decisions: fitted in the most recent evaluation, by type of question; empty before it, and for other objectives
+    temperatures: Mapping[QuestionType, float] = field(default_factory=dict)
 
     @abstractmethod
     def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
@@ -196,6 +199,14 @@ class HeldOutObjective(HeldOut):
     ) -> None:
         super().__init__(objective.packer.examples, micro_batch_rows, hidden_states)
         self._objective = objective
+
+    @property
+    def results(self) -> tuple[Any, ...]:
+        return self.measured, self.said, self._objective.temperatures
+
+    @results.setter
+    def results(self, results: tuple[Any, ...]) -> None:
+        self.measured, self.said, self._objective.temperatures = results
 
     def loss(self, model: Trainable, processes: Communicator, *, interruptible: bool = True) -> float | None:
         """Return the mean loss of a row, or None if the evaluation was interrupted."""
