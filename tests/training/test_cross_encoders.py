@@ -284,10 +284,12 @@ def test_verify_proves_the_gradients_of_the_head(straight: TrainConfig) -> None:
     assert any(case.startswith("packed = unpacked") for case in proved)
 
 
-def test_verify_proves_an_encoder_without_an_adapter(model: Path) -> None:
-    """Its vectors, with a random adapter with dropout."""
+@pytest.mark.parametrize("name", ["model", "merged"])
+def test_verify_proves_an_encoder_without_an_adapter(name: str, request: pytest.FixtureRequest) -> None:
+    """Its vectors, with a random adapter with dropout, also of a cross-encoder with sentence-transformers' files."""
+    encoder = str(request.getfixturevalue(name))
     made = VerifyOptions(
-        model=VerifiedModelOptions(model=str(model), dtype="float32"), verify=VerifyRunOptions(max_tokens=80)
+        model=VerifiedModelOptions(model=encoder, dtype="float32"), verify=VerifyRunOptions(max_tokens=80)
     )
     report = verify(made)
     assert report.passed

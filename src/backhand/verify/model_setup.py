@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from backhand.data.ranking_examples import RankingFormat
 from backhand.data.row_encoder import TextFormat
 from backhand.data.rows import ClassRow, Purpose
 from backhand.data.text_encoder import TextEncoder
-from backhand.errors import DataError, UsageError
+from backhand.errors import ArtifactError, DataError, UsageError
 from backhand.generation.held_base import stays_quantized
 from backhand.generation.loading import classification_of, ranking_of
 from backhand.loop.objectives.rank import pair_format
@@ -164,7 +165,9 @@ def _text_format(source: ModelSource, record: AdapterRecord) -> EmbeddingFormat:
     """Return the way from a text to its vector: of the adapter, else of the model's own files, else the mean."""
     known = record.embedding
     if not known:
-        files = read_embedding_files(source.path)
+        files = None
+        with suppress(ArtifactError):  # Any pooling serves the proof.
+            files = read_embedding_files(source.path)
         known = {"pooling": "mean", "query_prompt": "", "document_prompt": ""} if files is None else files._asdict()
     return EmbeddingFormat(known["pooling"], known["query_prompt"], known["document_prompt"])
 

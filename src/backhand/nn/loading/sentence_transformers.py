@@ -30,7 +30,7 @@ class EmbeddingFiles(NamedTuple):
 
 
 def read_embedding_files(directory: Path) -> EmbeddingFiles | None:
-    """Return the contents of the files, or None for a model that is no model of sentence-transformers.
+    """Return the contents of the files, or None for a model that is no model of vectors, such as a cross-encoder.
 
     Raises:
         ArtifactError: the files are malformed, or the model computes more than a pooling and a normalization.
@@ -42,6 +42,8 @@ def read_embedding_files(directory: Path) -> EmbeddingFiles | None:
     try:
         modules = read_json(directory / MODULES, list[dict[str, Any]])
         kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+        if kinds == ["Transformer"]:
+            return None
         if kinds[:2] != ["Transformer", "Pooling"] or any(kind != "Normalize" for kind in kinds[2:]):
             raise ArtifactError(
                 f"the model consists of {', '.join(kinds)}",
