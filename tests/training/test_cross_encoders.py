@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -343,3 +344,27 @@ def test_a_head_of_one_label_is_no_score_head(model: Path, tmp_path: Path) -> No
         )
         with pytest.raises(UsageError, match="neither on vectors nor on the rankings"):
             export_command(options)
+
+
+def test_an_exported_adapter_names_the_place_of_a_moved_base(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, moved = tmp_path / "before", tmp_path / "moved"
+    shutil.copytree(model, before)
+    files = bound_model(before, torch.float32, 1).adapter_files(AdapterRecord(classification=SCORES), {})
+    write_together(tmp_path / "adapter", files)
+    before.rename(moved)
+
+    def export(name: str) -> Path:
+        made = ExportOptions(tmp_path / "adapter", tmp_path / name, str(moved), to="sentence-transformers", quiet=True)
+        return export_command(made)
+
+    written = json.loads((export("exported") / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(moved)
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("no such base")
+
+    monkeypatch.setattr("sentence_transformers.CrossEncoder", fails)
+    with pytest.raises(ArtifactError, match="cannot load the adapter with its base"):
+        export("again")

@@ -14,7 +14,7 @@ end-of-sequence token that the tokenizer does not add by itself, the written tok
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from backhand.data.held_out import neutral_texts
 from backhand.data.options import TemplateOptions
 from backhand.data.rows import PoolingName, RankingRow
 from backhand.data.text_encoder import TextEncoder
-from backhand.errors import ArtifactError, UsageError
+from backhand.errors import ArtifactError, UsageError, short_reason
 from backhand.files import write_atomically
 from backhand.generation.completer import EngineCompleter
 from backhand.generation.loading import LoadedModel, classification_of, ranking_of
@@ -64,9 +64,15 @@ def kind_of(opened: OpenedAdapter) -> Literal["vectors", "rankings"]:
 
 
 def for_sentence_transformers(opened: OpenedAdapter) -> OpenedAdapter:
-    """Return the adapter with the task of the class that sentence-transformers adapts."""
+    """Return the adapter with the task of the class that sentence-transformers adapts.
+
+    If the base was moved since the training, the adapter names its new place, from which it is loaded.
+    """
     task = HEADLESS_TASK if kind_of(opened) == "vectors" else CLASS_TASK
     described = replace(opened.loaded.described, task_type=task)
+    base = Path(described.base_model or "")
+    if base.is_absolute() and not base.exists():
+        described = replace(described, base_model=opened.base_name)
     return replace(opened, loaded=replace(opened.loaded, described=described))
 
 
@@ -168,6 +174,7 @@ def prove_sentence_transformers(directory: Path, opened: OpenedAdapter, prover: 
         merged: the directory is a whole model, and not an adapter of its base.
 
     Raises:
+        ArtifactError: sentence-transformers cannot load the directory.
         CheckError: they differ.
     """
     try:
@@ -188,25 +195,38 @@ def prove_sentence_transformers(directory: Path, opened: OpenedAdapter, prover: 
         ranking=ranking_of(opened.loaded.record or AdapterRecord()),
         classification=classification_of(opened.loaded, opened.config),
     )
-    given: dict[str, Any] = {"device": "cpu", "model_kwargs": {"dtype": torch.float32}}
     if kind == "rankings":
         query, *documents = texts
         rows = [RankingRow(query, tuple(documents), (), "neutral texts")]
         (scores,) = Reranker.of(loaded, TemplateOptions(), len(documents)).scores(rows)
-        model = theirs.CrossEncoder(str(directory), **given)
+        model = _loaded_by(theirs.CrossEncoder, directory, merged=merged)
         found = model.predict([(query, document) for document in documents], convert_to_tensor=True)
         error = float((torch.tensor(scores, dtype=torch.float64).sigmoid() - found.cpu().double()).abs().max())
         statement = f"sentence-transformers gives the same scores of {len(documents)} pairs of texts"
         prover.check(statement, error, BOUND, "report it with the model's name")
         return
     embedder = Embedder.of(loaded, VectorOptions())
-    model = theirs.SentenceTransformer(str(directory), **given)
+    model = _loaded_by(theirs.SentenceTransformer, directory, merged=merged)
     pairs = [
         (embedder.vectors(texts), model.encode_document(texts, convert_to_tensor=True)),
         (embedder.vectors(texts, queries=True), model.encode_query(texts, convert_to_tensor=True)),
     ]
     statement = f"sentence-transformers gives the same vectors of {2 * len(texts)} texts (1 - cosine)"
     prover.check(statement, max(distance(*pair) for pair in pairs), BOUND, "report it with the model's name")
+
+
+def _loaded_by(load: Callable[..., Any], directory: Path, *, merged: bool) -> Any:
+    """Return what a class of sentence-transformers loads. Raises ArtifactError if it cannot."""
+    try:
+        return load(str(directory), device="cpu", model_kwargs={"dtype": torch.float32})
+    except (OSError, ValueError) as error:  # as transformers raises them for files that it does not read or find
+        what = "the merged model" if merged else "the adapter with its base"
+        raise ArtifactError(
+            f"sentence-transformers cannot load {what}",
+            where="to sentence-transformers",
+            why=short_reason(error),
+            next_step="report it with the model's name" if merged else "give --merge: a merged model needs no base",
+        ) from None
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
