@@ -208,6 +208,19 @@ def test_a_run_learns_and_shows_its_scores(straight: TrainConfig) -> None:
     assert "0.693 to" in page.one("section", id="result").text
 
 
+@pytest.mark.parametrize("loss", ["listwise", "listnet"])
+def test_losses_of_lists_need_no_gradient_of_the_bias(loss: str, straight: TrainConfig, tmp_path: Path) -> None:
+    """The softmax over two documents does not depend on it, so its gradient is exactly zero."""
+    rows = tmp_path / "rows.jsonl"
+    pairs = [{"query": f"user {word}", "positive": word, "negative": "json"} for word in "abcdefgh"]
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    made = with_options(
+        straight, output=tmp_path / "run", data=(str(rows),), eval_data=(), prove_resume=None, ranking_loss=loss
+    )
+    train(with_options(made, max_steps=3, eval_every=None))
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
 def test_a_stopped_run_ends_in_the_same_bits(straight: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(StopAfter.Stopped):
         train(with_options(straight, output=tmp_path / "run", prove_resume=None), callbacks=[StopAfter(3)])

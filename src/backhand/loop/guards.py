@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -33,15 +33,24 @@ _QUERY_OR_KEY = re.compile(r"(.*\.)?(q_proj|k_proj|query|key)")
 
 
 class LearningGuard:
-    """Checks that the first three steps of a run or of a resumed run train every factor. Skipped steps do not count."""
+    """Checks that the first three steps of a run or of a resumed run train every factor. Skipped steps do not count.
 
-    def __init__(self, lora: LoRAParameters, optimizer: AdapterOptimizer, log: ProofLog) -> None:
+    Args:
+        lora: the adapter.
+        optimizer: the optimizer, which must hold the adapter's elements.
+        log: records the proofs.
+        not_learned: names of tensors on which the loss does not depend. Their gradient is zero but for rounding.
+    """
+
+    def __init__(
+        self, lora: LoRAParameters, optimizer: AdapterOptimizer, log: ProofLog, *, not_learned: Collection[str] = ()
+    ) -> None:
         self._lora, self._log = lora, log
         self._start = lora.values.clone()
         self._reached_later = {
             f"{name}.{'lora_B' if slot.embedding else 'lora_A'}" for name, slot in lora.slots.items()
         }
-        self._had_gradient = {name: False for name, _ in lora.named_tensors()}
+        self._had_gradient = {name: False for name, _ in lora.named_tensors() if name not in not_learned}
         self._steps = self._steps_with_pairs = 0
         self._pairs_after_first_step = self._judged = False
         held = optimizer.values.numel()
@@ -79,7 +88,7 @@ class LearningGuard:
         if taken:
             self._steps += 1
             reached = [name for name, gradient in named_gradients(self._lora) if bool(gradient.any())]
-            self._had_gradient |= dict.fromkeys(reached, True)
+            self._had_gradient |= {name: True for name in reached if name in self._had_gradient}
             self._steps_with_pairs += attends
             self._pairs_after_first_step |= attends and self._steps > 1  # in the first step lora_B may be zero
         if (self._steps < JUDGED_AFTER_STEPS and not last) or self._steps == 0:
@@ -97,7 +106,9 @@ class LearningGuard:
         still = [
             name
             for name, changed in _named_views(self._lora, moved)
-            if self._had_gradient[name] and not (self._steps == 1 and name in self._reached_later) and not changed.any()
+            if self._had_gradient.get(name)
+            and not (self._steps == 1 and name in self._reached_later)
+            and not changed.any()
         ]
         total = len(self._had_gradient)
         self._log(Proof("every adapter factor has had a finite, non-zero gradient", not silent, len(silent), 0))

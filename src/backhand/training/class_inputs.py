@@ -43,6 +43,18 @@ def trains_head(objective: ObjectiveOptions, engine: Engine) -> bool:
     return objective.objective == "classify"
 
 
+def not_learned(objective: ObjectiveOptions, engine: Engine) -> tuple[str, ...]:
+    """Return the names of the head's parameters on which the loss does not depend.
+
+    A loss of the softmax over the documents of a query does not change if the same bias is added to all scores.
+    """
+    listed = objective.objective == "rank" and objective.ranking_loss in ("listwise", "listnet")
+    if not listed or not trains_head(objective, engine):
+        return ()
+    names = with_hidden_states(engine, "a score head").config.class_head.parameters
+    return tuple(name for argument, name in names.items() if argument == "output_bias")
+
+
 def head_format(config: TrainConfig, source: ModelSource, engine: Engine, layout: AdapterLayout) -> ClassFormat:
     """Return the way from a text, or from a query and a document, to its tokens for the head of this model.
 

@@ -56,6 +56,7 @@ from backhand.runs.summary import RunSummary, read_summary
 from backhand.system import available_bytes
 from backhand.training.advice import Curves, advice, answer_advice, too_few_rows
 from backhand.training.calibration import forecast_run
+from backhand.training.class_inputs import not_learned
 from backhand.training.console import opening_facts
 from backhand.training.facts import run_facts, summarise
 from backhand.training.hidden_states import HiddenStateCaches, hidden_state_caches
@@ -151,7 +152,10 @@ class Trainer:
                 held_out=self._held_out(caches, self._held_out_objective, sampled),
                 meter=run.inputs.neutral if run.inputs.neutral.documents else None,
                 base_guard=base_guard,
-                learning_guard=LearningGuard(run.bound.lora, optimizer, log),
+                learning_guard=LearningGuard(
+                    *(run.bound.lora, optimizer, log),
+                    not_learned=not_learned(run.config.objective, run.inputs.engine),
+                ),
                 check_model_files=self._check_model_files(),
                 observer=self.observer,
                 save_checkpoint=partial(self._save, saver, state),
