@@ -207,7 +207,13 @@ def test_other_rows_and_one_label_are_refused(straight: TrainConfig, tiny: TinyR
             train(with_options(again, **options))
     single = tmp_path / "single.jsonl"
     single.write_text("".join(json.dumps({"text": f"user {word}", "label": word}) + "\n" for word in "abc"))
-    for files, words in (((str(single),), "no two texts"), ((straight.data.data[0], str(pairs)), "others are pairs")):
+    scored = tmp_path / "scored.jsonl"
+    scored.write_text(json.dumps({"sentence1": "user", "sentence2": "json", "score": 0.5}) + "\n")
+    for files, words in (
+        ((str(single),), "no two texts"),
+        ((straight.data.data[0], str(pairs)), "others are pairs"),
+        ((str(pairs), str(scored)), "pairs without one"),
+    ):
         with pytest.raises(DataError, match=words):
             evaluate_vectors(EvaluateOptions(run=EvaluateRunOptions(vectors=True), data=DataOptions(data=files)))
     with pytest.raises(DataError, match="all held-out texts have the same label"):

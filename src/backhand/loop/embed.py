@@ -216,6 +216,12 @@ def evaluate_vectors(options: EvaluateOptions) -> dict[str, Any]:
     """
     run, data = options.run, options.data
     rows = paired_rows(texts_of(data, data, "embeddings"))
+    if len(scored := [row for row in rows if row.score is not None]) not in (0, len(rows)):
+        raise DataError(
+            f"{len(scored):,} of {len(rows):,} rows have a score, and the others are pairs without one",
+            where=scored[0].source,
+            next_step="give rows of one form",
+        )
     texts = list(dict.fromkeys(text for row in rows for text in row.texts))
     number_of = {text: number for number, text in enumerate(texts)}
     identities = [
