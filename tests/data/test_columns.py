@@ -147,6 +147,8 @@ def test_columns_name_a_prompt_as_its_option_does(tmp_path: Path) -> None:
 def test_columns_need_a_name_and_a_column(words: list[str]) -> None:
     with pytest.raises(UsageError, match="NAME=COLUMN"):
         parse_columns(words)
+    with pytest.raises(UsageError, match="given twice"):
+        parse_columns(["chosen=a", "chosen=b"])
     assert parse_columns(["chosen=a b", "rejected={a}={b}"]) == {"chosen": "a b", "rejected": "{a}={b}"}
 
 

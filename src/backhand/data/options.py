@@ -196,12 +196,15 @@ def parse_columns(values: str | Iterable[str]) -> dict[str, str]:
     """Parse `columns` of a command line: `NAME=COLUMN`.
 
     Raises:
-        UsageError: a value has no name or no column.
+        UsageError: a value has no name or no column, or a name has two columns.
     """
     pairs = [value.partition("=") for value in ([values] if isinstance(values, str) else values)]
     if any(not name.strip() or not column.strip() for name, _, column in pairs):
         raise UsageError("columns has no NAME=COLUMN", where="columns", next_step="for example chosen='better answer'")
-    return {name.strip(): column.strip() for name, _, column in pairs}
+    columns = {name.strip(): column.strip() for name, _, column in pairs}
+    if len(columns) < len(pairs):
+        raise UsageError("a name is given twice", where="columns", next_step="give each NAME=COLUMN once")
+    return columns
 
 
 def _check_texts(where: str, texts: Any) -> None:
