@@ -194,8 +194,8 @@ def to_batch(
     Args:
         documents: tokens per document, in which the id of a supervised token is stored as ~id.
         forest: the division of the documents into segments.
-        second_texts: for each document that is a pair of texts, the index of the first token of the second text
-            (`Example.second_text`); 0 for all other documents.
+        second_texts: for each document that has two texts, such as a query and a passage, the index of the first
+            token of the second one (`Example.second_text`); 0 for all other documents.
     """
     parts = [inputs_and_labels(documents[number][start : end + 1]) for number, start, end in forest.sources]
     ids, labels = (

@@ -9,9 +9,9 @@ The loss of a step is the mean over its n supervised tokens, which are divided a
 supervised token has the weight 1 / n. Therefore M micro-batches of any sizes give the gradient of one large batch. For
 losses of whole rows, such as those of preference pairs, L is the mean over rows, and n is the number of rows.
 
-Each gᵢ is computed in the flat float32 gradient buffer, after zeroing it. A `Communicator` adds up the gᵢ in
-float64, in the order of i, and copies the sum to the gradient buffer. It also divides the micro-batches among the
-processes of the run. Their number does not change the result, unless `--reduce sum` allows another order of addition.
+Each gᵢ is computed in the flat float32 gradient buffer, which is zero before it. A `Communicator` adds up the gᵢ in
+float64, in the order of i, and copies the sum to the buffer. It also divides the micro-batches among processes. The
+number of processes does not change the result, unless `--reduce sum` allows another order of addition.
 
 The update is AdamW with learning rate η and weight decay λ:
 
@@ -173,14 +173,14 @@ class AdapterOptimizer:
 
     Args:
         lora: the adapter.
-        options: β₁, β₂, ε, λ, the norm at which gradients are clipped, and `average_share`: if it is given, the run
-            saves an average of the values over the last steps (`loop.value_average`).
-        average_rate: rate of the moving average that is the teacher of self-distillation; 0 without such a teacher.
+        options: β₁, β₂, ε, λ, the norm at which gradients are clipped, and `average_share`. If the share is given,
+            the run saves an average of the values over the last steps (`loop.value_average`).
+        average_rate: rate of the average that is the teacher of self-distillation instead; 0 without such a teacher.
 
     Attributes:
         values, gradients, first_moment, second_moment: θ, g, m and v, flat, (elements,) float32.
         updates: t, the number of updates so far, 0-d float32.
-        average: moving average of the values; None without one.
+        average: this average of the values; None without one.
     """
 
     def __init__(self, lora: LoRAParameters, options: OptimizationOptions, average_rate: float = 0.0) -> None:

@@ -51,7 +51,8 @@ ALL_GROUPS = frozenset(Group)
 BLOCK_GROUPS = Group.DOWN + 1
 """Number of groups of a block without per-layer embeddings."""
 BEFORE_BLOCKS = len(Group)
-"""The group of the projection that computes the per-layer embeddings, for `group_mask_seed`. It is in no block."""
+"""Number of the projection in front of all blocks that computes the per-layer embeddings, for `group_mask_seed`. It is
+not `PER_LAYER_PROJECTION`, which is in every block."""
 
 
 class GroupAdapter(NamedTuple):

@@ -299,7 +299,7 @@ class ForwardBackward:
             top: everything after the last block. Maps the output x of the last block to ∂L/∂x and the loss.
             logits_shape: (chunk, vocab), the shape of the logits that the head computes at once. Their memory is
                 allocated before the blocks run, and the blocks keep temporary tensors in it until the head runs. None
-                to allocate nothing. With recomputation, the blocks release enough memory for the logits.
+                to allocate nothing: with recomputation, the blocks have released enough memory when the head runs.
         """
         lora, trained = self.lora, self._trained
         if lora is None:
@@ -381,7 +381,7 @@ class ForwardBackward:
             head, lora = self._head_of(dropout_seed), self.lora if trained.head else None
             d_normed, loss = general_head_backward(normed, batch, head, lora, loss_scaling, token_loss, logits)
         else:
-            # The loss is a sum of token losses, so the gradient of each token loss is known before the forward: it is
+            # The loss L is a sum of token losses, so ∂L/∂(token loss) is known before the head's forward: it is
             # `loss_scaling` for each document with the token. Therefore one call computes the losses and d_normed.
             losses, (d_normed, *_) = linear_cross_entropy_backward(
                 normed,
