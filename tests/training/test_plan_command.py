@@ -228,7 +228,6 @@ def test_a_slow_machine_measures_fewer_tokens(plan: Plan, tmp_path: Path, monkey
 
     monkeypatch.setattr("backhand.training.calibration.time.perf_counter", lambda: now[0])
     monkeypatch.setattr(Decoder, "loss_and_gradients", slow)
-    monkeypatch.setattr(Decoder, "logits", lambda *_: now.__setitem__(0, now[0] + 0.05))  # a step of decoding
     rows = write_rows(tmp_path / "long.jsonl", 8, seed=0, words=(30, 31), completion=3)
     found = json.loads(plan("--data", str(rows), "--batch-rows", "8", "--micro-batch-rows", "8", "--json")[1])
     assert found["measured_s"] <= 12

@@ -220,7 +220,7 @@ def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float
     few_s = [0.0] * len(models)
     if not (isinstance(short.model, Decoder) and not short.model.config.has_head):  # an encoder answers nothing
         decoders = [partial(model.logits, few) for model in models]
-        few_s = fastest_calls(decoders, machine.device, time.perf_counter() + _DECODING_BUDGET_S)
+        few_s = fastest_calls(decoders, machine.device, 0.0, at_least=_DECODING_PASSES)
     tokens, seconds = timed(_PROBE_TOKENS, 0.0)
     affordable = int((deadline - time.perf_counter()) / (_PASSES * sum(seconds) / tokens))
     if affordable > tokens:
@@ -234,7 +234,7 @@ def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float
     )
 
 
-_PROBE_TOKENS, _DECODED_TOGETHER, _DECODING_BUDGET_S = 64, 8, 0.3
+_PROBE_TOKENS, _DECODED_TOGETHER, _DECODING_PASSES = 64, 8, 5
 _PASSES = 3
 """Cost of a measurement in passes: one that compiles kernels, which takes as long as two, and one that is timed."""
 
@@ -270,11 +270,13 @@ def fastest(models: Sequence[Trainable], batch: PackedBatch, deadline: float) ->
     return fastest_calls([partial(trial_pass, model, batch) for model in models], models[0].device, deadline)
 
 
-def fastest_calls(calls: Sequence[Callable[[], object]], device: torch.device, deadline: float) -> list[float]:
-    """Return the seconds of each function's fastest call; see `fastest`."""
+def fastest_calls(
+    calls: Sequence[Callable[[], object]], device: torch.device, deadline: float, *, at_least: int = 2
+) -> list[float]:
+    """Return the seconds of each function's fastest call, of `at_least` calls or more; see `fastest`."""
     best = [math.inf] * len(calls)
     passes, round_s, start = 0, 0.0, time.perf_counter()
-    while passes < 2 or time.perf_counter() + round_s < deadline:
+    while passes < at_least or time.perf_counter() + round_s < deadline:
         if passes >= _ENOUGH_PASSES and time.perf_counter() - start > _ENOUGH_S:
             break
         began = time.perf_counter()
