@@ -84,7 +84,7 @@ def test_groups_and_overlap_are_those_of_comparing_every_two() -> None:
     joined = np.array(same)
     for _ in examples:
         joined = joined @ joined
-    assert _groups(stored(examples)).tolist() == joined.argmax(1).tolist()
+    assert _groups(stored(examples), 0.1).tolist() == joined.argmax(1).tolist()
     reference = [facts(example) for example, ids in zip(examples[30:], tokens[30:], strict=True) if ids in tokens[:30]]
     assert list(map(facts, overlap(examples[:30], examples[30:]))) == reference and reference
 
