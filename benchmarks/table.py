@@ -466,7 +466,10 @@ def long_rows_section(results: dict[str, Any]) -> list[str]:
     lines += ["With one thread, a step is in seconds of processor time."]
     head = ["", "tokens", "dtype", "threads", "step", "of the ceiling"]
     head += ["PEFT tuned", "Backhand is faster by", "of its memory"]
-    order = lambda run: tuple(run["workload"][name] for name in ("model", "dtype", "threads", "length"))  # noqa: E731
+
+    def order(run: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(run["workload"][name] for name in ("model", "dtype", "threads", "length"))
+
     for machine, runs in by_machine(results["runs"]).items():
         rows = []
         for run in sorted(runs, key=order):

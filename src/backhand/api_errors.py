@@ -7,9 +7,9 @@ Messages are written for the command line, where most of them are read. A part t
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 from backhand.bounds import split_hint, union_members
@@ -28,16 +28,13 @@ def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]
     """Return a decorator: errors of the function name the options of these dataclasses as keyword arguments."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(function)
+        @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
                 return function(*args, **kwargs)
             except BackhandError as error:
                 hints = {as_option(field.name): field.hint for kind in kinds for field in option_fields(kind)}
-                for part in ("what", "where", "why", "next_step"):
-                    if text := getattr(error, part):
-                        setattr(error, part, in_python(text, hints))
-                error.args = (error.what,)
+                error.reword(partial(in_python, hints=hints))
                 raise
 
         return call

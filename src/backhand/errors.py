@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import TypeVar
 
 from backhand.printing import bounded
@@ -52,6 +53,13 @@ class BackhandError(Exception):
         if self.next_step:
             text += f"\n  next: {bounded(self.next_step)}"
         return text
+
+    def reword(self, change: Callable[[str], str]) -> None:
+        """Replace each part of the error by what `change` makes of it."""
+        for part in ("what", "where", "why", "next_step"):
+            if text := getattr(self, part):
+                setattr(self, part, change(text))
+        self.args = (self.what,)
 
     def _said(self) -> str:
         return f"{bounded(self.where)}: {bounded(self.what)}" if self.where else bounded(self.what)

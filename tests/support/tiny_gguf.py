@@ -375,7 +375,7 @@ def _add_mamba(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def _of_mamba(values: np.ndarray[Any, Any], config: Any, name: str) -> np.ndarray[Any, Any]:
-    """As the converter has it: rates for their logarithms, columns, and a row of the norm for each group."""
+    """Convert a tensor of Mamba-2: rates for their logarithms, columns, and a row of the norm for each group."""
     if name.endswith("A_log"):
         values = -np.exp(values)
     if name.endswith(("A_log", ".D")):
@@ -473,7 +473,7 @@ def tiny_gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray[Any, Any]]
 
 
 def _of_qwen35(values: np.ndarray[Any, Any], config: Any, name: str) -> np.ndarray[Any, Any]:
-    """As the converter has it: rates for their logarithms, 1 + weight, and value head i of every key head together."""
+    """Convert a tensor of Qwen3.5: rates for their logarithms, 1 + weight, value head i of all key heads together."""
     if name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
         return values + 1
     if ".linear_attn." not in name or name.endswith("norm.weight"):

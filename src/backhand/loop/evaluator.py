@@ -191,19 +191,19 @@ class Evaluator:
         loss = None if self.held_out is None else self._held_out_loss(self.held_out, record)
         if self.held_out is not None and loss is None:
             return False  # interrupted by a signal: the evaluation stays pending
-        with saved_values(self.state.optimizer.average):
-            if loss is not None and self.held_out is not None:
-                record["eval_loss"] = finite_or_none(loss)
-                record |= {name: finite_or_none(value) for name, value in self.held_out.measured.items()}
-                if self.held_out.said:
-                    record["answers"] = self.held_out.said
-            if self.meter is not None:
-                as_base = progress.step == 0 and self._is_fresh()
+        if loss is not None and self.held_out is not None:
+            record["eval_loss"] = finite_or_none(loss)
+            record |= {name: finite_or_none(value) for name, value in self.held_out.measured.items()}
+            if self.held_out.said:
+                record["answers"] = self.held_out.said
+        if self.meter is not None:
+            as_base = progress.step == 0 and self._is_fresh()
+            with saved_values(self.state.optimizer.average):
                 measured = NO_FORGETTING if as_base else self.meter.measure(self.model, self.state.lora, self.processes)
-                record |= {
-                    "forgetting_nats": finite_or_none(measured.rise_nats),
-                    "forgetting_kl_nats": finite_or_none(measured.kl_nats),
-                }
+            record |= {
+                "forgetting_nats": finite_or_none(measured.rise_nats),
+                "forgetting_kl_nats": finite_or_none(measured.kl_nats),
+            }
         self.check_model_files()
         self.tell(self.observer.evaluated, record)
         progress.pending_evaluation = False

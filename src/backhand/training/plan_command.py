@@ -152,9 +152,8 @@ def _naming_files(sample: RowSample | None) -> Iterator[None]:
     try:
         yield
     except BackhandError as error:
-        for part in ("what", "where", "why") if sample is not None else ():
-            if (text := getattr(error, part)) is not None:
-                setattr(error, part, not_none(sample).with_files(text))
+        if sample is not None:
+            error.reword(sample.with_files)
         raise
 
 
