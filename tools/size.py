@@ -12,6 +12,9 @@ What is counted, over every *.py file under src/backhand:
   `if TYPE_CHECKING` are read by type checkers alone and count for circles only where it says so. Upward: from a room
   to one above it or in the same layer, in the layers of that tree's pyproject.toml. A circle: modules of which each
   can be reached from each other by imports, in one room or several.
+- later objectives: files that serve only an objective or a family added after the first objectives (`LATER`). They are
+  counted separately, because the bar for the package's size was set before them.
+- marks: sizes with an upper bound (`marks`). The tests fail if one is exceeded.
 - files on the way of one step: see one_step.py. All lines of a file count, not only those that run. A step starts in
   the loop's file. Bindings of compiled kernels (`kernels/`) are counted separately.
 - parameters: of each function as it is written, `self` and `cls` left out.
@@ -29,9 +32,12 @@ import subprocess
 import sys
 import tokenize
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 PROJECT = Path(__file__).resolve().parents[1]
 _NAME = "backhand"
@@ -40,6 +46,27 @@ MANY_PARAMETERS = 8
 LOOP = "loop/loop.py"
 LONG, SHORT = 450, 80
 """Lines above which a file wants a reason, and below which it may belong to its neighbour."""
+BAR_LINES, BAR_CODE = 57_500, 34_500
+"""The size that the package is to have without later objectives. It is a goal, not a mark."""
+LATER: dict[str, tuple[str, ...]] = {
+    "decide": ("*decide.py", "*decision*.py", "loop/value_average.py"),
+    "bake": ("*distill*.py", "*linear_divergence.py", "*/context.py", "*/contexts.py", "*/teaching.py"),
+    "embed": (
+        "*/embed.py", "*/embedding_*.py", "*/label_pairs.py", "*vectors.py", "*vector_*.py",
+        "*retrieval_*.py", "*sentence_transformers.py", "*llama_cpp_server.py", "*info_nce.py", "*cosent.py",
+        "*triplet.py", "*normalize.py", "*pooling.py", "*pooled_states.py",
+    ),
+    "rank": ("*/rank.py", "*/pair_examples.py", "*ranking*.py"),
+    "classify": (
+        "*/classify.py", "*/class_*.py", "*classifier_*.py", "*/head.py", "*head_loss.py", "*binary_cross_*.py",
+    ),
+    "encoders": ("*encoder_inputs.py", "*encoder_families.py", "*layer_norm.py"),
+    "hybrids": (
+        "*ssm_*.py", "*/ssd.py", "*time_step.py", "*parallel_mixer.py", "*mlp_mixer.py", "*unit_multipliers.py",
+    ),
+    "studio": ("studio/*",),
+}  # fmt: skip
+"""Patterns of the files that serve only a later objective. The first group that matches a file counts it."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +97,14 @@ class Module:
     def room(self) -> str:
         """The folder under the package, or the file's own name for a file outside of all folders."""
         return room_of(self.name)
+
+
+class Mark(NamedTuple):
+    """A size with an upper bound."""
+
+    name: str
+    size: int
+    limit: int
 
 
 @dataclass
@@ -233,8 +268,56 @@ def step_files(tree: Path) -> dict[str, list[str]]:
     return found
 
 
-def tables(modules: list[Module], layers: list[set[str]], way: dict[str, list[str]] | None) -> Iterator[str]:
+def later_group(path: str) -> str | None:
+    """Return the later objective that a file serves, None for all other files."""
+    groups = ((name, pattern) for name, patterns in LATER.items() for pattern in patterns)
+    return next((name for name, pattern in groups if fnmatch(path, pattern)), None)
+
+
+def files_of_step(way: dict[str, list[str]]) -> tuple[list[str], list[str]]:
+    """Split the files on the way of a step, from the loop on, into bindings of kernels and all others."""
+    files = list(way)
+    step = files[files.index(LOOP) :] if LOOP in files else []
+    bindings = [path for path in step if path.startswith("kernels/")]
+    return bindings, [path for path in step if path not in bindings]
+
+
+def marks(tree: Path, modules: list[Module], way: dict[str, list[str]]) -> list[Mark]:
+    """Return the sizes that have an upper bound. A step's files are those from the loop on, without bindings."""
+    sizes = {module.path: module for module in modules}
+    _, others = files_of_step(way)
+    return [
+        Mark("lines of loop/step.py", sizes["loop/step.py"].lines, 250),
+        Mark("files of a step", len(others), 20),
+        Mark("code lines of a step", sum(sizes[path].code_lines for path in others), 2_000),
+        Mark("lines of README.md", len((tree / "README.md").read_text(encoding="utf-8").splitlines()), 150),
+    ]
+
+
+def size_table(modules: list[Module]) -> Iterator[str]:
+    """Yield the sizes without later objectives, next to the bar, and those of each later objective."""
+    files, lines, code = Counter[str | None](), Counter[str | None](), Counter[str | None]()
+    for module in modules:
+        group = later_group(module.path)
+        files[group] += 1
+        lines[group] += module.lines
+        code[group] += module.code_lines
+    yield f"{'':<26}{'files':>7}{'lines':>9}{'code':>9}"
+    rows = [("without later objectives", None), *((f"  {name}", name) for name in LATER)]
+    for title, group in rows:
+        yield f"{title:<26}{files[group]:>7,}{lines[group]:>9,}{code[group]:>9,}"
+        if group is None:
+            yield f"{'bar':<33}{BAR_LINES:>9,}{BAR_CODE:>9,}"
+            yield "later objectives"
+    yield f"{'all':<26}{files.total():>7,}{lines.total():>9,}{code.total():>9,}"
+
+
+def tables(
+    modules: list[Module], layers: list[set[str]], way: dict[str, list[str]] | None, tree: Path
+) -> Iterator[str]:
     """The lines of the report."""
+    yield from size_table(modules)
+    yield ""
     counts = [module.lines for module in modules]
     total = sum(counts)
     imports = sum(module.import_lines for module in modules)
@@ -259,10 +342,9 @@ def tables(modules: list[Module], layers: list[set[str]], way: dict[str, list[st
     if way is not None:
         lines = {module.path: module.lines for module in modules}
         code = {module.path: module.code_lines for module in modules}
-        files = list(way)
-        step = files[files.index(LOOP) :] if LOOP in files else []
-        bindings = [path for path in step if path.startswith("kernels/")]
-        others = [path for path in step if path not in bindings]
+        bindings, others = files_of_step(way)
+        for mark in marks(tree, modules, way):
+            yield f"mark: {mark.name} {mark.size:,} of at most {mark.limit:,}{' EXCEEDED' * (mark.size > mark.limit)}"
         yield f"one step, from the loop on: {len(others)} files of {sum(code[path] for path in others):,} code lines"
         yield f"bindings of its kernels: {len(bindings)} files of {sum(code[path] for path in bindings):,} code lines"
         of_them = sum(lines[path] for path in way)
@@ -294,7 +376,7 @@ def main() -> int:
     tree: Path = options.tree.resolve()
     modules = read_modules(tree / "src" / _NAME)
     way = None if options.no_step else step_files(tree)
-    print("\n".join(tables(modules, read_layers(tree / "pyproject.toml"), way)))
+    print("\n".join(tables(modules, read_layers(tree / "pyproject.toml"), way, tree)))
     return 0
 
 

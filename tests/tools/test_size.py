@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 
@@ -123,8 +124,33 @@ def test_no_import_of_the_package_points_upward_or_in_a_circle(size: ModuleType)
     assert size.circles(modules) == []
 
 
+def test_later_objectives_are_counted_separately(size: ModuleType) -> None:
+    modules = size.read_modules(PROJECT / "src" / "backhand")
+    groups = {module.path: size.later_group(module.path) for module in modules}
+    assert groups["ops/decide.py"] == groups["data/decision_rows.py"] == "decide"
+    assert groups["studio/app.py"] == "studio"
+    assert groups["ops/lora_linear.py"] is groups["loop/step.py"] is None
+    unused = [
+        pattern
+        for patterns in size.LATER.values()
+        for pattern in patterns
+        if not any(fnmatch(module.path, pattern) for module in modules)
+    ]
+    assert not unused, "patterns that match no file"
+    lines = [line.split() for line in size.size_table(modules)]
+    parts = [line for line in lines if line[0] in size.LATER or line[0] == "without"]
+    numbers = [[int(number.replace(",", "")) for number in line[-3:]] for line in parts]
+    assert [sum(column) for column in zip(*numbers, strict=True)] == [
+        len(modules),
+        sum(module.lines for module in modules),
+        sum(module.code_lines for module in modules),
+    ]
+
+
 def test_the_files_of_one_step_are_those_that_a_reader_is_sent_through(size: ModuleType) -> None:
     way = size.step_files(PROJECT)
+    modules = size.read_modules(PROJECT / "src" / "backhand")
+    assert [mark for mark in size.marks(PROJECT, modules, way) if mark.size > mark.limit] == []
     assert list(way)[:2] == ["__main__.py", "cli/main.py"]
     assert "AdapterOptimizer.step" in way["loop/step.py"]
     assert not any(path.startswith(("nn/loading/", "verify/", "nn/modules/")) for path in way)
