@@ -216,7 +216,7 @@ def test_a_directory_is_quantized_on_reading(tmp_path: Path) -> None:
     source = open_model(run.model, quantize="q8_0")
     assert isinstance(source, QuantizingSource) and source.quantized
     name = "model.layers.1.mlp.down_proj.weight"
-    stored, read = source.load(name), source.unquantized.load(name)
+    stored, read = source.load(name), source.source.load(name)
     assert 0 < float((stored - read).norm() / read.norm()) < 0.02
     assert source.stored_bytes(name) == sum(part.blocks.nbytes for part in source.stored_parts(name))
 

@@ -152,7 +152,7 @@ def quantization_notes(
         nats = sum(float(losses.sum(dtype=torch.float64)) for _, losses in rows.token_losses(decoder))
         return nats / rows.supervised_tokens
 
-    before, after = loss(source.unquantized), loss(source)
+    before, after = loss(source.source), loss(source)
     note = (
         f"quantized to {source.type_name} on reading: the base's loss on {rows.supervised_tokens:,} supervised tokens "
         f"of the rows is {after:.4f} nats, {before:.4f} unquantized ({after - before:+.4f})"

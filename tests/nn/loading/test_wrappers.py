@@ -38,6 +38,13 @@ def test_the_text_model_computes_what_the_whole_does(kind: str, modules_names: b
     assert float((full_logits(theirs, DOCUMENT) - expected).norm() / expected.norm()) < 2e-5
 
 
+def test_the_text_model_stays_one_if_it_is_quantized_on_reading(tmp_path: Path) -> None:
+    path = save_wrapper(tiny_wrapper("gemma3"), tmp_path)
+    wrapper = open_model(path).wrapper
+    assert wrapper is not None
+    assert open_model(path, quantize="q8_0").wrapper == wrapper, "adapters have the names of the whole model"
+
+
 @pytest.mark.parametrize("kind", ["mistral3", "llava"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_whole_says_whether_its_head_is_the_embedding(kind: str, tied: bool, tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ The result is a different model from its source, as a quantized GGUF file of it 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 from torch import Tensor
 
@@ -14,13 +12,10 @@ from backhand.errors import UsageError
 from backhand.kernels.dequantize import block_shape
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.nn.loading.gguf_model import GGUFModel
-from backhand.nn.loading.source import ModelSource
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from backhand.nn.loading.source import DerivedSource, ModelSource
 
 
-class QuantizingSource(ModelSource):
+class QuantizingSource(DerivedSource):
     """A model whose matrices are quantized to one type. Each matrix is quantized once, on first access.
 
     Matrices whose rows do not divide into whole blocks stay as they are, as in llama.cpp's converter.
@@ -50,50 +45,41 @@ class QuantizingSource(ModelSource):
                 where="quantize",
                 next_step="leave out --quantize, and give --base quantized to keep the stored blocks",
             )
-        self.unquantized = source
-        self.config, self.path, self.hub_id = source.config, source.path, source.hub_id
+        super().__init__(source)
         self.origin = f"{source.origin}, quantized to {kind.upper()} on reading"
         self._kind = GGMLQuantizationType[kind.upper()]
         self.type_name = str(self._kind.name)
         self._stored: dict[str, StoredRows] = {}
 
-    def tensor_names(self) -> tuple[str, ...]:
-        """Return the Hugging Face names of all tensors."""
-        return self.unquantized.tensor_names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape in Hugging Face layout."""
-        return self.unquantized.shape(name)
-
     def load(self, name: str) -> Tensor:
         """Return the tensor. A quantized matrix is returned as its dequantized float32 values."""
         if not self._quantizes(name):
-            return self.unquantized.load(name)
+            return self.source.load(name)
         return QuantizedMatrix(self.stored_parts(name), torch.float32).dense()
 
     def head_tensor(self, name: str) -> Tensor | None:
         """Return a parameter of a head for classification, which is not quantized; None if it is not there."""
-        return self.unquantized.head_tensor(name)
+        return self.source.head_tensor(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return float32 for a quantized matrix, and the source's dtype for any other tensor."""
-        return torch.float32 if self._quantizes(name) else self.unquantized.dtype(name)
+        return torch.float32 if self._quantizes(name) else super().dtype(name)
 
     def stored_parts(self, name: str) -> list[StoredRows]:
         """Return a matrix in quantized blocks."""
         if not self._quantizes(name):
-            return self.unquantized.stored_parts(name)
+            return self.source.stored_parts(name)
         if name not in self._stored:
             from gguf.quants import quantize
 
-            blocks = quantize(self.unquantized.load(name).float().contiguous().numpy(), self._kind)
+            blocks = quantize(self.source.load(name).float().contiguous().numpy(), self._kind)
             self._stored[name] = StoredRows(blocks.reshape(self.shape(name)[0], -1), int(self._kind))
         return [self._stored[name]]
 
     def stored_bytes(self, name: str) -> int:
         """Return the size of a tensor's blocks in bytes, without quantizing it."""
         if not self._quantizes(name):
-            return self.unquantized.stored_bytes(name)
+            return self.source.stored_bytes(name)
         rows, columns = self.shape(name)
         values, size = block_shape(self._kind)
         return rows * (columns // values * size)
@@ -106,11 +92,3 @@ class QuantizingSource(ModelSource):
     def _quantizes(self, name: str) -> bool:
         shape = self.shape(name)
         return len(shape) == 2 and shape[1] % block_shape(self._kind)[0] == 0
-
-    def _read_tokenizer(self) -> PreTrainedTokenizerFast:
-        return self.unquantized.tokenizer()
-
-    @property
-    def generation_config(self) -> dict[str, Any]:
-        """The source's generation config."""
-        return self.unquantized.generation_config

@@ -155,6 +155,45 @@ class ModelSource(ABC):
         return stated
 
 
+class DerivedSource(ModelSource):
+    """A model that is computed from another one. It has everything of the other one that it does not compute itself.
+
+    Attributes:
+        source: the other model.
+    """
+
+    def __init__(self, source: ModelSource) -> None:
+        self.source = source
+        self.config, self.path, self.hub_id, self.origin = source.config, source.path, source.hub_id, source.origin
+        self.wrapper = source.wrapper
+
+    def tensor_names(self) -> tuple[str, ...]:
+        return self.source.tensor_names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.source.dtype(name)
+
+    def check_unchanged(self) -> None:
+        self.source.check_unchanged()
+
+    @property
+    def mapped_bytes(self) -> int:
+        return self.source.mapped_bytes
+
+    def drop_mapped_pages(self) -> None:
+        self.source.drop_mapped_pages()
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        return self.source.generation_config
+
+    def _read_tokenizer(self) -> PreTrainedTokenizerFast:
+        return self.source.tokenizer()
+
+
 def shape_mismatch(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
     """Return the message for a tensor whose shape does not fit the configuration."""
     return f"{name} has shape {shape}, and the configuration asks for {expected}"

@@ -8,8 +8,7 @@ numbers for one matrix.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +17,7 @@ from backhand.nn.families.common_fields import nearest_float32
 from backhand.nn.families.config_fields import ConfigFields
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.families.mixed_families import multipliers_of
-from backhand.nn.loading.source import ModelSource
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from backhand.nn.loading.source import DerivedSource, ModelSource
 
 _SCALARS = (
     "attention_in_multiplier", "attention_out_multiplier", "key_multiplier", "ssm_in_multiplier", "ssm_out_multiplier",
@@ -40,12 +36,11 @@ def has_multipliers(config: Mapping[str, Any]) -> bool:
     return any(number != 1.0 for number in numbers)
 
 
-class UnitMultipliers(ModelSource):
+class UnitMultipliers(DerivedSource):
     """A Falcon-H1 from a Hugging Face directory, with its multipliers in the weights."""
 
     def __init__(self, source: ModelSource) -> None:
-        self._source = source
-        self.path, self.hub_id, self.origin = source.path, source.hub_id, source.origin
+        super().__init__(source)
         tied = decoder_config(source.config).tied_head
         scalars = _SCALARS if tied else (*_SCALARS, *_ENDS)
         self.config = source.config | dict.fromkeys(scalars, 1.0)
@@ -56,43 +51,10 @@ class UnitMultipliers(ModelSource):
         """Return the multiplier of each output of a module, (out,) or (1,) float64, or None if they are 1."""
         return next((rows for end, rows in self._by_module.items() if module.endswith(end)), None)
 
-    def tensor_names(self) -> tuple[str, ...]:
-        """Return the Hugging Face names of all tensors."""
-        return self._source.tensor_names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape in Hugging Face layout."""
-        return self._source.shape(name)
-
     def load(self, name: str) -> Tensor:
         """Return the tensor with its rows multiplied, in the stored dtype."""
-        tensor, rows = self._source.load(name), self.row_multipliers(name.removesuffix(".weight"))
+        tensor, rows = self.source.load(name), self.row_multipliers(name.removesuffix(".weight"))
         return tensor if rows is None else scaled_rows(tensor, rows)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the stored dtype."""
-        return self._source.dtype(name)
-
-    def check_unchanged(self) -> None:
-        """Check that the source's files have not changed."""
-        self._source.check_unchanged()
-
-    @property
-    def mapped_bytes(self) -> int:
-        """Size of the source's mapped files in bytes."""
-        return self._source.mapped_bytes
-
-    def drop_mapped_pages(self) -> None:
-        """Release the resident pages of the source."""
-        self._source.drop_mapped_pages()
-
-    def _read_tokenizer(self) -> PreTrainedTokenizerFast:
-        return self._source.tokenizer()
-
-    @cached_property
-    def generation_config(self) -> dict[str, Any]:
-        """The source's generation config."""
-        return self._source.generation_config
 
 
 def scaled_rows(tensor: Tensor, rows: Tensor) -> Tensor:
