@@ -11,7 +11,7 @@ import pytest
 
 from backhand.data.chat import thoughts_off
 from backhand.data.decision_examples import DecisionEncoder
-from backhand.data.decisions import Asked, DecisionRow, inferred_question, question_of
+from backhand.data.decisions import Asked, DecisionRow, LabelTokens, inferred_question, question_of
 from backhand.data.documents import RowRenderer
 from backhand.data.lint import lint
 from backhand.data.options import DataOptions, TemplateOptions
@@ -184,6 +184,14 @@ def test_the_label_follows_the_prompt_that_servers_render(name: str, before: str
         f"{prompt}{before}{label}" for label in "AB"
     ]
     assert encoder.prompt_end == before
+
+
+def test_texts_that_merge_with_the_end_of_the_prompt_are_no_labels() -> None:
+    replies = {"A": (5, 6, 1, 2), "0": (5, 6, 3, 2), "B": (5, 7, 2), "sport": (5, 8, 9, 2), "tea": (5, 6, 8, 9, 2)}
+    labels = LabelTokens(replies.__getitem__)
+    assert [labels.answer(text) for text in ("A", "tea", "B", "sport")] == [(1, 2), (8, 9, 2), None, None]
+    with pytest.raises(DataError, match="the label 'B' is not one token"):
+        labels.of(question_of("team", TEAM, "row"))
 
 
 def test_each_epoch_has_orders_of_its_own(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from backhand.loop.step import AdapterOptimizer, flat_norm
 from backhand.loop.value_average import saved_values
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.options.config import OptimizationOptions
+from backhand.runs.checkpoint import Checkpoint
 
 
 @pytest.mark.parametrize("elements", [0, 1, 16_384, 16_385, 20_000_003])
@@ -93,6 +94,10 @@ def test_the_better_of_average_and_newest_values_is_saved(sign: float, newest_is
         assert torch.equal(lora.values, newest if newest_is_better else average.values)
         better = evaluator.state.progress.eval_loss
         assert better == held_out.measured["eval_measured"] == held_out.loss()
+    contents = evaluator.state.contents(lambda: {"values": bytes(lora.values.numpy())})
+    resumed = RunState(lora, AdapterOptimizer(lora, OptimizationOptions(average_share=1.0)), Progress())
+    resumed.restore(Checkpoint(2, contents, {}), torch.float32)
+    assert resumed.contents(lambda: {"values": bytes(lora.values.numpy())}) == contents
     optimizer.step(0.1)
     assert average.is_saved, "an evaluation says nothing about later values"
 

@@ -119,14 +119,21 @@ class DecisionEncoder:
         return writer.stored()
 
     def _with_names(self, example: Example) -> Example:
-        """Return the example with the names of options, or unchanged if it has no choice or would become too long."""
+        """Return the example with the names of options.
+
+        The example is unchanged if it has no choice, would become too long, or has a name whose tokens merge with the
+        end of the prompt.
+        """
         row, documents = not_none(example.decision), example.documents
         names: list[Example] = []
         first = 0
         for asked, size in zip(row.asked, row.sizes, strict=True):
             if asked.question.type == "choice":
                 prompt = documents[first].input_ids[:-1]
-                names += [ending_in(prompt, self._labels.answer(key), row.source) for key in asked.question.keys]
+                answers = [self._labels.answer(key) for key in asked.question.keys]
+                names += [ending_in(prompt, answer, row.source) for answer in answers if answer is not None]
+                if None in answers:
+                    return example
             first += size
         if max(map(len, names), default=0) > self._max_length:
             return example

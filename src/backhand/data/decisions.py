@@ -331,9 +331,14 @@ class LabelTokens:
         """The tokens that the chat template writes before every answer. They belong to the prompt."""
         return self._around[0]
 
-    def answer(self, text: str) -> tuple[int, ...]:
-        """Return the tokens of an answer with this text, including those that end the reply."""
-        return self._reply(text)[len(self.lead) :]
+    def answer(self, text: str) -> tuple[int, ...] | None:
+        """Return the tokens of an answer with this text, including those that end the reply.
+
+        Returns:
+            None if the reply does not begin with `lead`: the tokenizer merges the end of the lead with the text.
+        """
+        reply, length = self._reply(text), len(self.lead)
+        return reply[length:] if reply[:length] == self.lead else None
 
     def of(self, question: Question) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the tokens of the labels of a question, and of its other spellings that are one token.
@@ -365,6 +370,6 @@ class LabelTokens:
     def _token(self, label: str) -> int | None:
         """Return the token of a label, or None if it is not one token."""
         if label not in self._known:
-            first, *rest = self.answer(label)
+            first, *rest = self.answer(label) or (None,)
             self._known[label] = first if tuple(rest) == self._around[1] else None
         return self._known[label]

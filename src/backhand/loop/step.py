@@ -247,4 +247,4 @@ class AdapterOptimizer:
     def moments(self) -> dict[str, Tensor]:
         """Return the state by its names in a checkpoint: m is `mean`, v is `squares`, and t is `updates`."""
         moments = {"mean": self.first_moment, "squares": self.second_moment, "updates": self.updates}
-        return moments if self.average is None else {**moments, "average": self.average.values}
+        return moments if self.average is None else {**moments, **self.average.tensors()}

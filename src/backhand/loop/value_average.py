@@ -18,6 +18,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from torch import Tensor
+
 from backhand.errors import not_none
 from backhand.nn.lora_parameters import LoRAParameters
 
@@ -32,13 +35,25 @@ class ValueAverage:
 
     Attributes:
         values: a, (elements,) float32.
-        is_saved: False if the newest values had a lower loss than the average in an evaluation after the newest update.
     """
 
     def __init__(self, lora: LoRAParameters, rate: float, share: float | None) -> None:
         self.values = lora.values.clone()
         self.lora, self.rate, self._share = lora, rate, share
-        self.is_saved = True
+        self._is_saved = torch.tensor(True)
+
+    @property
+    def is_saved(self) -> bool:
+        """False if the newest values had a lower loss than the average in an evaluation after the newest update."""
+        return bool(self._is_saved)
+
+    @is_saved.setter
+    def is_saved(self, better: bool) -> None:
+        self._is_saved.fill_(better)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state by its names in a checkpoint."""
+        return {"average": self.values, "average_is_saved": self._is_saved}
 
     def update(self, updates: int) -> None:
         """Add the adapter's values after this number of updates."""
