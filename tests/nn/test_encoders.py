@@ -79,7 +79,7 @@ def test_every_gradient_equals_autograd_in_float64(name, positions):
         d_states = torch.randn(states.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
         (states * d_states).sum().backward()
     with autograd_raises():
-        decoder.state_gradients(packed(documents), lambda ours: ((ours * d_states).sum(), d_states), positions)
+        decoder.state_loss_and_gradients(packed(documents), lambda ours: ((ours * d_states).sum(), d_states), positions)
     ours, theirs = our_gradients(decoder.lora), peft_gradients(adapted)
     assert ours.keys() == theirs.keys()
     worst = {key: relative_error(ours[key], theirs[key]) for key in theirs}
@@ -139,7 +139,7 @@ def test_recomputed_equals_saved(name, recompute):
     recomputed = decoder_like(adapted, ALPHA / RANK, recompute=recompute)
     batch = packed(tiny_documents(LENGTHS))
     for decoder in (saved, recomputed):
-        decoder.state_gradients(batch, lambda states: (states.sum(), states.sin()), dropout_seed=7)
+        decoder.state_loss_and_gradients(batch, lambda states: (states.sum(), states.sin()), dropout_seed=7)
     assert torch.equal(saved.lora.gradients, recomputed.lora.gradients)
 
 
@@ -158,7 +158,7 @@ def test_an_embedding_is_trained_below_an_encoder():
     lora.lora_A(name).copy_(module.lora_embedding_A["default"].detach())
     lora.lora_B(name).copy_(module.lora_embedding_B["default"].detach())
     decoder.attach(lora)
-    decoder.state_gradients(packed(documents), lambda states: (states.sin().sum(), states.cos()))
+    decoder.state_loss_and_gradients(packed(documents), lambda states: (states.sin().sum(), states.cos()))
     assert relative_error(lora.d_lora_A(name), module.lora_embedding_A["default"].grad) <= 1e-9
     assert relative_error(lora.d_lora_B(name), module.lora_embedding_B["default"].grad) <= 1e-9
 

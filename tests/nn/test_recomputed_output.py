@@ -173,7 +173,7 @@ def test_only_lora_A_s_gradient_needs_the_input(dropout):
     expected = lora_linear_backward(d_y, saved)
     d_lora_A, d_lora_B = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
     group = LoRAGroup((LoRAFactors(0, lora_A, lora_B, 1.7, d_lora_A, d_lora_B),), dropout)
-    d_h = h_gradient(d_y, saved.h, group.adapters)
+    d_h = h_gradient(d_y, saved.h, group.factors)
     d_x = group_input_gradient(d_y, d_h, weight, group)
     assert not d_lora_A.any()
     group_A_gradients(x, d_h, group)
@@ -197,7 +197,7 @@ def test_both_gradients_of_an_input_draw_the_mask_once(monkeypatch):
         return multiplier(like, dropout)
 
     monkeypatch.setattr(lora_group, "multiplier", counted)
-    group = group._replace(adapters=(group.adapters[0]._replace(d_lora_A=together),))
+    group = group._replace(factors=(group.factors[0]._replace(d_lora_A=together),))
     assert torch.equal(group_gradients(d_y, x, d_h, weight, group), d_x)
     assert torch.equal(together, apart)
     assert drawn == [Dropout(0.4, 9)]

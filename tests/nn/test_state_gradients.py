@@ -1,4 +1,4 @@
-"""A loss of the final hidden states: `Decoder.final_states` and `Decoder.state_gradients`."""
+"""A loss of the final hidden states: `Decoder.final_states` and `Decoder.state_loss_and_gradients`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_states_and_every_gradient_equal_autograd(variant, positions):
     loss.backward()
     with autograd_raises():
         assert relative_error(decoder.final_states(batch, positions), states) <= 1e-5
-        ours = decoder.state_gradients(batch, _state_loss, positions)
+        ours = decoder.state_loss_and_gradients(batch, _state_loss, positions)
     assert ours.item() == pytest.approx(loss.item(), rel=1e-5)
     theirs = peft_gradients(adapted)
     worst = {name: relative_error(gradient, theirs[name]) for name, gradient in our_gradients(decoder.lora).items()}
@@ -51,9 +51,9 @@ def test_gradients_of_the_same_states_again_have_the_same_bits():
     """GradCache computes the states first, and passes ∂L/∂states in a second pass over the same batch."""
     adapted = attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA, target_modules=NOT_THE_HEAD)
     decoder, batch = decoder_like(adapted, ALPHA / RANK), supervise(tiny_documents(LENGTHS))
-    decoder.state_gradients(batch, _state_loss)
+    decoder.state_loss_and_gradients(batch, _state_loss)
     expected = decoder.lora.gradients.clone()
     decoder.lora.gradients.zero_()
     loss, d_states = _state_loss(decoder.final_states(batch))
-    assert decoder.state_gradients(batch, lambda _states: (loss, d_states)) is loss
+    assert decoder.state_loss_and_gradients(batch, lambda _states: (loss, d_states)) is loss
     assert torch.equal(decoder.lora.gradients, expected)

@@ -118,7 +118,7 @@ def test_ordered_is_one_process_to_the_bit(size: int, count: int, elements: int,
     shares = assign([7 + number % 3 for number in range(count)], size)
     for buffer, found in step(ordered, gradients, nats, shares):
         assert torch.equal(buffer, expected)
-        assert found.nats == tuple(nats) == alone_found.nats
+        assert found.losses == tuple(nats) == alone_found.losses
         assert found.supervised_tokens == sum(range(3, 3 + count)) and found.attends == (count > 1)
         assert found.computed_s == tuple(0.5 + rank for rank in range(size))
         assert found.waited_s == tuple(0.25 * rank for rank in range(size))
@@ -144,7 +144,7 @@ def test_sum_lies_within_its_bound(size: int, count: int, seed: int) -> None:
     bound = 2 * share / (1 - share) * gradients.abs().double().sum(0)
     for buffer, found in step(plain, gradients, nats, assign([5] * count, size)):
         assert torch.all((buffer.double() - expected.double()).abs() <= bound)
-        assert found.nats == tuple(nats)
+        assert found.losses == tuple(nats)
         assert found.supervised_tokens == sum(range(3, 3 + count))
         assert found.computed_s == tuple(0.5 + rank for rank in range(size))
         assert found.waited_s == tuple(0.25 * rank for rank in range(size))
@@ -156,7 +156,7 @@ def test_what_is_not_finite_arrives_so(kind: Kind) -> None:
     gradients[2, 1] = math.inf
     buffer, found = step(kind, gradients, [nats[0], math.nan, 1e300], assign([1] * 3, 2))[0]
     assert torch.isinf(buffer[1]) and torch.isfinite(buffer[0])
-    assert found.nats[0] == nats[0] and math.isnan(found.nats[1]) and found.nats[2] == 1e300
+    assert found.losses[0] == nats[0] and math.isnan(found.losses[1]) and found.losses[2] == 1e300
 
 
 def test_shares_are_by_tokens_and_hold_each_once() -> None:

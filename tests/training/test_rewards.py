@@ -81,9 +81,9 @@ def gradients_of(decoder: Decoder, batch: AnswerBatch) -> float:
     assert decoder.lora is not None
     decoder.lora.gradients.zero_()
     work, total = batch.work(), 0.0
-    assert work.gradients is not None
+    assert work.loss_and_gradients is not None
     for number in range(len(work.packed_tokens)):
-        total += float(work.gradients(decoder, number, work.packed(number), 1 / work.mean_over, None))
+        total += float(work.loss_and_gradients(decoder, number, work.packed(number), 1 / work.mean_over, None))
     return total
 
 

@@ -7,7 +7,7 @@ from backhand.loop.step_plan import derived_seed
 
 
 def test_every_epoch_visits_every_row_once() -> None:
-    sampler = Sampler(rows=11, batch_rows=4, seed=3)
+    sampler = Sampler(records=11, batch_rows=4, seed=3)
     assert sampler.steps_per_epoch == 3
     epochs = [[row for step in range(3 * e, 3 * e + 3) for row in sampler.rows_of(step)] for e in range(3)]
     assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
@@ -22,17 +22,17 @@ def test_the_order_follows_from_the_seed_alone() -> None:
 
 
 def test_the_place_in_the_data_follows_from_the_step() -> None:
-    sampler = Sampler(rows=10, batch_rows=4, seed=7)
+    sampler = Sampler(records=10, batch_rows=4, seed=7)
     assert [sampler.epochs_done(steps) for steps in range(5)] == [0.0, 0.4, 0.8, 1.0, 1.4]
     assert sampler.position(4) == {"epoch": 1, "row": 4, "rows": 10, "batch_rows": 4, "seed": 7}
 
 
 def test_each_epoch_uses_the_next_form_of_the_rows() -> None:
-    plain, forms = (Sampler(rows=10, batch_rows=4, seed=7, forms=count) for count in (1, 3))
+    plain, forms = (Sampler(records=10, batch_rows=4, seed=7, forms=count) for count in (1, 3))
     for epoch in range(7):
         for step in range(3 * epoch, 3 * epoch + 3):
             assert forms.rows_of(step) == [row + 10 * (epoch % 3) for row in plain.rows_of(step)]
-    assert (plain.new_steps, forms.new_steps) == (3, 9) and forms.position(4) == plain.position(4)
+    assert (plain.steps_before_repeats, forms.steps_before_repeats) == (3, 9) and forms.position(4) == plain.position(4)
 
 
 def test_derived_seeds_differ_by_purpose_and_number() -> None:

@@ -1,1 +1,1 @@
-"""Command line: parse the arguments of a command, call its Python function, and turn errors into exit codes."""
+"""Command line: parse the arguments of a command, call the function of the command, and turn errors into exit codes."""

@@ -40,7 +40,7 @@ class Sampler:
     epoch uses the next form.
     """
 
-    rows: int  # number of records, which is the number of rows in each form; at least 1
+    records: int  # number of records, at least 1; the list of rows has records · forms entries
     batch_rows: int  # number of rows per step, at least 1
     seed: int  # determines the permutations
     forms: int = 1  # number of forms of each record, at least 1
@@ -48,30 +48,30 @@ class Sampler:
     @property
     def steps_per_epoch(self) -> int:
         """Number of steps per epoch."""
-        return -(-self.rows // self.batch_rows)
+        return -(-self.records // self.batch_rows)
 
     def rows_of(self, step: int) -> list[int]:
         """Return the row numbers of this step, where 0 is the first step."""
         epoch, rest = divmod(step, self.steps_per_epoch)
         start, form = rest * self.batch_rows, epoch % self.forms
-        order = _epoch_order(self.seed, epoch, self.rows)[start : start + self.batch_rows]
-        return list(map(int, order + form * self.rows))
+        order = _epoch_order(self.seed, epoch, self.records)[start : start + self.batch_rows]
+        return list(map(int, order + form * self.records))
 
     @property
-    def new_steps(self) -> int:
-        """Number of steps after which records repeat in the same form."""
+    def steps_before_repeats(self) -> int:
+        """Number of steps until every form of every record has been used once. Later steps repeat rows."""
         return self.forms * self.steps_per_epoch
 
     def epochs_done(self, steps: int) -> float:
         """Return the number of epochs after this many steps, including the fraction of the current one."""
         epochs, rest = divmod(steps, self.steps_per_epoch)
-        return epochs + rest * self.batch_rows / self.rows
+        return epochs + rest * self.batch_rows / self.records
 
     def position(self, steps: int) -> dict[str, int]:
-        """Return the position in the data after this many steps, for a checkpoint's manifest."""
+        """Return the place in the data after this many steps. A checkpoint's manifest shows it to people."""
         epoch, rest = divmod(steps, self.steps_per_epoch)
         row = rest * self.batch_rows
-        return {"epoch": epoch, "row": row, "rows": self.rows, "batch_rows": self.batch_rows, "seed": self.seed}
+        return {"epoch": epoch, "row": row, "rows": self.records, "batch_rows": self.batch_rows, "seed": self.seed}
 
 
 @lru_cache(maxsize=2)
@@ -118,10 +118,11 @@ class RowPacker:
         self.by_document = self
         self.lengths = examples.column("input_tokens").astype(np.int64)
         self._supervised = examples.column("supervised").astype(np.int64)
-        # For each document, the index of its first token in `examples.tokens`, and the number of all its tokens.
+        # For each row of one document, the index of its first token in `examples.tokens`, and the number of its tokens.
         # `lengths` counts only the tokens before the last supervised one. That token is a label and no input, and no
         # loss depends on the tokens after it.
         self._begins, self._sizes = examples.column("begin"), examples.column("tokens")
+        # For encoders that read two texts in one document: the index of the second text's first token; 0 for one text.
         self._second_texts = examples.column("second_text")
         # Index of each row's first document, then the number of all documents. None if every row is one document.
         self._first_documents: npt.NDArray[np.int64] | None = None
@@ -137,12 +138,12 @@ class RowPacker:
         A padding segment at the end rounds the batch's number of tokens up to a bucket size.
         """
         second_texts = self.by_document._second_texts[self.documents(rows)]
-        return pad_to_bucket(to_batch(self._tokens(rows), self.forest(rows), device, second_texts))
+        return pad_to_bucket(to_batch(self._signed_tokens(rows), self.forest(rows), device, second_texts))
 
     def forest(self, rows: Sequence[int]) -> Forest:
         """Return the segments of the micro-batch of these rows, without the padding segment."""
         lengths = [int(self.by_document.lengths[document]) for document in self.documents(rows)]
-        return prefix_forest(self._tokens(rows), lengths, share=self._share_prefixes)
+        return prefix_forest(self._signed_tokens(rows), lengths, share=self._share_prefixes)
 
     def documents(self, rows: Iterable[int]) -> list[int]:
         """Return the indices of these rows' documents in `by_document`; the chosen side of a pair comes first."""
@@ -151,7 +152,7 @@ class RowPacker:
             return list(rows)
         return [document for row in rows for document in range(int(first[row]), int(first[row + 1]))]
 
-    def _tokens(self, rows: Iterable[int]) -> list[SignedTokens]:
+    def _signed_tokens(self, rows: Iterable[int]) -> list[SignedTokens]:
         """Return the tokens of these rows' documents; the id of a supervised token is stored as ~id."""
         packer = self.by_document
         spans = [(int(packer._begins[document]), int(packer._sizes[document])) for document in self.documents(rows)]
@@ -197,7 +198,8 @@ def to_batch(
         second_texts: for each document that has two texts, such as a query and a passage, the index of the first
             token of the second one (`Example.second_text`); 0 for all other documents.
     """
-    parts = [inputs_and_labels(documents[number][start : end + 1]) for number, start, end in forest.sources]
+    # sources: for each segment, a document that contains it, and the segment's first and last position in the document
+    parts = [inputs_and_labels(documents[document][start : end + 1]) for document, start, end in forest.sources]
     ids, labels = (
         torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *arrays])).to(device)
         for arrays in (zip(*parts, strict=True) if parts else ((), ()))

@@ -26,7 +26,7 @@ class MicroBatchResult(NamedTuple):
     """The result of one micro-batch, computed by one process."""
 
     number: int
-    nats: float
+    loss: float  # sum over its tokens or rows
     supervised_tokens: int
     attends: bool  # True if at least one supervised position has a position before it
 
@@ -35,7 +35,7 @@ class MicroBatchResult(NamedTuple):
 class StepTotals:
     """The results of all processes in one step. The step's gradient is in the gradient buffer."""
 
-    nats: tuple[float, ...]  # per micro-batch, in order
+    losses: tuple[float, ...]  # sum of each micro-batch, in order
     supervised_tokens: int  # of all micro-batches
     attends: bool  # True if at least one supervised position of the step has a position before it
     computed_s: tuple[float, ...]  # seconds of computation per process
@@ -123,7 +123,7 @@ class Communicator:
         self.waited_s = time.perf_counter() - start_s
         in_order = sorted(MicroBatchResult(*result) for part, _, _ in parts for result in part)
         return StepTotals(
-            nats=tuple(result.nats for result in in_order),
+            losses=tuple(result.loss for result in in_order),
             supervised_tokens=sum(result.supervised_tokens for result in in_order),
             attends=any(result.attends for result in in_order),
             computed_s=tuple(computed for _, computed, _ in parts),

@@ -94,7 +94,9 @@ def _storages(value: object) -> Iterator[torch.UntypedStorage]:
 def trial_pass(model: Trainable, batch: PackedBatch) -> None:
     """Run a forward and backward pass to measure it. A model without a head has the loss Σ states² / 2."""
     if isinstance(model, Decoder) and not model.config.has_head:
-        model.state_gradients(batch, lambda states: (states.square().sum() / 2, states), batch.supervised_positions, 0)
+        model.state_loss_and_gradients(
+            batch, lambda states: (states.square().sum() / 2, states), batch.supervised_positions, 0
+        )
     else:
         model.loss_and_gradients(batch, 1.0, 0)
 

@@ -132,7 +132,7 @@ class Evaluator:
         if progress.step >= self.plan.total_steps:
             self.finish_if_done()  # the run was resumed after its last step
 
-    def check_base_sample(self) -> None:
+    def check_base_tensor(self) -> None:
         """Check one more tensor of the base. At the end of the run, the whole base has been checked already."""
         if self.base_guard is not None and not self.state.progress.finished:
             self.base_guard.sample()

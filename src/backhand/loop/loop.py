@@ -68,7 +68,8 @@ class TrainingLoop:
     packer: RowPacker  # contains the training rows and packs micro-batches
     sampler: Sampler  # returns the rows of each step
     plan: StepPlan  # number of steps, learning rates, and intervals of evaluations and checkpoints
-    evaluator: Evaluator  # the work after each step: evaluations, guards, checkpoints, and the end of the run
+    # work after each step: counts and records it, evaluates, runs guards, saves checkpoints, and ends the run
+    evaluator: Evaluator
     _: KW_ONLY
     observer: Observer = field(default_factory=Observer)  # receives the records of steps
     # returns freed memory to the system if the memory plan requires it; None with `tune_allocator = false`
@@ -76,7 +77,7 @@ class TrainingLoop:
     processes: Communicator = field(default_factory=Communicator)  # the processes among which each step is divided
     # cache of the hidden states that enter the lowest adapted layer; None if they are computed in every step
     hidden_states: HiddenStateCache | None = None
-    objective: Objective | None = None  # preference objective of the training rows; None for cross-entropy
+    objective: Objective | None = None  # loss of the training rows, such as a preference loss; None for cross-entropy
     sampled: SampledSteps | None = None  # trains on sampled answers; None if the rows contain the answers
 
     def __post_init__(self) -> None:
@@ -100,7 +101,7 @@ class TrainingLoop:
             self._step()
             is_best = evaluator.evaluate_if_due()
             if evaluator.finish_if_done() or is_best or progress.step % not_none(self.plan.run.save_every) == 0:
-                evaluator.check_base_sample()
+                evaluator.check_base_tensor()  # one more tensor of the frozen base
                 evaluator.save_checkpoint(is_best=is_best)
         return True
 
@@ -121,7 +122,7 @@ class TrainingLoop:
             result = training_step(self.model, self.state.optimizer, work, self.processes, rate)
         self.evaluator.check_model_files()  # raises if they have changed, before the step is reported or saved
         seconds = time.perf_counter() - start_s
-        self.evaluator.count(result, tokens, seconds)
+        self.evaluator.count(result, tokens, seconds)  # from here on, progress.step includes this step
         if progress.step % self.plan.run.log_every == 0 or progress.step == self.plan.total_steps:
             epoch = self.sampler.epochs_done(progress.step)
             metrics = {}
@@ -136,7 +137,7 @@ class TrainingLoop:
             self.memory.after_step()
 
     def _sampled_step(self, sampled: SampledSteps, rows: Sequence[int], rate: float) -> tuple[StepResult, int]:
-        """Sample answers to the prompts `rows` and train on them. Return the result and the number of their tokens."""
+        """Sample answers to the prompts of these rows, and train on them. Return the result and all their tokens."""
         step = self.state.progress.step
         try:
             sampled.sample_answers(self.model, step, rows)
@@ -155,7 +156,7 @@ class TrainingLoop:
             supervised_tokens=supervised,
             dropout_seeds=[derived_seed(seed, "dropout", step, i) if self._uses_dropout else None for i in numbers],
             mean_over=supervised if objective is None else len(rows),
-            gradients=None if objective is None else partial(objective.gradients, parts),
+            loss_and_gradients=None if objective is None else partial(objective.gradients, parts),
         )
 
     def _parts(self, rows: Sequence[int]) -> list[list[int]]:

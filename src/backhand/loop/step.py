@@ -9,7 +9,7 @@ The loss of a step is the mean over its n supervised tokens, which are divided a
 supervised token has the weight 1 / n. Therefore M micro-batches of any sizes give the gradient of one large batch. For
 losses of whole rows, such as those of preference pairs, L is the mean over rows, and n is the number of rows.
 
-Each gᵢ is computed in the flat float32 gradient buffer, which is zero before it. A `Communicator` adds up the gᵢ in
+The flat float32 gradient buffer is set to zero before each gᵢ is computed in it. A `Communicator` adds up the gᵢ in
 float64, in the order of i, and copies the sum to the buffer. It also divides the micro-batches among processes. The
 number of processes does not change the result, unless `--reduce sum` allows another order of addition.
 
@@ -64,7 +64,7 @@ class StepWork:
     mean_over: int  # n, the divisor of the loss: number of supervised tokens, or of rows
     # None for cross-entropy. For other losses: a function of (model, i, micro-batch i, loss scaling, dropout seed). It
     # adds the gradients of (loss scaling · loss) to the gradient buffer, and returns the loss without the scaling.
-    gradients: Callable[[Trainable, int, PackedBatch, float, int | None], Tensor] | None = None
+    loss_and_gradients: Callable[[Trainable, int, PackedBatch, float, int | None], Tensor] | None = None
 
 
 def training_step(
@@ -95,12 +95,12 @@ def training_step(
     for number in assigned[processes.rank]:
         batch = work.packed(number)
         scaling, seed = 1.0 / work.mean_over, work.dropout_seeds[number]
-        if work.gradients is None:
+        if work.loss_and_gradients is None:
             loss = model.loss_and_gradients(batch, scaling, seed)
         else:
-            loss = work.gradients(model, number, batch, scaling, seed)
+            loss = work.loss_and_gradients(model, number, batch, scaling, seed)
         results.append(MicroBatchResult(number, float(loss), batch.supervised_tokens, batch.uses_attention))
-        gradient_sum.add()
+        gradient_sum.add()  # adds the buffer to the sum; sets it to zero if another micro-batch may follow
     totals = processes.reduce_step(gradient_sum, results, time.perf_counter() - start_s)
     if totals.supervised_tokens != work.supervised_tokens:
         raise CheckError(
@@ -108,14 +108,14 @@ def training_step(
             f"but its rows contain {work.supervised_tokens:,}",
             next_step="report this; it should not happen",
         )
-    nats = sequential_sum(totals.nats)
+    loss_sum = sequential_sum(totals.losses)
     norm = optimizer.clip()
-    taken = math.isfinite(nats) and math.isfinite(norm)
+    taken = math.isfinite(loss_sum) and math.isfinite(norm)
     if taken:
         optimizer.step(learning_rate)
         optimizer.lora.refresh_compute(model.dtype)  # the next forward reads the factors in this dtype
     computed_tokens = tuple(sum(work.packed_tokens[number] for number in numbers) for numbers in assigned)
-    return StepResult(nats / work.mean_over, norm, taken, totals, computed_tokens)
+    return StepResult(loss_sum / work.mean_over, norm, taken, totals, computed_tokens)
 
 
 # Number of elements per piece: enough for vector instructions, and few enough for an accurate sum in float32.
@@ -173,14 +173,14 @@ class AdapterOptimizer:
 
     Args:
         lora: the adapter.
-        options: β₁, β₂, ε, λ, the norm at which gradients are clipped, and `average_share`. If the share is given,
-            the run saves an average of the values over the last steps (`loop.value_average`).
-        average_rate: rate of the average that is the teacher of self-distillation instead; 0 without such a teacher.
+        options: β₁, β₂, ε, λ, the norm at which gradients are clipped, and `average_share`, the share of the steps
+            over which the values are averaged for the result of the run.
+        average_rate: ρ of a ← a + ρ (θ - a), the average that teaches in self-distillation; 0 without a teacher.
 
     Attributes:
         values, gradients, first_moment, second_moment: θ, g, m and v, flat, (elements,) float32.
         updates: t, the number of updates so far, 0-d float32.
-        average: this average of the values; None without one.
+        average: the average of the values that the run needs (`loop.value_average`), or None.
     """
 
     def __init__(self, lora: LoRAParameters, options: OptimizationOptions, average_rate: float = 0.0) -> None:
@@ -190,8 +190,8 @@ class AdapterOptimizer:
         self.first_moment, self.second_moment = torch.zeros_like(self.values), torch.zeros_like(self.values)
         self.updates = torch.zeros((), dtype=torch.float32, device=self.values.device)
         self.average_rate = average_rate
-        averages, share = average_rate or options.average_share, options.average_share
-        self.average = ValueAverage(lora, average_rate, share) if averages else None
+        needs_average, share = average_rate or options.average_share, options.average_share
+        self.average = ValueAverage(lora, average_rate, share) if needs_average else None
         self._parameter_groups = self._split_by_rate(options.loraplus_lr_ratio)
 
     def _split_by_rate(self, ratio: float) -> list[tuple[float, list[slice]]]:

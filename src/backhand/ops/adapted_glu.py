@@ -75,15 +75,15 @@ def adapted_glu_forward(
         without T.
     """
     n, both, lead = gate_up.shape[-1] // 2, gate_up.flatten(0, -2).clone(), gate_up.shape[:-1]
-    ranks = [len(adapter.lora_A) for adapter in gate_up_group.adapters]
-    for adapter, part in zip(gate_up_group.adapters, h.flatten(0, -2).split_with_sizes(ranks, dim=1), strict=True):
+    ranks = [len(adapter.lora_A) for adapter in gate_up_group.factors]
+    for adapter, part in zip(gate_up_group.factors, h.flatten(0, -2).split_with_sizes(ranks, dim=1), strict=True):
         columns = slice(adapter.column, adapter.column + len(adapter.lora_B))
         add_up_projection(both[:, columns], part, adapter.lora_B, adapter.scaling)
     p, _ = glu_forward(both[:, :n], both[:, n:], activation)
     t = None
-    if down_group.adapters:
+    if down_group.factors:
         mask = multiplier(p, down_group.dropout)
-        t = down_projection(p if mask is None else p * mask, stacked_A(down_group.adapters))
+        t = down_projection(p if mask is None else p * mask, stacked_A(down_group.factors))
         t = t.view(*lead, t.shape[1])
     return (p.view(*lead, n), t), AdaptedGLUSaved(both.view(gate_up.shape), activation, gate_up_group, h, down_group)
 
@@ -97,12 +97,12 @@ def adapted_glu_backward(d_y: Tensor, saved: AdaptedGLUSaved, *, out: Tensor | N
         out: of gate_up's shape, to receive [∂L/∂a | ∂L/∂u]; may be gate_up itself; or None.
     """
     gate_up, g, h = saved.gate_up.flatten(0, -2), d_y.flatten(0, -2), saved.h.flatten(0, -2)
-    n, adapters, down_group = g.shape[1], saved.gate_up_group.adapters, saved.down_group
+    n, adapters, down_group = g.shape[1], saved.gate_up_group.factors, saved.down_group
     out = torch.empty_like(saved.gate_up) if out is None else out
     d_gate_up, d_t = out.flatten(0, -2), None if saved.d_t is None else saved.d_t.flatten(0, -2)
     d_h = None
     if down_group.dropout is None:
-        down = () if d_t is None else tuple(x for adapter in down_group.adapters for x in (d_t, adapter.d_lora_A))
+        down = () if d_t is None else tuple(x for adapter in down_group.factors for x in (d_t, adapter.d_lora_A))
         d_h = kernels.adapted_glu_gradients(g, gate_up, saved.activation, adapters, h, down, d_gate_up)
     if d_h is None:
         # One pass per line of the docstring. p takes G's place and is needed for ∂L/∂A alone.
@@ -111,7 +111,7 @@ def adapted_glu_backward(d_y: Tensor, saved: AdaptedGLUSaved, *, out: Tensor | N
         if d_t is not None:
             group_A_gradients(g, d_t, down_group)
         d_h = h_gradient(d_gate_up, h, adapters)
-    d_lora_A = () if d_t is None else tuple(adapter.d_lora_A for adapter in down_group.adapters)
+    d_lora_A = () if d_t is None else tuple(adapter.d_lora_A for adapter in down_group.factors)
     return AdaptedGLUGrads(out, d_h.view(saved.h.shape), tuple(adapter.d_lora_B for adapter in adapters), d_lora_A)
 
 
@@ -125,7 +125,7 @@ def adapted_glu_reference(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the same p and t from the definitions; the dropout multiplier m is given, of p's shape."""
     first = 0
-    for column, _, lora_B, scaling, *_ in gate_up_group.adapters:
+    for column, _, lora_B, scaling, *_ in gate_up_group.factors:
         part = h[..., first : first + lora_B.shape[1]]
         first += lora_B.shape[1]
         added = scaling * torch.einsum("...r,nr->...n", part, lora_B)
@@ -133,6 +133,6 @@ def adapted_glu_reference(
     gate, up = gate_up.chunk(2, dim=-1)
     p = glu_reference(gate, up, activation)
     seen = p if mask is None else p * mask
-    if not down_group.adapters:
+    if not down_group.factors:
         return p, None
-    return p, torch.einsum("...n,rn->...r", seen, down_group.adapters[0].lora_A)
+    return p, torch.einsum("...n,rn->...r", seen, down_group.factors[0].lora_A)

@@ -42,7 +42,7 @@ from backhand.ops.weight_tiles import FrozenMatrix
 class LoRAGroup(NamedTuple):
     """The adapters of the layers of one input, in the order of their columns, and the dropout of their input."""
 
-    adapters: tuple[LoRAFactors, ...] = ()
+    factors: tuple[LoRAFactors, ...] = ()
     dropout: Dropout | None = None
 
 
@@ -78,7 +78,7 @@ def lora_group_forward(
     Returns:
         y (..., Σ out_i), and the saved tensors; without any adapter h has no columns.
     """
-    x_rows, adapters, lead = x.flatten(0, -2), group.adapters, x.shape[:-1]
+    x_rows, adapters, lead = x.flatten(0, -2), group.factors, x.shape[:-1]
     ranks = [len(adapter.lora_A) for adapter in adapters]
     m = None if group.dropout is None or not adapters else multiplier(x_rows, group.dropout)
     fused = m is None and fuse_down_projection(x_rows, weight.shape[0], sum(ranks))
@@ -103,22 +103,20 @@ def lora_group_backward(d_y: Tensor, saved: LoRAGroupSaved, *, input_gradient: b
     """
     x, weight, group, h = saved
     g = d_y.flatten(0, -2)
-    d_h = h_gradient(g, h.flatten(0, -2), group.adapters)
+    d_h = h_gradient(g, h.flatten(0, -2), group.factors)
     d_x = None
     if input_gradient:
         d_x = group_gradients(g, x, d_h, weight, group).view(*d_y.shape[:-1], weight.shape[1])
     else:
         group_A_gradients(x, d_h, group)
-    adapters = group.adapters
-    return LoRAGroupGrads(
-        d_x, tuple(adapter.d_lora_A for adapter in adapters), tuple(adapter.d_lora_B for adapter in adapters)
-    )
+    d_factors = [(one.d_lora_A, one.d_lora_B) for one in group.factors]
+    return LoRAGroupGrads(d_x, tuple(a for a, _ in d_factors), tuple(b for _, b in d_factors))
 
 
 def group_gradients(g: Tensor, x: Tensor | NormSaved, d_h: Tensor, weight: FrozenMatrix, group: LoRAGroup) -> Tensor:
     """Add ∂L/∂A_i like `group_A_gradients`, and return ∂L/∂x like `group_input_gradient`; m is generated once."""
     rows = (x if isinstance(x, Tensor) else x.x).flatten(0, -2)
-    m = None if group.dropout is None or not group.adapters else multiplier(rows, group.dropout)
+    m = None if group.dropout is None or not group.factors else multiplier(rows, group.dropout)
     group_A_gradients(x, d_h, group, m)
     return group_input_gradient(g, d_h, weight, group, m)
 
@@ -127,9 +125,9 @@ def group_input_gradient(
     g: Tensor, d_h: Tensor, weight: FrozenMatrix, group: LoRAGroup, m: Tensor | None = None
 ) -> Tensor:
     """Compute ∂L/∂x (rows, in) from G (rows, Σ out_i) and ∂L/∂h (rows, Σ rank). m is generated if it is not given."""
-    if not group.adapters:
+    if not group.factors:
         return frozen_input_gradient(g, weight)
-    lora_A = stacked_A(group.adapters)
+    lora_A = stacked_A(group.factors)
     if group.dropout is None:
         return frozen_input_gradient(g, weight, updates=[LowRankUpdate(0, d_h, lora_A, transposed=True)])
     d_x, low_rank = frozen_input_gradient(g, weight), d_h @ lora_A
@@ -139,7 +137,7 @@ def group_input_gradient(
 
 def group_A_gradients(x: Tensor | NormSaved, d_h: Tensor, group: LoRAGroup, m: Tensor | None = None) -> None:
     """Add ∂L/∂A_i to each `d_lora_A`, from x (..., in) or the saved tensors of its norm, and ∂L/∂h (rows, Σ rank)."""
-    grad_buffers = [adapter.d_lora_A for adapter in group.adapters]
+    grad_buffers = [adapter.d_lora_A for adapter in group.factors]
     if isinstance(x, RMSNormSaved) and group.dropout is None:
         add_lora_A_gradients(
             x._replace(x=x.x.flatten(0, -2), inverse_rms=x.inverse_rms.flatten(0, -2)), d_h, grad_buffers
@@ -171,7 +169,7 @@ def lora_group_reference(
     """
     y = torch.nn.functional.linear(x, weight, bias)
     seen = x if m is None else x * m
-    for column, lora_A, lora_B, scaling, *_ in group.adapters:
+    for column, lora_A, lora_B, scaling, *_ in group.factors:
         delta = torch.nn.functional.linear(seen, scaling * (lora_B @ lora_A))
         y = y + torch.nn.functional.pad(delta, (column, weight.shape[0] - column - len(lora_B)))
     return y if residual is None else y + residual

@@ -89,7 +89,7 @@ def calibrate(plan: RunPlan, machine: Machine, *, budget_s: float = BUDGET_S) ->
     kept = 0.0
     if plan.hidden_states.where != "off":
         positions = sum(total for total, _ in _positions(plan, machine, counted)) / len(counted)
-        later_steps = max(0, steps - inputs.sampler.new_steps)
+        later_steps = max(0, steps - inputs.sampler.steps_before_repeats)
         kept = positions * later_steps + _held_out_positions(plan) * (len(evaluations) - 1.0)
     return Speed(
         tokens_per_s=tokens / sum(predicted.steps_s),
@@ -119,7 +119,7 @@ def _forecast(plan: RunPlan, machine: Machine, seconds: Seconds) -> Forecast:
     counted = [inputs.sampler.rows_of(step) for step in range(min(total, _STEPS_COUNTED))]
     busiest: list[float] = [largest for _, largest in _positions(plan, machine, counted)]
     busiest += [sum(busiest) / len(busiest)] * (total - len(busiest))
-    cached_from = inputs.sampler.new_steps if plan.hidden_states.where != "off" else total
+    cached_from = inputs.sampler.steps_before_repeats if plan.hidden_states.where != "off" else total
     sampling_s = 0.0
     if sampled:
         group = config.rewards.group if config.objective.objective == "grpo" else 1

@@ -189,7 +189,7 @@ def _rows_seen(run: LoadedRun, steps: int) -> int:
     """Return the number of different rows in the steps done. Every epoch contains each row once."""
     sampler = run.inputs.sampler
     epochs = sampler.epochs_done(steps)
-    return sampler.rows if epochs >= 1 else round(epochs * sampler.rows)
+    return sampler.records if epochs >= 1 else round(epochs * sampler.records)
 
 
 def _reading(run: LoadedRun) -> str:

@@ -91,5 +91,5 @@ def hidden_state_caches(
             )
 
         # Before rows repeat, each of them is used once.
-        train = inputs.packer if inputs.total_steps > inputs.sampler.new_steps else None
+        train = inputs.packer if inputs.total_steps > inputs.sampler.steps_before_repeats else None
         yield HiddenStateCaches(cache("data", train), cache("held_out", inputs.held_out_packer))

@@ -98,7 +98,7 @@ def _plan_hidden_states(
         reason = f"on {machine.device.type} the last bits of a row depend on the other rows of its batch"
         frozen = replace(frozen, batch_dependent=reason)
     # Rows that are computed more than once: training rows that repeat in the same form, and held-out rows.
-    new_steps = inputs.sampler.new_steps * (row_factor if config.optimization.max_steps else 1.0)
+    new_steps = inputs.sampler.steps_before_repeats * (row_factor if config.optimization.max_steps else 1.0)
     repeated = cached_tokens(inputs.packer) * row_factor if inputs.total_steps > new_steps else 0.0
     evaluated = cached_tokens(held_out) * (1.0 if config.data.eval_data else row_factor)
     return plan_hidden_states(

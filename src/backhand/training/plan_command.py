@@ -160,7 +160,7 @@ def _naming_files(sample: RowSample | None) -> Iterator[None]:
 def _steps_of_all(plan: RunPlan, sample: RowSample) -> int:
     """Return the number of steps with all rows of a file, of which the plan has a sample."""
     options = plan.inputs.config.optimization
-    per_epoch = math.ceil(plan.inputs.sampler.rows * sample.factor / options.batch_rows)
+    per_epoch = math.ceil(plan.inputs.sampler.records * sample.factor / options.batch_rows)
     return options.max_steps or not_none(options.epochs) * per_epoch
 
 

@@ -81,7 +81,7 @@ def decoder_step(_d_y: Tensor, inputs: DecoderInputs) -> DecoderGrads:
         loss = decoder.loss_and_gradients(batch, loss_scaling, dropout_seed)
     else:
         # The loss of an encoder is `state_loss`, whose upstream gradient is the loss scaling.
-        loss = decoder.state_gradients(
+        loss = decoder.state_loss_and_gradients(
             batch,
             lambda states: (state_loss(states).double(), loss_scaling * state_weights(states)),
             batch.supervised_positions,

@@ -134,7 +134,7 @@ class EmbedObjective(Objective):
     ) -> Tensor:
         assert isinstance(model, Decoder), "other engines are refused before"
         loss, positions = self.state_loss(parts[number], batch, loss_scaling)
-        return model.state_gradients(batch, loss, positions, dropout_seed)
+        return model.state_loss_and_gradients(batch, loss, positions, dropout_seed)
 
     def state_loss(
         self, rows: Sequence[int], batch: PackedBatch, loss_scaling: float

@@ -1,14 +1,14 @@
-"""Adapters of a block, grouped by projections that share an input.
+"""The parts of an adapter that belong to a block, grouped by projections that share an input.
 
 A group is a set of linear modules (projections) with the same input. Their weights are stacked, so that one matrix
 product computes all of them (`nn.decoder.projections`). Most blocks have four groups: the input projections of the
 mixer (q, k and v for attention), its output projection, gate and up, and down. The output head is a group by itself.
 
 A `GroupAdapter` contains the LoRA factors of the adapted modules of a group, and views of the flat gradient buffer. The
-ops add the gradients of the factors to these views. Therefore blocks and ops need no module names and no buffers.
+ops add the gradients of the factors to these views. Therefore blocks and ops look up nothing by the name of a module.
 
 Most adapters consist only of factors. Other trained tensors (DoRA's magnitudes, the bias of lora_B, whole weights) are
-in the `extras` of their group (`nn.decoder.group_extras`). Trained norms are in the `norms` of the block.
+in the `extras` of their group (`nn.decoder.group_extras`). `d_norms` of a block has the gradients of its trained norms.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ ALL_GROUPS = frozenset(Group)
 BLOCK_GROUPS = Group.DOWN + 1
 """Number of groups of a block without per-layer embeddings."""
 BEFORE_BLOCKS = len(Group)
-"""Number of the projection in front of all blocks that computes the per-layer embeddings, for `group_mask_seed`. It is
-not `PER_LAYER_PROJECTION`, which is in every block."""
+"""Index that `group_mask_seed` receives, like a `Group`, for the one projection before the first block. It computes the
+per-layer embeddings of Gemma 4. `PER_LAYER_PROJECTION` is another projection, inside each block of Gemma 4."""
 
 
 class GroupAdapter(NamedTuple):
-    """Adapters of one group."""
+    """The part of an adapter that belongs to one group."""
 
     names: tuple[str, ...]  # paths of all modules of the group, adapted or not
-    group: LoRAGroup  # factors of the adapted modules, and their dropout
+    lora: LoRAGroup  # factors of the adapted modules, and their dropout
     extras: GroupExtras | None = None  # trained tensors other than factors; None in most adapters
 
 
@@ -67,14 +67,14 @@ _NO_NORMS: Mapping[str | None, Tensor] = MappingProxyType({})
 
 
 class BlockAdapter(NamedTuple):
-    """Adapters of a block's groups, and gradients of its trained norms."""
+    """The part of an adapter that belongs to one block: its groups, and the gradients of its trained norms."""
 
     input: GroupAdapter  # input projections of the mixer
     output: GroupAdapter  # output projection of the mixer
     gate_up: GroupAdapter  # gate and up of the MLP; contains no module in blocks without an MLP sublayer
     down: GroupAdapter  # down of the MLP; contains no module in blocks without an MLP sublayer
     # views of the gradients of trained norms; the key is the norm's name inside the block, such as `input_layernorm`
-    norms: Mapping[str | None, Tensor] = _NO_NORMS
+    d_norms: Mapping[str | None, Tensor] = _NO_NORMS
     # gate and projection of the per-layer embeddings; None in families without them
     per_layer: tuple[GroupAdapter, GroupAdapter] | None = None
     # second output projection of the mixer; None in most mixers
@@ -109,14 +109,14 @@ _GROUP_BEFORE_NORM: dict[str, int] = {
 
 
 class BackwardEnd(NamedTuple):
-    """The layer and group at which the backward pass ends."""
+    """The lowest layer that the backward pass visits, and the groups of this layer whose input gradient is needed."""
 
-    layer: int  # lowest layer with a trained tensor; the number of layers if no block is trained
-    input_grad_groups: frozenset[Group]  # groups of that layer whose input gradient is needed
+    layer: int  # 0 if something before the blocks is trained; the number of layers if nothing but the head is trained
+    input_grad_groups: frozenset[Group]  # the pass ends at the first group, in reverse order, that is not in this set
 
 
 def backward_end(layout: AdapterLayout, config: DecoderConfig) -> BackwardEnd:
-    """Return the layer and group at which the backward pass ends.
+    """Return the place at which the backward pass ends.
 
     It ends at the lowest group with a trained tensor, and only the groups after this one need input gradients. If a
     module before the first block is trained (the embedding, or the projection that computes the per-layer embeddings),
@@ -140,7 +140,7 @@ def block_adapter(
     dropout_seed: int | None,
     weights: Mapping[str, FrozenMatrix] | None = None,
 ) -> BlockAdapter:
-    """Return the adapters of one block in the compute dtype.
+    """Return the part of the adapter that belongs to one block, in the compute dtype.
 
     Args:
         lora: the adapter, or None.
@@ -168,7 +168,7 @@ def block_adapter(
     per_layer = None
     if len(groups) > Group.PER_LAYER_GATE:
         per_layer = adapter(Group.PER_LAYER_GATE), adapter(Group.PER_LAYER_PROJECTION)
-    # Both output projections have the same mask seed; their masks differ, because their inputs have other widths.
+    # Both output projections have the same mask number; their masks differ, because their inputs have different widths.
     second = adapter(Group.OUTPUT, mixer.second) if mixer.second else None
     of_mixer = [*adapters[:2], *([] if second is None else [second])]
     mixer_extras, mlp_extras = (any(each.extras is not None for each in some) for some in (of_mixer, adapters[2:]))
@@ -225,14 +225,15 @@ def group_adapter(
 
 
 def mask_seed(micro_batch_seed: int, number: int) -> int:
-    """Return the seed of the dropout mask with this number. No two masks of a micro-batch have the same number."""
+    """Return the seed of the dropout mask with this number (`group_mask_seed`)."""
     return (micro_batch_seed * 1_000_003 + number) & (2**63 - 1)
 
 
 def group_mask_seed(micro_batch_seed: int, layer: int, group: int) -> int:
     """Return the seed of the dropout mask of a group's input.
 
-    The four groups of each block have the mask numbers 4 · layer + group. The groups of per-layer embeddings have
+    Each input of a group has its own number; only the two output projections of a mixer share one. The four groups of
+    each block have the mask numbers 4 · layer + group. The groups of per-layer embeddings have
     negative numbers. The output head is computed in chunks of positions, and each chunk has its own mask. In a model
     of n layers, chunk c has the mask number 4 · n + c (`nn.decoder.adapted_head`).
     """

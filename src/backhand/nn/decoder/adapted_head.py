@@ -75,10 +75,10 @@ def head_adapter(
 
 def head_factors(adapter: GroupAdapter) -> HeadFactors | None:
     """Return the factors of a plain head, or None if it has none."""
-    if not adapter.group.adapters:
+    if not adapter.lora.factors:
         return None
-    (factors,) = adapter.group.adapters
-    return HeadFactors(factors.lora_A, factors.lora_B, factors.scaling, adapter.group.dropout)
+    (factors,) = adapter.lora.factors
+    return HeadFactors(factors.lora_A, factors.lora_B, factors.scaling, adapter.lora.dropout)
 
 
 def head_losses(x: Tensor, targets: Tensor, head: Head, logits: Tensor | None = None) -> Tensor:

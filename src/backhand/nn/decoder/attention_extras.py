@@ -85,7 +85,7 @@ def normed_backward(
         (config.qk_norms[1], raw_k, inverse_rms[1], weights.k_norm, d_normed_k, d_k),
     ):
         norm = RMSNormSaved(raw, not_none(weight), saved_rms, config.norm_offset)
-        d_raw.copy_(norm_backward(d_normed, norm, adapter.norms.get(name)))
+        d_raw.copy_(norm_backward(d_normed, norm, adapter.d_norms.get(name)))
 
 
 def gate_backward(

@@ -142,8 +142,8 @@ def _rotated_parts(by_head: Tensor, context: BlockContext) -> list[tuple[Tensor,
 def attended_qkv(saved: MixerSaved, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v as attention reads them, (T, heads, head_dim), from the saved tensors."""
     if saved.inner.inverse_rms is not None:
-        return prepare_qkv(saved.input, weights, context, saved.inner.inverse_rms)[:3]
-    q, _, k, v = _parts(saved.input, context.config)
+        return prepare_qkv(saved.projected, weights, context, saved.inner.inverse_rms)[:3]
+    q, _, k, v = _parts(saved.projected, context.config)
     return q, k, v
 
 
@@ -162,23 +162,23 @@ def attention_input_gradient(
         output: o if it is saved, else a buffer (T, q) that receives the recomputed o, or None.
     """
     config, inner = context.config, saved.inner
-    d_qkv, d_attended = torch.empty_like(saved.input), _by_head(d_output, config)
+    d_qkv, d_attended = torch.empty_like(saved.projected), _by_head(d_output, config)
     if inner.attended is None:
-        attended, d_by_head = None if saved.output is None else _by_head(saved.output, config), _by_head(d_qkv, config)
+        attended, d_by_head = None if saved.mixed is None else _by_head(saved.mixed, config), _by_head(d_qkv, config)
     else:
-        parts, d_parts, attended = _parts(saved.input, config), _parts(d_qkv, config), inner.attended
+        parts, d_parts, attended = _parts(saved.projected, config), _parts(d_qkv, config), inner.attended
         d_attended, d_by_head = gate_backward(d_attended, parts.gate, attended, d_parts.gate, config)
     attention = AttentionSaved(*attended_qkv(saved, weights, context), attended, *attention_setting(weights, context))
-    buffer = None if output is None or saved.output is not None else _by_head(output, config)
+    buffer = None if output is None or saved.mixed is not None else _by_head(output, config)
     attention_backward(d_attended, attention, out=d_by_head, output_buffer=buffer)
     for part, table in _rotated_parts(d_by_head, context):
         rotary_backward(part, table, out=part)
     if inner.inverse_rms is not None:
         both, apart = (
-            (_parts(saved.input, config), _parts(d_qkv, config)),
+            (_parts(saved.projected, config), _parts(d_qkv, config)),
             None if inner.attended is None else d_by_head,
         )
-        normed_backward(apart, saved.input, d_qkv, both, inner.inverse_rms, weights, adapter, config)
+        normed_backward(apart, saved.projected, d_qkv, both, inner.inverse_rms, weights, adapter, config)
     return d_qkv
 
 

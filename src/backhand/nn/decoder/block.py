@@ -14,13 +14,13 @@ Projections, norms and residual sums are in `nn.decoder.projections`. Everything
 Families differ from these lines as follows:
 - Some normalize q and k before the rotation. Some layers have no rotation.
 - Gemma 3 also normalizes the output of each sublayer, before the sum. OLMo 2 has only this norm: n₁ = x₀ and n₂ = x₁.
-- BERT normalizes the sums instead: x₁ = norm(x₀ + …), with n₁ = x₀ and n₂ = x₁. Its MLP has no gate: p = φ(a).
-- Encoders have layer norms, and attention in both directions.
+- Encoders such as BERT are computed by the same code: layer norms, and attention in both directions. BERT normalizes
+  the sums instead: x₁ = norm(x₀ + …), with n₁ = x₀ and n₂ = x₁. Its MLP has no gate: p = φ(a).
 - In some layers another mixer replaces attention, and has its own input projections (`nn.decoder.mixer`).
 - Granite multiplies the output of each sublayer by a constant m, the residual multiplier, before the sum. Falcon-H1
   multiplies the outputs of several modules by constants.
 - Falcon-H1's mixer is attention next to Mamba-2, with one projection after each (`nn.decoder.parallel_mixer`).
-- Nemotron-H's blocks are a mixer sublayer alone: x₂ = x₁. The mixer of some is an MLP (`nn.decoder.mlp_mixer`).
+- Nemotron-H's blocks are a mixer sublayer alone: x₂ = x₁. In some of them an MLP replaces the mixer (`mlp_mixer`).
 - A mixture of experts replaces the MLP sublayer (`nn.decoder.experts`).
 - Gemma 4 adds per-layer embeddings to x₂ and multiplies the sum by a scalar (`nn.decoder.ple_block`).
 
@@ -32,9 +32,10 @@ Backward takes the lines in reverse order and applies the backward of each op:
 - At both sums, the gradient of x has two terms: d_x₁ = d_x₂ + (the gradient through the MLP), and d_x₀ = d_x₁ + (the
   gradient through attention). With a residual multiplier m, the sublayers receive m d_x₂ and m d_x₁. In families that
   normalize the sums, the backward of this norm comes first.
-- The backward of a projection is three functions (`ops.lora_group`). The first returns ∂L/∂h and adds ∂L/∂B, the second
-  returns ∂L/∂x, and the third adds ∂L/∂A. The third reads the input of the projection. If this input is the output of a
-  norm, the tensors that the norm saved are enough.
+- The backward of a group of projections has three parts: `h_gradient` returns ∂L/∂h and adds ∂L/∂B,
+  `group_input_gradient` returns ∂L/∂x, and `group_A_gradients` adds ∂L/∂A. The third reads the input of the projection.
+  If this input is the output of a norm, the tensors that the norm saved are enough. `group_gradients` is the last two
+  parts in one call, and `group_backward` is all three.
 - `ops.adapted_glu` is the backward of p = φ(a) ⊙ u together with steps of the projections around it, so that a and u
   are read once. It receives d_p and returns ∂L/∂[a u] and, for the gate and up projections, ∂L/∂h. It adds ∂L/∂B of
   gate and up, and ∂L/∂A of down, to the flat buffer.
@@ -130,7 +131,7 @@ MIXERS = {
 class BlockSaved(NamedTuple):
     """Tensors saved for the backward pass of a block. With recompute="block" everything but x0 is None.
 
-    mlp is also None in blocks without an MLP sublayer, whose x1 is their output.
+    mlp is also None in blocks without an MLP sublayer. The output of such a block is x1.
     """
 
     x0: Tensor  # (T, hidden)
@@ -167,11 +168,11 @@ def mixer_sublayer_forward(
     x1, h_output, h_second, post_norm = mixer_output_forward(
         gather_rows(x0, positions), gather_rows(o, positions), weights, adapter, config
     )
-    saved_output = None if mixer.recomputes_output(o, context) else o
+    saved_o = None if mixer.recomputes_output(o, context) else o
     return x1, MixerSaved(
         statistics=statistics,
-        input=qkv,
-        output=saved_output,
+        projected=qkv,
+        mixed=saved_o,
         inner=inner,
         h_input=h_input,
         h_output=h_output,
@@ -264,20 +265,20 @@ def mlp_sublayer_backward(
 ) -> Tensor:
     """Map d_x₂ to d_x₁, both of shape (P, hidden), and add the gradients of the MLP's factors to the flat buffer."""
     assert weights.gate_up is not None and weights.down is not None
-    gate_up, down, norms = adapter.gate_up.group, adapter.down.group, config.norms
+    gate_up_lora, down_lora, norms = adapter.gate_up.lora, adapter.down.lora, config.norms
     # x₁ and the inverse RMS, which replace n₂ in the backward
     n2_saved = pre_norm_saved(x1, weights.mlp_norm, weights.mlp_norm_bias, saved.statistics, config)
     a_u, h = saved_or_recomputed_gate_up(saved, n2_saved, weights, adapter, config)
-    d_weight, multiplier = adapter.norms.get(norms.after_mlp), config.multipliers.down
-    d_down, d_stream = residual_backward(d_x2, saved.post_norm, d_weight, config, multiplier)
-    d_h_down = h_gradient(d_down, saved.h_down, down.adapters)
-    d_p = group_input_gradient(d_down, d_h_down, weights.down, down)
-    del d_down
-    unit = AdaptedGLUSaved(a_u, config.activation, gate_up, h, down, d_h_down)
-    d_a_u, d_h, *_ = adapted_glu_backward(d_p, unit, out=a_u)
+    d_norm_weight, multiplier = adapter.d_norms.get(norms.after_mlp), config.multipliers.down
+    d_projected, d_stream = residual_backward(d_x2, saved.post_norm, d_norm_weight, config, multiplier)
+    d_h_down = h_gradient(d_projected, saved.h_down, down_lora.factors)
+    d_p = group_input_gradient(d_projected, d_h_down, weights.down, down_lora)
+    del d_projected
+    glu_saved = AdaptedGLUSaved(a_u, config.activation, gate_up_lora, h, down_lora, d_h_down)
+    d_a_u, d_h, *_ = adapted_glu_backward(d_p, glu_saved, out=a_u)
     del d_p
-    d_n2 = group_gradients(d_a_u, n2_saved, d_h, weights.gate_up, gate_up)
-    return pre_norm_backward(d_n2, n2_saved, adapter.norms.get(norms.before_mlp), d_stream)
+    d_n2 = group_gradients(d_a_u, n2_saved, d_h, weights.gate_up, gate_up_lora)
+    return pre_norm_backward(d_n2, n2_saved, adapter.d_norms.get(norms.before_mlp), d_stream)
 
 
 def mixer_sublayer_backward(
@@ -294,22 +295,23 @@ def mixer_sublayer_backward(
     Without `input_gradient`, d_x₀ is not needed, and the function returns None.
     """
     config, positions, mixer = context.config, context.loss_positions, MIXERS[context.layer.mixer]
-    output, norms = adapter.output.group, config.norms
+    output_lora, norms = adapter.output.lora, config.norms
     n1_saved = pre_norm_saved(x0, weights.attention_norm, weights.attention_norm_bias, saved.statistics, config)
-    d_weight, multiplier = adapter.norms.get(norms.after_attention), config.multipliers.output
-    d_projected, d_stream = residual_backward(d_x1, saved.post_norm, d_weight, config, multiplier)
-    d_h_output = h_gradient(d_projected, saved.h_output, output.adapters)
-    d_o = scatter_rows(group_input_gradient(d_projected, d_h_output, weights.output, output), positions, x0)
+    d_norm_weight, multiplier = adapter.d_norms.get(norms.after_attention), config.multipliers.output
+    d_projected, d_stream = residual_backward(d_x1, saved.post_norm, d_norm_weight, config, multiplier)
+    d_h_output = h_gradient(d_projected, saved.h_output, output_lora.factors)
+    d_o = scatter_rows(group_input_gradient(d_projected, d_h_output, weights.output, output_lora), positions, x0)
     del d_projected
-    o = mixer_output_buffer(saved, adapter, context, d_o)  # if o was not saved, mixer.backward fills the buffer
+    # the saved o, or a buffer for mixer.backward to fill; None if o is not saved and no gradient reads it
+    o = mixer_output_buffer(saved, adapter, context, d_o)
     d_qkv = mixer.backward(d_o, saved, weights, context, adapter, o)
     del d_o
     if o is not None:
-        group_A_gradients(gather_rows(o, positions), d_h_output, output)
+        group_A_gradients(gather_rows(o, positions), d_h_output, output_lora)
     d_n1 = group_backward(d_qkv, n1_saved, weights.input, adapter.input, saved.h_input, input_gradient=input_gradient)
     del d_qkv
     if d_n1 is None:
         return None
     residual_grad = d_stream if positions is None else None
-    d_x0 = pre_norm_backward(d_n1, n1_saved, adapter.norms.get(norms.before_attention), residual_grad)
+    d_x0 = pre_norm_backward(d_n1, n1_saved, adapter.d_norms.get(norms.before_attention), residual_grad)
     return d_x0 if positions is None else d_x0.index_add_(0, positions, d_stream)

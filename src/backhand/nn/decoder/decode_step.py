@@ -115,7 +115,7 @@ class DecodeStep:
                 setattr(place, name, _address(getattr(block, name)))
         for place, layer in zip(self._layers, config.layers, strict=True):
             place.window = layer.window or 0
-        groups = [getattr(adapter, name).group for adapter in adapters for name in _GROUPS]
+        groups = [getattr(adapter, name).lora for adapter in adapters for name in _GROUPS]
         self._model = _Model(
             layers=ctypes.addressof(self._layers),
             layer_count=len(config.layers),
@@ -127,7 +127,7 @@ class DecodeStep:
             norm_over_heads=config.qk_norm == "width",
             activation=_ACTIVATIONS[config.activation],
             places=0,
-            most_ranks=max(sum(len(factors.lora_A) for factors in group.adapters) for group in groups),
+            most_ranks=max(sum(len(factors.lora_A) for factors in group.factors) for group in groups),
             eps=config.norm_eps,
             offset=config.norm_offset,
             attention_scaling=config.attention_scaling,
@@ -193,14 +193,14 @@ class DecodeStep:
                 *(factors.lora_A.data_ptr(), factors.lora_B.data_ptr(), len(factors.lora_A), factors.column),
                 *(len(factors.lora_B), factors.scaling),
             )
-            for factors in adapter.group.adapters
+            for factors in adapter.lora.factors
         ]
         held_parts, held_lows = (_StoredRows * len(parts))(*parts), (_LowRank * max(len(lows), 1))(*lows)
         self._referenced += [held_parts, held_lows]
         return _Projection(
             *(ctypes.addressof(held_parts), len(parts), ctypes.addressof(held_lows), len(lows)),
             *(_address(getattr(block, f"{name}_bias")), weight.shape[1], weight.shape[0]),
-            not is_worth_fusing(weight.shape[0], sum(len(factors.lora_A) for factors in adapter.group.adapters)),
+            not is_worth_fusing(weight.shape[0], sum(len(factors.lora_A) for factors in adapter.lora.factors)),
         )
 
 
@@ -211,11 +211,11 @@ def decode_step(decoder: Decoder, adapters: Sequence[BlockAdapter], cache: KVCac
     for block, adapter in zip(decoder.active.blocks, adapters, strict=True):
         for name in _GROUPS:
             group, weight = getattr(adapter, name), getattr(block, name)
-            if len(group.group.adapters) > _MOST_ADAPTERS:
+            if len(group.lora.factors) > _MOST_ADAPTERS:
                 return None
             if group.extras is not None or weight.dtype != decoder.dtype or _parts(weight) is None:
                 return None
-            if not all(_lies_dense(factor) for one in group.group.adapters for factor in (one.lora_A, one.lora_B)):
+            if not all(_lies_dense(factor) for one in group.lora.factors for factor in (one.lora_A, one.lora_B)):
                 return None
         if not all(_lies_dense(getattr(block, name)) for name in _NORMS if getattr(block, name) is not None):
             return None

@@ -179,7 +179,7 @@ class Decoder(ForwardBackward):
     ) -> Tensor:
         """Return the hidden states after the final norm, without saving anything.
 
-        `state_gradients` is the backward pass for a loss of these states.
+        `state_loss_and_gradients` is the backward pass for a loss of these states.
 
         Args:
             positions: (positions,) int64 in ascending order; None for all.

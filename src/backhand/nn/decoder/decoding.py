@@ -334,7 +334,7 @@ def head_logits(decoder: Decoder, x: Tensor) -> Tensor:
     normed, _ = rms_norm_forward(x, not_none(weights.final_norm), decoder.config.norm_eps, decoder.config.norm_offset)
     columns = normed.float().unsqueeze(2)
     exact = (frozen_rows(weights.head, candidates).float() @ columns).squeeze(2)
-    for factors in adapter.group.adapters:
+    for factors in adapter.lora.factors:
         h = factors.lora_A.float() @ columns
         exact += factors.scaling * (factors.lora_B[candidates].float() @ h).squeeze(2)
         if adapter.extras is not None:

@@ -83,7 +83,7 @@ def delta_backward(
     _output: Tensor | None,
 ) -> Tensor:
     """Return ∂L/∂[q k v | z | b | a] for ∂L/∂y (T, value heads · value width). Adds the gradient of a trained norm."""
-    sizes, inner, x = not_none(context.config.delta), saved.inner, saved.input
+    sizes, inner, x = not_none(context.config.delta), saved.inner, saved.projected
     qkv, z, b, a = x.split(sizes.inputs, dim=1)
     d_x = torch.empty_like(x)
     d_qkv, d_z, d_b, d_a = d_x.split(sizes.inputs, dim=1)
@@ -92,7 +92,7 @@ def delta_backward(
     d_gate, d_normed = glu_backward(d_y, GLUSaved(z, normed, "silu"))
     d_z.copy_(d_gate)
     norm = RMSNormSaved(inner.output, not_none(weights.gated_norm), inner.inverse_rms, 0.0)
-    d_o = norm_backward(d_normed.unflatten(1, inner.output.shape[1:]), norm, adapter.norms.get(NORM))
+    d_o = norm_backward(d_normed.unflatten(1, inner.output.shape[1:]), norm, adapter.d_norms.get(NORM))
     del normed, d_gate, d_normed
 
     convolved, conv = causal_conv_forward(qkv, _taps(weights), context.segment_runs, silu=True)

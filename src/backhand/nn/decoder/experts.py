@@ -214,7 +214,7 @@ def _projection_backward(
     """Return ∂L/∂x of one projection, or None without `input_gradient`, and add the gradients of its factors."""
     into, d_lora_B = None, None
     if saved.factors is not None:
-        (lora,) = adapter.group.adapters
+        (lora,) = adapter.lora.factors
         d_lora_A, d_lora_B = expert_factors(lora.d_lora_A, lora.d_lora_B, mixture.experts)
         # Kernels accumulate into contiguous rows, and in the flat buffer the columns of the experts are interleaved.
         into = d_lora_A, torch.zeros_like(saved.factors.lora_B, dtype=d_lora_B.dtype)
@@ -227,9 +227,9 @@ def _projection_backward(
 
 def _factors(adapter: GroupAdapter, mixture: Mixture) -> ExpertFactors | None:
     """Return the factors of the experts, contiguous for each expert, or None without an adapter."""
-    if not adapter.group.adapters:
+    if not adapter.lora.factors:
         return None
-    (lora,) = adapter.group.adapters
+    (lora,) = adapter.lora.factors
     lora_A, lora_B = expert_factors(lora.lora_A, lora.lora_B, mixture.experts)
     if _is_interleaved(adapter, mixture):
         lora_B = deinterleave_gate_up(lora_B).flatten(1, 2)

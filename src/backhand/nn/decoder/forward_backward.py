@@ -4,12 +4,12 @@
 
 The forward pass saves the tensors that `nn.decoder.block` lists, for each block. The backward pass visits the blocks
 from the last to the first and adds every adapter gradient to one flat buffer (`nn.lora_parameters`). It ends at the
-lowest trained module, so layers below that module save nothing. If a batch contains cached hidden states
-(`PackedBatch.start`), the forward pass starts at the layer that reads them.
+lowest group of projections with a trained tensor, and layers below it save nothing. If a batch contains cached hidden
+states (`PackedBatch.start`), the forward pass starts at the layer that reads them.
 
 Start reading at `ForwardBackward.loss_and_gradients`, which is one whole forward and backward pass of a language model.
-`state_gradients` is the same pass without the head, for losses that are functions of the final hidden states. Other
-files:
+`state_loss_and_gradients` is the same pass without the head, for losses that are functions of the final hidden states.
+Other files:
 - `nn.decoder.adapted_embedding`: gradients of a trained embedding;
 - `nn.decoder.adapted_head`: gradients of a trained head, and losses other than cross-entropy;
 - `nn.decoder.decoder`: loading a model, attaching an adapter, and passes without gradients.
@@ -116,7 +116,7 @@ class ForwardBackward:
         return self._scale_embedding(adapted_embedding(input_ids, table, self.config, self.lora))
 
     def input_states(self, batch: PackedBatch) -> Tensor:
-        """Return the input of block 0, (tokens, hidden): the embedded tokens. In encoders a norm and more follow."""
+        """Return the input of block 0, (tokens, hidden): the embedded tokens, in encoders after their norm."""
         x, weights = self.embed(batch.input_ids), self.active.inputs
         return x if weights is None else encoder_inputs_forward(x, batch, weights, self.config.norm_eps)[0]
 
@@ -191,6 +191,7 @@ class ForwardBackward:
         Only Gemma 4 has such tensors: shared keys and values, and per-layer embeddings (PLE), which a small network
         computes from the token ids before the first block (`nn.decoder.ple_inputs`). Other families return None twice.
         """
+        # `value_norm` is a property of Gemma 4, whose layers may share keys and values
         if not self.config.value_norm and self.config.per_layer is None:
             return None, None
         if self.active.per_layer is None:
@@ -203,8 +204,8 @@ class ForwardBackward:
     def block_adapters(self, dropout_seed: int | None) -> list[BlockAdapter]:
         """Return the adapter of every block in the compute dtype; `dropout_seed` is None for no dropout.
 
-        A `BlockAdapter` contains views of the adapter's flat buffers. Without dropout it is the same in every pass and
-        is cached. With DoRA it also contains the norms of the rows of adapted weights, which change in every step.
+        A `BlockAdapter` contains views of the adapter's flat buffers. It is cached and the same in every pass, unless
+        the adapter uses dropout or DoRA. DoRA needs the lengths of the rows of W + s B A, which change in every step.
         """
         lora, dora = self.lora, self._trained.uses_dora
         buffer = None if lora is None else lora.compute_values
@@ -249,12 +250,12 @@ class ForwardBackward:
             logits_shape = chunk_shape(len(batch.supervised_positions), self.active.head, self.dtype)
 
         def head(x: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
-            return self._head_loss_and_gradient(x, batch, loss_scaling, dropout_seed, scratch, token_loss)
+            return self._head_gradient_and_loss(x, batch, loss_scaling, dropout_seed, scratch, token_loss)
 
-        return self._block_gradients(batch, batch.supervised_positions, head, dropout_seed, logits_shape)
+        return self._run(batch, batch.supervised_positions, head, dropout_seed, logits_shape)
 
     @torch.no_grad()
-    def state_gradients(
+    def state_loss_and_gradients(
         self,
         batch: PackedBatch,
         state_loss: StateLoss,
@@ -282,9 +283,9 @@ class ForwardBackward:
             loss, d_states = state_loss(states)
             return self._final_norm_backward(d_states, norm), loss
 
-        return self._block_gradients(batch, positions, top, dropout_seed)
+        return self._run(batch, positions, top, dropout_seed)
 
-    def _block_gradients(
+    def _run(
         self,
         batch: PackedBatch,
         positions: Tensor | None,
@@ -292,14 +293,14 @@ class ForwardBackward:
         dropout_seed: int | None,
         logits_shape: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Run the blocks forward and backward, add their gradients to `lora.gradients`, and return the loss.
+        """Run forward pass, `top` and backward pass. Add all gradients to `lora.gradients`, and return the loss.
 
         Args:
             positions: positions at which the last block computes its output; None for all.
             top: everything after the last block. Maps the output x of the last block to ∂L/∂x and the loss.
             logits_shape: (chunk, vocab), the shape of the logits that the head computes at once. Their memory is
                 allocated before the blocks run, and the blocks keep temporary tensors in it until the head runs. None
-                to allocate nothing: with recomputation, the blocks have released enough memory when the head runs.
+                to allocate nothing before the head runs.
         """
         lora, trained = self.lora, self._trained
         if lora is None:
@@ -356,7 +357,7 @@ class ForwardBackward:
             saved.append(block_saved if needs_backward else None)
         return x, saved
 
-    def _head_loss_and_gradient(
+    def _head_gradient_and_loss(
         self,
         x: Tensor,
         batch: PackedBatch,
@@ -365,7 +366,10 @@ class ForwardBackward:
         scratch: Scratch,
         token_loss: TokenLoss | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return ∂L/∂x and the loss. x of shape (loss positions, hidden) is the output of the last block."""
+        """Return ∂(loss_scaling · L)/∂x, and the loss L.
+
+        x is the output of the last block, of shape (loss positions, hidden).
+        """
         trained = self._trained
         scratch.release()  # memory peaks in the head
         (normed, norm), targets = self._final_norm(x), batch.labels[batch.supervised_positions]
@@ -374,15 +378,16 @@ class ForwardBackward:
             logits = scratch.take("logits", chunk_shape(len(x), self.active.head, x.dtype), x)
         if batch.teacher is not None:
             if trained.head:
-                raise ValueError("the head of a distilled model is frozen")
+                raise ValueError("the adapter trains the head, but distillation needs a frozen head")
             head = self._head_of(dropout_seed)
             d_normed, loss = distillation_backward(normed, batch, head, batch.teacher, loss_scaling, logits)
         elif trained.head or token_loss is not None:
             head, lora = self._head_of(dropout_seed), self.lora if trained.head else None
             d_normed, loss = general_head_backward(normed, batch, head, lora, loss_scaling, token_loss, logits)
         else:
-            # The loss L is a sum of token losses, so ∂L/∂(token loss) is known before the head's forward: it is
-            # `loss_scaling` for each document with the token. Therefore one call computes the losses and d_normed.
+            # L is a sum of token losses, so the gradient of loss_scaling · L with respect to a token loss is known
+            # before the head's forward: loss_scaling, once for each document with the token. Therefore one call
+            # computes the losses and d_normed.
             losses, (d_normed, *_) = linear_cross_entropy_backward(
                 normed,
                 self.active.head,

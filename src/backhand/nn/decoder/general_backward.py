@@ -52,13 +52,13 @@ def general_mlp_backward(
 ) -> Tensor | None:
     """Return d_x₁ for d_x₂, both of shape (P, hidden), or None if the backward pass ends in this sublayer."""
     n2 = pre_norm_saved(x1, weights.mlp_norm, weights.mlp_norm_bias, saved.statistics, config)
-    d_weight, multiplier = adapter.norms.get(config.norms.after_mlp), config.multipliers.down
-    d_y, d_stream = residual_backward(d_x2, saved.post_norm, d_weight, config, multiplier)
+    d_norm_weight, multiplier = adapter.d_norms.get(config.norms.after_mlp), config.multipliers.down
+    d_y, d_stream = residual_backward(d_x2, saved.post_norm, d_norm_weight, config, multiplier)
     if isinstance(saved, ExpertsSaved):
         d_n2 = experts_backward(d_y, n2, saved, weights, adapter, config, input_grad_groups)
     else:
         d_n2 = _mlp_backward(d_y, n2, saved, weights, adapter, config, input_grad_groups)
-    return None if d_n2 is None else pre_norm_backward(d_n2, n2, adapter.norms.get(config.norms.before_mlp), d_stream)
+    return None if d_n2 is None else pre_norm_backward(d_n2, n2, adapter.d_norms.get(config.norms.before_mlp), d_stream)
 
 
 def _mlp_backward(
@@ -106,9 +106,9 @@ def general_mixer_backward(
     """Return d_x₀ (T, hidden) for d_x₁ (P, hidden), or None if the backward pass ends in this sublayer."""
     config, positions, norms = context.config, context.loss_positions, context.config.norms
     n1 = pre_norm_saved(x0, weights.attention_norm, weights.attention_norm_bias, saved.statistics, config)
-    after = adapter.norms.get(norms.after_attention)
+    after = adapter.d_norms.get(norms.after_attention)
     d_projected, d_stream = residual_backward(d_x1, saved.post_norm, after, config, config.multipliers.output)
-    o = not_none(mixer.output)(saved, weights, context) if saved.output is None else saved.output
+    o = not_none(mixer.output)(saved, weights, context) if saved.mixed is None else saved.mixed
     needs_d_o = Group.OUTPUT in input_grad_groups
     o_rows, second = split_output(gather_rows(o, positions), weights)
     d_o = group_backward(d_projected, o_rows, weights.output, adapter.output, saved.h_output, input_gradient=needs_d_o)
@@ -120,12 +120,12 @@ def general_mixer_backward(
     del o, o_rows, second, d_projected
     if d_o is None:
         return None
-    d_input = mixer.backward(scatter_rows(d_o, positions, x0), saved, weights, context, adapter, saved.output)
+    d_input = mixer.backward(scatter_rows(d_o, positions, x0), saved, weights, context, adapter, saved.mixed)
     del d_o
     needs_d_n1 = Group.INPUT in input_grad_groups
     d_n1 = group_backward(d_input, n1, weights.input, adapter.input, saved.h_input, input_gradient=needs_d_n1)
     if d_n1 is None:
         return None
     residual_grad = d_stream if positions is None else None
-    d_x0 = pre_norm_backward(d_n1, n1, adapter.norms.get(norms.before_attention), residual_grad)
+    d_x0 = pre_norm_backward(d_n1, n1, adapter.d_norms.get(norms.before_attention), residual_grad)
     return d_x0 if positions is None else d_x0.index_add_(0, positions, d_stream)

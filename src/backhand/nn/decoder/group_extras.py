@@ -156,7 +156,7 @@ def group_extras(
         sizes: output features of the modules, by path.
         weights: (out, in) of each module. Only DoRA needs them: its norms are computed here.
     """
-    modules, adapters = [], iter(group.adapters)
+    modules, adapters = [], iter(group.factors)
     for place, (name, size) in enumerate(sizes.items()):
         slot, factors, magnitude, lora_bias = lora.slots.get(name), None, None, None
         if slot is not None:

@@ -49,9 +49,10 @@ class MixerSaved(NamedTuple):
 
     # of the norm before the sublayer: (T, 1) inverse RMS, or (T, 2) of a layer norm; None without that norm
     statistics: Tensor | None
-    # (T, Σ sizes): output of the first group. Attention rotates it in place unless a q/k norm comes first
-    input: Tensor
-    output: Tensor | None  # (T, width): output of the mixer; None if its backward recomputes it
+    # (T, Σ sizes): output of the input projections, which the mixer reads: [q k v] for attention, which rotates it in
+    # place unless a q/k norm comes first
+    projected: Tensor
+    mixed: Tensor | None  # (T, width): o, the output of the mixer; None if the mixer's backward recomputes it
     inner: Any  # saved by the mixer's own forward
     h_input: Tensor  # (T, Σ rank)
     h_output: Tensor  # (P, rank)

@@ -36,8 +36,8 @@ def mlp_mixer_backward(
     """Return ∂L/∂a for ∂L/∂p, (T, f), in the memory of ∂L/∂p. Fills the buffer p, if there is one."""
     activation = context.config.activation
     if p is not None:
-        activate(saved.input, activation, p)
-    return activation_gradient(d_p, saved.input, activation, d_p)
+        activate(saved.projected, activation, p)
+    return activation_gradient(d_p, saved.projected, activation, d_p)
 
 
 def _no_states(
@@ -53,7 +53,7 @@ def _extend(
 
 
 def _output(saved: MixerSaved, _weights: BlockWeights, context: BlockContext) -> Tensor:
-    return activate(saved.input, context.config.activation, None)
+    return activate(saved.projected, context.config.activation, None)
 
 
 MLP_MIXER = Mixer(

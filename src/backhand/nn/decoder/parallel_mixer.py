@@ -55,12 +55,12 @@ def parallel_backward(
     _output: Tensor | None,
 ) -> Tensor:
     """Return ∂L/∂[q k v | z x b c a] for ∂L/∂[o | y] (T, width). Adds the gradients of trained norms."""
-    qkv, projected = _parts(saved.input, context.config)
+    qkv, projected = _parts(saved.projected, context.config)
     width = context.config.num_heads * context.config.head_dim
-    output, d_o = not_none(saved.output)[:, :width], d_y[:, :width]
-    attention = saved._replace(input=qkv, output=output, inner=saved.inner.attention)
+    output, d_o = not_none(saved.mixed)[:, :width], d_y[:, :width]
+    attention = saved._replace(projected=qkv, mixed=output, inner=saved.inner.attention)
     d_qkv = attention_input_gradient(d_o, attention, weights, context, adapter, output)
-    ssm = saved._replace(input=projected, output=None, inner=saved.inner.ssm)
+    ssm = saved._replace(projected=projected, mixed=None, inner=saved.inner.ssm)
     return torch.cat([d_qkv, ssm_backward(d_y[:, width:], ssm, weights, context, adapter, None)], dim=1)
 
 

@@ -82,7 +82,7 @@ def ple_backward(
         return d_x3
     gate_adapter, projection_adapter = not_none(adapter.per_layer)
     assert weights.per_layer_gate is not None and weights.per_layer_projection is not None
-    d_projected, _ = residual_backward(d_x3, saved.post_norm, adapter.norms.get(PER_LAYER_NORM), config)
+    d_projected, _ = residual_backward(d_x3, saved.post_norm, adapter.d_norms.get(PER_LAYER_NORM), config)
     unit = GLUSaved(saved.gate, _layer_embeddings(context), config.activation)
     p, _ = glu_forward(unit.gate, unit.up, unit.activation)
     d_p = group_backward(

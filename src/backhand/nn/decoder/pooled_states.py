@@ -42,7 +42,7 @@ def pooled_states(decoder: Decoder, batch: PackedBatch, pooling: Pooling, dropou
 
 
 def loss_of_states(batch: PackedBatch, pooling: Pooling, loss: VectorLoss) -> tuple[StateLoss, Tensor | None]:
-    """Return a loss of vectors as a loss of hidden states, for `Decoder.state_gradients`, and the states' positions."""
+    """Return a loss of vectors as a loss of states (`Decoder.state_loss_and_gradients`), and the states' positions."""
     lengths, supervised, positions = batch.document_tokens, batch.supervised_positions, read_positions(batch)
 
     def of_states(all_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,4 +60,4 @@ def pooled_gradients(
 ) -> Tensor:
     """Add the gradients of a loss of the vectors to those of the adapter, and return the loss."""
     of_states, positions = loss_of_states(batch, pooling, loss)
-    return decoder.state_gradients(batch, of_states, positions, dropout_seed)
+    return decoder.state_loss_and_gradients(batch, of_states, positions, dropout_seed)

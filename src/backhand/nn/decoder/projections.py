@@ -51,7 +51,7 @@ def group_forward(
     """
     if adapter.extras is not None:
         return adapter.extras.forward(x, weight, bias, residual)
-    y, saved = lora_group_forward(x, weight, bias, adapter.group, residual)
+    y, saved = lora_group_forward(x, weight, bias, adapter.lora, residual)
     return y, saved.h
 
 
@@ -77,7 +77,7 @@ def group_backward(
     """
     if adapter.extras is not None:
         return adapter.extras.backward(d_y, normalized(x), weight, h, input_gradient=input_gradient)
-    return lora_group_backward(d_y, LoRAGroupSaved(x, weight, adapter.group, h), input_gradient=input_gradient).d_x
+    return lora_group_backward(d_y, LoRAGroupSaved(x, weight, adapter.lora, h), input_gradient=input_gradient).d_x
 
 
 def norm_forward(
@@ -260,8 +260,8 @@ def mixer_output_buffer(saved: MixerSaved, adapter: BlockAdapter, context: Block
 
     Returns None if the output is neither saved nor needed by the gradient of a factor.
     """
-    if saved.output is not None or not adapter.output.group.adapters:
-        return saved.output
+    if saved.mixed is not None or not adapter.output.lora.factors:
+        return saved.mixed
     return context.scratch.take("attended", like.shape, like)
 
 

@@ -110,9 +110,9 @@ def shared_attention_backward(
     """Return ∂L/∂z, of z's shape. Gradients of another layer's keys and values are accumulated for that layer."""
     config, inner = context.config, saved.inner
     cross_layer, kv_source = not_none(context.cross_layer), context.layer.kv_source
-    q, k, v, norms = _prepared(saved.input, weights, context, inner.inverse_rms)
+    q, k, v, norms = _prepared(saved.projected, weights, context, inner.inverse_rms)
     # This mixer's backward does not recompute the output, so it is always saved.
-    output, d_attended = (x.unflatten(1, q.shape[1:]) for x in (not_none(saved.output), d_output))
+    output, d_attended = (x.unflatten(1, q.shape[1:]) for x in (not_none(saved.mixed), d_output))
     attention = AttentionSaved(q, k, v, output, *attention_setting(weights, context))
     by_head = q.new_empty(len(q), config.num_heads + 2 * config.num_key_value_heads, config.head_dim)
     d_q, d_k, d_v = attention_backward(d_attended, attention, out=by_head)
@@ -121,12 +121,12 @@ def shared_attention_backward(
     elif (users := cross_layer.pop_grad(context.number)) is not None:
         d_k.add_(users.k)
         d_v.add_(users.v)
-    d_z = torch.empty_like(saved.input)
+    d_z = torch.empty_like(saved.projected)
     into = _parts(d_z, context)
     for place, (d_y, norm) in enumerate(zip((d_q, d_k, d_v), norms, strict=False)):
         if place < 2 and context.rotary is not None:
             rotary_backward(d_y, context.rotary, out=d_y)
-        trained = adapter.norms.get(config.qk_norms[place]) if place < 2 else None
+        trained = adapter.d_norms.get(config.qk_norms[place]) if place < 2 else None
         d_x = norm_backward(d_y, norm, trained)
         if place == 2 and context.layer.mixer == KEYS_AS_VALUES:
             into[place].add_(d_x)  # added to the gradient through k

@@ -38,7 +38,7 @@ def short_conv_backward(
     _output: Tensor | None,
 ) -> Tensor:
     """Return ∂L/∂[B | C | x] of shape (T, 3 channels) for ∂L/∂y of shape (T, channels)."""
-    conv = GatedConvSaved(saved.input, _taps(weights), context.segment_runs)
+    conv = GatedConvSaved(saved.projected, _taps(weights), context.segment_runs)
     return gated_conv_backward(d_y, conv).d_bcx
 
 

@@ -75,11 +75,11 @@ def ssm_backward(
 ) -> Tensor:
     """Return ∂L/∂[z | x b c | a] for ∂L/∂y (T, heads · head width). Adds the gradient of a trained norm."""
     sizes, inner = not_none(context.config.ssm), saved.inner
-    z, xbc, a = saved.input.split(sizes.inputs, dim=1)
-    d_input = torch.empty_like(saved.input)
+    z, xbc, a = saved.projected.split(sizes.inputs, dim=1)
+    d_input = torch.empty_like(saved.projected)
     d_z, d_xbc, d_a = d_input.split(sizes.inputs, dim=1)
 
-    d_weight = adapter.norms.get(f"{context.config.ssm_path}.norm")
+    d_weight = adapter.d_norms.get(f"{context.config.ssm_path}.norm")
     d_gate, d_scanned = _gated_backward(d_y, z, inner, weights, sizes, d_weight)
     d_z.copy_(d_gate)
     del d_gate

@@ -156,8 +156,8 @@ def _of_product(g: Tensor, s: AdaptedGLUSaved, gradient: str, whole: Any) -> Any
     """Return the gradients of factors with G for both gate and up."""
     h: list[Tensor] = []
     d_lora_B: list[Tensor] = []
-    parts = s.h.split([one.lora_B.shape[1] for one in s.gate_up_group.adapters], dim=-1)
-    for (column, _, lora_B, scaling, *_), part in zip(s.gate_up_group.adapters, parts, strict=True):
+    parts = s.h.split([one.lora_B.shape[1] for one in s.gate_up_group.factors], dim=-1)
+    for (column, _, lora_B, scaling, *_), part in zip(s.gate_up_group.factors, parts, strict=True):
         d_factor = torch.cat([g, g], dim=-1)[..., column : column + len(lora_B)]
         h.append(scaling * d_factor @ lora_B)
         d_lora_B.append(scaling * flat_rows(d_factor).T @ flat_rows(part))

@@ -37,8 +37,8 @@ EPS, OFFSET = 0.03, 0.7
 
 def regrouped(group: LoRAGroup, **changes: Callable[[LoRAFactors], Any]) -> LoRAGroup:
     """Return the group with changed fields of every member."""
-    members = (one._replace(**{field: change(one) for field, change in changes.items()}) for one in group.adapters)
-    return group._replace(adapters=tuple(members))
+    members = (one._replace(**{field: change(one) for field, change in changes.items()}) for one in group.factors)
+    return group._replace(factors=tuple(members))
 
 
 def _backward(
@@ -179,9 +179,9 @@ CASES = (
 
 def _one_member_only(g: Tensor, s: LoRAGroupSaved) -> Tensor | None:
     """Return d_x without the low-rank terms of all layers but the first."""
-    first = tuple(member for member in s.group.adapters[:1] if member.column == 0)
+    first = tuple(member for member in s.group.factors[:1] if member.column == 0)
     h = s.h[..., : sum(len(member.lora_A) for member in first)]
-    return _backward(g, s._replace(group=s.group._replace(adapters=first), h=h)).d_x
+    return _backward(g, s._replace(group=s.group._replace(factors=first), h=h)).d_x
 
 
 def _scaled(s: LoRAGroupSaved, scaling: float) -> LoRAGroup:
