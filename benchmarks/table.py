@@ -227,7 +227,7 @@ def section() -> str:
         *(("rewards", rewards_section), ("rewards_sampling", sampling_section)),
         *(("baking", baking_section), ("few_shot", few_shot_section)),
         *(("vectors", vectors_section), ("vectors_scores", vectors_scores_section)),
-        ("reranking", reranking_section),
+        *(("reranking", reranking_section), ("reranking_encoder", reranking_section)),
     )
     for name, make in sections:
         if (HERE / "results" / f"{name}.json").exists():
@@ -408,20 +408,24 @@ def by_machine(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def reranking_section(results: dict[str, Any]) -> list[str]:
-    """Return the table of `reranking.json`: training a reranker."""
+    """Return the table of `reranking.json` or `reranking_encoder.json`: training a reranker."""
     workload, peers = results["workload"], results["peers"]
-    lines = ["", "## Rerankers", "", "`python benchmarks/reranking.py`", "", machine_line(results["machine"]), ""]
+    encoder = "peft" not in peers
+    title, option = ("## Cross-encoders", " --encoder") if encoder else ("## Rerankers", "")
+    lines = ["", title, "", f"`python benchmarks/reranking.py{option}`", "", machine_line(results["machine"]), ""]
     lines.append(
         f"{workload['queries']} queries a step, each with one relevant document and {workload['negatives']} others of "
         f"{workload['document_words']} words, pointwise loss, {workload['dtype']}:"
     )
     ours, rows = peers["backhand"], []
+    key = "cpu_s" if "cpu_s" in ours else "seconds"  # other programs of the machine change processor time little
     for peer, row in peers.items():
-        cells = [f"{row['seconds'] / workload['steps']:.1f} s", f"{row['seconds'] / ours['seconds']:.2f} ×"]
+        cells = [f"{row[key] / workload['steps']:.1f} s", f"{row[key] / ours[key]:.2f} ×"]
         memory = row["peak_rss_bytes"]
         cells += [f"{memory / 2**20:,.0f} MiB", f"{ours['peak_rss_bytes'] / memory:.2f}"]
         rows.append([_RERANKING_NAMES[peer], *cells])
-    head = ["", "seconds per step", "Backhand is faster by", "peak memory", "of it Backhand's"]
+    seconds = "seconds per step" if key == "seconds" else "processor time per step"
+    head = ["", seconds, "Backhand is faster by", "peak memory", "of it Backhand's"]
     return [*lines, "", *table(head, rows)]
 
 
@@ -429,6 +433,8 @@ _RERANKING_NAMES = {
     "backhand": "**Backhand**",
     "peft": "transformers and PEFT as documented",
     "peft-tuned": "the same tuned (a query at a time, head at the last position, allocator, fused AdamW)",
+    "sentence-transformers": "sentence-transformers and PEFT as documented",
+    "sentence-transformers-tuned": "the same tuned (no dropout, allocator, fused AdamW)",
 }
 
 

@@ -192,7 +192,7 @@ def test_merged_models_have_the_head(
         export_command(ExportOptions(adapter, tmp_path / f"peft-{number}", str(model), to="peft", quiet=True))
         for name in ("adapter_model.safetensors", "config.json"):
             assert (tmp_path / f"peft-{number}" / name).read_bytes() == (adapter / name).read_bytes()
-    with pytest.raises(ArtifactError, match="GGUF file has no place"):
+    with pytest.raises(ArtifactError, match="head for classification, for which a GGUF file has no place"):
         merge_command(MergeOptions(adapter, tmp_path / "model.gguf", str(model), quiet=True))
 
 

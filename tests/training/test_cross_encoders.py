@@ -33,6 +33,7 @@ from backhand.interop.merging import merge_command
 from backhand.interop.options import ExportOptions, MergeOptions
 from backhand.loop.objectives.head import head_logits
 from backhand.loop.objectives.rank import CrossEncoderObjective
+from backhand.nn.loading.opening import open_model
 from backhand.options.config import TrainConfig
 from backhand.options.objectives import ObjectiveOptions
 from backhand.report.page import run_page
@@ -340,11 +341,58 @@ def test_adapters_and_models_without_a_score_head_are_refused(
         backhand.classify("json", adapter=adapter, model=model)
     with pytest.raises(UsageError, match="query and document alone"):
         backhand.rank(QUERY, DOCUMENTS, adapter=adapter, model=model, instruction="find it")
-    with pytest.raises(ArtifactError, match="GGUF file has no place"):
-        merge_command(MergeOptions(adapter, tmp_path / "model.gguf", str(model), quiet=True))
     with pytest.raises(ArtifactError, match="cannot be expressed") as refused:
         export_command(ExportOptions(adapter, tmp_path / "adapter.gguf", str(model), to="gguf", quiet=True))
     assert "--merge" not in str(refused.value.next_step)
+
+
+def score_adapter(name: str, place: Path, *, token_types: bool = False, **sizes: Any) -> tuple[Path, Path]:
+    """An encoder with a random adapter that ranks: the directories of both."""
+    overrides = {"vocab_size": 83, "max_position_embeddings": 256, **sizes}
+    model = save_model(tiny_encoder(name, **overrides), place / "model")
+    if not token_types:
+        transformers.AutoTokenizer.from_pretrained(model, model_input_names=["input_ids"]).save_pretrained(model)
+    bound = bound_model(model, torch.float32, 1)
+    record = AdapterRecord(classification=SCORES, config={"objective.objective": "rank", "data.max_length": 12})
+    write_together(place / "adapter", bound.adapter_files(record, {}))
+    return model, place / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("bert", {"type_vocab_size": 2}), ("modernbert", {"classifier_pooling": "mean"})]
+)
+def test_llama_cpp_gives_the_same_scores_of_an_encoder(
+    name: str, sizes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The export asks llama.cpp, and fails if a score differs. The file is a cross-encoder of its own."""
+    model, adapter = score_adapter(name, tmp_path, **sizes)
+    outputs = [tmp_path / "merged.gguf", tmp_path / "again.gguf"]
+    export_command(ExportOptions(adapter, outputs[0], str(model), to="gguf", merge=True, dtype="float32"))
+    assert "proved: llama.cpp's /v1/rerank gives the same scores of 3 documents" in capsys.readouterr().out
+    ours = backhand.rank(QUERY, DOCUMENTS, adapter=adapter, model=model, dtype="float32")
+    assert len({round(score, 3) for score in ours}) == len(DOCUMENTS)
+    assert ours == pytest.approx(backhand.rank(QUERY, DOCUMENTS, model=outputs[0], dtype="float32"), abs=1e-5)
+    # The head of a file is replaced by that of an adapter.
+    merge_command(MergeOptions(adapter, outputs[1], str(outputs[0]), quiet=True, force_base=True))
+    heads = [open_model(str(output)).head_tensor("classifier.weight") for output in outputs]
+    assert torch.equal(*heads)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "words"),
+    [
+        ("bert", {"type_vocab_size": 2, "token_types": True}, "both texts the token type 0"),
+        ("modernbert", {"classifier_pooling": "cls"}, "pooling 'cls' instead of 'mean'"),
+        ("modernbert", {"classifier_pooling": "mean", "classifier_bias": True}, "dense_bias True instead of False"),
+    ],
+)
+def test_an_encoder_that_llama_cpp_scores_otherwise_is_refused(
+    name: str, sizes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    model, adapter = score_adapter(name, tmp_path, **sizes)
+    with pytest.raises(ArtifactError, match="computes other scores") as refused:
+        merge_command(MergeOptions(adapter, tmp_path / "model.gguf", str(model), quiet=True))
+    assert words in str(refused.value.why) and "vLLM" in str(refused.value.next_step)
 
 
 def test_a_head_of_one_label_is_no_score_head(model: Path, tmp_path: Path) -> None:

@@ -60,41 +60,40 @@ def export_command(options: ExportOptions) -> Path:
     options.validate()
     adapter, output = given("adapter", options.adapter), given("output", options.output)
     prover = Prover("export", adapter, None if options.quiet else console())
-    base: ModelSource | None = None
+    program, base = "llama-cli", ""
     if options.merge or options.decision:
-        _export_merged(options, output, prover)
+        program = _export_merged(options, output, prover)
     elif options.to == "kohya":
         _export_kohya(options, adapter, output, prover)
     else:
         allow_pickle = options.reading.allow_pickle
         opened = open_adapter(options.model, adapter, force_base=options.force_base, allow_pickle=allow_pickle)
-        base = opened.source
+        base = shlex.quote(str(opened.source.path)) if isinstance(opened.source, GGUFModel) else "BASE.gguf"
         _export_adapter(options, opened, output, prover)
     prover.write()
     prover.say(f"written: {shlex.quote(str(output))}")
-    for line in _how_to_run(options, shlex.quote(str(output)), base):
+    for line in _how_to_run(options, shlex.quote(str(output)), program, base):
         prover.say(line)
     if options.push is not None:
         prover.say(f"uploaded: {_push(output, options.push)}")
     return output
 
 
-def _how_to_run(options: ExportOptions, output: str, base: ModelSource | None) -> tuple[str, ...]:
+def _how_to_run(options: ExportOptions, output: str, program: str, base: str) -> tuple[str, ...]:
     """Return the commands to run next in other programs than Python.
 
     Args:
-        base: the model whose adapter was exported, None if it was merged.
+        program: the program of llama.cpp for a GGUF file.
+        base: file of the model whose adapter was exported, empty if it was merged.
     """
     if options.to == "ollama":
         return (f"next: ollama create mine -f {output}/Modelfile", "      ollama run mine")
     if options.to != "gguf":
         return ()
-    if options.decision:
-        return (f"next: llama-server -m {output}", "      then POST /v1/systemone")
-    if base is None:
-        return (f"next: llama-cli -m {output}",)
-    file = shlex.quote(str(base.path)) if isinstance(base, GGUFModel) else "BASE.gguf"
-    return (f"next: llama-cli -m {file} --lora {output}",)
+    if base:
+        return (f"next: {program} -m {base} --lora {output}",)
+    then = ("      then POST /v1/systemone",) if options.decision else ()
+    return (f"next: {program} -m {output}", *then)
 
 
 _ANSWER_S = 120.0
@@ -240,15 +239,18 @@ def _export_kohya(options: ExportOptions, adapter: Path, output: Path, prover: P
         prove_export(prover, factors, read_kohya_file(path, factors))
 
 
-def _export_merged(options: ExportOptions, output: Path, prover: Prover) -> None:
+def _export_merged(options: ExportOptions, output: Path, prover: Prover) -> str:
+    """Merge, and return the program of llama.cpp for the result."""
     if options.to == "kohya":
         raise UsageError("kohya's format supports adapters only", where="merge", next_step="leave out --merge")
     with staged(output) as path:
         if options.to == "ollama":
             path.mkdir()
-            merge_adapter(options, path / MODEL_FILE, prover, gguf=True)
+            program = merge_adapter(options, path / MODEL_FILE, prover, gguf=True)
             record = None if options.adapter is None else read_adapter_directory(options.adapter).record
             write_modelfile(path, f"./{MODEL_FILE}", system=_system(record, open_model(options.model)))
         else:
             vectors = options.to == "sentence-transformers"
-            merge_adapter(options, path, prover, gguf=options.to == "gguf", decision=options.decision, vectors=vectors)
+            gguf, decision = options.to == "gguf", options.decision
+            program = merge_adapter(options, path, prover, gguf=gguf, decision=decision, vectors=vectors)
+    return program

@@ -181,11 +181,12 @@ def _write(
 def _plan(weights: MergedWeights, architecture: str, storage: StorageType | None) -> list[_Planned]:
     source = weights.source
     sizes = stored_sizes(source.config)
+    new = () if weights.head is None else weights.head.parameters
     planned = []
     for names, members in _by_tensor(weights, architecture).items():
         ours = members[0]
         how = layout(architecture, ours, sizes)
-        is_new = ours == HEAD_WEIGHT and weights.unties_head
+        is_new = ours in new or (ours == HEAD_WEIGHT and weights.unties_head)
         if storage is None and isinstance(source, GGUFModel) and not (is_new or any(map(weights.is_merged, members))):
             stored = [part for member in members for part in source.stored_tensors(member)]
             if len({tensor.type_id for tensor, _ in stored}) == 1:
@@ -302,5 +303,5 @@ def _untouched(source: Any) -> dict[str, np.ndarray[Any, Any]]:
     return {
         name: dequantized(source.bytes_of(name), tensor.type_id).float().view(tensor.shape).numpy()
         for name, tensor in source.metadata.tensors.items()
-        if is_skipped(name)
+        if is_skipped(source.architecture, name)
     }

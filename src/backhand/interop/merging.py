@@ -22,7 +22,7 @@ from backhand.generation.loading import classification_of
 from backhand.interop.gguf_adapter_writer import context_length
 from backhand.interop.gguf_decision import gguf_decision, prove_decisions
 from backhand.interop.gguf_model_writer import write_gguf_model
-from backhand.interop.gguf_ranking import GGUFRanking, llama_cpp_ranks, ranks
+from backhand.interop.gguf_ranking import GGUFRanking, gguf_ranking, ranks
 from backhand.interop.gguf_vectors import prove_gguf_vectors, text_end, vector_entries
 from backhand.interop.huggingface_writer import write_huggingface
 from backhand.interop.merged_weights import MergedHead, MergedWeights, ModuleLoss
@@ -37,6 +37,7 @@ from backhand.interop.options import (
 from backhand.interop.proving import BlockWalk, Prover, difference
 from backhand.interop.sentence_transformers import kind_of, prove_sentence_transformers, write_files
 from backhand.kernels.dequantize import native_dtype
+from backhand.nn.families.class_heads import ClassHead
 from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family import DecoderConfig, RotaryConfig
 from backhand.nn.families.family_parsing import decoder_config
@@ -78,7 +79,7 @@ def merge_adapter(
     gguf: bool,
     decision: bool = False,
     vectors: bool = False,
-) -> None:
+) -> str:
     """Write the merged model at `path`, which must not exist, and prove it; `export --merge` calls this too.
 
     Args:
@@ -86,6 +87,9 @@ def merge_adapter(
         gguf: write a GGUF file instead of a Hugging Face directory.
         decision: make the GGUF file a decision model of llama.cpp.
         vectors: make the directory a model of sentence-transformers.
+
+    Returns:
+        the program of llama.cpp for such a model, with its options.
 
     Raises:
         ArtifactError, CheckError: see `merge_command`.
@@ -106,22 +110,22 @@ def merge_adapter(
     base = describe_base(opened.source)
     prover.say(f"base: {base}")
     weights = merged_weights(opened)
-    if gguf and weights.head is not None:
+    if gguf and ranks(opened):
+        ranking = gguf_ranking(opened, weights)
+        if ranking is None:
+            prover.say("note: llama.cpp's /v1/rerank knows no such score head of this architecture, only of Qwen3")
+        else:
+            more = ranking.add_to
+    elif gguf and weights.head is not None:
         raise ArtifactError(
-            "the adapter has a head, for which a GGUF file has no place",
+            "the adapter has a head for classification, for which a GGUF file has no place",
             where=str(opened.loaded.directory),
-            why="the writer of GGUF files knows no names for the tensors of a head",
+            why="llama.cpp answers with scores of documents alone",
             next_step="merge into a directory: leave out .gguf and --to gguf",
         )
     weights.walk = BlockWalk(opened.source, opened.documents, [None, opened.loaded.parameters()])
     if weights.unties_head:
         prover.say("note: the base's head is its embedding; the merged model has a head of its own")
-    if gguf and ranks(opened):
-        if llama_cpp_ranks(opened):
-            ranking = GGUFRanking(opened, weights)
-            more = ranking.add_to
-        else:
-            prover.say("note: llama.cpp's /v1/rerank knows no such score head of this architecture, only of Qwen3")
     if gguf:
         description = f"{opened.loaded.directory} merged into {base}"
         tensors = None if ranking is None else ranking.tensors
@@ -150,6 +154,9 @@ def merge_adapter(
         prove_sentence_transformers(path, opened, prover, merged=True)
     if decision:
         prove_decisions(path, opened, prover, exact=options.dtype == "float32")
+    if ranking is not None or pools:
+        return f"llama-server {'--embedding' if pools else '--reranking'}"
+    return "llama-server" if decision else "llama-cli"
 
 
 def merged_weights(opened: OpenedAdapter) -> MergedWeights:
@@ -327,9 +334,10 @@ def _cannot_hold(written: ModelSource, why: str) -> ArtifactError:
 def _comparable(config: DecoderConfig, untied: bool) -> DecoderConfig:
     # Without windows, the files of Llama and Mistral are equal, angles may be stated in several ways, and gate and up
     # may be one module (Granite 4). Special ids may come from the config or from the tokenizer, and do not change the
-    # computation.
+    # computation. A file does not state the form of a score head, and an architecture has only one.
     tied = config.tied_head and not untied
-    return replace(config, family="", groups=(), rotary=(), eos_token_ids=(), padding_id=None, tied_head=tied)
+    config = replace(config, family="", groups=(), rotary=(), class_head=ClassHead())
+    return replace(config, eos_token_ids=(), padding_id=None, tied_head=tied)
 
 
 def _same_angles(ours: DecoderConfig, theirs: DecoderConfig) -> bool:

@@ -194,7 +194,7 @@ def _unknown_tensors(file: GGUFFile, architecture: str) -> dict[str, Any]:
     unknown = [
         name
         for name, tensor in file.tensors.items()
-        if not is_skipped(name) and not huggingface_names(architecture, name, tensor.shape)
+        if not is_skipped(architecture, name) and not huggingface_names(architecture, name, tensor.shape)
     ]
     # Only Qwen2's and GLM's configs can express a bias on q, k and v without one on o.
     has_output_bias = any(name.endswith("attn_output.bias") for name in file.tensors)

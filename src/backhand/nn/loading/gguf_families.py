@@ -350,6 +350,7 @@ def _modern_bert(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> Non
     _encoder(config, metadata, "norm_eps", "hidden_activation")
     config |= {
         "model_type": "modernbert",
+        "classifier_pooling": "mean",  # what llama.cpp's head reads
         "local_attention": metadata.integer("attention.sliding_window"),
         "global_attn_every_n_layers": metadata.integer("attention.sliding_window_pattern", MODERN_BERT_INTERVAL),
         "rope_parameters": {

@@ -26,7 +26,9 @@ from backhand.nn.loading.gguf_tensors import (
     GRANITE_HYBRID,
     LONG_FACTORS,
     ROPE_FACTORS,
+    SCORE_HEAD,
     SHORT_FACTORS,
+    huggingface_name,
     huggingface_names,
     is_skipped,
 )
@@ -105,7 +107,15 @@ class GGUFModel(ModelSource):
 
     def tensor_names(self) -> tuple[str, ...]:
         """Return the Hugging Face names of all tensors."""
-        return tuple(self._stored)
+        of_head = ARCHITECTURES[self.architecture].head.values()
+        return tuple(name for name in self._stored if name.rpartition(".")[0] not in of_head)
+
+    def head_tensor(self, name: str) -> Tensor | None:
+        """Return a parameter of a score head, None if it is not there; some converters store C of one row as a list."""
+        if name not in self._stored:
+            return None
+        tensor, is_list = self.load(name), len(self._tensors(name)[0].shape) == 1
+        return tensor[None] if is_list and huggingface_name(self.architecture, SCORE_HEAD) == name else tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape in Hugging Face layout."""
@@ -261,7 +271,7 @@ class GGUFModel(ModelSource):
         bad = {
             f"{tensor.name} ({type_name(tensor.type_id)})"
             for name, tensor in self.metadata.tensors.items()
-            if not is_readable(tensor.type_id) and not is_skipped(name)
+            if not is_readable(tensor.type_id) and not is_skipped(self.architecture, name)
         }
         if bad:
             shown = sorted(bad)[:3]

@@ -6,6 +6,7 @@ file has one tensor per layer and projection with the matrices of all experts, a
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -72,12 +73,17 @@ class Architecture(NamedTuple):
     expert_tensors: tuple[str, ...] = ()  # kinds of tensors that exist as stacks of all experts: `weight`, `bias`
     norm_eps: str = "attention.layer_norm_rms_epsilon"  # the key with the ε of the norms
     prefix: str = "model."  # prefix of the modules' names in TensorNameMap, in ours `model.`
+    head: Mapping[str, str] = _NOTHING  # GGUF name → our name of the modules of an encoder's score head
 
 
 _LAYER_NORM_EPS = "attention.layer_norm_epsilon"
 _TABLE = {
-    "bert": Architecture(("bert",), norm_eps=_LAYER_NORM_EPS),
-    "modern-bert": Architecture(("modernbert",), norm_eps=_LAYER_NORM_EPS),
+    "bert": Architecture(("bert",), norm_eps=_LAYER_NORM_EPS, head={"cls": "pooler.dense", "cls.output": "classifier"}),
+    "modern-bert": Architecture(
+        ("modernbert",),
+        norm_eps=_LAYER_NORM_EPS,
+        head={"cls": "head.dense", "cls.norm": "head.norm", "cls.output": "classifier"},
+    ),
     "llama": Architecture(
         ("llama", "mistral", "mixtral"), (ROUTER,), biases=_BIASES, interleaved=True, expert_tensors=("weight",)
     ),
@@ -146,10 +152,8 @@ _OF_EXPERTS = re.compile(rf"blk\.(?P<layer>\d+)\.(?P<stack>{'|'.join(_EXPERTS)})
 ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 SCORE_HEAD = "cls.output.weight"
-"""The head of a reranker: the rows of yes and no of the model's head, which it has as well."""
-_SKIPPED = re.compile(
-    rf"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?|rope_factors_(long|short)\.weight|{re.escape(SCORE_HEAD)}"
-)
+"""The score head: of a decoder the rows of yes and no of the model's head, which it has as well."""
+_ROTARY_TABLES = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?|rope_factors_(long|short)\.weight")
 
 
 @cache
@@ -180,7 +184,8 @@ def _names_of(architecture: str) -> tuple[dict[str, str], dict[str, str]]:
     if inputs is not None:
         outside |= {name.replace(".weight", ".bias"): f"{inputs.norm}.bias" for name in outside if "norm" in name}
         inside |= {f"{name}.bias": f"{ours}.bias" for name, ours in block.items()}
-        return outside, inside
+        heads = itertools.product(row.head.items(), ("weight", "bias"))
+        return outside | {f"{name}.{kind}": f"{ours}.{kind}" for (name, ours), kind in heads}, inside
     outside["output.weight"] = "lm_head.weight"
     if architecture != "lfm2":
         with_bias = {name: ours for name, ours in block.items() if ours.endswith(("_proj", ".router"))}
@@ -268,6 +273,8 @@ def huggingface_name(architecture: str, name: str) -> str | None:
     return None if ours is None else f"{_layers_path(architecture)}.{match[1]}.{ours}"
 
 
-def is_skipped(name: str) -> bool:
-    """Return True for tensors that are not read: score heads, and rotary tables, which become part of the config."""
-    return _SKIPPED.fullmatch(name) is not None
+def is_skipped(architecture: str, name: str) -> bool:
+    """Return True for tensors that are not read: rotary tables, which become part of the config, and rows of a head."""
+    if name == SCORE_HEAD:
+        return not ARCHITECTURES[architecture].head
+    return _ROTARY_TABLES.fullmatch(name) is not None

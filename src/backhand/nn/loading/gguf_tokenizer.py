@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 
 _CONTROL, _USER_DEFINED = 3, 4
+_RANK = 4
+"""The pooling of files for llama.cpp's /v1/rerank."""
 _SPACE = "\u2581"
 GEMMA4_KIND, LINE_PATTERN = "gemma4", r"[^\n]+|[\n]+"
 """Name of the third kind of vocabulary, and the pattern by which it splits text."""
@@ -84,13 +86,21 @@ def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
         role: _token(file, tokens, key)
         for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
     }
-    if kind == BERT_KIND or file.value("general.architecture") == "modern-bert":
+    architecture = file.value("general.architecture")
+    encoder = kind == BERT_KIND or architecture == "modern-bert"
+    if encoder:
         # Older files name only [CLS] and [SEP], the latter by this key.
         names["bos"] = names["bos"] or _token(file, tokens, "cls")
-        names["eos"] = names["eos"] or _token(file, tokens, "seperator")
+        names["sep"] = _token(file, tokens, "seperator")
+        names["eos"] = names["eos"] or names["sep"]
     has_bos = file.value(_KEY + "add_bos_token", adds_bos) and names["bos"] is not None
     has_eos = file.value(_KEY + "add_eos_token", kind == BERT_KIND) and names["eos"] is not None
-    _add_template(backend, names["bos"] if has_bos else None, names["eos"] if has_eos else None)
+    first, last = (name if has else None for name, has in ((names["bos"], has_bos), (names["eos"], has_eos)))
+    separates = encoder and file.value(_KEY + "add_sep_token", False)
+    _add_template(backend, first, last, (names["sep"] if separates else None) if encoder else first)
+    # llama.cpp scores a query and a document without token types.
+    inputs = {"model_input_names": ["input_ids", "attention_mask"]}
+    scores_pairs = encoder and file.value(f"{architecture}.pooling_type") == _RANK
     template = file.value("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise ArtifactError("tokenizer.chat_template is not a string", where=str(file.path))
@@ -98,6 +108,7 @@ def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
         tokenizer_object=backend,
         chat_template=template,
         clean_up_tokenization_spaces=False,
+        **(inputs if scores_pairs else {}),
         **{f"{role}_token": name for role, name in names.items() if name is not None},
     )
 
@@ -260,19 +271,16 @@ def _strings(file: GGUFFile, key: str) -> list[str]:
     return items
 
 
-def _add_template(backend: Tokenizer, bos: str | None, eos: str | None) -> None:
+def _add_template(backend: Tokenizer, bos: str | None, eos: str | None, second: str | None) -> None:
+    """Put tokens around a text, and around the two texts of a pair, whose second text begins with `second`."""
     from tokenizers import processors
 
-    first, last = ([bos] if bos else []), ([eos] if eos else [])
+    first, last, between = ([token] if token else [] for token in (bos, eos, second))
     steps: list[Any] = [processors.ByteLevel(trim_offsets=False)]
     if first or last:
-        pair_first, pair_last = [f"{token}:1" for token in first], [f"{token}:1" for token in last]
         single = [*first, "$A:0", *last]
-        steps.append(
-            processors.TemplateProcessing(
-                single=single,
-                pair=[*single, *pair_first, "$B:1", *pair_last],
-                special_tokens=[(token, backend.token_to_id(token)) for token in (*first, *last)],
-            )
-        )
+        of_second = [f"{token}:1" for token in (*between, "$B", *last)]
+        special = [(token, backend.token_to_id(token)) for token in dict.fromkeys((*first, *last, *between))]
+        pair = [*single, *of_second]
+        steps.append(processors.TemplateProcessing(single=single, pair=pair, special_tokens=special))
     backend.post_processor = processors.Sequence(steps)
