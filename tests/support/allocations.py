@@ -1,14 +1,10 @@
-"""What torch, and the process as a whole, hold while something is computed."""
+"""Memory that torch holds while something is computed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
-
-from backhand.nn.compute import release_freed_memory
-from backhand.system import peak_rss_bytes, rss_bytes
 
 
 def held_at_most(work: Callable[[], object]) -> int:
@@ -21,12 +17,3 @@ def held_at_most(work: Callable[[], object]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
-
-
-def resident_growth(work: Callable[[], object]) -> int:
-    """Most resident bytes of this process while something is computed, above what it had before; on Linux."""
-    release_freed_memory()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest is that of now
-    before = rss_bytes()
-    work()
-    return peak_rss_bytes() - before

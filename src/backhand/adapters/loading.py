@@ -233,9 +233,9 @@ class LoadedAdapter:
             for name, view in parameters.named_tensors():
                 view.copy_(self.factors[name])
 
-    def parameters(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoRAParameters:
+    def parameters(self, *, device: torch.device | str = "cpu") -> LoRAParameters:
         """Return new `LoRAParameters` with the adapter's values."""
-        parameters = LoRAParameters(self.slots, full_tensors=self.trained, device=device, dtype=dtype)
+        parameters = LoRAParameters(self.slots, full_tensors=self.trained, device=device)
         self.fill(parameters)
         return parameters
 

@@ -140,8 +140,6 @@ def linear_divergence_forward(
     teacher: Tensor,
     divergence: Divergence = Divergence(),  # noqa: B008 - a named tuple is immutable
     rule: LogitsRule = PLAIN,
-    *,
-    logits: Tensor | None = None,
 ) -> Tensor:
     """Compute ℓ of every row, without gradients.
 
@@ -151,13 +149,12 @@ def linear_divergence_forward(
         teacher: (rows, hidden), the teacher's hidden states of the same rows after the final norm.
         divergence: the form of the loss.
         rule: the logits' multiplier and cap; `softened` by the temperature.
-        logits: a buffer of `chunk_shape` and x's dtype, or None.
 
     Returns:
         (rows,) losses in nats, float32 or wider.
     """
     loss = _chunk_loss(teacher, weight, divergence, rule, gradient=False)
-    return head_forward(x, weight, loss, None, rule, logits=logits)
+    return head_forward(x, weight, loss, None, rule, logits=None)
 
 
 def linear_divergence_backward(

@@ -179,16 +179,14 @@ def general_head_backward(
     return d_x, batch.per_document(losses).sum(dtype=torch.float64) if loss is None else loss
 
 
-def distillation_losses(x: Tensor, head: Head, teacher: TeacherStates, logits: Tensor | None = None) -> Tensor:
-    """Return the divergences from the teacher in nats, (rows,), without gradients, for a frozen head.
+def distillation_losses(x: Tensor, head: Head, teacher: TeacherStates) -> Tensor:
+    """Return the divergences from the teacher of these rows in nats, (rows,), without gradients, for a frozen head.
 
     Args:
         x: (rows, hidden), normalized.
-        teacher: the teacher of these rows.
-        logits: as in `head_losses`.
     """
     rule = softened(head.rule, teacher.temperature)
-    return linear_divergence_forward(x, head.weight, teacher.hidden, teacher.divergence, rule, logits=logits)
+    return linear_divergence_forward(x, head.weight, teacher.hidden, teacher.divergence, rule)
 
 
 def distillation_backward(

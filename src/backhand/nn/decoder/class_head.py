@@ -27,14 +27,13 @@ LogitsLoss = Callable[[Tensor], tuple[Tensor, Tensor]]
 """A function from logits, (documents, labels) in float32 or wider, to the loss, 0-d, and its gradient of the logits."""
 
 
-def class_logits(decoder: Decoder, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
+def class_logits(decoder: Decoder, batch: PackedBatch) -> Tensor:
     """Return the logits of a batch, (documents, labels) in float32 or wider, without gradients.
 
     Raises:
         ArtifactError: neither the adapter nor the model has all parameters of the head.
     """
-    vectors = pooled_states(decoder, batch, decoder.config.class_head.pooling, dropout_seed)
-    return _forward(decoder, vectors)[0]
+    return _forward(decoder, pooled_states(decoder, batch, decoder.config.class_head.pooling))[0]
 
 
 def class_gradients(decoder: Decoder, batch: PackedBatch, loss: LogitsLoss, dropout_seed: int | None = None) -> Tensor:
