@@ -53,14 +53,14 @@ def _posteriors(results: dict[str, Any]) -> list[str]:
 def _texts(results: dict[str, Any]) -> list[str]:
     sizes, lines = results["options"]["sizes"], []
     for corpus, methods in results["figures"].items():
-        seeds = min(len(by_seed) for by_seed in methods.values())
         title = f"*{corpus}*: {sizes[0]} rows to learn, {sizes[1]} for the temperature, {sizes[2]} to measure; "
-        title += f"{seeds} seeds, mean and standard error:"
-        rows = [
-            [method, *(_mean([one[name] for one in by_seed.values()], form) for name, form in _TEXT_FIGURES.values())]
-            for method, by_seed in methods.items()
-        ]
-        lines += [*([""] if lines else []), title, "", *table(["", *_TEXT_FIGURES], rows)]
+        title += "mean and standard error:"
+        rows = []
+        for method, by_seed in methods.items():
+            best = [min(by_rate.values(), key=lambda one: one["held_out"]) for by_rate in by_seed.values()]
+            figures = (_mean([one[name] for one in best], form) for name, form in _TEXT_FIGURES.values())
+            rows.append([method, str(len(best)), *figures])
+        lines += [*([""] if lines else []), title, "", *table(["", "seeds", *_TEXT_FIGURES], rows)]
     return lines
 
 

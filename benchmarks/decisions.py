@@ -7,7 +7,8 @@
 `train`: rows with a state of 300 words and three questions, on SmolLM2. The other side is transformers and
 PEFT with `AutoModelForSequenceClassification`, which needs a classifier per question: each of its steps is three
 forward and backward passes of the states alone, without a prompt, padded to the longest one. Both sides adapt all
-linear layers at rank 16 with AdamW, 8 rows per step, 2 at once.
+linear layers at rank 16 with AdamW, 8 rows per step. Both compute 8 rows at once, which is the default of Backhand for
+rows of this size and of transformers' `Trainer`, or the same number of `--micro-batch`.
 
 `decide`: an adapter trained with `--objective decide`, and the file that `backhand export --to gguf --decision` wrote.
 Both programs read this file, and use the same number of threads. States are decided in groups of 64, which llama.cpp's
@@ -320,7 +321,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--words", type=int, default=300, help="words of a state to train on")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model to train")
-    parser.add_argument("--micro-batch", type=int, default=2, help="rows to train on at once")
+    parser.add_argument("--micro-batch", type=int, default=BATCH_ROWS, help="rows to train on at once")
     parser.add_argument("--states", type=int, default=1000)
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
@@ -368,7 +369,8 @@ def compare(given: argparse.Namespace) -> None:
     result["memory"] = round(ours["peak_bytes"] / theirs["peak_bytes"], 2)
     output = given.output or HERE / "results" / f"decisions_{given.what}.json"
     whole = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"runs": {}}
-    case = f"states of {given.words} words, {given.dtype}" if given.what == "train" else f"{given.states:,} states"
+    trained = f"states of {given.words} words, {given.dtype}, {given.micro_batch} rows at once"
+    case = trained if given.what == "train" else f"{given.states:,} states"
     whole["machine"] = describe_machine()
     whole["runs"][case] = {"load": os.getloadavg()[0], "turns": given.turns, "figures": result}
     print(json.dumps(whole, indent=1))

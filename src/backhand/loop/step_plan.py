@@ -24,19 +24,23 @@ def default_warmup_steps(total_steps: int) -> int:
 
 
 def chosen_rate(
-    options: OptimizationOptions, objective: str, weight_scale: Callable[[], float]
+    options: OptimizationOptions, objective: str, total_steps: int, weight_scale: Callable[[], float]
 ) -> tuple[float, str | None]:
     """Return the learning rate of a run, and the reason for it, or None if the rate was given as a number.
 
-        rate = c √g,   at most `HIGHEST_RATE`
+        rate = c k √g,   at most `HIGHEST_RATE`
 
     The effect of an adapter depends on the size of its update relative to W x, so larger frozen weights allow a higher
     rate. The constant c and the root were measured. Measurements also show that the best rate does not depend on the
     adapter's rank, the number of steps, or the supervised tokens per step (docs/rates.md).
 
+    The factor k is 1, except in short runs of `decide`. The labels mean nothing to the model at first, and at k = 1 the
+    rate falls to zero before they do. k is 2 in runs of at most 100 steps, and falls to 1 at 200 steps.
+
     Args:
         options: the options of the optimizer.
         objective: the name of the objective.
+        total_steps: number of steps of the run.
         weight_scale: returns g = rms(W) √in of the adapted matrices, which is |W x| / |x| for an x unrelated to W.
     """
     rate = options.learning_rate
@@ -44,12 +48,16 @@ def chosen_rate(
         return rate, None
     if objective not in SUPERVISED:
         return COMPARING_RATE, f"{COMPARING_RATE:g}, the usual one for {objective}; another by --learning-rate"
-    rate = float(f"{min(HIGHEST_RATE, RATE * math.sqrt(weight_scale())):.2g}")
-    return rate, f"{rate:g}, chosen by the size of the frozen weights; another by --learning-rate"
+    new_labels = objective == "decide"
+    factor = min(2.0, max(1.0, _SHORT_STEPS / total_steps)) if new_labels else 1.0
+    rate = float(f"{min(HIGHEST_RATE, RATE * factor * math.sqrt(weight_scale())):.2g}")
+    reasons = "the size of the frozen weights" + " and the number of steps" * new_labels
+    return rate, f"{rate:g}, chosen by {reasons}; another by --learning-rate"
 
 
 RATE, HIGHEST_RATE = 5.2e-4, 5e-3
 COMPARING_RATE = 2e-4
+_SHORT_STEPS = 200  # runs of `decide` with fewer steps have a higher rate
 SUPERVISED = ("sft", "decide", "rank", "classify")
 """Objectives that learn the answers of the rows, which the rule is for."""
 

@@ -82,7 +82,7 @@ class RunInputs:
 
     def learning_rate(self, options: OptimizationOptions) -> tuple[float, str | None]:
         """Return the learning rate under these options, and the reason for it, or None if it was given."""
-        return chosen_rate(options, self.config.objective.objective, self.weight_scale)
+        return chosen_rate(options, self.config.objective.objective, self.total_steps, self.weight_scale)
 
     def weight_scale(self) -> float:
         """Return `weight_scale` of the adapted matrices."""
