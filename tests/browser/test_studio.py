@@ -144,7 +144,7 @@ def context(browser: Browser) -> Iterator[BrowserContext]:
 def test_from_a_table_to_an_adapter(studio: Studio, context: BrowserContext, screens: Screens, tmp_path: Path) -> None:
     (tmp_path / "faq.csv").write_text(TABLE)
     run = studio.directory / "runs" / "Opening times"
-    options = {"max_steps": "60", "save_every": "6", "batch_rows": "4", "answers": "2"}
+    options = {"max_steps": "24", "save_every": "4", "batch_rows": "4", "answers": "2"}
     with tab(context, studio.address) as page:
         screens.check(page, "empty")
         page.get_by_role("link", name="New run").first.click()
