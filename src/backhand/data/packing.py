@@ -118,13 +118,15 @@ class RowPacker:
         self.by_document = self
         self.lengths = examples.column("input_tokens").astype(np.int64)
         self._supervised = examples.column("supervised").astype(np.int64)
-        # For each row of one document, the index of its first token in `examples.tokens`, and the number of its tokens.
+        # Index of a row's first token in `examples.tokens`, and number of its tokens. These and the second texts are
+        # read in `by_document` only, in which every row has one document.
         # `lengths` counts only the tokens before the last supervised one. That token is a label and no input, and no
         # loss depends on the tokens after it.
         self._begins, self._sizes = examples.column("begin"), examples.column("tokens")
         # For encoders that read two texts in one document: the index of the second text's first token; 0 for one text.
         self._second_texts = examples.column("second_text")
-        # Index of each row's first document, then the number of all documents. None if every row is one document.
+        # For each row, the index of its first document, and as a last entry the number of documents. None if every row
+        # is one document.
         self._first_documents: npt.NDArray[np.int64] | None = None
         if ((counts := examples.document_counts) > 1).any():
             self.by_document = RowPacker(examples.documents, share_prefixes=share_prefixes)
@@ -198,7 +200,8 @@ def to_batch(
         second_texts: for each document that has two texts, such as a query and a passage, the index of the first
             token of the second one (`Example.second_text`); 0 for all other documents.
     """
-    # sources: for each segment, a document that contains it, and the segment's first and last position in the document
+    # sources: for each segment, a document that contains it, and the start and end of its positions there. The token at
+    # the end is the label of the last position.
     parts = [inputs_and_labels(documents[document][start : end + 1]) for document, start, end in forest.sources]
     ids, labels = (
         torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *arrays])).to(device)

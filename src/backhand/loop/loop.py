@@ -45,7 +45,7 @@ class SampledSteps(Protocol):
     """Metrics of the newest step."""
 
     def sample_answers(self, model: Trainable, step: int, rows: Sequence[int]) -> None:
-        """Sample the answers of a step. Nothing is trained yet. Raises CheckError if a reward function fails."""
+        """Sample the answers of a step without changing the adapter. Raises CheckError if a reward function fails."""
 
     def train(
         self, model: Trainable, optimizer: AdapterOptimizer, step: int, rows: Sequence[int], rate: float
@@ -68,7 +68,7 @@ class TrainingLoop:
     packer: RowPacker  # contains the training rows and packs micro-batches
     sampler: Sampler  # returns the rows of each step
     plan: StepPlan  # number of steps, learning rates, and intervals of evaluations and checkpoints
-    # work after each step: counts and records it, evaluates, runs guards, saves checkpoints, and ends the run
+    # after each step: counts and records the step, evaluates, runs guards, saves checkpoints, and ends the run
     evaluator: Evaluator
     _: KW_ONLY
     observer: Observer = field(default_factory=Observer)  # receives the records of steps
@@ -101,7 +101,7 @@ class TrainingLoop:
             self._step()
             is_best = evaluator.evaluate_if_due()
             if evaluator.finish_if_done() or is_best or progress.step % not_none(self.plan.run.save_every) == 0:
-                evaluator.check_base_tensor()  # one more tensor of the frozen base
+                evaluator.check_base_tensor()  # it must not have changed
                 evaluator.save_checkpoint(is_best=is_best)
         return True
 
@@ -137,7 +137,7 @@ class TrainingLoop:
             self.memory.after_step()
 
     def _sampled_step(self, sampled: SampledSteps, rows: Sequence[int], rate: float) -> tuple[StepResult, int]:
-        """Sample answers to the prompts of these rows, and train on them. Return the result and all their tokens."""
+        """Sample answers to these prompts, and train on them. Return the result, and the number of tokens of both."""
         step = self.state.progress.step
         try:
             sampled.sample_answers(self.model, step, rows)

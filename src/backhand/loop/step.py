@@ -100,7 +100,7 @@ def training_step(
         else:
             loss = work.loss_and_gradients(model, number, batch, scaling, seed)
         results.append(MicroBatchResult(number, float(loss), batch.supervised_tokens, batch.uses_attention))
-        gradient_sum.add()  # adds the buffer to the sum; sets it to zero if another micro-batch may follow
+        gradient_sum.add()  # adds the buffer to the sum, and sets the buffer to zero for the next micro-batch
     totals = processes.reduce_step(gradient_sum, results, time.perf_counter() - start_s)
     if totals.supervised_tokens != work.supervised_tokens:
         raise CheckError(
@@ -173,14 +173,14 @@ class AdapterOptimizer:
 
     Args:
         lora: the adapter.
-        options: β₁, β₂, ε, λ, the norm at which gradients are clipped, and `average_share`, the share of the steps
-            over which the values are averaged for the result of the run.
-        average_rate: ρ of a ← a + ρ (θ - a), the average that teaches in self-distillation; 0 without a teacher.
+        options: β₁, β₂, ε, λ, the norm at which gradients are clipped, and `average_share`: if it is
+            set, the run may save the average of the values over this last share of its steps, instead of the newest.
+        average_rate: ρ of a ← a + ρ (θ - a), the values of the teacher in self-distillation; 0 in all other runs.
 
     Attributes:
         values, gradients, first_moment, second_moment: θ, g, m and v, flat, (elements,) float32.
         updates: t, the number of updates so far, 0-d float32.
-        average: the average of the values that the run needs (`loop.value_average`), or None.
+        average: the running average of the values (`loop.value_average`), or None without one.
     """
 
     def __init__(self, lora: LoRAParameters, options: OptimizationOptions, average_rate: float = 0.0) -> None:

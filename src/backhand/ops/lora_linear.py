@@ -16,8 +16,8 @@ and ⟨P, m ⊙ Q⟩ = ⟨m ⊙ P, Q⟩. The left factors are the gradients:
     ∂L/∂B = s Gᵀ h                      (out, rank)
 Here all axes of a tensor except the last are flattened into rows. The last two gradients are sums over the rows.
 
-Saved: x, h and references to the weights. m is not saved; the backward generates the same m from the seed. Forward and
-backward never form the two other matrices of W's size, Gᵀ x and W + s B A.
+Saved: x, h and references to the weights. m is not saved; the backward generates the same m from the seed. Apart from
+W, forward and backward form no matrix of W's size: neither Gᵀ x nor W + s B A.
 
 The frozen layer has two large products, x Wᵀ in the forward and G W in the backward. Training W would add a third one,
 Gᵀ x. The adapter adds 6 · rank · (in + out) floating-point operations per row to forward and backward together.
@@ -95,7 +95,7 @@ def lora_linear_forward(
         lora_A: (rank, in).
         lora_B: (out, rank).
         scaling: s.
-        dropout: the dropout that makes x̃ of x, or None for x̃ = x.
+        dropout: the dropout that turns x into x̃, or None for x̃ = x.
 
     Returns:
         y (..., out) in x's dtype, and the saved tensors.

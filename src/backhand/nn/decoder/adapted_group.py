@@ -51,8 +51,8 @@ ALL_GROUPS = frozenset(Group)
 BLOCK_GROUPS = Group.DOWN + 1
 """Number of groups of a block without per-layer embeddings."""
 BEFORE_BLOCKS = len(Group)
-"""Index that `group_mask_seed` receives, like a `Group`, for the one projection before the first block. It computes the
-per-layer embeddings of Gemma 4. `PER_LAYER_PROJECTION` is another projection, inside each block of Gemma 4."""
+"""Number that `group_mask_seed` receives instead of a `Group` for the projection that computes Gemma 4's per-layer
+embeddings before the first block. `PER_LAYER_PROJECTION` is another one, inside each block."""
 
 
 class GroupAdapter(NamedTuple):
@@ -118,9 +118,9 @@ class BackwardEnd(NamedTuple):
 def backward_end(layout: AdapterLayout, config: DecoderConfig) -> BackwardEnd:
     """Return the place at which the backward pass ends.
 
-    It ends at the lowest group with a trained tensor, and only the groups after this one need input gradients. If a
-    module before the first block is trained (the embedding, or the projection that computes the per-layer embeddings),
-    all groups of all layers need input gradients.
+    It ends at the lowest group with a trained tensor, and only the groups that follow it in the forward pass need input
+    gradients. If a module before the first block is trained (the embedding, or the projection that computes the
+    per-layer embeddings), all groups of all layers need input gradients.
     """
     trained = [slot.name for slot in layout.slots]
     trained += [tensor.base_name.rpartition(".")[0] for tensor in layout.full_tensors]
@@ -151,7 +151,12 @@ def block_adapter(
     layer_config, groups = config.at(config.layers[layer]), config.layer_groups[layer]
     hidden = (config.hidden_size,)
     mixer = layer_config.mixers[config.layers[layer].mixer]
-    output_sizes = [mixer.sizes, hidden, layer_config.gate_up_sizes, hidden]  # per group, per module
+    output_sizes = [
+        mixer.sizes,
+        hidden,
+        layer_config.gate_up_sizes,
+        hidden,
+    ]  # for each group, the output sizes of its modules
     if config.per_layer is not None:
         output_sizes += [(config.per_layer.width,), hidden]
 
@@ -168,7 +173,7 @@ def block_adapter(
     per_layer = None
     if len(groups) > Group.PER_LAYER_GATE:
         per_layer = adapter(Group.PER_LAYER_GATE), adapter(Group.PER_LAYER_PROJECTION)
-    # Both output projections have the same mask number; their masks differ, because their inputs have different widths.
+    # Both output projections draw their dropout masks from the same seed. The masks differ, because their widths do.
     second = adapter(Group.OUTPUT, mixer.second) if mixer.second else None
     of_mixer = [*adapters[:2], *([] if second is None else [second])]
     mixer_extras, mlp_extras = (any(each.extras is not None for each in some) for some in (of_mixer, adapters[2:]))
@@ -232,10 +237,10 @@ def mask_seed(micro_batch_seed: int, number: int) -> int:
 def group_mask_seed(micro_batch_seed: int, layer: int, group: int) -> int:
     """Return the seed of the dropout mask of a group's input.
 
-    Each input of a group has its own number; only the two output projections of a mixer share one. The four groups of
-    each block have the mask numbers 4 · layer + group. The groups of per-layer embeddings have
-    negative numbers. The output head is computed in chunks of positions, and each chunk has its own mask. In a model
-    of n layers, chunk c has the mask number 4 · n + c (`nn.decoder.adapted_head`).
+    The seed is made of the micro-batch's seed and a mask number. Every group has its own mask number. Only the two
+    output projections of a mixer share one. The four groups of each block have the mask numbers 4 · layer + group. The
+    groups of per-layer embeddings have negative numbers. The output head is computed in chunks of positions, and each
+    chunk has its own mask. In a model of n layers, chunk c has the mask number 4 · n + c (`nn.decoder.adapted_head`).
     """
     first = BLOCK_GROUPS * (layer if group < BLOCK_GROUPS else -1 - layer)
     return mask_seed(micro_batch_seed, first + group % BLOCK_GROUPS)

@@ -19,7 +19,7 @@ Families differ from these lines as follows:
 - In some layers another mixer replaces attention, and has its own input projections (`nn.decoder.mixer`).
 - Granite multiplies the output of each sublayer by a constant m, the residual multiplier, before the sum. Falcon-H1
   multiplies the outputs of several modules by constants.
-- Falcon-H1's mixer is attention next to Mamba-2, with one projection after each (`nn.decoder.parallel_mixer`).
+- Falcon-H1's mixer is attention and Mamba-2 in parallel, with one output projection each (`nn.decoder.parallel_mixer`).
 - Nemotron-H's blocks are a mixer sublayer alone: x₂ = x₁. In some of them an MLP replaces the mixer (`mlp_mixer`).
 - A mixture of experts replaces the MLP sublayer (`nn.decoder.experts`).
 - Gemma 4 adds per-layer embeddings to x₂ and multiplies the sum by a scalar (`nn.decoder.ple_block`).
@@ -36,9 +36,9 @@ Backward takes the lines in reverse order and applies the backward of each op:
   `group_input_gradient` returns ∂L/∂x, and `group_A_gradients` adds ∂L/∂A. The third reads the input of the projection.
   If this input is the output of a norm, the tensors that the norm saved are enough. `group_gradients` is the last two
   parts in one call, and `group_backward` is all three.
-- `ops.adapted_glu` is the backward of p = φ(a) ⊙ u together with steps of the projections around it, so that a and u
-  are read once. It receives d_p and returns ∂L/∂[a u] and, for the gate and up projections, ∂L/∂h. It adds ∂L/∂B of
-  gate and up, and ∂L/∂A of down, to the flat buffer.
+- `ops.adapted_glu` computes three things while it reads a and u once: the backward of p = φ(a) ⊙ u, `h_gradient` of
+  gate and up, and `group_A_gradients` of down, whose input is p. It receives d_p, and returns ∂L/∂[a u] and the ∂L/∂h
+  of gate and up.
 
 `nn.decoder.general_backward` has the backward functions for mixtures of experts, for MLPs without a gate, for
 Falcon-H1, and for sublayers that train more than LoRA factors. It is also used if the backward pass ends in the MLP
@@ -227,8 +227,8 @@ def block_backward(
         d_x2: ∂L/∂x₂. It may be overwritten.
         saved: from `block_forward`. [a u] is overwritten by its gradient.
         input_grad_groups: groups of projections whose input gradient is needed. If the backward pass ends in this
-            block, these are the groups after the lowest trained group, otherwise all groups. The pass visits the groups
-            in reverse order and ends at the first one that is not in the set.
+            block, these are the groups that follow the lowest trained group in the forward pass, otherwise all groups.
+            The backward visits them in reverse order and ends at the first one that is not in the set.
 
     Returns:
         d_x₀, or None if the backward pass ends in this block.

@@ -116,7 +116,7 @@ class ForwardBackward:
         return self._scale_embedding(adapted_embedding(input_ids, table, self.config, self.lora))
 
     def input_states(self, batch: PackedBatch) -> Tensor:
-        """Return the input of block 0, (tokens, hidden): the embedded tokens, in encoders after their norm."""
+        """Return the input of block 0, (tokens, hidden): the embedded tokens, or `encoder_inputs` of them."""
         x, weights = self.embed(batch.input_ids), self.active.inputs
         return x if weights is None else encoder_inputs_forward(x, batch, weights, self.config.norm_eps)[0]
 
@@ -191,7 +191,7 @@ class ForwardBackward:
         Only Gemma 4 has such tensors: shared keys and values, and per-layer embeddings (PLE), which a small network
         computes from the token ids before the first block (`nn.decoder.ple_inputs`). Other families return None twice.
         """
-        # `value_norm` is a property of Gemma 4, whose layers may share keys and values
+        # only Gemma 4 has `value_norm`, and only its layers may share keys and values
         if not self.config.value_norm and self.config.per_layer is None:
             return None, None
         if self.active.per_layer is None:
@@ -205,7 +205,7 @@ class ForwardBackward:
         """Return the adapter of every block in the compute dtype; `dropout_seed` is None for no dropout.
 
         A `BlockAdapter` contains views of the adapter's flat buffers. It is cached and the same in every pass, unless
-        the adapter uses dropout or DoRA. DoRA needs the lengths of the rows of W + s B A, which change in every step.
+        the adapter uses dropout, or DoRA, which divides by the norm of each row of W + s B A of the current step.
         """
         lora, dora = self.lora, self._trained.uses_dora
         buffer = None if lora is None else lora.compute_values
@@ -386,7 +386,7 @@ class ForwardBackward:
             d_normed, loss = general_head_backward(normed, batch, head, lora, loss_scaling, token_loss, logits)
         else:
             # L is a sum of token losses, so the gradient of loss_scaling · L with respect to a token loss is known
-            # before the head's forward: loss_scaling, once for each document with the token. Therefore one call
+            # before the head's forward: loss_scaling times the number of documents with the token. Therefore one call
             # computes the losses and d_normed.
             losses, (d_normed, *_) = linear_cross_entropy_backward(
                 normed,
@@ -416,7 +416,7 @@ class ForwardBackward:
         return d_normed if saved is None else norm_backward(d_normed, saved, self._trained.d_final_norm)
 
     def _through_inputs(self, d_x: Tensor, batch: PackedBatch) -> Tensor:
-        """Map ∂L/∂x₀ to the gradient of the embedded tokens. An encoder's operations between them are recomputed."""
+        """Map the gradient of block 0's input to that of embedded tokens; an encoder's part between is recomputed."""
         weights = self.active.inputs
         if weights is None:
             return d_x
