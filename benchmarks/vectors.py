@@ -291,7 +291,7 @@ def compare_scores(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         return float(score_vectors(identities, vectors).values["ndcg@10"])
 
     def our_score(adapter: Path | None) -> float:
-        options = {"model": "all-minilm-l6-v2", "adapter": adapter}
+        options = {"model": "all-minilm-l6-v2", "adapter": adapter, "dtype": "float32"}
         anchors = backhand.embed(texts["anchor"], queries=True, **options)
         return score(anchors, backhand.embed(texts["positive"], **options))
 
