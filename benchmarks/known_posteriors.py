@@ -1,11 +1,12 @@
 """Decisions about texts whose true probabilities are known, against the same rows trained as label text.
 
-    python benchmarks/known_posteriors.py [--ways decide random text] [--epochs 2] [--output FILE]
+    python benchmarks/known_posteriors.py [--ways decide smoothed random text] [--epochs 2] [--output FILE]
 
 A class is drawn, then six words from the distribution of this class, with hard answers. Bayes' rule gives the true
-probability of every class. 600 texts train an adapter to decide (`decide`; with `random`, the prompts show the options
-in random orders), and another one to answer with the name of the class (`text`). 200 held-out texts choose the best
-step of each run and fit the temperature, and everything is measured on 400 others:
+probability of every class. 600 texts train an adapter to decide, and another one to answer with the name of the class
+(`text`). `smoothed` decides with a label smoothing of 0.1, and the prompts of `random` show the options in random
+orders. 200 held-out texts choose the best step of each run and fit the temperature, and everything is measured on 400
+others:
 
     accuracy   share of texts whose most probable class is the one drawn; Bayes' choice has the highest expected one
     ECE        Σ_bins (texts in the bin / texts) |mean confidence - mean true probability of the chosen class|
@@ -47,7 +48,7 @@ CLASSES = [*OWN_WORDS]
 WORDS = (*(word for words in OWN_WORDS.values() for word in words), "please", "today", "again", "help")
 OWN, COMMON, OTHER = 0.18, 0.05, 0.02
 """Shares of a class's own words, of words of no class, and of the words of other classes, before they are varied."""
-WAYS = ["decide", "random", "text"]
+WAYS = ["decide", "smoothed", "random", "text"]
 TEXT_WORDS, BINS, FLIP_ROWS = 6, 10, 100
 
 
@@ -133,7 +134,7 @@ def task_of(given: argparse.Namespace) -> Task:
     return Task(rows, held_out, test, truth, model, model | training)
 
 
-def train_to_decide(task: Task, option_order: str, output: Path) -> float:
+def train_to_decide(task: Task, output: Path, **options: Any) -> float:
     """Train the adapter that decides, and return the seconds."""
     began = time.perf_counter()
     backhand.train(
@@ -141,8 +142,8 @@ def train_to_decide(task: Task, option_order: str, output: Path) -> float:
         eval_data=task.held_out,
         objective="decide",
         question={"label": QUESTION},
-        option_order=option_order,
         output=output,
+        **options,
         **task.training,
     )
     return time.perf_counter() - began
@@ -205,9 +206,14 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, dict[str, floa
     """Train the adapters and return their figures with those of Bayes' rule."""
     task = task_of(given)
     result = {"Bayes' rule": task.figures(task.truth)} | counted(task)
-    for way, order, name in (("decide", "canonical", "decide"), ("random", "random", "decide, random orders")):
+    decided: dict[str, tuple[str, dict[str, Any]]] = {
+        "decide": ("decide", {}),
+        "smoothed": ("decide, label smoothing 0.1", {"label_smoothing": 0.1}),
+        "random": ("decide, random orders", {"option_order": "random"}),
+    }
+    for way, (name, options) in decided.items():
         if way in given.ways:
-            seconds = train_to_decide(task, order, folder / way)
+            seconds = train_to_decide(task, folder / way, **options)
             calibrated, uncalibrated = measure_decisions(task, folder / way / "adapter")
             result |= {name: calibrated | {"seconds": seconds}, f"{name}, uncalibrated": uncalibrated}
     if "text" in given.ways:

@@ -236,6 +236,7 @@ def test_the_options_on_the_screen_are_those_of_the_start(client: Client) -> Non
         ("orpo", {"beta"}),
         ("simpo", {"beta", "label_smoothing"}),
         ("kto", {"beta", "loss_type"}),
+        ("decide", {"label_smoothing"}),
         ("embed", {"pooling", "query_prompt", "document_prompt"}),
         ("rank", set()),
         ("classify", {"problem_type"}),

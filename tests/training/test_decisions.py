@@ -246,6 +246,33 @@ def test_training_rows_also_have_the_loss_of_held_out_rows() -> None:
     assert "label_loss" not in held_out.measured
 
 
+def test_smoothed_answers_have_the_loss_of_soft_targets() -> None:
+    examples, share = decision_examples(6), 0.1
+
+    def smoothed(one: Asked) -> Asked:
+        targets = not_none(one.targets)
+        return replace(one, targets=tuple((1 - share) * target + share / len(targets) for target in targets))
+
+    soft = [
+        replace(one, decision=replace(row, asked=tuple(map(smoothed, row.asked))))
+        for one in examples
+        for row in [not_none(one.decision)]
+    ]
+    sums = -torch.arange(1.0, 1 + sum(len(one.documents) for one in examples), dtype=torch.float64).sqrt()
+    plain, given = (RowPacker(rows, share_prefixes=True) for rows in (examples, soft))
+    ours = DecideObjective(plain, label_smoothing=share).of_sums(range(6), sums)
+    theirs = DecideObjective(given).of_sums(range(6), sums)
+    torch.testing.assert_close(ours.losses, theirs.losses, rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours.d_sums, theirs.d_sums, rtol=0, atol=1e-12)
+    hard = DecideObjective(plain).of_sums(range(6), sums).measured["label_loss"]
+    assert ours.measured["label_loss"] == pytest.approx(hard), "it compares with the held-out loss"
+
+
+def test_smoothed_answers_need_rows_for_the_temperature(tiny: TinyRun, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="makes probabilities too even"):
+        train(config(tiny, tmp_path, tmp_path / "run", eval_data=(), eval_fraction=0.0, label_smoothing=0.1))
+
+
 def test_the_adapter_has_questions_and_temperatures(straight: TrainConfig, tiny: TinyRun) -> None:
     record = json.loads((straight.run.output / "adapter" / "backhand.json").read_text())
     decisions = record["decisions"]

@@ -41,7 +41,7 @@ _TAKEN: dict[str, tuple[str, ...]] = {
     "simpo": ("beta", "simpo_gamma", "label_smoothing"),
     "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight"),
     "grpo": ("beta",),
-    "decide": (),
+    "decide": ("label_smoothing",),
     "bake": (
         *("context", "context_column", "answers_from"),
         *("divergence", "divergence_share", "divergence_temperature"),
@@ -111,7 +111,9 @@ class ObjectiveOptions(Options):
 
     label_smoothing: Annotated[float, Bound(at_least=0.0, below=1.0)] = 0.0
     """Probability that chosen and rejected are exchanged in a pair: for `simpo`, and for `dpo` with `robust` (below
-    0.5), `exo_pair` (above 0), `aot` or `aot_unpaired`."""
+    0.5), `exo_pair` (above 0), `aot` or `aot_unpaired`. For `decide`, the share of each answer that training spreads
+    over all options of its question (1512.00567). Probabilities are then too even without a temperature, so `decide`
+    needs held-out rows for it."""
 
     discopop_tau: Annotated[float, Bound(at_least=_SMALLEST)] = 0.05
     """Temperature of `dpo` with `discopop`."""

@@ -160,6 +160,13 @@ def read_inputs(
             where="early_stopping",
             next_step="give eval_data or eval_fraction as well, or leave out early_stopping",
         )
+    if objective.objective == "decide" and objective.label_smoothing and held_out is None:
+        raise UsageError(
+            f"label_smoothing {objective.label_smoothing} makes probabilities too even",
+            where="label_smoothing",
+            why="the temperature that corrects them is fitted to held-out rows, and there are none",
+            next_step="give eval_data or eval_fraction as well, or leave out label_smoothing",
+        )
     beyond = [data.examples.beyond(engine.vocab_size) for data in (train, held_out) if data is not None]
     packer, held_out_packer = _packers(config, train, held_out, engine, layout)
     for rows in (packer, held_out_packer):

@@ -105,7 +105,8 @@ def run_objectives(
             return None
         packer, reference, others_name = sets[name][0], sums.get(name), f"{name}_others"
         if options.objective == "decide":
-            return DecideObjective(packer)
+            smoothing = options.label_smoothing if name == "train" else 0.0
+            return DecideObjective(packer, label_smoothing=smoothing)
         if options.objective == "embed":
             return EmbedObjective(packer, options=options)
         if options.objective == "rank" and inputs.trains_head:

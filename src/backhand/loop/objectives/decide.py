@@ -4,6 +4,13 @@ The score of an option is the log-probability of its label, so the sums of an `O
 choices are asked a second time, where the score of an option is the log-probability of its name
 (`data.decision_examples`). Held-out rows also give the temperatures (`loop.decision_scores`), and the best
 step is that of the lowest loss with temperatures.
+
+Training can smooth the targets of the n options of a question [arXiv:1512.00567, §7]:
+
+    t ← (1 - ε) t + ε / n
+
+The loss of smoothed targets has a minimum at finite scores, so an adapter follows the noise of hard answers less. Its
+probabilities are too even, which the temperatures correct.
 """
 
 from __future__ import annotations
@@ -15,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.data.decisions import DecisionRow
+from backhand.data.decisions import Asked, DecisionRow
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import BoundModel
 from backhand.errors import not_none
@@ -34,12 +41,19 @@ class HeldOutDecisions(NamedTuple):
 
 @dataclass
 class DecideObjective(AnswerObjective):
-    """The loss of decisions."""
+    """The loss of decisions.
+
+    Attributes:
+        label_smoothing: ε; 0 for held-out rows.
+    """
+
+    label_smoothing: float = 0.0
 
     def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
         """Compute the losses of the rows. Their metrics are the accuracy and the probability of all labels together."""
         decisions = self.decisions(rows)
         targets: list[float] = []
+        even: list[float] = []  # the same probability for every option, 0 for other spellings
         sizes: list[int] = []
         counts: list[int] = []  # number of questions of each row
         is_label: list[bool] = []  # of each document
@@ -47,8 +61,10 @@ class DecideObjective(AnswerObjective):
         for row in decisions:
             for asked, spellings in zip(row.asked, row.spellings, strict=True):
                 targets += [*not_none(asked.targets), *[0.0] * spellings]
+                even += [*_even(asked), *[0.0] * spellings]
             for asked in row.named:
                 targets += not_none(asked.targets)
+                even += _even(asked)
             sizes += (*row.sizes, *row.name_sizes)
             counts.append(len(row.asked) + len(row.named))
             is_asked += [True] * len(row.asked) + [False] * len(row.named)
@@ -57,14 +73,17 @@ class DecideObjective(AnswerObjective):
         row_of = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
         weight = 1 / torch.tensor(counts, dtype=torch.float64)[row_of]
         target = torch.tensor(targets, dtype=torch.float64)
-        losses, saved = decide_forward(documents.sums, target, owner, len(sizes))
+        smoothed = target.lerp(torch.tensor(even, dtype=torch.float64), self.label_smoothing)
+        losses, saved = decide_forward(documents.sums, smoothed, owner, len(sizes))
         of_rows = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row_of, weight * losses)
         outcomes = outcomes_of(decisions, documents.sums.tolist())
         hits = sum(float(one.targets[one.scores.argmax()]) for one in outcomes)
         mass = float(documents.sums[torch.tensor(is_label)].exp().sum())
         measured = {"accuracy": (hits, len(outcomes)), "label_mass": (mass, len(outcomes))}
-        if not all(is_asked):  # the loss without names, which compares with that of held-out rows
-            parts = losses[torch.tensor(is_asked)].split([len(row.asked) for row in decisions])
+        if self.label_smoothing or not all(is_asked):
+            # The loss without names and smoothing compares with that of held-out rows. It is linear in the targets.
+            plain = losses.index_add(0, owner, (smoothed - target) * documents.sums)
+            parts = plain[torch.tensor(is_asked)].split([len(row.asked) for row in decisions])
             measured["label_loss"] = (sum(float(part.mean()) for part in parts), len(rows))
         return RowLosses(of_rows, decide_backward(weight, saved).d_scores, measured)
 
@@ -107,6 +126,10 @@ class DecideObjective(AnswerObjective):
         ]
         calibrated = self.of_sums(rows, sums / torch.tensor(of_documents, dtype=sums.dtype)).losses
         return calibrated, {"uncalibrated_loss": float(losses.mean())}
+
+
+def _even(asked: Asked) -> list[float]:
+    return [1 / len(asked.question.keys)] * len(asked.question.keys)
 
 
 def decision_figures(decisions: HeldOutDecisions) -> dict[str, Any]:
