@@ -25,6 +25,7 @@ import time
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ def draw(texts: dict[str, list[str]], sizes: Sequence[int], seed: int) -> list[R
     return [[every[place] for place in order[end - size : end]] for size, end in zip(sizes, ends, strict=True)]
 
 
-def by_decide(task: dict[str, Any], sets: list[Rows], given: argparse.Namespace, folder: Path) -> list[Floats]:
+def by_decide(
+    task: dict[str, Any], sets: list[Rows], given: argparse.Namespace, folder: Path, *, label_smoothing: float = 0.0
+) -> list[Floats]:
     """Return the probabilities of each label for the calibration and the test rows, without the temperature."""
     import backhand
 
@@ -87,7 +90,7 @@ def by_decide(task: dict[str, Any], sets: list[Rows], given: argparse.Namespace,
         eval_data=sets[1],
         objective="decide",
         question={"label": task["question"]},
-        option_order="canonical",
+        label_smoothing=label_smoothing,
         output=folder / "run",
         **trained_with(given, task),
     )
@@ -202,6 +205,7 @@ def by_tf_idf(task: dict[str, Any], sets: list[Rows], given: argparse.Namespace,
 
 METHODS: dict[str, Callable[..., list[Floats]]] = {
     "decide": by_decide,
+    "decide, label smoothing 0.1": partial(by_decide, label_smoothing=0.1),
     "label text": by_label_text,
     "transformers + PEFT, SEQ_CLS": by_classifier,
     "TF-IDF, logistic regression": by_tf_idf,
@@ -281,7 +285,7 @@ def main() -> None:
                     task["rate"], began = rate, time.perf_counter()
                     with tempfile.TemporaryDirectory() as folder:
                         p = METHODS[method](task, sets, given, Path(folder))
-                    one = measure(p, right, calibrated=method == "decide") | {"seconds": task["trained"] - began}
+                    one = measure(p, right, calibrated="decide" in method) | {"seconds": task["trained"] - began}
                     by_rate[str(rate)] = one
                     given.output.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
                     shown = {name: round(value, 4) for name, value in one.items()}
