@@ -234,8 +234,8 @@ def causal_conv(builds: Sequence[Library], draw: Draw) -> None:
 
 
 def attention(builds: Sequence[Library], draw: Draw) -> None:
-    """Trees of segments, both directions, windows, sinks, shared heads; the output recomputed or not."""
-    number, dtype, _ = DTYPES[draw.random.integers(3)]
+    """Trees of segments, both directions, windows, sinks, shared heads; with saved sums, or the output recomputed."""
+    number, dtype, wide = DTYPES[draw.random.integers(3)]
     kv_heads, group, head_dim = (int(draw.random.integers(1, high)) for high in (4, 4, 70))
     table = draw.segments(70)
     tokens = int(table[1].sum())
@@ -249,12 +249,16 @@ def attention(builds: Sequence[Library], draw: Draw) -> None:
     causal = int(bool((table[2] >= 0).any()) or draw.chance())
     given = (*where, 0.3, sinks.ctypes.data if draw.chance() else None, causal)
     nowhere = (None, 0, 0)
+    sums = np.zeros((heads, tokens), wide)
+    of_queries = (sums.ctypes.data, tokens) if draw.chance() else (None, 0)
     for build in builds:
-        forward = build.function("backhand_attention_forward", (INT, *_HEADS * 4, *problem), INT)
-        assert forward(number, *q.place, *k.place, *v.place, *output.place, *given) == 0
-        backward = build.function("backhand_attention_backward", (INT, *_HEADS * 8, *problem), INT)
+        forward = build.function("backhand_attention_forward", (INT, *_HEADS * 4, POINTER, INT64, *problem), INT)
+        assert forward(number, *q.place, *k.place, *v.place, *output.place, *of_queries, *given) == 0
+        backward = build.function("backhand_attention_backward", (INT, *_HEADS * 9, POINTER, INT64, *problem), INT)
         places = [part for x in (q, k, v, d_y, d_q, d_k, d_v) for part in x.place]
-        assert backward(number, *places, *(again.place if draw.chance() else nowhere), *given) == 0
+        recomputed = again.place if of_queries[0] is None and draw.chance() else nowhere
+        y = output.place if of_queries[0] is not None else nowhere
+        assert backward(number, *places, *y, *recomputed, *of_queries, *given) == 0
         _finite(output, again, d_q, d_k, d_v)
 
 

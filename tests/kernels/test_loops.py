@@ -415,6 +415,8 @@ def attention_of(documents, heads, kv_heads, head_dim, dtype, *, window=None, sh
         ((5, 90), 2, 1, 16, 20, 50),
         ((2065,), 2, 1, 16, 300, 0),
         ((641, 3), 3, 1, 48, None, 0),
+        ((1100, 40), 3, 1, 20, None, 0),
+        ((90, 60, 300), 2, 1, 16, 1040, 1000),
         ((513, 2, 130), 4, 2, 64, None, 470),
         (TREES[0], 3, 1, 33, None, TREES[1]),
         (CHAINS[0], 2, 1, 16, 7, CHAINS[1]),

@@ -150,6 +150,18 @@ def test_queries_of_many_visible_keys_save_their_output():
     assert can_recompute_output(q, (SegmentRun(0, 9, 1024),))
 
 
+@needs_loops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_of_many_visible_keys_save_the_sums_of_their_softmax(dtype):
+    q = torch.zeros(1025, 3, 8, dtype=dtype)
+    for tokens, window, saves in ((1025, None, True), (1024, None, False), (1025, 1024, False)):
+        x = q[:tokens]
+        _, saved = attention_forward(x, x, x, (SegmentRun(0, 1, tokens),), Scores(0.3, window))
+        assert (saved.logsumexp is not None) == saves
+    # In the kernel's units, which are those of the exponential function or of powers of two.
+    assert attention_forward(q, q, q, (SegmentRun(0, 1, 1025),), Scores(0.3))[1].logsumexp[0, 0] == 0
+
+
 def test_torch_s_form_returns_the_saved_output_or_recomputes_it():
     with torch_form():
         saved, y, d_y = attended(torch.float64)

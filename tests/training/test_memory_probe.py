@@ -22,7 +22,14 @@ from backhand.engines.memory.parts import (
     transformers_size,
 )
 from backhand.engines.memory.shapes import StepShape
-from backhand.engines.memory_probe import MeasuredMemory, ProcessBytes, TensorBytes, peak_of, step_bytes
+from backhand.engines.memory_probe import (
+    PROBED_TOKENS,
+    MeasuredMemory,
+    ProcessBytes,
+    TensorBytes,
+    peak_of,
+    step_bytes,
+)
 from backhand.engines.short_decoder import short_decoder
 from backhand.loop.process_memory import settled_rss_bytes
 from backhand.nn.decoder.decoder import Decoder
@@ -143,6 +150,20 @@ def test_fewer_tokens_say_no_less_than_all_of_them(dtype: torch.dtype, recompute
     measured, held, estimate = peaks(config, shape, dtype, recompute, PLAIN, 256)
     assert 0.98 * held <= measured <= 1.25 * held
     assert 0.8 * held <= estimate <= 1.9 * held
+
+
+def test_the_first_tokens_of_a_long_document_say_what_it_saves() -> None:
+    """Attention's output is saved of long documents alone, and its kernel has buffers for each head."""
+    config = config_of("llama", num_hidden_layers=4)
+    shape = StepShape(2400, 20, (2400,))
+    measured, held, _ = peaks(config, shape, torch.float32, "none", PLAIN, PROBED_TOKENS)
+    assert 0.98 * held <= measured <= 1.1 * held
+    size = decoder_size(config, resolve_adapter(PLAIN, module_shapes(config)), torch.float32)
+    gaps = [
+        parts_of(size, one, estimated_step(size, shape, "none"), 0)["gaps between buffers"]
+        for one in (shape, replace(shape, lengths=(300,) * 8))
+    ]
+    assert gaps[0] - gaps[1] == 2400 * 2 * 4 * config.num_heads * config.head_dim
 
 
 @pytest.mark.parametrize("more", [{}, {"dropout": 0.1}, {"use_dora": True}])

@@ -6,9 +6,9 @@ model (`short_decoder`), with and without one more block, give the peak of the w
 
     peak(model) = peak(short) + Σ_kinds missing (peak(short and one more) - peak(short))
 
-If the run's largest micro-batch has more than 1,024 tokens, 1,024 of them are measured. The memory of the blocks grows
-by s per token. The memory of the head grows by r per supervised token. A pass with one supervised token, in which the
-head is negligible, gives s:
+If the run's largest micro-batch has more than 1,088 tokens, 1,088 of them are measured. A document of which these are a
+part then saves what long documents save (`ops.attention`). The memory of the blocks grows by s per token. The memory of
+the head grows by r per supervised token. A pass with one supervised token, in which the head is negligible, gives s:
 
     peak(T, S) = peak(T₁, S₁) + (T - T₁) s + (S - S₁) r,    s = peak(T₁, 1) / T₁
 
@@ -32,10 +32,11 @@ from backhand.engines.memory.plan import MARGIN
 from backhand.engines.memory.shapes import StepShape
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
+from backhand.ops.attention import MOST_KEYS_RECOMPUTED
 from backhand.ops.weight_tiles import drop_scratch
 from backhand.options.config import Recompute
 
-PROBED_TOKENS = 1024
+PROBED_TOKENS = MOST_KEYS_RECOMPUTED + 64
 _WARM_UP = StepShape(16, 8)
 """A first pass of this shape allocates everything that is allocated once."""
 _LEAST_SHARE = 0.5

@@ -20,8 +20,9 @@ from backhand.kernels.library import (
 
 _HEADS = (POINTER, INT64, INT64)
 _PROBLEM = (POINTER, *(INT64,) * 5, DOUBLE, POINTER, INT)
-_FORWARD = KernelSignature("backhand_attention_forward", INT, *_HEADS * 4, *_PROBLEM, result=INT)
-_BACKWARD = KernelSignature("backhand_attention_backward", INT, *_HEADS * 8, *_PROBLEM, result=INT)
+_LOGSUMEXP = (POINTER, INT64)
+_FORWARD = KernelSignature("backhand_attention_forward", INT, *_HEADS * 4, *_LOGSUMEXP, *_PROBLEM, result=INT)
+_BACKWARD = KernelSignature("backhand_attention_backward", INT, *_HEADS * 9, *_LOGSUMEXP, *_PROBLEM, result=INT)
 _NOWHERE = (0, 0, 0)
 
 
@@ -35,6 +36,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     output: Tensor,
+    logsumexp: Tensor | None,
     runs: SegmentRuns,
     scaling: float,
     window: int | None,
@@ -47,6 +49,7 @@ def attention(
         q: (tokens, heads, head_dim).
         k: (tokens, key/value heads, head_dim), like v.
         output: of q's shape.
+        logsumexp: (heads, tokens) to receive ℓ, in units that `attention_gradients` reads; or None.
         runs: the documents' segments; see `segment_table`.
         scaling: c.
         window: the number of keys that a query sees, including itself; None for all.
@@ -57,7 +60,7 @@ def attention(
     if kernel is None:
         return False
     problem, _held = _problem(q, k, runs, scaling, window, sinks, causal)
-    _check(kernel(*_heads(q, k, v, output), *problem))
+    _check(kernel(*_heads(q, k, v, output), *_per_query(logsumexp), *problem))
     return True
 
 
@@ -67,7 +70,9 @@ def attention_gradients(
     k: Tensor,
     v: Tensor,
     grads: Sequence[Tensor],
+    output: Tensor | None,
     output_buffer: Tensor | None,
+    logsumexp: Tensor | None,
     runs: SegmentRuns,
     scaling: float,
     window: int | None,
@@ -78,15 +83,22 @@ def attention_gradients(
 
     Args:
         d_y: ∂L/∂O, (tokens, heads, head_dim).
-        output_buffer: receives O; or None.
+        output: O, which is read if ℓ is given.
+        output_buffer: receives O, without ℓ; or None.
+        logsumexp: (heads, tokens), ℓ from `attention`; or None, and the sums of the softmax are computed again.
     """
     kernel = find_kernel(_BACKWARD, q, k, v, d_y, *grads, output_buffer)
     if kernel is None:
         return False
-    output_place = _NOWHERE if output_buffer is None else _heads(output_buffer)
+    places = [_NOWHERE if x is None else _heads(x) for x in (output if logsumexp is not None else None, output_buffer)]
     problem, _held = _problem(q, k, runs, scaling, window, sinks, causal)
-    _check(kernel(*_heads(q, k, v, d_y, *grads), *output_place, *problem))
+    _check(kernel(*_heads(q, k, v, d_y, *grads), *places[0], *places[1], *_per_query(logsumexp), *problem))
     return True
+
+
+def _per_query(logsumexp: Tensor | None) -> tuple[int | None, int]:
+    """Return the address of ℓ, (heads, tokens), and the number of tokens."""
+    return (None, 0) if logsumexp is None else (logsumexp.data_ptr(), logsumexp.shape[1])
 
 
 def _heads(*tensors: Tensor) -> list[int]:

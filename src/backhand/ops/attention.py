@@ -29,13 +29,16 @@ as before, since σ adds nothing to dℓ' = rowsum(P ⊙ dS). Every formula abov
 to 1 - e^(σ - ℓ'), and with δ = rowsum(P ⊙ ∂L/∂P) = rowsum(G ⊙ O). Even a query that sees only its own key has a
 gradient through it.
 
-The kernel (native/attention.cpp) takes all documents at once, saves no ℓ, and uses the processor's pairwise products of
-bfloat16 where it has them. No backward needs O or ℓ, since δ is a sum over P and ∂L/∂P. A caller that needs O there can
-have it recomputed from P V, which is one product in six, and need not save it (`can_recompute_output`). O of a long
-document is saved, since attention is most of its step. Torch's form also caps scores. It attends documents of similar
-length together (`document_groups`), by blocks of queries (`attention_blocks`).
+The kernel (native/attention.cpp) takes all documents at once, and uses the processor's pairwise products of bfloat16
+where it has them. For short documents it saves neither O nor ℓ, since δ is a sum over P and ∂L/∂P. A caller that needs
+O in the backward can have it recomputed from P V, which is one product in six (`can_recompute_output`). O and ℓ of long
+documents are saved, since attention is most of their step. The backward then takes a few keys at a time, which stay in
+the cache: P = exp(S - ℓ) and δ = rowsum(G ⊙ O) need no sums over all keys.
 
-Saved: Q, K, V, and O if it was kept.
+Torch's form also caps scores. It attends documents of similar length together (`document_groups`), by blocks of queries
+(`attention_blocks`).
+
+Saved: Q, K, V, O if it was kept, and ℓ of long documents.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ import torch
 from torch import Tensor
 
 from backhand.kernels import attention as kernels
+from backhand.kernels.pieces import piece_size
 from backhand.ops.attention_blocks import (
     AttentionBlocksGrads,
     AttentionBlocksSaved,
@@ -67,11 +71,14 @@ from backhand.ops.document_groups import (
 )
 
 MOST_KEYS_RECOMPUTED = 1024
-"""The number of visible keys up to which O is recomputed. Beyond it, P V takes more than 3 % of a usual step."""
+"""The number of visible keys up to which O and ℓ are recomputed. Beyond it, P V takes more than 3 % of a usual step."""
 
 
 class AttentionSaved(NamedTuple):
-    """q, output (tokens, heads, head_dim), output None if it was not kept; k, v (tokens, key/value heads, head_dim)."""
+    """q, output (tokens, heads, head_dim), output None if it was not kept; k, v (tokens, key/value heads, head_dim).
+
+    logsumexp is ℓ, (heads, tokens), in the kernel's units, or None if it is recomputed.
+    """
 
     q: Tensor
     k: Tensor
@@ -79,6 +86,7 @@ class AttentionSaved(NamedTuple):
     output: Tensor | None
     runs: tuple[SegmentRun, ...]
     scores: Scores
+    logsumexp: Tensor | None = None
 
 
 class AttentionGrads(NamedTuple):
@@ -96,15 +104,13 @@ def can_recompute_output(
 
     The kernel does. In bfloat16, O is half as large and P V takes as long as in float32, so that O is saved.
     """
-    if cap is not None or q.dtype == torch.bfloat16 or not kernels.applies(q):
-        return False
-    longest = _longest_document(runs)
-    return (longest if window is None else min(longest, window)) <= MOST_KEYS_RECOMPUTED
+    return cap is None and q.dtype != torch.bfloat16 and kernels.applies(q) and not _sees_many_keys(runs, window)
 
 
-def _longest_document(runs: tuple[SegmentRun, ...]) -> int:
-    """Return the number of tokens of the longest document, or 0 without documents."""
-    return max((run.length + sum(end - begin for begin, end in run.before) for run in runs), default=0)
+def _sees_many_keys(runs: tuple[SegmentRun, ...], window: int | None) -> bool:
+    """Return True if a query of the longest document sees more keys than `MOST_KEYS_RECOMPUTED`."""
+    longest = max((run.length + sum(end - begin for begin, end in run.before) for run in runs), default=0)
+    return (longest if window is None else min(longest, window)) > piece_size(MOST_KEYS_RECOMPUTED)
 
 
 def attention_forward(
@@ -126,7 +132,11 @@ def attention_forward(
     """
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     settings = scores.scaling, scores.window, scores.sinks, scores.causal
-    compiled = scores.cap is None and kernels.attention(q, k, v, output, runs, *settings)
+    logsumexp = None
+    if scores.cap is None and kernels.applies(q) and _sees_many_keys(runs, scores.window):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        logsumexp = torch.empty(q.shape[1], q.shape[0], dtype=wide, device=q.device)
+    compiled = scores.cap is None and kernels.attention(q, k, v, output, logsumexp, runs, *settings)
     if not compiled:
         for group in groups(runs, q):
             in_place = gather_documents(output, group) if group.places is None else None
@@ -134,7 +144,7 @@ def attention_forward(
             attended, _ = attention_blocks_forward(*operands, scores, _hidden_padding(group, scores), out=in_place)
             if in_place is None:
                 scatter_documents(attended, group, output)
-    return output, AttentionSaved(q, k, v, output, runs, scores)
+    return output, AttentionSaved(q, k, v, output, runs, scores, logsumexp)
 
 
 def attention_backward(
@@ -147,13 +157,18 @@ def attention_backward(
         out: (tokens, heads + 2 · key/value heads, head_dim) to receive [d_q | d_k | d_v]; or None.
         output_buffer: (tokens, heads, head_dim) to receive O, or None.
     """
-    q, k, v, output, runs, scores = saved
+    q, k, v, output, runs, scores, logsumexp = saved
     heads, kv_heads = q.shape[1], k.shape[1]
     if out is None:
         out = torch.empty(q.shape[0], heads + 2 * kv_heads, q.shape[2], dtype=q.dtype, device=q.device)
     grads = AttentionGrads(*out.split_with_sizes([heads, kv_heads, kv_heads], dim=1))
     settings = scores.scaling, scores.window, scores.sinks, scores.causal
-    if scores.cap is None and kernels.attention_gradients(d_y, q, k, v, grads, output_buffer, runs, *settings):
+    if output_buffer is not None and output is not None and logsumexp is not None:
+        output_buffer.copy_(output)
+        output_buffer = None
+    if scores.cap is None and kernels.attention_gradients(
+        d_y, q, k, v, grads, output, output_buffer, logsumexp, runs, *settings
+    ):
         return grads
     if output_buffer is not None:
         if output is None:

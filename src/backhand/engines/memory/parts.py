@@ -51,6 +51,9 @@ The gaps are a share of a step's memory. With dropout masks, DoRA's tensors or r
 between saved tensors, the measured shares are 0.23, 0.16 and 0.2. `WIDE_GAPS` is for these cases.
 """
 
+_FEW_TASKS, _ATTENTION_BYTES = 8, 1 << 28
+"""`FEW_TASKS` and `SPLIT_BYTES` of kernels/native/attention.cpp."""
+
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -71,6 +74,8 @@ class ModelSize:
     kernel_bytes: int = KERNEL_BYTES  # bytes of one of them
     measured: bool = True  # True if a step's memory can be measured before the run
     gaps: float = GAPS  # gaps between freed buffers as a share of a step's memory: `GAPS` or `WIDE_GAPS`
+    attention_bytes: int = 0  # bytes per token of the kernel's buffers if it computes each head separately
+    kv_heads: int = 1  # number of key/value heads
 
 
 class StepBytes(NamedTuple):
@@ -120,7 +125,18 @@ def parts_of(size: ModelSize, shape: StepShape, step: StepBytes, process_bytes: 
         fullest: most,
         "compiled kernels": min(shape.sizes * size.kernels, most_kernels()) * size.kernel_bytes,
     }
-    return {**parts, "gaps between buffers": round(size.gaps * (step.saved + most)) + _GAPS_BYTES}
+    gaps = round(size.gaps * (step.saved + most)) + _GAPS_BYTES + _attention_buffers(size, shape)
+    return {**parts, "gaps between buffers": gaps}
+
+
+def _attention_buffers(size: ModelSize, shape: StepShape) -> int:
+    """Return the bytes of the gradients of keys and values that attention's kernel adds up, which are in no tensor.
+
+    With few documents, the kernel computes each head separately.
+    """
+    if max(len(shape.lengths), 1) * size.kv_heads >= _FEW_TASKS:
+        return 0
+    return min(shape.tokens * size.attention_bytes, _ATTENTION_BYTES)
 
 
 def second_model_bytes(size: ModelSize, process_bytes: int, tokens: int) -> int:
@@ -181,6 +197,8 @@ def decoder_size(
         cache_bytes=bytes_per_token(config, dtype),
         mixer_state_bytes=state_bytes(config, dtype),
         gaps=_gaps(layout),
+        attention_bytes=2 * FLOAT32_BYTES * config.num_heads * config.head_dim,
+        kv_heads=config.num_key_value_heads,
         kernels=0 if amx_available(dtype) else _kernels(dtype.itemsize, experts=config.mixture is not None),
         kernel_bytes=KERNEL_BYTES if config.mixture is None else EXPERT_KERNEL_BYTES,
     )

@@ -26,7 +26,7 @@ inline Vector<C> power_of(Vector<C> a) {
   constexpr double BY = rounded<T, C> ? -1.44269504088896340736 : -1;
   Vector<C> z = a * C(BY);
   if constexpr (activation == GELU_TANH) z = z * fma(a * a, all<C>(C(TWO_KAPPA * CUBIC)), all<C>(C(TWO_KAPPA)));
-  if constexpr (rounded<T, C>) return rough_power_of_two(z);
+  if constexpr (rounded<T, C>) return rough_power_of_two(at_most(all<float>(126.0f), z));
   else return exponential<C>(z);
 }
 

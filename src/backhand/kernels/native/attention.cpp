@@ -2,11 +2,16 @@
 // ops/attention.py.
 //
 // A task is one segment and one key/value head with the query heads that share it (or one of these heads, if there are
-// few tasks). It packs the keys and values once and then computes block by block of queries: the block's scores against
-// all keys that it sees, their softmax, and the following products, while all of it is in the second-level cache. Keys
-// that no query of the block sees are never multiplied. The backward computes P again and works on
-// transposed blocks (keys, queries), so that every product finds its operands packed and sums over keys run down the
-// lanes. On request it also recomputes O from the same P, which is one product in six.
+// few tasks). It packs the keys and values once. Then it computes block by block of queries and, for each block, piece by
+// piece of the keys that it sees: their scores, the softmax and the following products, while all of it is in the
+// second-level cache. Keys that no query of the block sees are never multiplied.
+//
+// The forward keeps the largest score and the sum of each query over the pieces so far. If a piece has a larger score,
+// the sums before it are scaled [arXiv:1805.02867; 2205.14135, algorithm 1]. On request it writes ℓ.
+//
+// The backward computes P again and works on transposed pieces (keys, queries), so that every product finds its operands
+// packed and sums over keys run down the lanes. With ℓ and O of the forward, it takes a piece at a time. Without, all
+// keys that a block sees are one piece, and on request it also recomputes O from the same P, one product in six.
 //
 // Results do not depend on the number of threads. Each task writes separate places. What several tasks sum (∂L/∂K and
 // ∂L/∂V of continued segments, and those of a group whose heads are tasks) goes to buffers that are added in a fixed
@@ -203,32 +208,38 @@ int backward(const Backward<Op, T>& run) {
 }  // namespace
 
 // Compute output (tokens, heads, head_dim) from q, k and v, each given by its address and the strides of its tokens and
-// heads. table: (3, segments), see segments.h. A query sees itself and window - 1 keys before it and, unless `causal`,
-// as many after it; no segment then continues another. sinks: (heads,) or null. Returns 1 if there is no memory, else 0.
+// heads, and, unless null, ℓ (heads, tokens) in the kernel's units. table: (3, segments), see segments.h. A query sees
+// itself and window - 1 keys before it and, unless `causal`, as many after it; no segment then continues another. sinks:
+// (heads,) or null. Returns 1 if there is no memory, else 0.
 BACKHAND_EXPORT int backhand_attention_forward(int dtype, const void* q, int64_t q_token, int64_t q_head, const void* k,
                                                int64_t k_token, int64_t k_head, const void* v, int64_t v_token,
                                                int64_t v_head, void* output, int64_t output_token, int64_t output_head,
-                                               const int64_t* table, int64_t segments, int64_t heads, int64_t kv_heads,
-                                               int64_t head_dim, int64_t window, double scaling, const double* sinks, int causal) {
+                                               void* logsumexp, int64_t tokens, const int64_t* table, int64_t segments,
+                                               int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t window,
+                                               double scaling, const double* sinks, int causal) {
   const Shape shape{{table, segments}, heads, kv_heads, head_dim, window, scaling, sinks, causal != 0};
   BY_DTYPE(dtype, T, {
     const Forward<Operands<T>, T> run{shape,
                                       {static_cast<const T*>(q), q_token, q_head},
                                       {static_cast<const T*>(k), k_token, k_head},
                                       {static_cast<const T*>(v), v_token, v_head},
-                                      {static_cast<T*>(output), output_token, output_head}};
+                                      {static_cast<T*>(output), output_token, output_head},
+                                      static_cast<Wide<T>*>(logsumexp),
+                                      tokens};
     return forward(run);
   });
 }
 
-// Compute the gradients of q, k and v from d_y, the gradient of the output. If `output` is not null, the output itself is
-// written to it. The other arguments are those of the forward.
+// Compute the gradients of q, k and v from d_y, the gradient of the output. `logsumexp` is ℓ of the forward, and y its
+// output, or both are null. Then, if `output` is not null, the output is written to it. The other arguments are those of
+// the forward.
 BACKHAND_EXPORT int backhand_attention_backward(
     int dtype, const void* q, int64_t q_token, int64_t q_head, const void* k, int64_t k_token, int64_t k_head,
     const void* v, int64_t v_token, int64_t v_head, const void* d_y, int64_t d_y_token, int64_t d_y_head, void* d_q,
     int64_t d_q_token, int64_t d_q_head, void* d_k, int64_t d_k_token, int64_t d_k_head, void* d_v, int64_t d_v_token,
-    int64_t d_v_head, void* output, int64_t output_token, int64_t output_head, const int64_t* table, int64_t segments,
-    int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t window, double scaling, const double* sinks, int causal) {
+    int64_t d_v_head, const void* y, int64_t y_token, int64_t y_head, void* output, int64_t output_token,
+    int64_t output_head, const void* logsumexp, int64_t tokens, const int64_t* table, int64_t segments, int64_t heads,
+    int64_t kv_heads, int64_t head_dim, int64_t window, double scaling, const double* sinks, int causal) {
   const Shape shape{{table, segments}, heads, kv_heads, head_dim, window, scaling, sinks, causal != 0};
   BY_DTYPE(dtype, T, {
     const Backward<Operands<T>, T> run{shape,
@@ -236,10 +247,13 @@ BACKHAND_EXPORT int backhand_attention_backward(
                                        {static_cast<const T*>(k), k_token, k_head},
                                        {static_cast<const T*>(v), v_token, v_head},
                                        {static_cast<const T*>(d_y), d_y_token, d_y_head},
+                                       {static_cast<const T*>(y), y_token, y_head},
                                        {static_cast<T*>(d_q), d_q_token, d_q_head},
                                        {static_cast<T*>(d_k), d_k_token, d_k_head},
                                        {static_cast<T*>(d_v), d_v_token, d_v_head},
-                                       {static_cast<T*>(output), output_token, output_head}};
+                                       {static_cast<T*>(output), output_token, output_head},
+                                       static_cast<const Wide<T>*>(logsumexp),
+                                       tokens};
     return backward(run);
   });
 }

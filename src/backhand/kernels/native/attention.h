@@ -60,10 +60,14 @@ class Documents {
 
 // Keys are padded to a multiple of this with zeros.
 constexpr int64_t KEYS = 32;
-constexpr int64_t LONG = 2048;
+constexpr int64_t LONG = 2048, MOST_QUERIES = 64;
 
-// Queries per block: fewer if the scores of a block would not stay in the cache.
-inline int64_t block_of(int64_t keys) { return keys <= LONG ? 64 : 32; }
+// Queries per block: fewer if the scores of a block with all its keys would not stay in the cache.
+inline int64_t block_of(int64_t keys) { return keys <= LONG ? MOST_QUERIES : 32; }
+
+// Keys that the forward, and the backward with ℓ, take at a time, so that all that is computed of a block with a piece
+// stays in the second-level cache. Pieces begin at multiples of these numbers.
+constexpr int64_t KEYS_A_PIECE = 1024, KEYS_A_BACKWARD_PIECE = 256;
 
 // Keys per partial sum, which is then added to the sum of the previous ones.
 constexpr int64_t KEYS_A_SUM = 128;

@@ -19,12 +19,21 @@ struct Backward {
   typedef typename Op::Element E;
   typedef typename Op::Unit U;
   Shape shape;
-  Heads<const T> q, k, v, d_y;
+  Heads<const T> q, k, v, d_y, y;  // y is O
   Heads<T> d_q, d_k, d_v, output;  // the data of the last one is null if O is not requested
+  const C* logsumexp;  // ℓ of the forward, (heads, tokens); null if it is not known, and then O is not read
+  int64_t tokens;
+
+  // With ℓ, more queries per block: long documents' keys and sums do not stay in the cache and are read by every block.
+  static constexpr int64_t QUERIES_WITH_LSE = by_corners<Op> ? MOST_QUERIES : 2 * MOST_QUERIES;
+  int64_t piece(int64_t keys) const {
+    return logsumexp == nullptr ? rounded_up(keys, KEYS) : std::min(rounded_up(keys, KEYS), KEYS_A_BACKWARD_PIECE);
+  }
+  int64_t block_size(int64_t keys) const { return logsumexp == nullptr ? block_of(keys) : QUERIES_WITH_LSE; }
 
   size_t scratch(int64_t keys) const {
-    const int64_t n = rounded_up(keys, KEYS), width = shape.width(), block = block_of(keys);
-    const int64_t numbers = n * width * 7 + block * (5 * n + 8 * width);
+    const int64_t n = rounded_up(keys, KEYS), width = shape.width(), block = block_size(keys);
+    const int64_t numbers = n * width * 7 + block * (5 * piece(keys) + 10 * width);
     return static_cast<size_t>(numbers) * sizeof(C) + 33 * 64;
   }
 
@@ -32,19 +41,20 @@ struct Backward {
   void task(const Document& doc, int64_t kv_head, int64_t first_head, int64_t last_head, Arena& arena,
             Accumulated<C> into) const {
     const int64_t n = rounded_up(doc.keys(), KEYS), width = shape.width(), units = width / Op::PACK;
-    const int64_t block = block_of(doc.keys());
+    const int64_t block = block_size(doc.keys()), most = piece(doc.keys());
     E *k_rows = arena.take<E>(n * width), *v_rows = arena.take<E>(n * width);
-    C *scores = arena.take<C>(std::max(n, width) * block), *d_p = arena.take<C>(n * block);
+    C *scores = arena.take<C>(std::max(most, width) * block), *d_p = arena.take<C>(most * block);
     C* sums = arena.take<C>(width * block);
     // If the types are equal, P overwrites the scores, unless a result is transposed there, and ∂L/∂S overwrites ∂L/∂P.
-    E* p = Op::PACK == 1 && !by_corners<Op> ? reinterpret_cast<E*>(scores) : arena.take<E>(n * block);
-    E* d_s = Op::PACK == 1 ? reinterpret_cast<E*>(d_p) : arena.take<E>(n * block);
+    E* p = Op::PACK == 1 && !by_corners<Op> ? reinterpret_cast<E*>(scores) : arena.take<E>(most * block);
+    E* d_s = Op::PACK == 1 ? reinterpret_cast<E*>(d_p) : arena.take<E>(most * block);
     const auto spare = [&](int64_t count) { return Op::PACK == 1 ? nullptr : arena.take<U>(count); };
     U *k_spare = spare(n / Op::PACK * width), *v_spare = spare(n / Op::PACK * width);
-    U* right = spare(n / Op::PACK * block);
+    U* right = spare(most / Op::PACK * block);
     U *q_spare = spare(block / Op::PACK * width), *g_spare = spare(block / Op::PACK * width);
     E *q_rows = arena.take<E>(block * width), *g_rows = arena.take<E>(block * width);
     U *q_turned = arena.take<U>(units * block), *g_turned = arena.take<U>(units * block);
+    alignas(64) C lse[QUERIES_WITH_LSE], delta[QUERIES_WITH_LSE];
     pack_rows<Op>(k, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, k_rows);
     pack_rows<Op>(v, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, v_rows);
     const U* k_places = by_places<Op>(k_rows, width, n, k_spare);
@@ -63,74 +73,106 @@ struct Backward {
       for (int64_t begin = 0; begin < doc.length; begin += block) {
         const int64_t count = std::min(block, doc.length - begin), first = doc.before + begin;
         const Range range = seen(shape, doc.keys(), first, count);
-        const int64_t diagonal = range.diagonal, whole = range.high - range.low;
-        const int64_t span = by_corners<Op> ? whole : std::min(whole, rounded_up(diagonal + count, Op::PACK));
         const int64_t queries = by_corners<Op> ? block : rounded_up(count, SIDE);
-        pack_rows<Op>(q, head, doc, first, count, queries, shape.head_dim, width, q_rows);
-        pack_rows<Op>(d_y, head, doc, first, count, queries, shape.head_dim, width, g_rows);
-        transpose(reinterpret_cast<const U*>(q_rows), units, queries, units, q_turned, block);
-        transpose(reinterpret_cast<const U*>(g_rows), units, queries, units, g_turned, block);
-        // (keys, queries) from rows of keys and transposed queries.
-        const auto multiply = [&](const E* rows, const U* turned, C* result) {
-          scores_by_keys<Op>(span, queries, units, reinterpret_cast<const U*>(rows + range.low * width), turned, block,
-                             result, block, diagonal);
+        const auto pack_block = [&](const Heads<const T>& x, E* rows, U* turned) {
+          pack_rows<Op>(x, head, doc, first, count, queries, shape.head_dim, width, rows);
+          transpose(reinterpret_cast<const U*>(rows), units, queries, units, turned, block);
         };
-        multiply(k_rows, q_turned, scores);
-        multiply(v_rows, g_turned, d_p);
-        constexpr int64_t STEP = CHUNK * lanes<C>;
-        for (int64_t column = 0; column < queries; column += STEP)
-          softmax_columns(scores + column, d_p + column, p + column, d_s + column, block, doc.keys(), first + column,
-                          range.low,
-                          std::min(span, diagonal + column + STEP),
-                          keys_read<Op>(queries, span, diagonal, column + STEP - 1), head);
-        // Adds (keys, width), from (keys, queries) and rows of queries.
-        const auto add = [&](const E* left, const E* rows, U* spare_rows, C* sum) {
-          add_over_queries<Op>(span, width, queries, reinterpret_cast<const U*>(left), block / Op::PACK,
-                               by_places<Op>(rows, width, queries, spare_rows), width, sum + range.low * width, width,
-                               diagonal);
-        };
-        add(p, g_rows, g_spare, into.d_v);
-        add(d_s, q_rows, q_spare, into.d_k);
-        // Rows (count, head_dim) of one head from P or ∂L/∂S, (keys, queries), and values of keys.
-        const auto write_product = [&](const E* of_keys, const U* values, const Heads<T>& to) {
-          const U* shares = by_places<Op>(of_keys, block, span, right);
-          C* rows = sums;
-          if constexpr (by_corners<Op>) {
-            turned_sum_over_keys<Op>(queries, width, span, values + range.low / Op::PACK, n / Op::PACK, shares, block,
-                                     sums, block, diagonal);
-            rows = scores;
-            transpose(sums, block, width, block, rows, width);
-          } else {
-            sum_over_keys<Op>(count, width, span, Interleaved<U>{shares, block}, values + range.low / Op::PACK * width,
-                              width, sums, width, diagonal);
-          }
-          for (int64_t i = 0; i < count; ++i)
-            write_row<C>(rows + i * width, to.at(doc.token(first + i), head), shape.head_dim);
-        };
-        write_product(d_s, k_places, d_q);
-        if (output.data != nullptr)
-          write_product(p, MUTATED("attention: output made of keys", v_places, k_places), output);
+        pack_block(d_y, g_rows, g_turned);
+        if (logsumexp != nullptr) {
+          pack_block(y, q_rows, q_turned);
+          dot_columns(q_turned, g_turned, units, queries, block, delta);
+          for (int64_t i = 0; i < queries; ++i)
+            lse[i] = i < count ? logsumexp[head * tokens + doc.token(first + i)] : C(0);
+        }
+        pack_block(q, q_rows, q_turned);
+        const U *q_places = by_places<Op>(q_rows, width, queries, q_spare);
+        const U *g_places = by_places<Op>(g_rows, width, queries, g_spare);
+        for (int64_t low = range.low, next; low < range.high; low = next) {
+          next = logsumexp == nullptr ? range.high : std::min(range.high, (low / most + 1) * most);
+          const int64_t diagonal = range.diagonal - (low - range.low), whole = next - low;
+          const bool more = MUTATED("attention: gradient of queries by the last piece only", low > range.low, false);
+          const int64_t span = by_corners<Op> ? whole : std::min(whole, rounded_up(diagonal + count, Op::PACK));
+          // (keys, queries) from rows of keys and transposed queries.
+          const auto multiply = [&](const E* rows, const U* turned, C* result) {
+            scores_by_keys<Op>(span, queries, units, reinterpret_cast<const U*>(rows + low * width), turned, block,
+                               result, block, diagonal);
+          };
+          multiply(k_rows, q_turned, scores);
+          multiply(v_rows, g_turned, d_p);
+          constexpr int64_t STEP = CHUNK * lanes<C>;
+          for (int64_t column = 0; column < queries; column += STEP)
+            softmax_columns(scores + column, d_p + column, p + column, d_s + column, block, doc.keys(), first + column,
+                            low, std::max<int64_t>(0, std::min(span, diagonal + column + STEP)),
+                            keys_read<Op>(queries, span, diagonal, column + STEP - 1), head, lse + column,
+                            delta + column);
+          // Adds (keys, width), from (keys, queries) and rows of queries.
+          const auto add = [&](const E* left, const U* places, C* sum) {
+            add_over_queries<Op>(span, width, queries, reinterpret_cast<const U*>(left), block / Op::PACK, places,
+                                 width, sum + low * width, width, diagonal);
+          };
+          add(p, g_places, into.d_v);
+          add(d_s, q_places, into.d_k);
+          // Rows (count, head_dim) of one head from P or ∂L/∂S, (keys, queries), and values of keys.
+          const auto write_product = [&](const E* of_keys, const U* values, const Heads<T>& to) {
+            const U* shares = by_places<Op>(of_keys, block, span, right);
+            C* rows = sums;
+            if constexpr (by_corners<Op>) {
+              turned_sum_over_keys<Op>(queries, width, span, values + low / Op::PACK, n / Op::PACK, shares, block, sums,
+                                       block, diagonal, more);
+            } else {
+              sum_over_keys<Op>(count, width, span, Interleaved<U>{shares, block}, values + low / Op::PACK * width,
+                                width, sums, width, diagonal, more);
+            }
+            if (next < range.high) return;
+            if constexpr (by_corners<Op>) {
+              rows = scores;
+              transpose(sums, block, width, block, rows, width);
+            }
+            if (logsumexp != nullptr) scale(rows, count * width);
+            for (int64_t i = 0; i < count; ++i)
+              write_row<C>(rows + i * width, to.at(doc.token(first + i), head), shape.head_dim);
+          };
+          write_product(d_s, k_places, d_q);
+          if (output.data != nullptr)
+            write_product(p, MUTATED("attention: output made of keys", v_places, k_places), output);
+        }
       }
+    if (logsumexp != nullptr) scale(into.d_k, n * width);
+  }
+
+  // Multiply sums over ∂L/∂S by c.
+  void scale(C* sums, int64_t count) const {
+    const Vector<C> scaling = all<C>(static_cast<C>(shape.scaling));
+    for (int64_t i = 0; i < count; i += lanes<C>) store(sums + i, load<C>(sums + i) * scaling);
+  }
+
+  // δ of each query: the products of two transposed blocks (units, queries), column by column. The terms are added as
+  // in a product of registers, so that δ of a query that sees one key is exactly its ∂L/∂P.
+  void dot_columns(const U* a, const U* b, int64_t units, int64_t queries, int64_t row, C* dots) const {
+    for (int64_t column = 0; column < queries; column += lanes<C>) {
+      Vector<C> sum = {};
+      for (int64_t k = 0; k < units; k += LONGEST_SUM) {
+        Vector<C> part = {};
+        for (int64_t i = k; i < std::min(units, k + LONGEST_SUM); ++i)
+          part = Op::multiply_add(Op::units(a + i * row + column), Op::units(b + i * row + column), part);
+        sum = k == 0 ? part : sum + part;
+      }
+      store(dots + column, MUTATED("attention: δ of the output missing", sum, Vector<C>{}));
+    }
   }
 
   static constexpr int CHUNK = 2;  // registers of queries at a time
 
-  // Compute P and ∂L/∂S = P ⊙ (∂L/∂P - δ), scaled, of `CHUNK` registers of queries from position `first` on. Some of
-  // these queries see keys from `low` on; the rest up to `end` is set to zero. Results may overwrite the operands.
+  // Compute P and ∂L/∂S = P ⊙ (∂L/∂P - δ) of `CHUNK` registers of queries from position `first` on. Some of these queries
+  // see keys from `low` on; the rest up to `end` is set to zero. Results may overwrite the operands. Without ℓ, these are
+  // all keys that the queries see; the sums are then computed from them, and ∂L/∂S is scaled.
   void softmax_columns(C* scores, C* d_p, E* p, E* d_s, int64_t row, int64_t keys, int64_t first, int64_t low,
-                       int64_t span, int64_t end, int64_t head) const {
+                       int64_t span, int64_t end, int64_t head, const C* lse, const C* deltas) const {
     constexpr int W = lanes<C>;
-    const C scaling = static_cast<C>(shape.scaling);
-    const Vector<C> powers = all<C>(static_cast<C>(shape.scaling * Op::POWER_OF)), least = all<C>(C(-3e38));
+    const Vector<C> powers = all<C>(static_cast<C>(shape.scaling * Op::POWER_OF));
     Bits<C> position[CHUNK];
-    Vector<C> most[CHUNK], inverse[CHUNK], delta[CHUNK];
-    Compensated<Vector<C>> sums[CHUNK], deltas[CHUNK];
-    const bool sinks = shape.sinks != nullptr;
-    const Vector<C> sink = all<C>(sinks ? static_cast<C>(shape.sinks[head] * Op::POWER_OF) : C(0));
-    for (int c = 0; c < CHUNK; ++c) {
-      position[c] = counted_from<C>(first + c * W);
-      most[c] = sinks ? sink : least;
-    }
+    for (int c = 0; c < CHUNK; ++c) position[c] = counted_from<C>(first + c * W);
     const int64_t last = first + CHUNK * W - 1;
     const int32_t reach = static_cast<int32_t>(std::min<int64_t>(shape.window, INT32_MAX / 2));
     const int32_t ahead = shape.causal ? 0 : reach - 1;  // the number of keys after its own that a query sees
@@ -149,6 +191,60 @@ struct Backward {
       for (; i < std::min(some_see, end_of_keys); ++i) body(i, std::false_type());
       for (; i < end_of_keys; ++i) body(i, std::true_type());
     };
+    if (logsumexp != nullptr) {
+      Vector<C> of_lse[CHUNK], delta[CHUNK];
+      for (int c = 0; c < CHUNK; ++c) {
+        of_lse[c] = load<C>(lse + c * W);
+        delta[c] = load<C>(deltas + c * W);
+      }
+      each_key(0, span, [=](int64_t i, auto masked) {
+        Vector<C> share[CHUNK], d_score[CHUNK];
+        for (int c = 0; c < CHUNK; ++c) {
+          const int64_t place = i * row + c * W;
+          share[c] = Op::power(load<C>(scores + place) * powers - of_lse[c]);
+          Vector<C> d_share = load<C>(d_p + place);
+          if (masked()) {
+            const Bits<C> seen_by = visible(low + i, position[c]);
+            share[c] = seen_by ? share[c] : Vector<C>{};
+            d_share = seen_by ? d_share : Vector<C>{};  // which may be undefined
+          }
+          d_score[c] = share[c] * (d_share - delta[c]);
+        }
+        Op::put_two(p + i * row, share[0], share[1]);
+        Op::put_two(d_s + i * row, d_score[0], d_score[1]);
+      });
+    } else {
+      Vector<C> inverse[CHUNK], delta[CHUNK];
+      const C scaling = static_cast<C>(shape.scaling);
+      exponentials(scores, d_p, row, low, span, head, powers, each_key, visible, position, inverse, delta);
+      for (int64_t i = 0; i < span; ++i)
+        for (int c = 0; c < CHUNK; ++c) {
+          const int64_t place = i * row + c * W;
+          const Vector<C> share = load<C>(scores + place) * inverse[c], d_share = load<C>(d_p + place);
+          Op::put(p + place, share);
+          Op::put(d_s + place, share * scaling * (d_share - delta[c]));
+        }
+    }
+    for (int64_t i = span; i < end; ++i)
+      for (int c = 0; c < CHUNK; ++c) {
+        Op::put(p + i * row + c * W, Vector<C>{});
+        Op::put(d_s + i * row + c * W, Vector<C>{});
+      }
+  }
+
+  // Replace the scores by e^(c s - largest), hide ∂L/∂P of keys that a query does not see, and compute one over the sums
+  // of the exponentials, and δ.
+  template <class EachKey, class Visible>
+  void exponentials(C* scores, C* d_p, int64_t row, int64_t low, int64_t span, int64_t head, Vector<C> powers,
+                    const EachKey& each_key, const Visible& visible, const Bits<C>* position, Vector<C>* inverse,
+                    Vector<C>* delta) const {
+    constexpr int W = lanes<C>;
+    Vector<C> most[CHUNK];
+    Compensated<Vector<C>> sums[CHUNK], deltas[CHUNK];
+    const bool sinks = shape.sinks != nullptr;
+    const Vector<C> least = all<C>(C(-3e38));
+    const Vector<C> sink = all<C>(sinks ? static_cast<C>(shape.sinks[head] * Op::POWER_OF) : C(0));
+    for (int c = 0; c < CHUNK; ++c) most[c] = sinks ? sink : least;
     each_key(0, span, [&](int64_t i, auto masked) {
       for (int c = 0; c < CHUNK; ++c) {
         Vector<C> s = load<C>(scores + i * row + c * W) * powers;
@@ -192,18 +288,6 @@ struct Backward {
       inverse[c] = sum == sum ? inverse[c] : sum;
       delta[c] = MUTATED("attention: delta missing", deltas[c].sum * inverse[c], Vector<C>{});
     }
-    for (int64_t i = 0; i < span; ++i)
-      for (int c = 0; c < CHUNK; ++c) {
-        const int64_t place = i * row + c * W;
-        const Vector<C> share = load<C>(scores + place) * inverse[c], d_share = load<C>(d_p + place);
-        Op::put(p + place, share);
-        Op::put(d_s + place, share * scaling * (d_share - delta[c]));
-      }
-    for (int64_t i = span; i < end; ++i)
-      for (int c = 0; c < CHUNK; ++c) {
-        Op::put(p + i * row + c * W, Vector<C>{});
-        Op::put(d_s + i * row + c * W, Vector<C>{});
-      }
   }
 };
 

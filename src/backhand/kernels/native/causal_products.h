@@ -1,6 +1,7 @@
 // Products of a block of queries with keys, of which causality leaves a part, on operands packed as in products.h.
 //
-// Query q, a row or column of the block, sees key k, counted from the block's first key, if k ≤ q + diagonal. Sums that
+// Query q, a row or column of the block, sees key k, counted from the block's first key, if k ≤ q + diagonal, which may be
+// negative. Sums that
 // no query sees are not computed, and terms that are zero by causality are skipped, both in whole tiles. A tile reads
 // what its last query sees, and therefore needs zeros where its other queries see nothing. AMX's tiles skip one corner,
 // the block's first `SIDE` queries with its last `SIDE` keys.
@@ -53,7 +54,8 @@ inline void descending(int64_t begin, int64_t end, int64_t m, int64_t k_units, R
   constexpr int64_t W = lanes<typename Op::Sum>;
   columns<Op, VECTORS>(begin, std::min(end, m), k_units, a, b, b_row, column, onto);
   if constexpr (VECTORS > 1)
-    if (end < m) descending<Op, VECTORS - 1>(end, end + W, m, k_units, a, b, b_row, column + W, onto);
+    if (end < m)
+      descending<Op, VECTORS - 1>(std::max(begin, end), end + W, m, k_units, a, b, b_row, column + W, onto);
 }
 
 // Compute rows begin … m - 1 of the first register from `column` on; from row `end` on one more register, and so on.
@@ -141,13 +143,13 @@ inline void add_over_queries(int64_t keys, int64_t n, int64_t queries, const typ
   }
 }
 
-// C (queries, n) = A (queries, keys) B (keys, n), over the keys that a query sees. AMX's tiles take all.
+// C (queries, n) = or += A (queries, keys) B (keys, n), over the keys that a query sees. AMX's tiles take all.
 template <class Op, class Left>
 inline void sum_over_keys(int64_t queries, int64_t n, int64_t keys, Left a, const typename Op::Unit* b, int64_t b_row,
-                          typename Op::Sum* c, int64_t c_row, int64_t diagonal) {
+                          typename Op::Sum* c, int64_t c_row, int64_t diagonal, bool add) {
   const int64_t units = keys / Op::PACK;
   if constexpr (by_corners<Op>) {
-    product<Op>(queries, n, units, a.data, a.row, b, b_row, c, c_row, false);
+    product<Op>(queries, n, units, a.data, a.row, b, b_row, c, c_row, add);
   } else {
     for (int64_t k = 0; k < units; k += LONGEST_SUM)
       by_panels<Op>(n, [&](auto vectors, int64_t j) {
@@ -156,20 +158,20 @@ inline void sum_over_keys(int64_t queries, int64_t n, int64_t keys, Left a, cons
           const int64_t last = i + rows() - 1 + diagonal;
           const int64_t end = std::min(units, last / Op::PACK + MUTATED("attention: last key of a query lost", 1, 0));
           tile<Op, rows(), VECTORS>(std::min(end - k, LONGEST_SUM), a.from_column(k), b + k * b_row, b_row, i, j,
-                                    Onto<typename Op::Sum>{c, c_row, k > 0});
+                                    Onto<typename Op::Sum>{c, c_row, add || k > 0});
         });
       });
   }
 }
 
-// C (n, queries) = A (n, keys) B (keys, queries), over the keys that a query sees, by AMX's tiles, for which sums over
+// C (n, queries) = or += A (n, keys) B (keys, queries), over the keys that a query sees, by AMX's tiles, for which sums over
 // keys are transposed.
 template <class Op>
 inline void turned_sum_over_keys(int64_t queries, int64_t n, int64_t keys, const typename Op::Unit* a, int64_t a_row,
                                  const typename Op::Unit* b, int64_t b_row, typename Op::Sum* c, int64_t c_row,
-                                 int64_t diagonal) {
+                                 int64_t diagonal, bool add) {
   const int64_t corner = corner_of(queries, keys, diagonal), most = (keys - corner) / Op::PACK;
-  product<Op>(n, queries, most, a, a_row, b, b_row, c, c_row, false);
+  product<Op>(n, queries, most, a, a_row, b, b_row, c, c_row, add);
   if (MUTATED("attention: a corner's keys lost to their queries", corner, int64_t{0}) > 0)
     product<Op>(n, queries - corner, corner / Op::PACK, a + most, a_row, b + most * b_row + corner, b_row, c + corner,
                 c_row, true);

@@ -32,6 +32,10 @@ struct Plain {
   static inline Vector<C> units(const C* place) { return load<C>(place); }
   static inline Vector<C> multiply_add(Vector<C> a, Vector<C> b, Vector<C> c) { return fma(a, b, c); }
   static inline void put(C* place, Vector<C> value) { store(place, value); }
+  static inline void put_two(C* place, Vector<C> first, Vector<C> second) {
+    store(place, first);
+    store(place + lanes<C>, second);
+  }
   // power(x · POWER_OF) = eˣ
   static constexpr double POWER_OF = 1;
   static inline Vector<C> power(Vector<C> x) { return exponential<C>(x); }
@@ -54,6 +58,9 @@ struct Pairs {
     const __m256bh halves = _mm512_cvtneps_pbh(value);
     std::memcpy(place, &halves, sizeof halves);
   }
+  static inline void put_two(bfloat16* place, Vector<float> first, Vector<float> second) {
+    _mm512_storeu_si512(place, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+  }
 #else
   static inline uint32x4_t spread(uint32_t unit) { return vdupq_n_u32(unit); }
   static inline uint32x4_t units(const uint32_t* place) { return vld1q_u32(place); }
@@ -62,6 +69,10 @@ struct Pairs {
     return vbfdotq_f32(c, vreinterpretq_bf16_u32(a), vreinterpretq_bf16_u32(b));
   }
   static inline void put(bfloat16* place, Vector<float> value) { store(place, value); }
+  static inline void put_two(bfloat16* place, Vector<float> first, Vector<float> second) {
+    put(place, first);
+    put(place + lanes<float>, second);
+  }
 #endif
   static constexpr double POWER_OF = 1.44269504088896340736;
   static inline Vector<float> power(Vector<float> x) { return rough_power_of_two(x); }

@@ -318,25 +318,30 @@ inline Vector<C> natural_logarithm(Vector<C> x) {
   return fma(e, all<C>(E::LN2_HIGH), 2 * s + small);
 }
 
-// 2ᵗ to 2.4e-6, for values that are rounded to bfloat16 next. Below the smallest normal number, that number; above
-// 2¹²⁶, 2¹²⁶; NaN stays NaN.
+// 2ᵗ to 2.1e-7, for values that are rounded to bfloat16 next and t ≤ 126. Below the smallest normal number, that number;
+// NaN stays NaN. The polynomial interpolates 2ʳ for |r| ≤ ½ at Chebyshev's places and is exactly one at zero.
 inline Vector<float> rough_power_of_two(Vector<float> t) {
-  typedef Exponential<float> E;
-  constexpr float LN2 = 0.693147181f;
-  constexpr float COEFFICIENTS[] = {1, LN2, LN2 * LN2 / 2, LN2 * LN2 * LN2 / 6, LN2 * LN2 * LN2 * LN2 / 24,
-                                    LN2 * LN2 * LN2 * LN2 * LN2 / 120};
-  t = at_most(all<float>(126.0f), at_least(all<float>(-126.0f), t));
-  const Vector<float> shifted = t + E::MAGIC, r = t - (shifted - E::MAGIC);
+  constexpr float COEFFICIENTS[] = {1, 0.693147182f, 0.240223497f, 0.0555038117f, 0.00966636837f, 0.00133813021f};
+  t = at_least(all<float>(-126.0f), t);
+#if defined(__AVX512F__)
+  const Vector<float> n = _mm512_roundscale_ps(t, 0), r = t - n;
+#else
+  const Vector<float> shifted = t + Exponential<float>::MAGIC, r = t - (shifted - Exponential<float>::MAGIC);
+#endif
   Vector<float> series = all<float>(COEFFICIENTS[5]);
 #pragma GCC unroll 8
   for (int k = 4; k >= 0; --k) series = fma(series, r, all<float>(COEFFICIENTS[k]));
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(series, n);
+#else
   Bits<float> power, bits;
   std::memcpy(&power, &shifted, sizeof power);
   std::memcpy(&bits, &series, sizeof bits);
-  bits += power << E::SHIFT;
+  bits += power << Exponential<float>::SHIFT;
   Vector<float> result;
   std::memcpy(&result, &bits, sizeof result);
   return result;
+#endif
 }
 
 // a / b, if b and its reciprocal are normal numbers and a is finite; otherwise possibly NaN or 0. A rough reciprocal of

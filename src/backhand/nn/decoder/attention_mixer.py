@@ -9,8 +9,9 @@ Backward is the same list in reverse order. All gradients are written into one �
     ∂L/∂[q k v] = [backward of the norm applied to (∂L/∂q, ∂L/∂k rotated back) | ∂L/∂v]      (T, q + 2k)
 
 Without q/k norms, q and k are rotated in place, and [q k v] is saved as attention reads it. With q/k norms it is saved
-before the norms, and q and k are recomputed from the inverse RMS of the norms. o is saved unless the backward of
-attention recomputes it (`ops.attention`). Norms and gates are in `nn.decoder.attention_extras`.
+before the norms, and q and k are recomputed from the inverse RMS of the norms. The output o is saved unless the
+backward of attention recomputes it. ℓ is saved of long documents (`ops.attention`). Norms and gates are in
+`nn.decoder.attention_extras`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class AttentionMixerSaved(NamedTuple):
     attended: Tensor | None  # (T, H, head_dim) with gates; None without, because it is then the output
     # of the q/k norms, if any: (T, H, 1) and (T, key/value heads, 1), or (T, 1) for norms over all heads
     inverse_rms: tuple[Tensor, Tensor] | None
+    logsumexp: Tensor | None  # (H, T) of long documents; None if the backward of attention recomputes it
 
 
 def attention_output(qkv: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, AttentionMixerSaved]:
@@ -45,8 +47,8 @@ def attention_output(qkv: Tensor, weights: BlockWeights, context: BlockContext) 
     config = context.config
     q, k, v, inverse_rms = prepare_qkv(qkv, weights, context)
     buffer = context.scratch.take("attended", q.shape, q) if recomputes_output(qkv, context) else None
-    output, _ = attention_forward(q, k, v, *attention_setting(weights, context), out=buffer)
-    kept = AttentionMixerSaved(output if config.attention_gate else None, inverse_rms)
+    output, saved = attention_forward(q, k, v, *attention_setting(weights, context), out=buffer)
+    kept = AttentionMixerSaved(output if config.attention_gate else None, inverse_rms, saved.logsumexp)
     return gated_output(qkv, output, config), kept
 
 
@@ -168,7 +170,8 @@ def attention_input_gradient(
     else:
         parts, d_parts, attended = _parts(saved.projected, config), _parts(d_qkv, config), inner.attended
         d_attended, d_by_head = gate_backward(d_attended, parts.gate, attended, d_parts.gate, config)
-    attention = AttentionSaved(*attended_qkv(saved, weights, context), attended, *attention_setting(weights, context))
+    q, k, v = attended_qkv(saved, weights, context)
+    attention = AttentionSaved(q, k, v, attended, *attention_setting(weights, context), inner.logsumexp)
     buffer = None if output is None or saved.mixed is not None else _by_head(output, config)
     attention_backward(d_attended, attention, out=d_by_head, output_buffer=buffer)
     for part, table in _rotated_parts(d_by_head, context):

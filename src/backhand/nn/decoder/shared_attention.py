@@ -21,8 +21,9 @@ projections. With only one term instead of the sum, k_proj and v_proj of p would
 
 ∂L/∂q stays within its layer. If z_v = z_k, ∂L/∂z_k is the sum of the gradients through the norm of k and through n̂.
 
-Saved in addition to input and output: the inverse RMS of the norms. q, and a layer's own k and v, are recomputed
-from them. Shared keys and values are stored once for all layers until the pass ends.
+Saved in addition to input and output: the inverse RMS of the norms, and attention's ℓ of long documents. q, and a
+layer's own k and v, are recomputed from the norms. Shared keys and values are stored once for all layers until the pass
+ends.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class SharedAttentionSaved(NamedTuple):
 
     # (T, heads, 1) of the norm of q, and of the norms of k and v if the layer has its own
     inverse_rms: tuple[Tensor, ...]
+    logsumexp: Tensor | None  # (H, T) of long documents; None if the backward of attention recomputes it
 
 
 def _parts(z: Tensor, context: BlockContext) -> tuple[Tensor, ...]:
@@ -65,8 +67,8 @@ def shared_attention_forward(
 ) -> tuple[Tensor, SharedAttentionSaved]:
     """Return o (T, H · head_dim) for the outputs of the projections, and the tensors saved in addition to both."""
     q, k, v, norms = _prepared(z, weights, context)
-    output, _ = attention_forward(q, k, v, *attention_setting(weights, context))
-    return output.flatten(1), SharedAttentionSaved(tuple(norm.inverse_rms for norm in norms))
+    output, saved = attention_forward(q, k, v, *attention_setting(weights, context))
+    return output.flatten(1), SharedAttentionSaved(tuple(norm.inverse_rms for norm in norms), saved.logsumexp)
 
 
 def shared_qkv(z: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +115,7 @@ def shared_attention_backward(
     q, k, v, norms = _prepared(saved.projected, weights, context, inner.inverse_rms)
     # This mixer's backward does not recompute the output, so it is always saved.
     output, d_attended = (x.unflatten(1, q.shape[1:]) for x in (not_none(saved.mixed), d_output))
-    attention = AttentionSaved(q, k, v, output, *attention_setting(weights, context))
+    attention = AttentionSaved(q, k, v, output, *attention_setting(weights, context), inner.logsumexp)
     by_head = q.new_empty(len(q), config.num_heads + 2 * config.num_key_value_heads, config.head_dim)
     d_q, d_k, d_v = attention_backward(d_attended, attention, out=by_head)
     if kv_source is not None:

@@ -144,6 +144,13 @@ CASES = (
         "both directions, capped scores and sinks", (50, 46, 3), causal=False, cap=0.9, size=2.0, sinks=0.4, **_THREE
     ),
     OP.case("both directions, no tokens", (), causal=False),
+    # Here ℓ is saved, and the backward takes pieces of keys.
+    OP.case("saved sums", (4, 4, 7, 1, 5), pieces=4),
+    OP.case("saved sums, window, side by side", (300, 9), head_dim=8, window=270, side_by_side=True, pieces=4, **_PAIR),
+    OP.case("saved sums, prefix, sinks", (200, 170, 33), head_dim=8, parents=(-1, 0, 0), sinks=0.4, pieces=4, **_PAIR),
+    OP.case("saved sums, sharp", (270,), head_dim=8, size=2.0, pieces=4, **_PAIR),
+    OP.case("saved sums, both directions, window", (290, 3), head_dim=8, causal=False, window=9, pieces=4, **_PAIR),
+    OP.case("long document, shared prefix", (1010, 70, 30), head_dim=4, parents=(-1, 0, 0), sinks=1.0, **_PAIR),
 )
 
 
