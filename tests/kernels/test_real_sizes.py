@@ -21,7 +21,7 @@ SHOWN_IN = {
     ("linear_cross_entropy", "151,936 words, peaked"): {"softmax_losses: naive sum": "y"},
     ("rms_norm", "wide"): {"rms_norm: naive sum": "y"},
     ("rms_norm", "many positions"): {"rms_norm: naive sum of rows": "d_weight"},
-    ("attention", "keys"): {"attention: naive sum": "y", "attention: naive sums of columns": "d_q"},
+    ("attention", "keys"): {"attention: naive sum": "y"},
     ("frozen_linear", "one row"): {"few rows: naive sum": "y"},
     ("lora_group", "many positions"): {"low_rank: naive sum": "d_lora_A 0"},
 }

@@ -257,7 +257,7 @@ struct Backward {
     // Steps begin at the same keys for every position of the block's first key.
     for (int64_t begin = 0; begin < span;) {
       const int64_t next = (low + begin) / KEYS_A_SUM * KEYS_A_SUM + KEYS_A_SUM - low;
-      const int64_t last = std::min(span, MUTATED("attention: naive sums of columns", next, span));
+      const int64_t last = std::min(span, next);
       Vector<C> sum[CHUNK] = {}, of_deltas[CHUNK] = {};
       each_key(begin, last, [&](int64_t i, auto masked) {
         for (int c = 0; c < CHUNK; ++c) {

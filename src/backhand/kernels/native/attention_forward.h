@@ -135,7 +135,7 @@ struct Forward {
       const Vector<C> top = all<C>(softmax.largest);
       for (; j < begin; j += W) Op::put(p + j, Vector<C>{});
       while (j < to) {
-        Vector<C> part = {};
+        Vector<C> part = MUTATED("attention: naive sum", Vector<C>{}, softmax.sum.sum);
         const int64_t last = std::min(to, j + MUTATED("attention: naive sum", W * KEYS_A_SUM, to));
         for (; j < last; j += W) {
           Vector<C> e = Op::power(load<C>(scores + j) * scaling - top);
@@ -143,7 +143,9 @@ struct Forward {
           part = MUTATED("attention: naive sum", part + e, one_by_one(part, e));
           Op::put(p + j, e);
         }
-        softmax.sum.add(part);
+        Compensated<Vector<C>> total = softmax.sum;
+        total.add(part);
+        softmax.sum = MUTATED("attention: naive sum", total, (Compensated<Vector<C>>{part, Vector<C>{}}));
       }
     }
     for (; j < end; j += W) Op::put(p + j, Vector<C>{});
