@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ import pytest
 
 import backhand
 from backhand.errors import DataError, UsageError
+from backhand.runs.interruption import Interrupted
 from backhand.runs.status import read_status
 from support.ranks import free_port
 from support.tiny_run import TinyRun
@@ -70,8 +72,11 @@ def test_a_frame_s_missing_values_are_null() -> None:
 
 def test_a_run_on_rows_in_memory_resumes_with_the_same_rows(tiny: TinyRun, tmp_path: Path) -> None:
     made = options(tiny, tmp_path / "run", data=ROWS, max_steps=4, save_every=1)
-    with pytest.raises(ZeroDivisionError):
-        backhand.train(**made, callbacks=[lambda record: 1 / (3 - record["step"])])
+    with pytest.raises(Interrupted) as stopped:
+        backhand.train(
+            **made, callbacks=[lambda record: os.kill(os.getpid(), signal.SIGINT) if record["step"] == 2 else None]
+        )
+    assert "backhand.train(data=rows, output=" in str(stopped.value.next_step)
     with pytest.raises(DataError, match="this process does not have them") as refused:
         backhand.train(output=tmp_path / "run", resume=True, quiet=True)
     assert "backhand.train(data=rows" in str(refused.value)

@@ -363,3 +363,13 @@ def test_columns_of_training_are_read_if_no_others_are_named(tmp_path: Path) -> 
     other = written(tmp_path / "other.jsonl", '{"prompt": "a", "completion": "b"}\n')
     train, _ = prepare(DataOptions(data=(str(other),)), byte_level(), recorded=recorded)
     assert len(train.examples) == 1 and not train.report.notes
+
+
+def test_a_column_that_was_named_is_not_another_column(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("id,headline,lead\n1,a,b\n2,c,d\n")
+    with pytest.raises(DataError) as raised:
+        prepare(DataOptions(data=(str(tmp_path / "t.csv"),), prompt="headline"), byte_level())
+    assert "headline" not in str(raised.value.why) and "lead" in str(raised.value.why)
+    with pytest.raises(UsageError, match="no column 'headlin'") as wrong:
+        prepare(DataOptions(data=(str(tmp_path / "t.csv"),), prompt="headlin", completion="lead"), byte_level())
+    assert "did you mean headline" in str(wrong.value.next_step) and "brace" not in str(wrong.value.next_step)

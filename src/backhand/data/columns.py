@@ -123,13 +123,14 @@ class ColumnReader:
             )
         for name in names:
             if name not in row.values:
-                near = nearest_names(name, row.values)
+                steps = [f"did you mean {' or '.join(near)}?"] if (near := nearest_names(name, row.values)) else []
+                if has_columns(text):
+                    steps.append("Columns are in braces; double the braces that belong to the text: {{ and }}")
                 raise UsageError(
                     f"there is no column {name!r}",
                     where=option,
                     why=f"{row.source} has {name_list(row.values)}",
-                    next_step=(f"did you mean {' or '.join(near)}? " if near else "")
-                    + "Write columns in braces, and double the braces that belong to the text: {{ and }}",
+                    next_step=" ".join(steps) or "name a column that the rows have",
                 )
 
     def _take_recorded(self, row: RawRow, recorded: NamedColumns) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from backhand.data.column_hints import suggestion
+from backhand.data.options import columns_named
 from backhand.data.raw_rows import RawRow
 from backhand.data.rows import Purpose
 from backhand.errors import DataError
@@ -258,7 +259,8 @@ class _Columns:
         answer = next(form.columns[1] for form in _ANSWERS if form.columns[0] == asking.columns[0])
         known = {form.answer_columns[0] for form in _ANSWERS if len(form.columns) > 1} - {answer}
         answers = sorted(self.present & known)
-        others = [name for name in self.raw.values if name in self.present - {*asking.columns, *self.given}]
+        read = {column for text in self.given.values() for column in columns_named(text)}
+        others = [name for name in self.raw.values if name in self.present - {*asking.columns, *self.given, *read}]
         by_name = suggestion(asking.columns, others, self.given)
         state = "an empty" if answer in self.raw.values else "no"
         return DataError(

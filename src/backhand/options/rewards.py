@@ -105,7 +105,7 @@ def check_names(where: str, names: Any) -> None:
 
 @dataclass(frozen=True)
 class RewardOptions(Options):
-    """Sampling of answers (`--objective grpo`, `bake`, `sdft`), and their rewards (`grpo`)."""
+    """Answers that the model samples and their rewards (objectives `grpo`, `bake` and `sdft`)."""
 
     reward: Annotated[tuple[str, ...], Check(check_names)] = ()
     """Reward functions: functions with TRL's signature as `module:function` or `file.py:function`, or `exact`,

@@ -280,7 +280,7 @@ def _pair_advice(config: TrainConfig, summary: RunSummary, answers: AnswerLength
     first = run.with_name(f"{run.name}-chosen")
     model, adapter = config.model.model, shlex.quote(str(first / ADAPTER))
     then = _again(config, run, f"--from-adapter {adapter}")
-    if _has_rows_in_memory(config):
+    if has_rows_in_memory(config):
         call = f"backhand.train(data=…, model={model!r}, completion='chosen', output={str(first)!r})"
         steps = f"{call}, then {then}"
     else:
@@ -298,7 +298,7 @@ def _twice_as_long(config: TrainConfig, total_steps: int) -> str:
     return f"--max-steps {2 * total_steps}" if options.max_steps else f"--epochs {2 * not_none(options.epochs)}"
 
 
-def _has_rows_in_memory(config: TrainConfig) -> bool:
+def has_rows_in_memory(config: TrainConfig) -> bool:
     """Return True if a program gave rows, which the command line cannot have."""
     return any(name.startswith(PREFIX) for name in config.data.data)
 
@@ -311,7 +311,7 @@ def _again(config: TrainConfig, run: Path, changes: str) -> str:
     repeated = re.fullmatch(r"(.*)-again(?:-(\d+))?", run.name, re.DOTALL)
     name = f"{repeated[1]}-again-{int(repeated[2] or 1) + 1}" if repeated else f"{run.name}-again"
     output = str(run.with_name(name))
-    if _has_rows_in_memory(config):
+    if has_rows_in_memory(config):
         words = shlex.split(changes)
         names = [option.removeprefix("--").replace("-", "_") for option in words[::2]]
         values = [value if value[0].isdigit() else repr(value) for value in words[1::2]]

@@ -54,7 +54,7 @@ from backhand.runs.interruption import Interrupted, Interruption
 from backhand.runs.status import status_kept
 from backhand.runs.summary import RunSummary, read_summary
 from backhand.system import available_bytes
-from backhand.training.advice import Curves, advice, answer_advice, too_few_rows
+from backhand.training.advice import Curves, advice, answer_advice, has_rows_in_memory, too_few_rows
 from backhand.training.calibration import forecast_run
 from backhand.training.class_inputs import not_learned
 from backhand.training.console import opening_facts
@@ -475,7 +475,10 @@ class Trainer:
         return f"stopped at once, {after} with {self._resume_command()}"
 
     def _resume_command(self) -> str:
-        return f"backhand train --resume --output {shlex.quote(str(self.directory.path))}"
+        path = str(self.directory.path)
+        if has_rows_in_memory(self.run.config):
+            return f"backhand.train(data=rows, output={path!r}, resume=True)"
+        return f"backhand train --resume --output {shlex.quote(path)}"
 
 
 def _published_name(name: str) -> str:

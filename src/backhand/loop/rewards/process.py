@@ -256,7 +256,7 @@ class RewardProcess:
             f"the reward function {function} {how}{quoted}",
             where=None if answer is None else answer.asked.source,
             why=why,
-            next_step="correct the function and go on with --resume; the run has saved the steps before this one",
+            next_step="correct the function and go on with --resume: the run has lost nothing",
         )
 
     def _send(self, value: Any) -> None:
