@@ -46,3 +46,13 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     (tmp_path / "config.toml").unlink()
     with pytest.raises(ArtifactError, match="contains no adapter"):
         find_adapter(tmp_path)
+
+
+def test_a_path_with_one_misspelt_part_is_answered_with_the_right_one(tmp_path: Path) -> None:
+    adapters(tmp_path / "topics", "adapter")
+    with pytest.raises(ArtifactError) as raised:
+        find_adapter(tmp_path / "topic" / "adapter")
+    assert raised.value.next_step == f"did you mean {tmp_path / 'topics' / 'adapter'}?"
+    with pytest.raises(ArtifactError) as raised:
+        find_adapter(tmp_path / "other" / "adapter")
+    assert "adapter_config.json" in str(raised.value.next_step)

@@ -20,7 +20,7 @@ from backhand.adapters.peft_keys import factor_problems
 from backhand.adapters.record import AdapterRecord, changed_files, read_record
 from backhand.errors import ArtifactError, first_line
 from backhand.reading import MAX_SETTINGS_BYTES, kind_of, read_plain
-from backhand.words import name_list
+from backhand.words import name_list, nearest_names
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -95,6 +95,14 @@ class AdapterContents:
     unusable: Collection[str] | None = ()
 
 
+def _nearest_path(path: Path) -> Path | None:
+    """Return an existing path that differs from this one in one misspelt part, or None."""
+    missing = next((part for part in (*reversed(path.parents), path) if not part.exists()), path)
+    siblings = [sibling.name for sibling in missing.parent.iterdir()]
+    paths = (missing.with_name(name) / path.relative_to(missing) for name in nearest_names(missing.name, siblings))
+    return next((near for near in paths if near.exists()), None)
+
+
 def find_adapter(path: Path | str) -> Path:
     """Return the adapter's directory: `path` itself, a run's `adapter/`, or the only subfolder with an adapter.
 
@@ -107,7 +115,9 @@ def find_adapter(path: Path | str) -> Path:
             path = path.parent
         if not path.is_dir():
             what = "this is a file, not the directory of an adapter" if path.exists() else "there is no such directory"
-            raise ArtifactError(what, where=str(path), next_step="give the directory that holds adapter_config.json")
+            near = _nearest_path(path)
+            next_step = f"did you mean {near}?" if near else "give the directory that holds adapter_config.json"
+            raise ArtifactError(what, where=str(path), next_step=next_step)
         if (path / CONFIG_FILE).exists():
             return path
         named = sorted((folder for folder in path.iterdir() if (folder / CONFIG_FILE).exists()), key=_by_number)
