@@ -26,14 +26,14 @@ from backhand.options.config import ModelOptions
 from backhand.options.config_file import load_config
 from backhand.options.objectives import ObjectiveOptions
 from backhand.report.headline import headline
-from backhand.report.page import VERDICTS, run_page
+from backhand.report.page import VERDICTS, result_sentence, run_page
 from backhand.report.run_record import RunRecord, read_run
 from backhand.runs.summary import LabelFigures, LabelRow, NeutralAnswer, RunSummary, forgotten_nats
 from backhand.terminal import _Now, console, working
 from backhand.training.advice import answer_advice
 from backhand.training.console import closing_lines
 from backhand.training.run import train
-from backhand.words import gain_interval, share_interval
+from backhand.words import changes_separate, gain_interval, share_interval
 from support.page import Page
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import tiny_model
@@ -91,6 +91,14 @@ def test_forgetting_is_said_in_words(ended: RunSummary) -> None:
     assert not any("capital" in line for line in closing_lines(replace(forgetful, forgotten_nats=0.1)))
     records: list[dict[str, Any]] = [{"step": step, "forgetting_nats": step / 4} for step in range(5)]
     assert (forgotten_nats(records, 2), forgotten_nats(records, None), forgotten_nats([], 2)) == (0.5, 1.0, None)
+
+
+def test_the_result_that_helped_and_forgot_says_both(ended: RunSummary) -> None:
+    run = read_run(Path(ended.output))
+    forgetful = with_forgetting(run, 0.0, 0.67, 0.1)
+    assert result_sentence(forgetful).endswith(": it helped, and it forgot.")
+    assert "held-out loss: it helped, and it forgot" in Page(run_page(forgetful)).one("section", id="result").text
+    assert result_sentence(with_forgetting(run, 0.0, 0.4, 0.9)).endswith(": it helped.")
 
 
 def test_neutral_prompts_are_answered_before_and_after(finished: Path) -> None:
@@ -159,6 +167,25 @@ def test_a_lower_loss_helped_only_if_the_labels_are_clearly_better(
     assert (suggested is None) is (verdict == "helped")
     # The sentence of the curves belongs to their command.
     assert answer_advice(config, replace(measured, try_next="backhand train …"), Path("runs/one")) is None
+
+
+def test_few_rows_do_not_tell_a_higher_accuracy_from_chance(ended: RunSummary) -> None:
+    """With 3 of 6 rows that became right, McNemar's exact test has p = 0.25, although the intervals differ."""
+    assert gain_interval(0.5, 1.0, 6)[0] > 0 and not changes_separate(0.5, 1.0, 6)
+    assert [changes_separate(0.0, 1.0, rows) for rows in (5, 6)] == [False, True]
+    before, after = label_figures(0.5, spam=3, ham=3), label_figures(1.0, spam=3, ham=3)
+    right = {"base_exact_match": 0.0, "adapted_exact_match": 1.0, "exact_match_rows": 6}
+    measured = replace(ended, base_labels=before, adapted_labels=after, **right)  # type: ignore[arg-type]
+    words = "not clearly better than the base model or a constant answer; 6 rows are too few to tell the change"
+    assert any(words in line for line in closing_lines(measured))
+    run = replace(read_run(Path(ended.output)), summary=json.loads(measured.to_json()))
+    result = Page(run_page(run)).one("section", id="result").text
+    assert words in result and "not clear whether it helped" in result and "it helped;" not in result
+    assert result_sentence(run) == "right answers 50% → 100%: not clear whether it helped."
+    assert (
+        "| held-out rows | 4, too few to tell how much it helps on others |"
+        in Path(ended.adapter, "README.md").read_text()
+    )
 
 
 def test_the_loss_before_a_run_is_that_of_the_adapter_it_starts_from(ended: RunSummary) -> None:

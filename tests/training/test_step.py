@@ -12,6 +12,7 @@ from torch import Tensor
 
 from backhand.errors import not_none
 from backhand.loop.evaluator import Evaluator
+from backhand.loop.forgetting import Forgetting
 from backhand.loop.measuring import HeldOut
 from backhand.loop.state import Progress, RunState
 from backhand.loop.step import AdapterOptimizer, flat_norm
@@ -100,6 +101,20 @@ def test_the_better_of_average_and_newest_values_is_saved(sign: float, newest_is
     assert resumed.contents(lambda: {"values": bytes(lora.values.numpy())}) == contents
     optimizer.step(0.1)
     assert average.is_saved, "an evaluation says nothing about later values"
+
+
+def test_a_rise_on_neutral_texts_is_noted_once() -> None:
+    lora = LoRAParameters([LoRASlot("layers.0.proj", 30, 20, 4, 1.7)])
+    state = RunState(lora, AdapterOptimizer(lora, OptimizationOptions()), Progress(step=1))
+    meter, observer = Mock(), Mock()
+    observer.evaluated.return_value = None
+    plan = cast("Any", SimpleNamespace(run=SimpleNamespace(max_forgetting=None)))
+    evaluator = Evaluator(Mock(), state, plan, meter=meter, observer=observer)
+    for rise in (0.4, 0.67, 0.9):
+        meter.measure.return_value = Forgetting(rise, 0.1)
+        evaluator.evaluate()
+    (note,) = (call.args[0] for call in observer.noted.call_args_list)
+    assert note.startswith("step 1: it forgot: on neutral texts the loss rose by 0.67 nats per token. A lower")
 
 
 def _norm(values: Tensor) -> float:

@@ -63,7 +63,7 @@ from backhand.loop.retrieval_scores import scores_text
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.objectives import ObjectiveOptions
 from backhand.printing import counting
-from backhand.runs.label_results import LABEL_VERDICTS, constant_answer, label_verdict
+from backhand.runs.label_results import constant_answer, verdict_words
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import capitalized, count_of, interval_text, name_list, shorten, show_notes
 
@@ -438,8 +438,7 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str
         before = None if last is base else base.labels
         line = constant_answer(last.labels.per_label)
         if before is not None:
-            verdict = label_verdict(before.accuracy, last.labels.accuracy, last.labels.majority, result.rows)
-            line += f": {LABEL_VERDICTS[verdict]}"
+            line += f": {verdict_words(before.accuracy, last.labels.accuracy, last.labels.majority, result.rows)}"
         console_for_tables().print(capitalized(line), soft_wrap=True)
     for name, one in measured:
         if one.pairs is not None:

@@ -33,6 +33,7 @@ from backhand.loop.step import StepResult
 from backhand.loop.step_plan import StepPlan
 from backhand.loop.value_average import saved_values
 from backhand.printing import going_on
+from backhand.runs.summary import REMEMBERING, forgetting
 from backhand.system import rss_bytes
 from backhand.words import finite_or_none, name_list
 
@@ -65,6 +66,7 @@ class Evaluator:
     processes: Communicator = field(default_factory=Communicator)  # the processes that share each evaluation
 
     def __post_init__(self) -> None:
+        self._warned_of_forgetting = False
         begin = self.state.progress.step
         self._sampled_steps = range(begin + 1, begin + JUDGED_AFTER_STEPS + 1)
 
@@ -208,6 +210,9 @@ class Evaluator:
         self.tell(self.observer.evaluated, record)
         progress.pending_evaluation = False
         self._refuse_forgetting(record)
+        if not self._warned_of_forgetting and (forgot := forgetting(record.get("forgetting_nats"))):
+            self._warned_of_forgetting = True
+            self.observer.noted(f"step {progress.step}: {forgot}. {REMEMBERING}")
         if loss is None:
             return False
         if progress.step == 0:

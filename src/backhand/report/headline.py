@@ -8,14 +8,21 @@ from typing import Any
 
 from backhand.options.objectives import DISTILLED
 from backhand.report.run_record import RunRecord, is_number
-from backhand.runs.label_results import decision_clause, decisions_verdict, figures_verdict, label_clause
+from backhand.runs.label_results import (
+    LabelVerdict,
+    decision_clause,
+    decisions_verdict,
+    figures_verdict,
+    label_clause,
+    label_verdict,
+)
 from backhand.runs.pair_results import PAIR_OBJECTIVES, held_out_pairs, pair_clauses
 from backhand.runs.summary import LabelFigures, forgetting, forgotten_nats, rows_trained_on
 from backhand.words import count_of
 
 
 def verdict(run: RunRecord) -> str:
-    """Return `helped`, `hurt`, `unclear` or `unknown`, from labels or decisions of held-out rows or else their loss.
+    """Return `helped`, `hurt`, `unclear` or `unknown`, from held-out labels, decisions or classes, or the loss.
 
     While the run trains it is `open`.
 
@@ -28,6 +35,8 @@ def verdict(run: RunRecord) -> str:
         return figures_verdict(*labels)
     if (of_decisions := decisions_verdict(*_decisions(run))) is not None:
         return of_decisions
+    if (of_classes := _class_verdict(run)) is not None:
+        return of_classes
     if base is None or best is None or run.objective in PAIR_OBJECTIVES:
         return "unknown"
     return "helped" if best < base else "hurt"
@@ -38,6 +47,15 @@ def _labels(run: RunRecord) -> tuple[Any, Any, int] | None:
     base, adapted, rows = (run.summary.get(key) for key in ("base_labels", "adapted_labels", "exact_match_rows"))
     complete = all(one and set(one) >= LabelFigures.__required_keys__ for one in (base, adapted))
     return (base, adapted, int(rows)) if complete and is_number(rows) else None
+
+
+def _class_verdict(run: RunRecord) -> LabelVerdict | None:
+    """Return the verdict on a head's classes, or None if it gives numbers. Its base is the best constant answer."""
+    base, adapted = (run.summary.get(f"{name}_classes") or {} for name in ("base", "adapted"))
+    constant, right, rows = base.get("accuracy"), adapted.get("accuracy"), adapted.get("rows")
+    if not (is_number(constant) and is_number(right) and is_number(rows)):
+        return None
+    return label_verdict(constant, right, constant, int(rows))
 
 
 def _decisions(run: RunRecord) -> tuple[Any, Any]:
@@ -161,7 +179,10 @@ def _outcome(run: RunRecord) -> str:
         score = next((name for name in ("accuracy", "mse") if is_number(after.get(name))), None)
         scores = "" if score is None else f", and {score} from {before[score]:.3f} to {after[score]:.3f}"
         constant = " (the first of the best constant answer)"
-        return f"{change} ({run.objective}){scores}{constant}, so it {_verdict(base, best)}"
+        judged = {"helped": ", so it helped", "hurt": ", so it did not help"}.get(
+            verdict(run), "; it is not clear whether it helped"
+        )
+        return f"{change} ({run.objective}){scores}{constant}{judged}"
     nats = f"nats per token (perplexity {perplexity(base)} to {perplexity(best)})"
     return f"{change} {nats}, so it {_verdict(base, best)}{_by_how_much(run, base, best)}"
 

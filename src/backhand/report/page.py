@@ -9,7 +9,7 @@ from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from backhand.report import charts
-from backhand.report.headline import base_and_best, headline, verdict
+from backhand.report.headline import base_and_best, forgot, headline, verdict
 from backhand.report.proof_tables import ProofTable, proof_tables
 from backhand.report.rendering import NOT_KNOWN, known, render, size, time_taken
 from backhand.report.run_record import RunRecord, is_number
@@ -116,9 +116,16 @@ def _result_tile(run: RunRecord) -> tuple[str, str, str]:
     if run.objective in PAIR_OBJECTIVES:
         answers = run.summary.get("free_answers")
         worse = answers is not None and answers_got_worse(answers)
-        return (value, f"{name} of pairs" + ("; free answers got worse" if worse else ""), "bad" if worse else "")
-    helped, colour = VERDICTS[verdict(run)]
+        words = "; free answers got worse" * worse + "; it forgot" * bool(forgot(run))
+        return (value, f"{name} of pairs{words}", "bad" if words else "")
+    helped, colour = _verdict_words(run)
     return (value, f"{name}: {helped}", colour)
+
+
+def _verdict_words(run: RunRecord) -> tuple[str, str]:
+    """Return the verdict in words and its colour. A run that helped and forgot is not good."""
+    words, colour = VERDICTS[verdict(run)]
+    return (f"{words}, and it forgot", "bad") if forgot(run) and not run.is_running else (words, colour)
 
 
 def result_sentence(run: RunRecord) -> str:
@@ -135,7 +142,7 @@ def result_sentence(run: RunRecord) -> str:
             return ""
     change = f"{words(before)} → {words(after)}" if is_number(before) else words(after)
     judged = verdict(run)
-    end = {"open": " so far", "unknown": ""}.get(judged, f": {VERDICTS[judged][0]}")
+    end = {"open": " so far", "unknown": ""}.get(judged, f": {_verdict_words(run)[0]}")
     return f"{what} {change}{end}."
 
 

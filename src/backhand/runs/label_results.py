@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from backhand.runs.summary import DecisionFigures, LabelFigures
-from backhand.words import count_of, gain_interval, interval_text, shorten
+from backhand.words import changes_separate, count_of, gain_interval, interval_text, shorten
 
 
 def most_frequent(per_label: Mapping[str, Mapping[str, Any]]) -> tuple[str, float]:
@@ -39,11 +39,13 @@ def label_verdict(base: float, adapted: float, constant: float, rows: int) -> La
         rows: number of rows measured.
 
     Returns:
-        `helped` or `hurt` only if the 95 % interval of the difference does not contain 0.
+        `helped` or `hurt` only if the 95 % interval of the difference does not contain 0, and enough rows changed.
     """
-    if gain_interval(base, adapted, rows)[1] < 0:
+    if gain_interval(base, adapted, rows)[1] < 0 and changes_separate(base, adapted, rows):
         return "hurt"
-    return "helped" if gain_interval(max(base, constant), adapted, rows)[0] > 0 else "unclear"
+    best = max(base, constant)
+    clear = gain_interval(best, adapted, rows)[0] > 0 and changes_separate(best, adapted, rows)
+    return "helped" if clear else "unclear"
 
 
 def figures_verdict(base: LabelFigures, adapted: LabelFigures, rows: int) -> LabelVerdict:
@@ -58,13 +60,21 @@ LABEL_VERDICTS: Mapping[LabelVerdict, str] = {
 }
 
 
+def verdict_words(base: float, adapted: float, constant: float, rows: int) -> str:
+    """Return `label_verdict` in words. A higher accuracy that may be chance is said to be from too few rows."""
+    verdict = label_verdict(base, adapted, constant, rows)
+    too_few = f"; {count_of(rows, 'row')} {'is' if rows == 1 else 'are'} too few to tell the change from chance"
+    return LABEL_VERDICTS[verdict] + (too_few if verdict == "unclear" and adapted > max(base, constant) else "")
+
+
 def label_clause(base: LabelFigures, adapted: LabelFigures, rows: int) -> str:
     """Return a clause about the accuracy of both models, their intervals, and a constant answer."""
     before, after = (f"{one['accuracy']:.1%} ({interval_text(one['accuracy'], rows)})" for one in (base, adapted))
+    verdict = verdict_words(base["accuracy"], adapted["accuracy"], most_frequent(adapted["per_label"])[1], rows)
     return (
         f"the accuracy by the most probable of {len(adapted['per_label'])} labels went from {before} to {after}, "
         f"macro F1 from {base['f1_macro']:.3f} to {adapted['f1_macro']:.3f}; "
-        f"{constant_answer(adapted['per_label'])}: {LABEL_VERDICTS[figures_verdict(base, adapted, rows)]}"
+        f"{constant_answer(adapted['per_label'])}: {verdict}"
     )
 
 
@@ -92,7 +102,7 @@ def decision_clause(name: str, base: DecisionFigures | None, adapted: DecisionFi
     if adapted["constant"]:
         return f"{name}: the adapter gives the same answer to all {rows:,} held-out rows; it decides nothing"
     before = "" if base is None else f"{base['accuracy']:.1%} → "
-    verdict = "" if base is None else f": {LABEL_VERDICTS[_decision_verdict(base, adapted)]}"
+    verdict = "" if base is None else f": {verdict_words(base['accuracy'], right, adapted['majority'], rows)}"
     low, high = adapted["ece_interval"]
     return (
         f"{name}: {before}{right:.1%} of {count_of(rows, 'held-out answer')} right ({interval_text(right, rows)}; "

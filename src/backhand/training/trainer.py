@@ -457,6 +457,8 @@ class Trainer:
             name = self.run.config.objective.objective
             unit = "nats per token" if name == "sft" else f"({name})"
             card["held-out loss"] = f"{progress.base_eval_loss:.4f} → {progress.eval_loss:.4f} {unit}"
+            if (held_out := self.run.inputs.held_out) is not None and (few := too_few_rows(held_out.report)):
+                card["held-out rows"] = f"{few:,}, too few to tell how much it helps on others"
             if name == "grpo":
                 card["held-out reward"] = f"{-progress.base_eval_loss:.4f} → {-progress.eval_loss:.4f}"
                 del card["held-out loss"]
