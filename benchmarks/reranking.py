@@ -110,6 +110,7 @@ def encoded_rows(task: dict[str, Any]) -> list[tuple[list[list[int]], list[float
     from backhand.data.options import DataOptions
     from backhand.data.prepare import prepare
     from backhand.data.ranking_examples import RankingFormat
+    from backhand.data.rows import RankedTexts
     from backhand.nn.loading import open_model
 
     tokenizer = open_model(task["model"]).tokenizer()
@@ -117,9 +118,9 @@ def encoded_rows(task: dict[str, Any]) -> list[tuple[list[list[int]], list[float
     rows, _ = prepare(data, tokenizer, purpose="rankings", text_format=RankingFormat())
     examples = [rows.examples[number] for number in order_of(task, len(rows.examples))]
     return [
-        ([one.input_ids[:-1].tolist() for one in example.documents[::2]], list(example.ranking.targets))
+        ([one.input_ids[:-1].tolist() for one in example.documents[::2]], list(example.facts.targets))
         for example in examples
-        if example.ranking is not None
+        if isinstance(example.facts, RankedTexts)
     ]
 
 

@@ -151,7 +151,7 @@ def test_each_document_ends_in_the_label_of_its_option(tmp_path: Path) -> None:
         orders.add(tuple(order))
         labels = {option: "ABCDE"[place] for place, option in enumerate(order)}
         assert [text[-1] for text in shown[:5]] == [labels[option] for option in "abcde"]
-        decision = data.examples[row].decision
+        decision = data.examples[row].facts
         assert decision is not None and decision.asked[0].targets is not None
         assert decision.asked[0].targets.index(1) == row % 5
     assert len(orders) > 20, "training rows show their options in many orders"

@@ -34,7 +34,7 @@ def mixed(count: int) -> list[Example]:
     made = [one(draw, os.fsdecode(b"\xff:%d" % (i // 2))) for i in range(count)]
     prompt = PromptRow(Completion("?", None, "", None, "q"), "?", {"answer": 4}, "q")
     ways: list[Any] = [{}, {"rejected": one(draw, "the other")}, {"desirable": False}, {"desirable": True}]
-    ways += [{"prompt_row": prompt}]
+    ways += [{"facts": prompt}]
     return [replace(example, **way) for example, way in zip(made, itertools.cycle(ways), strict=False)]
 
 
@@ -42,7 +42,7 @@ def facts(example: Example | None) -> tuple[Any, ...] | None:
     if example is None:
         return None
     own = example.input_ids.tolist(), example.supervised.tolist(), example.input_ids.dtype, example.supervised.dtype
-    return (*own, example.source, example.desirable, example.prompt_row, facts(example.rejected))
+    return (*own, example.source, example.desirable, example.facts, facts(example.rejected))
 
 
 @pytest.mark.parametrize("in_memory_bytes", [2**23, 100])

@@ -90,7 +90,7 @@ def decision_examples(rows: int) -> list[Example]:
         for prompt, answer in answers:
             ids = np.concatenate((prompt, answer)).astype(np.int32)
             documents.append(Example(ids, np.arange(len(ids)) >= len(prompt), "row"))
-        examples.append(replace(documents[0], others=tuple(documents[1:]), decision=decision))
+        examples.append(replace(documents[0], others=tuple(documents[1:]), facts=decision))
     return examples
 
 
@@ -105,9 +105,9 @@ def their_loss(adapted: Any, examples: Sequence[Example]) -> Tensor:
     """The mean loss of the rows by torch's cross-entropy over the logits of the labels, one question at a time."""
     losses = []
     for example in examples:
-        assert example.decision is not None
+        assert isinstance(example.facts, DecisionRow)
         documents, of_questions = list(example.documents), []
-        for one, size in zip(example.decision.asked, example.decision.sizes, strict=True):
+        for one, size in zip(example.facts.asked, example.facts.sizes, strict=True):
             mine, documents = documents[:size], documents[size:]
             prompt = torch.from_numpy(mine[0].input_ids[:-1].astype(np.int64))[None]
             labels = torch.tensor([int(document.input_ids[-1]) for document in mine])
@@ -115,7 +115,7 @@ def their_loss(adapted: Any, examples: Sequence[Example]) -> Tensor:
             assert one.targets is not None
             targets = torch.tensor([*one.targets, *[0.0] * (size - len(one.targets))], dtype=logits.dtype)
             of_questions.append(torch.nn.functional.cross_entropy(logits, targets))
-        for one, size in zip(example.decision.named, example.decision.name_sizes, strict=True):
+        for one, size in zip(example.facts.named, example.facts.name_sizes, strict=True):
             mine, documents = documents[:size], documents[size:]
             sums = torch.stack([log_probability(adapted, document) for document in mine])
             of_questions.append(torch.nn.functional.cross_entropy(sums, torch.tensor(one.targets, dtype=sums.dtype)))
@@ -235,9 +235,9 @@ def test_training_rows_also_have_the_loss_of_held_out_rows() -> None:
     kept: list[Tensor] = []
     first = 0
     for example in examples:
-        row = not_none(example.decision)
+        row = example.facts_as(DecisionRow)
         size = sum(row.sizes)
-        plain.append(replace(example, others=example.others[: size - 1], decision=replace(row, by_name=False)))
+        plain.append(replace(example, others=example.others[: size - 1], facts=replace(row, by_name=False)))
         kept.append(sums[first : first + size])
         first += len(example.documents)
     held_out = DecideObjective(RowPacker(plain, share_prefixes=True)).of_sums(range(6), torch.cat(kept))
@@ -254,9 +254,9 @@ def test_smoothed_answers_have_the_loss_of_soft_targets() -> None:
         return replace(one, targets=tuple((1 - share) * target + share / len(targets) for target in targets))
 
     soft = [
-        replace(one, decision=replace(row, asked=tuple(map(smoothed, row.asked))))
+        replace(one, facts=replace(row, asked=tuple(map(smoothed, row.asked))))
         for one in examples
-        for row in [not_none(one.decision)]
+        for row in [one.facts_as(DecisionRow)]
     ]
     sums = -torch.arange(1.0, 1 + sum(len(one.documents) for one in examples), dtype=torch.float64).sqrt()
     plain, given = (RowPacker(rows, share_prefixes=True) for rows in (examples, soft))

@@ -97,7 +97,7 @@ def embedding_examples(pooling: PoolingName, texts: int, *, scored: bool = False
             documents.append(Example(np.array(ids, dtype=np.int32), supervised, "row"))
         identities = tuple(range(number * texts, (number + 1) * texts))
         embedding = TextIdentities(identities, number % 3 / 3 if scored else None)
-        rows.append(replace(documents[0], others=tuple(documents[1:]), embedding=embedding))
+        rows.append(replace(documents[0], others=tuple(documents[1:]), facts=embedding))
     return rows
 
 
@@ -184,7 +184,7 @@ def test_micro_batches_give_the_gradient_of_one_pass(loss: str, pooling: Pooling
 
 def test_vectors_are_gathered_in_little_more_than_their_memory() -> None:
     rows = [Example(np.array([7, 5, 2, 0], dtype=np.int32), np.arange(4) == 3, "row") for _ in range(3000)]
-    pairs = [replace(row, others=(row,), embedding=TextIdentities((0, 1), None)) for row in rows]
+    pairs = [replace(row, others=(row,), facts=TextIdentities((0, 1), None)) for row in rows]
     packer = RowPacker(pairs, share_prefixes=False)
     adapted = attach_lora(tiny_model("qwen3"), rank=RANK, alpha=ALPHA, target_modules=NOT_THE_HEAD)
     decoder = decoder_like(adapted, ALPHA / RANK)

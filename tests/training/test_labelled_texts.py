@@ -95,7 +95,7 @@ def test_rows_become_pairs_that_share_tokens(tmp_path: Path) -> None:
     spans = {(int(one["begin"]), int(one["tokens"])) for one in data.examples.records}
     assert len(spans) == 6, "each text is stored once"
     for example in data.examples:
-        assert example.embedding is not None and len(example.documents) == len(example.embedding.texts) == 2
+        assert len(example.documents) == len(example.facts_as(TextIdentities).texts) == 2
     assert len({example.key for example in data.examples}) == len(set(data.examples.column("key").tolist())) == 6
 
 
@@ -155,7 +155,7 @@ def test_a_split_keeps_labels_of_few_texts_whole(tmp_path: Path) -> None:
         sides = prepare(data, tiny_tokenizer(), purpose="embeddings", text_format=EmbeddingFormat("mean"))[:2]
         examples = [not_none(side).examples for side in sides]
         assert sum(map(len, examples)) == len(rows), "no text is left out"
-        labels = [{not_none(one.embedding).label for one in side} for side in examples]
+        labels = [{one.facts_as(TextIdentities).label for one in side} for side in examples]
         assert bool(labels[0] & labels[1]) == shares_labels
 
 

@@ -86,7 +86,7 @@ def ranking_examples() -> list[Example]:
                 ids = np.concatenate((query, text, [answer])).astype(np.int32)
                 documents.append(Example(ids, np.arange(len(ids)) == len(ids) - 1, "row"))
         texts = RankedTexts(number, tuple(range(len(targets))), targets)
-        rows.append(replace(documents[0], others=tuple(documents[1:]), ranking=texts))
+        rows.append(replace(documents[0], others=tuple(documents[1:]), facts=texts))
     return rows
 
 
@@ -94,11 +94,11 @@ def their_loss(adapted: Any, examples: Sequence[Example], loss: str) -> Tensor:
     """The mean loss of the rows by torch's losses of the logits of both answers, one document at a time."""
     losses = []
     for example in examples:
-        assert example.ranking is not None
+        assert isinstance(example.facts, RankedTexts)
         prompts = [torch.from_numpy(one.input_ids[:-1].astype(np.int64)) for one in example.documents[::2]]
         logits = [adapted(input_ids=prompt[None]).logits[0, -1] for prompt in prompts]
         scores = torch.stack([of_document[YES] - of_document[NO] for of_document in logits])
-        losses.append(LOSSES[loss](scores, torch.tensor(example.ranking.targets, dtype=scores.dtype)))
+        losses.append(LOSSES[loss](scores, torch.tensor(example.facts.targets, dtype=scores.dtype)))
     return torch.stack(losses).mean()
 
 
@@ -231,7 +231,7 @@ def test_forms_of_sentence_transformers_are_read(
     row: dict[str, Any], documents: int, targets: tuple[float, ...], tmp_path: Path
 ) -> None:
     (example,) = prepared(tmp_path / "rows.jsonl", [row]).examples
-    assert example.ranking.targets == targets and len(example.documents) == 2 * documents
+    assert example.facts.targets == targets and len(example.documents) == 2 * documents
 
 
 def test_columns_of_a_table_can_be_named(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_columns_of_a_table_can_be_named(tmp_path: Path) -> None:
     path.write_text("asked,page,label\nwhat is json,a list,1\nwhat is json,a name,0\n")
     data = DataOptions(data=(str(path),), eval_fraction=0.0, prompt="asked", completion="page")
     rows, _ = prepare(data, answering_tokenizer(), purpose="rankings", text_format=RankingFormat())
-    texts = [rows.examples.ranking(number) for number in range(2)]
+    texts = rows.examples.facts(RankedTexts)
     assert [one.targets for one in texts if one] == [(1.0,), (0.0,)]
     assert texts[0] is not None and texts[1] is not None and texts[0].query == texts[1].query
 
@@ -261,7 +261,7 @@ def test_rows_without_texts_or_numbers_are_errors(row: dict[str, Any], what: str
 def test_the_rows_of_a_query_are_held_out_together(tmp_path: Path) -> None:
     rows = [{"query": f"q{n % 5}", "document": f"text {n}", "label": n % 2} for n in range(20)]
     train_rows, held_out = split(prepared(tmp_path / "rows.jsonl", rows), 0.4, seed=0)
-    queries = [{one.examples.ranking(n).query for n in range(len(one.examples))} for one in (train_rows, held_out)]
+    queries = [{row.query for row in one.examples.facts(RankedTexts)} for one in (train_rows, held_out)]
     assert queries[0].isdisjoint(queries[1]) and len(queries[1]) == 2
 
 

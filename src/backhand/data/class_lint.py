@@ -20,7 +20,7 @@ _FAR = 10.0
 
 def problems_of_classes(examples: Iterable[Example]) -> tuple[list[tuple[Any, ...]], dict[str, int]]:
     """Return (kind, locations, phrases) for each kind of problem, see `lint.CHECKS`, and the rows of each label."""
-    rows = [(one.source, one.class_label, one.input_ids.tobytes()) for one in examples if one.class_label is not None]
+    rows = [(one.source, one.facts, one.input_ids.tobytes()) for one in examples if isinstance(one.facts, ClassLabel)]
     problem = problem_of(label for _, label, _ in rows)
     if problem == NUMBER:
         return _of_numbers([(source, label) for source, label, _ in rows]), {}

@@ -28,7 +28,6 @@ from backhand.data.examples import Example, encode_document
 from backhand.data.rows import Completion, decision_text
 from backhand.data.stored_examples import ExampleWriter, StoredExamples
 from backhand.data.text_encoder import TokenIds
-from backhand.errors import not_none
 
 _ROWS_AT_ONCE = 256
 
@@ -74,7 +73,7 @@ class DecisionEncoder:
             by_option = [tokens[order.index(option)] for option in asked.question.canonical_order]
             documents += [ending_in(prompt, (token,), row.source) for token in (*by_option, *others)]
             spellings.append(len(others))
-        return replace(documents[0], others=tuple(documents[1:]), decision=replace(row, spellings=tuple(spellings)))
+        return replace(documents[0], others=tuple(documents[1:]), facts=replace(row, spellings=tuple(spellings)))
 
     def encode(self, rows: Sequence[DecisionRow], *draw: int) -> list[Example | None]:
         """Encode rows together; None for a row whose prompt is longer than `max_length`.
@@ -113,7 +112,7 @@ class DecisionEncoder:
                 part = examples[start : start + _ROWS_AT_ONCE]
                 turned: Sequence[Example | None] = part
                 if draw:
-                    turned = self.encode([not_none(one.decision) for one in part], *draw)
+                    turned = self.encode([one.facts_as(DecisionRow) for one in part], *draw)
                 for example, other in zip(part, turned, strict=True):
                     writer.add(self._with_names(other or example))
         return writer.stored()
@@ -124,7 +123,7 @@ class DecisionEncoder:
         The example is unchanged if it has no choice, would become too long, or has a name whose tokens merge with the
         end of the prompt.
         """
-        row, documents = not_none(example.decision), example.documents
+        row, documents = example.facts_as(DecisionRow), example.documents
         names: list[Example] = []
         first = 0
         for asked, size in zip(row.asked, row.sizes, strict=True):
@@ -137,7 +136,7 @@ class DecisionEncoder:
             first += size
         if max(map(len, names), default=0) > self._max_length:
             return example
-        return replace(example, others=(*example.others, *names), decision=replace(row, by_name=True))
+        return replace(example, others=(*example.others, *names), facts=replace(row, by_name=True))
 
 
 class Replies:

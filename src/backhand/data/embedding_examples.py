@@ -97,7 +97,7 @@ class EmbeddingEncoder:
             first.supervised,
             row.source,
             others=tuple(others),
-            embedding=TextIdentities(identities, row.score, None if row.label is None else identity(row.label)),
+            facts=TextIdentities(identities, row.score, None if row.label is None else identity(row.label)),
         )
 
 
@@ -109,7 +109,7 @@ def pooled_document(
     supervised[0], supervised[-1] = False, True
     if pooling == "cls":
         supervised[1] = True
-    return Example(np.array([*ids, _PLACEHOLDER], dtype=np.int32), supervised, source, class_label=class_label)
+    return Example(np.array([*ids, _PLACEHOLDER], dtype=np.int32), supervised, source, facts=class_label)
 
 
 def suffix_of(encoder: TextEncoder, pooling: PoolingName) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ FEW_POSITIVES = 0.1
 
 def problems_of_embeddings(examples: Iterable[Example]) -> list[tuple[Any, ...]]:
     """Return (kind, locations, phrase) for each kind of problem, see `lint.CHECKS`."""
-    rows = [(one.source, one.embedding) for one in examples if one.embedding is not None]
+    rows = [(one.source, one.facts) for one in examples if isinstance(one.facts, TextIdentities)]
     positives: dict[int, set[int]] = defaultdict(set)
     firsts: dict[TextIdentities, str] = {}
     repeated = []

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +15,11 @@ from backhand.data.chat import Document
 from backhand.data.data_report import TruncationStats
 from backhand.data.decisions import DecisionRow
 from backhand.data.options import DataOptions
-from backhand.data.rows import ClassLabel, PromptRow, RankedTexts, TextIdentities
+from backhand.data.rows import PromptRow, RowFacts
 from backhand.data.text_encoder import TextEncoder, TokenIds
 from backhand.errors import DataError, not_none
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +33,8 @@ class Example:
         source: location of its row.
         rejected: the document with the rejected answer of a pair, whose chosen answer is this document; else None.
         desirable: the label of an unpaired answer; None for other rows.
-        prompt_row: the row of a prompt whose answers are sampled and rewarded; else None. Such a document has one
-            supervised token at its end as a placeholder for the answers.
-        decision: the questions of a row of decisions; else None. Each label of each question is a document of the row,
-            which ends in that label.
+        facts: facts of the row in addition to the tokens, see `rows.RowFacts`; None for other rows.
         others: the documents of a row of decisions, embeddings or rankings after this one.
-        embedding: digests and score of a row of embeddings; else None. Each text is a document of the row.
-        ranking: digests and targets of a row of rankings; else None. Each text has two documents, which end in yes and
-            in no; or one document, which is a pair of query and text, for a score head.
-        class_label: the label of a text that a classification head learns; else None.
         second_text: index of the first token with token type 1, if the document is a pair of texts; else 0.
     """
 
@@ -48,16 +43,17 @@ class Example:
     source: str
     rejected: Example | None = None
     desirable: bool | None = None
-    prompt_row: PromptRow | None = None
-    decision: DecisionRow | None = None
+    facts: RowFacts | None = None
     others: tuple[Example, ...] = ()
-    embedding: TextIdentities | None = None
-    ranking: RankedTexts | None = None
-    class_label: ClassLabel | None = None
     second_text: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def facts_as(self, kind: type[T]) -> T:
+        """Return the facts, which must be of this kind."""
+        assert isinstance(self.facts, kind)
+        return self.facts
 
     @property
     def documents(self) -> tuple[Example, ...]:
@@ -67,7 +63,7 @@ class Example:
     @property
     def answered_questions(self) -> tuple[Example, ...]:
         """The documents of a row of decisions that end in the label of its own answer, one per question."""
-        row, first, answered = not_none(self.decision), 0, []
+        row, first, answered = self.facts_as(DecisionRow), 0, []
         for asked, size in zip(row.asked, row.sizes, strict=True):
             targets = not_none(asked.targets)
             answered.append(self.documents[first + targets.index(max(targets))])
@@ -97,14 +93,12 @@ class Example:
         """SHA-256 of tokens, supervision and label. Two examples have equal keys if all three are equal."""
         parts = [part for document in self.documents for part in (document.input_ids, document.supervised)]
         label = [] if self.desirable is None else [b"desirable" if self.desirable else b"undesirable"]
-        if self.prompt_row is not None:
-            label.append(
-                json.dumps([self.prompt_row.prompt, self.prompt_row.columns], sort_keys=True, default=str).encode()
-            )
-        values = self.embedding, self.ranking, self.class_label
-        label += [repr(value).encode() for value in values if value is not None]
-        if self.decision is not None:
-            label.append(json.dumps(self.decision.to_json()).encode())
+        if isinstance(facts := self.facts, PromptRow):
+            label.append(json.dumps([facts.prompt, facts.columns], sort_keys=True, default=str).encode())
+        elif isinstance(facts, DecisionRow):
+            label.append(json.dumps(facts.to_json()).encode())
+        elif facts is not None:
+            label.append(repr(facts).encode())
         return hashlib.sha256(b"|".join([*(part.tobytes() for part in parts), *label])).digest()
 
 

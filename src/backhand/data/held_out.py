@@ -13,6 +13,7 @@ import numpy.typing as npt
 from backhand.data.data_report import DataReport
 from backhand.data.examples import Example
 from backhand.data.random_order import random_order
+from backhand.data.rows import RankedTexts, TextIdentities
 from backhand.data.stored_examples import PreparedData, StoredExamples, stored, with_totals
 from backhand.errors import DataError
 from backhand.words import count_of
@@ -103,11 +104,9 @@ def _groups(examples: StoredExamples, fraction: float) -> npt.NDArray[np.int64]:
         return i
 
     columns = [examples.column(name) for name in ("source_digest", "token_digest")]
-    rankings = [row for row in map(examples.ranking, range(len(examples) if examples.rows else 0)) if row is not None]
-    if rankings:
+    if rankings := examples.facts(RankedTexts):
         columns.append(np.array([row.query for row in rankings], dtype=np.uint64))
-    texts = [row for row in map(examples.embedding, range(len(examples) if examples.rows else 0)) if row is not None]
-    labels = [row.label for row in texts if row.label is not None]
+    labels = [row.label for row in examples.facts(TextIdentities) if row.label is not None]
     if len(labels) == len(examples) and fraction * len(labels) < 2 * len(set(labels)):
         columns.append(np.array(labels, dtype=np.uint64))
     for column in columns:

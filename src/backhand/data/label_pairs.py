@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from backhand.data.embedding_examples import identity
-from backhand.data.rows import EmbeddingRow, TextIdentities
-from backhand.data.stored_examples import FIRST, NEXT, PreparedData, StoredExamples, StoredRow, with_totals
+from backhand.data.rows import EmbeddingRow, RowFacts, TextIdentities
+from backhand.data.stored_examples import FIRST, NEXT, PreparedData, StoredExamples, with_totals
 from backhand.errors import DataError
 from backhand.words import count_of
 
@@ -88,17 +88,16 @@ def with_pairs(data: PreparedData, *, held_out: bool = False) -> PreparedData:
         DataError: some rows have a label and others none, or no two texts have the same label.
     """
     examples = data.examples
-    rows = [examples.embedding(number) for number in range(len(examples))]
-    labelled = [row for row in rows if row is not None and row.label is not None]
+    labelled = [row for row in examples.facts(TextIdentities) if row.label is not None]
     if not labelled:
         return data
-    _check_forms(len(labelled), len(rows), data.report.sources[0].source if data.report.sources else None)
+    _check_forms(len(labelled), len(examples), data.report.sources[0].source if data.report.sources else None)
     labels = [row.label or 0 for row in labelled]
     others = partners(labels, [row.texts[0] for row in labelled])
     paired = np.flatnonzero(others >= 0)
     if not len(paired):
         raise _without_pairs(examples[0].source, held_out=held_out)
-    alone = len(rows) - len(paired)
+    alone = len(examples) - len(paired)
     notes = data.report.notes
     if alone:
         notes += (f"{count_of(alone, 'row')} left out: no other text has its label",)
@@ -115,7 +114,7 @@ def _pairs(
 ) -> StoredExamples:
     records = examples.records[examples.chosen[np.stack((anchors, positives), 1).ravel()]]
     records["place"][::2], records["place"][1::2] = FIRST, NEXT
-    identities: dict[int, StoredRow] = {}
+    identities: dict[int, RowFacts] = {}
     for number, (one, other) in enumerate(zip(anchors.tolist(), positives.tolist(), strict=True)):
         pair = TextIdentities((rows[one].texts[0], rows[other].texts[0]), None, rows[one].label)
         identities[2 * number] = pair

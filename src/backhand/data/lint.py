@@ -15,6 +15,7 @@ from backhand.data.class_examples import ClassFormat
 from backhand.data.class_lint import problems_of_classes
 from backhand.data.data_report import DataReport, TruncationStats
 from backhand.data.decision_lint import problems_of_decisions
+from backhand.data.decisions import DecisionRow
 from backhand.data.embedding_examples import EmbeddingFormat
 from backhand.data.embedding_lint import problems_of_embeddings
 from backhand.data.examples import Example
@@ -290,8 +291,7 @@ def lint(
         found, labels = problems_of_classes(train.examples)
         problems += [*found, ("duplicate", _repeated(train.examples))]
     elif purpose == "decisions":
-        rows = map(train.examples.decision, range(len(train.examples)))
-        problems += problems_of_decisions(filter(None, rows))
+        problems += problems_of_decisions(train.examples.facts(DecisionRow))
     else:
         problems += [*_in_documents(documents, tokenizer, truncation), *_in_rows(train.examples)]
         spellings = label_spellings(tokenizer, train.examples, held_out.examples if held_out else ())

@@ -78,7 +78,7 @@ class PairEncoder:
                 return None
         first, *others = (self._document(query, ids, row.source) for ids in documents)
         ranking = RankedTexts(identity(row.query), tuple(map(identity, row.documents)), row.targets)
-        return replace(first, others=tuple(others), ranking=ranking)
+        return replace(first, others=tuple(others), facts=ranking)
 
     def _document(self, query: TokenIds, document: TokenIds, source: str) -> Example:
         before, between, after, of_first = self._around

@@ -155,7 +155,7 @@ class RankingEncoder:
         answers = self.answers.yes, self.answers.no
         first, *others = (ending_in(prompt, (token,), row.source) for prompt in prompts for token in answers)
         texts = RankedTexts(identity(row.query), tuple(map(identity, row.documents)), row.targets)
-        return replace(first, others=tuple(others), ranking=texts)
+        return replace(first, others=tuple(others), facts=texts)
 
     def _cut(self, prompt: TokenIds, text: str, room: int) -> TokenIds | None:
         """Return the prompt with the end of its document left out, or None if nothing would be left of the document."""

@@ -12,7 +12,7 @@ from backhand.data.rows import RankedTexts
 
 def problems_of_rankings(examples: Iterable[Example]) -> list[tuple[Any, ...]]:
     """Return (kind, locations) for each kind of problem, see `lint.CHECKS`."""
-    rows = [(one.source, one.ranking) for one in examples if one.ranking is not None]
+    rows = [(one.source, one.facts) for one in examples if isinstance(one.facts, RankedTexts)]
     relevant: dict[int, set[int]] = defaultdict(set)
     firsts: dict[RankedTexts, str] = {}
     repeated = []

@@ -211,7 +211,7 @@ class RowEncoder:
             return []
         if isinstance(row, PromptRow):
             prompts = _prompt_examples(row.source, parts[0], options, stats)
-            return [replace(one, prompt_row=row) for one in prompts]
+            return [replace(one, facts=row) for one in prompts]
         if self._teacher is not None and self._teacher.sampled:
             both = _prompt_examples(row.source, [part[0] for part in parts], options, stats)
             return [replace(student, rejected=teacher) for student, teacher in zip(both[::2], both[1::2], strict=True)]

@@ -145,6 +145,18 @@ class ClassLabel(NamedTuple):
         return (f"{self.value:g}" if isinstance(self.value, float) else self.value,)
 
 
+RowFacts = PromptRow | DecisionRow | TextIdentities | RankedTexts | ClassLabel
+"""Facts of a row that its loss, its rewards or its scores read in addition to the tokens:
+
+- `PromptRow`: a prompt whose answers are sampled and rewarded. The row's document has one supervised token at its end
+  as a placeholder for the answers.
+- `DecisionRow`: questions. Each label of each question is a document of the row, which ends in that label.
+- `TextIdentities`: texts whose vectors are compared. Each text is a document of the row.
+- `RankedTexts`: a query with texts. Each text has two documents, which end in yes and in no; or one document, which is
+  a pair of query and text, for a score head.
+- `ClassLabel`: the label of a text that a classification head learns.
+"""
+
 REFERENCES = ("answer", "completion", "response", "output", "solution", "ground_truth", "target")
 """Columns that may contain the reference answer to a prompt, in order of precedence."""
 

@@ -19,26 +19,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from tempfile import SpooledTemporaryFile
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from backhand.data.data_report import DataReport
-from backhand.data.decisions import DecisionRow, Question
+from backhand.data.decisions import Question
 from backhand.data.examples import Example
-from backhand.data.rows import ClassLabel, PromptRow, RankedTexts, TextIdentities
+from backhand.data.rows import RowFacts
 from backhand.data.text_encoder import TokenIds
 from backhand.errors import ResourceError
 from backhand.files import reason
+
+T = TypeVar("T")
 
 _IN_MEMORY_BYTES = 2**23
 _PIECE_TOKENS = 2**18
 LABELS = (None, False, True)
 ALONE, FIRST, NEXT = range(3)
-
-StoredRow = PromptRow | DecisionRow | TextIdentities | RankedTexts | ClassLabel
-"""A part of a row that is stored as an object: of prompts, decisions, embeddings, rankings and classes."""
 
 RECORD = np.dtype(
     [
@@ -66,13 +65,12 @@ class ExampleWriter:
         for file in (self._tokens, self._records):
             weakref.finalize(self, file.close)
         self._places = 0  # number of elements of `tokens` written so far
-        self._rows: dict[int, StoredRow] = {}
+        self._rows: dict[int, RowFacts] = {}
 
     def add(self, example: Example) -> None:
         """Append an example. Raises ResourceError: the disk is full."""
-        kinds = example.prompt_row, example.decision, example.embedding, example.ranking, example.class_label
-        if (row := next((one for one in kinds if one is not None), None)) is not None:
-            self._rows[self._records.tell() // RECORD.itemsize] = row
+        if example.facts is not None:
+            self._rows[self._records.tell() // RECORD.itemsize] = example.facts
         whole = _digest(b"|".join(document.input_ids.tobytes() for document in example.documents)), example.key
         for document in example.documents:
             ids, targets = document.input_ids, np.flatnonzero(document.supervised)
@@ -222,12 +220,12 @@ class StoredExamples(Sequence[Example]):
 
     tokens: TokenIds  # see the module's docstring; read-only
     records: npt.NDArray[Any]
-    rows: dict[int, StoredRow]  # by the number of their record
+    rows: dict[int, RowFacts]  # by the number of their record
     chosen: npt.NDArray[np.int64]  # record numbers of the selection
     single: bool = False  # True if each document is an example, also both sides of a pair
 
     @classmethod
-    def all_of(cls, tokens: TokenIds, records: npt.NDArray[Any], rows: dict[int, StoredRow]) -> StoredExamples:
+    def all_of(cls, tokens: TokenIds, records: npt.NDArray[Any], rows: dict[int, RowFacts]) -> StoredExamples:
         """Select all examples."""
         return cls(tokens, records, rows, np.flatnonzero(records["place"] != NEXT))
 
@@ -245,7 +243,7 @@ class StoredExamples(Sequence[Example]):
         example = self._document(place)
         count = 1 if self.single else int(self._counts[place])
         others = tuple(self._document(place + number) for number in range(1, count))
-        if (example.decision or example.embedding or example.ranking) is not None:
+        if example.facts is not None:
             return replace(example, others=others)
         return replace(example, rejected=others[0]) if others else example
 
@@ -263,41 +261,19 @@ class StoredExamples(Sequence[Example]):
         signed, after = self.tokens[begin : begin + tokens], self.tokens[begin + tokens :]
         supervised = signed < 0
         source = _decoded(after[: -(-source_bytes // 4)].tobytes()[:source_bytes])
-        ids, row = np.where(supervised, ~signed, signed), self.rows.get(place)
-        prompt_row = row if isinstance(row, PromptRow) else None
-        decision = row if isinstance(row, DecisionRow) else None
-        embedding = row if isinstance(row, TextIdentities) else None
-        ranking = row if isinstance(row, RankedTexts) else None
+        ids = np.where(supervised, ~signed, signed)
         return Example(
             *(ids, supervised, source),
             desirable=LABELS[label],
-            prompt_row=prompt_row,
-            decision=decision,
-            embedding=embedding,
-            ranking=ranking,
-            class_label=row if isinstance(row, ClassLabel) else None,
+            facts=self.rows.get(place),
             second_text=int(record["second_text"]),
         )
 
-    def decision(self, number: int) -> DecisionRow | None:
-        """Return the questions of an example, or None if it is no row of decisions."""
-        row = self.rows.get(int(self.chosen[number]))
-        return row if isinstance(row, DecisionRow) else None
-
-    def embedding(self, number: int) -> TextIdentities | None:
-        """Return digests and score of an example, or None if it is no row of embeddings."""
-        row = self.rows.get(int(self.chosen[number]))
-        return row if isinstance(row, TextIdentities) else None
-
-    def ranking(self, number: int) -> RankedTexts | None:
-        """Return digests and targets of an example, or None if it is no row of rankings."""
-        row = self.rows.get(int(self.chosen[number]))
-        return row if isinstance(row, RankedTexts) else None
-
-    def class_label(self, number: int) -> ClassLabel | None:
-        """Return the label of an example, or None if it is no text with a label."""
-        row = self.rows.get(int(self.chosen[number]))
-        return row if isinstance(row, ClassLabel) else None
+    def facts(self, kind: type[T], numbers: Iterable[int] | None = None) -> list[T]:
+        """Return the facts of these examples, by default of all, without those of another kind."""
+        chosen = self.chosen if numbers is None else self.chosen[list(numbers)]
+        found = map(self.rows.get, chosen.tolist()) if self.rows else ()
+        return [one for one in found if isinstance(one, kind)]
 
     def take(self, which: slice | npt.NDArray[Any]) -> StoredExamples:
         """Select examples by a slice, numbers or a boolean mask."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from backhand.data.decisions import DecisionRow
 from backhand.data.examples import Example
 from backhand.data.stored_examples import StoredExamples
 
@@ -21,7 +22,7 @@ class ViewedToken:
 
 def documents_to_show(examples: StoredExamples, count: int) -> list[Example]:
     """Return the first documents. Of the labels of a decision, only the row's own answer is among them."""
-    if not (len(examples) and examples[0].decision):
+    if not (len(examples) and isinstance(examples[0].facts, DecisionRow)):
         return list(examples.documents[:count])
     return [document for example in examples[:count] for document in example.answered_questions][:count]
 

@@ -21,6 +21,7 @@ from backhand.data.examples import Example
 from backhand.data.held_out import neutral_prompts
 from backhand.data.options import TemplateOptions
 from backhand.data.row_encoder import Prompt
+from backhand.data.rows import PromptRow
 from backhand.engines.engine import BoundModel
 from backhand.errors import CheckError, DataError, UsageError, not_none
 from backhand.generation.completer import complete_greedily
@@ -221,8 +222,8 @@ def _held_out_answer(
     if example.rejected is not None:
         answers = [*answers, _parts(example.rejected, len(prompt))[1][:new_tokens].tolist()]
     reference, base, adapted, *others = (_decoded(tokenizer, ids) for ids in answers)
-    if example.prompt_row is not None:
-        reference = example.prompt_row.reference or ""
+    if isinstance(example.facts, PromptRow):
+        reference = example.facts.reference or ""
     special = set(tokenizer.all_special_ids)
     runs = itertools.groupby(prompt.tolist(), key=special.__contains__)  # alternating control tokens and text
     return HeldOutAnswer(

@@ -114,7 +114,7 @@ class Decider:
             every = range(len(part))
             sums = not_none(document_sums(model, packer, every, self.micro_batch_rows, Communicator(), on_row=on_row))
             require_finite(sums)
-            asked = iter(outcomes_of((not_none(one.decision) for one in examples), sums.tolist()))
+            asked = iter(outcomes_of((one.facts_as(DecisionRow) for one in examples), sums.tolist()))
             for row in part:
                 yield [next(asked) for _ in row.asked]
 
@@ -177,7 +177,7 @@ def decided_rows(
             where=prepared.report.first_cut[1],
             next_step="shorten it, or raise --max-length",
         )
-    return [not_none(prepared.examples.decision(number)) for number in range(len(prepared.examples))]
+    return prepared.examples.facts(DecisionRow)
 
 
 def evaluate_decisions(

@@ -21,7 +21,7 @@ from backhand.data.options import NamedColumns, RowSources, TemplateOptions
 from backhand.data.packing import RowPacker
 from backhand.data.pair_examples import PairEncoder
 from backhand.data.ranking_examples import RankingEncoder, RankingFormat
-from backhand.data.rows import INSTRUCTION, EmbeddingRow, RankingRow
+from backhand.data.rows import INSTRUCTION, EmbeddingRow, RankedTexts, RankingRow
 from backhand.data.stored_examples import stored
 from backhand.data.text_encoder import TextEncoder
 from backhand.distributed.communicator import Communicator
@@ -132,7 +132,7 @@ class Reranker:
         model, whole = self.loaded.model, stored(examples)
         check_vocabulary(whole.beyond(model.vocab_size), model.vocab_size, self.loaded.tokenizer)
         packer = RowPacker(whole, share_prefixes=model.shares_prefixes)
-        counts = [len(not_none(example.ranking).documents) for example in examples]
+        counts = [len(example.facts_as(RankedTexts).documents) for example in examples]
         rows = max(1, self.documents // max(counts))
         if isinstance(self.encoder, PairEncoder):
             assert isinstance(model, EngineCompleter), "other engines have no heads"

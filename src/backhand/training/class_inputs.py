@@ -11,7 +11,7 @@ from backhand.data.rows import INSTRUCTION, ClassLabel, ProblemType
 from backhand.data.stored_examples import PreparedData
 from backhand.engines.decoder_engine import DecoderEngine, with_hidden_states
 from backhand.engines.engine import Engine
-from backhand.errors import DataError, UsageError, not_none
+from backhand.errors import DataError, UsageError
 from backhand.loop.objectives.rank import pair_format
 from backhand.loop.rank import no_instruction
 from backhand.nn.decoder.adapted_group import HEAD
@@ -114,7 +114,7 @@ def with_labels(
     for data in (train, held_out):
         rows = data.examples if data is not None else ()
         for row in rows:
-            target_of(not_none(row.class_label), problem, labels, row.source)
+            target_of(row.facts_as(ClassLabel), problem, labels, row.source)
     if problem == NUMBER:
         said = [f"a number is learned from {count_of(len(learned), 'row')}, with squared error"]
         return replace(options, problem_type=problem, class_labels=()), tuple(said)
@@ -143,8 +143,7 @@ def with_labels(
 
 
 def _labels_of(data: PreparedData) -> list[ClassLabel]:
-    examples = data.examples
-    return [not_none(examples.class_label(row)) for row in range(len(examples))]
+    return data.examples.facts(ClassLabel)
 
 
 def _check_start(start: StartingHead, problem: ProblemType, labels: Sequence[str], found: Sequence[str]) -> None:

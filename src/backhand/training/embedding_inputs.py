@@ -8,7 +8,7 @@ from typing import cast
 from backhand.data.embedding_examples import EmbeddingFormat
 from backhand.data.ranking_examples import RankingFormat
 from backhand.data.row_encoder import TextFormat
-from backhand.data.rows import PoolingName
+from backhand.data.rows import PoolingName, TextIdentities
 from backhand.data.stored_examples import PreparedData
 from backhand.engines.decoder_engine import DecoderEngine, with_hidden_states
 from backhand.engines.engine import Engine
@@ -94,7 +94,7 @@ def with_loss(options: ObjectiveOptions, train: PreparedData, held_out: Prepared
                 check_targets(options, data.examples)
         return options
     sets = [data.examples for data in (train, held_out) if data is not None]
-    rows = [not_none(examples.embedding(number)) for examples in sets for number in range(len(examples))]
+    rows = [row for examples in sets for row in examples.facts(TextIdentities)]
     scored = [row.score is not None for row in rows]
     loss = options.embedding_loss or ("cosent" if all(scored) else "infonce")
     if {*scored} != {loss == "cosent"}:

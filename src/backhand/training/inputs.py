@@ -331,11 +331,11 @@ def _assumed_rows(config: TrainConfig, has_head: bool) -> PreparedData:
 
         identities = TextIdentities(tuple(range(texts)), None)
         rows = [[text(number * texts + place) for place in range(texts)] for number in range(count)]
-        examples = [replace(first, others=tuple(others), embedding=identities) for first, *others in rows]
+        examples = [replace(first, others=tuple(others), facts=identities) for first, *others in rows]
         return with_totals(examples, DataReport())
     if config.objective.purpose == "rankings":
         row = replace(row, supervised=np.arange(length) == length - 1)
-        row = replace(row, others=() if has_head else (row,), ranking=RankedTexts(0, (0,), (1.0,)))
+        row = replace(row, others=() if has_head else (row,), facts=RankedTexts(0, (0,), (1.0,)))
     if config.objective.purpose == "classes":
-        row = replace(row, supervised=np.arange(length) == length - 1, class_label=ClassLabel("0"))
+        row = replace(row, supervised=np.arange(length) == length - 1, facts=ClassLabel("0"))
     return with_totals([row] * count, DataReport())

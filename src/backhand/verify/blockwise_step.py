@@ -68,11 +68,11 @@ def row_loss(rows: Sequence[Example], options: ObjectiveOptions | None = None) -
     """
     packer, numbers = RowPacker(rows, share_prefixes=False), range(len(rows))
     owners, counts = token_owners(packer, numbers)
-    if rows[0].decision is not None:
+    if isinstance(rows[0].facts, DecisionRow):
         decide = DecideObjective(packer)
         of_sums = partial(_decision_loss, decide.decisions(numbers))
         return RowLoss("loss of decisions", decide.token_loss(0, numbers), owners, len(counts), of_sums)
-    if rows[0].ranking is not None:
+    if isinstance(rows[0].facts, RankedTexts):
         rank = RankObjective(packer, options=options or ObjectiveOptions("rank"))
         formula = partial(_ranking_loss, rank.loss.texts(numbers), rank.options)
         return RowLoss("loss of rankings", rank.token_loss(0, numbers), owners, len(counts), formula)

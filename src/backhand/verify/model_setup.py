@@ -257,7 +257,7 @@ def _documents(
 
 def _alone(document: Example) -> Example:
     """Return a document of a row without the others."""
-    return replace(document, rejected=None, others=(), decision=None, ranking=None, class_label=None, embedding=None)
+    return replace(document, rejected=None, others=(), facts=None)
 
 
 def _text_example(text: str, tokenizer: Any) -> Example:
@@ -295,7 +295,7 @@ def choose_rows(examples: Sequence[Example], max_tokens: int) -> list[Example]:
     for example in examples:
         most = max_tokens // 2 // len(example.documents)
         first, *others = (_cut(document, most) for document in map(_alone, example.documents))
-        row = replace(first, others=tuple(others), decision=example.decision, ranking=example.ranking)
+        row = replace(first, others=tuple(others), facts=example.facts)
         size = sum(map(len, row.documents))
         if len(chosen) >= 2 and tokens + size > max_tokens:
             break

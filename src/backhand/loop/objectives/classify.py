@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backhand.data.class_examples import MULTI, NUMBER, target_of
 from backhand.data.packing import RowPacker
-from backhand.data.rows import ProblemType
+from backhand.data.rows import ClassLabel, ProblemType
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import BoundModel, Trainable
 from backhand.errors import not_none
@@ -82,8 +82,9 @@ class ClassifyObjective(HeadObjective):
 def targets_of(packer: RowPacker, problem: ProblemType, labels: Sequence[str]) -> Tensor:
     """Return the targets of all rows, (rows, outputs) float64. Raises DataError for a label that does not fit."""
     examples = packer.examples
-    rows = range(len(examples))
-    found = [target_of(not_none(examples.class_label(row)), problem, labels, examples[row].source) for row in rows]
+    found = [
+        target_of(label, problem, labels, examples[row].source) for row, label in enumerate(examples.facts(ClassLabel))
+    ]
     return torch.tensor(found, dtype=torch.float64)
 
 

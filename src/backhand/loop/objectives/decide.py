@@ -89,7 +89,7 @@ class DecideObjective(AnswerObjective):
 
     def decisions(self, rows: Sequence[int]) -> list[DecisionRow]:
         """Return the questions of these rows."""
-        return [not_none(self.packer.examples.decision(row)) for row in rows]
+        return self.packer.examples.facts(DecisionRow, rows)
 
     def held_out_outcomes(self, bound: BoundModel, micro_batch_rows: int) -> HeldOutDecisions:
         """Return the outcomes of these rows, of the base model and of the adapted one.

@@ -52,7 +52,7 @@ class RankingLoss:
 
     def texts(self, rows: Sequence[int]) -> list[RankedTexts]:
         """Return digests and targets of these rows."""
-        return [not_none(self.examples.ranking(row)) for row in rows]
+        return self.examples.facts(RankedTexts, rows)
 
     def of_scores(self, rows: Sequence[int], scores: Tensor) -> RowLosses:
         """Compute the losses of the rows, and metrics of those whose documents differ in their targets.
@@ -223,8 +223,8 @@ def _measured(texts: Sequence[RankedTexts], scores: Sequence[Tensor]) -> dict[st
 def check_targets(options: ObjectiveOptions, examples: StoredExamples) -> None:
     """Raise DataError unless the targets of these rows fit the loss of rankings."""
     lists = options.ranking_loss != "pointwise"
-    for number in range(len(examples)):
-        targets = not_none(examples.ranking(number)).targets
+    for number, row in enumerate(examples.facts(RankedTexts)):
+        targets = row.targets
         if lists and len(targets) < 2:
             raise DataError(
                 f"there is one document in this row, and {options.ranking_loss} compares the documents of a row",

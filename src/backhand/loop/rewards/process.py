@@ -155,8 +155,8 @@ class RewardProcess:
 
     def check_parameters(self, examples: Iterable[Example]) -> None:
         """Raise UsageError if a function needs a parameter that is neither given always nor a column of the rows."""
-        rows = (example.prompt_row for example in examples)
-        columns = list(dict.fromkeys(chain.from_iterable(row.columns for row in rows if row is not None)))
+        rows = (example.facts for example in examples)
+        columns = list(dict.fromkeys(chain.from_iterable(row.columns for row in rows if isinstance(row, PromptRow))))
         for name, described in self._described.items():
             missing = [parameter for parameter in described["needs"] if parameter not in (*GIVEN, *columns)]
             if missing:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from backhand.data.examples import Example
+from backhand.data.rows import PromptRow
 from backhand.errors import CheckError
 from backhand.generation.sampling import Sampled
 from backhand.generation.session import decode
@@ -46,9 +47,9 @@ class Rollout(AnswerSampler):
         failed: CheckError | None = None  # with the function's traceback, which only the main process has
         if self.functions is not None:
             inputs = [
-                RewardInput(example.prompt_row, text, answer.tokens)
+                RewardInput(example.facts, text, answer.tokens)
                 for example, text, answer in zip(examples, texts, answers, strict=True)
-                if example.prompt_row is not None
+                if isinstance(example.facts, PromptRow)
             ]
             try:
                 result = {"rewards": self.functions.rewards(inputs)}
