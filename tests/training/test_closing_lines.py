@@ -53,9 +53,12 @@ def test_pairs_are_rows_and_measured_where_some_are_held_out(tiny: TinyRun, tmp_
     assert " on 4 of 9 rows of pairs.jsonl" in headline(record)
     assert " on 9 rows of pairs.jsonl" in headline(replace(record, summary={})), "before it is over"
     (line,) = (line for line in closing_lines(summary) if "nothing was held out" in line)
-    assert "(--eval-data FILE" in line and "margins and accuracy" in line, "a tenth of 9 rows is none"
+    unknown = "so the margins, the accuracy and the length of its free answers on other rows are not known"
+    assert line.endswith(f"{unknown}: train with --eval-data FILE to measure them."), "a tenth of 9 rows is none"
     many = "\n".join(closing_lines(replace(summary, rows=50)))
-    assert "(--eval-fraction 0.1, or --eval-data FILE, would tell" in many
+    assert "train with --eval-fraction 0.1 or --eval-data FILE to measure them." in many
+    rewarded = closing_lines(replace(summary, objective="grpo", first_reward=0.1, last_reward=0.2))
+    assert any(line.startswith("Nothing was held out, so its rewards on") for line in rewarded)
 
 
 def test_no_evaluation_better_than_the_base(ended: RunSummary) -> None:
@@ -167,6 +170,9 @@ def test_a_lower_loss_helped_only_if_the_labels_are_clearly_better(
     assert (suggested is None) is (verdict == "helped")
     # The sentence of the curves belongs to their command.
     assert answer_advice(config, replace(measured, try_next="backhand train …"), Path("runs/one")) is None
+    stopped = replace(measured, try_next=None, stopped_because="a callback returned False")
+    suggested = answer_advice(config, stopped, Path("runs/one"))
+    assert suggested is None or ("more steps" not in suggested[0] and suggested[1] is None)
 
 
 def test_few_rows_do_not_tell_a_higher_accuracy_from_chance(ended: RunSummary) -> None:

@@ -237,6 +237,8 @@ def test_few_held_out_rows_and_rows_not_seen_change_the_advice(tmp_path: Path) -
     fine = said([*FALLING[:-1], 0.481], unseen_rows=116)
     assert fine is not None and fine[0].startswith("Nothing in its curves")
     assert said([-0.5, -0.6], "grpo") is None
+    assert said(FALLING, stopped=True) is None, "more steps would be stopped again"
+    assert said([-0.5, -0.4], "grpo", stopped=True) is None
     fell = said([-0.5, -0.4], "grpo")
     assert fell is not None and "did not rise" in fell[0]
 

@@ -166,6 +166,7 @@ def advice(
     few_rows: int = 0,
     all_rows: int = 0,
     unseen_rows: int = 0,
+    stopped: bool = False,
 ) -> tuple[str, str | None] | None:
     """Return a sentence about the run and the command to try next, or None for either.
 
@@ -178,20 +179,21 @@ def advice(
         few_rows: number of held-out rows if they are too few for advice from the course of their loss, else 0.
         all_rows: number of rows, held out or trained on.
         unseen_rows: number of training rows that no step contained.
+        stopped: True if the run ended before its last step, for example by a callback. More steps are then no advice.
     """
     rate, objective = float(config.optimization.learning_rate), config.objective.objective
     until = rates_until(config.optimization, total_steps)
     relative = rate / auto_rate if objective in SUPERVISED else 1.0
     options, twice = config.optimization, _twice_as_long(config, total_steps)
     if objective == "grpo":
-        if len(curves.held_out) < 2 or curves.best[1] < curves.held_out[0][1]:
+        if stopped or len(curves.held_out) < 2 or curves.best[1] < curves.held_out[0][1]:
             return None
         sentence = (
             "The reward of held-out prompts did not rise: more steps, or a larger --group, give more to learn from."
         )
         return sentence, _again(config, run, twice)
     finding = first_finding(curves, until, relative)
-    if finding is None:
+    if finding is None or (stopped and finding in ("hardly moved", "still falling", "fine")):
         return None
     if few_rows and finding in ("rose", "low", "still falling", "fine"):
         what = f"Only {count_of(few_rows, 'row')} {'is' if few_rows == 1 else 'are'} held out"
@@ -237,8 +239,10 @@ def too_few_rows(held_out: DataReport) -> int:
     return held_out.rows if few else 0
 
 
-def answer_advice(config: TrainConfig, summary: RunSummary, run: Path) -> tuple[str, str] | None:
-    """Return a sentence and a command if the answers of held-out rows ask for another run, otherwise None.
+def answer_advice(config: TrainConfig, summary: RunSummary, run: Path) -> tuple[str, str | None] | None:
+    """Return a sentence and a command if the answers of held-out rows ask for another run, or None for either.
+
+    A run that ended before its last step would end there again, so more steps are no advice for it.
 
     Args:
         config: the resolved configuration of the run.
@@ -255,6 +259,9 @@ def answer_advice(config: TrainConfig, summary: RunSummary, run: Path) -> tuple[
         return None
     if summary.try_next is not None:  # the curves ask for another run already
         return None
+    if summary.stopped_because is not None:
+        steps = count_of(summary.steps, "step")
+        return f"The {what} themselves are not clearly learnt after the {steps} until the run was stopped.", None
     sentence = f"The {what} themselves are not clearly learnt: more rows, or more steps, may teach them."
     return sentence, _again(config, run, _twice_as_long(config, summary.steps))
 

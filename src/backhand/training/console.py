@@ -27,7 +27,7 @@ from backhand.loop.retrieval_scores import scores_text
 from backhand.printing import duration, going_on, line_due, may_be_silent, now, say, visible
 from backhand.runs.distilled_results import distilled_sentences
 from backhand.runs.label_results import decision_clause, label_clause
-from backhand.runs.pair_results import pair_clauses
+from backhand.runs.pair_results import PAIR_OBJECTIVES, pair_clauses
 from backhand.runs.summary import (
     CHOSEN_BY,
     REMEMBERING,
@@ -294,11 +294,11 @@ def _improvement(summary: RunSummary) -> list[str]:
     if base is None or start is None or best is None:
         if summary.first_loss is None or summary.last_loss is None:
             return ["No step could be taken."]
-        worth = "margins and accuracy" if summary.objective not in ("sft", "kto", "grpo") else "what it is worth"
-        share = f"--eval-fraction {USUAL_SHARE}, or " if summary.rows >= FEWEST_ROWS else ""
-        unmeasured = f"{share}--eval-data FILE, would tell {worth} on rows that were not trained on"
+        share = f"--eval-fraction {USUAL_SHARE} or " if summary.rows >= FEWEST_ROWS else ""
+        unmeasured = f"othing was held out, so {_not_known(summary.objective)} on other rows are not known"
         loss = "" if lines else f"Training loss from {summary.first_loss:.4f} to {summary.last_loss:.4f}; "
-        return [*lines, f"{loss}{'N' if lines else 'n'}othing was held out ({unmeasured})."]
+        how = f"train with {share}--eval-data FILE to measure them"
+        return [*lines, f"{loss}{'N' if lines else 'n'}{unmeasured}: {how}."]
     when = f"best after step {summary.best_step}"
     if best >= start:
         before = "the base model" if start == base else "the adapter it started from"
@@ -314,6 +314,18 @@ def _improvement(summary: RunSummary) -> list[str]:
     of_answers = "nats per answer, without names of options" if summary.objective == "decide" else ""
     loss = nats if summary.objective == "sft" else of_answers or f"({summary.objective})"
     return [f"Held-out loss {start:.4f} → {best:.4f} {loss} {of_rows}"]
+
+
+def _not_known(objective: str) -> str:
+    """Return what a run without held-out rows does not measure."""
+    if objective == "kto":
+        return "its loss and the length of its free answers"
+    if objective in PAIR_OBJECTIVES:
+        return "the margins, the accuracy and the length of its free answers"
+    if objective == "grpo":
+        return "its rewards"
+    figures = {"decide": "accuracy", "classify": "accuracy", "embed": "scores", "rank": "scores"}
+    return f"its loss and its {figures.get(objective, 'answers')}"
 
 
 _FEWEST_COMPARED_STEPS = 20

@@ -359,6 +359,7 @@ class Trainer:
                 few_rows=0 if self.run.inputs.held_out is None else too_few_rows(self.run.inputs.held_out.report),
                 all_rows=summary.rows + summary.held_out_rows,
                 unseen_rows=summary.rows - not_none(summary.rows_seen),
+                stopped=summary.stopped_because is not None,
             )
             summary = replace(summary, advice=suggestion and suggestion[0], try_next=suggestion and suggestion[1])
             self.directory.write(SUMMARY, summary.to_json())
