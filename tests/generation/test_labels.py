@@ -78,16 +78,21 @@ def test_figures_are_those_worked_by_hand_and_scikit_learns() -> None:
     assert score.accuracy == 3 / 6
     assert score.per_label["a"] == {"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "support": 3}
     assert score.per_label["b"] == {"precision": 1 / 2, "recall": 1 / 2, "f1": 1 / 2, "support": 2}
-    assert score.per_label["c"]["f1"] == score.per_label["d"]["f1"] == score.per_label["e"]["f1"] == 0
-    assert score.f1_macro == pytest.approx((2 / 3 + 1 / 2 + 0 + 0) / 4), "e has no rows and was given to none"
+    assert score.per_label["c"]["f1"] == 0, "a row of it, and none right"
+    assert score.per_label["d"] == {"precision": 0, "recall": None, "f1": None, "support": 0}, (
+        "given, but no row has it"
+    )
+    assert score.per_label["e"] == {"precision": None, "recall": None, "f1": None, "support": 0}
+    assert score.f1_macro == pytest.approx((2 / 3 + 1 / 2 + 0) / 3), "d and e have no rows"
     assert score.confusion == {"a": {"a": 2, "b": 1}, "b": {"b": 1, "d": 1}, "c": {"a": 1}}
     assert (score.invented, score.inventions) == (3, {"x": 2, "y": 1})
     assert (mistaken_for(score, "b"), mistaken_for(score, "e")) == ("d 1", "")
     if importlib.util.find_spec("sklearn"):
         metrics = importlib.import_module("sklearn.metrics")
-        assert score.f1_macro == pytest.approx(metrics.f1_score(RIGHT, GIVEN, average="macro", zero_division=0))
-        theirs = metrics.precision_recall_fscore_support(RIGHT, GIVEN, labels=list("abcde"), zero_division=0)
-        ours = [list(one.values()) for one in score.per_label.values()]
+        with_rows: dict[str, Any] = {"labels": list("abc"), "zero_division": 0}
+        assert score.f1_macro == pytest.approx(metrics.f1_score(RIGHT, GIVEN, average="macro", **with_rows))
+        theirs = metrics.precision_recall_fscore_support(RIGHT, GIVEN, **with_rows)
+        ours = [list(score.per_label[label].values()) for label in "abc"]
         assert np.allclose(ours, np.array(theirs).T, rtol=1e-12)
 
 

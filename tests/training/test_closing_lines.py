@@ -179,7 +179,7 @@ def test_few_rows_do_not_tell_a_higher_accuracy_from_chance(ended: RunSummary) -
     """With 3 of 6 rows that became right, McNemar's exact test has p = 0.25, although the intervals differ."""
     assert gain_interval(0.5, 1.0, 6)[0] > 0 and not changes_separate(0.5, 1.0, 6)
     assert [changes_separate(0.0, 1.0, rows) for rows in (5, 6)] == [False, True]
-    before, after = label_figures(0.5, spam=3, ham=3), label_figures(1.0, spam=3, ham=3)
+    before, after = label_figures(0.5, spam=3, ham=3), label_figures(1.0, spam=3, ham=3, other=0)
     right = {"base_exact_match": 0.0, "adapted_exact_match": 1.0, "exact_match_rows": 6}
     measured = replace(ended, base_labels=before, adapted_labels=after, **right)  # type: ignore[arg-type]
     words = "not clearly better than the base model or a constant answer; 6 rows are too few to tell the change"
@@ -188,6 +188,8 @@ def test_few_rows_do_not_tell_a_higher_accuracy_from_chance(ended: RunSummary) -
     result = Page(run_page(run)).one("section", id="result").text
     assert words in result and "not clear whether it helped" in result and "it helped;" not in result
     assert result_sentence(run) == "right answers 50% → 100%: not clear whether it helped."
+    line = next(line for line in run_page(run).decode().splitlines() if "<tr><th>other</th>" in line)
+    assert line.count('<td class="number">–</td>') == 2, "neither recall nor F1 without rows"
     assert (
         "| held-out rows | 4, too few to tell how much it helps on others |"
         in Path(ended.adapter, "README.md").read_text()
@@ -217,6 +219,9 @@ def test_rewards_of_a_short_run_are_not_compared(ended: RunSummary) -> None:
     assert any("backhand evaluate" in line and line.endswith("--reward rew.py:right") for line in lines)
     assert not any("too few to tell" in line for line in closing_lines(replace(rewarded, steps=200)))
     assert any("backhand export" in line for line in lines)
+    assert not any("cut off" in line for line in lines)
+    (cut,) = (line for line in closing_lines(replace(rewarded, last_cut_off=0.62)) if "cut off" in line)
+    assert cut.startswith("62% of the last answers were cut off") and "--max-new-tokens" in cut
 
 
 def test_a_gain_of_reward_has_an_interval() -> None:

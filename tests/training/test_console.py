@@ -43,6 +43,19 @@ def test_in_a_pipe_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> 
     assert len([line for line in lines if line.startswith("step")]) == 7
 
 
+@pytest.mark.parametrize(("gap", "words"), [(0.3, "sampler off by 0.3 nats (rounding explains up to 2)"), (0.1, "")])
+def test_the_gap_of_the_sampler_is_shown_only_near_its_bound(
+    gap: float, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    observer = TerminalObserver(quiet=False)
+    observer.started(RunStart(1, 0, (), Path("run"), {"model.dtype": "bfloat16"}))
+    rewarded = {"reward": 0.5, "clipped_answers": 0.0, "no_gradient_groups": 0.0, "completion_tokens": 9.0}
+    observer.stepped(record(1) | rewarded | {"sampling_gap": gap})
+    observer.closed()
+    shown = capsys.readouterr().err
+    assert words in shown and ("sampler" in shown) == bool(words)
+
+
 def test_on_a_terminal_there_is_a_bar_with_a_sparkline(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

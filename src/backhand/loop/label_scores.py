@@ -5,9 +5,11 @@
     F1        = 2 · precision · recall / (precision + recall), 0 if no row is correct
     accuracy  = correct rows / rows
     majority  = rows with the most frequent label / rows, the accuracy of a constant answer
-    macro F1  = mean F1 of the labels that occur as the true or the predicted label of a row
+    macro F1  = mean F1 of the labels that rows have
 
-These are the definitions of scikit-learn's f1_score with average="macro" and zero_division=0.
+These are the definitions of scikit-learn's f1_score with average="macro", labels=(the labels that rows have) and
+zero_division=0. By default, scikit-learn also counts a label that no row has, with F1 = 0, as soon as it is predicted
+once. That error is in the recall of the true label already. Recall and F1 of such a label are None.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from backhand.runs.summary import LabelRow
 from backhand.terminal import console_for_tables, table_of
 
 
@@ -27,7 +30,7 @@ class LabelScore:
     majority: float
     f1_macro: float
     # precision, recall, f1 and support (number of rows that have the label) of each label, also of labels without rows
-    per_label: dict[str, dict[str, float]]
+    per_label: dict[str, LabelRow]
     confusion: dict[str, dict[str, int]]  # number of rows by true label, then by predicted label
     invented: int  # number of rows whose free, greedy answer is none of the labels
     inventions: dict[str, int]  # the most frequent of these answers with their counts
@@ -48,19 +51,21 @@ def label_score(right: Sequence[str], given: Sequence[str], labels: Iterable[str
     labels = tuple(labels)
     pairs = Counter(zip(right, given, strict=True))
     has, got = Counter(right), Counter(given)
-    per_label: dict[str, dict[str, float]] = {}
+    per_label: dict[str, LabelRow] = {}
+    f1_of: dict[str, float] = {}  # of the labels that rows have
     for label in labels:
         hits = pairs[label, label]
-        f1 = 2 * hits / ((has[label] + got[label]) or 1)
-        precision, recall = hits / (got[label] or 1), hits / (has[label] or 1)
-        per_label[label] = {"precision": precision, "recall": recall, "f1": f1, "support": has[label]}
-    met = [per_label[label]["f1"] for label in labels if has[label] or got[label]]
+        precision = hits / (got[label] or 1) if has[label] or got[label] else None
+        if has[label]:
+            f1_of[label] = 2 * hits / (has[label] + got[label])
+        recall = hits / has[label] if has[label] else None
+        per_label[label] = LabelRow(precision=precision, recall=recall, f1=f1_of.get(label), support=has[label])
     confusion = {one: {other: pairs[one, other] for other in labels if pairs[one, other]} for one in labels if has[one]}
     inventions = Counter(answer for answer in free if answer not in per_label)
     return LabelScore(
         sum(pairs[label, label] for label in labels) / len(right),
         max(has.values()) / len(right),
-        sum(met) / len(met),
+        sum(f1_of.values()) / len(f1_of),
         per_label,
         confusion,
         inventions.total(),
@@ -80,7 +85,7 @@ def print_labels(model: str, score: LabelScore) -> None:
     figures = ("rows", "precision", "recall", "F1")
     shown = table_of("label", *figures, "taken for", right=figures, title=f"labels, {model} model")
     for label, one in score.per_label.items():
-        shares = (f"{one[name]:.3f}" for name in ("precision", "recall", "f1"))
+        shares = ("–" if share is None else f"{share:.3f}" for share in (one["precision"], one["recall"], one["f1"]))
         shown.add_row(label, f"{one['support']:,}", *shares, mistaken_for(score, label))
     console_for_tables().print(shown)
     if score.inventions:

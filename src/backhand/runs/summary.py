@@ -16,11 +16,14 @@ from backhand.words import count_of, name_list, shorten
 
 
 class LabelRow(TypedDict):
-    """Scores of one label; `support` is the number of rows that have it."""
+    """Scores of one label; `support` is the number of rows that have it.
 
-    precision: float
-    recall: float
-    f1: float
+    Without such rows, recall and F1 are None, and also the precision if no row was given the label.
+    """
+
+    precision: float | None
+    recall: float | None
+    f1: float | None
     support: int
 
 
@@ -173,6 +176,8 @@ class RunSummary:
     # base_eval_reward, best_eval_reward: mean reward of greedy answers to held-out prompts. None without rewards
     first_reward: float | None = None
     last_reward: float | None = None
+    # last_cut_off: share of these last answers that reached the limit of tokens.
+    last_cut_off: float | None = None
     base_eval_reward: float | None = None
     best_eval_reward: float | None = None
     neutral_answers: tuple[NeutralAnswer, ...] = ()  # empty if no answers were generated

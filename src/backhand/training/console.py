@@ -24,6 +24,7 @@ from backhand.kernels.builds import describe, library
 from backhand.loop.forecast import FULL_LENGTH, Forecast
 from backhand.loop.observers import Observer, RunStart
 from backhand.loop.retrieval_scores import scores_text
+from backhand.loop.rewards.guards import BOUNDS
 from backhand.printing import duration, going_on, line_due, may_be_silent, now, say, visible
 from backhand.runs.distilled_results import distilled_sentences
 from backhand.runs.label_results import decision_clause, label_clause
@@ -74,12 +75,15 @@ class TerminalObserver(Observer):
         self._step = self._total = 0
         self._evaluated = ""
         self._forecast: Forecast | None = None
+        self._gap_bound = math.inf  # largest gap of a token that `LogprobCheck` allows
 
     def started(self, start: RunStart) -> None:
         """Print the facts and start the bar."""
         for fact in start.facts:
             self._print(fact)
         self._total = start.total_steps
+        dtype = start.config.get("model.dtype")
+        self._gap_bound = next((token for one, (token, _) in BOUNDS.items() if str(one) == f"torch.{dtype}"), math.inf)
         self._step, self._forecast = start.step, start.forecast
         self._plain_every = max(1, start.total_steps // _PLAIN_LINES)
         self._silent.enter_context(going_on(self._doing))
@@ -123,7 +127,7 @@ class TerminalObserver(Observer):
         self._step = record["step"]
         if (shown := record.get("reward", record["loss"])) is not None:
             self._losses.append(shown)
-        facts = _facts(record) + self._evaluated
+        facts = _facts(record, self._gap_bound) + self._evaluated
         left = ""
         if self._forecast is not None:
             left = f"{duration(self._forecast.left_s(self._step, record['time_s']))} left"
@@ -178,7 +182,11 @@ def sparkline(losses: deque[float]) -> str:
     return "".join(_BARS[round((loss - low) / span * (len(_BARS) - 1))] for loss in losses)
 
 
-def _facts(record: Mapping[str, Any]) -> str:
+_GAP_SHOWN = 0.1
+"""Share of its bound from which on the gap between sampler and trainer is shown. A smaller one is of no concern."""
+
+
+def _facts(record: Mapping[str, Any], gap_bound: float) -> str:
     parts = [
         f"loss {_number(record['loss'])}" + _of_labels(record),
         f"lr {record['learning_rate']:.1e}",
@@ -190,8 +198,8 @@ def _facts(record: Mapping[str, Any]) -> str:
         parts[0] = f"reward {_number(record['reward'])}  {record['completion_tokens']:.0f} tokens an answer"
         parts[0] += f" ({cut_off:.0%} cut off)" if cut_off else ""
         parts[0] += f"  {flat:.0%} of groups with equal rewards" if flat else ""
-        if "sampling_gap" in record:
-            parts[0] += f"  sampler off by {record['sampling_gap']:.1g} nats"
+        if (gap := record.get("sampling_gap")) is not None and gap > _GAP_SHOWN * gap_bound:
+            parts[0] += f"  sampler off by {gap:.1g} nats (rounding explains up to {gap_bound:g})"
     return "  ".join(parts)
 
 
@@ -291,6 +299,9 @@ def _improvement(summary: RunSummary) -> list[str]:
         if summary.steps < _FEWEST_COMPARED_STEPS:
             of_what = "first and last step, whose prompts differ: too few to tell a change from chance"
         lines = [f"Reward of its own answers to training rows {rose} ({of_what})."]
+        if summary.last_cut_off is not None and summary.last_cut_off >= _CUT_OFF_SHOWN:
+            cut = f"{summary.last_cut_off:.0%} of the last answers were cut off at their limit of tokens"
+            lines.append(f"{cut}, and rewarded without their end. A larger --max-new-tokens leaves room for it.")
     if base is None or start is None or best is None:
         if summary.first_loss is None or summary.last_loss is None:
             return ["No step could be taken."]
@@ -327,6 +338,9 @@ def _not_known(objective: str) -> str:
     figures = {"decide": "accuracy", "classify": "accuracy", "embed": "scores", "rank": "scores"}
     return f"its loss and its {figures.get(objective, 'answers')}"
 
+
+_CUT_OFF_SHOWN = 0.1
+"""Share of cut off answers from which on the end of a run names it."""
 
 _FEWEST_COMPARED_STEPS = 20
 """In a shorter run, the first and last tenth are one step each, whose rewards depend on their few prompts."""
