@@ -65,9 +65,9 @@ _LARGEST_P = 0.05
 def changes_separate(before: float, after: float, rows: int) -> bool:
     """Return True if the difference of two shares of the same rows can be more than chance by McNemar's exact test.
 
-    With b rows that only became right and c rows that only became wrong, the two-sided p is the one of a fair coin that
-    shows |b - c| or a larger difference in b + c throws. It is lowest if c = 0 or b = 0, then 2 · 0.5^|b - c|. Only
-    this lower bound is used, because it needs the difference b - c alone. Fewer than 6 rows never separate.
+    Let b rows only become right, and c rows only become wrong. The two-sided p is the probability that b + c throws of
+    a fair coin show a difference of at least |b - c|. It is lowest if b or c is 0: 2 · 0.5^|b - c|. Only this lower
+    bound is used, because it needs the difference b - c alone. Fewer than 6 rows never separate.
     """
     net = math.floor(abs(after - before) * rows + 1e-6)
     return 2 * 0.5**net <= _LARGEST_P
