@@ -29,9 +29,12 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet, Qwen3_5TextConfig
 
 from backhand.nn.batch import document_runs
+from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter
 from backhand.nn.decoder.delta_mixer import delta_backward, delta_forward
+from backhand.nn.decoder.mixer import MixerSaved
 from backhand.nn.decoder.ssm_mixer import ssm_backward, ssm_forward
 from backhand.nn.families.family import NO_MULTIPLIERS, DeltaSizes, SSMSizes
+from backhand.ops.lora_group import LoRAGroup
 
 HERE = Path(__file__).parent
 CASES = {"padded": (200, 130, 90, 300, 61, 150), "one": (1024,)}
@@ -133,12 +136,14 @@ def sides(mixer: Mixer, lengths: tuple[int, ...]) -> tuple[Callable[[], Any], Ca
         return found.detach()
 
     context: Any = SimpleNamespace(config=mixer.config, segment_runs=document_runs(lengths))
-    adapter: Any = SimpleNamespace(norms={})
+    no_factors = x.new_empty(len(x), 0)
+    no_group = GroupAdapter((), LoRAGroup())
+    adapter = BlockAdapter(no_group, no_group, no_group, no_group)
 
     @torch.no_grad()
     def ours() -> tuple[Tensor, Tensor]:
         y, inner = mixer.forward(x, mixer.weights, context)
-        saved: Any = SimpleNamespace(inner=inner, input=x)
+        saved = MixerSaved(None, x, None, inner, no_factors, no_factors, None)
         return y, mixer.backward(d_y, saved, mixer.weights, context, adapter, None)
 
     found, expected = ours(), theirs()
