@@ -87,10 +87,11 @@ def attention_gradients(
         output_buffer: receives O, without ℓ; or None.
         logsumexp: (heads, tokens), ℓ from `attention`; or None, and the sums of the softmax are computed again.
     """
-    kernel = find_kernel(_BACKWARD, q, k, v, d_y, *grads, output_buffer)
+    y = output if logsumexp is not None else None
+    kernel = find_kernel(_BACKWARD, q, k, v, d_y, *grads, y, output_buffer)
     if kernel is None:
         return False
-    places = [_NOWHERE if x is None else _heads(x) for x in (output if logsumexp is not None else None, output_buffer)]
+    places = [_NOWHERE if x is None else _heads(x) for x in (y, output_buffer)]
     problem, _held = _problem(q, k, runs, scaling, window, sinks, causal)
     _check(kernel(*_heads(q, k, v, d_y, *grads), *places[0], *places[1], *_per_query(logsumexp), *problem))
     return True

@@ -144,7 +144,7 @@ def attention_forward(
             attended, _ = attention_blocks_forward(*operands, scores, _hidden_padding(group, scores), out=in_place)
             if in_place is None:
                 scatter_documents(attended, group, output)
-    return output, AttentionSaved(q, k, v, output, runs, scores, logsumexp)
+    return output, AttentionSaved(q, k, v, output, runs, scores, logsumexp if compiled else None)
 
 
 def attention_backward(
