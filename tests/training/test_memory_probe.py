@@ -152,18 +152,37 @@ def test_fewer_tokens_say_no_less_than_all_of_them(dtype: torch.dtype, recompute
     assert 0.8 * held <= estimate <= 1.9 * held
 
 
-def test_the_first_tokens_of_a_long_document_say_what_it_saves() -> None:
-    """Attention's output is saved of long documents alone, and its kernel has buffers for each head."""
+@pytest.mark.parametrize(
+    "shape",
+    [
+        StepShape(2400, 20, (2400,)),
+        StepShape(2400, 20, (30, 970, 700, 700), (-1, 0, 1, 1)),
+        StepShape(2400, 20, (1900, *(10,) * 50), (-1, *(0,) * 50)),
+    ],
+    ids=["row", "pair", "many-answers"],
+)
+def test_the_first_tokens_of_a_long_document_say_what_it_saves(shape: StepShape) -> None:
+    """Attention's output is saved of long documents alone."""
     config = config_of("llama", num_hidden_layers=4)
-    shape = StepShape(2400, 20, (2400,))
     measured, held, _ = peaks(config, shape, torch.float32, "none", PLAIN, PROBED_TOKENS)
     assert 0.98 * held <= measured <= 1.1 * held
+
+
+def test_the_buffers_of_attention_s_kernel_are_counted() -> None:
+    """Of each head with few documents, and of each part of a tree for the segments that others continue."""
+    config = config_of("llama")
     size = decoder_size(config, resolve_adapter(PLAIN, module_shapes(config)), torch.float32)
-    gaps = [
-        parts_of(size, one, estimated_step(size, shape, "none"), 0)["gaps between buffers"]
-        for one in (shape, replace(shape, lengths=(300,) * 8))
-    ]
-    assert gaps[0] - gaps[1] == 2400 * 2 * 4 * config.num_heads * config.head_dim
+
+    def gaps(lengths: tuple[int, ...], parents: tuple[int, ...] = ()) -> int:
+        shape = StepShape(2400, 20, lengths, parents)
+        return parts_of(size, shape, estimated_step(size, shape, "none"), 0)["gaps between buffers"]
+
+    none, of_head = gaps((300,) * 8), 2 * 4 * config.head_dim
+    assert gaps((2400,)) - none == 2400 * config.num_heads * of_head
+    of_group = config.num_key_value_heads * of_head
+    assert gaps((2200, 100, 100), (-1, 0, 0)) - none == 3 * 2200 * of_group
+    assert gaps((2200, *(10,) * 20), (-1, *(0,) * 20)) - none == 8 * 2200 * of_group
+    assert gaps((900, 20, 300, 1100, 20, 50, 10), (-1, 0, 1, -1, 3, 3, -1)) - none == (3 * 920 + 3 * 1100) * of_group
 
 
 @pytest.mark.parametrize("more", [{}, {"dropout": 0.1}, {"use_dora": True}])

@@ -7,8 +7,9 @@ model (`short_decoder`), with and without one more block, give the peak of the w
     peak(model) = peak(short) + Σ_kinds missing (peak(short and one more) - peak(short))
 
 If the run's largest micro-batch has more than 1,088 tokens, 1,088 of them are measured. A document of which these are a
-part then saves what long documents save (`ops.attention`). The memory of the blocks grows by s per token. The memory of
-the head grows by r per supervised token. A pass with one supervised token, in which the head is negligible, gives s:
+part then saves what long documents save (`ops.attention`). If documents share segments, one more token per segment is
+measured. The memory of the blocks grows by s per token. The memory of the head grows by r per supervised token. A pass
+with one supervised token, in which the head is negligible, gives s:
 
     peak(T, S) = peak(T₁, S₁) + (T - T₁) s + (S - S₁) r,    s = peak(T₁, 1) / T₁
 
@@ -122,13 +123,13 @@ def step_bytes(
         shape: the micro-batch.
         vocab_size: size of the vocabulary.
         row_bytes: r, the bytes of the head per supervised token.
-        limit: largest number of tokens of a measured pass.
+        limit: largest number of tokens of a measured pass, in addition to one for each segment if any are shared.
     """
 
     def peak(model: Trainable, *shapes: StepShape) -> int:
         return peak_of(model, shapes, vocab_size)
 
-    whole = shape.cut(limit)
+    whole = shape.cut(limit + len(shape.parents))
     blocks = replace(whole, supervised_tokens=1)
     peak_bytes = peak(short.model, _WARM_UP, whole)
     of_blocks = peak(short.model, blocks)  # earlier passes have allocated everything that is allocated once

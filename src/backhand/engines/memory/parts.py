@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -51,8 +52,8 @@ The gaps are a share of a step's memory. With dropout masks, DoRA's tensors or r
 between saved tensors, the measured shares are 0.23, 0.16 and 0.2. `WIDE_GAPS` is for these cases.
 """
 
-_FEW_TASKS, _ATTENTION_BYTES = 8, 1 << 28
-"""`FEW_TASKS` and `SPLIT_BYTES` of kernels/native/attention.cpp."""
+_FEW_TASKS, _MOST_PIECES, _ATTENTION_BYTES = 8, 8, 1 << 28
+"""`FEW_TASKS`, `MOST_PIECES` and `SPLIT_BYTES` of kernels/native/attention.cpp."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,10 @@ class ModelSize:
     kernel_bytes: int = KERNEL_BYTES  # bytes of one of them
     measured: bool = True  # True if a step's memory can be measured before the run
     gaps: float = GAPS  # gaps between freed buffers as a share of a step's memory: `GAPS` or `WIDE_GAPS`
-    attention_bytes: int = 0  # bytes per token of the kernel's buffers if it computes each head separately
-    kv_heads: int = 1  # number of key/value heads
+    head_bytes: int = 0  # bytes per token of one head's gradients of keys and values in attention's kernel
+    # heads, kv_heads: number of query heads and of key/value heads
+    heads: int = 1
+    kv_heads: int = 1
 
 
 class StepBytes(NamedTuple):
@@ -132,11 +135,21 @@ def parts_of(size: ModelSize, shape: StepShape, step: StepBytes, process_bytes: 
 def _attention_buffers(size: ModelSize, shape: StepShape) -> int:
     """Return the bytes of the gradients of keys and values that attention's kernel adds up, which are in no tensor.
 
-    With few documents, the kernel computes each head separately.
+    With few documents, the kernel computes each head separately. If documents share segments, several tasks compute the
+    segments of a tree, and each has a buffer for those that others continue.
     """
+    parents, token_bytes = shape.parents, size.kv_heads * size.head_bytes
+    tree_ends = [*(i for i, parent in enumerate(parents) if parent < 0), len(parents)]
+    buffers: list[tuple[int, int]] = []  # for each tree with shared segments, their tokens and the tree's segments
+    for first, last in pairwise(tree_ends):
+        if continued := set(parents[first:last]) - {-1}:
+            buffers.append((sum(shape.lengths[i] for i in continued), last - first))
+    if buffers:
+        most = max(1, _MOST_PIECES // len(buffers))
+        return sum(tokens * min(segments, most) for tokens, segments in buffers) * token_bytes
     if max(len(shape.lengths), 1) * size.kv_heads >= _FEW_TASKS:
         return 0
-    return min(shape.tokens * size.attention_bytes, _ATTENTION_BYTES)
+    return min(shape.tokens * size.heads * size.head_bytes, _ATTENTION_BYTES)
 
 
 def second_model_bytes(size: ModelSize, process_bytes: int, tokens: int) -> int:
@@ -197,7 +210,8 @@ def decoder_size(
         cache_bytes=bytes_per_token(config, dtype),
         mixer_state_bytes=state_bytes(config, dtype),
         gaps=_gaps(layout),
-        attention_bytes=2 * FLOAT32_BYTES * config.num_heads * config.head_dim,
+        head_bytes=2 * FLOAT32_BYTES * config.head_dim,
+        heads=config.num_heads,
         kv_heads=config.num_key_value_heads,
         kernels=0 if amx_available(dtype) else _kernels(dtype.itemsize, experts=config.mixture is not None),
         kernel_bytes=KERNEL_BYTES if config.mixture is None else EXPERT_KERNEL_BYTES,

@@ -34,13 +34,25 @@ class StepShape:
     def cut(self, limit: int) -> StepShape:
         """Return the longest documents that have at most `limit` tokens together, or a part of the longest document.
 
-        If documents share segments, keep all segments and shorten each by the same factor.
+        If documents share segments, keep all segments and as much of the longest document as possible, since attention
+        saves more of long documents. Shorten the segments of this document by the same factor, and all others too.
         """
         if self.tokens <= limit:
             return self
         if self.parents and len(self.lengths) <= limit:
-            lengths = [max(1, length * (limit - len(self.lengths)) // self.tokens) for length in self.lengths]
-            lengths[0] += limit - sum(lengths)
+            longest = self._longest_document()
+            others = [i for i in range(len(self.lengths)) if i not in longest]
+            lengths = [1] * len(self.lengths)
+            remaining = limit - len(self.lengths)
+            for segments in (longest, others):
+                more = sum(self.lengths[i] for i in segments) - len(segments)
+                part = min(remaining, more)
+                shares = [(self.lengths[i] - 1) * part // max(more, 1) for i in segments]
+                if segments:
+                    shares[0] += part - sum(shares)
+                for i, share in zip(segments, shares, strict=True):
+                    lengths[i] += share
+                remaining -= part
             supervised = min(self.supervised_tokens, limit)
             return replace(self, tokens=limit, supervised_tokens=supervised, lengths=tuple(lengths))
         remaining, taken = limit, list[int]()
@@ -53,6 +65,17 @@ class StepShape:
         tokens = sum(lengths)
         supervised = min(self.supervised_tokens, tokens)
         return replace(self, tokens=tokens, supervised_tokens=supervised, lengths=tuple(lengths), parents=())
+
+    def _longest_document(self) -> list[int]:
+        """Return the segments of the longest document, from its last segment to its first."""
+        ends: list[int] = []
+        for length, parent in zip(self.lengths, self.parents, strict=True):
+            ends.append(length + (ends[parent] if parent >= 0 else 0))
+        segment, segments = ends.index(max(ends)), list[int]()
+        while segment >= 0:
+            segments.append(segment)
+            segment = self.parents[segment]
+        return segments
 
     def batch(self, vocab_size: int, device: torch.device) -> PackedBatch:
         """Return a micro-batch of this shape with arbitrary tokens. Its last positions are supervised."""
