@@ -56,3 +56,8 @@ def test_a_path_with_one_misspelt_part_is_answered_with_the_right_one(tmp_path: 
     with pytest.raises(ArtifactError) as raised:
         find_adapter(tmp_path / "other" / "adapter")
     assert "adapter_config.json" in str(raised.value.next_step)
+    (tmp_path / "weights.bin").write_bytes(b"")
+    for path in (tmp_path / "weights.bin", tmp_path / "weights.bin" / "adapter"):
+        with pytest.raises(ArtifactError) as raised:
+            find_adapter(path)
+        assert raised.value.next_step == "give the directory that holds adapter_config.json", "a file is no directory"

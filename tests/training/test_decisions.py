@@ -271,6 +271,12 @@ def test_smoothed_answers_have_the_loss_of_soft_targets() -> None:
 def test_smoothed_answers_need_rows_for_the_temperature(tiny: TinyRun, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="makes probabilities too even"):
         train(config(tiny, tmp_path, tmp_path / "run", eval_data=(), eval_fraction=0.0, label_smoothing=0.1))
+    rows = [json.loads(line) for line in Path(write_rows(tmp_path / "few.jsonl", 6)).read_text().splitlines()]
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps({**row, "mood": None}) + "\n" for row in rows))
+    with pytest.raises(UsageError, match="makes probabilities too even") as refused:
+        train(config(tiny, tmp_path, tmp_path / "run", eval_data=(str(few),), label_smoothing=0.1))
+    assert "there are none with a question of the type score" in str(refused.value.why)
 
 
 def test_the_adapter_has_questions_and_temperatures(straight: TrainConfig, tiny: TinyRun) -> None:

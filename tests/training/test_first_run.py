@@ -241,6 +241,16 @@ def test_few_held_out_rows_and_rows_not_seen_change_the_advice(tmp_path: Path) -
     assert said([-0.5, -0.4], "grpo", stopped=True) is None
     fell = said([-0.5, -0.4], "grpo")
     assert fell is not None and "did not rise" in fell[0]
+    assert said([*FALLING[:-1], 0.481], few_rows=5, stopped=True) is not None, "which says nothing of more steps"
+
+
+def test_twice_the_steps_of_a_short_run_of_decide_have_a_lower_rate(tmp_path: Path) -> None:
+    """The rate keeps its relation to that of `auto`, which falls from 100 to 200 steps."""
+    config = with_options(TrainConfig(objective=ObjectiveOptions(objective="decide")), epochs=3, learning_rate=1e-3)
+    for steps, changes in ((50, "--epochs 6 --output"), (100, "--epochs 6 --learning-rate 0.0005 --output")):
+        held_out = [(steps // 5 * number, loss) for number, loss in enumerate(FALLING)]
+        found = advice(config, Curves(held_out, []), steps, 1e-3, tmp_path, unseen_rows=1)
+        assert found is not None and changes in str(found[1])
 
 
 def test_a_short_run_is_not_repeated_with_one_step_less(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from backhand.errors import not_none
 from backhand.loop.evaluator import Evaluator
 from backhand.loop.forgetting import Forgetting
 from backhand.loop.measuring import HeldOut
-from backhand.loop.state import Progress, RunState
+from backhand.loop.state import STATE_FILE, Progress, RunState
 from backhand.loop.step import AdapterOptimizer, flat_norm
 from backhand.loop.value_average import saved_values
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
@@ -99,6 +100,10 @@ def test_the_better_of_average_and_newest_values_is_saved(sign: float, newest_is
     resumed = RunState(lora, AdapterOptimizer(lora, OptimizationOptions(average_share=1.0)), Progress())
     resumed.restore(Checkpoint(2, contents, {}), torch.float32)
     assert resumed.contents(lambda: {"values": bytes(lora.values.numpy())}) == contents
+    tensors = load(contents[STATE_FILE])
+    del tensors["average_is_saved"]
+    resumed.restore(Checkpoint(2, {**contents, STATE_FILE: save(tensors)}, {}), torch.float32)
+    assert not_none(resumed.optimizer.average).is_saved, "an earlier checkpoint does not state it"
     optimizer.step(0.1)
     assert average.is_saved, "an evaluation says nothing about later values"
 

@@ -96,9 +96,14 @@ class AdapterContents:
 
 
 def _nearest_path(path: Path) -> Path | None:
-    """Return an existing path that differs from this one in one misspelt part, or None."""
-    missing = next((part for part in (*reversed(path.parents), path) if not part.exists()), path)
-    siblings = [sibling.name for sibling in missing.parent.iterdir()]
+    """Return an existing path that differs from a missing one in one misspelt part, or None."""
+    missing = next((part for part in (*reversed(path.parents), path) if not part.exists()), None)
+    if missing is None or not missing.parent.is_dir():
+        return None
+    try:
+        siblings = [sibling.name for sibling in missing.parent.iterdir()]
+    except OSError:  # a directory that may be entered, but not listed
+        return None
     paths = (missing.with_name(name) / path.relative_to(missing) for name in nearest_names(missing.name, siblings))
     return next((near for near in paths if near.exists()), None)
 

@@ -20,7 +20,7 @@ from backhand.files import free_bytes
 from backhand.json_shape import ShapeError, convert, load
 from backhand.loop.guards import MOST_SHOWN, is_finite, named_unusable
 from backhand.loop.step import AdapterOptimizer
-from backhand.loop.value_average import saved_values
+from backhand.loop.value_average import IS_SAVED, saved_values
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.reading import read_plain
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
@@ -78,6 +78,8 @@ class RunState:
             tensors: dict[str, Tensor] = load(contents[STATE_FILE])
         except (SafetensorError, ValueError) as error:
             raise ArtifactError("the state is not a safetensors file", where=STATE_FILE, why=str(error)) from None
+        if "average" in tensors:
+            tensors.setdefault(IS_SAVED, torch.tensor(True))  # earlier checkpoints do not state it
         targets = {"values": self.lora.values, **self.optimizer.moments()}
         for name, tensor in targets.items():
             stored = tensors.get(name)

@@ -48,11 +48,15 @@ def chosen_rate(
         return rate, None
     if objective not in SUPERVISED:
         return COMPARING_RATE, f"{COMPARING_RATE:g}, the usual one for {objective}; another by --learning-rate"
-    new_labels = objective == "decide"
-    factor = min(2.0, max(1.0, _SHORT_STEPS / total_steps)) if new_labels else 1.0
+    factor = short_run_factor(objective, total_steps)
     rate = float(f"{min(HIGHEST_RATE, RATE * factor * math.sqrt(weight_scale())):.2g}")
-    reasons = "the size of the frozen weights" + " and the number of steps" * new_labels
+    reasons = "the size of the frozen weights" + " and the number of steps" * (objective == "decide")
     return rate, f"{rate:g}, chosen by {reasons}; another by --learning-rate"
+
+
+def short_run_factor(objective: str, total_steps: int) -> float:
+    """Return k of `chosen_rate`."""
+    return min(2.0, max(1.0, _SHORT_STEPS / total_steps)) if objective == "decide" else 1.0
 
 
 RATE, HIGHEST_RATE = 5.2e-4, 5e-3

@@ -24,6 +24,9 @@ from torch import Tensor
 from backhand.errors import not_none
 from backhand.nn.lora_parameters import LoRAParameters
 
+IS_SAVED = "average_is_saved"
+"""Name of `ValueAverage.is_saved` in a checkpoint."""
+
 
 class ValueAverage:
     """Moving average of the values of an adapter.
@@ -53,7 +56,7 @@ class ValueAverage:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state by its names in a checkpoint."""
-        return {"average": self.values, "average_is_saved": self._is_saved}
+        return {"average": self.values, IS_SAVED: self._is_saved}
 
     def update(self, updates: int) -> None:
         """Add the adapter's values after this number of updates."""

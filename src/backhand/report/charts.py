@@ -60,7 +60,7 @@ def run_charts(run: RunRecord) -> dict[str, Spec]:
         ends = (memory[0]["step"], memory[-1]["step"])
         memory += [{"step": step, "value": predicted * 2**-20, "series": "predicted peak"} for step in ends]
     losses = _series(run.steps, "loss", "training rows") + _series(run.evaluations, "eval_loss", "held-out rows")
-    losses += _series(run.steps, "label_loss", "training rows, without names of options")
+    losses += _series(run.steps, "label_loss", "training rows, without names of options or smoothing")
     losses += _series(run.evaluations, "eval_uncalibrated_loss", "held-out rows, before calibration")
     forgetting = _series(run.evaluations, "forgetting_nats", "rise of the loss") + _series(
         run.evaluations, "forgetting_kl_nats", "KL from the base"

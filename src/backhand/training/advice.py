@@ -34,7 +34,7 @@ from backhand.data.data_report import DataReport
 from backhand.data.given_rows import PREFIX
 from backhand.errors import not_none
 from backhand.loop.step import LearningRate
-from backhand.loop.step_plan import SUPERVISED, five_times
+from backhand.loop.step_plan import SUPERVISED, five_times, short_run_factor
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.runs.directory import ADAPTER, CONFIG
 from backhand.runs.label_results import decisions_verdict, figures_verdict
@@ -193,13 +193,15 @@ def advice(
         )
         return sentence, _again(config, run, twice)
     finding = first_finding(curves, until, relative)
-    if finding is None or (stopped and finding in ("hardly moved", "still falling", "fine")):
+    if finding is None:
         return None
     if few_rows and finding in ("rose", "low", "still falling", "fine"):
         what = f"Only {count_of(few_rows, 'row')} {'is' if few_rows == 1 else 'are'} held out"
         enough = LARGEST_SHARE * all_rows >= FEWEST_ROWS
         share = f"--eval-fraction {LARGEST_SHARE}, or " if enough else ""
         return f"{what}, too few for advice from their loss: {share}--eval-data FILE, holds out more.", None
+    if stopped and finding in ("hardly moved", "still falling", "fine"):
+        return None
     step, forgotten = curves.best[0], curves.forgotten_nats or 0.0
     if finding == "fine" and unseen_rows and step == curves.held_out[-1][0]:
         unseen = f"{count_of(unseen_rows, 'row')} {'was' if unseen_rows == 1 else 'were'} not trained on yet"
@@ -301,8 +303,11 @@ def _pair_advice(config: TrainConfig, summary: RunSummary, answers: AnswerLength
 
 
 def _twice_as_long(config: TrainConfig, total_steps: int) -> str:
-    options = config.optimization
-    return f"--max-steps {2 * total_steps}" if options.max_steps else f"--epochs {2 * not_none(options.epochs)}"
+    """Return the options for twice the steps. The rate keeps its relation to the one that `auto` would choose."""
+    options, objective = config.optimization, config.objective.objective
+    twice = f"--max-steps {2 * total_steps}" if options.max_steps else f"--epochs {2 * not_none(options.epochs)}"
+    change = short_run_factor(objective, 2 * total_steps) / short_run_factor(objective, total_steps)
+    return twice if change == 1.0 else f"{twice} --learning-rate {float(options.learning_rate) * change:.2g}"
 
 
 def has_rows_in_memory(config: TrainConfig) -> bool:

@@ -204,8 +204,8 @@ def _facts(record: Mapping[str, Any], gap_bound: float) -> str:
 
 
 def _of_labels(record: Mapping[str, Any]) -> str:
-    """Return the loss of decisions without the names of options, which compares with the held-out loss."""
-    return f" ({_number(record['label_loss'])} without names)" if "label_loss" in record else ""
+    """Return the loss of decisions that compares with the held-out loss."""
+    return f" ({_number(record['label_loss'])} without names or smoothing)" if "label_loss" in record else ""
 
 
 def _number(value: float | None) -> str:

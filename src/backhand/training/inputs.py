@@ -16,6 +16,7 @@ from backhand.adapters.peft_config import peft_notes
 from backhand.adapters.targets import in_numbers
 from backhand.data.context import TeacherPrompts
 from backhand.data.data_report import DataReport
+from backhand.data.decisions import DecisionRow
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.packing import RowPacker, Sampler
 from backhand.data.prepare import prepare
@@ -160,13 +161,8 @@ def read_inputs(
             where="early_stopping",
             next_step="give eval_data or eval_fraction as well, or leave out early_stopping",
         )
-    if objective.objective == "decide" and objective.label_smoothing and held_out is None:
-        raise UsageError(
-            f"label_smoothing {objective.label_smoothing} makes probabilities too even",
-            where="label_smoothing",
-            why="the temperature that corrects them is fitted to held-out rows, and there are none",
-            next_step="give eval_data or eval_fraction as well, or leave out label_smoothing",
-        )
+    if objective.objective == "decide" and objective.label_smoothing:
+        _check_temperatures(objective.label_smoothing, train, held_out)
     beyond = [data.examples.beyond(engine.vocab_size) for data in (train, held_out) if data is not None]
     packer, held_out_packer = _packers(config, train, held_out, engine, layout)
     for rows in (packer, held_out_packer):
@@ -204,6 +200,26 @@ def read_inputs(
     texts = ((text.numpy(), "neutral_texts.txt") for text in neutral.documents)
     check_vocabulary(chain(*beyond, texts), engine.vocab_size, tokenizer)
     return inputs
+
+
+def _check_temperatures(label_smoothing: float, train: PreparedData, held_out: PreparedData | None) -> None:
+    """Raise UsageError unless held-out rows ask every type of question, which has a temperature of its own."""
+    missing = _question_types(train) - _question_types(held_out)
+    if missing:
+        only = "" if held_out is None else f" with a question of the type {name_list(sorted(missing))}"
+        raise UsageError(
+            f"label_smoothing {label_smoothing} makes probabilities too even",
+            where="label_smoothing",
+            why=f"the temperature that corrects them is fitted to held-out rows, and there are none{only}",
+            next_step="give eval_data or eval_fraction as well, or leave out label_smoothing"
+            if held_out is None
+            else "hold out rows with all types of questions, by eval_data, or leave out label_smoothing",
+        )
+
+
+def _question_types(data: PreparedData | None) -> set[str]:
+    rows = () if data is None else data.examples.facts(DecisionRow)
+    return {asked.question.type for row in rows for asked in row.asked}
 
 
 def _read_rows(
