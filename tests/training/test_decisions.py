@@ -398,6 +398,16 @@ def test_a_stopped_run_ends_in_the_same_bits(straight: TrainConfig, tmp_path: Pa
     }
 
 
+def test_a_checkpoint_between_resume_and_evaluation_has_the_temperatures(tiny: TinyRun, tmp_path: Path) -> None:
+    made = config(tiny, tmp_path, tmp_path / "run", epochs=2, answers=0, keep=9)
+    with pytest.raises(StopAfter.Stopped):
+        train(made, callbacks=[StopAfter(3)])  # the newest checkpoint is that of step 2, which is evaluated
+    train(with_options(TrainConfig(), output=tmp_path / "run", resume=True, quiet=True))
+    records = [json.loads((tmp_path / f"run/checkpoints/step-{n}/backhand.json").read_text()) for n in (2, 3)]
+    temperatures = [record["decisions"]["temperatures"] for record in records]
+    assert temperatures[0] == temperatures[1] != {}
+
+
 def test_two_processes_end_in_the_bits_of_one(tiny: TinyRun, tmp_path: Path) -> None:
     made = config(tiny, tmp_path, tmp_path / "one", micro_batch_rows=1, recompute="none", epochs=1)
     train(made)

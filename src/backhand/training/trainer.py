@@ -15,6 +15,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from backhand.adapters.contents import RECORD_FILE
+from backhand.adapters.record import read_record
 from backhand.data.decisions import QuestionType
 from backhand.distributed.communicator import Communicator
 from backhand.distributed.launch import broadcast_checkpoint, comparable_settings
@@ -144,6 +146,7 @@ class Trainer:
             objective, self._held_out_objective = run_objectives(
                 run, self.directory, self.processes, start, caches, log, self.observer.noted
             )
+            self._restore_temperatures()
             sampled = self._sampled(log, start)
             evaluator = Evaluator(
                 run.bound.model,
@@ -221,6 +224,13 @@ class Trainer:
         """Return the temperatures of the most recent evaluation; empty unless questions are decided."""
         objective = self._held_out_objective
         return objective.temperatures if isinstance(objective, DecideObjective) else {}
+
+    def _restore_temperatures(self) -> None:
+        """Take the temperatures of a resumed run from its checkpoint, for checkpoints before the next evaluation."""
+        objective = self._held_out_objective
+        if self.checkpoint is not None and isinstance(objective, DecideObjective):
+            record = read_record(json.loads(self.checkpoint.contents[RECORD_FILE]), RECORD_FILE)
+            objective.temperatures = record.decisions["temperatures"]
 
     def _save(self, saver: Saver, state: RunState, *, is_best: bool) -> None:
         """Save a checkpoint in rank 0, after checking that all processes have the same adapter."""
