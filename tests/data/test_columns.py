@@ -184,6 +184,38 @@ def test_a_refused_row_says_which_forms_fit_and_how_to_name_columns() -> None:
     assert (raised.value.next_step or "") == r"--prompt '{instruction}' --completion category"
 
 
+FACES = "title,face,origin,category\n" + "".join(f"face {i},:-{i},old,{('joy', 'anger')[i % 2]}\n" for i in range(8))
+
+
+def test_columns_with_one_value_are_not_suggested(tmp_path: Path) -> None:
+    faces = written(tmp_path / "faces.csv", FACES)
+    with pytest.raises(DataError, match="fit no form") as raised:
+        prepare(DataOptions(data=faces), byte_level())
+    assert str(raised.value.next_step).endswith(r"--prompt '{title}\n{face}' --completion category")
+    texts = written(tmp_path / "texts.csv", FACES.replace("face,", "text,", 1))
+    with pytest.raises(DataError, match="category would not be read") as raised:
+        prepare(DataOptions(data=texts), byte_level())
+    assert r"add: --prompt '{title}\n{text}' --completion category" in str(raised.value.next_step)
+    long = "word " * 10
+    other = written(tmp_path / "long.csv", "a,b,c\n" + "".join(f"{i},{long}{i},{i}\n" for i in range(8)))
+    with pytest.raises(DataError, match="fit no form") as raised:
+        prepare(DataOptions(data=other), byte_level())
+    assert r"--prompt '{a}\n{b}' --completion c" in str(raised.value.next_step), "long values may differ at their end"
+
+
+def test_a_table_for_decisions_is_answered_with_the_options_that_read_it(tmp_path: Path) -> None:
+    faces = written(tmp_path / "faces.csv", FACES)
+    with pytest.raises(DataError, match="do not fit decisions") as raised:
+        prepare(DataOptions(data=faces), byte_level(), purpose="decisions")
+    assert str(raised.value.next_step).startswith(r"add --state '{title}\n{face}' --question category;")
+    options = DataOptions(data=faces, state=r"{title}\n{face}", question={"category": ""})
+    assert len(prepare(options, byte_level(), purpose="decisions")[0].examples) == 8
+    other = written(tmp_path / "other.csv", "a,b\n" + "".join(f"{i},{i}\n" for i in range(8)))
+    with pytest.raises(DataError, match="do not fit decisions") as raised:
+        prepare(DataOptions(data=other), byte_level(), purpose="decisions")
+    assert "NAME=COLUMN" in str(raised.value.next_step)
+
+
 @pytest.mark.parametrize(
     ("columns", "given", "advice"),
     [

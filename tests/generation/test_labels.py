@@ -32,6 +32,7 @@ from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
 from backhand.training.console import closing_lines
 from backhand.training.run import train
+from backhand.words import share_interval
 from support.page import Page
 from support.tiny_run import TinyRun
 
@@ -182,6 +183,8 @@ def test_evaluate_judges_labels_where_rows_have_them(
     found, summary = json.loads(capsys.readouterr().out), json.loads((run / "summary.json").read_text())
     for name in ("base", "adapted"):
         assert found[name]["labels"] == summary[f"{name}_labels"]
+        for scores, share in ((found[name], "exact_match"), (found[name]["labels"], "accuracy")):
+            assert scores[f"{share}_interval"] == [*share_interval(scores[share], found["rows"])]
         assert found[name]["exact_match"] == summary[f"{name}_exact_match"]
     few = tmp_path / "few.jsonl"  # fewer rows than the rule asks for: the adapter knows its labels
     few.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))

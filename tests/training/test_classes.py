@@ -35,6 +35,7 @@ from backhand.training.console import closing_lines
 from backhand.training.plan import plan_run
 from backhand.training.run import train
 from backhand.verify.command import prove_run
+from backhand.words import share_interval
 from support.page import Page
 from support.ranks import bits_of_several, start_ranks
 from support.tiny_encoders import tiny_encoder
@@ -152,6 +153,8 @@ def test_evaluation_scores_the_adapter_against_a_constant_answer(straight: Train
     summary = read_summary(straight.run.output / "summary.json")
     assert summary is not None and summary.adapted_classes is not None
     assert found["rows"] == 12
+    scores = found["adapted"]["classes"]
+    assert scores["accuracy_interval"] == share_interval(scores["values"]["accuracy"], 12)
     assert found["adapted"]["classes"]["values"]["nll"] == pytest.approx(summary.adapted_classes["nll"], rel=1e-5)
     assert found["base"]["classes"]["values"]["nll"] == pytest.approx(summary.base_eval_loss)
 

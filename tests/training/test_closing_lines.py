@@ -175,6 +175,19 @@ def test_a_lower_loss_helped_only_if_the_labels_are_clearly_better(
     assert suggested is None or ("more steps" not in suggested[0] and suggested[1] is None)
 
 
+def test_too_few_held_out_labels_ask_for_more_of_them(ended: RunSummary) -> None:
+    """No number of steps makes the labels of five rows clearly better."""
+    before, after = (label_figures(share, animals=3, sport=2) for share in (0.4, 1.0))
+    few = {"base_labels": before, "adapted_labels": after, "exact_match_rows": 5, "try_next": None}
+    measured = replace(ended, held_out_rows=5, rows=45, stopped_because=None, **few)
+    config = load_config(Path(ended.output) / "config.toml")
+    separate = "5 held-out rows are too few to tell whether the labels are learnt, even if all are right: "
+    assert answer_advice(config, measured, Path("runs/one")) == (f"{separate}--eval-data FILE, holds out more.", None)
+    drawn = replace(config, data=replace(config.data, eval_data=()))
+    share = "--eval-fraction 0.3, or --eval-data FILE, holds out more."
+    assert answer_advice(drawn, measured, Path("runs/one")) == (f"{separate}{share}", None)
+
+
 def test_few_rows_do_not_tell_a_higher_accuracy_from_chance(ended: RunSummary) -> None:
     """With 3 of 6 rows that became right, McNemar's exact test has p = 0.25, although the intervals differ."""
     assert gain_interval(0.5, 1.0, 6)[0] > 0 and not changes_separate(0.5, 1.0, 6)

@@ -14,6 +14,7 @@ from backhand.loop.decision_scores import (
     score_questions,
     thresholds,
 )
+from backhand.words import share_interval
 
 KEYS = ("a", "b", "c")
 QUESTION = Question("team", "choice", "", KEYS, (None,) * 3)
@@ -68,6 +69,7 @@ def test_scores_equal_those_of_scikit_learn() -> None:
     p = np.stack([one.probabilities(1.3) for one in outcomes])
     answers = np.array([one.targets.argmax() for one in outcomes])
     assert score.accuracy == (p.argmax(1) == answers).mean()
+    assert score.accuracy_interval == share_interval(score.accuracy, 300)
     assert score.majority == np.bincount(answers).max() / 300
     assert score.nll == pytest.approx(log_loss(answers, p))
     assert score.f1_macro == pytest.approx(f1_score(answers, p.argmax(1), average="macro"))

@@ -33,6 +33,7 @@ from backhand.options.rewards import RewardOptions
 from backhand.report.page import page_values, run_page
 from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
+from backhand.training import loaded_run
 from backhand.training import plan as run_plan
 from backhand.training.console import closing_lines
 from backhand.training.plan_command import plan
@@ -358,6 +359,45 @@ def test_an_error_about_parameters_names_the_right_ones(tiny: TinyRun, functions
         assert raised.value.where == line_of(functions, "def misnamed(")
         assert "given are prompts, completions, completion_ids, completion:" in str(raised.value.why)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("reward", "answer", "says"),
+    [
+        ("exact", {"chosen": "7"}, "but the row has none"),
+        ("exact", {"answer": None}, "but the row has none"),
+        ("number", {"answer": "seven"}, "but 'seven' contains no number"),
+        ("reasoning_gym:spell_backward", {}, "but the row has none"),
+    ],
+)
+def test_rows_without_the_right_answer_are_refused_before_a_weight_is_read(
+    reward: str, answer: dict[str, Any], says: str, tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    asked = [{"prompt": "how many?", "answer": "7"}, {"prompt": "how much?", **answer}]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    made = tiny.config(tmp_path / "run", data=(str(rows),), eval_data=(), max_length=64)
+    rewards = RewardOptions(reward=(reward,), group=2, max_new_tokens=4)
+    made = replace(made, objective=ObjectiveOptions(objective="grpo"), rewards=rewards)
+    monkeypatch.setattr(loaded_run, "_load_weights", None)
+    with pytest.raises(DataError, match=says) as raised:
+        train(made)
+    assert raised.value.where == f"{rows}:2" and reward in raised.value.what
+    assert not (tmp_path / "run").exists()
+
+
+def test_right_answers_are_read_from_a_named_column(tiny: TinyRun, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "how many?", "chosen": "7"}\n' * 4)
+    made = tiny.config(tmp_path / "run", data=(str(rows),), eval_data=(), max_length=64, columns={"answer": "chosen"})
+    rewards = RewardOptions(reward=("exact",), group=2, max_new_tokens=4)
+    made = replace(made, objective=ObjectiveOptions(objective="grpo"), rewards=rewards)
+    assert plan(PlanOptions(**vars(made))).rows == 4
+
+
+def test_an_answer_is_quoted_without_the_part_of_a_character(functions: Path) -> None:
+    with pytest.raises(CheckError, match="of the answer 'half'"):
+        rewards_of(f"{functions}:none", answers("half\ufffd"))
 
 
 def test_rewards_that_never_vary_end_the_run(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:

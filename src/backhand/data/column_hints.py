@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from backhand.data.options import columns_named
@@ -18,17 +18,19 @@ _UNWANTED = frozenset(("rejected", "refused", "dispreferred", "negative"))
 and rejected answers (`_UNWANTED`)."""
 
 
-def suggestion(prompts: Sequence[str], others: Iterable[str], given: Mapping[str, str]) -> str | None:
+def suggestion(
+    prompts: Sequence[str], others: Iterable[str], given: Mapping[str, str], constant: Collection[str] = ()
+) -> str | None:
     """Return command-line options that would read these columns, or None.
 
     Args:
         prompts: columns of a prompt. If it is empty, all columns but the answer form the prompt.
         given: options that the user gave, which stay.
+        constant: columns with the same value in all rows, which are not suggested.
     """
     read = {column for text in given.values() for column in columns_named(text)}
-    small = {name: name.strip(" .:#").lower() for name in others if name not in (*read, *given, *prompts)}
-    useless = COUNTING | _UNWANTED | _ABOUT_ROWS
-    free = [name for name, low in small.items() if _can_be_typed(name) and low not in useless]
+    unread = [name for name in others if name not in (*read, *given, *prompts, *constant)]
+    small, free = {name: _in_lower_case(name) for name in unread}, _usable(unread)
     answer, template = given.get("completion"), given.get("prompt")
     if answer is None and free:
         answer = next((name for name in free if small[name] in _WANTED | CLASSES), free[-1])
@@ -36,8 +38,42 @@ def suggestion(prompts: Sequence[str], others: Iterable[str], given: Mapping[str
         asking = [name for name in prompts if name not in given and _can_be_typed(name)] or [
             name for name in free if name != answer
         ]
-        template = "\\n".join(f"{{{name}}}" for name in asking[:4])
+        template = _template(asking)
     return f"--prompt {shlex.quote(template)} --completion {shlex.quote(answer)}" if template and answer else None
+
+
+def decision_options(columns: Iterable[str], classes: Sequence[str], constant: Collection[str]) -> str | None:
+    """Return command-line options that read one of these classes as the answer to a question, or None.
+
+    Args:
+        columns: all columns. Those that are neither classes nor constant form the state.
+        classes: columns that may contain answers.
+        constant: columns with the same value in all rows.
+    """
+    answers = [name for name in _usable(classes) if "=" not in name]
+    texts = [name for name in _usable(columns) if name not in (*classes, *constant)]
+    if not (answers and texts):
+        return None
+    return f"--state {shlex.quote(_template(texts))} --question {shlex.quote(class_of(answers))}"
+
+
+def class_of(columns: Sequence[str]) -> str:
+    """Return the most likely class of these columns: the first with the name of one, else the last."""
+    return next((name for name in columns if name.lower() in CLASSES), columns[-1])
+
+
+def _template(columns: Sequence[str]) -> str:
+    return "\\n".join(f"{{{name}}}" for name in columns[:4])
+
+
+def _in_lower_case(column: str) -> str:
+    return column.strip(" .:#").lower()
+
+
+def _usable(columns: Iterable[str]) -> list[str]:
+    """Return the columns that can be typed and are about a text, in order."""
+    useless = COUNTING | _UNWANTED | _ABOUT_ROWS
+    return [name for name in columns if _can_be_typed(name) and _in_lower_case(name) not in useless]
 
 
 def _can_be_typed(column: str) -> bool:
@@ -45,6 +81,8 @@ def _can_be_typed(column: str) -> bool:
 
 
 _MOST, _LONGEST = 20, 40
+_FEWEST_ROWS = 4
+"""Fewest rows from which a column counts as constant."""
 
 
 class ClassColumns:
@@ -66,6 +104,14 @@ class ClassColumns:
     def values(self, name: str) -> list[str]:
         """Return the first distinct values of a column."""
         return list(self._seen[name])
+
+    def constant(self, rows: int) -> list[str]:
+        """Return the columns with the same short value in all of these rows. There are none in very few rows."""
+        return [
+            name
+            for name, seen in self._seen.items()
+            if rows >= _FEWEST_ROWS and len(seen) == 1 and max(map(len, seen)) <= _LONGEST
+        ]
 
     def names(self, rows: int) -> list[str]:
         """Return the columns that may be classes, given the number of rows. Each value must occur twice on average."""

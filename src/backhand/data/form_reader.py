@@ -55,15 +55,18 @@ class FormReader:
         self._first_source = ""
         self.class_columns = ClassColumns()
 
-    def read(self, raw: RawRow) -> Row:
+    def read(self, raw: RawRow, following: Iterable[RawRow] = ()) -> Row:
         """Read one row.
+
+        Args:
+            following: see `detect`.
 
         Raises:
             DataError: the row has another form than the rows before it, a missing column, or a value of a wrong type.
             UsageError: the row has no form, and `--columns` gives a name of no form.
         """
         try:
-            form = self.form or self._detect(raw)
+            form = self.form or self._detect(raw, following=following)
         except DataError as error:
             if not self._misspelt:
                 raise
@@ -98,9 +101,10 @@ class FormReader:
 
     def read_all(self, raws: Iterable[RawRow], bad: RowErrors) -> Iterator[Row]:
         """Yield every valid row; `bad` raises or counts the errors of the others."""
-        for raw in raws:
+        rows = iter(raws)
+        for raw in rows:
             try:
-                row = self.read(raw)
+                row = self.read(raw, () if bad.skip_bad else rows)
             except DataError as error:
                 bad.add(error)
                 continue

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 
-from backhand.data.column_hints import suggestion
+from backhand.data.column_hints import ClassColumns, class_of, decision_options, suggestion
 from backhand.data.options import columns_named
 from backhand.data.raw_rows import RawRow
 from backhand.data.rows import Purpose
@@ -174,6 +177,7 @@ def detect(
     allow_prompts: bool = False,
     purpose: Purpose | None = "answers",
     named: Mapping[str, str] | None = None,
+    following: Iterable[RawRow] = (),
 ) -> Form:
     """Return the form of a row, from the names of its columns that are not null.
 
@@ -181,6 +185,7 @@ def detect(
         allow_prompts: also accept rows without an answer.
         purpose: use of the rows; None for pairs if the columns are those of pairs, else answers.
         named: columns or templates by option; the form must read each of these options' columns.
+        following: the rows after this one. If it fits no form, some of them are consumed for the values of columns.
 
     Raises:
         DataError: the columns fit no form.
@@ -194,7 +199,7 @@ def detect(
     preferred = purpose == "answers" and present.issuperset(PREFERENCE)
     if form is not None and not (preferred and len(form.columns) == 1 and not given):
         return form
-    columns = _Columns(raw, present, given)
+    columns = _Columns(raw, present, given, following)
     if ignored := columns.ignored_option(forms_for(purpose)):
         raise ignored
     if purpose in _NEEDED:
@@ -202,7 +207,8 @@ def detect(
             f"these columns do not fit {purpose}: {', '.join(sorted(present)) or 'none'}",
             where=raw.source,
             why=_NEEDED[purpose],
-            next_step="name the columns with --columns NAME=COLUMN, or train on answers with --objective sft",
+            next_step=columns.with_class(purpose)
+            or "name the columns with --columns NAME=COLUMN, or train on answers with --objective sft",
         )
     raise columns.preference_pair() or columns.without_answer() or columns.null() or columns.unknown()
 
@@ -214,6 +220,8 @@ def fits(raw: RawRow) -> bool:
 
 
 _BOTH = {"prompt": "completion", "completion": "prompt"}
+_MOST_FOLLOWING = 200
+"""Largest number of following rows that are read for the values of columns."""
 _USUAL_FORMS = ["messages", "prompt/completion", "instruction/input/output", "question/answer", "text"]
 
 
@@ -224,6 +232,31 @@ class _Columns:
     raw: RawRow
     present: frozenset[str]  # columns that are not null
     given: Mapping[str, str]  # columns or templates by option
+    following: Iterable[RawRow]  # the rows after this one
+
+    @cached_property
+    def _classes_and_constant(self) -> tuple[list[str], list[str]]:
+        """The columns that may be classes, and those that are the same in all rows. Reads the following rows."""
+        rows, values = [self.raw], ClassColumns()
+        with suppress(DataError):  # the error about the first row is raised instead
+            rows.extend(islice(self.following, _MOST_FOLLOWING))
+        for row in rows:
+            values.add(row.values)
+        return values.names(len(rows)), values.constant(len(rows))
+
+    def with_class(self, purpose: Purpose | None) -> str | None:
+        """Return the options that read a column with few repeating values as the answer, or None."""
+        if self.given or purpose not in ("decisions", "classes"):
+            return None
+        filled = [name for name in self.raw.values if name in self.present and str(self.raw.values[name]).strip()]
+        classes, constant = self._classes_and_constant
+        if purpose == "decisions":
+            options = decision_options(filled, classes, constant)
+            more = "; --question COLUMN='…' also puts the question into words"
+        else:
+            options = suggestion((), filled, {"completion": class_of(classes)}, constant) if classes else None
+            more = ""
+        return None if options is None else f"add {options}{more}"
 
     def ignored_option(self, forms: Sequence[Form]) -> DataError | None:
         """The form of the row would ignore a column that an option names."""
@@ -261,7 +294,7 @@ class _Columns:
         answers = sorted(self.present & known)
         read = {column for text in self.given.values() for column in columns_named(text)}
         others = [name for name in self.raw.values if name in self.present - {*asking.columns, *self.given, *read}]
-        by_name = suggestion(asking.columns, others, self.given)
+        by_name = suggestion(asking.columns, others, self.given, self._classes_and_constant[1])
         state = "an empty" if answer in self.raw.values else "no"
         return DataError(
             self._half_named or f"the row has {asking.columns[0]} but {state} {answer}",
@@ -290,7 +323,7 @@ class _Columns:
         else:
             near = [form.name for form in _ANSWERS if self.present.intersection(form.columns)] or _USUAL_FORMS
             filled = [name for name in self.raw.values if name in self.present and str(self.raw.values[name]).strip()]
-            by_name = suggestion((), filled, self.given)
+            by_name = suggestion((), filled, self.given, self._classes_and_constant[1])
             how = f"a row has {' or '.join(near)}" + (f"; or name the columns: {by_name}" if by_name else "")
         what = f"{self._half_named}; its columns" if self._half_named else "the columns fit no form of row"
         return DataError(f"{what}: {columns}", where=self.raw.source, next_step=how)

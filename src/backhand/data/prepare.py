@@ -139,9 +139,10 @@ def training_questions(options: DataOptions) -> dict[str, Question]:
 
     def rows(name: str) -> Iterator[tuple[Form, RawRow]]:
         named = ColumnReader(options, options.system)
-        for raw in islice(named.rows(read_rows(name, bad), bad), options.max_rows):
+        raws = islice(named.rows(read_rows(name, bad), bad), options.max_rows)
+        for raw in raws:
             try:
-                yield detect(raw, purpose="decisions", named=named.given), raw
+                yield detect(raw, purpose="decisions", named=named.given, following=() if bad.skip_bad else raws), raw
             except DataError as error:
                 bad.add(error)
 

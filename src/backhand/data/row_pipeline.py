@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from backhand.data.column_hints import CLASSES, suggestion
+from backhand.data.column_hints import class_of, suggestion
 from backhand.data.columns import ColumnReader
 from backhand.data.data_report import DataReport, SourceForm
 from backhand.data.decisions import Question
@@ -122,9 +122,9 @@ class RowPipeline:
             columns = list(unread)
             labels = [column for column in columns if column in classes]
             if self.refuses_classes and {form.form for form in forms} == {"text"} and labels:
-                label = next((column for column in labels if column.lower() in CLASSES), labels[-1])
+                label, constant = class_of(labels), reader.class_columns.constant(rows)
                 filled = filter(reader.class_columns.filled, reader.columns)
-                if options := suggestion((), filled, {"completion": label}):
+                if options := suggestion((), filled, {"completion": label}, constant):
                     values = reader.class_columns.values(label)
                     raise _class_next_to_text(names, label, values, options, prompts=self.allow_prompts)
             several = "s" if len(columns) > 1 else ""

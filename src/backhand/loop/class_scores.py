@@ -25,6 +25,7 @@ from backhand.loop.label_scores import label_score
 from backhand.loop.retrieval_scores import spearman
 from backhand.ops.binary_cross_entropy import binary_cross_entropy_forward
 from backhand.ops.cross_entropy import cross_entropy_forward
+from backhand.words import share_interval
 
 _SURPRISES = 5
 
@@ -41,6 +42,7 @@ class ClassScores:
     # number of rows by label, then by answer; empty unless a row has one label
     confusion: dict[str, dict[str, int]]
     surprises: list[dict[str, Any]]  # rows with the largest losses: source, answer, given, loss
+    accuracy_interval: tuple[float, float] | None  # 95 % interval of the accuracy; None for numbers
 
     def to_json(self) -> dict[str, Any]:
         """Return the scores as JSON values."""
@@ -101,7 +103,8 @@ def score_classes(
         {"source": sources[row], "answer": right[row], "given": given[row], "loss": float(losses[row])} for row in order
     ]
     constant = len({*given}) == 1 and len({*right}) > 1
-    return ClassScores(len(targets), problem, float(losses.mean()), values, constant, confusion, surprises)
+    interval = None if problem == NUMBER else share_interval(values["accuracy"], len(targets))
+    return ClassScores(len(targets), problem, float(losses.mean()), values, constant, confusion, surprises, interval)
 
 
 def _decided(logits: Tensor, problem: ProblemType) -> Tensor:

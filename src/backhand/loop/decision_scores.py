@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from backhand.data.decisions import DecisionRow, Question, QuestionType
 from backhand.loop.label_scores import label_score
+from backhand.words import share_interval
 
 Floats = npt.NDArray[np.float64]
 
@@ -106,6 +107,7 @@ class DecisionScore:
 
     rows: int
     accuracy: float
+    accuracy_interval: tuple[float, float]  # 95 % interval
     majority: float
     f1_macro: float
     nll: float
@@ -125,7 +127,8 @@ class DecisionScore:
 
     def to_json(self) -> dict[str, Any]:
         """Return the scores as JSON values."""
-        return asdict(self) | {"ece_interval": list(self.ece_interval)}
+        intervals = {"accuracy_interval": list(self.accuracy_interval), "ece_interval": list(self.ece_interval)}
+        return asdict(self) | intervals
 
 
 def score_questions(
@@ -162,6 +165,7 @@ def _score(
     return DecisionScore(
         rows=len(outcomes),
         accuracy=float(hits.mean()),
+        accuracy_interval=share_interval(float(hits.mean()), len(outcomes)),
         majority=max(map(right.count, {*right})) / len(right),
         f1_macro=labels.f1_macro,
         nll=float(np.mean([-(one.targets * log).sum() for one, log in zip(outcomes, log_p, strict=True)])),

@@ -65,7 +65,7 @@ from backhand.options.objectives import ObjectiveOptions
 from backhand.printing import counting
 from backhand.runs.label_results import constant_answer, verdict_words
 from backhand.terminal import console_for_tables, table_of, working
-from backhand.words import capitalized, count_of, interval_text, name_list, shorten, show_notes
+from backhand.words import capitalized, count_of, interval_text, name_list, share_interval, shorten, show_notes
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class Score:
     exact_match: float | None  # share of exactly correct completions; None for plain text or if not requested
     supervised_tokens: int  # number of tokens in the mean of the loss
     labels: LabelScore | None = None  # None if the rows have no labels
+    exact_match_interval: tuple[float, float] | None = None  # 95 % interval of `exact_match`, or None without it
     # None if the rows are no pairs. Otherwise the mean log-probabilities of the chosen and rejected answers and, for an
     # adapted model, the rewards relative to the base. The keys are TRL's names.
     pairs: dict[str, float] | None = None
@@ -253,7 +254,8 @@ def score(
         else:
             right = sum(certain) + exact_matches(loaded, open_prompts, run.max_new_tokens, answered, who)
             exact_match = right / len(rows.prompts)
-    return Score(nats, _perplexity(nats), exact_match, rows.held_out.supervised_tokens, labels)
+    interval = None if exact_match is None else share_interval(exact_match, len(rows.prompts))
+    return Score(nats, _perplexity(nats), exact_match, rows.held_out.supervised_tokens, labels, interval)
 
 
 _EXTRA_TOKENS = 8

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from backhand.data.examples import check_vocabulary
 from backhand.data.prepare import prepare
+from backhand.data.rows import PromptRow
 from backhand.distributed.communicator import Communicator
 from backhand.generation.loading import loaded_model
-from backhand.loop.rewards.process import RewardProcess
+from backhand.loop.rewards.process import RewardProcess, check_references
 from backhand.loop.rewards.rollout import Rollout
 from backhand.loop.rewards.steps import HeldOutRewards
 from backhand.loop.sampled_answers import check_context, prompt_of
@@ -45,6 +46,7 @@ def evaluate_rewards(options: EvaluateOptions) -> tuple[list[Tensor], list[dict[
         show_notes(prepared.report.left_out())
         examples = prepared.examples
         functions.check_parameters(examples)
+        check_references(run.reward, examples.facts(PromptRow))
         check_vocabulary(examples.beyond(loaded.model.vocab_size), loaded.model.vocab_size, loaded.tokenizer)
         longest = max(len(prompt_of(one)) for one in examples) + rewards.max_new_tokens
         check_context(longest, loaded.model.context_tokens)

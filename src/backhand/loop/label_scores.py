@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from backhand.runs.summary import LabelRow
 from backhand.terminal import console_for_tables, table_of
+from backhand.words import share_interval
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class LabelScore:
     """The scores of one model on rows whose answers are labels."""
 
     accuracy: float
+    accuracy_interval: tuple[float, float]  # 95 % interval
     majority: float
     f1_macro: float
     # precision, recall, f1 and support (number of rows that have the label) of each label, also of labels without rows
@@ -62,8 +64,10 @@ def label_score(right: Sequence[str], given: Sequence[str], labels: Iterable[str
         per_label[label] = LabelRow(precision=precision, recall=recall, f1=f1_of.get(label), support=has[label])
     confusion = {one: {other: pairs[one, other] for other in labels if pairs[one, other]} for one in labels if has[one]}
     inventions = Counter(answer for answer in free if answer not in per_label)
+    accuracy = sum(pairs[label, label] for label in labels) / len(right)
     return LabelScore(
-        sum(pairs[label, label] for label in labels) / len(right),
+        accuracy,
+        share_interval(accuracy, len(right)),
         max(has.values()) / len(right),
         sum(f1_of.values()) / len(f1_of),
         per_label,

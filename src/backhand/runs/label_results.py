@@ -48,9 +48,10 @@ def label_verdict(base: float, adapted: float, constant: float, rows: int) -> La
     return "helped" if clear else "unclear"
 
 
-def figures_verdict(base: LabelFigures, adapted: LabelFigures, rows: int) -> LabelVerdict:
-    """Return the verdict on the scores in summary.json."""
-    return label_verdict(base["accuracy"], adapted["accuracy"], most_frequent(adapted["per_label"])[1], rows)
+def figures_verdict(base: LabelFigures, adapted: LabelFigures, rows: int, *, at_best: bool = False) -> LabelVerdict:
+    """Return the verdict on the scores in summary.json; with `at_best`, as if the adapter were right on every row."""
+    accuracy = 1.0 if at_best else adapted["accuracy"]
+    return label_verdict(base["accuracy"], accuracy, most_frequent(adapted["per_label"])[1], rows)
 
 
 LABEL_VERDICTS: Mapping[LabelVerdict, str] = {
@@ -79,21 +80,28 @@ def label_clause(base: LabelFigures, adapted: LabelFigures, rows: int) -> str:
 
 
 def decisions_verdict(
-    base: Mapping[str, DecisionFigures], adapted: Mapping[str, DecisionFigures]
+    base: Mapping[str, DecisionFigures], adapted: Mapping[str, DecisionFigures], *, at_best: bool = False
 ) -> LabelVerdict | None:
     """Return the verdict on the answers to all questions, or None if no question was measured with both models.
 
     A run that helped with one question and hurt another one is `unclear`.
+
+    Args:
+        at_best: judge as if the adapter's answers to all questions were right.
     """
-    verdicts = {_decision_verdict(base[name], one) for name, one in adapted.items() if name in base}
+    verdicts = {
+        _decision_verdict(base[name], one, 1.0 if at_best else one["accuracy"])
+        for name, one in adapted.items()
+        if name in base
+    }
     if not verdicts:
         return None
     clear = verdicts - {"unclear"}
     return clear.pop() if len(clear) == 1 else "unclear"
 
 
-def _decision_verdict(base: DecisionFigures, adapted: DecisionFigures) -> LabelVerdict:
-    return label_verdict(base["accuracy"], adapted["accuracy"], adapted["majority"], adapted["rows"])
+def _decision_verdict(base: DecisionFigures, adapted: DecisionFigures, accuracy: float) -> LabelVerdict:
+    return label_verdict(base["accuracy"], accuracy, adapted["majority"], adapted["rows"])
 
 
 def decision_clause(name: str, base: DecisionFigures | None, adapted: DecisionFigures) -> str:

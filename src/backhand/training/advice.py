@@ -198,8 +198,7 @@ def advice(
     if few_rows and finding in ("rose", "low", "still falling", "fine"):
         what = f"Only {count_of(few_rows, 'row')} {'is' if few_rows == 1 else 'are'} held out"
         enough = LARGEST_SHARE * all_rows >= FEWEST_ROWS
-        share = f"--eval-fraction {LARGEST_SHARE}, or " if enough else ""
-        return f"{what}, too few for advice from their loss: {share}--eval-data FILE, holds out more.", None
+        return f"{what}, too few for advice from their loss: {_holding_out_more(enough)}.", None
     if stopped and finding in ("hardly moved", "still falling", "fine"):
         return None
     step, forgotten = curves.best[0], curves.forgotten_nats or 0.0
@@ -235,6 +234,12 @@ def advice(
     return sentence, _again(config, run, changes)
 
 
+def _holding_out_more(a_share: bool) -> str:
+    """Return a clause with the options that hold out more rows, with a share of the rows if that is enough."""
+    share = f"--eval-fraction {LARGEST_SHARE}, or " if a_share else ""
+    return f"{share}--eval-data FILE, holds out more"
+
+
 def too_few_rows(held_out: DataReport) -> int:
     """Return the number of held-out rows if it is too small for advice from the course of their loss, otherwise 0."""
     few = held_out.rows < FEWEST_ROWS and held_out.supervised_tokens < FEWEST_TOKENS
@@ -254,9 +259,11 @@ def answer_advice(config: TrainConfig, summary: RunSummary, run: Path) -> tuple[
     if summary.free_answers is not None:
         return _pair_advice(config, summary, summary.free_answers, run)
     base, adapted, rows = summary.base_labels, summary.adapted_labels, summary.exact_match_rows
-    verdict, what = decisions_verdict(summary.base_decisions or {}, summary.adapted_decisions or {}), "decisions"
+    decided = summary.base_decisions or {}, summary.adapted_decisions or {}
+    verdict, what, at_best = decisions_verdict(*decided), "decisions", decisions_verdict(*decided, at_best=True)
     if base and adapted and rows:
         verdict, what = figures_verdict(base, adapted, rows), "labels"
+        at_best = figures_verdict(base, adapted, rows, at_best=True)
     if verdict in (None, "helped"):
         return None
     if summary.try_next is not None:  # the curves ask for another run already
@@ -264,6 +271,12 @@ def answer_advice(config: TrainConfig, summary: RunSummary, run: Path) -> tuple[
     if summary.stopped_because is not None:
         steps = count_of(summary.steps, "step")
         return f"The {what} themselves are not clearly learnt after the {steps} until the run was stopped.", None
+    if verdict == "unclear" and at_best == "unclear":
+        measured = rows if what == "labels" else max(one["rows"] for one in decided[1].values())
+        held_out = f"{count_of(not_none(measured), 'held-out row')} {'is' if measured == 1 else 'are'} too few"
+        enough = summary.held_out_rows < LARGEST_SHARE * (summary.rows + summary.held_out_rows)
+        more = _holding_out_more(enough and not config.data.eval_data)
+        return f"{held_out} to tell whether the {what} are learnt, even if all are right: {more}.", None
     sentence = f"The {what} themselves are not clearly learnt: more rows, or more steps, may teach them."
     return sentence, _again(config, run, _twice_as_long(config, summary.steps))
 

@@ -21,7 +21,7 @@ from backhand.data.examples import Example, check_vocabulary
 from backhand.data.packing import RowPacker, Sampler
 from backhand.data.prepare import prepare
 from backhand.data.row_encoder import TextFormat
-from backhand.data.rows import ClassLabel, RankedTexts, TextIdentities
+from backhand.data.rows import ClassLabel, PromptRow, RankedTexts, TextIdentities
 from backhand.data.stored_examples import PreparedData, with_totals
 from backhand.engines.decoder_engine import DecoderEngine, choose_engine, with_hidden_states
 from backhand.engines.engine import Engine, RunCache
@@ -30,6 +30,7 @@ from backhand.errors import UsageError
 from backhand.loop.distillation import DistilledPacker, DistilledPrompts, Lesson
 from backhand.loop.forgetting import ForgettingMeter
 from backhand.loop.objectives.compared import check_answers_differ
+from backhand.loop.rewards.process import check_references
 from backhand.loop.sampled_answers import PromptPacker, check_context, prompt_of
 from backhand.loop.step_plan import chosen_rate
 from backhand.nn.decoder.adapted_group import HEAD
@@ -151,6 +152,8 @@ def read_inputs(
             config, notes = replace(config, objective=resolved), (*notes, *said)
         if purpose in ("pairs", "labels"):
             check_answers_differ(train)
+        for prepared in filter(None, (train, held_out)):
+            check_references(config.rewards.reward, prepared.examples.facts(PromptRow))
         config = replace(config, data=replace(config.data, eval_fraction=train.held_out_share))
     if has_head:
         set_outputs(engine, output_count(config.objective))

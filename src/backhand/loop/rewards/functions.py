@@ -140,12 +140,14 @@ def _exact(_: str) -> Callable[[Answer], float]:
     return lambda answer: float(answer["text"].strip() == _reference(answer).strip())
 
 
+def last_number(text: str) -> float | None:
+    """Return the last number in a text, or None."""
+    numbers = _NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
 def _number(_: str) -> Callable[[Answer], float]:
     """Score 1 if the last numbers of the answer and of the row are equal."""
-
-    def last_number(text: str) -> float | None:
-        numbers = _NUMBER.findall(text)
-        return float(numbers[-1].replace(",", "")) if numbers else None
 
     def score(answer: Answer) -> float:
         expected, given = last_number(_reference(answer)), last_number(answer["text"])

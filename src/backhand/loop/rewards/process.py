@@ -15,17 +15,18 @@ import secrets
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Any
 
 from backhand.data.examples import Example
-from backhand.data.rows import PromptRow
-from backhand.errors import CheckError, ResourceError, UsageError
-from backhand.loop.rewards.functions import GIVEN
-from backhand.options.rewards import NO_PROCESS
+from backhand.data.rows import REFERENCES, PromptRow
+from backhand.errors import CheckError, DataError, ResourceError, UsageError
+from backhand.generation.session import REPLACEMENT
+from backhand.loop.rewards.functions import GIVEN, last_number
+from backhand.options.rewards import GYM, NO_PROCESS, PLAIN, parse_name
 from backhand.printing import LONGEST_LINE, bounded, say
 from backhand.safe_path import python_words, safe_environment
 from backhand.system import install, wait_for_pipe
@@ -117,6 +118,32 @@ class FunctionTraceback(Exception):
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
+
+
+def check_references(names: Iterable[str], rows: Iterable[PromptRow]) -> None:
+    """Raise DataError if a built-in reward compares with the right answer, and a row has none that it can read."""
+    comparing = [name for name in names if parse_name(name).kind in (*PLAIN, GYM)]
+    for row in rows if comparing else ():
+        for name, what, why in _lacking(comparing, row):
+            raise DataError(
+                f"the reward {name} compares with the right answer, but {what}",
+                where=row.source,
+                why=why,
+                next_step="add the right answer as a column answer, name its column with --columns answer=COLUMN, or "
+                "leave the row out; regex:PATTERN, length:TOKENS or a function of your own need no right answer",
+            )
+
+
+def _lacking(names: Iterable[str], row: PromptRow) -> Iterator[tuple[str, str, str]]:
+    """Yield each reward that cannot read the right answer of a row, with the problem and its reason."""
+    for name in names:
+        kind = parse_name(name).kind
+        if row.reference is None and not (kind == GYM and row.columns.get("metadata") is not None):
+            others = [shorten(column) for column, value in row.columns.items() if value is not None]
+            read = f"it would be read from the first of {name_list(REFERENCES)}"
+            yield name, "the row has none", f"{read}; next to the prompt, the row has {name_list(others) or 'nothing'}"
+        elif kind == "number" and last_number(row.reference or "") is None:
+            yield name, f"{shorten(row.reference or '')!r} contains no number", "the last numbers are compared"
 
 
 class RewardProcess:
@@ -246,7 +273,8 @@ class RewardProcess:
 
     def _refused(self, function: str, how: str, answer: RewardInput | None, place: str = "") -> CheckError:
         """Return the error about a function, with the line that failed, or else the place of the function."""
-        quoted = "" if answer is None else f", of the answer {shorten(answer.text)!r}"
+        # An answer that was cut at --max-new-tokens may end within a character.
+        quoted = "" if answer is None else f", of the answer {shorten(answer.text.rstrip(REPLACEMENT))!r}"
         why = f"at {place}"
         if not place:
             defined = [described["place"] for name, described in self._described.items() if name in function]
