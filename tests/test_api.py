@@ -18,6 +18,8 @@ import pyarrow as pa
 import pytest
 
 import backhand
+from backhand.api_errors import in_python
+from backhand.cli.option_fields import option_fields
 from backhand.errors import DataError, UsageError
 from backhand.runs.interruption import Interrupted
 from backhand.runs.status import read_status
@@ -94,6 +96,8 @@ def test_rows_in_memory_are_not_for_several_processes(tiny: TinyRun, tmp_path: P
 def test_a_malformed_row_in_memory_is_named(tiny: TinyRun, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"python:[0-9a-f]{16} row 2: .*completion"):
         backhand.train(**options(tiny, tmp_path / "run", data=[ROWS[0], {"prompt": "a", "completion": None}]))
+    with pytest.raises(DataError, match=r"row 1: [\s\S]*\n  next: correct the row, or leave it out$"):
+        backhand.train(**options(tiny, tmp_path / "run", data=[{"prompt": "a", "completion": "\ud800"}]))
 
 
 def test_texts_and_paths_are_the_same() -> None:
@@ -124,6 +128,23 @@ def test_texts_and_paths_are_the_same() -> None:
         (lambda: backhand.generate(prompts="a"), "prompts is one text"),  # type: ignore[call-overload]
         (lambda: backhand.generate(), "give either prompt or prompts"),  # type: ignore[call-overload]
         (lambda: backhand.train(data=3), "3 is not a list of file names or hub ids"),  # type: ignore[arg-type]
+        (lambda: backhand.train(data={"prompt": ["a"]}), "next: give a list of dicts with one dict per row, or a data"),
+        (lambda: backhand.train(data=ROWS, eval_data=5), "in Python also a path, a list of dicts or a data frame"),
+        (lambda: backhand.train(data=[]), "next: give data=… (a path, a list of dicts or a data frame)"),
+        (lambda: backhand.classify(["a", "b"]), "prompt is a list\n  next: backhand.classify('…') for one prompt"),  # type: ignore[call-overload]
+        (lambda: backhand.train(data=ROWS, reward=len), "is a function, not the name of one"),
+        (lambda: backhand.train(data=ROWS, reward=[len]), 'write it to a file, and give reward=["file.py:len"]'),
+        (lambda: backhand.train(data=ROWS, callbacks=5), "callbacks: 5 is neither a function nor a list"),  # type: ignore[arg-type]
+        (
+            lambda: backhand.export("a", output="b"),
+            "export needs the argument to\n  next: give to=…, one of peft, gguf",
+        ),  # type: ignore[call-arg]
+        (lambda: backhand.export("a", to="peft"), "export needs the argument output\n  next: give output=…"),  # type: ignore[call-arg]
+        (
+            lambda: backhand.export("a", format="gguf", output="o"),  # type: ignore[call-arg]
+            'has no option format, and needs the argument to\n  next: give to="gguf" instead of format',
+        ),
+        (lambda: backhand.export("a", "gguf"), "too many positional arguments\n  next: give these by name: to, output"),  # type: ignore[call-arg]
         (lambda: backhand.train(beta=0.1), 'next: leave it out, or give objective="dpo" or'),
         (lambda: backhand.export("a", to="mlx", output="b", decision=True), 'next: give to="gguf"'),
     ],
@@ -132,6 +153,34 @@ def test_wrong_names_are_answered_with_the_right_ones(call: Callable[[], object]
     with pytest.raises(UsageError) as refused:
         call()
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "written"),
+    [
+        ("add: --prompt '{a}\\n{b}' --completion team", 'add: prompt="{a}\\n{b}", completion="team"'),
+        ("add --prompt 'say \"x\"', --completion as well", 'add prompt="say \\"x\\"", completion as well'),
+        ("--output runs/a --max-steps 1,024 --dora", 'output="runs/a", max_steps=1024 --dora'),
+        ("leave --prompt out, or --skip-bad.", "leave prompt out, or skip_bad=True."),
+        (
+            "--columns chosen=best --target-modules q_proj,k_proj",
+            'columns={"chosen": "best"}, target_modules=["q_proj", "k_proj"]',
+        ),
+        ("--chat-template none, --objective dpo", 'chat_template="none", objective="dpo"'),
+        ("`backhand lint --data FILE` lists them", "`backhand lint --data FILE` lists them"),
+    ],
+)
+def test_advice_is_written_as_python(typed: str, written: str) -> None:
+    hints = {field.option: field.hint for field in option_fields(backhand.TrainConfig)}
+    assert in_python(typed, hints) == written
+
+
+def test_one_text_or_callback_is_taken_for_a_list(tiny: TinyRun, tmp_path: Path) -> None:
+    assert backhand.RewardOptions(reward="exact") == backhand.RewardOptions(reward=("exact",))  # type: ignore[arg-type]
+    assert backhand.RunOptions(report_to="mlflow").report_to == ("mlflow",)  # type: ignore[arg-type]
+    records: list[Mapping[str, Any]] = []
+    backhand.train(**options(tiny, tmp_path / "run", data=ROWS, max_steps=1, eval_data=()), callbacks=records.append)
+    assert [record["step"] for record in records] == [1]
 
 
 @pytest.mark.parametrize("held_out", [True, False])

@@ -73,7 +73,7 @@ def train(
     data: Rows | None = None,
     output: Place | None = None,
     model: Place | None = None,
-    callbacks: Iterable[Callback] = (),
+    callbacks: Iterable[Callback] | Callback | None = (),
     **options: Any,
 ) -> RunSummary:
     """Train an adapter, and write the run directory with its report.
@@ -83,9 +83,9 @@ def train(
         data: rows to learn: a file, several files, a list of dicts or a data frame.
         output: the run directory, which must not exist; `run` unless given.
         model: the base model: a directory, a GGUF file or a hub id.
-        callbacks: each is a function that is called with a record per step and evaluation, or an `Observer`. A
-            callback that returns False ends the run after the step, as early stopping does. An exception in a callback
-            ends the run at once.
+        callbacks: one or several. Each is a function that is called with a record per step and evaluation, or an
+            `Observer`. A callback that returns False ends the run after the step, as early stopping does. An exception
+            in a callback ends the run at once.
         options: any other option of `backhand train`, by its name.
 
     Returns:
@@ -368,13 +368,18 @@ def embed(
 
 def _prompts(function: str, prompt: str | None, prompts: Sequence[str] | None) -> list[dict[str, str]]:
     """Return the rows of one prompt or of several. Raises UsageError unless exactly one of the two is given."""
-    if prompt is not None and prompts is None:
+    several = isinstance(prompt, list | tuple)
+    if prompt is not None and prompts is None and not several:
         return [{"prompt": prompt}]
     if prompt is None and prompts is not None and not isinstance(prompts, str):
         return [{"prompt": text} for text in prompts]
     raise UsageError(
-        "prompts is one text" if isinstance(prompts, str) else "give either prompt or prompts",
-        where="prompts",
+        "prompt is a list"
+        if several
+        else "prompts is one text"
+        if isinstance(prompts, str)
+        else "give either prompt or prompts",
+        where="prompt" if several else "prompts",
         next_step=f"backhand.{function}('…') for one prompt, backhand.{function}(prompts=['…', '…']) for several",
     )
 

@@ -1,27 +1,39 @@
 """Errors of the package's functions: they name options as a call does.
 
-    give --objective dpo, or --data FILE      →      give objective="dpo", or data=FILE
+    give --objective dpo, or --data FILE      →      give objective="dpo", or data=… (a path, …)
+    add: --prompt '{a}' --completion b         →      add: prompt="{a}", completion="b"
 
 Messages are written for the command line, where most of them are read. A part that quotes a whole command keeps it.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Collection, Mapping
 from functools import partial, wraps
 from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
-from backhand.bounds import split_hint, union_members
-from backhand.cli.option_fields import as_option, option_fields
-from backhand.errors import BackhandError
+from backhand.bounds import check_names, split_hint, union_members
+from backhand.cli.option_fields import as_option, is_mapping, option_fields, takes_several
+from backhand.errors import BackhandError, UsageError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _COMMAND = re.compile(r"\bbackhand [a-z]")
 _OPTION = re.compile(r"--[a-z][a-z0-9-]*[a-z0-9]")
-_VALUE = re.compile(r" ([A-Z][A-Z_]+\b|\d[\d.e-]*\b|[a-z0-9_-]+\b)")
+_VALUE = re.compile(r""" (\$'(?:[^'\\]|\\.)*'|(?:'[^']*'|"'")+|(?![\s-])(?:[^\s'"`,;()]|,(?=\S))*[^\s'"`,;().:!?])""")
+"""The word after an option, quoted for a shell or without the punctuation at its end."""
+_PLACEHOLDER = re.compile(r"[A-Z][A-Z_]+|…")
+_NUMBER = re.compile(r"\d[\d.,]*(e-?\d+)?")
+_NOT_PROSE = re.compile(r"\S[./_:,=]\S|\d")
+"""Part of a value such as `runs/a`, `f.py:g` or `run-2`. No word of a sentence contains it."""
+_SPECIAL = ("auto", "none", "chosen")
+"""Values of options that take any text."""
+_ROWS = ("data", "eval_data")
+"""Options that take rows."""
 
 
 def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -31,6 +43,7 @@ def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
+                _check_arguments(function, args, kwargs, kinds)
                 return function(*args, **kwargs)
             except BackhandError as error:
                 hints = {as_option(field.name): field.hint for kind in kinds for field in option_fields(kind)}
@@ -42,6 +55,36 @@ def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]
     return decorate
 
 
+def _check_arguments(
+    function: Callable[..., Any], args: Collection[Any], kwargs: Mapping[str, Any], kinds: tuple[type, ...]
+) -> None:
+    """Raise UsageError if a required argument is missing or there are too many, also with names that do not exist."""
+    name, signature = f"backhand.{function.__name__}", inspect.signature(function)
+    named = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    try:
+        given = signature.bind_partial(*args, **kwargs).arguments
+    except TypeError as error:
+        by_name = ", ".join(one.name for one in named if one.kind is inspect.Parameter.KEYWORD_ONLY)
+        raise UsageError(f"{name}: {error}", next_step=f"give these by name: {by_name}") from None
+    missing = [one.name for one in named if one.default is inspect.Parameter.empty and one.name not in given]
+    if not missing:
+        return
+    hints = {field.name: field.hint for kind in kinds for field in option_fields(kind)}
+    choices = {one: _choices(hints.get(one)) for one in missing}
+    needs = f"needs the argument{'s' * (len(missing) > 1)} {', '.join(missing)}"
+    steps = [f"give {one}=…" + (f", one of {', '.join(words)}" if words else "") for one, words in choices.items()]
+    texts = {key: value for key, value in kwargs.items() if isinstance(value, str)}
+    meant = {one: (key, value) for key, value in texts.items() for one, words in choices.items() if value in words}
+    if meant:
+        steps = [f'give {one}="{value}" instead of {key}' for one, (key, value) in meant.items()]
+    try:
+        check_names(name, kwargs, {**dict.fromkeys(one.name for one in named), **hints}, {})
+    except UsageError as unknown:
+        steps = steps if meant else [str(unknown.next_step), *steps]
+        raise UsageError(f"{unknown.what}, and {needs}", next_step="; ".join(steps)) from None
+    raise UsageError(f"{name} {needs}", next_step="; ".join(steps))
+
+
 def in_python(text: str, hints: dict[str, Any]) -> str:
     """Return a text with options as keyword arguments.
 
@@ -51,27 +94,60 @@ def in_python(text: str, hints: dict[str, Any]) -> str:
     """
     if _COMMAND.search(text):
         return text
-    pieces, end = [], 0
+    pieces: list[str] = []
+    end = 0
     for match in _OPTION.finditer(text):
-        if match[0] not in hints:
+        if match[0] not in hints or match.start() < end:
             continue
         name, hint = match[0][2:].replace("-", "_"), hints[match[0]]
-        value, after = _value(hint, _VALUE.match(text, match.end()))
-        pieces += [text[end : match.start()], name + value]
+        between = text[end : match.start()]
+        adjacent = bool(pieces) and between == " "
+        value, after = _value(name, hint, _VALUE.match(text, match.end()), typed=adjacent and "=" in pieces[-1])
+        pieces += [", " if adjacent else between, name + value]
         end = after or match.end()
     return "".join(pieces) + text[end:]
 
 
-def _value(hint: Any, word: re.Match[str] | None) -> tuple[str, int]:
-    """Return the value of a keyword argument with its sign of equality, and the end of the word that it replaces."""
-    plain = split_hint(hint)[0]
-    choices = [one for member in union_members(plain) if get_origin(member) is Literal for one in get_args(member)]
-    if plain is bool:
+def _value(name: str, hint: Any, word: re.Match[str] | None, *, typed: bool) -> tuple[str, int]:
+    """Return the value of a keyword argument with its sign of equality, and the end of the word that it replaces.
+
+    Args:
+        typed: the option directly follows another option with its value, so the word is a value and no prose.
+    """
+    if split_hint(hint)[0] is bool:
         return "=True", 0
     if word is None:
         return "", 0
-    if word[1] in choices:
-        return f'="{word[1]}"', word.end()
-    if word[1][0].isdigit() or word[1].isupper():
-        return f"={word[1]}", word.end()
-    return "", 0
+    text = word[1]
+    if name in _ROWS and text == "FILE":
+        return "=… (a path, a list of dicts or a data frame)", word.end()
+    if _PLACEHOLDER.fullmatch(text):
+        return f"={text}", word.end()
+    quoted = text[0] in "'$"
+    if not (quoted or typed or text in (*_SPECIAL, *_choices(hint)) or _NOT_PROSE.search(text)):
+        return "", 0
+    if text.startswith("$"):
+        text = text[2:-1].replace('"', r"\"")  # Python has the same escapes
+        return f'="{text}"', word.end()
+    text = "".join(shlex.split(text)) if quoted else text
+    key, equals, value = text.partition("=")
+    if is_mapping(hint) and equals:
+        return f"={{{_literal(key)}: {_literal(value)}}}", word.end()
+    if takes_several(hint) and "," in text and not quoted:
+        return f"=[{', '.join(_literal(part) for part in text.split(','))}]", word.end()
+    return f"={_literal(text)}", word.end()
+
+
+def _literal(text: str) -> str:
+    r"""Return a typed value as Python. `\n` and `\t` stay, which options also read as a line break and a tab."""
+    if _NUMBER.fullmatch(text):
+        return text.replace(",", "")
+    if text in ("true", "false"):
+        return text.capitalize()
+    return '"' + re.sub(r'\\(?![nt])|"', r"\\\g<0>", text) + '"'
+
+
+def _choices(hint: Any) -> list[str]:
+    """Return the words that an option takes, or [] if it has no choices."""
+    members = union_members(split_hint(hint)[0])
+    return [one for member in members if get_origin(member) is Literal for one in get_args(member)]

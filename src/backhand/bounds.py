@@ -5,7 +5,7 @@
 
 `check_fields` compares every field of an options dataclass, and of the dataclasses in it, with its annotation. Rules
 about several fields are in the dataclass's `_check_together`. A program may give a text for a path, a path for a text,
-and what a `Convert` accepts. This module does not import torch.
+one text for a list of texts, and what a `Convert` accepts. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class Options:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Convert the values that programs give: texts and paths to each other, and others by `Convert`."""
+        """Convert the values that programs give: texts to paths and lists, paths to texts, and others by `Convert`."""
         cls: type = type(self)
         for name, value in vars(self).items():
             if value is not None and not isinstance(value, bool | int | float | Options):
@@ -269,6 +269,8 @@ def _converted(value: Any, hint: Any) -> Any:
         if isinstance(rule, Convert):
             value = rule.convert(value)
     kinds = [split_hint(member)[0] for member in union_members(plain)]
+    if isinstance(value, str) and str not in kinds and parse_of(hint) is None and any(map(_is_list_of_texts, kinds)):
+        return (value,)
     if value and isinstance(value, str) and Path in kinds and str not in kinds:
         return Path(value)
     if isinstance(value, PurePath) and str in kinds and Path not in kinds:
@@ -404,6 +406,14 @@ def _is_checked(hint: Any) -> bool:
     """Return True if elements of this type are checked; names and paths are not."""
     plain, rules = split_hint(hint)
     return bool(rules) or plain in (int, float, bool) or get_origin(plain) is Literal
+
+
+def _is_list_of_texts(hint: Any) -> bool:
+    """Return True for a tuple of strings or of words that are choices."""
+    if get_origin(hint) is not tuple:
+        return False
+    element = split_hint(get_args(hint)[0])[0]
+    return element is str or (get_origin(element) is Literal and isinstance(get_args(element)[0], str))
 
 
 def _is_number(value: object, *, whole: bool) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, Protocol
 
-from backhand.data.raw_rows import RawRow, RowErrors, checked_row, without_padding
+from backhand.data.raw_rows import IN_MEMORY, RawRow, RowErrors, checked_row, without_padding
 from backhand.errors import DataError, first_line
 
 
@@ -21,7 +21,6 @@ class Frame(Protocol):
 Rows = str | PurePath | Iterable[str | PurePath | Mapping[str, Any]] | Frame
 """Rows as a program gives them: a source, several sources, a list of dicts, or a data frame."""
 
-PREFIX = "python:"
 STANDARD_INPUT = "/dev/stdin"
 """The name of the rows that `-` stands for."""
 _INDEX = "__index_level_0__"
@@ -46,7 +45,7 @@ class GivenRows(str):
         digest = hashlib.sha256()
         for row in rows:
             digest.update(json.dumps(row, default=str).encode("utf-8", "surrogatepass") + b"\n")
-        name = cls(PREFIX + digest.hexdigest()[:16])
+        name = cls(IN_MEMORY + digest.hexdigest()[:16])
         name.rows, name.places = rows, places
         return name
 

@@ -27,6 +27,7 @@ from backhand.bounds import (
 )
 from backhand.errors import UsageError
 from backhand.printing import visible
+from backhand.words import shorten
 
 RESERVED_TEMPLATE_ARGS = frozenset(
     (
@@ -49,10 +50,11 @@ def check_sources(where: str, sources: object) -> None:
         not isinstance(name, str) or not name.strip() or "\0" in name for name in sources
     ):
         raise UsageError(
-            f"{sources!r} is not a list of file names or hub ids",
+            f"{shorten(repr(sources))} is not a list of file names or hub ids",
             where=where,
-            next_step='write ["rows.jsonl"] in a TOML file, or name the files on the command line; a program may give '
-            "a list of dicts",
+            next_step="give a list of dicts with one dict per row, or a data frame of these columns"
+            if isinstance(sources, Mapping)
+            else 'give file names, such as ["rows.jsonl"]; in Python also a path, a list of dicts or a data frame',
         )
 
 

@@ -12,6 +12,8 @@ from backhand.words import shorten
 TABLE = (dict, Mapping)
 """Types of tables. Nearly all are dicts, and `isinstance` is slow for Mapping."""
 _LISTS = (list, tuple)
+IN_MEMORY = "python:"
+"""Start of the names of rows that a program gives."""
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 """Values of columns that say whether something is so, in lower case."""
 
@@ -43,8 +45,12 @@ class RowErrors:
         """Raise `error`, or count it."""
         if not self.skip_bad:
             if error.next_step is None:
-                remedy = "correct the row, or leave bad rows out with --skip-bad"
-                error.next_step = f"{remedy}; `backhand lint` lists all such rows at once"
+                error.next_step = (
+                    "correct the row, or leave it out"
+                    if (error.where or "").startswith(IN_MEMORY)
+                    else "correct the row, or leave bad rows out with --skip-bad; "
+                    "`backhand lint` lists all such rows at once"
+                )
             raise error
         if self.waiting is not None:
             self.waiting.append(error)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from backhand.data.data_file import head_of, open_bytes, start_text
 from backhand.data.external_rows import GYM, HUB_NAME, read_gym, read_hub, read_parquet
-from backhand.data.given_rows import PREFIX, STANDARD_INPUT, read_given
-from backhand.data.raw_rows import RawRow, RowErrors
+from backhand.data.given_rows import STANDARD_INPUT, read_given
+from backhand.data.raw_rows import IN_MEMORY, RawRow, RowErrors
 from backhand.data.text_files import read_csv, read_json_lines, read_json_values
 from backhand.errors import DataError
 
@@ -68,7 +68,7 @@ def read_rows(name: str, bad: RowErrors, *, held_out: bool = False) -> Iterator[
         UsageError: an optional package is missing.
     """
     path = Path(name)
-    if name.startswith(PREFIX):
+    if name.startswith(IN_MEMORY):
         yield from read_given(name, bad)
         return
     if name.startswith(GYM):
@@ -125,7 +125,7 @@ def data_suffix(path: Path) -> str:
 
 def _expand_one(name: str) -> list[str]:
     path = Path(name)
-    if name.startswith((GYM, PREFIX)):
+    if name.startswith((GYM, IN_MEMORY)):
         return [name]
     if path.is_dir():
         files = _data_files(path)

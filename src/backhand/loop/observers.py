@@ -87,6 +87,25 @@ class _RecordFunction(Observer):
         return not self._loss or self._function({**self._loss, **record}) is not False
 
 
+def as_callbacks(callbacks: Iterable[Callback] | Callback | None) -> tuple[Callback, ...]:
+    """Return the callbacks that a program gives: several, one, or None.
+
+    Raises:
+        UsageError: the value is neither a callback nor a list.
+    """
+    if callbacks is None:
+        return ()
+    if isinstance(callbacks, Observer) or callable(callbacks):
+        return (callbacks,)
+    if not isinstance(callbacks, Iterable):
+        raise UsageError(
+            f"{shorten(repr(callbacks))} is neither a function nor a list of functions",
+            where="callbacks",
+            next_step="write callbacks=[function]",
+        )
+    return tuple(callbacks)
+
+
 def as_observers(callbacks: Iterable[Callback]) -> list[Observer]:
     """Return an observer for each callback. A function is called with the records of steps and evaluations.
 

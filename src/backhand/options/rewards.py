@@ -97,6 +97,15 @@ _Clip = Annotated[float, Bound(above=0, below=1)]
 
 def check_names(where: str, names: Any) -> None:
     """Raise UsageError unless all of these are names of reward functions."""
+    for function in names if isinstance(names, tuple | list) else (names,):
+        if callable(function):
+            name = getattr(function, "__name__", "name")
+            raise UsageError(
+                f"{shorten(repr(function))} is a function, not the name of one",
+                where=where,
+                why="reward functions run in their own process, which imports them by name",
+                next_step=f'write it to a file, and give {where}=["file.py:{name if name.isidentifier() else "name"}"]',
+            )
     if not isinstance(names, tuple | list):
         raise UsageError(f"{names!r} is not a list of reward functions", where=where)
     for name in names:

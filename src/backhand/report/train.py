@@ -13,7 +13,7 @@ from backhand.data.given_rows import GivenRows
 from backhand.distributed.launch import in_process_group
 from backhand.engines.engine import RunCache
 from backhand.errors import BackhandError, UsageError
-from backhand.loop.observers import Callback, Observer, RunStart
+from backhand.loop.observers import Callback, Observer, RunStart, as_callbacks
 from backhand.options.config import TrainConfig
 from backhand.printing import say, visible
 from backhand.runs.summary import RunSummary
@@ -72,7 +72,7 @@ def train_command(config: TrainConfig, *, typed: frozenset[str] = frozenset()) -
 def train(
     config: TrainConfig,
     *,
-    callbacks: Iterable[Callback] = (),
+    callbacks: Iterable[Callback] | Callback | None = (),
     typed: frozenset[str] = frozenset(),
     run_cache: RunCache | None = None,
 ) -> RunSummary:
@@ -95,7 +95,7 @@ def train(
     """
     check_kind("config", config, TrainConfig)
     config.validate()
-    callbacks = tuple(callbacks)
+    callbacks = as_callbacks(callbacks)
     given = [name for name in (*config.data.data, *config.data.eval_data) if isinstance(name, GivenRows)]
     if (callbacks or given) and config.run.workers > 1 and not in_process_group():
         what = "callbacks" if callbacks else "rows in memory"

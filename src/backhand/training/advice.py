@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backhand.data.data_report import DataReport
-from backhand.data.given_rows import PREFIX
+from backhand.data.raw_rows import IN_MEMORY
 from backhand.errors import not_none
 from backhand.loop.step import LearningRate
 from backhand.loop.step_plan import SUPERVISED, five_times, short_run_factor
@@ -325,7 +325,7 @@ def _twice_as_long(config: TrainConfig, total_steps: int) -> str:
 
 def has_rows_in_memory(config: TrainConfig) -> bool:
     """Return True if a program gave rows, which the command line cannot have."""
-    return any(name.startswith(PREFIX) for name in config.data.data)
+    return any(name.startswith(IN_MEMORY) for name in config.data.data)
 
 
 def _again(config: TrainConfig, run: Path, changes: str) -> str:
