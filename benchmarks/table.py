@@ -307,8 +307,8 @@ def baking_section(results: dict[str, Any]) -> list[str]:
     lines = ["", "## Prompt baking", "", "`python benchmarks/baking.py`", "", machine_line(results["machine"]), ""]
     lines.append(
         f"A context of {workload['context']}, {workload['prompts']} prompts a step, answers of at most "
-        f"{workload['new_tokens']} tokens, two epochs, {workload['dtype']}. Seconds of all of training, with sampling. "
-        "Two threads that use less processor time than twice these seconds shared the machine with other load."
+        f"{workload['new_tokens']} tokens, two epochs, {workload['dtype']}. Seconds of all of training, with sampling "
+        "and without loading."
     )
     rows, ours = [], peers["backhand"]
     for peer, row in peers.items():
