@@ -42,7 +42,7 @@ Port = Annotated[int, Bound(at_least=0, at_most=65535, why="ports end there", ne
         (Positive, (1, 1e-300), (0, 0.0, math.inf, math.nan, "1"), "is not a finite number above 0", "Above 0."),
         (NotNegative, (0.0, 10**400), (-1, math.inf), "is not a finite number of at least 0", "At least 0."),
         (Annotated[float, Bound(above=0, at_most=1)], (1, 0.5), (0, 1.01), "is not a number in (0, 1]", "In (0, 1]."),
-        (Annotated[float, Bound(above=0, at_most=2)], (2,), (2.1,), "is above 2", "Above 0, at most 2."),
+        (Annotated[float, Bound(above=0, at_most=7)], (7,), (7.1,), "is above 7", "Above 0, at most 7."),
         (Annotated[float, Bound(above=0, below=1e30)], (1e29,), (1e30,), "is not below 1e+30", "Above 0."),
         (int, (-5,), (1.5, True), "is not an integer", ""),
         (float, (-5, 1.5), (math.inf, None), "is not a finite number", ""),
