@@ -368,18 +368,18 @@ def embed(
 
 def _prompts(function: str, prompt: str | None, prompts: Sequence[str] | None) -> list[dict[str, str]]:
     """Return the rows of one prompt or of several. Raises UsageError unless exactly one of the two is given."""
-    several = isinstance(prompt, list | tuple)
-    if prompt is not None and prompts is None and not several:
+    what, where = "give either prompt or prompts", "prompts"
+    if isinstance(prompt, list | tuple):
+        what, where = "prompt is a list", "prompt"
+    elif isinstance(prompts, str):
+        what = "prompts is one text"
+    elif prompt is not None and prompts is None:
         return [{"prompt": prompt}]
-    if prompt is None and prompts is not None and not isinstance(prompts, str):
+    elif prompt is None and prompts is not None:
         return [{"prompt": text} for text in prompts]
     raise UsageError(
-        "prompt is a list"
-        if several
-        else "prompts is one text"
-        if isinstance(prompts, str)
-        else "give either prompt or prompts",
-        where="prompt" if several else "prompts",
+        what,
+        where=where,
         next_step=f"backhand.{function}('…') for one prompt, backhand.{function}(prompts=['…', '…']) for several",
     )
 

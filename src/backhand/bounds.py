@@ -55,11 +55,8 @@ class Bound:
         if self._interval:
             return f"In {self._interval}."
         if self.at_most is not None:
-            return (
-                f"Above {self.above}, at most {self.at_most}."
-                if self.at_least is None
-                else f"{self.at_least} to {self.at_most}."
-            )
+            low = f"Above {self.above}, at most" if self.at_least is None else f"{self.at_least} to"
+            return f"{low} {self.at_most}."
         if self.above is not None:
             return f"Above {self.above}."
         return f"At least {self.at_least}."

@@ -169,7 +169,7 @@ def test_the_first_tokens_of_a_long_document_say_what_it_saves(shape: StepShape)
 
 
 def test_the_buffers_of_attention_s_kernel_are_counted() -> None:
-    """Of each head with few documents, and of each part of a tree for the segments that others continue."""
+    """With few documents each head has buffers; in a tree, each task has them for the segments that others continue."""
     config = config_of("llama")
     size = decoder_size(config, resolve_adapter(PLAIN, module_shapes(config)), torch.float32)
 
