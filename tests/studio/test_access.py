@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
 from backhand.errors import UsageError
 from backhand.studio import access, command, server
@@ -295,3 +296,31 @@ def test_the_help_imports_no_server() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.rstrip().endswith("[]") and "--no-browser" in done.stdout
     assert StudioOptions().host == LOOPBACK
+
+
+def test_an_answer_ends_by_itself_when_the_server_stops() -> None:
+    answered, ended = asyncio.Event(), []
+
+    async def slow_to_close(scope: Scope, receive: Receive, send: Send) -> None:
+        await PlainTextResponse("sent")(scope, receive, send)
+        answered.set()
+        try:
+            await asyncio.sleep(0.2)
+            ended.append("by itself")
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    async def ask_and_stop() -> None:
+        listener = socket.create_server((LOOPBACK, 0))
+        serving = asyncio.create_task(server.serve(slow_to_close, listener))
+        _, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await answered.wait()
+        serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
+        writer.close()
+
+    asyncio.run(ask_and_stop())
+    assert ended == ["by itself"]

@@ -19,6 +19,8 @@ MAX_IDLE_CONNECTIONS = 64
 """Connections that wait for a request. A further one closes the oldest of them."""
 REQUEST_WAIT_S = 30
 """Longest time from the start of a connection to its first whole request."""
+_STOP_WAIT_S = 5
+"""Longest time for the answers to end when the server stops: a file is closed, a command is stopped."""
 _BACKLOG = 512
 _MAX_HEAD_BYTES = 64 * 2**10
 
@@ -86,3 +88,6 @@ async def serve(app: ASGIApp, listener: socket.socket) -> None:
         for connection in list(state.connections):
             if isinstance(connection, BoundedProtocol):
                 connection.transport.abort()
+        # Cancelled at the end of the loop, an answer could not close its file.
+        if state.tasks:
+            await asyncio.wait(state.tasks, timeout=_STOP_WAIT_S)
