@@ -118,10 +118,8 @@ class RowPacker:
         self.by_document = self
         self.lengths = examples.column("input_tokens").astype(np.int64)
         self._supervised = examples.column("supervised").astype(np.int64)
-        # Index of a row's first token in `examples.tokens`, and number of its tokens. These and the second texts are
-        # read in `by_document` only, in which every row has one document.
-        # `lengths` counts only the tokens before the last supervised one. That token is a label and no input, and no
-        # loss depends on the tokens after it.
+        # Index of a row's first token in `examples.tokens`, and number of its tokens. `lengths` counts only the tokens
+        # before the last supervised one. That token is only a label, and no loss depends on the tokens after it.
         self._begins, self._sizes = examples.column("begin"), examples.column("tokens")
         # For encoders that read two texts in one document: the index of the second text's first token; 0 for one text.
         self._second_texts = examples.column("second_text")

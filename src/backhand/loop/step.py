@@ -173,9 +173,9 @@ class AdapterOptimizer:
 
     Args:
         lora: the adapter.
-        options: β₁, β₂, ε, λ, the norm at which gradients are clipped, and `average_share`: if it is
-            set, the run may save the average of the values over this last share of its steps, instead of the newest.
-        average_rate: ρ of a ← a + ρ (θ - a), the values of the teacher in self-distillation; 0 in all other runs.
+        options: β₁, β₂, ε, λ, the norm at which gradients are clipped, and `average_share`: with 0.2, the run may save
+            the average of θ over the last fifth of its steps instead of the newest θ.
+        average_rate: ρ of self-distillation, whose teacher is a ← a + ρ (θ - a). ρ is 0 in all other runs.
 
     Attributes:
         values, gradients, first_moment, second_moment: θ, g, m and v, flat, (elements,) float32.

@@ -52,7 +52,7 @@ BLOCK_GROUPS = Group.DOWN + 1
 """Number of groups of a block without per-layer embeddings."""
 BEFORE_BLOCKS = len(Group)
 """Number that `group_mask_seed` receives instead of a `Group` for the projection that computes Gemma 4's per-layer
-embeddings before the first block. `PER_LAYER_PROJECTION` is another one, inside each block."""
+embeddings before the first block. This projection is not `PER_LAYER_PROJECTION`, which is inside each block."""
 
 
 class GroupAdapter(NamedTuple):

@@ -228,7 +228,7 @@ def block_backward(
         saved: from `block_forward`. [a u] is overwritten by its gradient.
         input_grad_groups: groups of projections whose input gradient is needed. If the backward pass ends in this
             block, these are the groups that follow the lowest trained group in the forward pass, otherwise all groups.
-            The backward visits them in reverse order and ends at the first one that is not in the set.
+            The backward visits all groups in reverse order and ends at the first one that is not in this set.
 
     Returns:
         d_x₀, or None if the backward pass ends in this block.
