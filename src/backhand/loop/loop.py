@@ -137,7 +137,7 @@ class TrainingLoop:
             self.memory.after_step()
 
     def _sampled_step(self, sampled: SampledSteps, rows: Sequence[int], rate: float) -> tuple[StepResult, int]:
-        """Sample answers to these prompts and train on both. Return the result and the tokens of prompts and answers."""
+        """Sample answers to prompts and train on both. Return the result and the tokens of prompts and answers."""
         step = self.state.progress.step
         try:
             sampled.sample_answers(self.model, step, rows)
