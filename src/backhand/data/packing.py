@@ -198,8 +198,8 @@ def to_batch(
         second_texts: for each document that has two texts, such as a query and a passage, the index of the first
             token of the second one (`Example.second_text`); 0 for all other documents.
     """
-    # sources: for each segment, a document that contains it, and the start and end of its positions there. The token at
-    # the end is the label of the last position.
+    # sources: for each segment, a document that contains it, and its positions start to end - 1 there. The token at
+    # index end is the label of the last position.
     parts = [inputs_and_labels(documents[document][start : end + 1]) for document, start, end in forest.sources]
     ids, labels = (
         torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *arrays])).to(device)

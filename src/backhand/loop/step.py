@@ -175,7 +175,7 @@ class AdapterOptimizer:
         lora: the adapter.
         options: β₁, β₂, ε, λ, the norm at which gradients are clipped, and `average_share`: with 0.2, the run may save
             the average of θ over the last fifth of its steps instead of the newest θ.
-        average_rate: ρ of self-distillation, whose teacher is a ← a + ρ (θ - a). ρ is 0 in all other runs.
+        average_rate: ρ in μ ← μ + ρ (θ - μ), the update of the teacher's values μ in self-distillation. Otherwise 0.
 
     Attributes:
         values, gradients, first_moment, second_moment: θ, g, m and v, flat, (elements,) float32.

@@ -416,7 +416,7 @@ class ForwardBackward:
         return d_normed if saved is None else norm_backward(d_normed, saved, self._trained.d_final_norm)
 
     def _through_inputs(self, d_x: Tensor, batch: PackedBatch) -> Tensor:
-        """Map ∂L/∂(input of block 0) to ∂L/∂(embedded tokens). Encoders recompute positions and norm between them."""
+        """Map ∂L/∂(input of block 0) to ∂L/∂(embedded tokens). They are equal unless an encoder has a norm there."""
         weights = self.active.inputs
         if weights is None:
             return d_x
