@@ -23,6 +23,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_layouts import StoredSizes
 from backhand.nn.loading.gguf_model import GGUFModel
+from support import tiny_gguf
 from support.boundary_tokenizers import spaced_tokenizer
 from support.llama_cpp import FAMILIES, LlamaCpp
 from support.odd_texts import ODD_TEXTS
@@ -179,6 +180,27 @@ def test_a_granite_4s_adapter_comes_back_and_one_of_other_factors_does_not(tmp_p
     write_gguf_adapter(tmp_path / "parts.gguf", factors, architecture="granite", sizes=StoredSizes(14), tied_head=True)
     with pytest.raises(ArtifactError, match="gate and up are one module of this model"):
         open_adapter(str(base), tmp_path / "parts.gguf", force_base=True)
+
+
+def test_a_bambas_adapter_comes_back_and_its_file_is_read_as_llama_cpp_computes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """llama.cpp's converter pairs features of whole heads, of which llama.cpp then rotates half: another model."""
+    model = tiny_model("bamba", **_FAMILIES["bamba"])
+    base, adapter = save_tiny(model, tmp_path / "base"), save_tiny_adapter(model, tmp_path / "adapter", alpha=10)
+    output = tmp_path / "adapter.gguf"
+    export_command(ExportOptions(adapter=adapter, to="gguf", output=output, model=str(base)))
+    assert "give --merge, or train on the file" in capsys.readouterr().out
+    assert float((_ours(base, output) - _ours(base, adapter)).abs().max()) < 1e-4
+    monkeypatch.setattr(
+        tiny_gguf, "interleaved_half", lambda values, width: tiny_gguf.interleaved(values, len(values) // width)
+    )
+    file = write_tiny_gguf(model, tmp_path / "converted.gguf")
+    assert _largest_difference(_ours(file, None), LlamaCpp(file)) < 1e-4
+    assert float((_ours(file, None) - _ours(base, None)).abs().max()) > 0.1
+    merged = tmp_path / "merged.gguf"
+    merge_command(MergeOptions(adapter=adapter, output=merged, model=str(file), quiet=True))
+    assert _largest_difference(_ours(file, adapter), LlamaCpp(merged)) < 1e-4
 
 
 def test_an_adapter_of_what_llama_cpp_multiplies_without_one_is_refused(

@@ -96,6 +96,8 @@ def difference(model: Any, length: int, peer: LlamaCpp) -> float:
         ("exaone4", {"layer_types": ["full_attention"] * 4 + ["sliding_attention"]}, "every fourth layer"),
         ("glm", {}, "84 wide together where the model is 60"),
         ("glm4", {"rope_parameters": {**_LLAMA3, "partial_rotary_factor": 0.6}}, "llama3 rope scaling"),
+        ("bamba", {}, "biases of the projections around Mamba-2"),
+        ("bamba", {"attn_layer_indices": [0, 1, 2]}, "a Bamba without Mamba-2"),
         ("phi3", {"head_dim": 10}, "60 wide together where the model is 84"),
         ("llama", {"rope_parameters": {**_LONGROPE, "attention_factor": 1.2}}, "an attention factor"),
         ("llama", {"rope_parameters": {**_LONGROPE, "short_factor": [1.0] * 7}}, "with two lists"),

@@ -80,8 +80,12 @@ def _write(variant: str, mix: tuple[StorageType, ...], path: Path) -> Path:
         sizes |= {"moe_intermediate_size": 512, "mlp_only_layers": [], "decoder_sparse_step": 1}
     if variant in ("granitemoehybrid", "granite4-h"):
         sizes |= {"shared_intermediate_size": 768, "intermediate_size": 768}
+    if variant in ("granite4-h", "bamba"):
+        sizes |= {"mamba_n_heads": 8, "mamba_d_head": sizes["hidden_size"] // 4}
     if variant == "granite4-h":
-        sizes |= {"num_hidden_layers": 4, "mamba_n_heads": 8, "mamba_d_head": sizes["hidden_size"] // 4}
+        sizes |= {"num_hidden_layers": 4}
+    if variant == "bamba":
+        sizes |= {"mamba_n_groups": 2, "mamba_proj_bias": False}
     if variant == "falcon_h1":
         sizes |= {"mamba_d_ssm": 768, "mamba_d_head": 128}
     if variant == "nemotron_h":
@@ -153,8 +157,8 @@ def _assert_equal(dense: Decoder, quantized: Decoder, config: LoRAConfig, batch:
         assert torch.equal(expected, found)
 
 
-# A file of architecture granite cannot say that nothing turns, and none has biases around Mamba-2.
-_NOT_STORED = ("granite4-nope", "bamba", "falcon-norm", "nemotron-biases")
+# A file of architecture granite cannot say that nothing turns, and none has biases or limits of Mamba-2.
+_NOT_STORED = ("granite4-nope", "bamba-steps", "falcon-norm", "nemotron-biases")
 _STORED = [variant for variant in VARIANTS if not variant.startswith(_NOT_STORED)]
 # Which weights a family takes where, and how blocks of a kind are multiplied, have nothing to do with each other.
 _PAIRS = [(variant, place % len(_MIXES)) for place, variant in enumerate(_STORED)]

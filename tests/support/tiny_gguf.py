@@ -39,6 +39,7 @@ _ARCHITECTURE = {
     "gpt_oss": "gpt-oss",
     "granite": "granite",
     "granitemoehybrid": "granite",
+    "bamba": "granitehybrid",
     "falcon_h1": "falcon-h1",
     "nemotron_h": "nemotron_h",
     "lfm2": "lfm2",
@@ -291,8 +292,8 @@ def _writer(model: PreTrainedModel, path: Path, parts: int) -> gguf.GGUFWriter:
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
         return writer
     rotary = config.rope_parameters
-    if config.model_type == "granitemoehybrid":
-        writer.add_rope_scaling_finetuned(config.position_embedding_type == "rope")
+    if config.model_type in ("granitemoehybrid", "bamba"):
+        writer.add_rope_scaling_finetuned(getattr(config, "position_embedding_type", "rope") == "rope")
     if config.model_type.startswith("granite"):
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
@@ -353,7 +354,7 @@ def _writer(model: PreTrainedModel, path: Path, parts: int) -> gguf.GGUFWriter:
 
 
 def _has_mamba(config: Any) -> bool:
-    return config.model_type in ("falcon_h1", "nemotron_h") or "linear_attention" in (
+    return config.model_type in ("bamba", "falcon_h1", "nemotron_h") or "linear_attention" in (
         getattr(config, "layer_types", None) or () if config.model_type == "granitemoehybrid" else ()
     )
 
@@ -441,7 +442,9 @@ def tiny_gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray[Any, Any]]
         values = tensor.detach().float().numpy()
         if config.model_type in _INTERLEAVED and module.endswith(("q_proj", "k_proj")):
             heads = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
-            values = _interleaved(values, heads)
+            values = interleaved(values, heads)
+        if config.model_type == "bamba" and module.endswith(("q_proj", "k_proj")):
+            values = interleaved_half(values, config.head_dim)
         if name.endswith("conv.conv.weight"):
             values = values.squeeze(1)
         if config.model_type in ("gemma2", "gemma3_text") and name.endswith("norm.weight"):
@@ -457,7 +460,7 @@ def tiny_gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray[Any, Any]]
                 tensors[f"{block}{part}.weight"] = np.ascontiguousarray(half)
             continue
         stored = f"{block}{names[module]}.{kind}" if module in names else f"{block}{_WHOLE[kind]}"
-        if module == "pre_ff_layernorm":
+        if module == "pre_ff_layernorm" and config.model_type == "falcon_h1":
             stored = f"{block}ffn_norm"
         tensors[stored] = np.ascontiguousarray(values)
     rotary = getattr(config, "rope_parameters", None) or {}
@@ -514,10 +517,17 @@ def _of_gpt_oss(name: str, stack: torch.Tensor) -> dict[str, np.ndarray[Any, Any
     return {f"{block}ffn_gate_exps.{kind}": gate, f"{block}ffn_up_exps.{kind}": up}
 
 
-def _interleaved(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+def interleaved(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
     """Rows (head, half, pair) as (head, pair, half), which is how ggml rotates them."""
     halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
     return halves.swapaxes(1, 2).reshape(values.shape)
+
+
+def interleaved_half(values: np.ndarray[Any, Any], head_dim: int) -> np.ndarray[Any, Any]:
+    """Rows with the first half of each head, which rotates, interleaved, and the other half as it was."""
+    turning, others = np.split(values.reshape(-1, head_dim, *values.shape[1:]), 2, axis=1)
+    pairs = interleaved(turning.reshape(-1, *values.shape[1:]), len(turning)).reshape(turning.shape)
+    return np.concatenate([pairs, others], axis=1).reshape(values.shape)
 
 
 def _llama3_divisors(rule: dict[str, Any], head_dim: int) -> np.ndarray[Any, Any]:

@@ -73,6 +73,9 @@ def read_gguf_adapter(path: Path | str, config: Mapping[str, Any]) -> AdapterCon
     tensors, stored_bytes, problems = _tensors(file, architecture, stored_sizes(config), stacks)
     if config.get("model_type") == "granitemoehybrid":
         tensors = _with_fused_mlp(tensors, problems)
+    elif config.get("model_type") == "bamba":
+        tensors = {key.replace(".mlp.", ".feed_forward."): tensor for key, tensor in tensors.items()}
+        stored_bytes = {key.replace(".mlp.", ".feed_forward."): size for key, size in stored_bytes.items()}
     modules, parameters = _ranks(tensors), _take_experts(tensors, stacks, problems, config)
     described = _described(_alpha(file), modules, parameters)
     record = None

@@ -142,6 +142,11 @@ def _export_adapter(options: ExportOptions, opened: OpenedAdapter, output: Path,
     if options.to in ("gguf", "ollama") and architecture:
         for note in llama_cpp_notes(opened.config, architecture, context_ends=False):
             prover.say(note)
+        if opened.config.family == "bamba" and not isinstance(opened.source, GGUFModel):
+            prover.say(
+                "note: the adapter does not fit a file of this model from llama.cpp's converter, which pairs rows of q "
+                "and k otherwise than llama.cpp rotates them: give --merge, or train on the file"
+            )
     if options.to == "sentence-transformers":
         kind_of(opened)  # raises before anything is written
     with staged(output) as path:

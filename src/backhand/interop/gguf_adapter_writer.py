@@ -28,7 +28,7 @@ from backhand.nn.families.rotary import BETA_FAST, BETA_SLOW
 from backhand.nn.loading.expert_tensors import parse_expert_name
 from backhand.nn.loading.gguf_families import EXAONE4_32B_LAYERS, FULL_INTERVAL, GPT_OSS_INTERVAL, NO_ROPE_INTERVAL
 from backhand.nn.loading.gguf_layouts import StoredSizes, layout
-from backhand.nn.loading.gguf_tensors import gguf_names
+from backhand.nn.loading.gguf_tensors import GRANITE_HYBRID, gguf_names
 
 _OUTPUT = "lm_head"
 TIME_STEP_MIN = 0.001
@@ -179,6 +179,7 @@ def _obstacles(config: DecoderConfig, architecture: str) -> Iterator[tuple[bool,
     if architecture == "granite":
         unrotated = "layers without rotary embeddings, unless a flag says so that only its own converter writes"
         yield any(layer.rotary is None for layer in config.layers), unrotated
+    yield architecture == GRANITE_HYBRID and config.ssm is None, "a Bamba without Mamba-2"
     if config.ssm is not None:
         lowest = None if config.family != "nemotron_h" else (TIME_STEP_MIN, inf)
         yield config.ssm.bias, "biases of the projections around Mamba-2"

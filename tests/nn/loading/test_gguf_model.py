@@ -39,11 +39,12 @@ from support.tiny_models import (
 )
 
 _GRANITE4 = ("granitemoehybrid", "granite4-nope")
-_NOT_STORED = ("bamba", "falcon-norm", "nemotron-biases")
+_NOT_STORED = ("bamba-steps", "falcon-norm", "nemotron-biases")
 
 # What cannot be written into a file of their architecture: a sliding window, a scale, biases.
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2-biases": {"conv_bias": False},
+    "bamba": {"mamba_proj_bias": False, "mlp_bias": True},
     # The file's weights contain the multipliers.
     "falcon_h1": {
         **{f"attention_{end}_multiplier": 1.0 for end in ("in", "out")},

@@ -18,7 +18,8 @@ numbers that are constants in llama.cpp's code:
   `full_attention_interval` or `attention.recurrent_layers` says otherwise. Multi-token prediction blocks after the last
   layer are ignored.
 - **Mamba-2** (`granitehybrid`, `falcon-h1`, `nemotron_h`). A layer with 0 key/value heads is Mamba-2. In `nemotron_h`,
-  a layer with a feed-forward length is an MLP. Falcon-H1's multipliers are part of the weights.
+  a layer with a feed-forward length is an MLP. Falcon-H1's multipliers are part of the weights. A `granitehybrid` that
+  rotates part of each head is a Bamba, which has no multipliers.
 - **Mistral** files have architecture `llama`. A file with a sliding window becomes a `mistral` config.
 - **OLMo 3** files have architecture `olmo2` and a sliding window. Rotary scaling does not apply to sliding layers.
 - **OLMo and EXAONE.** If there is a sliding window, every fourth layer is full attention. EXAONE 4 with 64 layers has a
@@ -168,22 +169,31 @@ def _attends(metadata: Metadata, layers: int, file: GGUFFile) -> list[bool]:
 
 def _granite_hybrid(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
     rotates = metadata.get("rope.scaling.finetuned", True)
-    _granite(config, metadata, file)
-    metadata.get("rope.scaling.finetuned")
     metadata.accept_if_equal("expert_shared_feed_forward_length", config["intermediate_size"])
     mamba = _mamba(metadata, file, _MAMBA)
     inner = mamba["mamba_n_heads"] * mamba["mamba_d_head"]
     if inner % config["hidden_size"]:
         raise ArtifactError(f"ssm.inner_size = {inner} is not a multiple of the hidden size", where=str(file.path))
-    config |= mamba | {
+    config |= mamba | {"mamba_expand": inner // config["hidden_size"]}
+    attends = _attends(metadata, config["num_hidden_layers"], file)
+    if rotates and "partial_rotary_factor" in config:
+        for key in ("embedding_scale", "residual_scale", "logit_scale"):
+            metadata.accept_if_equal(key, 1.0)
+        metadata.accept_if_equal("attention.scale", config["head_dim"] ** -0.5)
+        config |= {
+            "model_type": "bamba",
+            "mlp_bias": "blk.0.ffn_down.bias" in file.tensors,
+            "attn_layer_indices": [layer for layer, here in enumerate(attends) if here],
+        }
+        return
+    _granite(config, metadata, file)
+    metadata.get("rope.scaling.finetuned")
+    config |= {
         "model_type": "granitemoehybrid",
         "num_local_experts": 0,
         "shared_intermediate_size": config["intermediate_size"],
         "position_embedding_type": "rope" if rotates else "nope",
-        "layer_types": [
-            "attention" if here else "mamba" for here in _attends(metadata, config["num_hidden_layers"], file)
-        ],
-        "mamba_expand": inner // config["hidden_size"],
+        "layer_types": ["attention" if here else "mamba" for here in attends],
     }
 
 

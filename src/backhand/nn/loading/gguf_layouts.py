@@ -3,7 +3,9 @@
 - **Rotary pairs.** ggml rotates the neighbouring features 2i and 2i + 1 of a head, and Hugging Face rotates i and
   i + head_dim/2. Files of architectures `llama`, `granite`, `smollm3` and `mistral3` therefore reorder the rows and
   biases of attn_q and attn_k. So do those of `granitehybrid` and `nemotron_h`, also if nothing is rotated. Row (head,
-  half, i) in Hugging Face is row (head, i, half) in GGUF.
+  half, i) in Hugging Face is row (head, i, half) in GGUF. In Bamba this holds for the rotated first half of each head.
+  If llama.cpp's converter wrote the file, it reordered whole heads, and llama.cpp rotates other pairs than
+  transformers. Such a file is read as llama.cpp computes it.
 - **Norm weights.** Gemma 2 and 3 are stored with the 1 already added. So is Qwen3.5, except for the norm of its delta
   rule's output.
 - **Delta rule.** Qwen3.5 has several value heads per key head, adjacent in Hugging Face's order. ggml repeats the list
@@ -29,6 +31,7 @@ from torch import Tensor
 from backhand.errors import ArtifactError
 from backhand.nn.families.config_fields import ConfigFields, delta_sizes
 from backhand.nn.families.family import DeltaSizes
+from backhand.nn.families.rotary import bamba_rotary
 from backhand.nn.loading.gguf_tensors import ARCHITECTURES, gguf_architecture
 
 _SSM_PART = re.compile(r"\.(?:mamba|mixer)\.(A_log|D|norm\.weight|conv1d\.weight)")
@@ -42,6 +45,7 @@ class StoredSizes(NamedTuple):
     head_dim: int  # features of an attention head
     delta: DeltaSizes | None = None  # heads of the delta rule
     ssm_groups: int | None = None  # groups of Mamba-2's heads
+    unrotated: int = 0  # features of an attention head after those that are rotated
 
 
 class TiledHeads(NamedTuple):
@@ -65,7 +69,8 @@ class TiledHeads(NamedTuple):
 class Layout:
     """Difference between the stored layout of a tensor and Hugging Face's."""
 
-    pairs_per_head: int | None = None  # head_dim / 2 if the rows of each head are interleaved pairs
+    pairs_per_head: int | None = None  # rotated features / 2 if these rows of each head are interleaved pairs
+    unpaired: int = 0  # rows of each head after the pairs
     offset: float = 0.0  # constant that was added to the stored values
     tiled: TiledHeads | None = None  # the order of value heads, if it differs
     negated_exp: bool = False  # the stored values are -e^A for Hugging Face's A
@@ -98,8 +103,7 @@ class Layout:
     def to_huggingface(self, values: Tensor) -> Tensor:
         """Convert stored values, in the stored shape, to Hugging Face's layout. The result may be a view."""
         if self.pairs_per_head is not None:
-            rows = values.view(-1, self.pairs_per_head, 2, *values.shape[1:])
-            values = rows.transpose(1, 2).reshape(values.shape)
+            values = self._with_pairs_as(values, self.pairs_per_head, 2)
         if self.tiled is not None:
             values = self.tiled.reordered(values, self.tiled.group, self.tiled.key_heads)
         if self.negated_exp:
@@ -115,8 +119,7 @@ class Layout:
         if self.taps:
             values = values.squeeze(1)
         if self.pairs_per_head is not None:
-            rows = values.view(-1, 2, self.pairs_per_head, *values.shape[1:])
-            values = rows.transpose(1, 2).reshape(values.shape)
+            values = self._with_pairs_as(values, 2, self.pairs_per_head)
         if self.tiled is not None:
             values = self.tiled.reordered(values, self.tiled.key_heads, self.tiled.group)
         if self.negated_exp:
@@ -125,16 +128,23 @@ class Layout:
             values = values.view(self.stored_shape(tuple(values.shape)))
         return values + self.offset if self.offset else values
 
+    def _with_pairs_as(self, values: Tensor, first: int, second: int) -> Tensor:
+        """Transpose the grid of each head's rotated rows from (first, second) to (second, first)."""
+        heads = values.view(-1, first * second + self.unpaired, *values.shape[1:])
+        rotated, others = heads.split([first * second, self.unpaired], dim=1)
+        pairs = rotated.unflatten(1, (first, second)).transpose(1, 2).flatten(1, 2)
+        return torch.cat([pairs, others], dim=1).view(values.shape)
+
     @property
     def factor_layouts(self) -> tuple[Layout, Layout]:
         """The layouts of lora_A, which has the matrix's columns, and of lora_B, which has its rows."""
-        order = Layout(self.pairs_per_head, tiled=self.tiled)
+        order = Layout(self.pairs_per_head, self.unpaired, tiled=self.tiled)
         return (order, _PLAIN) if self.reorders_columns else (_PLAIN, order)
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
         """Return the reason why a matrix of this shape cannot be reordered, or None if it can."""
-        if self.pairs_per_head is not None and shape[0] % (2 * self.pairs_per_head):
-            return f"{shape[0]} rows are not a whole number of heads of {2 * self.pairs_per_head}"
+        if self.pairs_per_head is not None and shape[0] % (head := 2 * self.pairs_per_head + self.unpaired):
+            return f"{shape[0]} rows are not a whole number of heads of {head}"
         if self.rows is not None and (len(shape) != 2 or self.rows not in (0, shape[0])):
             return f"shape {shape} does not have {self.rows} rows"
         if self.tiled is not None:
@@ -171,17 +181,21 @@ def stored_sizes(config: Mapping[str, Any]) -> StoredSizes:
     delta = None
     if gguf_architecture(config) == "qwen35":
         delta = delta_sizes(ConfigFields(config, str(config["model_type"])))
-    groups = None
+    groups, head_dim, unrotated = None, head_dimension(config), 0
+    fields = ConfigFields(config, str(config.get("model_type")))
     if (field := _GROUPS_OF_SSM.get(str(gguf_architecture(config)))) is not None:
-        groups = ConfigFields(config, str(config["model_type"])).integer(field)
-    return StoredSizes(head_dimension(config), delta, groups)
+        groups = fields.integer(field)
+    if config.get("model_type") == "bamba":
+        (rotary,) = bamba_rotary(fields, head_dim, fields.integer("max_position_embeddings"))
+        unrotated = head_dim - (rotary.features or head_dim)
+    return StoredSizes(head_dim, delta, groups, unrotated)
 
 
 def layout(architecture: str, name: str, sizes: StoredSizes) -> Layout:
     """Return the stored layout of the tensor with this Hugging Face name."""
     row = ARCHITECTURES[architecture]
     if row.interleaved and re.search(r"\.(?:self_attn|mixer)\.[qk]_proj\.", name):
-        return Layout(pairs_per_head=sizes.head_dim // 2)
+        return Layout((sizes.head_dim - sizes.unrotated) // 2, sizes.unrotated)
     if sizes.delta is not None and ".linear_attn." in name:
         return _delta_layout(name.rpartition(".linear_attn.")[2], sizes.delta)
     if sizes.ssm_groups is not None and (part := _SSM_PART.search(name)) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,8 @@ from backhand.nn.loading.gguf_file import GGUFFile, GGUFTensor
 from backhand.nn.loading.gguf_layouts import Layout, layout, stored_sizes
 from backhand.nn.loading.gguf_tensors import (
     ARCHITECTURES,
-    GRANITE4_PARTS,
     GRANITE_HYBRID,
+    GRANITE_PARTS,
     LONG_FACTORS,
     ROPE_FACTORS,
     SCORE_HEAD,
@@ -98,11 +99,11 @@ class GGUFModel(ModelSource):
                 parts = [tensor] if single else _expert_tensors(tensor, len(names))
                 stored.update(zip(names, ((part,) for part in parts), strict=True))
         if self.architecture == GRANITE_HYBRID:
-            for layer in range(self.config["num_hidden_layers"]):
-                for fused, pieces in GRANITE4_PARTS.items():
-                    inside = [f"model.layers.{layer}.{piece}" for piece in pieces]
-                    if all(name in stored for name in inside):
-                        stored[f"model.layers.{layer}.{fused}"] = tuple(stored.pop(name)[0] for name in inside)
+            blocks = [f"model.layers.{layer}." for layer in range(self.config["num_hidden_layers"])]
+            for block, (ours, pieces) in product(("", *blocks), GRANITE_PARTS[self.config["model_type"]].items()):
+                inside = [block + piece for piece in pieces]
+                if all(name in stored for name in inside):
+                    stored[block + ours] = tuple(stored.pop(name)[0] for name in inside)
         return stored
 
     def tensor_names(self) -> tuple[str, ...]:

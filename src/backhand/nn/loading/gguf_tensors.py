@@ -210,6 +210,8 @@ def gguf_architecture(config: Mapping[str, Any]) -> str | None:
     """Return the general.architecture of a model with this Hugging Face config, or None if it is not supported."""
     if config.get("model_type") == "gemma3_text" and config.get("use_bidirectional_attention"):
         return _EMBEDDING_GEMMA
+    if config.get("model_type") == "bamba":
+        return GRANITE_HYBRID
     if config.get("model_type") == "granitemoehybrid":
         types = config.get("layer_types")
         hybrid = not isinstance(types, list) or any(one in ("mamba", "linear_attention") for one in types)
@@ -217,15 +219,27 @@ def gguf_architecture(config: Mapping[str, Any]) -> str | None:
     return _ARCHITECTURE_OF.get(str(config.get("model_type")))
 
 
-GRANITE4_PARTS = {
-    "shared_mlp.input_linear.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "shared_mlp.output_linear.weight": ("mlp.down_proj.weight",),
+_BAMBA_NAMES = {
+    "model.final_layernorm.weight": "model.norm.weight",
+    "pre_ff_layernorm.weight": "post_attention_layernorm.weight",
+    **{
+        f"feed_forward.{part}_proj.{kind}": f"mlp.{part}_proj.{kind}"
+        for part, kind in itertools.product(("gate", "up", "down"), ("weight", "bias"))
+    },
 }
-"""Tensors of Granite 4 → Granite 3's names of the tensors in files: gate and up are separate.
+GRANITE_PARTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "granitemoehybrid": {
+        "shared_mlp.input_linear.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        "shared_mlp.output_linear.weight": ("mlp.down_proj.weight",),
+    },
+    "bamba": {ours: (stored,) for ours, stored in _BAMBA_NAMES.items()},
+}
+"""Tensors by model_type, those of a block by their names in it → Granite 3's names of the tensors in files.
 
 A file of architecture `granite` opens as a Granite 3, with these names. One of architecture `granitehybrid` opens as a
-Granite 4, whose fused tensor is then in two tensors of the file.
+Granite 4, whose fused tensor is then in two tensors of the file, or as a Bamba.
 """
+_PARTS_OF = {ours: stored for parts in GRANITE_PARTS.values() for ours, stored in parts.items()}
 
 
 def gguf_names(architecture: str, name: str) -> tuple[str, ...]:
@@ -244,11 +258,10 @@ def gguf_names(architecture: str, name: str) -> tuple[str, ...]:
         exists = kind in ARCHITECTURES[architecture].expert_tensors
         return (f"blk.{block.rpartition('.')[2]}.{stack}.{kind}",) if exists else ()
     outside, inside = _names_of(architecture)
-    place = split_layer(name)
-    if place is None:
-        return tuple(stored for stored, ours in outside.items() if ours == name)
-    layer, module = place
-    parts = GRANITE4_PARTS.get(module, (module,)) if architecture.startswith("granite") else (module,)
+    layer, module = split_layer(name) or (None, name)
+    parts = _PARTS_OF.get(module, (module,)) if architecture.startswith("granite") else (module,)
+    if layer is None:
+        return tuple(stored for stored, ours in outside.items() if ours in parts)
     return tuple(f"blk.{layer}.{stored}" for part in parts for stored, ours in inside.items() if ours == part)
 
 
