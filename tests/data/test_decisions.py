@@ -41,7 +41,7 @@ def lines(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def read(data: str, **options: Any) -> PreparedData:
-    made = DataOptions(data=(data,), **{"eval_fraction": 0.0, **options})
+    made = DataOptions(data=(data,), **{"eval_fraction": 0.0, "option_rows": 0, **options})
     return prepare(made, tiny_tokenizer(), purpose="decisions")[0]
 
 
@@ -197,7 +197,9 @@ def test_texts_that_merge_with_the_end_of_the_prompt_are_no_labels() -> None:
 def test_each_epoch_has_orders_of_its_own(tmp_path: Path) -> None:
     """The orders follow from seed, epoch and row, so that a resumed run trains on the same prompts."""
     rows = [{"text": f"words {n}", "label": "abcde"[n % 5]} for n in range(40)]
-    made = DataOptions(data=(lines(tmp_path / "rows.jsonl", rows),), option_order="random", eval_fraction=0.0)
+    made = DataOptions(
+        data=(lines(tmp_path / "rows.jsonl", rows),), option_order="random", eval_fraction=0.0, option_rows=0
+    )
 
     def prompts(seed: int, epochs: int) -> list[str]:
         data, _ = prepare(made, tiny_tokenizer(), purpose="decisions", seed=seed, epochs=epochs)
@@ -210,6 +212,35 @@ def test_each_epoch_has_orders_of_its_own(tmp_path: Path) -> None:
     assert sum(one != other for one, other in zip(two, prompts(seed=1, epochs=2), strict=True)) > 60
 
 
+@pytest.mark.parametrize(("option_rows", "copies"), [(0, 0), (1, 1), (6, 2)])
+def test_the_name_of_each_option_is_a_text_to_decide_about(tmp_path: Path, option_rows: int, copies: int) -> None:
+    """All of them are at most a quarter of the other rows: of 40 rows and 4 options, 2 for each option."""
+    rows = [{"text": f"words {n}", "label": "abcd"[n % 4], "mood": n % 3} for n in range(40)]
+    options = {"state": "text", "question": {"label": "Which?", "mood": "Mood?"}, "option_order": "random"}
+    data = read(lines(tmp_path / "rows.jsonl", rows), option_rows=option_rows, **options)
+    assert len(data.examples) == 40 + 4 * copies
+    added = data.examples.facts(DecisionRow)[40:]
+    assert [row.state for row in added] == sorted([*"abcd"] * copies)
+    for row, number in zip(added, range(40, 40 + len(added)), strict=True):
+        (asked,) = row.asked
+        assert asked.question.name == "label" and asked.targets is not None
+        assert asked.question.keys[asked.targets.index(1)] == row.state
+        shown = texts(data, number)
+        assert all(text.startswith(f"<|im_start|>user\n{row.state}\n\nQuestion: Which?\n") for text in shown)
+        order = [line.partition(": ")[2] for line in shown[0].splitlines() if line[1:3] == ": "]
+        assert [text[-1] for text in shown[:4]] == ["ABCD"[order.index(option)] for option in "abcd"]
+        assert row.by_name and row.source == f"the option {row.state} of label"
+    noted = [note for note in data.report.notes if "--option-rows" in note]
+    assert [note.partition(" ")[0] for note in noted] == ([str(4 * copies)] if copies else [])
+
+
+def test_the_row_of_an_option_has_its_description(tmp_path: Path) -> None:
+    questions = {"team": TEAM}
+    rows = [{"state": f"words {n}", "questions": questions, "answers": {"team": "sales"}} for n in range(8)]
+    data = read(lines(tmp_path / "rows.jsonl", rows), option_rows=6)
+    assert [row.state for row in data.examples.facts(DecisionRow)[8:]] == ["billing - money", "sales"]
+
+
 def test_training_rows_show_options_in_canonical_order(tmp_path: Path) -> None:
     rows = [{"text": f"words {n}", "label": "abcde"[n % 5]} for n in range(20)]
     data = read(lines(tmp_path / "rows.jsonl", rows))
@@ -218,7 +249,7 @@ def test_training_rows_show_options_in_canonical_order(tmp_path: Path) -> None:
 
 def test_held_out_rows_show_options_in_canonical_order(tmp_path: Path) -> None:
     rows = [{"text": f"words {n}", "label": "abcde"[n % 5]} for n in range(40)]
-    made = DataOptions(data=(lines(tmp_path / "rows.jsonl", rows),), eval_fraction=0.5)
+    made = DataOptions(data=(lines(tmp_path / "rows.jsonl", rows),), eval_fraction=0.5, option_rows=0)
     train, held_out = prepare(made, tiny_tokenizer(), purpose="decisions")
     assert held_out is not None and len(train.examples) == len(held_out.examples) == 20
     for row in range(20):

@@ -12,6 +12,9 @@ that the template writes before an answer, such as an empty thought or the name 
 Training rows also have the names of the options of each choice as answers to its prompt. A model knows what *billing*
 means, and learns from few rows which texts it fits. The letters learn from the same hidden states. Without the names,
 a small model takes more steps, and decides other rows worse.
+
+For the same reason, further rows have the name of an option as their text, and this option as their answer
+(`rows_of_options`). From them the model learns early which letter each name has.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from itertools import chain, islice
 
 import numpy as np
 
-from backhand.data.decisions import DecisionRow, LabelTokens
+from backhand.data.decisions import Asked, DecisionRow, LabelTokens
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, encode_document
 from backhand.data.rows import Completion, decision_text
@@ -100,16 +103,21 @@ class DecisionEncoder:
             for row, of_row in zip(rows, orders, strict=True)
         ]
 
-    def for_training(self, examples: StoredExamples, draws: Sequence[Sequence[int]]) -> StoredExamples:
-        """Return the examples with the names of options as further answers, once for each of `draws`.
+    def for_training(
+        self, examples: StoredExamples, draws: Sequence[Sequence[int]], option_rows: int = 0
+    ) -> StoredExamples:
+        """Return the examples with the names of options as further answers, and the rows of options after them.
 
         Args:
             draws: the orders of the options of every choice, see `encode`. A row that becomes too long keeps its order.
+                All examples are returned once for each of them.
+            option_rows: see `rows_of_options`.
         """
+        of_options = [one for one in self.encode(rows_of_options(examples, option_rows)) if one is not None]
         writer = ExampleWriter()
         for draw in draws:
-            for start in range(0, len(examples), _ROWS_AT_ONCE):
-                part = examples[start : start + _ROWS_AT_ONCE]
+            starts = range(0, len(examples), _ROWS_AT_ONCE)
+            for part in chain((examples[start : start + _ROWS_AT_ONCE] for start in starts), [of_options]):
                 turned: Sequence[Example | None] = part
                 if draw:
                     turned = self.encode([one.facts_as(DecisionRow) for one in part], *draw)
@@ -137,6 +145,26 @@ class DecisionEncoder:
         if max(map(len, names), default=0) > self._max_length:
             return example
         return replace(example, others=(*example.others, *names), facts=replace(row, by_name=True))
+
+
+def rows_of_options(examples: StoredExamples, copies: int) -> list[DecisionRow]:
+    """Return rows that ask for an option with its own name as their text.
+
+    Args:
+        copies: rows of each option of each choice. There are fewer if all of them would be more than a quarter of the
+            examples.
+    """
+    questions = dict.fromkeys(asked.question for row in examples.facts(DecisionRow) for asked in row.asked)
+    choices = [one for one in questions if one.type == "choice"]
+    copies = min(copies, len(examples) // (4 * max(1, sum(len(one.keys) for one in choices))))
+    return [
+        DecisionRow(
+            text, (Asked(question, question.targets(key, question.name)),), f"the option {key} of {question.name}"
+        )
+        for question in choices
+        for key, text in zip(question.keys, question.option_texts, strict=True)
+        for _ in range(copies)
+    ]
 
 
 class Replies:

@@ -83,12 +83,17 @@ class Question:
         """
         lines = [f"Question: {self.instructions}"] if self.instructions else []
         for label, option in zip(self.labels, order, strict=True):
-            key, description = self.keys[option], self.descriptions[option]
-            if self.type == "choice":
-                lines.append(f"{label}: {key} - {description}" if description else f"{label}: {key}")
-            elif description:
-                lines.append(f"{label}: {description}")
+            if text := self.option_texts[option]:
+                lines.append(f"{label}: {text}")
         return "\n".join((state, "", *lines, CLOSINGS[self.type]))
+
+    @property
+    def option_texts(self) -> tuple[str, ...]:
+        """The text of each option in the prompt: its description, for a choice with its name. It can be empty."""
+        described = tuple(text or "" for text in self.descriptions)
+        if self.type != "choice":
+            return described
+        return tuple(f"{key} - {text}" if text else key for key, text in zip(self.keys, described, strict=True))
 
     @property
     def canonical_order(self) -> tuple[int, ...]:

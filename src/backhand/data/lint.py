@@ -263,7 +263,7 @@ def lint(
     """
     bad, truncation = RowErrors(skip_bad=True, keep=SHOWN_BAD_ROWS), TruncationStats()
     train, held_out = prepare(
-        replace(options, skip_bad=True),
+        replace(options, skip_bad=True, option_rows=0),
         tokenizer,
         seed=seed,
         purpose=purpose,

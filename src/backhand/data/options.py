@@ -264,6 +264,11 @@ class DecisionColumns:
     drawn from seed, epoch and row. Random orders take a larger model or many more rows. They are for programs that show
     the options in other orders."""
 
+    option_rows: CountFromZero = 6
+    """Training rows that are added for each option of a choice (`decide`): the name of the option is the text, and
+    this option is the answer. Together they are at most a quarter of the other rows. From them a small model learns
+    sooner which letter each option has."""
+
 
 @dataclass(frozen=True)
 class TemplateOptions:

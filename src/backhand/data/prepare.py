@@ -125,8 +125,11 @@ def prepare(
             draws: list[tuple[int, ...]] = [()]
             if options.option_order == "random":
                 draws = [(seed, epoch) for epoch in range(epochs)]
-            by_epoch = encoder.for_training(train.examples, draws)
-            first = with_totals(by_epoch[: len(train.examples)], train.report)
+            by_epoch = encoder.for_training(train.examples, draws, options.option_rows)
+            first = with_totals(by_epoch[: len(by_epoch) // len(draws)], train.report)
+            if added := len(first.examples) - len(train.examples):
+                note = f"{added:,} training rows were added, whose text is the name of an option (--option-rows)"
+                first = first.with_note(note)
             train = replace(train, examples=first.examples, report=first.report, by_epoch=by_epoch)
         notes = (*train.report.notes, *question_notes(found))
         train = replace(train, questions=found, report=replace(train.report, notes=notes))

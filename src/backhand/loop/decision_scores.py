@@ -3,9 +3,14 @@ r"""Calibration and scores of decisions, per question.
 With s_k the score of option k and T the temperature of the question's type, p = softmax(s / T). T minimizes the mean
 loss of held-out rows. With β = 1 / T, the loss of a row is convex in β:
 
-    ℓ(β) = τ log Σ_k exp(β s_k) - β Σ_k t_k s_k,   ℓ'(β) = τ Σ_k p_k s_k - Σ_k t_k s_k,   τ = Σ_k t_k
+    ℓ(β) = τ log Σ_k exp(β s_k) - β Σ_k u_k s_k,   ℓ'(β) = τ Σ_k p_k s_k - Σ_k u_k s_k,   τ = Σ_k t_k
 
-so T follows from the sign change of Σ ℓ' [temperature scaling, arXiv:1706.04599, §4.2].
+so T follows from the sign change of Σ ℓ' [temperature scaling, arXiv:1706.04599, §4.2]. The same rows choose the best
+step, so few of them make the model look too certain, and if all are right, their loss has no minimum. Therefore one of
+n + 1 answers counts as drawn from the K options with equal probabilities, as in Platt's targets [Probabilistic outputs
+for support vector machines, 1999, §2.2]:
+
+    u_k = (n t_k + τ / K) / (n + 1),   n rows of this type
 
     accuracy   share of rows whose most probable option is the answer;   for soft targets, the mean of their target
     majority   accuracy of always giving the most frequent answer of these rows
@@ -85,20 +90,20 @@ def fit_temperatures(outcomes: Iterable[Outcome]) -> dict[QuestionType, float]:
 
 
 def _fit(outcomes: Sequence[Outcome]) -> float:
-    """Return the temperature within the bounds; 1 if all rows are right, because their loss then has no minimum."""
-    if all(one.targets[one.scores.argmax()] == one.targets.sum() for one in outcomes):
-        return 1.0
+    """Return the temperature within the bounds."""
     low, high = math.log(1 / _HOTTEST), math.log(1 / _COLDEST)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        slope = math.fsum(_slope(one, math.exp(-middle)) for one in outcomes)
+        slope = math.fsum(_slope(one, math.exp(-middle), len(outcomes)) for one in outcomes)
         low, high = (middle, high) if slope < 0 else (low, middle)
     return math.exp(-(low + high) / 2)
 
 
-def _slope(outcome: Outcome, temperature: float) -> float:
-    p = outcome.probabilities(temperature)
-    return float(((outcome.targets.sum() * p - outcome.targets) * outcome.scores).sum())
+def _slope(outcome: Outcome, temperature: float, rows: int) -> float:
+    """Return ℓ'(1 / temperature)."""
+    p, total = outcome.probabilities(temperature), outcome.targets.sum()
+    targets = (rows * outcome.targets + total / len(p)) / (rows + 1)
+    return float(((total * p - targets) * outcome.scores).sum())
 
 
 @dataclass(frozen=True)

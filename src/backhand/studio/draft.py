@@ -82,7 +82,7 @@ MORE = {
         *("epochs", "max_steps", "learning_rate", "schedule", "warmup_steps", "weight_decay", "max_grad_norm"),
         *("batch_rows", "micro_batch_rows"),
     ),
-    "data": ("max_length", "long_rows", "skip_bad", "train_on", "system", "option_order"),
+    "data": ("max_length", "long_rows", "skip_bad", "train_on", "system", "option_order", "option_rows"),
     "run": ("eval_every", "save_every", "keep", "early_stopping", "max_forgetting", "answers", "seed"),
     "model": ("dtype", "engine", "base", "memory", "recompute"),
     "rewards": ("group", "max_new_tokens", "temperature"),
@@ -113,7 +113,9 @@ def more_for(objective: str) -> dict[str, tuple[OptionField, ...]]:
     return {section: fields for section, fields in by_section.items() if fields}
 
 
-_HAVING = {"option_order": ("decide",), "group": ("grpo",)} | dict.fromkeys(SAMPLING, ("grpo", "bake"))
+_HAVING = {"option_order": ("decide",), "option_rows": ("decide",), "group": ("grpo",)} | dict.fromkeys(
+    SAMPLING, ("grpo", "bake")
+)
 """Objectives of options outside the section `objective`."""
 
 
@@ -253,7 +255,7 @@ class Draft:
         """Return the words of `lint`. Raises UsageError as `model_words` and `data_words`."""
         flags = {"decide": ["--decisions"], "kto": ["--labels"], "embed": ["--embeddings"]}
         flags |= {"rank": ["--rankings"], "classify": ["--classes"], "grpo": ["--prompts"], "bake": ["--prompts"]}
-        more = [name for name in MORE["data"] if name != "option_order"]
+        more = [name for name in MORE["data"] if name not in ("option_order", "option_rows")]
         words = [*self.model_words(workspace, listed), *self.data_words(workspace), *self._more(more)]
         return ["lint", *words, *flags.get(self.objective, [])]
 
