@@ -62,6 +62,18 @@ def test_what_is_asked_for_is_what_was_added(in_memory_bytes: int, monkeypatch: 
     assert RowPacker(found, share_prefixes=False).lengths.tolist() == lengths
 
 
+def test_documents_without_tokens_have_records_of_zeros() -> None:
+    ids = [np.array(some, dtype=np.int32) for some in ([], [5, 7], [], [2, 9, 1], [])]
+    found = stored(Example(some, np.arange(len(some)) == 1, "f:1") for some in ids)
+    columns = {name: found.column(name).tolist() for name in ("tokens", "supervised", "input_tokens", "highest")}
+    assert columns == {
+        "tokens": [0, 2, 0, 3, 0],
+        "supervised": [0, 1, 0, 1, 0],
+        "input_tokens": [0, 1, 0, 1, 0],
+        "highest": [0, 7, 0, 9, 0],
+    }
+
+
 def test_sums_digest_and_tokens_beyond_a_vocabulary() -> None:
     examples = mixed(20)
     whole = with_totals(examples, DataReport())

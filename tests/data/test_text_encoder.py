@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
+from backhand.data.chat import Document
 from backhand.data.text_encoder import TextEncoder, unused_mark
 from backhand.errors import ArtifactError, DataError
 from support.tokenizer_kinds import WITH_TOOLS, byte_level, normalizing, sentence_pieces
@@ -90,6 +93,28 @@ def test_the_mark_is_nowhere_in_the_text() -> None:
     assert byte_level().decode(plain_ids(encoder, text)) == text
     with pytest.raises(DataError, match="private-use"):
         unused_mark(["".join(map(chr, range(0xE000, 0xF900)))])
+
+
+def trimming() -> Any:
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return tokenizer
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level(), trimming(), sentence_pieces(), normalizing()])
+def test_documents_encoded_together_have_the_tokens_and_ends_of_each_alone(tokenizer: Any) -> None:
+    encoder, draw = TextEncoder(tokenizer), random.Random(7)
+    pieces = [*PIECES, "  ", "\t", "\x7f", "the user's ", "＜|stop|＞"]
+    texts = ["", *("".join(draw.choices(pieces, k=draw.randint(1, 8))) for _ in range(300))]
+    documents = [Document(text, (), None, False, False, "f:1") for text in texts]
+    for document, encoded in zip(documents, encoder.encode_plain(documents), strict=True):
+        if encoded is None:
+            with pytest.raises(DataError, match="control token"):
+                encoder.encode(document.text, source="f:1")
+            continue
+        alone = encoder.encode(document.text, source="f:1")
+        assert encoded.input_ids.tolist() == alone.input_ids.tolist()
+        assert encoded.ends.tolist() == alone.ends.tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)

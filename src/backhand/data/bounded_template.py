@@ -142,30 +142,32 @@ class _LimitedTemplate:
         return text
 
     def _within_limits(self, work: Callable[[], Any], too_deep: str) -> Any:
-        from jinja2 import TemplateSyntaxError as JinjaSyntaxError
-        from jinja2.exceptions import SecurityError
-
         began = time.process_time()
         limit_process(int(began) + MOST_SECONDS, MOST_BYTES)
         try:
             return work()
-        except RecursionError:
-            raise TemplateLimitError(f"it {too_deep}") from None
-        except MemoryError:
-            raise TemplateLimitError(
-                f"it needs more than {MOST_BYTES >> 30} GiB of memory for one conversation"
-            ) from None
-        except SecurityError as error:
-            raise TemplateLimitError(shorten(str(error), 200)) from None
-        except JinjaSyntaxError as error:
-            raise TemplateSyntaxError(f"{shorten(str(error.message), 200)}, in line {error.lineno}") from None
-        except SyntaxError as error:  # the generated Python has too many nested blocks
-            raise TemplateLimitError(f"it is nested too deeply: {error.msg}") from None
         except Exception as error:  # noqa: BLE001 - a template raises whatever its expressions raise
-            raise TemplateRefusal(shorten(f"{type(error).__name__}: {error}", 300)) from None
+            raise _template_error(error, too_deep) from None
         finally:
             self._rendered += 1
             self._seconds += time.process_time() - began
+
+
+def _template_error(error: Exception, too_deep: str) -> Exception:
+    from jinja2 import TemplateSyntaxError as JinjaSyntaxError
+    from jinja2.exceptions import SecurityError
+
+    if isinstance(error, RecursionError):
+        return TemplateLimitError(f"it {too_deep}")
+    if isinstance(error, MemoryError):
+        return TemplateLimitError(f"it needs more than {MOST_BYTES >> 30} GiB of memory for one conversation")
+    if isinstance(error, SecurityError):
+        return TemplateLimitError(shorten(str(error), 200))
+    if isinstance(error, JinjaSyntaxError):
+        return TemplateSyntaxError(f"{shorten(str(error.message), 200)}, in line {error.lineno}")
+    if isinstance(error, SyntaxError):  # the generated Python has too many nested blocks
+        return TemplateLimitError(f"it is nested too deeply: {error.msg}")
+    return TemplateRefusal(shorten(f"{type(error).__name__}: {error}", 300))
 
 
 def _plain(value: Any) -> Any:

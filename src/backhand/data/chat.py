@@ -275,8 +275,9 @@ class ChatRenderer:
 
     def _end_of_turn(self, text: str, start: int = 0) -> int | None:
         """Return the end of the last control token after `start` if only white space follows it, else None."""
-        end = max((match.end() for match in self._encoder.special.finditer(text, start)), default=0)
-        return end if end and not text[end:].strip() else None
+        matches = list(self._encoder.special.finditer(text, start))
+        end = matches[-1].end() if matches else None
+        return None if end is None or text[end:].strip() else end
 
     def _end_inside(self, whole: str, turn: tuple[str, int, int]) -> int | None:
         """Return the end of a turn in a rendering of more turns, or None if the turn is no prefix of it."""

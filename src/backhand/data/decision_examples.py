@@ -121,8 +121,7 @@ class DecisionEncoder:
                 turned: Sequence[Example | None] = part
                 if draw:
                     turned = self.encode([one.facts_as(DecisionRow) for one in part], *draw)
-                for example, other in zip(part, turned, strict=True):
-                    writer.add(self._with_names(other or example))
+                writer.add_all(self._with_names(other or example) for example, other in zip(part, turned, strict=True))
         return writer.stored()
 
     def _with_names(self, example: Example) -> Example:

@@ -16,7 +16,7 @@ from backhand.data.data_report import TruncationStats
 from backhand.data.decisions import DecisionRow
 from backhand.data.options import DataOptions
 from backhand.data.rows import PromptRow, RowFacts
-from backhand.data.text_encoder import TextEncoder, TokenIds
+from backhand.data.text_encoder import EncodedText, TextEncoder, TokenIds
 from backhand.errors import DataError, not_none
 
 T = TypeVar("T")
@@ -102,19 +102,19 @@ class Example:
         return hashlib.sha256(b"|".join([*(part.tobytes() for part in parts), *label])).digest()
 
 
-def encode_document(document: Document, encoder: TextEncoder, encoding: Any = None) -> Example:
+def encode_document(document: Document, encoder: TextEncoder, encoded: EncodedText | None = None) -> Example:
     """Encode a document and mark the tokens that end inside a span as supervised.
 
     No token crosses the start or the end of a span: it is split there, as at generation.
 
     Args:
-        encoding: the result of `TextEncoder.encode_plain` for this document, or None.
+        encoded: the result of `TextEncoder.encode_plain` for this document, or None.
 
     Raises:
         DataError: the document needs an end-of-sequence token and the tokenizer has none.
     """
     places = sorted({place for span in document.spans for place in span if 0 < place < len(document.text)})
-    encoded = encoder.encode(document.text, source=document.source, mark=document.mark, encoding=encoding)
+    encoded = encoder.encode(document.text, source=document.source, mark=document.mark, encoded=encoded)
     if (breaks := _straddled(document.text, encoded.ends, places)) != []:
         encoded = encoder.encode(document.text, source=document.source, mark=document.mark, breaks=breaks)
     supervised = np.zeros(len(encoded.input_ids), dtype=np.bool_)

@@ -91,33 +91,31 @@ def _package_lines(name: str) -> list[str]:
 
 
 def _groups(examples: StoredExamples, fraction: float) -> npt.NDArray[np.int64]:
-    """(examples,) the first example of each example's group (union-find).
+    """(examples,) the first example of each example's group.
 
     Equal rows and equal tokens join groups, and so do equal queries of rankings. Equal labels of texts whose vectors
     are trained join groups if the held-out share has fewer than two texts per label on average.
     """
-    parents: dict[int, int] = {}  # only of examples that are not the first of their group
-
-    def root(i: int) -> int:
-        while (parent := parents.get(i, i)) != i:
-            parents[i] = i = parents.get(parent, parent)
-        return i
-
     columns = [examples.column(name) for name in ("source_digest", "token_digest")]
     if rankings := examples.facts(RankedTexts):
         columns.append(np.array([row.query for row in rankings], dtype=np.uint64))
     labels = [row.label for row in examples.facts(TextIdentities) if row.label is not None]
     if len(labels) == len(examples) and fraction * len(labels) < 2 * len(set(labels)):
         columns.append(np.array(labels, dtype=np.uint64))
-    for column in columns:
-        for one, other in zip(*equal_neighbours(column), strict=True):
-            first, second = sorted((root(one), root(other)))
-            if first != second:
-                parents[second] = first
-    groups = np.arange(len(examples))
-    for i in parents:
-        groups[i] = root(i)
-    return groups
+    values = [np.unique(column, return_inverse=True)[1] for column in columns]
+    everything = np.arange(len(examples))
+    groups = everything
+    while True:  # in each round, every group joins the first one that has a value in common with it
+        joined = everything.copy()
+        for numbers in values:
+            firsts = np.full(len(examples), len(examples))
+            np.minimum.at(firsts, numbers, groups)
+            np.minimum.at(joined, groups, firsts[numbers])
+        while not np.array_equal(joined, further := joined[joined]):
+            joined = further
+        if np.array_equal(groups, joined := joined[groups]):
+            return groups
+        groups = joined
 
 
 def equal_neighbours(values: npt.NDArray[Any]) -> tuple[list[int], list[int]]:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from backhand.data.documents import RowRenderer
 from backhand.data.embedding_examples import identity
 from backhand.data.examples import Example, encode_document
 from backhand.data.rows import INSTRUCTION, Completion, RankedTexts, RankingRow
-from backhand.data.text_encoder import LONGEST_TEXT, TokenIds, too_long
+from backhand.data.text_encoder import LONGEST_TEXT, EncodedText, TokenIds, too_long
 from backhand.errors import DataError
 
 SYSTEM = (
@@ -138,9 +138,9 @@ class RankingEncoder:
         texts = (self.text(row.query, document, row.source) for document in row.documents)
         return [document for text in texts for document in self._renderer.documents(text)]
 
-    def _prompt(self, document: Document, encoding: Any = None) -> TokenIds:
+    def _prompt(self, document: Document, encoded: EncodedText | None = None) -> TokenIds:
         """Return the tokens of a document before its answer."""
-        example = encode_document(document, self._renderer.encoder, encoding)
+        example = encode_document(document, self._renderer.encoder, encoded)
         return example.input_ids[: example.last_answer[0] + len(self.answers.lead)]
 
     def _example(self, row: RankingRow, prompts: Sequence[TokenIds], stats: TruncationStats) -> Example | None:

@@ -106,11 +106,11 @@ def strings_of(value: object) -> list[str]:
         item = stack.pop()
         if isinstance(item, str):
             strings.append(item)
+        elif isinstance(item, _LISTS):
+            stack.extend(item)
         elif isinstance(item, TABLE):
             stack.extend(item)
             stack.extend(item.values())
-        elif isinstance(item, _LISTS):
-            stack.extend(item)
     return strings
 
 

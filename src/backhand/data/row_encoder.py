@@ -33,7 +33,7 @@ from backhand.data.rows import (
     UnpairedRow,
     texts_of,
 )
-from backhand.data.stored_examples import ExampleWriter, StoredExamples, stored
+from backhand.data.stored_examples import StoredExamples, stored
 from backhand.data.text_encoder import TokenIds
 from backhand.errors import BackhandError, DataError
 from backhand.system import lift_limits
@@ -148,10 +148,10 @@ class RowEncoder:
                 result.errors.append(None)
         lift_limits()  # they are for templates, and encoding a long text needs more
         succeeded = iter([number for number, error in enumerate(result.errors) if error is None])
-        writer = ExampleWriter()
         encoder = self.renderer.encoder
         documents = [document for one in rendered for part in (*one.parts, one.prompt) for document in part]
         encodings = encoder.encode_in_groups(documents)
+        encoded: list[Example] = []
         for one in rendered:
             number = next(succeeded)
             parts = [[(document, next(encodings)) for document in part] for part in (*one.parts, one.prompt)]
@@ -161,27 +161,23 @@ class RowEncoder:
             except DataError as error:
                 result.errors[number] = error
                 continue
-            for example in examples:
-                writer.add(example)
+            encoded += examples
             if prompt and (examples or self._options is None):
                 result.prompts.append(_as_prompt(one, prompt[0].input_ids))
-        result.examples = writer.stored()
+        result.examples = stored(encoded)
         result.counts = self.renderer.take_counts()
         return result
 
     def _encode_texts(self, encoder: _TextEncoder, rows: Sequence[Row]) -> EncodedRows:
-        result, writer = EncodedRows(), ExampleWriter()
+        result = EncodedRows()
         if isinstance(encoder, RankingEncoder | PairEncoder):
             examples = encoder.encode([row for row in rows if isinstance(row, RankingRow)], result.truncation)
         elif isinstance(encoder, ClassEncoder):
             examples = encoder.encode([row for row in rows if isinstance(row, ClassRow)], result.truncation)
         else:
             examples = encoder.encode([row for row in rows if isinstance(row, EmbeddingRow)], result.truncation)
-        for example in examples:
-            result.errors.append(example if isinstance(example, DataError) else None)
-            if isinstance(example, Example):
-                writer.add(example)
-        result.examples = writer.stored()
+        result.errors = [example if isinstance(example, DataError) else None for example in examples]
+        result.examples = stored(example for example in examples if isinstance(example, Example))
         result.counts = self.renderer.take_counts()
         return result
 

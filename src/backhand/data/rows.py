@@ -180,6 +180,8 @@ INSTRUCTION = "Given a web search query, retrieve relevant passages that answer 
 
 def texts_of(row: Row) -> tuple[OneText, ...]:
     """Return the parts of a row that are rendered separately. The first contains the prompt, if the row has one."""
+    if isinstance(row, OneText):
+        return (row,)
     if isinstance(row, Pair):
         return row.chosen, row.rejected
     if isinstance(row, EmbeddingRow):
@@ -190,7 +192,7 @@ def texts_of(row: Row) -> tuple[OneText, ...]:
         return (PlainText(row.text, row.source),)
     if isinstance(row, DecisionRow):
         return tuple(decision_text(row, place, one.question.canonical_order) for place, one in enumerate(row.asked))
-    return (row.answer if isinstance(row, UnpairedRow) else row.question if isinstance(row, PromptRow) else row,)
+    return (row.answer if isinstance(row, UnpairedRow) else row.question,)
 
 
 def decision_text(row: DecisionRow, place: int, order: Sequence[int]) -> Completion:

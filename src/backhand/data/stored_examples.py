@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from tempfile import SpooledTemporaryFile
 from typing import Any, TypeVar, overload
 
@@ -36,6 +37,8 @@ T = TypeVar("T")
 
 _IN_MEMORY_BYTES = 2**23
 _PIECE_TOKENS = 2**18
+_BATCH_EXAMPLES = 64
+"""Examples that are encoded at once, so that the arrays in between stay small."""
 LABELS = (None, False, True)
 ALONE, FIRST, NEXT = range(3)
 
@@ -67,42 +70,65 @@ class ExampleWriter:
         self._places = 0  # number of elements of `tokens` written so far
         self._rows: dict[int, RowFacts] = {}
 
-    def add(self, example: Example) -> None:
-        """Append an example. Raises ResourceError: the disk is full."""
-        if example.facts is not None:
-            self._rows[self._records.tell() // RECORD.itemsize] = example.facts
-        whole = _digest(b"|".join(document.input_ids.tobytes() for document in example.documents)), example.key
-        for document in example.documents:
-            ids, targets = document.input_ids, np.flatnonzero(document.supervised)
-            source = document.source.encode(errors="surrogatepass")
-            encoded = (
-                np.where(document.supervised, ~ids, ids).astype(np.int32).tobytes() + source + bytes(-len(source) % 4)
-            )
-            place = NEXT if document is not example else FIRST if len(example.documents) > 1 else ALONE
-            record = (
-                *(self._places, len(ids), len(source), place, LABELS.index(document.desirable)),
-                *(len(targets), int(targets.max(initial=0)), int(ids.max(initial=0)), document.second_text),
-                *(_digest(source), *whole),
-            )
-            with _disk_space():
-                self._tokens.write(encoded)
-                self._records.write(np.array(record, dtype=RECORD).tobytes())
-            self._places += len(encoded) // 4
+    def add_all(self, examples: Iterable[Example]) -> None:
+        """Append examples; of `StoredExamples`, all in their arrays. Raises ResourceError: the disk is full."""
+        if isinstance(examples, StoredExamples):
+            self._append(examples.tokens.tobytes(), examples.records.copy(), examples.rows)
+            return
+        remaining = iter(examples)
+        while batch := list(islice(remaining, _BATCH_EXAMPLES)):
+            self._append(*_arrays_of(batch))
 
-    def add_all(self, examples: StoredExamples) -> None:
-        """Append all documents of these arrays. Raises ResourceError: the disk is full."""
+    def _append(self, tokens: bytes, records: npt.NDArray[Any], rows: Mapping[int, RowFacts]) -> None:
         before = self._records.tell() // RECORD.itemsize
-        records = examples.records.copy()
         records["begin"] += self._places
         with _disk_space():
-            self._tokens.write(examples.tokens.tobytes())
+            self._tokens.write(tokens)
             self._records.write(records.tobytes())
-        self._places += len(examples.tokens)
-        self._rows |= {before + number: row for number, row in examples.rows.items()}
+        self._places += len(tokens) // 4
+        self._rows |= {before + number: row for number, row in rows.items()}
 
     def stored(self) -> StoredExamples:
         """Return all added examples and close the writer. Raises ResourceError: the disk is full."""
         return StoredExamples.all_of(_array(self._tokens, np.int32), _array(self._records, RECORD), self._rows)
+
+
+def _arrays_of(examples: Sequence[Example]) -> tuple[bytes, npt.NDArray[Any], dict[int, RowFacts]]:
+    """Return tokens and sources as bytes, the records, and the facts by the number of their record."""
+    documents = [document for example in examples for document in example.documents]
+    counts = [len(example.documents) for example in examples]
+    sizes, firsts = np.array([len(document) for document in documents]), np.cumsum(counts) - counts
+    starts = np.cumsum(sizes) - sizes
+    ids = np.concatenate([document.input_ids for document in documents]).astype(np.int32, copy=False)
+    supervised = np.concatenate([document.supervised for document in documents])
+    within = np.arange(len(ids), dtype=np.int32) - np.repeat(starts.astype(np.int32), sizes)
+
+    def of_each(function: np.ufunc, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """(documents,) the function over the values of each document; 0 for documents without tokens."""
+        return np.where(sizes > 0, function.reduceat(np.append(values, np.int32(0)), starts), 0)
+
+    sources = [document.source.encode(errors="surrogatepass") for document in documents]
+    token_digests = [_digest(b"|".join(one.input_ids.tobytes() for one in example.documents)) for example in examples]
+    records = np.zeros(len(documents), dtype=RECORD)
+    records["tokens"], records["source_bytes"] = sizes, [len(source) for source in sources]
+    elements = sizes + -(-records["source_bytes"] // 4)
+    records["begin"] = np.cumsum(elements) - elements
+    records["place"] = NEXT
+    records["place"][firsts] = np.where(np.array(counts) > 1, FIRST, ALONE)
+    records["label"] = [LABELS.index(document.desirable) for document in documents]
+    records["supervised"] = of_each(np.add, supervised.astype(np.int32))
+    records["input_tokens"] = of_each(np.maximum, within * supervised)
+    records["highest"] = of_each(np.maximum, ids)
+    records["second_text"] = [document.second_text for document in documents]
+    records["source_digest"] = [_digest(source) for source in sources]
+    records["token_digest"] = np.repeat(np.array(token_digests, dtype=np.uint64), counts)
+    records["key"] = np.repeat(np.array([example.key for example in examples], dtype=RECORD["key"]), counts)
+    signed = np.where(supervised, ~ids, ids).tobytes()
+    encoded: list[bytes] = []
+    for begin, size, source in zip(starts.tolist(), sizes.tolist(), sources, strict=True):
+        encoded += (signed[4 * begin : 4 * (begin + size)], source, bytes(-len(source) % 4))
+    rows = {int(first): one.facts for first, one in zip(firsts, examples, strict=True) if one.facts is not None}
+    return b"".join(encoded), records, rows
 
 
 def _array(file: SpooledTemporaryFile[bytes], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -308,8 +334,7 @@ def stored(examples: Iterable[Example]) -> StoredExamples:
     if isinstance(examples, StoredExamples):
         return examples
     writer = ExampleWriter()
-    for example in examples:
-        writer.add(example)
+    writer.add_all(examples)
     return writer.stored()
 
 

@@ -120,10 +120,11 @@ class Embedder:
         stats, writer = TruncationStats(), ExampleWriter()
         for start in range(0, len(texts), _ROWS_AT_ONCE):
             some = enumerate(texts[start : start + _ROWS_AT_ONCE], start + 1)
-            for example in encoder.encode([EmbeddingRow((text,), None, f"text {n}") for n, text in some], stats):
-                if not isinstance(example, Example):
-                    raise not_none(example)
-                writer.add(example)
+            encoded = encoder.encode([EmbeddingRow((text,), None, f"text {n}") for n, text in some], stats)
+            for one in encoded:
+                if isinstance(one, DataError):
+                    raise one
+            writer.add_all(one for one in encoded if isinstance(one, Example))
         if stats.truncated:
             show_notes([f"{count_of(len(stats.truncated), 'text')} cut to {self.max_length:,} tokens"])
         examples = writer.stored()
