@@ -114,7 +114,8 @@ def encode_document(document: Document, encoder: TextEncoder, encoded: EncodedTe
         DataError: the document needs an end-of-sequence token and the tokenizer has none.
     """
     places = sorted({place for span in document.spans for place in span if 0 < place < len(document.text)})
-    encoded = encoder.encode(document.text, source=document.source, mark=document.mark, encoded=encoded)
+    if encoded is None:
+        encoded = encoder.encode(document.text, source=document.source, mark=document.mark)
     if (breaks := _straddled(document.text, encoded.ends, places)) != []:
         encoded = encoder.encode(document.text, source=document.source, mark=document.mark, breaks=breaks)
     supervised = np.zeros(len(encoded.input_ids), dtype=np.bool_)

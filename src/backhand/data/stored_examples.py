@@ -97,38 +97,53 @@ def _arrays_of(examples: Sequence[Example]) -> tuple[bytes, npt.NDArray[Any], di
     """Return tokens and sources as bytes, the records, and the facts by the number of their record."""
     documents = [document for example in examples for document in example.documents]
     counts = [len(example.documents) for example in examples]
-    sizes, firsts = np.array([len(document) for document in documents]), np.cumsum(counts) - counts
-    starts = np.cumsum(sizes) - sizes
-    ids = np.concatenate([document.input_ids for document in documents]).astype(np.int32, copy=False)
+    firsts = np.cumsum(counts) - counts
+    ids = np.concatenate([document.input_ids for document in documents])
     supervised = np.concatenate([document.supervised for document in documents])
-    within = np.arange(len(ids), dtype=np.int32) - np.repeat(starts.astype(np.int32), sizes)
-
-    def of_each(function: np.ufunc, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """(documents,) the function over the values of each document; 0 for documents without tokens."""
-        return np.where(sizes > 0, function.reduceat(np.append(values, np.int32(0)), starts), 0)
-
+    signed = np.where(supervised, ~ids, ids).astype(np.int32).tobytes()
     sources = [document.source.encode(errors="surrogatepass") for document in documents]
     token_digests = [_digest(b"|".join(one.input_ids.tobytes() for one in example.documents)) for example in examples]
     records = np.zeros(len(documents), dtype=RECORD)
-    records["tokens"], records["source_bytes"] = sizes, [len(source) for source in sources]
-    elements = sizes + -(-records["source_bytes"] // 4)
-    records["begin"] = np.cumsum(elements) - elements
+    records["tokens"], records["source_bytes"] = list(map(len, documents)), list(map(len, sources))
     records["place"] = NEXT
     records["place"][firsts] = np.where(np.array(counts) > 1, FIRST, ALONE)
     records["label"] = [LABELS.index(document.desirable) for document in documents]
-    records["supervised"] = of_each(np.add, supervised.astype(np.int32))
-    records["input_tokens"] = of_each(np.maximum, within * supervised)
-    records["highest"] = of_each(np.maximum, ids)
     records["second_text"] = [document.second_text for document in documents]
-    records["source_digest"] = [_digest(source) for source in sources]
+    records["source_digest"] = list(map(_digest, sources))
     records["token_digest"] = np.repeat(np.array(token_digests, dtype=np.uint64), counts)
     records["key"] = np.repeat(np.array([example.key for example in examples], dtype=RECORD["key"]), counts)
-    signed = np.where(supervised, ~ids, ids).tobytes()
-    encoded: list[bytes] = []
-    for begin, size, source in zip(starts.tolist(), sizes.tolist(), sources, strict=True):
-        encoded += (signed[4 * begin : 4 * (begin + size)], source, bytes(-len(source) % 4))
+    sizes, begin, encoded = _sizes(records), 0, []
+    records["begin"] = np.cumsum(sizes) - sizes
+    for document, source in zip(documents, sources, strict=True):
+        end = begin + 4 * len(document)
+        encoded += [signed[begin:end], source, bytes(-len(source) % 4)]
+        begin = end
+    tokens = b"".join(encoded)
+    for name, column in _token_columns(np.frombuffer(tokens, np.int32), records, 0).items():
+        records[name] = column
     rows = {int(first): one.facts for first, one in zip(firsts, examples, strict=True) if one.facts is not None}
-    return b"".join(encoded), records, rows
+    return tokens, records, rows
+
+
+def _sizes(records: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """(documents,) the number of elements of each document with its source."""
+    return np.asarray(records["tokens"] + -(-records["source_bytes"].astype(np.int64) // 4))
+
+
+def _token_columns(tokens: TokenIds, records: npt.NDArray[Any], begin: int) -> dict[str, npt.NDArray[Any]]:
+    """Return the columns of records that follow from their tokens, of which the first has index `begin`."""
+    starts = records["begin"] - begin
+    bounds = np.stack((starts, starts + records["tokens"]), axis=1).ravel()
+    tokens = np.append(tokens, np.int32(0))  # reduceat needs an element at the last end
+    targets = tokens < 0
+    places = np.where(targets, np.arange(len(tokens), dtype=np.int32), np.int32(0))
+    columns = {
+        "supervised": np.add.reduceat(targets, bounds, dtype=np.int32)[::2],
+        "input_tokens": np.maximum(np.maximum.reduceat(places, bounds)[::2] - starts, 0),
+        "highest": np.maximum.reduceat(tokens ^ (tokens >> 31), bounds)[::2],
+    }
+    # reduceat returns the next element for a document without tokens
+    return {name: np.where(records["tokens"] > 0, column, 0) for name, column in columns.items()}
 
 
 def _array(file: SpooledTemporaryFile[bytes], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -178,7 +193,7 @@ def read_examples(
 
 def _document_ends(records: npt.NDArray[Any], tokens: int) -> npt.NDArray[np.int64]:
     """Return (documents,) the end of each document with its source. Raises ValueError: the records are inconsistent."""
-    sizes = records["tokens"] + -(-records["source_bytes"].astype(np.int64) // 4)
+    sizes = _sizes(records)
     ends = np.cumsum(sizes)
     first, following = records["place"] == FIRST, records["place"] == NEXT
     if not (
@@ -199,18 +214,11 @@ def _document_ends(records: npt.NDArray[Any], tokens: int) -> npt.NDArray[np.int
 
 def _check_documents(tokens: TokenIds, records: npt.NDArray[Any], begin: int) -> None:
     """Compare records with their tokens, of which the first has index `begin`. Raises ValueError if they differ."""
-    starts = records["begin"] - begin
-    bounds = np.stack((starts, starts + records["tokens"]), axis=1).ravel()
-    tokens = np.append(tokens, np.int32(0))  # reduceat needs an element at the last end
-    targets = tokens < 0
-    places = np.where(targets, np.arange(len(tokens), dtype=np.int32), np.int32(-1))
-    supervised = np.add.reduceat(targets, bounds, dtype=np.int32)[::2]
+    columns = _token_columns(tokens, records, begin)
     if (
-        targets[starts].any()
-        or supervised.min() < 1
-        or not np.array_equal(supervised, records["supervised"])
-        or not np.array_equal(np.maximum.reduceat(places, bounds)[::2] - starts, records["input_tokens"])
-        or not np.array_equal(np.maximum.reduceat(tokens ^ (tokens >> 31), bounds)[::2], records["highest"])
+        (tokens[records["begin"] - begin] < 0).any()
+        or columns["supervised"].min() < 1
+        or not all(np.array_equal(column, records[name]) for name, column in columns.items())
     ):
         raise ValueError("its records do not match its tokens")
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -106,7 +106,7 @@ class TextEncoder:
         unknown = getattr(backend.model, "unk_token", tokenizer.unk_token)
         # A tokenizer may write its token for unknown characters for any text, so that token is not guarded.
         self._guarded_ids = frozenset(index for token, index in special.items() if token != unknown)
-        self._token_texts = _TokenTexts(self._backend)
+        self._text_of = cache(lambda token: str(self._backend.decode([token], skip_special_tokens=False)))
         self.eos_id: int | None = tokenizer.eos_token_id
         self.eos: str | None = tokenizer.eos_token
         self.bos: str | None = tokenizer.bos_token
@@ -150,32 +150,30 @@ class TextEncoder:
         return _map_strings(value, lambda text: pattern.sub(rf"\g<0>{mark}", text))
 
     def encode_plain(self, documents: Sequence[Any]) -> list[EncodedText | None]:
-        """Encode documents at once, on all cores, for `encode`. Those with a mark, or that it refuses, get None."""
-        encoded: dict[int, EncodedText] = {}
-        texts = {n: one.text for n, one in enumerate(documents) if one.mark is None and len(one.text) <= LONGEST_TEXT}
-        ascii_texts = {n: text for n, text in texts.items() if text.isascii()} if self._joins_tokens else {}
-        encodings = self._backend.encode_batch_fast([*ascii_texts.values()], add_special_tokens=False)
-        for (number, text), encoding in zip(ascii_texts.items(), encodings, strict=True):
-            if (one := self._joined(encoding.ids, text)) is not None:
-                encoded[number] = one
-        texts = {number: text for number, text in texts.items() if number not in encoded}
-        encodings = self._backend.encode_batch([*texts.values()], add_special_tokens=False)
-        for (number, text), encoding in zip(texts.items(), encodings, strict=True):
-            one = EncodedText(_token_ids(encoding.ids), _ends(encoding.offsets))
-            if not self._has_unwritten(one, text):
-                encoded[number] = one
-        return [encoded.get(number) for number in range(len(documents))]
+        """Encode documents at once, on all cores. Those with a mark, and those that `encode` refuses, get None."""
+        encoded: list[EncodedText | None] = [None] * len(documents)
+        plain = {n: one.text for n, one in enumerate(documents) if one.mark is None and len(one.text) <= LONGEST_TEXT}
+        joining = {n: text for n, text in plain.items() if text.isascii()} if self._joins_tokens else {}
+        encodings = self._backend.encode_batch_fast([*joining.values()], add_special_tokens=False)
+        for (number, text), encoding in zip(joining.items(), encodings, strict=True):
+            encoded[number] = self._joined(encoding.ids, text)
+        others = {number: text for number, text in plain.items() if encoded[number] is None}
+        encodings = self._backend.encode_batch([*others.values()], add_special_tokens=False)
+        for (number, text), encoding in zip(others.items(), encodings, strict=True):
+            one = _encoded_text(encoding)
+            encoded[number] = None if self._has_unwritten(one, text) else one
+        return encoded
 
     @cached_property
     def _joins_tokens(self) -> bool:
         """True if the positions of tokens in ASCII text follow from the texts of the tokens."""
-        encoding = self._backend.encode(_PROBE, add_special_tokens=False)
-        joined = self._joined(encoding.ids, _PROBE)
-        return joined is not None and np.array_equal(joined.ends, _ends(encoding.offsets))
+        encoded = _encoded_text(self._backend.encode(_PROBE, add_special_tokens=False))
+        joined = self._joined(encoded.input_ids.tolist(), _PROBE)
+        return joined is not None and np.array_equal(joined.ends, encoded.ends)
 
     def _joined(self, ids: Sequence[int], text: str) -> EncodedText | None:
-        """Return the tokens of a text if their own texts make it up, else None."""
-        parts = [*map(self._token_texts.__getitem__, ids)]
+        """Return the tokens with their ends if their own texts make up `text`, else None."""
+        parts = [*map(self._text_of, ids)]
         if "".join(parts) != text:
             return None
         return EncodedText(_token_ids(ids), np.fromiter(accumulate(map(len, parts)), np.int32, len(parts)))
@@ -198,23 +196,14 @@ class TextEncoder:
 
     def ids_of(self, texts: Sequence[str]) -> list[TokenIds]:
         """Encode texts on all cores. Control tokens in them are encoded as such, and none is added around them."""
-        return [_token_ids(one.ids) for one in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+        return [_token_ids(one.ids) for one in self._backend.encode_batch_fast([*texts], add_special_tokens=False)]
 
-    def encode(
-        self,
-        text: str,
-        *,
-        source: str,
-        mark: str | None = None,
-        breaks: Sequence[int] = (),
-        encoded: EncodedText | None = None,
-    ) -> EncodedText:
+    def encode(self, text: str, *, source: str, mark: str | None = None, breaks: Sequence[int] = ()) -> EncodedText:
         """Return the token ids of `text` without the mark. Unprotected control tokens are encoded as such.
 
         Args:
             text: text, with marks in it if `mark` is given.
             breaks: places in `text` that no token may cross.
-            encoded: result of `encode_plain` for the text, or None.
 
         Raises:
             DataError: the tokenizer turns other characters into a control token.
@@ -222,10 +211,7 @@ class TextEncoder:
         if len(text) > LONGEST_TEXT:
             raise too_long(text, source)
         if mark is None and not breaks:
-            if encoded is not None:
-                return encoded
-            encoding = self._backend.encode(text, add_special_tokens=False)
-            encoded = EncodedText(_token_ids(encoding.ids), _ends(encoding.offsets))
+            encoded = _encoded_text(self._backend.encode(text, add_special_tokens=False))
         else:
             encoded = self._encode_marked(text, mark, breaks)
         if self._has_unwritten(encoded, text):
@@ -240,13 +226,11 @@ class TextEncoder:
         mark = mark or unused_mark([text])
         pieces = [text[start:end] for start, end in zip((0, *breaks), (*breaks, len(text)), strict=True)]
         backend, mark_id = self._marked_backend(mark)
-        encoding = backend.encode(mark.join(pieces), add_special_tokens=False)
-        input_ids = _token_ids(encoding.ids)
-        ends = _ends(encoding.offsets)
+        encoded = _encoded_text(backend.encode(mark.join(pieces), add_special_tokens=False))
         for place in breaks:
-            ends[ends > place] -= 1
-        kept = input_ids != mark_id
-        return EncodedText(input_ids[kept], ends[kept])
+            encoded.ends[encoded.ends > place] -= 1
+        kept = encoded.input_ids != mark_id
+        return EncodedText(encoded.input_ids[kept], encoded.ends[kept])
 
     def _marked_backend(self, mark: str) -> tuple[Any, int]:
         if mark not in self._marked_backends:
@@ -256,17 +240,6 @@ class TextEncoder:
             backend.add_special_tokens([AddedToken(mark, special=True, normalized=False)])
             self._marked_backends[mark] = backend, backend.token_to_id(mark)
         return self._marked_backends[mark]
-
-
-class _TokenTexts(dict[int, str]):
-    """The text of each token id alone, decoded when it is first asked for."""
-
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
-
-    def __missing__(self, token: int) -> str:
-        self[token] = text = str(self._backend.decode([token], skip_special_tokens=False))
-        return text
 
 
 def _token_ids(ids: Sequence[int]) -> TokenIds:
@@ -319,8 +292,8 @@ def _copy(backend: Any) -> Any:
     return copy
 
 
-def _ends(offsets: list[tuple[int, int]]) -> npt.NDArray[np.int32]:
-    return np.array([end for _, end in offsets], np.int32)
+def _encoded_text(encoding: Any) -> EncodedText:
+    return EncodedText(_token_ids(encoding.ids), np.array([end for _, end in encoding.offsets], np.int32))
 
 
 def _ids_around(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
