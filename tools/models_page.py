@@ -39,7 +39,7 @@ _KNOWN_AS = {
     "glm4": "GLM-4-0414",
     "gpt_oss": "gpt-oss-20b, gpt-oss-120b",
     "granite": "Granite 3",
-    "granitemoehybrid": "Granite 4 and 4 H without experts (micro, h-350m, h-1b, h-micro)",
+    "granitemoehybrid": "Granite 4 and 4 H",
     "lfm2": "LFM2, LFM2.5",
     "llama": "Llama 2 to 3.3, SmolLM2, TinyLlama, many others",
     "ministral3": "Ministral 3",
@@ -70,7 +70,7 @@ def families_section() -> str:
         stated["falcon_h1"] = {"mamba_n_heads": 4, "mamba_d_ssm": 64}
         stated["nemotron_h"] = {"hybrid_override_pattern": "M-M*"}
         config = decoder_config({"model_type": family, **_SIZES, **stated.get(family, {})})
-        variants = ({"model_type": family, **one} for one in (stated.get(family, {}), {}))
+        variants = ({"model_type": family, **one} for one in (stated.get(family, {}), {"num_local_experts": 0}))
         architectures = dict.fromkeys(name for one in variants if (name := gguf_architecture(one)) is not None)
         stored = ", ".join(f"`{name}`" for name in architectures) or "none that is read"
         named, particular = _KNOWN_AS[family], _particular(family, config)
@@ -122,6 +122,7 @@ def _particular(family: str, config: DecoderConfig) -> str:
             "granite"
         ),
         "Mamba-2 where `layer_types` says so": family == "granitemoehybrid",
+        "experts next to the MLP where `num_local_experts` says so": family == "granitemoehybrid",
         "multipliers of the outputs of modules": family == "falcon_h1",
         "no rotary embedding where `position_embedding_type` is not `rope`": family == "granitemoehybrid",
         "late layers that use earlier ones' keys and values, capped logits": config.value_norm,

@@ -33,6 +33,7 @@ BLOCK_BY_BLOCK = (
     "glm",
     "gemma4",
     "granite4-h",
+    "granite4-experts",
     "bamba",
     "nemotron",
     "falcon",

@@ -132,6 +132,7 @@ def test_transformers_rejects_every_mutant_of_the_decoder():
         "falcon_h1",
         "nemotron_h",
         "gpt_oss",
+        "granite4-experts",
     ],
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

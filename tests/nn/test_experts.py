@@ -11,7 +11,10 @@ import torch
 from gguf import GGMLQuantizationType as StorageType
 from safetensors import safe_open
 
-from backhand.errors import ArtifactError
+from backhand.errors import ArtifactError, UsageError
+from backhand.interop.command import export_command
+from backhand.interop.merging import merge_command
+from backhand.interop.options import ExportOptions, MergeOptions
 from backhand.nn.decoder import experts
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.experts import ExpertMatrices
@@ -19,8 +22,9 @@ from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
 from backhand.nn.loading.expert_tensors import expert_parameter, hub_name, parse_expert_name
 from support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error, supervise
+from support.tiny_adapters import save_tiny_adapter
 from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import attach_lora, full_logits, tiny_config, tiny_documents, tiny_model
+from support.tiny_models import attach_lora, full_logits, save_tiny, tiny_config, tiny_documents, tiny_model
 
 VARIANTS = ("qwen3_moe", "qwen3_moe-shares", "mixtral", "gpt_oss")
 
@@ -86,7 +90,7 @@ def test_a_tie_is_broken_as_transformers_breaks_it(variant: str) -> None:
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["dense", "as stored"])
-@pytest.mark.parametrize("variant", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("variant", ["qwen3_moe", "mixtral", "granite4-experts"])
 def test_matrices_apart_and_in_stacks_are_the_same_model(variant: str, quantized: bool, tmp_path: Path) -> None:
     model = tiny_model(variant)
     model.save_pretrained(tmp_path / "apart")
@@ -95,7 +99,7 @@ def test_matrices_apart_and_in_stacks_are_the_same_model(variant: str, quantized
     for place in ("apart", "stacks"):
         with safe_open(tmp_path / place / "model.safetensors", "pt") as file:
             stored.append(set(file.keys()))
-    assert "model.layers.0.mlp.experts.down_proj" in stored[1] - stored[0]
+    assert any(name.endswith(".experts.down_proj") for name in stored[1] - stored[0])
     sources = [open_model(tmp_path / place) for place in ("apart", "stacks")]
     assert set(sources[0].tensor_names()) == set(sources[1].tensor_names())
     assert {hub_name(model.config.model_type, name) for name in sources[0].tensor_names()} == stored[0]
@@ -106,6 +110,21 @@ def test_matrices_apart_and_in_stacks_are_the_same_model(variant: str, quantized
         assert relative_error(decoder.logits(document), expected) <= 1e-5
 
 
+def test_experts_next_to_an_mlp_stay_frozen(tmp_path: Path) -> None:
+    """Neither they nor the router can be adapted, and no GGUF file is made of them."""
+    model = tiny_model("granite4-experts")
+    base, adapter = save_tiny(model, tmp_path / "base"), save_tiny_adapter(model, tmp_path / "adapter", alpha=10)
+    shapes = Decoder.from_source(open_model(base), dtype=torch.float32).module_shapes()
+    assert not shapes.experts and "model.layers.1.shared_mlp.input_linear" in shapes
+    assert {f"model.layers.1.mlp.{name}.weight" for name in ("router", "experts.10.up_proj")} <= {*shapes.frozen}
+    with pytest.raises(ArtifactError, match="no GGUF format of this granitemoehybrid"):
+        merge_command(MergeOptions(adapter=adapter, output=tmp_path / "m.gguf", model=str(base), quiet=True))
+    with pytest.raises(UsageError, match="give --to peft"):
+        export_command(
+            ExportOptions(adapter=adapter, to="gguf", output=tmp_path / "a.gguf", model=str(base), quiet=True)
+        )
+
+
 def test_the_names_of_one_experts_matrix() -> None:
     name = "model.layers.3.mlp.experts.12.up_proj.weight"
     assert parse_expert_name(name) == ("model.layers.3", 12, "up_proj")
@@ -114,6 +133,7 @@ def test_the_names_of_one_experts_matrix() -> None:
     assert hub_name("mixtral", name) == "model.layers.3.block_sparse_moe.experts.12.w3.weight"
     assert hub_name("mixtral", "model.layers.3.mlp.gate.weight") == "model.layers.3.block_sparse_moe.gate.weight"
     assert hub_name("qwen3_moe", name) == name
+    assert hub_name("granitemoehybrid", name) == "model.layers.3.block_sparse_moe.input_linear.weight"
     assert hub_name("gpt_oss", name) == "model.layers.3.mlp.experts.gate_up_proj"
     assert hub_name("gpt_oss", name.replace("up_proj.weight", "down_proj.bias")).endswith("experts.down_proj_bias")
     assert expert_parameter(name.replace(".weight", ".bias")) is None

@@ -302,6 +302,18 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "granite4-experts": (
+        "granitemoehybrid",
+        {
+            **_GRANITE4,
+            **_MAMBA,
+            "intermediate_size": 36,
+            "num_local_experts": 11,
+            "num_experts_per_tok": 3,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "rms_norm_eps": _DELTA_EPS,
+        },
+    ),
     "bamba": (
         "bamba",
         {
@@ -650,7 +662,7 @@ def attach_lora(
     import peft
 
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    if targets == "all-linear" and expert_count(model.config):
+    if targets == "all-linear" and expert_count(model.config) and model.config.model_type != "granitemoehybrid":
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
         lora = {"target_parameters": list(EXPERT_PARAMETERS), **lora}
     config = peft.LoraConfig(

@@ -29,7 +29,16 @@ def test_time_follows_the_multiplications(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_layers_count_by_their_own_sizes_and_experts_as_far_as_they_are_chosen() -> None:
     """Every matrix of a model of several kinds of layers, of experts the chosen part of each stack."""
-    for family in ("lfm2", "qwen3_5_text", "bamba", "nemotron_h", "qwen3_moe", "mixtral", "gpt_oss"):
+    for family in (
+        "lfm2",
+        "qwen3_5_text",
+        "bamba",
+        "nemotron_h",
+        "qwen3_moe",
+        "mixtral",
+        "gpt_oss",
+        "granite4-experts",
+    ):
         config = decoder_config(tiny_config(family).to_dict())
         expected, of_experts = config.vocab_size * config.hidden_size, 0
         for name, view in named_views(empty_weights(config, torch.float32, "meta"), config):

@@ -153,7 +153,8 @@ class _BoundDecoder(BoundModel):
         notes = [*tied_notes(list(lora.full_tensors.values()), decoder.module_shapes().tied)]
         if decoder.config.mixture is not None and not any(slot.experts for slot in lora.slots.values()):
             parts = ",".join(part for (part,) in EXPERT_GROUPS)
-            notes.append(f"the experts stay as they are; {parts} as target_parameters adapts them")
+            adapting = "" if decoder.config.mixture.with_mlp else f"; {parts} as target_parameters adapts them"
+            notes.append(f"the experts stay as they are{adapting}")
         super().__init__(decoder, lora, config, source, notes)
         self._decoder = decoder
 

@@ -218,7 +218,11 @@ def _system(record: AdapterRecord | None, source: ModelSource) -> str | None:
 def _write_gguf(opened: OpenedAdapter, path: Path) -> None:
     architecture = gguf_architecture(opened.source.config)
     if architecture is None:
-        raise UsageError(f"no GGUF format of {opened.config.family} models is known", where="to")
+        raise UsageError(
+            f"no GGUF format of this {opened.config.family} is known",
+            where="to",
+            next_step="give --to peft, or --merge",
+        )
     write_gguf_adapter(
         path,
         opened.factors,

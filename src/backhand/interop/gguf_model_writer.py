@@ -111,7 +111,11 @@ def write_gguf_model(
     source = weights.source
     architecture = gguf_architecture(source.config)
     if architecture is None:
-        raise ArtifactError(f"no GGUF format of {source.config.get('model_type')} models is known")
+        raise ArtifactError(
+            f"no GGUF format of this {source.config.get('model_type')} is known",
+            where=str(source.path),
+            next_step="merge into a Hugging Face directory",
+        )
     planned = _plan(weights, architecture, TYPES.get(dtype))
     weights.written_names = {
         one.ours[0]: tuple(str(huggingface_name(architecture, name)) for name in one.names)

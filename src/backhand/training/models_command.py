@@ -41,7 +41,7 @@ from backhand.loop.process_memory import settled_rss_bytes
 from backhand.nn.batch import PackedBatch
 from backhand.nn.compute import available_cores, default_dtype, limit_kernel_caches
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.weights import dense_views, empty_weights, module_shapes
+from backhand.nn.decoder.weights import dense_views, empty_weights, expert_fields, module_shapes
 from backhand.nn.families.family import DecoderConfig
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.gguf_model import GGUFModel
@@ -109,7 +109,7 @@ def multiplications(config: DecoderConfig) -> int:
         for field in fields(block):
             matrix = getattr(block, field.name)
             if isinstance(matrix, Tensor) and matrix.dim() == 2:
-                of_experts = layer.experts and field.name in ("gate_up", "down") and config.mixture is not None
+                of_experts = layer.experts and field.name in expert_fields(config) and config.mixture is not None
                 share = config.mixture.chosen / config.mixture.experts if of_experts and config.mixture else 1
                 total += round(matrix.numel() * share)
     return total

@@ -336,12 +336,13 @@ def reference_block(x: Tensor, at: ReferenceLayer) -> Tensor:
     branch = at.norm(x, config.norms.before_mlp)
     if not config.has_mlp:
         return x
-    if layer.experts:
-        return x + at.norm(_experts(branch, at), config.norms.after_mlp) * times
+    mixed = _experts(branch, at) if layer.experts else torch.zeros_like(branch)
+    if not config.has_mlp_in(layer):
+        return x + at.norm(mixed, config.norms.after_mlp) * times
     both = torch.cat([at.linear(branch, part, loss_positions_only=True) for part in config.groups[2]], -1)
     gate, up = both.chunk(2, -1) if config.gated_mlp else (both, 1.0)
     product = _activated(gate * config.multipliers.gate, config) * up
-    branch = at.linear(product, config.groups[3][0], loss_positions_only=True) * config.multipliers.down
+    branch = at.linear(product, config.groups[3][0], loss_positions_only=True) * config.multipliers.down + mixed
     x = _sum(x, branch, config.norms.after_mlp, at)
     if config.per_layer is not None:
         (gate_name,), (projection,) = PER_LAYER_GROUPS

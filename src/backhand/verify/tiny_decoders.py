@@ -126,6 +126,12 @@ FAMILIES: dict[str, DecoderConfig] = {
     ),
     "granite, four multipliers": _tiny("granite", tied_head=True, **_GRANITE),
     "granite 4, fused, no rotary": _tiny("granitemoehybrid", layers=(_STILL, _STILL), **_GRANITE),
+    "granite 4, two of five experts next to the mlp": _tiny(
+        "granitemoehybrid",
+        mixture=Mixture(5, 2, 9, router="mlp.router", with_mlp=True),
+        layers=(_EXPERTS, _EXPERTS),
+        **_GRANITE,
+    ),
     "smollm3, a layer without rotary": _tiny("smollm3", tied_head=True, layers=(replace(_SLIDING, rotary=None), _FULL)),
     "olmo2, norms after, q/k norm over all heads": _tiny("olmo2", **_THREES),
     "olmo3, yarn": _tiny(

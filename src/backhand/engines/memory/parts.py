@@ -189,7 +189,9 @@ def decoder_size(
     mixers = [sum(one.sizes) + one.width for one in (config.at(layer).mixers[layer.mixer] for layer in adapted)]
     chosen = 0 if config.mixture is None else config.mixture.chosen * config.mixture.width
     dense = [config.at(layer).intermediate_size if config.has_mlp else 0 for layer in adapted]
-    widths = [chosen if layer.experts else width for layer, width in zip(adapted, dense, strict=True)]
+    widths = [
+        layer.experts * chosen + config.has_mlp_in(layer) * width for layer, width in zip(adapted, dense, strict=True)
+    ]
     mlp = sum(2 * d + mixer for mixer in mixers) + ranks
     block = max((4 * d + 2 * mixer + 2 * width for mixer, width in zip(mixers, widths, strict=True)), default=0)
     recomputed = max((d + mixer + 2 * width for mixer, width in zip(mixers, widths, strict=True)), default=0)

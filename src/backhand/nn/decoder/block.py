@@ -21,7 +21,7 @@ Families differ from these lines as follows:
   multiplies the outputs of several modules by constants.
 - Falcon-H1's mixer is attention and Mamba-2 in parallel, with one output projection each (`nn.decoder.parallel_mixer`).
 - Nemotron-H's blocks are a mixer sublayer alone: x₂ = x₁. In some of them an MLP replaces the mixer (`mlp_mixer`).
-- A mixture of experts replaces the MLP sublayer (`nn.decoder.experts`).
+- A mixture of experts replaces the MLP sublayer, or is added to its MLP (`nn.decoder.experts`).
 - Gemma 4 adds per-layer embeddings to x₂ and multiplies the sum by a scalar (`nn.decoder.ple_block`).
 
 The loss reads the output of the last block at P positions only, the loss positions. Attention needs the keys and values
@@ -153,6 +153,8 @@ def block_forward(
     if recompute == "block":
         return x2, BlockSaved(x0, None, None, None)
     if recompute == "mlp" and mlp_saved is not None:
+        if isinstance(mlp_saved, ExpertsSaved) and mlp_saved.mlp is not None:
+            mlp_saved = mlp_saved._replace(mlp=mlp_saved.mlp._replace(gate_up=None, h_gate_up=None))
         mlp_saved = mlp_saved._replace(gate_up=None, h_gate_up=None)
     return x2, BlockSaved(x0, mixer_saved, x1, mlp_saved, ple_saved)
 

@@ -15,6 +15,9 @@ gpt-oss differs in three points:
 - An adapter file interleaves the outputs of gate and up, while here all of a comes before u. lora_B is reordered, and
   so is its gradient.
 
+Granite 4 H adds the output of an MLP of n₂ to that of the experts. Its adapters are those of the MLP, and the experts
+stay frozen.
+
 Backward is the list in reverse order (`experts_backward`). d_n₂ has two terms: one through the experts, and one through
 the router, because the shares depend on n₂. The weight of the router is frozen. The choice of experts is treated as
 constant.
@@ -27,14 +30,18 @@ down (experts · hidden, f). Each expert's matrix is a slice of the stack, dense
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from backhand.errors import not_none
-from backhand.nn.decoder.adapted_group import BlockAdapter, Group, GroupAdapter
+from backhand.nn.decoder.adapted_group import ALL_GROUPS, BlockAdapter, Group, GroupAdapter, group_adapter
+from backhand.nn.decoder.mixer import MLPSaved
 from backhand.nn.decoder.projections import (
+    gate_up_forward,
+    group_forward,
     normalized,
     pre_norm_forward,
     residual_sum,
@@ -77,6 +84,7 @@ class ExpertsSaved(NamedTuple):
     h_gate_up: Tensor | None  # (T · k, rank); None if recomputed
     h_down: Tensor  # (T · k, rank)
     post_norm: NormSaved | None  # saved by the norm after the sublayer; None without that norm
+    mlp: MLPSaved | None = None  # saved by the MLP next to the experts; None without one
 
 
 class ExpertMatrices(Sequence[FrozenMatrix]):
@@ -113,11 +121,12 @@ def experts_sublayer_forward(
 ) -> tuple[Tensor, ExpertsSaved]:
     """Map x₁ to x₂, both of shape (T, hidden), and return x₂ and the tensors saved for the backward."""
     mixture = not_none(config.mixture)
+    stacks, factors = _of_experts(weights, adapter, mixture)
     n2, statistics = pre_norm_forward(x1, weights.mlp_norm, weights.mlp_norm_bias, config, scratch)
     logits = frozen_linear(n2, not_none(weights.router), weights.router_bias)
     shares, routed = router_forward(logits, mixture.chosen, of_all=mixture.of_all)
     routing = route(routed.chosen, mixture.experts)
-    gate_up, h_gate_up = _gate_up(n2, routing, weights, adapter, mixture)
+    gate_up, h_gate_up = _gate_up(n2, routing, stacks, factors, mixture)
     product = scratch.take("product", (gate_up.shape[0], mixture.width), x1)
     gate, up = gate_up[:, : mixture.width], gate_up[:, mixture.width :]
     if mixture.clamp is not None:
@@ -125,13 +134,40 @@ def experts_sublayer_forward(
     else:
         p, _ = glu_forward(gate, up, config.activation, out=product)
     weigh_forward(p, shares, routing, out=p)
-    matrices = ExpertMatrices(mlp_matrix(weights.down), mixture.experts)
-    z, down = expert_linear_forward(p, matrices, routing.counts, _factors(adapter.down, mixture))
+    matrices = ExpertMatrices(mlp_matrix(stacks.down), mixture.experts)
+    z, down = expert_linear_forward(p, matrices, routing.counts, _factors(factors.down, mixture))
     y, _ = combine_forward(z, routing)
-    if weights.down_bias is not None:
-        y.add_(expert_bias_forward(shares, routed.chosen, _by_expert(weights.down_bias, mixture))[0])
+    if stacks.down_bias is not None:
+        y.add_(expert_bias_forward(shares, routed.chosen, _by_expert(stacks.down_bias, mixture))[0])
+    mlp_saved = None
+    if mixture.with_mlp:
+        y_mlp, mlp_saved = _mlp_forward(n2, weights, adapter, config, scratch)
+        y.add_(y_mlp)
     x2, post_norm = residual_sum(x1, y, (weights.after_mlp_norm, weights.after_mlp_norm_bias), config)
-    return x2, ExpertsSaved(statistics, routed, shares, routing, gate_up, h_gate_up, down.h, post_norm)
+    return x2, ExpertsSaved(statistics, routed, shares, routing, gate_up, h_gate_up, down.h, post_norm, mlp_saved)
+
+
+def _mlp_forward(
+    n2: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig, scratch: Scratch
+) -> tuple[Tensor, MLPSaved]:
+    """Return the output of the MLP next to the experts, (T, hidden), and the tensors saved for its backward."""
+    ffn = config.intermediate_size
+    gate_up, h_gate_up = gate_up_forward(n2, weights, adapter, config)
+    buffer = scratch.take("product", (n2.shape[0], ffn), n2)
+    p, _ = glu_forward(gate_up[:, :ffn], gate_up[:, ffn:], config.activation, out=buffer)
+    y, h_down = group_forward(p, mlp_matrix(weights.down), weights.down_bias, adapter.down)
+    return y, MLPSaved(None, gate_up, h_gate_up, h_down, None)
+
+
+_FROZEN = group_adapter(None, (), (), None)
+
+
+def _of_experts(weights: BlockWeights, adapter: BlockAdapter, mixture: Mixture) -> tuple[BlockWeights, BlockAdapter]:
+    """Return the block's weights and adapter with those of the experts as the MLP's."""
+    if not mixture.with_mlp:
+        return weights, adapter
+    own = replace(weights, gate_up=weights.experts_gate_up, down=weights.experts_down)
+    return own, adapter._replace(gate_up=_FROZEN, down=_FROZEN)
 
 
 def experts_backward(
@@ -146,8 +182,11 @@ def experts_backward(
     """Map the gradient d_y of the experts' combined output to d_n₂, both of shape (T, hidden).
 
     Returns None if the backward pass ends here: at the first of the groups DOWN and GATE_UP not in `input_grad_groups`.
+    With an MLP next to the experts, these groups are the MLP's, and the result is never None.
     """
     mixture, routing, x = not_none(config.mixture), saved.routing, normalized(n2)
+    if mixture.with_mlp:
+        (weights, adapter), input_grad_groups = _of_experts(weights, adapter, mixture), ALL_GROUPS
     gate_up, h_gate_up = saved.gate_up, saved.h_gate_up
     if gate_up is None or h_gate_up is None:
         gate_up, h_gate_up = _gate_up(x, routing, weights, adapter, mixture)

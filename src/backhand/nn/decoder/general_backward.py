@@ -55,7 +55,11 @@ def general_mlp_backward(
     d_norm_weight, multiplier = adapter.d_norms.get(config.norms.after_mlp), config.multipliers.down
     d_y, d_stream = residual_backward(d_x2, saved.post_norm, d_norm_weight, config, multiplier)
     if isinstance(saved, ExpertsSaved):
-        d_n2 = experts_backward(d_y, n2, saved, weights, adapter, config, input_grad_groups)
+        mlp = saved.mlp
+        d_n2 = None if mlp is None else _mlp_backward(d_y, n2, mlp, weights, adapter, config, input_grad_groups)
+        if mlp is None or d_n2 is not None:
+            through_experts = experts_backward(d_y, n2, saved, weights, adapter, config, input_grad_groups)
+            d_n2 = through_experts if d_n2 is None else d_n2.add_(not_none(through_experts))
     else:
         d_n2 = _mlp_backward(d_y, n2, saved, weights, adapter, config, input_grad_groups)
     return None if d_n2 is None else pre_norm_backward(d_n2, n2, adapter.d_norms.get(config.norms.before_mlp), d_stream)

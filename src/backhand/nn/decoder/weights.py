@@ -52,7 +52,8 @@ class BlockWeights:
     - conv (channels, 1, taps), conv_bias (channels,), log_rate, rate_bias and skip (heads,), gated_norm (width,) of a
       state-space mixer
     - router (experts, hidden) and router_bias (experts,) of a layer of experts, whose matrices are stacked in gate_up
-      (experts · 2f, hidden) and down (experts · hidden, f), and their biases likewise
+      (experts · 2f, hidden) and down (experts · hidden, f), and their biases likewise. If the layer also has an MLP,
+      they are in experts_gate_up and experts_down
     - per_layer_gate (p, hidden), per_layer_projection (hidden, p) and per_layer_norm (hidden,) of per-layer embeddings
       with p features
     - layer_scalar (1,)
@@ -85,6 +86,8 @@ class BlockWeights:
     skip: Tensor | None = None
     router: Tensor | None = None
     router_bias: Tensor | None = None
+    experts_gate_up: FrozenMatrix | None = None
+    experts_down: FrozenMatrix | None = None
     sinks: Tensor | None = None
     per_layer_gate: FrozenMatrix | None = None
     per_layer_projection: FrozenMatrix | None = None
@@ -136,7 +139,7 @@ def block_parts(config: DecoderConfig, layer: LayerConfig) -> list[Part]:
     parts: list[Part] = []
 
     def group(field: str, modules: Sequence[str], outputs: Sequence[int], inputs: int, bias: bool = False) -> None:
-        trainable = field not in ("gate_up", "down") or mixture is None
+        trainable = mixture is None or field not in expert_fields(config)
         parts.append(Part(field, tuple(f"{one}.weight" for one in modules), outputs, (inputs,), True, trainable))
         if bias:
             names = tuple(f"{one}.bias" for one in modules)
@@ -149,14 +152,17 @@ def block_parts(config: DecoderConfig, layer: LayerConfig) -> list[Part]:
     group("output", mixer.groups[1], [hidden], mixer.width - mixer.second_width, mixer.biases[1])
     if mixer.second:
         group("second_output", mixer.second, [hidden], mixer.second_width)
-    if mixture is None and config.has_mlp:
+    if config.has_mlp and config.has_mlp_in(layer):
         group("gate_up", config.groups[2], sized.gate_up_sizes, hidden, config.mlp_bias)
         group("down", config.groups[3], [hidden], sized.intermediate_size, config.mlp_bias)
-    elif mixture is not None:
+    if mixture is not None:
         (gate_up,), (down,) = EXPERT_GROUPS
-        for field, parameter, rows, inputs in (
-            ("gate_up", gate_up, 2 * mixture.width, hidden),
-            ("down", down, hidden, mixture.width),
+        for field, parameter, rows, inputs in zip(
+            expert_fields(config),
+            (gate_up, down),
+            (2 * mixture.width, hidden),
+            (hidden, mixture.width),
+            strict=True,
         ):
             modules = dict(expert_slices(parameter, mixture.experts, rows))
             outputs = [piece.rows.stop - piece.rows.start for piece in modules.values()]
@@ -184,6 +190,12 @@ def block_parts(config: DecoderConfig, layer: LayerConfig) -> list[Part]:
     if config.layer_scalar:
         alone("layer_scalar", LAYER_SCALAR, 1, trainable=False)
     return parts
+
+
+def expert_fields(config: DecoderConfig) -> tuple[str, str]:
+    """Return the fields of `BlockWeights` with the matrices of the experts."""
+    apart = config.mixture is not None and config.mixture.with_mlp
+    return ("experts_gate_up", "experts_down") if apart else ("gate_up", "down")
 
 
 def empty_weights(
@@ -318,7 +330,7 @@ def linear_parts(block: BlockWeights, config: DecoderConfig, layer: int) -> dict
         if part.multiplies
         for name, view in part_views(block, part)
     }
-    if config.layers[layer].experts:
+    if not config.has_mlp_in(config.layers[layer]):
         (gate_up,), (down,) = EXPERT_GROUPS
         parts |= {gate_up: mlp_matrix(block.gate_up), down: mlp_matrix(block.down)}
     return parts
@@ -352,11 +364,12 @@ def module_shapes(config: DecoderConfig, labels: int = 0) -> ModuleShapes:
     for index, layer in enumerate(config.layers):
         prefix = f"{config.block_path(index)}."
         for part in block_parts(config, layer):
-            if part.multiplies and (mixture is None or part.field not in ("gate_up", "down")):
+            of_experts = mixture is not None and part.field in expert_fields(config)
+            if part.multiplies and not of_experts:
                 for name, size in zip(part.names, part.rows, strict=True):
                     shapes[prefix + name.removesuffix(".weight")] = (size, part.columns[0])
             fixed += [] if part.trainable else [prefix + name for name in part.names]
-        if mixture is not None and layer.experts:
+        if mixture is not None and not config.has_mlp_in(layer):
             (gate_up,), (down,) = EXPERT_GROUPS
             experts[prefix + gate_up] = (mixture.experts, 2 * mixture.width, hidden)
             experts[prefix + down] = (mixture.experts, hidden, mixture.width)

@@ -13,6 +13,7 @@ Checked against the modelling sources of transformers 5.24:
   k, v and o have biases (`attention_bias`), and router and experts always have them. A chosen expert's weight is its
   share among the chosen ones. The experts' gated unit is clamped at `swiglu_limit`, with a gain of `swiglu_alpha`
   inside the sigmoid. Without rotary fields in the config, angles are yarn's with base 150000.
+- Granite 4 has experts next to its MLP; see `nn.families.mixed_families`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from backhand.ops.clamped_glu import Clamp
 def mixtral(fields: ConfigFields) -> DecoderConfig:
     """Mixtral: experts in every layer."""
     decoder = uniform_window(fields, stated_window(fields))
-    return _with_experts(decoder, _mixture(fields, "num_local_experts", decoder.intermediate_size))
+    return with_experts(decoder, read_mixture(fields, "num_local_experts", decoder.intermediate_size))
 
 
 def qwen3_moe(fields: ConfigFields) -> DecoderConfig:
@@ -51,10 +52,10 @@ def qwen3_moe(fields: ConfigFields) -> DecoderConfig:
     dense = fields.value("mlp_only_layers") or []
     if not isinstance(dense, list) or any(isinstance(n, bool) or not isinstance(n, int) for n in dense):
         raise ArtifactError(f"mlp_only_layers = {dense!r:.80} is not a list of layers", where="config.json")
-    mixture = _mixture(fields, "num_experts", fields.integer("moe_intermediate_size"))
+    mixture = read_mixture(fields, "num_experts", fields.integer("moe_intermediate_size"))
     mixture = mixture._replace(of_all=not fields.flag("norm_topk_prob", False))
     sparse = [layer not in dense and (layer + 1) % step == 0 for layer in range(count)]
-    return _with_experts(decoder, mixture, sparse)
+    return with_experts(decoder, mixture, sparse)
 
 
 _MOST_EXPERTS = 2**16
@@ -66,21 +67,29 @@ def gpt_oss(fields: ConfigFields) -> DecoderConfig:
     decoder = common_fields(
         fields, window=window_size(fields), slides=sliding_except_every(2), rotary_sets=gpt_oss_rotary
     )
-    mixture = _mixture(fields, "num_local_experts", decoder.intermediate_size)
+    mixture = read_mixture(fields, "num_local_experts", decoder.intermediate_size)
     gain = fields.number("swiglu_alpha", GPT_OSS_CLAMP.gain)
     limit = fields.number("swiglu_limit", GPT_OSS_CLAMP.limit)
     mixture = mixture._replace(router=GPT_OSS_ROUTER, bias=True, clamp=Clamp(gain, limit), interleaved=True)
-    return _with_experts(with_biases(fields, decoder, default=True), mixture)
+    return with_experts(with_biases(fields, decoder, default=True), mixture)
 
 
-def _with_experts(decoder: DecoderConfig, mixture: Mixture, sparse: Sequence[bool] | None = None) -> DecoderConfig:
+def with_experts(decoder: DecoderConfig, mixture: Mixture, sparse: Sequence[bool] | None = None) -> DecoderConfig:
     """Return the decoder with experts in these layers, or in all layers if `sparse` is None."""
     sparse = [True] * len(decoder.layers) if sparse is None else sparse
     return replace(with_layers(decoder, sparse, experts=True), mixture=mixture if any(sparse) else None)
 
 
-def _mixture(fields: ConfigFields, declared: str, width: int) -> Mixture:
-    """Read the number of experts, under either of its two names, and the number of experts per token."""
+def read_mixture(fields: ConfigFields, declared: str, width: int) -> Mixture:
+    """Read the number of experts, under either of its two names, and the number of experts per token.
+
+    Args:
+        declared: the name in the family's class, used if neither is set.
+        width: output features of an expert's gate and of its up.
+
+    Raises:
+        ArtifactError: there are more choices than experts, or too many experts.
+    """
     stated = [name for name in ("num_experts", "num_local_experts") if fields.value(name) is not None]
     experts, chosen = fields.integer(stated[0] if stated else declared), fields.integer("num_experts_per_tok")
     if chosen > experts or experts > _MOST_EXPERTS or experts * width > MOST_ELEMENTS:

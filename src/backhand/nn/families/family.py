@@ -264,6 +264,9 @@ class Mixture(NamedTuple):
     # the parameter of gate and up interleaves their outputs (gpt-oss), and so does its lora_B. Here gate's rows come
     # before up's
     interleaved: bool = False
+    # the block also has an MLP, whose output is added to that of the experts, and whose modules are adapted instead of
+    # the experts (Granite 4 H)
+    with_mlp: bool = False
 
 
 SINKS = "self_attn.sinks"
@@ -476,7 +479,7 @@ class DecoderConfig:
     ssm: SSMSizes | None = None  # sizes of Mamba-2 (Granite 4 H, Bamba, Falcon-H1, Nemotron-H), or None
     ssm_path: str = "mamba"  # path of Mamba-2 inside the block
     multipliers: Multipliers = NO_MULTIPLIERS
-    mixture: Mixture | None = None  # settings of layers of experts (Mixtral, Qwen3-MoE, gpt-oss), or None
+    mixture: Mixture | None = None  # settings of layers of experts (Mixtral, Qwen3-MoE, gpt-oss, Granite 4 H), or None
     short_conv: ShortConv | None = None  # settings of layers with a short convolution (LFM2), or None
     value_norm: bool = False  # values have a norm without weight, and layers may share keys and values (Gemma 4)
     # sizes of the per-layer embeddings (Gemma 4), see `nn.decoder.ple_block`; or None
@@ -502,6 +505,10 @@ class DecoderConfig:
     def has_mlp(self) -> bool:
         """True if blocks have an MLP sublayer after the mixer's. Otherwise a block is a mixer sublayer alone."""
         return len(self.groups) > 2
+
+    def has_mlp_in(self, layer: LayerConfig) -> bool:
+        """Return True if the linear modules of the layer's MLP sublayer are not those of experts."""
+        return not layer.experts or (self.mixture is not None and self.mixture.with_mlp)
 
     @property
     def shares_prefixes(self) -> bool:
@@ -620,9 +627,10 @@ class DecoderConfig:
     def layer_groups(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
         """Linear modules of each layer's block, by group. For layers of experts, the parameters of the experts."""
         per_layer = PER_LAYER_GROUPS if self.per_layer is not None else ()
+        of_mlp = (self.groups[2:] if self.has_mlp_in(layer) else EXPERT_GROUPS for layer in self.layers)
         return tuple(
-            (*self.mixers[layer.mixer].groups, *(EXPERT_GROUPS if layer.experts else self.groups[2:]), *per_layer)
-            for layer in self.layers
+            (*self.mixers[layer.mixer].groups, *groups, *per_layer)
+            for layer, groups in zip(self.layers, of_mlp, strict=True)
         )
 
     @cached_property

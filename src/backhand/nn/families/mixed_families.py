@@ -11,10 +11,11 @@ LFM2, checked against the modelling source of transformers 5.24:
 - Attention is Qwen3's, with one norm over each head of q and of k and without biases. The rotary base is 1e6 if absent.
   The norm before the head is `embedding_norm`.
 
-Granite 4, from the same source: without experts (`num_local_experts` = 0) it is Granite 3 with an MLP of width
-`shared_intermediate_size`, gate and up in one module. `layer_types` says which layers have attention; without the list
-all have Mamba-2. Queries and keys are rotated if `position_embedding_type` is `rope`, and in no layer for any other
-value.
+Granite 4, from the same source: it is Granite 3 with an MLP of width `shared_intermediate_size`, gate and up in one
+module. With experts (`num_local_experts` > 0, of width `intermediate_size`), every layer adds their output to that of
+the MLP. A chosen expert's weight is its share among the chosen ones. `layer_types` says which layers have attention;
+without the list all have Mamba-2. Queries and keys are rotated if `position_embedding_type` is `rope`, and in no layer
+for any other value.
 
 Bamba, from the same source: layers in `attn_layer_indices` have attention, all others Mamba-2. Half of the features of
 a head are rotated by default.
@@ -61,10 +62,12 @@ from backhand.nn.families.common_fields import (
     without_rotary,
 )
 from backhand.nn.families.config_fields import ConfigFields, delta_sizes, ssm_sizes
+from backhand.nn.families.expert_families import read_mixture, with_experts
 from backhand.nn.families.family import (
     ATTENTION,
     ATTENTION_AND_SSM,
     GATED_DELTA,
+    GPT_OSS_ROUTER,
     MLP,
     SHORT_CONV,
     SSM,
@@ -122,7 +125,7 @@ def _width(fields: ConfigFields, stated: int) -> int:
     return -(-int(fields.number("block_ffn_dim_multiplier") * width) // multiple) * multiple
 
 
-WITHOUT_EXPERTS = ("intermediate_size", "num_experts_per_tok", "router_aux_loss_coef")
+WITHOUT_EXPERTS = ("intermediate_size", "num_experts_per_tok")
 """Fields of Granite 4 that do not matter without experts."""
 OF_MAMBA = (
     "mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head", "mamba_d_conv", "mamba_expand",
@@ -132,17 +135,18 @@ OF_MAMBA = (
 
 
 def granite4(fields: ConfigFields) -> DecoderConfig:
-    """Granite 4 without experts."""
+    """Granite 4, with and without experts."""
     fields.must_equal("output_router_logits", False)
-    if (experts := fields.integer("num_local_experts", minimum=0)) > 0:
-        fields.put("num_local_experts", experts)
-        fields.problem("num_local_experts", "the engine has no experts in this family")
-    fields.neutral(*WITHOUT_EXPERTS)
+    has_experts = fields.integer("num_local_experts", minimum=0) > 0
+    fields.neutral("router_aux_loss_coef", *(() if has_experts else WITHOUT_EXPERTS))
     types = fields.value("layer_types")
     if isinstance(types, list):
         fields.put("layer_types", [_OLDER_TYPES.get(one, one) if isinstance(one, str) else one for one in types])
     decoder = with_biases(fields, with_multipliers(fields, common_fields(fields)))
     rotates = fields.or_declared("position_embedding_type") == "rope"
+    if has_experts:
+        mixture = read_mixture(fields, "num_local_experts", decoder.intermediate_size)
+        decoder = with_experts(decoder, mixture._replace(router=GPT_OSS_ROUTER, with_mlp=True))
     decoder = replace(decoder, intermediate_size=fields.integer("shared_intermediate_size"))
     layers = len(decoder.layers)
     recurrent = layers_of_type(fields, _LINEAR, layers) or [True] * layers

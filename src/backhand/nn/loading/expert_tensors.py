@@ -8,6 +8,8 @@
     model.layers.0.mlp.experts.gate_up_proj_bias             (experts, 2f)          outputs interleaved
     model.layers.0.mlp.experts.down_proj                     (experts, f, hidden)
     model.layers.0.mlp.experts.down_proj_bias                (experts, hidden)
+    model.layers.0.block_sparse_moe.input_linear.weight      (experts, 2f, hidden)  Granite 4 on the hub
+    model.layers.0.block_sparse_moe.output_linear.weight     (experts, hidden, f)
 
 The matrices and biases of all experts are either separate tensors or slices of one stacked tensor. transformers writes
 the names of the hub and reads both.
@@ -23,6 +25,12 @@ from torch import Tensor
 
 _STACK = re.compile(r".*\.mlp\.experts\.(gate_up_proj|down_proj)(?P<bias>_bias)?")
 _MIXTRAL = re.compile(r"(?P<block>.*)\.block_sparse_moe\.(?P<rest>.+)")
+_GRANITE = {
+    "input_linear.weight": "experts.gate_up_proj",
+    "output_linear.weight": "experts.down_proj",
+    "router.layer.weight": "router.weight",
+}
+"""Names on the hub → names in transformers, after `block_sparse_moe.`."""
 _MIXTRAL_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _ONE = re.compile(
     r"(?P<block>.*)\.mlp\.experts\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj)\.(?:weight|bias)"
@@ -64,7 +72,7 @@ class ExpertSlice(NamedTuple):
 
 def may_hold_experts(name: str) -> bool:
     """Return True if a tensor of this name is a stack, provided that it has three dimensions, or two for a bias."""
-    return _STACK.fullmatch(name) is not None
+    return _STACK.fullmatch(_renamed(name)) is not None
 
 
 def split_experts(
@@ -76,9 +84,10 @@ def split_experts(
         name: the tensor's name in a Hugging Face directory.
         model_type: the model's type, which determines the layout of stacks.
     """
+    name = _renamed(name)
     match = _STACK.fullmatch(name)
     if match is None or len(shape) != (2 if match["bias"] else 3):
-        yield _renamed(name), None
+        yield name, None
         return
     layout, kind = stack_layout(model_type), "bias" if match["bias"] else "weight"
     transposed = layout.transposed and kind == "weight"
@@ -140,7 +149,7 @@ def _renamed(name: str) -> str:
     match = _MIXTRAL.fullmatch(name)
     if match is None:
         return name
-    *path, last, kind = match["rest"].split(".")
+    *path, last, kind = _GRANITE.get(match["rest"], match["rest"]).split(".")
     return ".".join([match["block"], "mlp", *path, _MIXTRAL_PARTS.get(last, last), kind])
 
 
@@ -164,6 +173,11 @@ def hub_name(model_type: object, name: str) -> str:
         block, _, part = parsed
         kind = "_bias" if name.endswith(".bias") else ""
         return f"{block}.mlp.experts.{part if part == 'down_proj' else 'gate_up_proj'}{kind}"
+    if model_type == "granitemoehybrid":
+        block, inside, _ = name.partition(".mlp.")
+        parameter = expert_parameter(name) or name
+        hub = {ours: theirs for theirs, ours in _GRANITE.items()}
+        return f"{block}.block_sparse_moe.{hub[parameter.partition('.mlp.')[2]]}" if inside else name
     if model_type != "mixtral":
         return name
     names = {ours: theirs for theirs, ours in _MIXTRAL_PARTS.items()}
@@ -181,6 +195,6 @@ def stack_shape(model_type: object, stack: str, members: int, one: tuple[int, ..
         members: number of matrices or biases in the stack.
         one: shape of one of them, (out, in) or (out,).
     """
-    parts = len(expert_parts(stack.rpartition(".")[2].removesuffix("_bias")))
+    parts = len(expert_parts(_renamed(stack).rpartition(".")[2].removesuffix("_bias")))
     sizes = (one[0] * parts, *one[1:])
     return (members // parts, *(sizes[::-1] if stack_layout(model_type).transposed else sizes))

@@ -213,6 +213,8 @@ def gguf_architecture(config: Mapping[str, Any]) -> str | None:
     if config.get("model_type") == "bamba":
         return GRANITE_HYBRID
     if config.get("model_type") == "granitemoehybrid":
+        if config.get("num_local_experts", 1):  # the class has experts by default
+            return None
         types = config.get("layer_types")
         hybrid = not isinstance(types, list) or any(one in ("mamba", "linear_attention") for one in types)
         return GRANITE_HYBRID if hybrid else "granite"

@@ -17,8 +17,8 @@ from backhand.nn.decoder.block import BlockSaved, block_backward, block_forward
 from backhand.nn.decoder.cross_layer import CrossLayer
 from backhand.nn.decoder.experts import ExpertsSaved
 from backhand.nn.decoder.forward_backward import ForwardBackward
-from backhand.nn.decoder.mixer import BlockContext, MLPSaved
-from backhand.nn.decoder.weights import BlockWeights
+from backhand.nn.decoder.mixer import BlockContext
+from backhand.nn.decoder.weights import BlockWeights, expert_fields
 from backhand.nn.families.family import ATTENTION, NO_MULTIPLIERS, DecoderConfig, Mixture, SSMSizes
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.ops.document_groups import SegmentRun
@@ -66,9 +66,11 @@ def block_gradients(d_y: Tensor, inputs: BlockInputs) -> BlockGrads:
     """Run `block_backward` with a separate gradient buffer, without changing the saved tensors."""
     saved, weights, context, lora, dropout_seed = inputs
     lora.gradients.zero_()
-    if isinstance(saved.mlp, MLPSaved) and saved.mlp.gate_up is not None:
-        # The backward overwrites a and u with their gradients, and a mutant runs it again.
-        saved = saved._replace(mlp=saved.mlp._replace(gate_up=saved.mlp.gate_up.clone()))
+    # The backward of an MLP overwrites a and u with their gradients, and a mutant runs it again.
+    mlp = saved.mlp.mlp if isinstance(saved.mlp, ExpertsSaved) else saved.mlp
+    if mlp is not None and mlp.gate_up is not None:
+        mlp = mlp._replace(gate_up=mlp.gate_up.clone())
+        saved = saved._replace(mlp=saved.mlp._replace(mlp=mlp) if isinstance(saved.mlp, ExpertsSaved) else mlp)
     cross_layer = not_none(context.cross_layer)
     cross_layer.pop_grad(KV_SOURCE)
     if cross_layer.ple is not None:
@@ -207,6 +209,10 @@ CASES = (
     OP.case("gpt-oss, loss at some positions, recompute block", "gpt-oss", rows=(0, 5, 17), recompute="block"),
     OP.case("gpt-oss, experts frozen", "gpt-oss", targets="q_proj v_proj o_proj"),
     OP.case("gpt-oss, gate and up adapted", "gpt-oss", targets="gate_up_proj"),
+    OP.case("experts next to an mlp, recompute mlp", "granite 4, two", dropout=0.3, recompute="mlp", rows=(1, 4, 12)),
+    OP.case("experts next to an mlp, recompute block", "granite 4, two", recompute="block", layer=1),
+    OP.case("experts next to an mlp, down adapted", "granite 4, two", targets="output_linear"),
+    OP.case("experts next to an mlp, attention adapted", "granite 4, two", targets="q_proj"),
     OP.case("experts, no token", "mixtral", documents=(0,)),
     OP.case("gemma4, full attention", "gemma4, shared", layer=1, dropout=0.3, recompute="mlp"),
     OP.case("gemma4, keys of another layer", "gemma4, shared", layer=2, dropout=0.3),
@@ -302,9 +308,16 @@ def _gates_unmoved(saved: BlockSaved, s: BlockInputs) -> BlockSaved:
 def _next_expert(s: BlockInputs) -> BlockWeights:
     """Exchange the experts' down matrices."""
     weights, mixture = s.weights, s.context.config.mixture
-    if weights.router is None or mixture is None or not isinstance(weights.down, Tensor):
+    if weights.router is None or mixture is None:
         return weights
-    return replace(weights, down=weights.down.roll(weights.down.shape[0] // mixture.experts, 0))
+    _, field = expert_fields(s.context.config)
+    stack: Tensor = getattr(weights, field)
+    return replace(weights, **{field: stack.roll(stack.shape[0] // mixture.experts, 0)})
+
+
+def _without_mlp(saved: BlockSaved, _s: BlockInputs) -> BlockSaved:
+    """Forget the MLP next to the experts."""
+    return saved._replace(mlp=saved.mlp._replace(mlp=None)) if isinstance(saved.mlp, ExpertsSaved) else saved
 
 
 def _equal_shares(saved: BlockSaved, _s: BlockInputs) -> BlockSaved:
@@ -381,6 +394,7 @@ MUTANTS = (
     # Shares that do not depend on the input.
     _weights("router's share of the gradient missing", "d_x0", router=torch.zeros_like),
     OP.perturb("another expert's matrix", "d_x0 d_lora_A", weights=_next_expert),
+    _saved("mlp next to the experts forgotten", "d_x0 d_lora_A d_lora_B", _without_mlp),
     _saved("shares forgotten", "d_x0 d_lora_B", _equal_shares),
     _weights("sinks forgotten", "d_x0 d_lora_A", sinks=lambda _sinks: None),
     _weights("experts' biases forgotten in the shares", "d_x0", down_bias=lambda _bias: None),
