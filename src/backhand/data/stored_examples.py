@@ -98,12 +98,13 @@ def _arrays_of(examples: Sequence[Example]) -> tuple[bytes, npt.NDArray[Any], di
     documents = [document for example in examples for document in example.documents]
     counts = [len(example.documents) for example in examples]
     firsts = np.cumsum(counts) - counts
-    ids = np.concatenate([document.input_ids for document in documents])
-    supervised = np.concatenate([document.supervised for document in documents])
-    signed = np.where(supervised, ~ids, ids).astype(np.int32).tobytes()
     sources = [document.source.encode(errors="surrogatepass") for document in documents]
+    signed = (np.where(one.supervised, ~one.input_ids, one.input_ids).astype(np.int32) for one in documents)
+    encoded = [ids.tobytes() + source + bytes(-len(source) % 4) for ids, source in zip(signed, sources, strict=True)]
+    sizes, tokens = [len(part) // 4 for part in encoded], b"".join(encoded)
     token_digests = [_digest(b"|".join(one.input_ids.tobytes() for one in example.documents)) for example in examples]
     records = np.zeros(len(documents), dtype=RECORD)
+    records["begin"] = np.cumsum(sizes) - sizes
     records["tokens"], records["source_bytes"] = list(map(len, documents)), list(map(len, sources))
     records["place"] = NEXT
     records["place"][firsts] = np.where(np.array(counts) > 1, FIRST, ALONE)
@@ -112,22 +113,10 @@ def _arrays_of(examples: Sequence[Example]) -> tuple[bytes, npt.NDArray[Any], di
     records["source_digest"] = list(map(_digest, sources))
     records["token_digest"] = np.repeat(np.array(token_digests, dtype=np.uint64), counts)
     records["key"] = np.repeat(np.array([example.key for example in examples], dtype=RECORD["key"]), counts)
-    sizes, begin, encoded = _sizes(records), 0, []
-    records["begin"] = np.cumsum(sizes) - sizes
-    for document, source in zip(documents, sources, strict=True):
-        end = begin + 4 * len(document)
-        encoded += [signed[begin:end], source, bytes(-len(source) % 4)]
-        begin = end
-    tokens = b"".join(encoded)
     for name, column in _token_columns(np.frombuffer(tokens, np.int32), records, 0).items():
         records[name] = column
     rows = {int(first): one.facts for first, one in zip(firsts, examples, strict=True) if one.facts is not None}
     return tokens, records, rows
-
-
-def _sizes(records: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """(documents,) the number of elements of each document with its source."""
-    return np.asarray(records["tokens"] + -(-records["source_bytes"].astype(np.int64) // 4))
 
 
 def _token_columns(tokens: TokenIds, records: npt.NDArray[Any], begin: int) -> dict[str, npt.NDArray[Any]]:
@@ -193,7 +182,7 @@ def read_examples(
 
 def _document_ends(records: npt.NDArray[Any], tokens: int) -> npt.NDArray[np.int64]:
     """Return (documents,) the end of each document with its source. Raises ValueError: the records are inconsistent."""
-    sizes = _sizes(records)
+    sizes = records["tokens"] + -(-records["source_bytes"].astype(np.int64) // 4)
     ends = np.cumsum(sizes)
     first, following = records["place"] == FIRST, records["place"] == NEXT
     if not (
