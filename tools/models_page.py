@@ -70,7 +70,7 @@ def families_section() -> str:
         stated["falcon_h1"] = {"mamba_n_heads": 4, "mamba_d_ssm": 64}
         stated["nemotron_h"] = {"hybrid_override_pattern": "M-M*"}
         config = decoder_config({"model_type": family, **_SIZES, **stated.get(family, {})})
-        variants = ({"model_type": family, **one} for one in (stated.get(family, {}), {"num_local_experts": 0}))
+        variants = ({"model_type": family, **one} for one in (stated.get(family, {}), {}))
         architectures = dict.fromkeys(name for one in variants if (name := gguf_architecture(one)) is not None)
         stored = ", ".join(f"`{name}`" for name in architectures) or "none that is read"
         named, particular = _KNOWN_AS[family], _particular(family, config)

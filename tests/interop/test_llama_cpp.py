@@ -170,11 +170,12 @@ def test_a_granite_4_in_which_nothing_turns_is_left_to_llama_cpps_own_converter(
 
 
 def test_a_granite_4s_adapter_comes_back_and_one_of_other_factors_does_not(tmp_path: Path) -> None:
-    model = tiny_model("granitemoehybrid")
-    base, adapter = save_tiny(model, tmp_path / "base"), save_tiny_adapter(model, tmp_path / "adapter", alpha=10)
-    output = tmp_path / "adapter.gguf"
-    export_command(ExportOptions(adapter=adapter, to="gguf", output=output, model=str(base), quiet=True))
-    assert float((_ours(base, output) - _ours(base, adapter)).abs().max()) < 1e-4
+    for variant in ("granite4-experts", "granitemoehybrid"):
+        model, place = tiny_model(variant), tmp_path / variant
+        base, adapter = save_tiny(model, place / "base"), save_tiny_adapter(model, place / "adapter", alpha=10)
+        output = place / "adapter.gguf"
+        export_command(ExportOptions(adapter=adapter, to="gguf", output=output, model=str(base), quiet=True))
+        assert float((_ours(base, output) - _ours(base, adapter)).abs().max()) < 1e-4
     of_parts = save_tiny_adapter(tiny_model("granite"), tmp_path / "parts", alpha=10)
     factors = open_adapter(str(save_tiny(tiny_model("granite"), tmp_path / "g3")), of_parts, force_base=False).factors
     write_gguf_adapter(tmp_path / "parts.gguf", factors, architecture="granite", sizes=StoredSizes(14), tied_head=True)
@@ -284,11 +285,12 @@ def test_a_directory_of_every_family_becomes_a_file_that_llama_cpp_computes_alik
 
 
 @pytest.mark.parametrize("targets", [{}, {"target_modules": ["v_proj"]}], ids=["experts", "attention alone"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "granite4-experts"])
 def test_a_file_with_stacks_of_experts_is_merged_into_one(family: str, targets: dict[str, Any], tmp_path: Path) -> None:
     """Stacks that the adapter leaves alone keep their bytes, and so do routers."""
     overrides = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96} | _FAMILIES[family]
     overrides |= {"moe_intermediate_size": 32} if family == "qwen3_moe" else {}
+    overrides |= {"mamba_n_heads": 8, "mamba_d_head": 16} if family == "granite4-experts" else {}
     model = tiny_model(family, **overrides)
     base = write_tiny_gguf(model, tmp_path / "base.gguf", storage=StorageType.F16)
     adapter = save_tiny_adapter(model, tmp_path / "adapter", alpha=10, **targets)
@@ -298,7 +300,8 @@ def test_a_file_with_stacks_of_experts_is_merged_into_one(family: str, targets: 
     assert _largest_difference(_ours(base, adapter), LlamaCpp(output)) < 0.05
     before, after = GGUFModel(base), GGUFModel(output)
     assert before.metadata.tensors.keys() == after.metadata.tensors.keys()
-    adapted = ("attn_v",) if targets else ("attn_q.", "attn_k.", "attn_v.", "attn_output", "_exps")
+    others = ("ssm_in", "ssm_out", "_shexp") if family == "granite4-experts" else ("_exps",)
+    adapted = ("attn_v",) if targets else ("attn_q.", "attn_k.", "attn_v.", "attn_output", *others)
     for name in before.metadata.tensors:
         same = bool((before.bytes_of(name) == after.bytes_of(name)).all())
         assert same != any(part in name and not name.endswith("bias") for part in adapted), name

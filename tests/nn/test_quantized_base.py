@@ -80,7 +80,9 @@ def _write(variant: str, mix: tuple[StorageType, ...], path: Path) -> Path:
         sizes |= {"moe_intermediate_size": 512, "mlp_only_layers": [], "decoder_sparse_step": 1}
     if variant in ("granitemoehybrid", "granite4-h"):
         sizes |= {"shared_intermediate_size": 768, "intermediate_size": 768}
-    if variant in ("granite4-h", "bamba"):
+    if variant == "granite4-experts":
+        sizes |= {"shared_intermediate_size": 768, "intermediate_size": 256}
+    if variant in ("granite4-h", "granite4-experts", "bamba"):
         sizes |= {"mamba_n_heads": 8, "mamba_d_head": sizes["hidden_size"] // 4}
     if variant == "granite4-h":
         sizes |= {"num_hidden_layers": 4}
@@ -158,7 +160,7 @@ def _assert_equal(dense: Decoder, quantized: Decoder, config: LoRAConfig, batch:
 
 
 # A file of architecture granite cannot say that nothing turns, and none has biases or limits of Mamba-2.
-_NOT_STORED = ("granite4-nope", "granite4-experts", "bamba-steps", "falcon-norm", "nemotron-biases")
+_NOT_STORED = ("granite4-nope", "bamba-steps", "falcon-norm", "nemotron-biases")
 _STORED = [variant for variant in VARIANTS if not variant.startswith(_NOT_STORED)]
 # Which weights a family takes where, and how blocks of a kind are multiplied, have nothing to do with each other.
 _PAIRS = [(variant, place % len(_MIXES)) for place, variant in enumerate(_STORED)]

@@ -48,6 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {},
     "granitemoehybrid": {},
     "granite4-h": {},
+    "granite4-experts": {},
     "bamba": {"mamba_proj_bias": False},
     "falcon_h1": {},
     "nemotron_h": {},

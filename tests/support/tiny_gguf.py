@@ -79,6 +79,7 @@ _MODULES = {
     "conv.conv": "shortconv.conv",
     "conv.out_proj": "shortconv.out_proj",
     "shared_mlp.output_linear": "ffn_down",
+    "block_sparse_moe.router": "ffn_gate_inp",
     "feed_forward.w1": "ffn_gate",
     "feed_forward.w2": "ffn_down",
     "feed_forward.w3": "ffn_up",
@@ -270,6 +271,9 @@ def _writer(model: PreTrainedModel, path: Path, parts: int) -> gguf.GGUFWriter:
         add_gemma4(writer, config)
     else:
         width = next(widths, config.intermediate_size)
+        if config.model_type == "granitemoehybrid" and config.num_local_experts:
+            writer.add_expert_shared_feed_forward_length(width)
+            width = config.intermediate_size
         nemotron = config.model_type == "nemotron_h"
         by_layer = [width * (kind == "mlp") for kind in config.layers_block_type] if nemotron else width
         writer.add_feed_forward_length(by_layer)
@@ -430,7 +434,7 @@ def tiny_gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray[Any, Any]]
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if ".mlp.experts." in name:
+        if ".experts." in name:
             of_gpt_oss = config.model_type == "gpt_oss"
             tensors |= (_of_gpt_oss if of_gpt_oss else _of_experts)(name, tensor.detach().float())
             continue
@@ -455,13 +459,16 @@ def tiny_gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray[Any, Any]]
             values = _of_mamba(values, config, name)
         if config.model_type == "falcon_h1":
             values = _multiplied(values, config, module)
+        shared = "_shexp" if config.model_type == "granitemoehybrid" and config.num_local_experts else ""
         if module == "shared_mlp.input_linear":  # gate and up, each a tensor of its own there
             for part, half in zip(("ffn_gate", "ffn_up"), np.split(values, 2), strict=True):
-                tensors[f"{block}{part}.weight"] = np.ascontiguousarray(half)
+                tensors[f"{block}{part}{shared}.weight"] = np.ascontiguousarray(half)
             continue
         stored = f"{block}{names[module]}.{kind}" if module in names else f"{block}{_WHOLE[kind]}"
         if module == "pre_ff_layernorm" and config.model_type == "falcon_h1":
             stored = f"{block}ffn_norm"
+        if module == "shared_mlp.output_linear":
+            stored = f"{block}ffn_down{shared}.weight"
         tensors[stored] = np.ascontiguousarray(values)
     rotary = getattr(config, "rope_parameters", None) or {}
     if rotary.get("rope_type") == "llama3":

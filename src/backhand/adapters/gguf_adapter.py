@@ -72,6 +72,7 @@ def read_gguf_adapter(path: Path | str, config: Mapping[str, Any]) -> AdapterCon
     stacks: dict[str, dict[str, Tensor]] = {}
     tensors, stored_bytes, problems = _tensors(file, architecture, stored_sizes(config), stacks)
     if config.get("model_type") == "granitemoehybrid":
+        tensors = {key.replace(".shared_experts.", ".mlp."): tensor for key, tensor in tensors.items()}
         tensors = _with_fused_mlp(tensors, problems)
     elif config.get("model_type") == "bamba":
         tensors = {key.replace(".mlp.", ".feed_forward."): tensor for key, tensor in tensors.items()}

@@ -58,13 +58,13 @@ def write_gguf_adapter(
         ArtifactError: names modules for which the architecture has no tensor.
         CheckError: if a value is not finite in float32.
     """
-    obstacles = {module: _obstacle(architecture, module, one, tied_head) for module, one in factors.items()}
+    obstacles = {module: _obstacle(architecture, module, one, tied_head, sizes) for module, one in factors.items()}
     refuse("gguf", {module: reason for module, reason in obstacles.items() if reason is not None})
     alpha = file_alpha(factors)
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     stacks: dict[str, list[np.ndarray[Any, Any]]] = {}
     for module, one in factors.items():
-        names = gguf_names(architecture, f"{module}.weight")
+        names = gguf_names(architecture, f"{module}.weight", shared_mlp=sizes.shared_mlp)
         folded = one.scaled_to(alpha / one.rank)
         A_layout, B_layout = layout(architecture, f"{module}.weight", sizes).factor_layouts
         if parse_expert_name(f"{module}.weight") is not None:  # factors come in the order of the experts
@@ -102,7 +102,7 @@ def file_alpha(factors: Factors) -> float:
     return first if not others and first.is_integer() else float(max(one.rank for one in factors.values()))
 
 
-def _obstacle(architecture: str, module: str, one: ModuleFactors, tied_head: bool) -> str | None:
+def _obstacle(architecture: str, module: str, one: ModuleFactors, tied_head: bool, sizes: StoredSizes) -> str | None:
     if one.embedding and tied_head:
         return "the embedding is the head's matrix, and llama.cpp would use the factors there too, and stop"
     if module == _OUTPUT and tied_head:
@@ -112,7 +112,7 @@ def _obstacle(architecture: str, module: str, one: ModuleFactors, tied_head: boo
             "llama.cpp multiplies by this matrix as it is and would leave the factors out without a word; an adapter "
             "trained with --exclude-modules per_layer_model_projection has none of it"
         )
-    if not gguf_names(architecture, f"{module}.weight"):
+    if not gguf_names(architecture, f"{module}.weight", shared_mlp=sizes.shared_mlp):
         return f"files of architecture {architecture} have no tensor for it"
     return None
 

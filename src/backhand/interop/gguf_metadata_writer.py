@@ -62,6 +62,9 @@ def add_model_metadata(writer: gguf.GGUFWriter, source: ModelSource) -> list[str
     widths = [layer.intermediate_size for layer in sized]
     if not config.has_mlp:
         widths = [width if one.mixer == MLP else 0 for width, one in zip(widths, config.layers, strict=True)]
+    if config.mixture is not None and config.mixture.with_mlp:
+        writer.add_expert_shared_feed_forward_length(_once(widths))
+        widths = [config.mixture.width]
     writer.add_feed_forward_length(_once(widths))
     writer.add_head_count(config.num_heads)
     attends = [layer.mixer in (ATTENTION, ATTENTION_AND_SSM) for layer in config.layers]

@@ -31,7 +31,7 @@ from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.expert_tensors import parse_expert_name
 from backhand.nn.loading.gguf_families import RECURRENT_LAYERS, prediction_block_count
 from backhand.nn.loading.gguf_file import GGUFFile
-from backhand.nn.loading.gguf_layouts import Layout, layout, stored_sizes
+from backhand.nn.loading.gguf_layouts import Layout, StoredSizes, layout, stored_sizes
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.gguf_tensors import (
     GRANITE_HYBRID,
@@ -187,7 +187,7 @@ def _plan(weights: MergedWeights, architecture: str, storage: StorageType | None
     sizes = stored_sizes(source.config)
     new = () if weights.head is None else weights.head.parameters
     planned = []
-    for names, members in _by_tensor(weights, architecture).items():
+    for names, members in _by_tensor(weights, architecture, sizes).items():
         ours = members[0]
         how = layout(architecture, ours, sizes)
         is_new = ours in new or (ours == HEAD_WEIGHT and weights.unties_head)
@@ -211,11 +211,11 @@ def _by_member(parts: list[_Bytes], members: int) -> tuple[_Bytes, ...]:
     return tuple(group[0] if each == 1 else np.concatenate([part.reshape(-1) for part in group]) for group in groups)
 
 
-def _by_tensor(weights: MergedWeights, architecture: str) -> dict[tuple[str, ...], tuple[str, ...]]:
+def _by_tensor(weights: MergedWeights, architecture: str, sizes: StoredSizes) -> dict[tuple[str, ...], tuple[str, ...]]:
     """Map the file's names of each tensor to our name, or to those of the matrices of all experts in order."""
     found: dict[tuple[str, ...], list[str]] = {}
     for ours in weights.names():
-        names = gguf_names(architecture, ours)
+        names = gguf_names(architecture, ours, shared_mlp=sizes.shared_mlp)
         if not names:
             raise ArtifactError(
                 f"files of architecture {architecture} have no tensor for {ours}",

@@ -39,7 +39,7 @@ from support.tiny_models import (
 )
 
 _GRANITE4 = ("granitemoehybrid", "granite4-nope")
-_NOT_STORED = ("granite4-experts", "bamba-steps", "falcon-norm", "nemotron-biases")
+_NOT_STORED = ("bamba-steps", "falcon-norm", "nemotron-biases")
 
 # What cannot be written into a file of their architecture: a sliding window, a scale, biases.
 _OVERRIDES: dict[str, dict[str, Any]] = {

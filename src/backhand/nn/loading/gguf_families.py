@@ -19,7 +19,8 @@ numbers that are constants in llama.cpp's code:
   layer are ignored.
 - **Mamba-2** (`granitehybrid`, `falcon-h1`, `nemotron_h`). A layer with 0 key/value heads is Mamba-2. In `nemotron_h`,
   a layer with a feed-forward length is an MLP. Falcon-H1's multipliers are part of the weights. A `granitehybrid` that
-  rotates part of each head is a Bamba, which has no multipliers.
+  rotates part of each head is a Bamba, which has no multipliers. In a Granite 4 with experts, the feed-forward length
+  is that of an expert.
 - **Mistral** files have architecture `llama`. A file with a sliding window becomes a `mistral` config.
 - **OLMo 3** files have architecture `olmo2` and a sliding window. Rotary scaling does not apply to sliding layers.
 - **OLMo and EXAONE.** If there is a sliding window, every fourth layer is full attention. EXAONE 4 with 64 layers has a
@@ -188,10 +189,14 @@ def _granite_hybrid(config: dict[str, Any], metadata: Metadata, file: GGUFFile) 
         return
     _granite(config, metadata, file)
     metadata.get("rope.scaling.finetuned")
+    experts, width = metadata.optional("expert_count", int) or 0, config["intermediate_size"]
+    if experts:
+        config["num_experts_per_tok"] = metadata.integer("expert_used_count")
+        width = metadata.integer("expert_shared_feed_forward_length")
     config |= {
         "model_type": "granitemoehybrid",
-        "num_local_experts": 0,
-        "shared_intermediate_size": config["intermediate_size"],
+        "num_local_experts": experts,
+        "shared_intermediate_size": width,
         "position_embedding_type": "rope" if rotates else "nope",
         "layer_types": ["attention" if here else "mamba" for here in attends],
     }

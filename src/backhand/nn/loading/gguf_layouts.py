@@ -32,7 +32,7 @@ from backhand.errors import ArtifactError
 from backhand.nn.families.config_fields import ConfigFields, delta_sizes
 from backhand.nn.families.family import DeltaSizes
 from backhand.nn.families.rotary import bamba_rotary
-from backhand.nn.loading.gguf_tensors import ARCHITECTURES, gguf_architecture
+from backhand.nn.loading.gguf_tensors import ARCHITECTURES, gguf_architecture, has_shared_mlp
 
 _SSM_PART = re.compile(r"\.(?:mamba|mixer)\.(A_log|D|norm\.weight|conv1d\.weight)")
 _GROUPS_OF_SSM = {"falcon-h1": "mamba_n_groups", "granitehybrid": "mamba_n_groups", "nemotron_h": "n_groups"}
@@ -46,6 +46,7 @@ class StoredSizes(NamedTuple):
     delta: DeltaSizes | None = None  # heads of the delta rule
     ssm_groups: int | None = None  # groups of Mamba-2's heads
     unrotated: int = 0  # features of an attention head after those that are rotated
+    shared_mlp: bool = False  # the MLP is next to experts, and has other names in files
 
 
 class TiledHeads(NamedTuple):
@@ -188,7 +189,7 @@ def stored_sizes(config: Mapping[str, Any]) -> StoredSizes:
     if config.get("model_type") == "bamba":
         (rotary,) = bamba_rotary(fields, head_dim, fields.integer("max_position_embeddings"))
         unrotated = head_dim - (rotary.features or head_dim)
-    return StoredSizes(head_dim, delta, groups, unrotated)
+    return StoredSizes(head_dim, delta, groups, unrotated, has_shared_mlp(config))
 
 
 def layout(architecture: str, name: str, sizes: StoredSizes) -> Layout:

@@ -29,9 +29,11 @@ from backhand.nn.loading.gguf_tensors import (
     ROPE_FACTORS,
     SCORE_HEAD,
     SHORT_FACTORS,
+    has_shared_mlp,
     huggingface_name,
     huggingface_names,
     is_skipped,
+    shared_name,
 )
 from backhand.nn.loading.gguf_tokenizer import build_tokenizer
 from backhand.nn.loading.gguf_values import dequantize_into, dequantized, is_readable
@@ -99,9 +101,10 @@ class GGUFModel(ModelSource):
                 parts = [tensor] if single else _expert_tensors(tensor, len(names))
                 stored.update(zip(names, ((part,) for part in parts), strict=True))
         if self.architecture == GRANITE_HYBRID:
+            shared = has_shared_mlp(self.config)
             blocks = [f"model.layers.{layer}." for layer in range(self.config["num_hidden_layers"])]
             for block, (ours, pieces) in product(("", *blocks), GRANITE_PARTS[self.config["model_type"]].items()):
-                inside = [block + piece for piece in pieces]
+                inside = [block + (shared_name(piece) if shared else piece) for piece in pieces]
                 if all(name in stored for name in inside):
                     stored[block + ours] = tuple(stored.pop(name)[0] for name in inside)
         return stored

@@ -76,6 +76,7 @@ class Architecture(NamedTuple):
     head: Mapping[str, str] = _NOTHING  # GGUF name → our name of the modules of an encoder's score head
 
 
+_SHARED = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 _LAYER_NORM_EPS = "attention.layer_norm_epsilon"
 _TABLE = {
     "bert": Architecture(("bert",), norm_eps=_LAYER_NORM_EPS, head={"cls": "pooler.dense", "cls.output": "classifier"}),
@@ -108,7 +109,13 @@ _TABLE = {
         ("falcon_h1",), _ssm_modules("mamba"), {"ffn_norm": "pre_ff_layernorm.weight"} | _ssm_tensors("mamba")
     ),
     "granitehybrid": Architecture(
-        ("granite",), _ssm_modules("mamba"), _ssm_tensors("mamba"), biases=_ATTENTION_BIAS, interleaved=True
+        ("granite",),
+        (*_ssm_modules("mamba"), GPT_OSS_ROUTER),
+        _ssm_tensors("mamba")
+        | {f"ffn_{module.removesuffix('_proj.weight')}_shexp.weight": f"shared_experts.{module}" for module in _SHARED},
+        biases=_ATTENTION_BIAS,
+        interleaved=True,
+        expert_tensors=("weight",),
     ),
     "nemotron_h": Architecture(
         ("nemotron_h",),
@@ -213,12 +220,16 @@ def gguf_architecture(config: Mapping[str, Any]) -> str | None:
     if config.get("model_type") == "bamba":
         return GRANITE_HYBRID
     if config.get("model_type") == "granitemoehybrid":
-        if config.get("num_local_experts", 1):  # the class has experts by default
-            return None
         types = config.get("layer_types")
         hybrid = not isinstance(types, list) or any(one in ("mamba", "linear_attention") for one in types)
-        return GRANITE_HYBRID if hybrid else "granite"
+        return GRANITE_HYBRID if hybrid else None if has_shared_mlp(config) else "granite"
     return _ARCHITECTURE_OF.get(str(config.get("model_type")))
+
+
+def has_shared_mlp(config: Mapping[str, Any]) -> bool:
+    """Return True if a Hugging Face config is that of a Granite 4 with experts, which has an MLP next to them."""
+    # The class has experts by default.
+    return config.get("model_type") == "granitemoehybrid" and bool(config.get("num_local_experts", 1))
 
 
 _BAMBA_NAMES = {
@@ -244,7 +255,12 @@ Granite 4, whose fused tensor is then in two tensors of the file, or as a Bamba.
 _PARTS_OF = {ours: stored for parts in GRANITE_PARTS.values() for ours, stored in parts.items()}
 
 
-def gguf_names(architecture: str, name: str) -> tuple[str, ...]:
+def shared_name(part: str) -> str:
+    """Return the name of a part of the MLP that is next to experts, given the name of the same part without experts."""
+    return f"shared_experts.{module}" if (module := part.removeprefix("mlp.")) in _SHARED else part
+
+
+def gguf_names(architecture: str, name: str, *, shared_mlp: bool = False) -> tuple[str, ...]:
     """Return the GGUF names of the tensors that contain a tensor, empty if the architecture has no such tensor.
 
     If there are several, each has the same number of the tensor's rows, in this order.
@@ -252,6 +268,7 @@ def gguf_names(architecture: str, name: str) -> tuple[str, ...]:
     Args:
         name: Hugging Face name, such as `model.layers.0.self_attn.q_proj.weight`. For an expert's matrix or bias the
             result is the stack of all experts.
+        shared_mlp: True if the MLP is next to experts.
     """
     if (expert := parse_expert_name(name)) is not None:
         block, _, part = expert
@@ -264,6 +281,8 @@ def gguf_names(architecture: str, name: str) -> tuple[str, ...]:
     parts = _PARTS_OF.get(module, (module,)) if architecture.startswith("granite") else (module,)
     if layer is None:
         return tuple(stored for stored, ours in outside.items() if ours in parts)
+    if shared_mlp:
+        parts = tuple(shared_name(part) for part in parts)
     return tuple(f"blk.{layer}.{stored}" for part in parts for stored, ours in inside.items() if ours == part)
 
 
