@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -20,7 +21,9 @@ import pytest
 import backhand
 from backhand.api_errors import in_python
 from backhand.cli.option_fields import option_fields
-from backhand.errors import DataError, UsageError
+from backhand.errors import BackhandError, DataError, UsageError
+from backhand.generation.options import AnswerOptions, GenerateOptions
+from backhand.loop.observers import Observers, as_observers
 from backhand.runs.interruption import Interrupted
 from backhand.runs.status import read_status
 from support.ranks import free_port
@@ -106,6 +109,19 @@ def test_texts_and_paths_are_the_same() -> None:
     assert backhand.EvaluateRunOptions(adapter="a").adapter == Path("a")
     assert backhand.DataOptions(data=Path("a.jsonl")) == backhand.DataOptions(data=("a.jsonl",))
     assert backhand.DataOptions(data=[Path("a"), "b"]).data == ("a", "b")
+    assert backhand.RewardOptions(reward=Path("reward.py:short")).reward == ("reward.py:short",)  # type: ignore[arg-type]
+
+
+def test_values_of_numpy_and_pandas_are_python_s() -> None:
+    adapter = backhand.LoRAConfig(rank=np.int64(4), layers_to_transform=np.arange(2), use_dora=np.False_)  # type: ignore[arg-type]
+    assert adapter.validate() == backhand.LoRAConfig(rank=4, layers_to_transform=[0, 1], use_dora=False)  # type: ignore[arg-type]
+    rate = backhand.OptimizationOptions(learning_rate=np.float32(0.5)).validate().learning_rate  # type: ignore[arg-type]
+    assert (rate, type(rate)) == (0.5, float)
+    labels = pd.Series(["b", "a", "b"]).unique()
+    answer = GenerateOptions(answer=AnswerOptions(labels=labels)).answer  # type: ignore[arg-type]
+    assert answer.labels == ["b", "a"]
+    (rows,) = backhand.DataOptions(data=iter([{"score": np.float64(1)}])).data
+    assert type(rows.rows[0]["score"]) is float  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +150,10 @@ def test_texts_and_paths_are_the_same() -> None:
         (lambda: backhand.classify(["a", "b"]), "prompt is a list\n  next: backhand.classify('…') for one prompt"),  # type: ignore[call-overload]
         (lambda: backhand.train(data=ROWS, reward=len), "is a function, not the name of one"),
         (lambda: backhand.train(data=ROWS, reward=[len]), 'write it to a file, and give reward=["file.py:len"]'),
+        (lambda: backhand.generate("a", adapter=42), "adapter: 42 is not a path"),  # type: ignore[call-overload]
+        (lambda: backhand.evaluate(data=ROWS, adapter=42), "adapter: 42 is not a path"),  # type: ignore[arg-type]
+        (lambda: backhand.train(data=ROWS, callbacks=[backhand.Observer]), "give an object of it: Observer()"),
+        (lambda: backhand.train(data=ROWS, callbacks=lambda: None), "cannot be called with a record: too many"),
         (lambda: backhand.train(data=ROWS, callbacks=5), "callbacks: 5 is neither a function nor a list"),  # type: ignore[arg-type]
         (
             lambda: backhand.export("a", output="b"),
@@ -183,6 +203,10 @@ def test_one_text_or_callback_is_taken_for_a_list(tiny: TinyRun, tmp_path: Path)
     assert [record["step"] for record in records] == [1]
 
 
+def test_numpy_s_false_from_a_callback_ends_the_run() -> None:
+    assert Observers(as_observers([lambda record: np.mean([1]) > 2])).stepped({"loss": 1.0}) is False
+
+
 @pytest.mark.parametrize("held_out", [True, False])
 def test_a_callback_that_returns_false_ends_the_run_as_early_stopping_does(
     held_out: bool, tiny: TinyRun, tmp_path: Path
@@ -227,6 +251,12 @@ def test_prompts_are_answered_with_texts(trained: Any, tiny: TinyRun) -> None:
     assert isinstance(one, str) and two[0] == one and len(two) == 2
     assert lines[0]["completion"] == one and lines[0]["reference"] == "no"
     assert backhand.generate(prompts=[], **common) == []
+    series = pd.Series(["the user asks 3", "a list"])
+    assert backhand.generate(prompts=series, **{**common, "adapter": trained}) == two  # type: ignore[call-overload]
+    vectors = backhand.embed(series, model=tiny.model, pooling="mean", threads=1)  # type: ignore[arg-type]
+    assert len(vectors) == 2
+    with pytest.raises(BackhandError, match="not trained to decide"):
+        backhand.decide(states=series, adapter=trained, model=tiny.model)  # type: ignore[call-overload]
 
 
 def test_labels_are_decided_with_probabilities(trained: Any, tiny: TinyRun) -> None:

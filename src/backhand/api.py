@@ -9,6 +9,7 @@ Options are checked as on the command line. An unknown name is answered with the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -37,7 +38,8 @@ from backhand.report.train import train as train_with_report
 from backhand.runs.summary import RunSummary
 from backhand.words import name_list, shorten, show_notes
 
-Place = str | Path
+Place = str | PathLike[str]
+"""A path. A `RunSummary` is the path of its adapter."""
 State = str | Mapping[str, Any] | Sequence[Any]
 """A state to decide: text, or a value that is written as JSON."""
 T = TypeVar("T", bound=Options)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial, wraps
 from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
-from backhand.bounds import check_names, split_hint, union_members
+from backhand.bounds import check_names, plain_value, split_hint, union_members
 from backhand.cli.option_fields import as_option, is_mapping, option_fields, takes_several
 from backhand.errors import BackhandError, UsageError
 
@@ -44,7 +44,7 @@ def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
                 _check_arguments(function, args, kwargs, kinds)
-                return function(*args, **kwargs)
+                return function(*map(plain_value, args), **plain_value(kwargs))
             except BackhandError as error:
                 hints = {as_option(field.name): field.hint for kind in kinds for field in option_fields(kind)}
                 error.reword(partial(in_python, hints=hints))

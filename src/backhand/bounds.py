@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import sys
 import types
 import typing
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypeVa
 
 from backhand.errors import UsageError
 from backhand.other_names import suggestion
+from backhand.words import shorten
 
 Parse = Callable[[Sequence[str]], Any]
 """Converts the words after an option into the value of a field whose type the command line does not support."""
@@ -185,8 +187,8 @@ if TYPE_CHECKING:
         def __get__(self, instance: object, owner: object) -> Read: ...
         def __set__(self, instance: object, value: Accepted) -> None: ...
 
-    GivenPath = Given[Path, str | Path]
-    OptionalPath = Given[Path | None, str | Path | None]
+    GivenPath = Given[Path, str | os.PathLike[str]]
+    OptionalPath = Given[Path | None, str | os.PathLike[str] | None]
 else:
     GivenPath, OptionalPath = Path, Path | None
 
@@ -205,11 +207,11 @@ class Options:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Convert the values that programs give: texts to paths and lists, paths to texts, and others by `Convert`."""
+        """Convert the values that programs give: see `plain_value` and `_converted`."""
         cls: type = type(self)
         for name, value in vars(self).items():
-            if value is not None and not isinstance(value, bool | int | float | Options):
-                converted = _converted(value, hints_of(cls)[name])
+            if value is not None and not isinstance(value, Options):
+                converted = _converted(plain_value(value), hints_of(cls)[name])
                 if converted is not value:
                     object.__setattr__(self, name, converted)
 
@@ -260,18 +262,37 @@ def _homes() -> dict[str, str]:
     return {field.name: cls.__name__ for cls in reversed(leaves) for field in dataclasses.fields(cls)}
 
 
+def plain_value(value: Any) -> Any:
+    """Return a value without NumPy's and pandas' types: their numbers as Python's, arrays and Series as lists.
+
+    Elements of lists, tuples and dicts are converted as well. Any other value is returned unchanged.
+    """
+    if isinstance(value, str) or type(value) in (bool, int, float, type(None)):
+        return value
+    if isinstance(value, dict):
+        return {name: plain_value(one) for name, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(plain_value, value))
+    as_list = getattr(value, "tolist", None) or getattr(value, "to_list", None)  # polars has the second name
+    return as_list() if hasattr(value, "dtype") and callable(as_list) else value
+
+
 def _converted(value: Any, hint: Any) -> Any:
+    """Return a value as its field takes it: texts as paths and lists, paths as texts, and others by `Convert`."""
     plain, rules = split_hint(hint)
     for rule in rules:
         if isinstance(rule, Convert):
             value = rule.convert(value)
     kinds = [split_hint(member)[0] for member in union_members(plain)]
-    if isinstance(value, str) and str not in kinds and parse_of(hint) is None and any(map(_is_list_of_texts, kinds)):
-        return (value,)
-    if value and isinstance(value, str) and Path in kinds and str not in kinds:
-        return Path(value)
-    if isinstance(value, PurePath) and str in kinds and Path not in kinds:
-        return str(value)
+    if Path in kinds and str not in kinds:
+        return Path(value) if value and isinstance(value, str | os.PathLike) else value
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if any(map(_is_list_of_texts, kinds)):
+        if isinstance(value, str) and str not in kinds and parse_of(hint) is None:
+            return (value,)
+        if isinstance(value, tuple | list):
+            return type(value)(os.fspath(one) if isinstance(one, os.PathLike) else one for one in value)
     return value
 
 
@@ -317,6 +338,10 @@ def check_value(where: str, value: Any, hint: Any) -> None:
             rule.check(where, value)
     bound = next((rule for rule in rules if isinstance(rule, Bound)), None)
     origin = get_origin(plain)
+    if plain is Path and not isinstance(value, PurePath | str):
+        raise UsageError(
+            f"{shorten(repr(value))} is not a path", where=where, next_step="give the path as text, or as a Path"
+        )
     if plain is bool and not isinstance(value, bool):
         raise UsageError(f"{where} {value!r} is neither true nor false", where=where)
     if plain in (int, float):

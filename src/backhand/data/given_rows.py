@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import PurePath
 from typing import Any, Protocol
 
+from backhand.bounds import plain_value
 from backhand.data.raw_rows import IN_MEMORY, RawRow, RowErrors, checked_row, without_padding
 from backhand.errors import DataError, first_line
 
@@ -18,7 +19,7 @@ class Frame(Protocol):
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
 
 
-Rows = str | PurePath | Iterable[str | PurePath | Mapping[str, Any]] | Frame
+Rows = str | os.PathLike[str] | Iterable[str | os.PathLike[str] | Mapping[str, Any]] | Frame
 """Rows as a program gives them: a source, several sources, a list of dicts, or a data frame."""
 
 STANDARD_INPUT = "/dev/stdin"
@@ -55,15 +56,15 @@ def as_sources(value: Any) -> Any:
 
     Any other value is returned unchanged, and refused by `check_sources`.
     """
-    if isinstance(value, str | PurePath):
+    if isinstance(value, str | os.PathLike):
         value = (value,)
     if hasattr(value, "__arrow_c_stream__"):
         return (GivenRows.of(_rows_of_frame(value)),)
     if isinstance(value, Iterable) and not isinstance(value, Mapping | bytes):
-        parts = list(value)
+        parts = plain_value(list(value))
         if parts and all(isinstance(part, Mapping) for part in parts):
             return (GivenRows.of(parts),)
-        paths = (str(part) if isinstance(part, PurePath) else part for part in parts)
+        paths = (os.fspath(part) if isinstance(part, os.PathLike) else part for part in parts)
         return tuple(STANDARD_INPUT if part == "-" else part for part in paths)
     return value
 

@@ -5,12 +5,14 @@ The keys of records are those of metrics.jsonl.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from backhand.bounds import plain_value
 from backhand.errors import UsageError
 from backhand.loop.forecast import Forecast
 from backhand.runs.directory import METRICS, RunDirectory
@@ -66,7 +68,7 @@ class Observers(Observer):
     def _notify(self, method: str, *args: object) -> bool:
         """Return False if an observer has returned False."""
         results = [getattr(observer, method)(*args) for observer in self.observers]
-        return all(result is not False for result in results)
+        return all(plain_value(result) is not False for result in results)
 
 
 Callback = Observer | Callable[[Mapping[str, Any]], object]
@@ -79,49 +81,60 @@ class _RecordFunction(Observer):
         self._function = function
         self._loss: dict[str, Any] = {}  # empty before the first step
 
-    def stepped(self, record: Mapping[str, Any]) -> bool:
+    def stepped(self, record: Mapping[str, Any]) -> Any:
         self._loss = {"loss": record["loss"]}
-        return self._function(record) is not False
+        return self._function(record)
 
-    def evaluated(self, record: Mapping[str, Any]) -> bool:
-        return not self._loss or self._function({**self._loss, **record}) is not False
+    def evaluated(self, record: Mapping[str, Any]) -> Any:
+        return self._function({**self._loss, **record}) if self._loss else None
 
 
 def as_callbacks(callbacks: Iterable[Callback] | Callback | None) -> tuple[Callback, ...]:
     """Return the callbacks that a program gives: several, one, or None.
 
     Raises:
-        UsageError: the value is neither a callback nor a list.
+        UsageError: the value is neither a callback nor a list, or a callback cannot be called with a record.
     """
     if callbacks is None:
         return ()
     if isinstance(callbacks, Observer) or callable(callbacks):
-        return (callbacks,)
+        callbacks = (callbacks,)
     if not isinstance(callbacks, Iterable):
         raise UsageError(
             f"{shorten(repr(callbacks))} is neither a function nor a list of functions",
             where="callbacks",
             next_step="write callbacks=[function]",
         )
-    return tuple(callbacks)
+    given = tuple(callbacks)
+    for number, callback in enumerate(given):
+        if problem := _callback_problem(callback):
+            raise UsageError(
+                f"{shorten(repr(callback))} {problem[0]}", where=f"callbacks[{number}]", next_step=problem[1]
+            )
+    return given
+
+
+def _callback_problem(callback: Any) -> tuple[str, str] | None:
+    """Return a clause about a value that cannot be a callback, and what to give instead; None if it can be one."""
+    if isinstance(callback, Observer):
+        return None
+    if isinstance(callback, type) and issubclass(callback, Observer):
+        return "is a class, not an observer", f"give an object of it: {callback.__name__}()"
+    takes_record = "give a function that is called with each record, a dict"
+    if not callable(callback):
+        return "is neither a function nor an Observer", takes_record
+    try:
+        inspect.signature(callback).bind({})
+    except TypeError as error:
+        return f"cannot be called with a record: {error}", takes_record
+    except ValueError:  # a function in C without a signature
+        return None
+    return None
 
 
 def as_observers(callbacks: Iterable[Callback]) -> list[Observer]:
-    """Return an observer for each callback. A function is called with the records of steps and evaluations.
-
-    Raises:
-        UsageError: a callback is neither a function nor an `Observer`.
-    """
-    observers: list[Observer] = []
-    for number, callback in enumerate(callbacks):
-        if not (isinstance(callback, Observer) or callable(callback)):
-            raise UsageError(
-                f"{shorten(repr(callback))} is neither a function nor an Observer",
-                where=f"callbacks[{number}]",
-                next_step="give a function that is called with each record, a dict",
-            )
-        observers.append(callback if isinstance(callback, Observer) else _RecordFunction(callback))
-    return observers
+    """Return an observer for each callback. A function is called with the records of steps and evaluations."""
+    return [one if isinstance(one, Observer) else _RecordFunction(one) for one in callbacks]
 
 
 class MetricsFile(Observer):

@@ -77,7 +77,7 @@ class EvaluateOptions(Options):
 
 
 @dataclass(frozen=True)
-class DecideRunOptions:
+class DecideRunOptions(Options):
     """Adapter, questions and output."""
 
     adapter: OptionalPath = None  # type: ignore[assignment]
@@ -132,7 +132,7 @@ class DecideOptions(Options):
 
 
 @dataclass(frozen=True)
-class ClassifyRunOptions:
+class ClassifyRunOptions(Options):
     """Adapter, texts and output."""
 
     adapter: OptionalPath = None  # type: ignore[assignment]
@@ -197,7 +197,7 @@ class VectorOptions:
 
 
 @dataclass(frozen=True)
-class EmbedRunOptions:
+class EmbedRunOptions(Options):
     """Adapter and output."""
 
     adapter: OptionalPath = None  # type: ignore[assignment]
@@ -246,7 +246,7 @@ class EmbedOptions(Options):
 
 
 @dataclass(frozen=True)
-class MineRunOptions:
+class MineRunOptions(Options):
     """Adapter, negatives and output."""
 
     adapter: OptionalPath = None  # type: ignore[assignment]
@@ -296,7 +296,7 @@ class MineOptions(Options):
 
 
 @dataclass(frozen=True)
-class RankRunOptions:
+class RankRunOptions(Options):
     """Adapter, query and output."""
 
     adapter: OptionalPath = None  # type: ignore[assignment]

@@ -207,6 +207,10 @@ class RunSummary:
         """The held-out loss of each evaluation, by the step's number; 0 is the model before the first step."""
         return _by_step(self.records, "eval_loss")
 
+    def __fspath__(self) -> str:
+        """Return the adapter's directory, so that a summary can be given where an adapter is expected."""
+        return self.adapter
+
     def to_json(self) -> str:
         """Return the text of summary.json."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
