@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -57,6 +58,12 @@ def gain_interval(before: float, after: float, rows: int) -> tuple[float, float]
     (low_1, high_1), (low_2, high_2) = share_interval(before, rows), share_interval(after, rows)
     gain = after - before
     return gain - math.hypot(after - low_2, high_1 - before), gain + math.hypot(high_2 - after, before - low_1)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean of at least two values and its 95 % interval, mean ± 1.96 · deviation / √n."""
+    mean, half = statistics.fmean(values), _Z * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
 
 
 _LARGEST_P = 0.05

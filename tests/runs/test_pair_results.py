@@ -95,6 +95,13 @@ def test_the_next_step_is_the_chosen_answers_and_then_the_pairs(summary: RunSumm
         "backhand.train(data=…, from_adapter='runs/short-chosen/adapter', output='runs/short-again') "
         "with the other options as before"
     )
+    form = {"rank": 8, "layers_to_transform": (28, 29), "target_modules": ("q_proj", "up_proj"), "use_rslora": True}
+    shaped = advised(summary, lengths(6, 55), **form, rank_pattern={"q_proj": 4})
+    assert shaped is not None
+    options = " --rank 8 --target-modules q_proj up_proj --rank-pattern q_proj=4 --use-rslora"
+    assert f"{options} --layers-to-transform 28 29 --output runs/short-chosen" in shaped[1]
+    in_memory = advised(summary, lengths(6, 55), data=("python:0123",), model="base", **form)
+    assert in_memory is not None and "rank=8, target_modules=('q_proj', 'up_proj'), use_rslora=True" in in_memory[1]
     assert advised(summary, lengths(30, 4)) is None, "near the chosen answers"
     separated = advised(replace(summary, best_eval_loss=0.0003, steps=40), lengths(30, 4), from_adapter="first")
     assert separated is not None and "chosen answers became less probable by 12 nats" in separated[0]

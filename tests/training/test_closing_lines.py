@@ -19,7 +19,6 @@ from backhand.generation.options import AnswerOptions, GenerateOptions
 from backhand.loop import evaluate as evaluation
 from backhand.loop.answers import rows_to_show
 from backhand.loop.evaluate import evaluate
-from backhand.loop.evaluate_rewards import gain_words
 from backhand.nn.model_options import BaseModelOptions, pretrained_arguments
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.config import ModelOptions
@@ -28,6 +27,7 @@ from backhand.options.objectives import ObjectiveOptions
 from backhand.report.headline import headline
 from backhand.report.page import VERDICTS, result_sentence, run_page
 from backhand.report.run_record import RunRecord, read_run
+from backhand.runs.reward_results import gain_words, recorded_gain, reward_gain
 from backhand.runs.summary import LabelFigures, LabelRow, NeutralAnswer, RunSummary, forgotten_nats
 from backhand.terminal import _Now, console, working
 from backhand.training.advice import answer_advice
@@ -181,11 +181,18 @@ def test_too_few_held_out_labels_ask_for_more_of_them(ended: RunSummary) -> None
     few = {"base_labels": before, "adapted_labels": after, "exact_match_rows": 5, "try_next": None}
     measured = replace(ended, held_out_rows=5, rows=45, stopped_because=None, **few)
     config = load_config(Path(ended.output) / "config.toml")
-    separate = "5 held-out rows are too few to tell whether the labels are learnt, even if all are right: "
+    separate = "5 held-out rows are too few to tell whether the labels are learnt: "
     assert answer_advice(config, measured, Path("runs/one")) == (f"{separate}--eval-data FILE, holds out more.", None)
     drawn = replace(config, data=replace(config.data, eval_data=()))
     share = "--eval-fraction 0.3, or --eval-data FILE, holds out more."
     assert answer_advice(drawn, measured, Path("runs/one")) == (f"{separate}{share}", None)
+    # 9 → 14 of 21 rows, of which one label has 5: clear with more held-out rows, and already better than a constant.
+    before, after = (label_figures(right / 21, animals=5, sport=5, sad=5, happy=6) for right in (9, 14))
+    risen = {"base_exact_match": 0.0, "adapted_exact_match": 14 / 21, "exact_match_rows": 21}
+    measured = replace(measured, held_out_rows=21, base_labels=before, adapted_labels=after, **risen)  # type: ignore[arg-type]
+    suggested = answer_advice(config, measured, Path("runs/one"))
+    assert suggested is not None and suggested[0].startswith("21 held-out rows are too few")
+    assert any("not clearly better than the base model; 21 rows" in line for line in closing_lines(measured))
 
 
 def test_few_rows_do_not_tell_a_higher_accuracy_from_chance(ended: RunSummary) -> None:
@@ -238,12 +245,39 @@ def test_rewards_of_a_short_run_are_not_compared(ended: RunSummary) -> None:
 
 
 def test_a_gain_of_reward_has_an_interval() -> None:
-    base = torch.tensor([0.5, 0.5, 0.5, 0.5], dtype=torch.float64)
-    unclear = gain_words(base, base + torch.tensor([0.3, -0.2, 0.1, -0.1], dtype=torch.float64))
+    base = [0.5] * 4
+    unclear = gain_words(reward_gain(base, [0.8, 0.3, 0.6, 0.4]))
     assert unclear.startswith("reward gained per row +0.025 (95 % interval -0.1923 to +0.2423)")
     assert unclear.endswith("too few rows to tell the change from chance")
-    assert "too few" not in gain_words(base, base + 0.1)
-    assert "too few" in gain_words(base[:1], base[:1])
+    assert "too few" not in gain_words(reward_gain(base, [0.6] * 4))
+    assert "too few" in gain_words(reward_gain(base[:1], base[:1]))
+
+
+def test_a_reward_that_may_have_risen_by_chance_did_not_help(ended: RunSummary) -> None:
+    records = [
+        {"step": step, "eval_loss": -sum(rewards) / 4, "row_rewards": rewards}
+        for step, rewards in enumerate(([0.5] * 4, [0.8, 0.3, 0.6, 0.4], [0.7, 0.6, 0.6, 0.7]))
+    ]
+    run = replace(read_run(Path(ended.output)), metrics=records)
+
+    def judged(best_step: int) -> tuple[str, str, str]:
+        gain = recorded_gain(records, best_step)
+        assert gain is not None
+        summary = {**run.summary, "objective": "grpo", "reward_gain": list(gain)}
+        one = replace(run, summary=summary, config={**run.config, "objective": {"objective": "grpo"}})
+        (line,) = (
+            line
+            for line in closing_lines(replace(ended, objective="grpo", reward_gain=gain))
+            if line.startswith("Reward gained per row")
+        )
+        return result_sentence(one), headline(one), line
+
+    result, sentence, line = judged(1)
+    assert result.endswith(": not clear whether it helped.") and "so it" not in sentence
+    assert "too few rows to tell" in sentence and line.endswith("too few rows to tell the change from chance.")
+    result, sentence, line = judged(2)
+    assert result.endswith(": it helped.") and ", so it helped" in sentence and "too few" not in line
+    assert recorded_gain(records, None) is None and recorded_gain(records[1:], 2) is None
 
 
 def test_the_rows_shown_are_spread_over_answers_and_mistakes() -> None:

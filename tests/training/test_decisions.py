@@ -332,6 +332,12 @@ def test_a_lower_loss_of_decisions_is_no_help_alone(
     assert words in page and "so it helped" not in page and verdict(run) == judged
     advised = answer_advice(straight, measured, straight.run.output)
     assert (advised is None) is (judged == "helped")
+    if judged != "helped":
+        same = {"team": {**after["team"], "constant": True, "majority": 0.72}}
+        alike = replace(measured, adapted_decisions=same, try_next="backhand train … --max-steps 25")  # type: ignore[arg-type]
+        advised = answer_advice(straight, alike, straight.run.output)
+        assert advised is not None and advised[1] is None
+        assert "72% of the held-out rows have the most frequent answer: add training rows" in advised[0]
     commands = [line for line in page.splitlines() if "backhand" in line or "llama" in line]
     assert any("backhand decide" in line for line in commands) and "--to gguf --decision" in page
     assert "backhand chat" not in page and "llama-cli" not in page

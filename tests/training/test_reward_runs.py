@@ -32,6 +32,7 @@ from backhand.options.objectives import ObjectiveOptions
 from backhand.options.rewards import RewardOptions
 from backhand.report.page import page_values, run_page
 from backhand.report.run_record import read_run
+from backhand.runs.reward_results import recorded_gain
 from backhand.runs.summary import read_summary
 from backhand.training import loaded_run
 from backhand.training import plan as run_plan
@@ -93,6 +94,15 @@ def few(completions, **_):
 def none(completions, **_):
     return [None] * len(completions)
 
+def single(completions, **_):
+    return 1.0
+
+def forgets(completions, **_):
+    [1.0 for _ in completions]
+
+def texts(completions, **_):
+    return ["7" for _ in completions]
+
 def lengthy(completion_ids, **_):
     return [float(len(ids)) for ids in completion_ids]
 """
@@ -139,6 +149,9 @@ def test_a_run_learns_what_is_rewarded(straight: TrainConfig) -> None:
     assert (summary.first_reward, summary.last_reward) == (steps[0]["reward"], steps[-1]["reward"])
     assert summary.base_eval_reward == evaluations[0]["eval_reward"]
     assert summary.best_eval_reward == max(line["eval_reward"] for line in evaluations[1:])
+    gain = recorded_gain(evaluations, summary.best_step)
+    assert gain is not None and summary.reward_gain == gain
+    assert gain[0] == pytest.approx(summary.best_eval_reward - summary.base_eval_reward)
     words = closing_lines(summary)
     assert any(
         line.startswith(f"Reward of its own answers to training rows {summary.first_reward:.4f} →") for line in words
@@ -287,6 +300,9 @@ def test_two_processes_write_the_answers_of_one(loss: str, tiny: TinyRun, functi
         ("leaves", "ended its process with exit code 3"),
         ("few", "gave 1 reward for 4 answers"),
         ("none", "nothing judges the answer"),
+        ("single", r"returned 1\.0, not a list with one number per answer"),
+        ("forgets", "returned None, not a list with one number per answer"),
+        ("texts", "gave '7', which is no number"),
     ],
 )
 def test_a_function_that_fails_ends_the_run_and_nothing_is_lost(
@@ -296,7 +312,10 @@ def test_a_function_that_fails_ends_the_run_and_nothing_is_lost(
     with pytest.raises(CheckError, match=says) as raised:
         train(config(tiny, functions, tmp_path / "run", function, eval_every=6, reward_timeout=patience_s))
     assert function in raised.value.what and raised.value.exit_code == 6
-    if function == "few":  # before the first step: held-out rows are judged first
+    if function == "none":
+        assert raised.value.why == "at least one reward function must give each answer a number"
+    if function in ("few", "single", "forgets", "texts"):  # before the first step: held-out rows are judged first
+        assert (raised.value.where is None) is (function != "texts")
         assert not (tmp_path / "run" / "summary.json").exists()
         return
     assert function == "none" or (raised.value.where or "").startswith((str(tiny.rows), str(tiny.held_out)))

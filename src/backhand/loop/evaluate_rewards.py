@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-
-from torch import Tensor
 
 from backhand.data.examples import check_vocabulary
 from backhand.data.prepare import prepare
@@ -21,15 +18,16 @@ from backhand.loop.rewards.steps import HeldOutRewards
 from backhand.loop.sampled_answers import check_context, prompt_of
 from backhand.options.command_options import EvaluateOptions
 from backhand.options.rewards import RewardOptions
+from backhand.runs.reward_results import gain_words, reward_gain
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import show_notes
 
 
-def evaluate_rewards(options: EvaluateOptions) -> tuple[list[Tensor], list[dict[str, float]]]:
+def evaluate_rewards(options: EvaluateOptions) -> tuple[list[list[float]], list[dict[str, float]]]:
     """Measure the base model and, with an adapter, the adapted model.
 
     Returns:
-        For each model, the (rows,) rewards, and the measured values.
+        For each model, the reward of every row, and the measured values.
 
     Raises:
         UsageError, DataError, ArtifactError: an option, the rows or the model cannot be used.
@@ -60,19 +58,9 @@ def evaluate_rewards(options: EvaluateOptions) -> tuple[list[Tensor], list[dict[
         for adapter in (False, True)[: 1 if run.adapter is None else 2]:
             loaded.model.use_adapter(adapter)
             held_out.loss(loaded.model, Communicator(), interruptible=False)
-            rewards_of.append(held_out.rewards)
+            rewards_of.append(held_out.row_rewards)
             measured.append({name.removeprefix("eval_"): value for name, value in held_out.measured.items()})
     return rewards_of, measured
-
-
-def gain_words(base: Tensor, adapted: Tensor) -> str:
-    """Return a sentence on the mean gain of reward per row, with its 95 % interval: mean ± 1.96 · deviation / √rows."""
-    gains, rows = adapted - base, len(base)
-    if rows < 2:
-        return "one row is too few to compare the rewards"
-    mean, half = float(gains.mean()), 1.96 * float(gains.std()) / math.sqrt(rows)
-    verdict = "" if abs(mean) > half else ": too few rows to tell the change from chance"
-    return f"reward gained per row {mean:+.4g} (95 % interval {mean - half:+.4g} to {mean + half:+.4g}){verdict}"
 
 
 def evaluate_rewards_command(options: EvaluateOptions) -> Sequence[dict[str, float]]:
@@ -89,5 +77,5 @@ def evaluate_rewards_command(options: EvaluateOptions) -> Sequence[dict[str, flo
         shown.add_row(name, *(f"{value:.4g}" for value in values.values()))
     console_for_tables().print(shown)
     if len(rewards) > 1:
-        console_for_tables().print(gain_words(*rewards), soft_wrap=True)
+        console_for_tables().print(gain_words(reward_gain(*rewards)), soft_wrap=True)
     return measured

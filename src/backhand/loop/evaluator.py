@@ -33,6 +33,7 @@ from backhand.loop.step import StepResult
 from backhand.loop.step_plan import StepPlan
 from backhand.loop.value_average import saved_values
 from backhand.printing import going_on
+from backhand.runs.reward_results import ROW_REWARDS
 from backhand.runs.summary import REMEMBERING, forgetting
 from backhand.system import rss_bytes
 from backhand.words import finite_or_none, name_list
@@ -198,6 +199,8 @@ class Evaluator:
             record |= {name: finite_or_none(value) for name, value in self.held_out.measured.items()}
             if self.held_out.said:
                 record["answers"] = self.held_out.said
+            if self.held_out.row_rewards:
+                record[ROW_REWARDS] = self.held_out.row_rewards
         if self.meter is not None:
             as_base = progress.step == 0 and self._is_fresh()
             with saved_values(self.state.optimizer.average):

@@ -42,6 +42,7 @@ class HeldOut:
         measured: further values of the most recent `loss`, with the names of metrics.jsonl.
         said: sampled answers of a few rows in the most recent `loss`, by the row's source; empty unless rewards are
             measured.
+        row_rewards: the reward of each row in the most recent `loss`; empty unless rewards are measured.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class HeldOut:
         self.supervised_tokens = sum(example.supervised_tokens for example in examples)
         self.measured: dict[str, float] = {}
         self.said: dict[str, str] = {}
+        self.row_rewards: list[float] = []
         self._examples = examples
         self._micro_batch_rows = micro_batch_rows
         self._hidden_states = hidden_states
@@ -87,11 +89,11 @@ class HeldOut:
     @property
     def results(self) -> tuple[Any, ...]:
         """All values of the most recent `loss` except the loss. They can be set to those of an earlier one."""
-        return self.measured, self.said
+        return self.measured, self.said, self.row_rewards
 
     @results.setter
     def results(self, results: tuple[Any, ...]) -> None:
-        self.measured, self.said = results
+        self.measured, self.said, self.row_rewards = results
 
     def token_losses(self, model: LanguageModel) -> Iterator[tuple[Example, Tensor]]:
         """Yield every document with the losses of its supervised tokens, (supervised,) in nats, float32 or wider.

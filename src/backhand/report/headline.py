@@ -17,6 +17,7 @@ from backhand.runs.label_results import (
     label_verdict,
 )
 from backhand.runs.pair_results import PAIR_OBJECTIVES, held_out_pairs, pair_clauses
+from backhand.runs.reward_results import gain_verdict, gain_words
 from backhand.runs.summary import LabelFigures, forgetting, forgotten_nats, rows_trained_on
 from backhand.words import count_of
 
@@ -37,6 +38,8 @@ def verdict(run: RunRecord) -> str:
         return of_decisions
     if (of_classes := _class_verdict(run)) is not None:
         return of_classes
+    if run.objective == "grpo" and best is not None:
+        return gain_verdict(_reward_gain(run))
     if base is None or best is None or run.objective in PAIR_OBJECTIVES:
         return "unknown"
     return "helped" if best < base else "hurt"
@@ -56,6 +59,12 @@ def _class_verdict(run: RunRecord) -> LabelVerdict | None:
     if not (is_number(constant) and is_number(right) and is_number(rows)):
         return None
     return label_verdict(constant, right, constant, int(rows))
+
+
+def _reward_gain(run: RunRecord) -> list[float] | None:
+    gain = run.summary.get("reward_gain")
+    complete = isinstance(gain, list) and len(gain) == 3 and all(map(is_number, gain))
+    return gain if complete else None
 
 
 def _decisions(run: RunRecord) -> tuple[Any, Any]:
@@ -145,12 +154,14 @@ def _outcome(run: RunRecord) -> str:
         unknown = "; nothing was held out, so it is not known whether it helped"
         measured = run.held_out_losses() or (run.is_running and (run.facts.get("data") or {}).get("held_out"))
         return reward + ("" if measured else unknown)
-    if run.is_running and run.objective != "grpo":
-        return f": the loss on held-out rows went from {base:.3f} to {best:.3f} so far"
     if run.objective == "grpo":
-        return (
-            f": the reward on held-out rows went from {-base:.3f} to {-best:.3f}, so it {_verdict(base, best)}{reward}"
-        )
+        change = f": the reward on held-out rows went from {-base:.3f} to {-best:.3f}"
+        if run.is_running:
+            return f"{change} so far{reward}"
+        judged = {"helped": ", so it helped", "hurt": ", so it did not help"}.get(verdict(run), "")
+        return f"{change}; {gain_words(_reward_gain(run))}{judged}{reward}"
+    if run.is_running:
+        return f": the loss on held-out rows went from {base:.3f} to {best:.3f} so far"
     change = f": the loss on held-out rows went from {base:.3f} to {best:.3f}"
     if (labels := _labels(run)) is not None:
         return f"{change}; {label_clause(*labels)}"

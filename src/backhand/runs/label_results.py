@@ -41,31 +41,46 @@ def label_verdict(base: float, adapted: float, constant: float, rows: int) -> La
     Returns:
         `helped` or `hurt` only if the 95 % interval of the difference does not contain 0, and enough rows changed.
     """
-    if gain_interval(base, adapted, rows)[1] < 0 and changes_separate(base, adapted, rows):
+    if _clearly_better(adapted, base, rows):
         return "hurt"
-    best = max(base, constant)
-    clear = gain_interval(best, adapted, rows)[0] > 0 and changes_separate(best, adapted, rows)
-    return "helped" if clear else "unclear"
+    return "helped" if _clearly_better(max(base, constant), adapted, rows) else "unclear"
 
 
-def figures_verdict(base: LabelFigures, adapted: LabelFigures, rows: int, *, at_best: bool = False) -> LabelVerdict:
-    """Return the verdict on the scores in summary.json; with `at_best`, as if the adapter were right on every row."""
-    accuracy = 1.0 if at_best else adapted["accuracy"]
-    return label_verdict(base["accuracy"], accuracy, most_frequent(adapted["per_label"])[1], rows)
+def _clearly_better(before: float, after: float, rows: int) -> bool:
+    return gain_interval(before, after, rows)[0] > 0 and changes_separate(before, after, rows)
 
 
-LABEL_VERDICTS: Mapping[LabelVerdict, str] = {
-    "helped": "that is better than the base model and a constant answer",
-    "hurt": "the base model is better",
-    "unclear": "that is not clearly better than the base model or a constant answer",
-}
+def figures_verdict(base: LabelFigures, adapted: LabelFigures, rows: int) -> LabelVerdict:
+    """Return the verdict on the scores in summary.json."""
+    return label_verdict(base["accuracy"], adapted["accuracy"], most_frequent(adapted["per_label"])[1], rows)
 
 
 def verdict_words(base: float, adapted: float, constant: float, rows: int) -> str:
     """Return `label_verdict` in words. A higher accuracy that may be chance is said to be from too few rows."""
     verdict = label_verdict(base, adapted, constant, rows)
+    if verdict == "helped":
+        return "that is better than the base model and a constant answer"
+    if verdict == "hurt":
+        return "the base model is better"
+    compared = {"the base model": base, "a constant answer": constant}
+    unclear = " or ".join(name for name, share in compared.items() if not _clearly_better(share, adapted, rows))
     too_few = f"; {count_of(rows, 'row')} {'is' if rows == 1 else 'are'} too few to tell the change from chance"
-    return LABEL_VERDICTS[verdict] + (too_few if verdict == "unclear" and adapted > max(base, constant) else "")
+    return f"that is not clearly better than {unclear}{too_few if adapted > max(base, constant) else ''}"
+
+
+_MORE_ROWS = 4
+"""Factor of held-out rows that a user can still be asked for."""
+
+
+def lacks_held_out_rows(base: float, adapted: float, constant: float, rows: int) -> bool:
+    """Return True if only the number of held-out rows prevents a clear verdict on an adapter's labels.
+
+    Either no adapter could be clearly better on these rows, or the same accuracies would be clear on more rows.
+    """
+    if label_verdict(base, adapted, constant, rows) != "unclear":
+        return False
+    at_best = label_verdict(base, 1.0, constant, rows)
+    return at_best == "unclear" or label_verdict(base, adapted, constant, _MORE_ROWS * rows) == "helped"
 
 
 def label_clause(base: LabelFigures, adapted: LabelFigures, rows: int) -> str:
@@ -80,28 +95,28 @@ def label_clause(base: LabelFigures, adapted: LabelFigures, rows: int) -> str:
 
 
 def decisions_verdict(
-    base: Mapping[str, DecisionFigures], adapted: Mapping[str, DecisionFigures], *, at_best: bool = False
+    base: Mapping[str, DecisionFigures], adapted: Mapping[str, DecisionFigures]
 ) -> LabelVerdict | None:
     """Return the verdict on the answers to all questions, or None if no question was measured with both models.
 
     A run that helped with one question and hurt another one is `unclear`.
-
-    Args:
-        at_best: judge as if the adapter's answers to all questions were right.
     """
-    verdicts = {
-        _decision_verdict(base[name], one, 1.0 if at_best else one["accuracy"])
-        for name, one in adapted.items()
-        if name in base
-    }
+    verdicts = {label_verdict(*figures) for figures in decision_shares(base, adapted)}
     if not verdicts:
         return None
     clear = verdicts - {"unclear"}
     return clear.pop() if len(clear) == 1 else "unclear"
 
 
-def _decision_verdict(base: DecisionFigures, adapted: DecisionFigures, accuracy: float) -> LabelVerdict:
-    return label_verdict(base["accuracy"], accuracy, adapted["majority"], adapted["rows"])
+def decision_shares(
+    base: Mapping[str, DecisionFigures], adapted: Mapping[str, DecisionFigures]
+) -> list[tuple[float, float, float, int]]:
+    """Return the arguments of `label_verdict` for each question that was measured with both models."""
+    return [
+        (base[name]["accuracy"], one["accuracy"], one["majority"], one["rows"])
+        for name, one in adapted.items()
+        if name in base
+    ]
 
 
 def decision_clause(name: str, base: DecisionFigures | None, adapted: DecisionFigures) -> str:

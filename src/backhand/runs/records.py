@@ -23,6 +23,7 @@ class MetricsLine(_Step, total=False):
     waited_s: list[float]
     computed_tokens: list[int]
     answers: dict[str, str]  # sampled answers of held-out rows, by the row's source
+    row_rewards: list[float]  # rewards of the held-out rows, in their order
 
 
 def metrics_line(value: object) -> dict[str, Any]:

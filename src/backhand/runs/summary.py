@@ -180,6 +180,8 @@ class RunSummary:
     last_cut_off: float | None = None
     base_eval_reward: float | None = None
     best_eval_reward: float | None = None
+    # mean gain in held-out reward per row until the best step, and the ends of its 95 % interval; None if not measured
+    reward_gain: tuple[float, float, float] | None = None
     neutral_answers: tuple[NeutralAnswer, ...] = ()  # empty if no answers were generated
     # rise of the loss on neutral texts with the adapter that is kept; None if it was not measured
     forgotten_nats: float | None = None

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from backhand.adapters.config import LoRAConfig
 from backhand.data.data_report import DataReport
 from backhand.data.raw_rows import IN_MEMORY
 from backhand.errors import not_none
@@ -37,7 +38,13 @@ from backhand.loop.step import LearningRate
 from backhand.loop.step_plan import SUPERVISED, five_times, short_run_factor
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.runs.directory import ADAPTER, CONFIG
-from backhand.runs.label_results import decisions_verdict, figures_verdict
+from backhand.runs.label_results import (
+    decision_shares,
+    decisions_verdict,
+    figures_verdict,
+    lacks_held_out_rows,
+    most_frequent,
+)
 from backhand.runs.pair_results import answers_far_from_chosen, answers_got_worse, chosen_change
 from backhand.runs.summary import AnswerLengths, RunSummary
 from backhand.words import count_of
@@ -260,23 +267,27 @@ def answer_advice(config: TrainConfig, summary: RunSummary, run: Path) -> tuple[
         return _pair_advice(config, summary, summary.free_answers, run)
     base, adapted, rows = summary.base_labels, summary.adapted_labels, summary.exact_match_rows
     decided = summary.base_decisions or {}, summary.adapted_decisions or {}
-    verdict, what, at_best = decisions_verdict(*decided), "decisions", decisions_verdict(*decided, at_best=True)
+    verdict, what, shares = decisions_verdict(*decided), "decisions", decision_shares(*decided)
     if base and adapted and rows:
         verdict, what = figures_verdict(base, adapted, rows), "labels"
-        at_best = figures_verdict(base, adapted, rows, at_best=True)
+        shares = [(base["accuracy"], adapted["accuracy"], most_frequent(adapted["per_label"])[1], rows)]
     if verdict in (None, "helped"):
         return None
+    if decided[1] and all(one["constant"] for one in decided[1].values()):
+        share = max(one["majority"] for one in decided[1].values())
+        common = f"{share:.0%} of the held-out rows have the most frequent answer"
+        return f"The adapter always decides alike, and {common}: add training rows with the other answers.", None
     if summary.try_next is not None:  # the curves ask for another run already
         return None
     if summary.stopped_because is not None:
         steps = count_of(summary.steps, "step")
         return f"The {what} themselves are not clearly learnt after the {steps} until the run was stopped.", None
-    if verdict == "unclear" and at_best == "unclear":
-        measured = rows if what == "labels" else max(one["rows"] for one in decided[1].values())
-        held_out = f"{count_of(not_none(measured), 'held-out row')} {'is' if measured == 1 else 'are'} too few"
+    if verdict == "unclear" and any(lacks_held_out_rows(*one) for one in shares):
+        measured = max(one[-1] for one in shares)
+        held_out = f"{count_of(measured, 'held-out row')} {'is' if measured == 1 else 'are'} too few"
         enough = summary.held_out_rows < LARGEST_SHARE * (summary.rows + summary.held_out_rows)
         more = _holding_out_more(enough and not config.data.eval_data)
-        return f"{held_out} to tell whether the {what} are learnt, even if all are right: {more}.", None
+        return f"{held_out} to tell whether the {what} are learnt: {more}.", None
     sentence = f"The {what} themselves are not clearly learnt: more rows, or more steps, may teach them."
     return sentence, _again(config, run, _twice_as_long(config, summary.steps))
 
@@ -299,20 +310,32 @@ def _pair_advice(config: TrainConfig, summary: RunSummary, answers: AnswerLength
         sentence = "Pairs alone moved the answers away from the chosen ones: a lower rate stays nearer to the start."
         changes = f"--from-adapter {shlex.quote(started_from)} --learning-rate {rate / 3:.2g}"
         return sentence, _again(config, run, changes)
+    # The chosen answers need an adapter of the same form, since the pairs continue from it.
+    default = vars(LoRAConfig())
+    form = {name: value for name, value in vars(config.adapter).items() if value != default[name]}
     first = run.with_name(f"{run.name}-chosen")
     model, adapter = config.model.model, shlex.quote(str(first / ADAPTER))
     then = _again(config, run, f"--from-adapter {adapter}")
     if has_rows_in_memory(config):
-        call = f"backhand.train(data=…, model={model!r}, completion='chosen', output={str(first)!r})"
-        steps = f"{call}, then {then}"
+        given = {"model": model, "completion": "chosen", **form, "output": str(first)}
+        options = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        steps = f"backhand.train(data=…, {options}), then {then}"
     else:
         files = " ".join(map(shlex.quote, config.data.data))
-        train = f"backhand train --model {shlex.quote(model)} --data {files} --completion chosen"
+        options = "".join(f" {_typed(name, value)}" for name, value in form.items())
+        train = f"backhand train --model {shlex.quote(model)} --data {files} --completion chosen{options}"
         steps = f"{train} --output {shlex.quote(str(first))} && {then}"
     return (
         "Pairs teach which answer is better, not what to say: train on the chosen answers first, then on the pairs.",
         steps,
     )
+
+
+def _typed(name: str, value: Any) -> str:
+    """Return an option of the command line with its value."""
+    words = [f"{key}={item}" for key, item in value.items()] if isinstance(value, Mapping) else value
+    words = [] if value is True else [words] if isinstance(words, str | int | float) else words
+    return " ".join([f"--{name.replace('_', '-')}", *(shlex.quote(str(word)) for word in words)])
 
 
 def _twice_as_long(config: TrainConfig, total_steps: int) -> str:

@@ -29,6 +29,7 @@ from backhand.printing import duration, going_on, line_due, may_be_silent, now, 
 from backhand.runs.distilled_results import distilled_sentences
 from backhand.runs.label_results import decision_clause, label_clause
 from backhand.runs.pair_results import PAIR_OBJECTIVES, pair_clauses
+from backhand.runs.reward_results import gain_words
 from backhand.runs.summary import (
     CHOSEN_BY,
     REMEMBERING,
@@ -319,7 +320,8 @@ def _improvement(summary: RunSummary) -> list[str]:
     alone = "" if start == base else f"; the base model alone has {sign * base:.4f}"
     of_rows = f"on {count_of(summary.held_out_rows, 'row')}, {when}{alone}."
     if summary.objective == "grpo":
-        return [*lines, f"Held-out reward {-start:.4f} → {-best:.4f} {of_rows}"]
+        lines.append(f"Held-out reward {-start:.4f} → {-best:.4f} {of_rows}")
+        return [*lines, capitalized(gain_words(summary.reward_gain))]
     change = "not better" if best >= start else f"{1 - best / start:.0%} lower" if start > 0 else "better"
     nats = f"nats per token (perplexity {_exp(start)} → {_exp(best)}, {change})"
     of_answers = "nats per answer, without names of options" if summary.objective == "decide" else ""

@@ -30,6 +30,7 @@ from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import METRICS, RunDirectory
 from backhand.runs.pair_results import held_out_pairs
+from backhand.runs.reward_results import recorded_gain
 from backhand.runs.summary import RunSummary, forgotten_nats
 from backhand.system import memory_bytes, peak_rss_bytes
 from backhand.training.loaded_run import LoadedRun
@@ -209,4 +210,5 @@ def _rewards(lines: Sequence[Mapping[str, Any]], progress: Progress) -> dict[str
         values["last_cut_off"] = fmean(cut_off[-few:])
     if progress.base_eval_loss is not None and progress.best_eval_loss is not None:
         values |= {"base_eval_reward": -progress.base_eval_loss, "best_eval_reward": -progress.best_eval_loss}
+        values["reward_gain"] = recorded_gain(lines, progress.best_step)
     return values

@@ -310,13 +310,53 @@ def _serve() -> None:
             for name, function in zip(names, functions, strict=True):
                 answer(token, begins=name)
                 try:
-                    values = islice(function(batch), most)
-                    rewards.append([None if value is None else float(value) for value in values])
+                    rewards.append(_rewards_in(function(batch), most))
+                except _NoRewards as error:
+                    answer(token, function=name, error=str(error), place="", traceback="", of_all=error.of_all)
+                    break
                 except BaseException as error:  # noqa: BLE001 - likewise
                     answer(token, function=name, **_failure(error, name))
                     break
             else:
                 answer(token, rewards=rewards)
+
+
+class _NoRewards(Exception):
+    """A function returned something other than rewards.
+
+    Args:
+        how: the predicate of the error.
+        of_all: True if it is not about one answer.
+    """
+
+    def __init__(self, how: str, *, of_all: bool) -> None:
+        super().__init__(how)
+        self.of_all = of_all
+
+
+def _rewards_in(returned: Any, most: int) -> list[float | None]:
+    """Return up to `most` rewards of a function's result. Raises _NoRewards if it is no list of numbers."""
+    if isinstance(returned, str | bytes | Mapping) or not _can_iterate(returned):
+        shown = shorten(repr(returned), LONGEST_LINE)
+        raise _NoRewards(f"returned {shown}, not a list with one number per answer", of_all=True)
+    return [None if value is None else _number_of(value) for value in islice(returned, most)]
+
+
+def _can_iterate(returned: Any) -> bool:
+    try:
+        iter(returned)
+    except TypeError:
+        return False
+    return True
+
+
+def _number_of(value: Any) -> float:
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise _NoRewards(f"gave {shorten(repr(value), LONGEST_LINE)}, which is no number", of_all=False)
 
 
 def _failure(error: BaseException, name: str) -> dict[str, str]:

@@ -105,11 +105,22 @@ class _Failed(Exception):
         timed_out: whether it took too long.
         place: file, line and text of the user's code that raised an exception, or "".
         trace: the function's traceback if it raised an exception; shown by `--debug`.
+        of_all: True if the failure is not about one answer.
     """
 
-    def __init__(self, function: str, how: str, *, timed_out: bool = False, place: str = "", trace: str = "") -> None:
+    def __init__(
+        self,
+        function: str,
+        how: str,
+        *,
+        timed_out: bool = False,
+        place: str = "",
+        trace: str = "",
+        of_all: bool = False,
+    ) -> None:
         super().__init__(how)
         self.function, self.how, self.timed_out, self.place = function, how, timed_out, place
+        self.of_all = of_all
         self.trace = FunctionTraceback(trace) if trace else None
 
 
@@ -216,7 +227,9 @@ class RewardProcess:
                     raise self._refused(name, f"gave {value}", answer)
         for number, answer in enumerate(answers):
             if all(values[number] is None for values in rewards):
-                raise self._refused(", ".join(self.names), "gave None: nothing judges the answer", answer)
+                error = self._refused(", ".join(self.names), "gave None: nothing judges the answer", answer)
+                error.why = "at least one reward function must give each answer a number"
+                raise error
         return [[math.nan if value is None else value for value in values] for values in rewards]
 
     def close(self) -> None:
@@ -262,6 +275,8 @@ class RewardProcess:
 
     def _error(self, failed: _Failed, answers: Sequence[RewardInput]) -> CheckError:
         """Repeat the request with one answer at a time to find the one that the function fails on."""
+        if failed.of_all:
+            return self._refused(failed.function, failed.how, None)
         seconds = min(self.timeout_s, _SINGLE_TIMEOUT_S) if failed.timed_out else self.timeout_s
         for answer in answers:
             try:
@@ -333,7 +348,7 @@ class RewardProcess:
             raise _Failed(function, _INTRUDED)
         if "error" in response:
             facts = {"place": response["place"], "trace": response["traceback"]}
-            raise _Failed(response["function"], response["error"], **facts)
+            raise _Failed(response["function"], response["error"], **facts, of_all=response.get("of_all", False))
         return response
 
 

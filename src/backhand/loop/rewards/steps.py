@@ -253,13 +253,10 @@ class HeldOutRewards(HeldOut):
         rollout: computes the rewards.
         shown: number of rows whose answers are kept for the report.
 
-    Attributes:
-        rewards: (rows,) float64 weighted sums of the rewards in the most recent `loss`; empty before it.
     """
 
     def __init__(self, examples: Sequence[Example], rollout: Rollout, shown: int) -> None:
         super().__init__(examples, _ROWS_AT_ONCE)
-        self.rewards = torch.empty(0, dtype=torch.float64)
         self._rollout, self._shown = rollout, evenly_spaced(len(examples), shown)
 
     def loss(
@@ -289,6 +286,6 @@ class HeldOutRewards(HeldOut):
         answers = [Sampled(ids, stopped=len(ids) < options.max_new_tokens) for part in by_part for ids in part]
         judged = rollout.judged(answers, self._examples)
         self.said = {self._examples[row].source: judged.texts[row] for row in self._shown}
-        self.rewards = judged.totals
+        self.row_rewards = judged.totals.tolist()
         self.measured = {f"eval_{name}": value for name, value in rollout.measured(judged).items()}
         return -self.measured["eval_reward"]
