@@ -89,6 +89,9 @@ def test_a_run_on_rows_in_memory_resumes_with_the_same_rows(tiny: TinyRun, tmp_p
     whole = backhand.train(**options(tiny, tmp_path / "whole", data=ROWS, max_steps=4, save_every=1))
     assert resumed.steps == 4 and adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
     assert whole.losses == resumed.losses
+    assert backhand.train(**made, resume=True) == resumed, "a finished run"
+    with pytest.raises(UsageError, match="data: the rows have changed"):
+        backhand.train(**{**made, "data": ROWS[:-1]}, resume=True)
 
 
 def test_rows_in_memory_are_not_for_several_processes(tiny: TinyRun, tmp_path: Path) -> None:
@@ -99,6 +102,10 @@ def test_rows_in_memory_are_not_for_several_processes(tiny: TinyRun, tmp_path: P
 def test_a_malformed_row_in_memory_is_named(tiny: TinyRun, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"python:[0-9a-f]{16} row 2: .*completion"):
         backhand.train(**options(tiny, tmp_path / "run", data=[ROWS[0], {"prompt": "a", "completion": None}]))
+    with pytest.raises(DataError, match="data: there is no row in the data"):
+        backhand.train(**options(tiny, tmp_path / "run", data=pd.DataFrame()))
+    with pytest.raises(DataError, match=r"frame\['completion'\].astype\(str\)"):
+        backhand.train(**options(tiny, tmp_path / "run", data=pd.DataFrame({"prompt": ["a"], "completion": [0]})))
     with pytest.raises(DataError, match=r"row 1: [\s\S]*\n  next: correct the row, or leave it out$"):
         backhand.train(**options(tiny, tmp_path / "run", data=[{"prompt": "a", "completion": "\ud800"}]))
 
@@ -165,6 +172,8 @@ def test_values_of_numpy_and_pandas_are_python_s() -> None:
             'has no option format, and needs the argument to\n  next: give to="gguf" instead of format',
         ),
         (lambda: backhand.export("a", "gguf"), "too many positional arguments\n  next: give these by name: to, output"),  # type: ignore[call-arg]
+        (lambda: backhand.export("a", to="gguf", output="b", overwrite=True), "leave it out: it is an option of backh"),
+        (lambda: backhand.train(data=ROWS, question=["team"]), 'give question={"NAME": "TEXT"}, or in a file'),
         (lambda: backhand.train(beta=0.1), 'next: leave it out, or give objective="dpo" or'),
         (lambda: backhand.export("a", to="mlx", output="b", decision=True), 'next: give to="gguf"'),
     ],
@@ -186,6 +195,7 @@ def test_wrong_names_are_answered_with_the_right_ones(call: Callable[[], object]
             "--columns chosen=best --target-modules q_proj,k_proj",
             'columns={"chosen": "best"}, target_modules=["q_proj", "k_proj"]',
         ),
+        ("--question COLUMN='…' also puts", 'question={"COLUMN": "…"} also puts'),
         ("--chat-template none, --objective dpo", 'chat_template="none", objective="dpo"'),
         ("`backhand lint --data FILE` lists them", "`backhand lint --data FILE` lists them"),
     ],

@@ -9,6 +9,7 @@ Options are checked as on the command line. An unknown name is answered with the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -16,7 +17,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from backhand.api_errors import errors_in_python
+from backhand.api_errors import errors_in_python, in_python
 from backhand.bounds import Options, check_kind, check_names
 from backhand.cli.option_fields import build, option_fields
 from backhand.data.given_rows import Rows
@@ -102,7 +103,9 @@ def train(
         check_kind("config", config, TrainConfig)
     given = _named(data=data, output=output, model=model) | options
     built = _options("train", TrainConfig, given, config)
-    return train_with_report(built, callbacks=callbacks, typed=frozenset(given))
+    summary = train_with_report(built, callbacks=callbacks, typed=frozenset(given))
+    hints = {field.option: field.hint for field in option_fields(TrainConfig)}
+    return replace(summary, advice=summary.advice and in_python(summary.advice, hints))
 
 
 @errors_in_python(EvaluateOptions)
@@ -401,7 +404,7 @@ def _answers(function: str, data: Any, given: Mapping[str, Any]) -> list[dict[st
         takes_heads=function == "classify",
     ) as loaded:
         if not options.answer.quiet:
-            show_notes(loaded.notes)
+            show_notes([*loaded.notes, *loaded.purpose_notes])
         if loaded.classification:
             if options.answer.labels not in ((), ("auto",)):
                 raise UsageError(

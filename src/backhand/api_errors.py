@@ -24,7 +24,9 @@ R = TypeVar("R")
 
 _COMMAND = re.compile(r"\bbackhand [a-z]")
 _OPTION = re.compile(r"--[a-z][a-z0-9-]*[a-z0-9]")
-_VALUE = re.compile(r""" (\$'(?:[^'\\]|\\.)*'|(?:'[^']*'|"'")+|(?![\s-])(?:[^\s'"`,;()]|,(?=\S))*[^\s'"`,;().:!?])""")
+_VALUE = re.compile(
+    r""" (\$'(?:[^'\\]|\\.)*'|\w+='[^']*'|(?:'[^']*'|"'")+|(?![\s-])(?:[^\s'"`,;()]|,(?=\S))*[^\s'"`,;().:!?])"""
+)
 """The word after an option, quoted for a shell or without the punctuation at its end."""
 _PLACEHOLDER = re.compile(r"[A-Z][A-Z_]+|…")
 _NUMBER = re.compile(r"\d[\d.,]*(e-?\d+)?")
@@ -123,7 +125,7 @@ def _value(name: str, hint: Any, word: re.Match[str] | None, *, typed: bool) -> 
         return "=… (a path, a list of dicts or a data frame)", word.end()
     if _PLACEHOLDER.fullmatch(text):
         return f"={text}", word.end()
-    quoted = text[0] in "'$"
+    quoted = text[0] == "$" or "'" in text
     if not (quoted or typed or text in (*_SPECIAL, *_choices(hint)) or _NOT_PROSE.search(text)):
         return "", 0
     if text.startswith("$"):

@@ -76,6 +76,8 @@ def suggestion(name: str, known: Collection[str], homes: Mapping[str, str], *, v
         value: the value given: the meaning of some names depends on it.
     """
     field = name.replace("-", "_")
+    if field in homes and field not in known and homes[field].startswith("backhand."):
+        return f"leave it out: it is an option of {homes[field]}"
     if field in homes and field not in known:
         return f"write it in {homes[field]}" + (f", as {field}" if field != name else "")
 

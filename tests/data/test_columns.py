@@ -209,7 +209,7 @@ def test_a_table_for_decisions_is_answered_with_the_options_that_read_it(tmp_pat
         prepare(DataOptions(data=faces), byte_level(), purpose="decisions")
     assert str(raised.value.next_step).startswith(r"add --state '{title}\n{face}' --question category;")
     options = DataOptions(data=faces, state=r"{title}\n{face}", question={"category": ""})
-    assert len(prepare(options, byte_level(), purpose="decisions")[0].examples) == 8
+    assert prepare(options, byte_level(), purpose="decisions")[0].report.rows == 8
     other = written(tmp_path / "other.csv", "a,b\n" + "".join(f"{i},{i}\n" for i in range(8)))
     with pytest.raises(DataError, match="do not fit decisions") as raised:
         prepare(DataOptions(data=other), byte_level(), purpose="decisions")
@@ -248,6 +248,15 @@ def test_a_suggestion_reads_the_rows_when_it_is_pasted(
         _, _, prompt, _, completion = shlex.split("x " + advice)
         prompts, _ = asked(path, prompt=prompt, completion=completion)
         assert prompts[0].reply == completion[0]
+
+
+def test_a_class_is_the_suggested_answer_unless_the_last_column_has_texts(tmp_path: Path) -> None:
+    for last, answer in (("f", "package"), ("a long text of more than forty characters, ", "body")):
+        rows = "".join(f"about {n},{'ab'[n % 2]},{last.strip(', ')}{n}\n" for n in range(8))
+        path = written(tmp_path / "t.csv", f"docstring,package,body\n{rows}")
+        with pytest.raises(DataError) as refused:
+            prepare(DataOptions(data=path), byte_level())
+        assert str(refused.value).endswith(f"--completion {answer}")
 
 
 def test_an_empty_column_is_not_suggested(tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def test_generate_answers_with_a_label_and_its_probability(
         assert line["probability"] == max(line["probabilities"].values()) == line["probabilities"][line["completion"]]
     generate(prompt="json", labels=("one", "for"))
     assert capsys.readouterr().out.strip() in ("one", "for")
-    with pytest.raises(UsageError, match="names no labels"):
+    with pytest.raises(UsageError, match="there is no adapter whose record names them"):
         generate(prompt="json", labels=("auto",))
     for tokens, error in (([1 << 20, 2], UsageError), (["json"], ArtifactError), ([], ArtifactError)):
         tampered = Path(shutil.copytree(run / "adapter", tmp_path / str(tokens)))

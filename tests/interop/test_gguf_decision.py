@@ -12,10 +12,13 @@ import pytest
 
 import backhand
 from backhand.errors import UsageError
+from backhand.generation.command import generate_command
+from backhand.generation.options import AnswerOptions, GenerateOptions, SamplingOptions
 from backhand.interop.command import export_command
 from backhand.interop.options import ExportOptions
 from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_model import GGUFModel
+from backhand.nn.model_options import BaseModelOptions
 from backhand.options.config import TrainConfig
 from backhand.options.objectives import ObjectiveOptions
 from backhand.training.run import train
@@ -139,6 +142,21 @@ def test_a_wrong_temperature_fails_the_proof(
     with pytest.raises(CheckError, match="gives the same probabilities"):
         export_command(options)
     assert not (tmp_path / "wrong.gguf").exists()
+
+
+def test_other_programs_are_not_advised_for_a_decision_adapter(
+    decided: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, model = decided.run.output / "adapter", decided.model.model
+    export_command(ExportOptions(adapter=adapter, model=model, to="gguf", output=tmp_path / "lora.gguf"))
+    said = capsys.readouterr().out
+    assert "add --decision" in said and "llama-cli" not in said
+    answer = AnswerOptions(prompt="user asks", adapter=adapter)
+    options = GenerateOptions(
+        model=BaseModelOptions(model=model), answer=answer, sampling=SamplingOptions(max_new_tokens=1)
+    )
+    generate_command(options)
+    assert "not to answer prompts: use backhand decide" in capsys.readouterr().err
 
 
 def test_other_adapters_and_formats_are_refused(tiny: TinyRun, tmp_path: Path) -> None:

@@ -181,10 +181,15 @@ def test_too_few_held_out_labels_ask_for_more_of_them(ended: RunSummary) -> None
     few = {"base_labels": before, "adapted_labels": after, "exact_match_rows": 5, "try_next": None}
     measured = replace(ended, held_out_rows=5, rows=45, stopped_because=None, **few)
     config = load_config(Path(ended.output) / "config.toml")
+    further = "more rows are needed, for example as --eval-data FILE."
     separate = "5 held-out rows are too few to tell whether the labels are learnt: "
-    assert answer_advice(config, measured, Path("runs/one")) == (f"{separate}--eval-data FILE, holds out more.", None)
+    assert answer_advice(config, measured, Path("runs/one")) == (f"{separate}{further}", None)
+    for rows in (17, 12):  # a quarter, or a half of the rows are held out: 0.3 of them would not be clearly more
+        few_left = replace(measured, rows=rows, held_out_rows=24 - rows)
+        suggested = answer_advice(replace(config, data=replace(config.data, eval_data=())), few_left, Path("runs/one"))
+        assert suggested is not None and suggested[0].endswith(further)
     drawn = replace(config, data=replace(config.data, eval_data=()))
-    share = "--eval-fraction 0.3, or --eval-data FILE, holds out more."
+    share = "--eval-fraction 0.3 or --eval-data FILE holds out more."
     assert answer_advice(drawn, measured, Path("runs/one")) == (f"{separate}{share}", None)
     # 9 → 14 of 21 rows, of which one label has 5: clear with more held-out rows, and already better than a constant.
     before, after = (label_figures(right / 21, animals=5, sport=5, sad=5, happy=6) for right in (9, 14))

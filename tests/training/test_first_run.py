@@ -226,7 +226,7 @@ def test_few_held_out_rows_and_rows_not_seen_change_the_advice(tmp_path: Path) -
 
     few = said([2.0, 1.0, 0.6, 0.7, 0.8, 0.85], few_rows=5)
     assert few is not None and few[0].startswith("Only 5 rows are held out, too few") and few[1] is None
-    assert few[0].endswith(": --eval-data FILE, holds out more."), "0.3 of few rows are few"
+    assert few[0].endswith(": more rows are needed, for example as --eval-data FILE."), "0.3 of few rows are few"
     many = said([2.0, 1.0, 0.6, 0.7, 0.8, 0.85], few_rows=5, all_rows=60)
     assert many is not None and "--eval-fraction 0.3" in many[0]
     assert too_few_rows(DataReport(rows=5, documents=25, supervised_tokens=25)) == 5

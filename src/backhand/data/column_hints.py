@@ -19,7 +19,11 @@ and rejected answers (`_UNWANTED`)."""
 
 
 def suggestion(
-    prompts: Sequence[str], others: Iterable[str], given: Mapping[str, str], constant: Collection[str] = ()
+    prompts: Sequence[str],
+    others: Iterable[str],
+    given: Mapping[str, str],
+    constant: Collection[str] = (),
+    likely: str | None = None,
 ) -> str | None:
     """Return command-line options that would read these columns, or None.
 
@@ -27,13 +31,15 @@ def suggestion(
         prompts: columns of a prompt. If it is empty, all columns but the answer form the prompt.
         given: options that the user gave, which stay.
         constant: columns with the same value in all rows, which are not suggested.
+        likely: the answer if no column has the name of one; the last column if it is None.
     """
     read = {column for text in given.values() for column in columns_named(text)}
     unread = [name for name in others if name not in (*read, *given, *prompts, *constant)]
     small, free = {name: _in_lower_case(name) for name in unread}, _usable(unread)
     answer, template = given.get("completion"), given.get("prompt")
     if answer is None and free:
-        answer = next((name for name in free if small[name] in _WANTED | CLASSES), free[-1])
+        answer = next((name for name in free if small[name] in _WANTED | CLASSES), None)
+        answer = answer or (likely if likely in free else free[-1])
     if template is None:
         asking = [name for name in prompts if name not in given and _can_be_typed(name)] or [
             name for name in free if name != answer
@@ -104,6 +110,13 @@ class ClassColumns:
     def values(self, name: str) -> list[str]:
         """Return the first distinct values of a column."""
         return list(self._seen[name])
+
+    def likely_answer(self, columns: Sequence[str], rows: int) -> str | None:
+        """Return the most likely class, or None if there is none or the last of these columns has longer texts."""
+        classes = self.names(rows)
+        if not classes or max(map(len, self._seen.get(columns[-1], ())), default=0) > _LONGEST:
+            return None
+        return class_of(classes)
 
     def constant(self, rows: int) -> list[str]:
         """Return the columns with the same short value in all of these rows. There are none in very few rows."""

@@ -14,7 +14,7 @@ from backhand.data.decisions import Question
 from backhand.data.embedding_rows import read_embedding, read_ranking
 from backhand.data.forms import PREFERENCE, Form, detect, nearest_known
 from backhand.data.messages import read_conversation, read_turns
-from backhand.data.raw_rows import TRUTH, RawRow, RowErrors, describe
+from backhand.data.raw_rows import IN_MEMORY, TRUTH, RawRow, RowErrors, describe
 from backhand.data.rows import Completion, Conversation, Pair, PlainText, PromptRow, Purpose, Row, UnpairedRow
 from backhand.errors import DataError, UsageError
 from backhand.words import begin_alike, name_list
@@ -286,10 +286,13 @@ def _label(value: object, column: str, source: str) -> bool:
 def _text(values: Mapping[str, Any], column: str, source: str) -> str:
     value = values[column]
     if not isinstance(value, str):
+        how = f"write {column} in quotes"
+        if source.startswith(IN_MEMORY):
+            how = f"convert it to text: frame[{column!r}].astype(str) in a data frame, str(…) in a list of dicts"
         raise DataError(
             f"{column} is {describe(value)}, not text",
             where=source,
-            next_step=f"write {column} in quotes" if isinstance(value, int | float) else None,
+            next_step=how if isinstance(value, int | float) else None,
         )
     return value
 

@@ -236,13 +236,19 @@ class _Columns:
 
     @cached_property
     def _classes_and_constant(self) -> tuple[list[str], list[str]]:
-        """The columns that may be classes, and those that are the same in all rows. Reads the following rows."""
+        """The columns that may be classes, and those that are the same in all rows."""
+        values, rows = self._values
+        return values.names(rows), values.constant(rows)
+
+    @cached_property
+    def _values(self) -> tuple[ClassColumns, int]:
+        """The values of the columns, and the number of rows that were read for them: this and some following ones."""
         rows, values = [self.raw], ClassColumns()
         with suppress(DataError):  # the error about the first row is raised instead
             rows.extend(islice(self.following, _MOST_FOLLOWING))
         for row in rows:
             values.add(row.values)
-        return values.names(len(rows)), values.constant(len(rows))
+        return values, len(rows)
 
     def with_class(self, purpose: Purpose | None) -> str | None:
         """Return the options that read a column with few repeating values as the answer, or None."""
@@ -323,7 +329,9 @@ class _Columns:
         else:
             near = [form.name for form in _ANSWERS if self.present.intersection(form.columns)] or _USUAL_FORMS
             filled = [name for name in self.raw.values if name in self.present and str(self.raw.values[name]).strip()]
-            by_name = suggestion((), filled, self.given, self._classes_and_constant[1])
+            values, rows = self._values
+            likely = values.likely_answer(filled, rows) if filled else None
+            by_name = suggestion((), filled, self.given, values.constant(rows), likely)
             how = f"a row has {' or '.join(near)}" + (f"; or name the columns: {by_name}" if by_name else "")
         what = f"{self._half_named}; its columns" if self._half_named else "the columns fit no form of row"
         return DataError(f"{what}: {columns}", where=self.raw.source, next_step=how)

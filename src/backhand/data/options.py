@@ -213,7 +213,9 @@ def _check_texts(where: str, texts: Any) -> None:
     """Raise UsageError unless `texts` maps columns to text."""
     if not isinstance(texts, Mapping) or not all(isinstance(text, str) for text in texts.values()):
         raise UsageError(
-            f"{texts!r} is no table of texts", where=where, next_step=f"write NAME = 'TEXT' under [data.{where}]"
+            f"{texts!r} is no table of texts",
+            where=where,
+            next_step=f"give --{where} NAME='TEXT', or in a file NAME = 'TEXT' under [data.{where}]",
         )
 
 

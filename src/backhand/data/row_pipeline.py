@@ -12,7 +12,7 @@ from backhand.data.data_report import DataReport, SourceForm
 from backhand.data.decisions import Question
 from backhand.data.form_reader import FormReader
 from backhand.data.options import NamedColumns, RowSources
-from backhand.data.raw_rows import RowErrors
+from backhand.data.raw_rows import IN_MEMORY, RowErrors
 from backhand.data.row_encoder import EncodedRows, RowEncoder, size_of
 from backhand.data.rows import (
     Conversation,
@@ -244,13 +244,15 @@ def _class_next_to_text(
 
 
 def _no_rows(name: str, bad: RowErrors, count: int) -> DataError:
-    first = bad.first_of_file
+    first, in_memory = bad.first_of_file, name.startswith(IN_MEMORY)
     if first is None:
         return DataError(
-            "there is no row in the file",
-            where=name,
+            "there is no row in the data" if in_memory else "there is no row in the file",
+            where="data" if in_memory else name,
             why=f"{bad.empty_lines:,} empty lines were skipped" if bad.empty_lines else None,
-            next_step="give a file with one row per line, or leave out the file",
+            next_step="give a list of dicts or a data frame with at least one row"
+            if in_memory
+            else "give a file with one row per line, or leave out the file",
         )
     return DataError(
         f"no row is usable: {count:,} malformed",

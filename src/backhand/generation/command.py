@@ -66,7 +66,7 @@ def generate_command(options: GenerateOptions) -> None:
     one = prompt is not None
     with loaded_model(options.model, answer.adapter, template=options.template, one_at_a_time=one) as loaded:
         if not answer.quiet:
-            show_notes(loaded.notes)
+            show_notes([*loaded.notes, *loaded.purpose_notes])
         if prompt is None:
             _write_answers(options, loaded)
         else:
@@ -106,6 +106,12 @@ def _labels(options: GenerateOptions, loaded: LoadedModel, session: GenerationSe
             "the adapter decides questions, and names no labels",
             where="labels",
             next_step="backhand decide with the same adapter, or backhand.decide in Python",
+        )
+    if options.answer.adapter is None:
+        raise UsageError(
+            "no labels are given, and there is no adapter whose record names them",
+            where="labels",
+            next_step="name them: --labels A,B,…, or give --adapter",
         )
     if not loaded.labels:
         raise UsageError(

@@ -50,6 +50,14 @@ class LoadedModel:
     columns: NamedColumns | None = None  # columns that the adapter was trained on, from its record
     objective: str | None = None  # objective that the adapter was trained with, from its record
 
+    @property
+    def purpose_notes(self) -> list[str]:
+        """A note if the adapter was not trained to answer prompts; else an empty list."""
+        if self.objective not in ("decide", "embed", "rank"):
+            return []
+        command = f"use backhand {self.objective}"
+        return [f"the adapter was trained with --objective {self.objective}, not to answer prompts: {command}"]
+
     def missing_system(self, given: str | None) -> list[str]:
         """Return a note if the adapter was trained with a system message and `given` is None; else an empty list."""
         if self.system is None or given is not None:

@@ -60,7 +60,7 @@ def export_command(options: ExportOptions) -> Path:
     options.validate()
     adapter, output = given("adapter", options.adapter), given("output", options.output)
     prover = Prover("export", adapter, None if options.quiet else console())
-    program, base = "llama-cli", ""
+    program, base, decides = "llama-cli", "", False
     if options.merge or options.decision:
         program = _export_merged(options, output, prover)
     elif options.to == "kohya":
@@ -69,11 +69,15 @@ def export_command(options: ExportOptions) -> Path:
         allow_pickle = options.reading.allow_pickle
         opened = open_adapter(options.model, adapter, force_base=options.force_base, allow_pickle=allow_pickle)
         base = shlex.quote(str(opened.source.path)) if isinstance(opened.source, GGUFModel) else "BASE.gguf"
+        decides = opened.loaded.record is not None and bool(opened.loaded.record.decisions)
         _export_adapter(options, opened, output, prover)
     prover.write()
     prover.say(f"written: {shlex.quote(str(output))}")
-    for line in _how_to_run(options, shlex.quote(str(output)), program, base):
-        prover.say(line)
+    if decides and options.to == "gguf":
+        prover.say("note: the adapter decides questions; llama.cpp does so with a decision model: add --decision")
+    else:
+        for line in _how_to_run(options, shlex.quote(str(output)), program, base):
+            prover.say(line)
     if options.push is not None:
         prover.say(f"uploaded: {_push(output, options.push)}")
     return output

@@ -242,9 +242,10 @@ def advice(
 
 
 def _holding_out_more(a_share: bool) -> str:
-    """Return a clause with the options that hold out more rows, with a share of the rows if that is enough."""
-    share = f"--eval-fraction {LARGEST_SHARE}, or " if a_share else ""
-    return f"{share}--eval-data FILE, holds out more"
+    """Return a clause about holding out more rows: a share of the rows, or further rows if that is not enough."""
+    if not a_share:
+        return "more rows are needed, for example as --eval-data FILE"
+    return f"--eval-fraction {LARGEST_SHARE} or --eval-data FILE holds out more"
 
 
 def too_few_rows(held_out: DataReport) -> int:
@@ -285,7 +286,7 @@ def answer_advice(config: TrainConfig, summary: RunSummary, run: Path) -> tuple[
     if verdict == "unclear" and any(lacks_held_out_rows(*one) for one in shares):
         measured = max(one[-1] for one in shares)
         held_out = f"{count_of(measured, 'held-out row')} {'is' if measured == 1 else 'are'} too few"
-        enough = summary.held_out_rows < LARGEST_SHARE * (summary.rows + summary.held_out_rows)
+        enough = 2 * summary.held_out_rows <= LARGEST_SHARE * (summary.rows + summary.held_out_rows)
         more = _holding_out_more(enough and not config.data.eval_data)
         return f"{held_out} to tell whether the {what} are learnt: {more}.", None
     sentence = f"The {what} themselves are not clearly learnt: more rows, or more steps, may teach them."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from backhand.adapters.targets import in_numbers
+from backhand.data.raw_rows import IN_MEMORY
 from backhand.engines.decoder_engine import choose_engine
 from backhand.errors import CheckError, UsageError
 from backhand.loop.evaluator import Evaluator
@@ -26,6 +28,7 @@ from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import CONFIG, Proof, ProofLog
 from backhand.training.contexts import with_context_text
 from backhand.training.identity import FREE_OPTIONS, Identity, decisive_settings
+from backhand.words import name_list, shorten
 
 _NOT_TO_CHOOSE = {"run.output", "run.resume", "run.overwrite", "run.from_adapter"}
 _CHANGEABLE = sorted("--" + name.split(".")[1].replace("_", "-") for name in FREE_OPTIONS - _NOT_TO_CHOOSE)
@@ -188,6 +191,24 @@ def _refused(differences: list[str], directory: Path) -> UsageError:
         why=f"only these may change: {', '.join(_CHANGEABLE)}, as long as rows and base stay the same",
         next_step=f"put them back, or start another run from this adapter: --from-adapter {adapter}",
     )
+
+
+def unread_sources(given: TrainConfig, directory: Path) -> list[str]:
+    """Return a note for each option that names other rows than a finished run has, whose rows are not read again.
+
+    Raises:
+        UsageError: the rows are in memory and differ from those of the run.
+    """
+    stored, notes = load_config(directory / CONFIG).data, []
+    for name in ("data", "eval_data"):
+        before, now = getattr(stored, name), getattr(given.data, name)
+        if not now or list(map(os.path.abspath, now)) == list(map(os.path.abspath, before)):
+            continue
+        if before and all(source.startswith(IN_MEMORY) for source in (*before, *now)):
+            raise _refused([f"{name}: the rows have changed"], directory)
+        trained = f"has {name_list(map(shorten, before))}" if before else "has none"
+        notes.append(f"the run is finished and {trained}: --{name.replace('_', '-')} is not read")
+    return notes
 
 
 def proof_begin(

@@ -46,7 +46,7 @@ from backhand.runs.summary import RunSummary, read_summary
 from backhand.training.console import TerminalObserver
 from backhand.training.identity import decisive_settings
 from backhand.training.loaded_run import load_run
-from backhand.training.resume import original_adapter, resumed_config
+from backhand.training.resume import original_adapter, resumed_config, unread_sources
 from backhand.training.trainer import Trainer
 
 
@@ -183,6 +183,8 @@ class RunProcess:
         if not progress.finished or config.run.prove_resume is not None:
             return _Beginning(config, checkpoint)
         summary = read_summary(directory.path / SUMMARY)
+        for note in unread_sources(self.config, directory.path):
+            self.terminal.noted(note)
         if summary is not None and restore_adapter(directory, store, checkpoint.contents, progress):
             self.terminal.noted("adapter/ was damaged, and is restored from its checkpoint")
         return _Beginning(config, checkpoint, summary)
