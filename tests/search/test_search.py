@@ -78,7 +78,8 @@ def test_what_a_search_leaves(found: SearchResult) -> None:
     ).read_bytes()
     assert json.loads((output / "search.json").read_text())["best"] == found.best
     assert found.loss < found.given_loss
-    assert f"{found.loss:.4f}" in found.sentence and "--learning-rate" in found.sentence
+    assert f"{found.loss:.4f} on " in found.sentence and "--learning-rate" in found.sentence
+    assert " ended early, after at most " in found.sentence and found.sentence.endswith(" of 6 steps.")
     page = (output / "report.html").read_text()
     for shown in (
         found.sentence.split(":")[0],

@@ -529,6 +529,8 @@ def test_evaluate_scores_base_and_adapter(straight: TrainConfig, capsys: pytest.
     evaluate_command(replace(options, run=replace(options.run, json=False)))
     printed = capsys.readouterr().out
     assert "decisions, adapted model" in printed and "majority" in printed
+    low, high = team["accuracy_interval"]
+    assert f"({low:.1%}" in printed and f"{high:.1%})" in printed
     assert "6 rows, 12 answers" in printed and "perplexity" not in printed and "exact match" not in printed
 
 

@@ -26,7 +26,7 @@ from backhand.loop.evaluate import evaluate_command
 from backhand.loop.observers import Observer
 from backhand.loop.rewards.guards import RewardGuard
 from backhand.loop.rewards.process import RewardInput, RewardProcess
-from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions, PlanOptions
+from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions, PlanOptions, PlanRunOptions
 from backhand.options.config import TrainConfig
 from backhand.options.objectives import ObjectiveOptions
 from backhand.options.rewards import RewardOptions
@@ -212,6 +212,8 @@ def test_evaluate_asks_for_the_reward_where_rows_have_no_answers(straight: Train
 
 
 def test_lint_and_plan_know_rows_and_functions_of_rewards(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
+    notes = plan(PlanOptions(**vars(config(tiny, functions, tmp_path / "run")), plan=PlanRunOptions(calibrate=False)))
+    assert any("11 prompts with" in note and "supervised" not in note for note in notes.notes)
     (tmp_path / "asked.jsonl").write_text('{"prompt": "what?", "answer": "7"}\n{"text": "no question"}\n')
     rows = DataOptions(data=(str(tmp_path / "asked.jsonl"),))
     with pytest.raises(DataError, match="1 malformed row"):

@@ -119,7 +119,8 @@ def free_answers(
     def completions(adapter: bool) -> list[list[int]]:
         prompts = [*(prompt.tolist() for _, prompt, _ in parts), *(ids for _, ids in questions)]
         model.use_adapter(adapter)
-        with counting("answers for the report", len(prompts)) as done:
+        who = "adapted model" if adapter else "base model"
+        with counting(f"{who}: answers for the report", len(prompts)) as done:
             return complete_greedily(
                 model, prompts, max_new_tokens=new_tokens, stop_ids=stops, batch_size=at_once, on_done=done
             )

@@ -210,11 +210,13 @@ def evaluate_decisions(
 def print_decisions(model: str, scores: Mapping[str, DecisionScore]) -> None:
     """Print a table with one line per question, and sentences about each."""
     figures = ("rows", "accuracy", "majority", "macro F1", "NLL", "Brier", "ECE", "temperature", "flips")
-    shown = table_of("question", *figures, right=figures, title=f"decisions, {model} model")
+    shown = table_of("question", *figures, right=figures, title=f"decisions, {model} model; 95 % intervals in brackets")
     for name, one in scores.items():
         low, high = one.ece_interval
         flips = "" if one.flips is None else f"{one.flips:.1%}"
-        shares = f"{one.accuracy:.1%}", f"{one.majority:.1%}", f"{one.f1_macro:.3f}"
+        least, most = one.accuracy_interval
+        right = f"{one.accuracy:.1%} ({least:.1%} to {most:.1%})"
+        shares = right, f"{one.majority:.1%}", f"{one.f1_macro:.3f}"
         errors = f"{one.nll:.4f}", f"{one.brier:.4f}", f"{one.ece:.3f} ({low:.3f} to {high:.3f})"
         shown.add_row(name, f"{one.rows:,}", *shares, *errors, f"{one.temperature:.3f}", flips)
     console = console_for_tables()

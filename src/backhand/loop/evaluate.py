@@ -214,7 +214,10 @@ def compared(
     for number, one in enumerate(scores):
         loaded.model.use_adapter(bool(number))
         every = range(len(rows.pairs))
-        sums = not_none(document_sums(loaded.model, packer, every, run.micro_batch_rows, Communicator()))
+        with counting(f"{'adapted' if number else 'base'} model: pairs", len(every)) as done:
+            sums = not_none(
+                document_sums(loaded.model, packer, every, run.micro_batch_rows, Communicator(), on_row=done)
+            )
         objective = PairObjective(packer, sums if reference is None else reference, options=ObjectiveOptions("dpo"))
         measured = means([objective.of_sums(every, sums).measured])
         shown = {name: value for name, value in measured.items() if number or name.startswith("logps/")}

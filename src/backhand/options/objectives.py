@@ -344,6 +344,11 @@ class ObjectiveOptions(Options):
         return self.objective not in ("embed", "classify")
 
     @property
+    def unit(self) -> str:
+        """Name of one text that is trained on."""
+        return "text" if not self.predicts_tokens else "prompt" if self.trains_on_samples else "document"
+
+    @property
     def has_reference(self) -> bool:
         """True if the loss compares with the model that the run starts from."""
         return self.objective in ("dpo", "ipo", "kto")

@@ -21,7 +21,8 @@ from backhand.report.command import write_page
 from backhand.report.comparison import comparison_values
 from backhand.report.rendering import render
 from backhand.report.run_record import read_run
-from backhand.runs.directory import ADAPTER, CONFIG, REPORT, RunDirectory
+from backhand.runs.directory import ADAPTER, CONFIG, REPORT, SUMMARY, RunDirectory
+from backhand.runs.summary import read_summary
 from backhand.search.options import SearchConfig
 from backhand.search.schedule import Schedule, best_of
 from backhand.search.space import Values
@@ -101,7 +102,8 @@ def result_of(config: SearchConfig, schedule: Schedule, trials: Sequence[Trial],
         loss=loss,
         given_loss=given_loss,
         differences=differences,
-        sentence=_sentence(best, loss, given_loss, differences),
+        sentence=_sentence(best, loss, given_loss, differences, _measured_on(output, best))
+        + _tried_briefly(firsts, schedule.last, steps),
         command=f"backhand train {shlex.quote(str(path))} --output runs/again",
         importance=schedule.importance(trials),
         trials=len(firsts),
@@ -111,17 +113,33 @@ def result_of(config: SearchConfig, schedule: Schedule, trials: Sequence[Trial],
     )
 
 
-def _sentence(best: Trial, loss: float, given_loss: float | None, differences: Sequence[float]) -> str:
+def _measured_on(output: Path, trial: Trial) -> str:
+    """Return the number of held-out rows of a finished trial as a clause, or "" if its summary is missing."""
+    summary = read_summary(output / TRIALS / trial.name / SUMMARY)
+    return "" if summary is None else f" on {count_of(summary.held_out_rows, 'row')}"
+
+
+def _tried_briefly(trials: Sequence[Trial], last: int, steps: int) -> str:
+    """Return a sentence about the trials that ended before their last step, or ""."""
+    brief = [trial for trial in trials if trial.failed is None and trial.done < last]
+    if not brief:
+        return ""
+    most = max(trial.steps for trial in brief)
+    return f" {count_of(len(brief), 'trial')} of {len(trials)} ended early, after at most {most:,} of {steps:,} steps."
+
+
+def _sentence(best: Trial, loss: float, given_loss: float | None, differences: Sequence[float], rows: str = "") -> str:
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in best.values.items())
     options = options or "the options as given"
     if given_loss is None:
-        return f"Use {options}: held-out loss {loss:.4f}; with the options as given the run failed."
+        return f"Use {options}: held-out loss {loss:.4f}{rows}; with the options as given the run failed."
     if best.number == 0:
         mean = f", the mean of {len(differences)} seeds" if len(differences) > 1 else ""
-        return f"Keep {options}: no trial has a lower held-out loss than the options as given ({given_loss:.4f}{mean})."
+        given = f"the options as given ({given_loss:.4f}{rows}{mean})"
+        return f"Keep {options}: no trial has a lower held-out loss than {given}."
     gain = given_loss - loss
     share = gain / abs(given_loss) if given_loss else 0.0
-    result = f"Use {options}: held-out loss {loss:.4f}, {share:.1%} lower than {given_loss:.4f} as given"
+    result = f"Use {options}: held-out loss {loss:.4f}{rows}, {share:.1%} lower than {given_loss:.4f} as given"
     if len(differences) < 2:
         return f"{result}, with one seed each; --resume --seeds 3 tests if that is more than chance."
     spread = statistics.stdev(differences)

@@ -33,6 +33,7 @@ from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.options.config import OptimizationOptions
+from backhand.printing import going_on
 from backhand.runs.records import MAX_NEW_TOKENS
 from backhand.training.plan import RunPlan
 
@@ -80,7 +81,8 @@ def calibrate(plan: RunPlan, machine: Machine, *, budget_s: float = BUDGET_S) ->
     began = time.perf_counter()
     config, memory = plan.inputs.config, plan.memory
     short = plan.inputs.engine.short(config.adapter, machine.device, memory.recompute, memory.base)
-    seconds = _measure(short, plan, machine, began + budget_s)
+    with going_on("measuring the speed of this machine"):
+        seconds = _measure(short, plan, machine, began + budget_s)
     predicted = _forecast(plan, machine, seconds)
     steps, inputs = len(predicted.steps_s), plan.inputs
     counted = [inputs.sampler.rows_of(step) for step in range(min(steps, _STEPS_COUNTED))]
@@ -104,7 +106,8 @@ def calibrate(plan: RunPlan, machine: Machine, *, budget_s: float = BUDGET_S) ->
 def forecast_run(plan: RunPlan, machine: Machine, model: Trainable) -> Forecast:
     """Measure passes of the loaded model and predict the parts of its run. The adapter's gradients are cleared."""
     began = time.perf_counter()
-    seconds = _measure(ShortModel(model), plan, machine, began + FORECAST_BUDGET_S)
+    with going_on("measuring the speed of the model"):
+        seconds = _measure(ShortModel(model), plan, machine, began + FORECAST_BUDGET_S)
     not_none(model.lora).gradients.zero_()
     return _forecast(plan, machine, seconds)
 

@@ -419,7 +419,7 @@ def opening_facts(
             f"note: {count_of(len(places), 'row')} {what}: {name_list(places, limit=3)}; write each label in one way"
         )
     objective = run.config.objective
-    unit = "text" if not objective.predicts_tokens else "prompt" if objective.trains_on_samples else "document"
+    unit = objective.unit
     facts += [f"data: {line}" for line in report.lines(unit)]
     if objective.purpose == "pairs" and report.documents == 2 * report.rows:
         facts.append("data: each row has two documents, with the chosen and with the rejected answer")
@@ -438,10 +438,11 @@ def opening_facts(
         + f"; {report.supervised_tokens / max(1, report.documents):,.1f} supervised tokens a document"
         * (unit == "document")
     )
+    remaining = "" if continued is None else f" for the remaining {run.inputs.total_steps - continued:,}"
     facts.append(
         f"plan: {count_of(run.inputs.total_steps, 'step')} of {count_of(options.batch_rows, 'row')}, {cut}; "
         f"peak memory about {in_words(run.plan.memory.peak_bytes)}"
-        + ("" if forecast is None else f"; about {duration(forecast.total_s)}")
+        + ("" if forecast is None else f"; about {duration(forecast.total_s)}{remaining}")
         + FULL_LENGTH * (forecast is not None and forecast.full_length)
     )
     # If rows share prefixes, fewer tokens are computed than trained on. The first steps are counted.

@@ -14,6 +14,7 @@ from backhand.engines.machine import Machine
 from backhand.loop.measuring import quantization_notes
 from backhand.loop.step_plan import default_warmup_steps, five_times
 from backhand.options.config import TrainConfig
+from backhand.printing import going_on
 from backhand.training.identity import Identity
 from backhand.training.inputs import RunInputs, scaled_matrices
 from backhand.training.plan import RunPlan, plan_run
@@ -72,7 +73,8 @@ def load_run(
     inputs, memory = plan.inputs, plan.memory
     if processes.is_main_process:
         processes.broadcast_object([memory.micro_batch_rows, memory.recompute, memory.base])
-    bound = _load_weights(plan, machine, run_cache)
+    with going_on("reading the base model"):
+        bound = _load_weights(plan, machine, run_cache)
     rate, reason = inputs.learning_rate(inputs.config.optimization)
     rate_note = () if reason is None else (f"learning rate: {reason}",)
     resolved = _resolved_config(plan, machine, rate)

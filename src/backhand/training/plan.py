@@ -22,6 +22,7 @@ from backhand.loop.distillation import DistilledPacker, DistilledPrompts
 from backhand.loop.process_memory import settled_rss_bytes
 from backhand.loop.sampled_answers import PromptPacker
 from backhand.options.config import Recompute, TrainConfig
+from backhand.printing import going_on
 from backhand.training.inputs import RunInputs, read_inputs
 
 _STEPS_EXAMINED = 2000
@@ -65,9 +66,12 @@ def plan_run(
         UsageError, DataError, ArtifactError, ResourceError: each says what to do.
     """
     run_cache = run_cache or RunCache()
-    inputs = read_inputs(config, machine, typed, run_cache, assumed_rows=assumed_rows)
+    with going_on("reading the rows"):
+        inputs = read_inputs(config, machine, typed, run_cache, assumed_rows=assumed_rows)
     engine = inputs.engine
-    bases, budget_bytes = _plan_bases(inputs, machine, run_cache, engine.bases if assumed_rows else (), watched=watched)
+    with going_on("planning the memory of a step"):
+        held = engine.bases if assumed_rows else ()
+        bases, budget_bytes = _plan_bases(inputs, machine, run_cache, held, watched=watched)
     hidden_states = _plan_hidden_states(inputs, machine, bases.chosen, budget_bytes, row_factor)
     notes = list(inputs.notes)
     if bases.chosen.base == "quantized" and (slow := inputs.source.slow_types):

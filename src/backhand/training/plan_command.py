@@ -121,7 +121,7 @@ def plan(options: PlanOptions) -> PlanReport:
             texts = len(run_plan.inputs.train.examples[0].documents)
             notes[-1] += f"; a row has {texts} texts, and each further negative adds one"
     else:
-        notes += run_plan.inputs.train.report.lines()
+        notes += run_plan.inputs.train.report.lines(config.objective.unit)
     if not run_plan.size.measured:
         notes.append(_ESTIMATED)
     inputs = run_plan.inputs

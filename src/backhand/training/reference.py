@@ -39,6 +39,7 @@ from backhand.loop.objectives.decide import DecideObjective
 from backhand.loop.objectives.embed import EmbedObjective
 from backhand.loop.objectives.objective import Objective, document_sums
 from backhand.loop.objectives.rank import CrossEncoderObjective, RankObjective
+from backhand.printing import counting
 from backhand.reading import read_plain
 from backhand.runs.directory import REFERENCE, Proof, ProofLog, RunDirectory
 from backhand.training.hidden_states import HiddenStateCaches
@@ -190,7 +191,11 @@ def _reference(
     sums = {}
     for name, (packer, cache) in sets.items():
         all_rows = range(len(packer.lengths))
-        sums[name] = not_none(document_sums(run.bound.model, packer, all_rows, rows, processes, hidden_states=cache))
+        what, share = f"log-probabilities of the reference, {name}", -(-len(all_rows) // processes.world_size)
+        with counting(what, share) as done:
+            sums[name] = not_none(
+                document_sums(*(run.bound.model, packer, all_rows, rows, processes), hidden_states=cache, on_row=done)
+            )
     if processes.is_main_process:
         _write_stored(directory, digests, sums)
     return sums

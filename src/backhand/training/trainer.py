@@ -50,6 +50,7 @@ from backhand.nn.compute import gc_frozen
 from backhand.nn.decoder.decoder import Decoder
 from backhand.options.config_file import config_table, dump_config
 from backhand.options.objectives import DISTILLED
+from backhand.printing import going_on
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import ANSWERS, CONFIG, FACTS, METRICS, SUMMARY, Proof, ProofLog, RunDirectory, proof_log
 from backhand.runs.interruption import Interrupted, Interruption
@@ -130,7 +131,8 @@ class Trainer:
             self.owns_directory = True
             finished_before = state.progress.finished
             log = proof_log(self.directory) if self.processes.is_main_process else _unwritten
-            base_guard = BaseGuard(run.bound.model, log)
+            with going_on("the digest of the base model"):
+                base_guard = BaseGuard(run.bound.model, log)
             digest = self._frozen_digest = base_guard.digest
             if self.checkpoint is not None and self.processes.is_main_process:
                 self._refuse(frozen_differences(self.checkpoint.facts, digest))

@@ -38,6 +38,7 @@ from backhand.loop.step import AdapterOptimizer, StepResult, StepWork, training_
 from backhand.nn.batch import TokenLoss
 from backhand.nn.decoder.decoder import Decoder
 from backhand.ops.grpo import GRPORule, answer_weights, group_advantages, grpo_backward, grpo_forward
+from backhand.printing import counting
 
 _LARGEST_ADVANTAGE = 1e15
 """Gradients are multiples of the advantages, and their squares must stay below the largest float32, 3.4e38."""
@@ -278,9 +279,13 @@ class HeldOutRewards(HeldOut):
                 max_new_tokens=options.max_new_tokens,
                 stop_ids=rollout.stop_ids,
                 batch_size=_ROWS_AT_ONCE,
+                on_done=done,
             )
 
-        by_part = processes.parallel_map([len(part) for part in parts], completions, interruptible=interruptible)
+        sizes = [len(part) for part in parts]
+        share = sum(sizes[number] for number in processes.assign(sizes)[processes.rank])
+        with counting("answers to held-out prompts", share) as done:
+            by_part = processes.parallel_map(sizes, completions, interruptible=interruptible)
         if by_part is None:
             return None
         answers = [Sampled(ids, stopped=len(ids) < options.max_new_tokens) for part in by_part for ids in part]
