@@ -101,10 +101,18 @@ def trimming() -> Any:
     return tokenizer
 
 
-@pytest.mark.parametrize("tokenizer", [byte_level(), trimming(), sentence_pieces(), normalizing()])
+def trimming_line_ends() -> Any:
+    tokenizer = trimming()
+    tokenizer.add_tokens(["  ", "}\n"])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [byte_level(), trimming(), trimming_line_ends(), sentence_pieces(), normalizing()]
+)
 def test_documents_encoded_together_have_the_tokens_and_ends_of_each_alone(tokenizer: Any) -> None:
     encoder, draw = TextEncoder(tokenizer), random.Random(7)
-    pieces = [*PIECES, "  ", "\t", "\x7f", "the user's ", "＜|stop|＞"]
+    pieces = [*PIECES, "  ", "\t", "\x7f", "}\n", "the user's ", "＜|stop|＞"]
     texts = ["", *("".join(draw.choices(pieces, k=draw.randint(1, 8))) for _ in range(300))]
     documents = [Document(text, (), None, False, False, "f:1") for text in texts]
     for document, encoded in zip(documents, encoder.encode_plain(documents), strict=True):

@@ -44,6 +44,7 @@ from backhand.printing import now
 from backhand.report.headline import verdict
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
+from backhand.runs.interruption import Interrupted
 from backhand.runs.summary import read_summary
 from backhand.training.advice import answer_advice
 from backhand.training.console import closing_lines
@@ -224,6 +225,15 @@ def test_a_run_learns_and_measures_accuracy(straight: TrainConfig) -> None:
     assert all(0 <= step["accuracy"] <= 1 and 0 < step["label_mass"] < 1 for step in steps)
     assert all(0 <= line["eval_accuracy"] <= 1 for line in evaluations)
     assert all("label_loss" in step for step in steps) and not any("eval_label_loss" in line for line in evaluations)
+
+
+def test_a_run_without_epochs_is_continued_with_the_same_orders(tiny: TinyRun, tmp_path: Path) -> None:
+    """The default number of epochs, here 3, is smaller than the largest number of orders of a row."""
+    rows = write_rows(tmp_path / "many.jsonl", 34)
+    made = config(tiny, tmp_path, tmp_path / "run", data=(rows,), epochs=None, batch_rows=1, eval_every=200)
+    with pytest.raises(Interrupted):
+        train(with_options(made, micro_batch_rows=1, save_every=200, max_steps=4), pause_at=2)
+    assert train(with_options(TrainConfig(), output=tmp_path / "run", resume=True, quiet=True)).steps == 4
 
 
 def test_training_rows_also_have_the_loss_of_held_out_rows() -> None:

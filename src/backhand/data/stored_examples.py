@@ -356,6 +356,12 @@ class PreparedData:
         """SHA-256 of all tokens, supervision and labels in the order of the examples, in hexadecimal."""
         return hashlib.sha256(self.of_all_epochs.column("key").data).hexdigest()
 
+    def up_to_epoch(self, last: int) -> PreparedData:
+        """Return a copy without the forms of examples that only epochs after `last` have."""
+        if self.by_epoch is None:
+            return self
+        return replace(self, by_epoch=self.by_epoch[: last * len(self.examples)])
+
     def with_note(self, note: str) -> PreparedData:
         """Return a copy with one more note in its report."""
         return replace(self, report=replace(self.report, notes=(*self.report.notes, note)))

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate
+from string import punctuation
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,8 +37,8 @@ _GROUP_CHARACTERS = 2**17
 """Texts of this many characters are encoded at once. A tokenizer needs some 300 bytes per character."""
 _FIRST_MARK, _LAST_MARK = 0xE000, 0xF8FF
 """The private-use area of Unicode's basic plane."""
-_PROBE = "  Two  words,\n\n  and\t1'm \n done "
-"""Text for which tokenizers that trim white space from the positions of tokens return other positions."""
+_PROBES = (" ", "  Two  words,\n\n  and\t1'm \n done ", "".join(f"a{mark}\n" for mark in punctuation))
+"""Texts for which tokenizers that trim white space from the positions of tokens return other positions."""
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,12 @@ class TextEncoder:
     @cached_property
     def _joins_tokens(self) -> bool:
         """True if the positions of tokens in ASCII text follow from the texts of the tokens."""
-        encoded = _encoded_text(self._backend.encode(_PROBE, add_special_tokens=False))
-        joined = self._joined(encoded.input_ids.tolist(), _PROBE)
-        return joined is not None and np.array_equal(joined.ends, encoded.ends)
+        for probe in _PROBES:
+            encoded = _encoded_text(self._backend.encode(probe, add_special_tokens=False))
+            joined = self._joined(encoded.input_ids.tolist(), probe)
+            if joined is None or not np.array_equal(joined.ends, encoded.ends):
+                return False
+        return True
 
     def _joined(self, ids: Sequence[int], text: str) -> EncodedText | None:
         """Return the tokens with their ends if their own texts make up `text`, else None."""

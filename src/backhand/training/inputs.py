@@ -141,6 +141,8 @@ def read_inputs(
         train, held_out = _assumed_rows(config, has_head), None
     else:
         train, held_out = _read_rows(config, tokenizer, text_format, run_cache)
+        # A resumed run states its epochs, and reads the rows of these only.
+        train = train.up_to_epoch(config.epochs_of(len(train.examples)))
         purpose = config.objective.purpose
         if purpose in ("embeddings", "rankings"):
             config = replace(config, objective=with_loss(config.objective, train, held_out))
