@@ -12,8 +12,9 @@ import pytest
 from backhand.loop import forecast as forecasts
 from backhand.loop.forecast import Forecast
 from backhand.loop.observers import Observer, RunStart
+from backhand.options.config import RunOptions, TrainConfig
 from backhand.training.run import train
-from support.tiny_run import TinyRun, write_pairs
+from support.tiny_run import StopAfter, TinyRun, write_pairs
 
 
 @pytest.fixture
@@ -98,6 +99,17 @@ def test_a_run_says_its_time_with_its_plan(
         line for line in said.splitlines() if line.startswith("step ") and "loss" in line and "held-out" not in line
     ]
     assert all(line.endswith(" left") for line in steps)
+
+
+def test_a_resumed_run_says_the_time_of_the_steps_that_remain(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tiny.config(tmp_path / "run", max_steps=4, save_every=2, eval_every=4, answers=0)
+    with pytest.raises(StopAfter.Stopped):
+        train(made, callbacks=[StopAfter(3)])
+    train(TrainConfig(run=RunOptions(output=tmp_path / "run", resume=True)))
+    (plan,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("plan: "))
+    assert re.search(r"about [\d.]+ s for the remaining 2 steps$", plan)
 
 
 def test_measuring_changes_no_bit(tiny: TinyRun, tmp_path: Path) -> None:

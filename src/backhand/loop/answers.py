@@ -82,6 +82,29 @@ _MEASURED_PAIRS = 8
 """Number of pairs whose free answers are measured, if the report shows fewer."""
 
 
+def answered_rows(examples: Sequence[Example], config: TrainConfig, *, fixed: bool = False) -> tuple[int, int]:
+    """Return the largest number of rows that `free_answers` answers with the adapter, and with the base model.
+
+    Args:
+        examples: the held-out rows.
+        config: the configuration of the run.
+        fixed: True if other files have answers of evenly spaced rows, so that the same rows are shown.
+    """
+    pairs = config.objective.purpose == "pairs"
+    count = max(config.run.answers, _MEASURED_PAIRS if pairs else 0)
+    fixed = fixed or config.objective.trains_on_samples
+    short = not pairs and not fixed and all(0 < end - begin <= _LABEL_TOKENS for begin, end in _spans(examples))
+    return _CANDIDATES * count if short else count, count
+
+
+def answered_at_once(micro_batch_rows: int) -> int:
+    """Return the number of rows that `free_answers` answers at once.
+
+    The memory plan covers as many rows as a micro-batch has. A few short answers take less than a step.
+    """
+    return max(_FEW_ROWS, micro_batch_rows)
+
+
 def free_answers(
     bound: BoundModel,
     source: ModelSource,
@@ -104,17 +127,13 @@ def free_answers(
     new_tokens = max(1, min(MAX_NEW_TOKENS, model.context_tokens // 2))
     longest = min(_LONGEST_PROMPT, model.context_tokens - new_tokens)
     pairs = config.objective.purpose == "pairs"
-    count = max(config.run.answers, _MEASURED_PAIRS if pairs else 0)
-    fixed = prompted or config.objective.trains_on_samples  # other files have answers of evenly spaced rows
-    short = not pairs and not fixed and all(0 < end - begin <= _LABEL_TOKENS for begin, end in _spans(examples))
-    candidates = _CANDIDATES * count if short else count
+    candidates, count = answered_rows(examples, config, fixed=bool(prompted))
     chosen = {number: examples[number] for number in evenly_spaced(len(examples), candidates)}
     of_teacher = {example.source: prompted.get(number) for number, example in chosen.items()}
     every = ((example, *_parts(example, longest)) for example in chosen.values())
     parts = [part for part in every if len(part[1])]
     questions = _neutral_questions(LoadedModel(model, tokenizer, stops), config.data, longest)
-    # The memory plan covers as many rows at once as a micro-batch has. A few short answers take less than a step.
-    at_once = max(_FEW_ROWS, config.optimization.micro_batch_rows or 1)
+    at_once = answered_at_once(config.optimization.micro_batch_rows or 1)
 
     def completions(adapter: bool) -> list[list[int]]:
         prompts = [*(prompt.tolist() for _, prompt, _ in parts), *(ids for _, ids in questions)]
@@ -270,10 +289,10 @@ def _lengths(
     )
 
 
-_SHORT_TOKENS = 128
+SHORT_TOKENS = 128
 _EXTRA_TOKENS = 8
 """Number of tokens that an answer may be longer than the longest reference, to detect answers that do not end."""
-_FEWEST_ROWS, _MOST_ROWS = 16, 500
+_FEWEST_ROWS, MOST_ROWS = 16, 500
 _SHARE_OF_TRAINING = 4
 """The answered rows have at most 1 / 4 of the trained tokens, fewer than the run's evaluations."""
 
@@ -303,7 +322,7 @@ def measured_answers(
     """
     spans = list(_spans(examples))
     own_answers = config.objective.objective == "sft" or config.objective.answers_by == "rows"
-    if not own_answers or not all(0 < end - begin <= _SHORT_TOKENS for begin, end in spans):
+    if not own_answers or not all(0 < end - begin <= SHORT_TOKENS for begin, end in spans):
         return {}
     model, new_tokens = bound.completer(), max(end - begin for begin, end in spans) + _EXTRA_TOKENS
     examples = [
@@ -312,7 +331,7 @@ def measured_answers(
     if not examples:
         return {}
     affordable = trained_tokens * len(examples) // (_SHARE_OF_TRAINING * sum(map(len, examples)))
-    numbers = evenly_spaced(len(examples), min(_MOST_ROWS, max(_FEWEST_ROWS, affordable)))
+    numbers = evenly_spaced(len(examples), min(MOST_ROWS, max(_FEWEST_ROWS, affordable)))
     chosen, tokenizer = [examples[number] for number in numbers], source.tokenizer()
     prompts = []
     for example in chosen:

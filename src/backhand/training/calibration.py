@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from backhand.data.held_out import neutral_prompts
 from backhand.data.packing import RowPacker, micro_batches
 from backhand.distributed.gradient_sums import assign
 from backhand.engines.engine import ShortModel, Trainable
@@ -26,6 +27,7 @@ from backhand.engines.machine import Machine
 from backhand.engines.memory_probe import trial_pass
 from backhand.errors import not_none
 from backhand.generation.sampling import ROWS_AT_ONCE
+from backhand.loop.answers import MOST_ROWS, SHORT_TOKENS, answered_at_once, answered_rows
 from backhand.loop.forecast import Forecast
 from backhand.loop.step import AdapterOptimizer
 from backhand.loop.step_plan import five_times
@@ -183,19 +185,24 @@ def _end_s(plan: RunPlan, seconds: Seconds) -> float:
     modules = _REPORT_PER_MODULE_S * len(inputs.layout.slots)
     if not inputs.held_out_examples or not answers:
         return modules
-    end_s = modules + 2 * MAX_NEW_TOKENS * seconds.decode  # of base and adapter
-    if inputs.config.objective.objective == "sft":
-        # The adapter's answers end like those of the rows.
-        longest = max(example.supervised_tokens for example in inputs.held_out_examples[:answers])
-        end_s -= max(0, MAX_NEW_TOKENS - longest) * seconds.decode
-        # Exact match: losses, and the probabilities of labels.
-        rows = min(len(inputs.held_out_examples), _MOST_ROWS)
-        share = rows / len(inputs.held_out_examples)
-        end_s += 4 * share * _held_out_positions(plan) * (_FORWARD_SHARE * seconds.trained + seconds.below)
-    return end_s
+    objective, held_out = inputs.config.objective, inputs.held_out_examples
+    if objective.objective != "sft" and objective.purpose != "pairs":
+        return modules + 2 * MAX_NEW_TOKENS * seconds.decode  # of base and adapter
+    # Of each model, one batch has the neutral prompts, whose answers are long. Those of the adapter end like the rows.
+    answered = [min(len(held_out), rows) + len(neutral_prompts()) for rows in answered_rows(held_out, inputs.config)]
+    micro_batch_rows = plan.memory.micro_batch_rows
+    adapted, base = (-(-rows // answered_at_once(micro_batch_rows)) for rows in answered)
+    longest = max(example.supervised_tokens for example in held_out)
+    passes = (adapted - 1) * min(longest, MAX_NEW_TOKENS) + (1 + base) * MAX_NEW_TOKENS
+    if objective.objective == "sft" and longest <= SHORT_TOKENS:
+        # Exact match: losses and the probabilities of labels of both models, and free answers of the base.
+        rows = min(len(held_out), MOST_ROWS)
+        positions = 5 * rows / len(held_out) * _held_out_positions(plan)
+        passes += -(-rows // micro_batch_rows) * longest
+        modules += positions * (_FORWARD_SHARE * seconds.trained + seconds.below)
+    return modules + passes * seconds.decode
 
 
-_MOST_ROWS = 500
 _REPORT_PER_MODULE_S = 0.002
 """Seconds for reading, measuring and drawing one module's factors."""
 

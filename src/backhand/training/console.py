@@ -438,7 +438,9 @@ def opening_facts(
         + f"; {report.supervised_tokens / max(1, report.documents):,.1f} supervised tokens a document"
         * (unit == "document")
     )
-    remaining = "" if continued is None else f" for the remaining {run.inputs.total_steps - continued:,}"
+    remaining = (
+        "" if continued is None else f" for the remaining {count_of(run.inputs.total_steps - continued, 'step')}"
+    )
     facts.append(
         f"plan: {count_of(run.inputs.total_steps, 'step')} of {count_of(options.batch_rows, 'row')}, {cut}; "
         f"peak memory about {in_words(run.plan.memory.peak_bytes)}"
