@@ -191,7 +191,10 @@ def _reference(
     sums = {}
     for name, (packer, cache) in sets.items():
         all_rows = range(len(packer.lengths))
-        what, share = f"log-probabilities of the reference, {name}", -(-len(all_rows) // processes.world_size)
+        what, share = (
+            f"reference model: log-probabilities ({name.replace('_', ' ')})",
+            -(-len(all_rows) // processes.world_size),
+        )
         with counting(what, share) as done:
             sums[name] = not_none(
                 document_sums(*(run.bound.model, packer, all_rows, rows, processes), hidden_states=cache, on_row=done)
