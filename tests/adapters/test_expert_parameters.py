@@ -152,8 +152,10 @@ def test_a_parameter_that_is_none_is_named() -> None:
     shapes = module_shapes(decoder_config(tiny_config("mixtral").to_dict()))
     with pytest.raises(UsageError, match=r"gate_proj.*matches no module"):
         resolve_adapter(LoRAConfig(target_parameters=("experts.gate_proj",)), shapes)
-    with pytest.raises(UsageError, match="matches no module"):
-        resolve_adapter(LoRAConfig(target_parameters=EXPERT_PARAMETERS), {"model.layers.0.self_attn.q_proj": (3, 4)})
+    frozen = module_shapes(decoder_config(tiny_config("granite4-experts").to_dict()))
+    for without in (frozen, {"model.layers.0.self_attn.q_proj": (3, 4)}):
+        with pytest.raises(UsageError, match="no experts, or they stay frozen"):
+            resolve_adapter(LoRAConfig(target_parameters=EXPERT_PARAMETERS), without)
     for held in ("mlp.gate", "experts.3.down_proj"):  # neither the router nor one expert's matrix
         with pytest.raises(UsageError, match="no gradient"):
             resolve_adapter(LoRAConfig(modules_to_save=(held,)), shapes)

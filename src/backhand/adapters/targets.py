@@ -284,6 +284,13 @@ def _first_match(patterns: Mapping[str, float], chosen: Sequence[str], where: st
 def _unmatched(
     wanted: str, names: Sequence[str], where: str, what: str = "module", *, regex: bool = False
 ) -> UsageError:
+    if where == "target_parameters" and not names:
+        return UsageError(
+            f"{wanted!r} matches no parameter",
+            where=where,
+            why="the model has no experts, or they stay frozen",
+            next_step="leave out target_parameters, and name linear modules in target_modules",
+        )
     parts = _last_parts(names)
     near = nearest_names(wanted, names)
     if regex and names:
