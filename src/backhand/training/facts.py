@@ -205,7 +205,7 @@ def _rewards(lines: Sequence[Mapping[str, Any]], progress: Progress) -> dict[str
     if not rewards:
         return {}
     few = max(1, len(rewards) // 10)
-    values = {"first_reward": fmean(rewards[:few]), "last_reward": fmean(rewards[-few:])}
+    values: dict[str, Any] = {"first_reward": fmean(rewards[:few]), "last_reward": fmean(rewards[-few:])}
     if cut_off := [line["clipped_answers"] for line in lines if line.get("clipped_answers") is not None]:
         values["last_cut_off"] = fmean(cut_off[-few:])
     if progress.base_eval_loss is not None and progress.best_eval_loss is not None:
