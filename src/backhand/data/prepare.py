@@ -126,9 +126,11 @@ def prepare(
             if options.option_order == "random":
                 draws = [(seed, epoch) for epoch in range(epochs)]
             by_epoch = encoder.for_training(train.examples, draws, options.option_rows)
-            first = with_totals(by_epoch[: len(by_epoch) // len(draws)], train.report)
-            if added := len(first.examples) - len(train.examples):
-                note = f"{added:,} training rows were added, whose text is the name of an option (--option-rows)"
+            of_one_epoch = by_epoch[: len(by_epoch) // len(draws)]
+            added = len(of_one_epoch) - len(train.examples)
+            first = with_totals(of_one_epoch, replace(train.report, rows=train.report.rows + added))
+            if added:
+                note = f"{added:,} of these rows were added: the text is the name of an option (--option-rows)"
                 first = first.with_note(note)
             train = replace(train, examples=first.examples, report=first.report, by_epoch=by_epoch)
         notes = (*train.report.notes, *question_notes(found))
