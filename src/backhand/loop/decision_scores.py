@@ -91,19 +91,18 @@ def fit_temperatures(outcomes: Iterable[Outcome]) -> dict[QuestionType, float]:
 
 def _fit(outcomes: Sequence[Outcome]) -> float:
     """Return the temperature within the bounds."""
-    low, high = math.log(1 / _HOTTEST), math.log(1 / _COLDEST)
+    rows, low, high = len(outcomes), math.log(1 / _HOTTEST), math.log(1 / _COLDEST)
+    smoothed = [one._replace(targets=(rows * one.targets + one.targets.mean()) / (rows + 1)) for one in outcomes]
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        slope = math.fsum(_slope(one, math.exp(-middle), len(outcomes)) for one in outcomes)
+        slope = math.fsum(_slope(one, math.exp(-middle)) for one in smoothed)
         low, high = (middle, high) if slope < 0 else (low, middle)
     return math.exp(-(low + high) / 2)
 
 
-def _slope(outcome: Outcome, temperature: float, rows: int) -> float:
-    """Return ℓ'(1 / temperature)."""
-    p, total = outcome.probabilities(temperature), outcome.targets.sum()
-    targets = (rows * outcome.targets + total / len(p)) / (rows + 1)
-    return float(((total * p - targets) * outcome.scores).sum())
+def _slope(outcome: Outcome, temperature: float) -> float:
+    p = outcome.probabilities(temperature)
+    return float(((outcome.targets.sum() * p - outcome.targets) * outcome.scores).sum())
 
 
 @dataclass(frozen=True)

@@ -191,14 +191,10 @@ def _reference(
     sums = {}
     for name, (packer, cache) in sets.items():
         all_rows = range(len(packer.lengths))
-        what, share = (
-            f"reference model: log-probabilities ({name.replace('_', ' ')})",
-            -(-len(all_rows) // processes.world_size),
-        )
-        with counting(what, share) as done:
-            sums[name] = not_none(
-                document_sums(*(run.bound.model, packer, all_rows, rows, processes), hidden_states=cache, on_row=done)
-            )
+        what = f"reference model: log-probabilities ({name.replace('_', ' ')})"
+        with counting(what, -(-len(all_rows) // processes.world_size)) as done:
+            found = document_sums(run.bound.model, packer, all_rows, rows, processes, hidden_states=cache, on_row=done)
+            sums[name] = not_none(found)
     if processes.is_main_process:
         _write_stored(directory, digests, sums)
     return sums

@@ -253,7 +253,6 @@ class HeldOutRewards(HeldOut):
         examples: the prompts, at least one.
         rollout: computes the rewards.
         shown: number of rows whose answers are kept for the report.
-
     """
 
     def __init__(self, examples: Sequence[Example], rollout: Rollout, shown: int) -> None:
