@@ -208,7 +208,7 @@ def test_a_table_for_decisions_is_answered_with_the_options_that_read_it(tmp_pat
     with pytest.raises(DataError, match="do not fit decisions") as raised:
         prepare(DataOptions(data=faces), byte_level(), purpose="decisions")
     assert str(raised.value.next_step).startswith(r"add --state '{title}\n{face}' --question category;")
-    options = DataOptions(data=faces, state=r"{title}\n{face}", question={"category": ""})
+    options = DataOptions(data=faces, state=r"{title}\n{face}", question={"category": ""}, option_rows=0)
     assert prepare(options, byte_level(), purpose="decisions")[0].report.rows == 8
     other = written(tmp_path / "other.csv", "a,b\n" + "".join(f"{i},{i}\n" for i in range(8)))
     with pytest.raises(DataError, match="do not fit decisions") as raised:
