@@ -124,6 +124,7 @@ def even(steps: int) -> Until:
 
 
 FALLING = [2.0, 1.0, 0.6, 0.5, 0.48, 0.475]
+SPIKED = [2.0, 1.9, 1.5, 1.0, 0.9, 0.8, 3.0, 0.7, 0.6, 0.5]  # a hard batch, if the held-out loss does not rise as well
 
 
 @pytest.mark.parametrize(
@@ -133,8 +134,13 @@ FALLING = [2.0, 1.0, 0.6, 0.5, 0.48, 0.475]
         ("still falling", [2.0, 1.8, 1.6, 1.4, 1.2, 1.0], {}),
         ("hardly moved", [2.0, 1.999, 1.998, 1.997, 1.996, 1.995], {}),
         ("rose", [2.0, 1.0, 0.6, 0.7, 0.8, 0.85], {}),
+        ("hardly moved", [2.0, 2.001, 2.002, 2.001, 2.002, 2.003], {}),
         ("not better", [2.0, 3.0, 2.9, 2.8, 2.6, 2.4], {}),
-        ("unsteady", FALLING, {"training": [2.0, 1.9, 1.5, 1.0, 0.9, 0.8, 3.0, 0.7, 0.6, 0.5]}),
+        ("not better", [2.0, 1.99, 2.1, 2.2, 2.3, 2.4], {}),
+        ("unsteady", [2.0, 1.0, 0.6, 0.8, 0.5, 0.475], {"training": SPIKED}),
+        ("fine", FALLING, {"training": SPIKED}),
+        ("rose", [2.0, 1.0, 0.6, 0.7, 0.8, 0.85], {"training": SPIKED}),
+        ("hardly moved", [2.0, 1.999, 1.998, 1.997, 1.996, 1.995], {"training": SPIKED}),
         ("forgot", FALLING, {"forgotten_nats": 2.5}),
         (None, [2.0, 1.0], {}),
     ],

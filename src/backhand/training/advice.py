@@ -79,6 +79,8 @@ PIECE = 0.01
 """A last piece with a smaller share of the sum of all rates is too noisy to use."""
 SPIKE = 1.3
 """Multiple of the loss of the first steps from which on a later loss counts as a spike."""
+PEAK = 0.05
+"""Share of e_0 by which the held-out loss rises and falls again if a spike was instability and not a hard batch."""
 FORGOTTEN_NATS = 1.5
 """Rise of the loss on neutral texts, in nats per token, that counts as much forgetting."""
 
@@ -146,12 +148,12 @@ def first_finding(curves: Curves, until: Until, share: float = 1.0) -> Finding |
     falling = last > FALLING * gain and middle - losses[-1] >= SLOWER * last * share_of_stretch
     few = max(1, len(curves.training) // 10)
     later = curves.training[2 * few :] if len(curves.training) >= 4 * few else ()
-    if later and max(later) > SPIKE * statistics.mean(curves.training[:few]):
-        return "unsteady"  # the loss rose above its level at the beginning
-    if gain <= 0:
-        return "not better"
+    # Batches differ in difficulty, so a spike of the training loss alone is no evidence.
+    spiked = later and max(later) > SPIKE * statistics.mean(curves.training[:few])
+    if spiked and _peak(losses) > PEAK * abs(base):
+        return "unsteady"
     if gain < LITTLE * abs(base):
-        return "hardly moved"
+        return "hardly moved" if max(losses) - base < LITTLE * abs(base) else "not better"
     if rise > RISEN * abs(best):
         return "rose"
     if share < LOW:
@@ -161,6 +163,12 @@ def first_finding(curves: Curves, until: Until, share: float = 1.0) -> Finding |
     if curves.forgotten_nats is not None and curves.forgotten_nats > FORGOTTEN_NATS:
         return "forgot"
     return "fine"
+
+
+def _peak(losses: Sequence[float]) -> float:
+    """Return the height of the highest peak: how far an evaluation is above both an earlier and a later one."""
+    inner = range(1, len(losses) - 1)
+    return max(losses[place] - max(min(losses[:place]), min(losses[place + 1 :])) for place in inner)
 
 
 def advice(
@@ -221,7 +229,7 @@ def advice(
     elif fewer > MOST * total_steps or total_steps - fewer < SAVED:
         why, instead = "nearly all of its steps were needed", ""
     sentence, changes = {
-        "unsteady": ("The training loss came back above where it began: the learning rate is too high.", lower),
+        "unsteady": ("The loss rose for a while, on held-out rows as well: the learning rate is too high.", lower),
         "not better": (
             "Other rows are answered no better than before: the rate is too high, or they are of another kind.",
             lower,
