@@ -30,6 +30,7 @@ from backhand.data.prepare import prepare
 from backhand.data.rows import EmbeddingRow, PoolingName, TextIdentities
 from backhand.data.text_encoder import TextEncoder
 from backhand.distributed.communicator import Communicator
+from backhand.engines.machine import resolve_machine
 from backhand.engines.memory_probe import TensorBytes
 from backhand.errors import BackhandError, CheckError, DataError, UsageError
 from backhand.interop.command import export_command
@@ -59,6 +60,7 @@ from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
 from backhand.training.console import closing_lines
+from backhand.training.plan import plan_run
 from backhand.training.run import train
 from backhand.verify.command import prove_run
 from support.float64_reference import without_float32_casts
@@ -329,6 +331,16 @@ def test_collapsed_vectors_stop_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
         held_out.loss(decoder, Communicator())
 
 
+def test_no_batch_of_held_out_rows_is_a_single_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would have no negatives, and a loss of 0. Seven rows are divided into four and three."""
+    vectors = torch.randn(ROWS * 3, 8, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr("backhand.loop.held_out_vectors.embed_rows", lambda *_, **__: vectors)
+    decoder = decoder_like(attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA), ALPHA / RANK)
+    objective = objective_of("infonce", "last", share=True)
+    losses = [HeldOutEmbeddings(objective, 4, size).loss(decoder, Communicator()) for size in (6, 4)]
+    assert losses[0] == losses[1]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole runs.
 
@@ -380,6 +392,12 @@ def test_a_run_learns_and_scores_retrieval(straight: TrainConfig) -> None:
     shown = closing_lines(summary)
     assert any("6 anchors among 12 candidates" in line for line in shown)
     assert any(line.startswith("Next: backhand embed") for line in shown)
+
+
+def test_no_step_is_a_single_row(straight: TrainConfig) -> None:
+    made = with_options(straight, batch_rows=11)
+    sampler = plan_run(made, resolve_machine(made)).inputs.sampler
+    assert [len(sampler.rows_of(step)) for step in range(2)] == [6, 6]
 
 
 def test_verify_proves_the_gradients_of_vectors(straight: TrainConfig) -> None:

@@ -15,6 +15,24 @@ def test_every_epoch_visits_every_row_once() -> None:
     assert [len(sampler.rows_of(step)) for step in range(3)] == [4, 4, 3]
 
 
+def test_rows_that_are_compared_are_divided_evenly() -> None:
+    """A last step of one row would have nothing to compare it with."""
+    plain, even = (Sampler(records=113, batch_rows=16, seed=3, even=even) for even in (False, True))
+    assert [len(plain.rows_of(step)) for step in range(8)] == [16] * 7 + [1]
+    assert [len(even.rows_of(step)) for step in range(16)] == [*[14] * 7, 15] * 2
+    for epoch in range(2):
+        rows = [row for step in range(8 * epoch, 8 * epoch + 8) for row in even.rows_of(step)]
+        assert rows == [row for step in range(8 * epoch, 8 * epoch + 8) for row in plain.rows_of(step)]
+    assert even.epochs_done(10) == 1 + 28 / 113 and even.position(10)["row"] == 28
+    sizes = [
+        len(Sampler(records, batch_rows, 0, even=True).rows_of(step))
+        for batch_rows in range(3, 9)
+        for records in range(2, 40)
+        for step in range(-(-records // batch_rows))
+    ]
+    assert min(sizes) == 2 and max(sizes) == 8
+
+
 def test_the_order_follows_from_the_seed_alone() -> None:
     first, again, other = (Sampler(50, 8, seed) for seed in (1, 1, 2))
     assert [first.rows_of(step) for step in range(14)] == [again.rows_of(step) for step in reversed(range(14))][::-1]

@@ -32,6 +32,10 @@ _COMPARED_TOKENS = 2**20
 class Sampler:
     """Assign rows to steps: every epoch is a new permutation of the data. The last step of an epoch may be smaller.
 
+    If the rows of a step are compared with each other, a last step of one row would learn nothing. `even` divides an
+    epoch into the same number of steps, whose numbers of rows differ by at most one. With at least three rows per step,
+    no step then has a single row.
+
     The order depends only on seed and epoch, so a resumed run finds its position in the data from the step number.
 
     A record of the data may have several forms, such as a question with its options in several orders. Each form is a
@@ -44,6 +48,7 @@ class Sampler:
     batch_rows: int  # number of rows per step, at least 1
     seed: int  # determines the permutations
     forms: int = 1  # number of forms of each record, at least 1
+    even: bool = False  # True: all steps of an epoch have the same number of rows, or one more
 
     @property
     def steps_per_epoch(self) -> int:
@@ -53,9 +58,14 @@ class Sampler:
     def rows_of(self, step: int) -> list[int]:
         """Return the row numbers of this step, where 0 is the first step."""
         epoch, rest = divmod(step, self.steps_per_epoch)
-        start, form = rest * self.batch_rows, epoch % self.forms
-        order = _epoch_order(self.seed, epoch, self.records)[start : start + self.batch_rows]
-        return list(map(int, order + form * self.records))
+        order = _epoch_order(self.seed, epoch, self.records)[self._start(rest) : self._start(rest + 1)]
+        return list(map(int, order + epoch % self.forms * self.records))
+
+    def _start(self, rest: int) -> int:
+        """Return the number of rows in this many steps from the beginning of an epoch."""
+        if self.even:
+            return rest * self.records // self.steps_per_epoch
+        return min(rest * self.batch_rows, self.records)
 
     @property
     def steps_before_repeats(self) -> int:
@@ -65,13 +75,13 @@ class Sampler:
     def epochs_done(self, steps: int) -> float:
         """Return the number of epochs after this many steps, including the fraction of the current one."""
         epochs, rest = divmod(steps, self.steps_per_epoch)
-        return epochs + rest * self.batch_rows / self.records
+        return epochs + self._start(rest) / self.records
 
     def position(self, steps: int) -> dict[str, int]:
         """Return the place in the data after this many steps. A checkpoint's manifest shows it to people."""
         epoch, rest = divmod(steps, self.steps_per_epoch)
-        row = rest * self.batch_rows
-        return {"epoch": epoch, "row": row, "rows": self.records, "batch_rows": self.batch_rows, "seed": self.seed}
+        place = {"epoch": epoch, "row": self._start(rest)}
+        return {**place, "rows": self.records, "batch_rows": self.batch_rows, "seed": self.seed}
 
 
 @lru_cache(maxsize=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class HeldOutEmbeddings(HeldOut):
     Args:
         objective: the objective of these rows.
         micro_batch_rows: number of rows per forward pass.
-        batch_rows: number of rows whose texts are negatives of each other in the loss, as in a training step.
+        batch_rows: largest number of rows whose texts are negatives of each other in the loss, as in a training step.
         hidden_states: cache of the rows' hidden states.
     """
 
@@ -74,7 +75,9 @@ class HeldOutEmbeddings(HeldOut):
         )
         if embeddings is None:
             return None
-        losses = [loss for start in self._starts() for loss in self._losses(start, embeddings)]
+        # As in training, no batch is much smaller than the others: a row needs other rows as negatives.
+        batches = np.array_split(np.arange(len(self._examples)), -(-len(self._examples) // self._batch_rows))
+        losses = [loss for rows in batches for loss in self._losses(rows.tolist(), embeddings)]
         scores = self._scores(embeddings)
         self._check(scores.mean_cosine)
         self.measured = {f"eval_{name}": value for name, value in scores.values.items()}
@@ -125,11 +128,7 @@ class HeldOutEmbeddings(HeldOut):
         ]
         return {**result, "neutral_drift": drift(*of_neutral)}
 
-    def _starts(self) -> range:
-        return range(0, len(self._examples), self._batch_rows)
-
-    def _losses(self, start: int, embeddings: Tensor) -> list[float]:
-        rows = range(start, min(start + self._batch_rows, len(self._examples)))
+    def _losses(self, rows: Sequence[int], embeddings: Tensor) -> list[float]:
         documents = torch.tensor(self._objective.packer.documents(rows))
         of_rows: list[float] = self._objective.losses(rows, embeddings[documents]).losses.tolist()
         return of_rows

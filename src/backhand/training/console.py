@@ -441,15 +441,17 @@ def opening_facts(
     remaining = (
         "" if continued is None else f" for the remaining {count_of(run.inputs.total_steps - continued, 'step')}"
     )
+    sampler = run.inputs.sampler
+    up_to = "up to " * (sampler.even and sampler.records % options.batch_rows > 0)
     facts.append(
-        f"plan: {count_of(run.inputs.total_steps, 'step')} of {count_of(options.batch_rows, 'row')}, {cut}; "
+        f"plan: {count_of(run.inputs.total_steps, 'step')} of {up_to}{count_of(options.batch_rows, 'row')}, {cut}; "
         f"peak memory about {in_words(run.plan.memory.peak_bytes)}"
         + ("" if forecast is None else f"; about {duration(forecast.total_s)}{remaining}")
         + FULL_LENGTH * (forecast is not None and forecast.full_length)
     )
     # If rows share prefixes, fewer tokens are computed than trained on. The first steps are counted.
     packer = run.inputs.packer
-    steps = [run.inputs.sampler.rows_of(step) for step in range(min(run.inputs.total_steps, _STEPS_COUNTED))]
+    steps = [sampler.rows_of(step) for step in range(min(run.inputs.total_steps, _STEPS_COUNTED))]
     tokens = sum(packer.tokens(rows) for rows in steps)
     groups = [micro_batches(rows, packer.lengths, max_rows=run.plan.memory.micro_batch_rows) for rows in steps]
     if (packed_tokens := sum(map(packer.packed_tokens, chain.from_iterable(groups)))) != tokens:

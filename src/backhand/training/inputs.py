@@ -178,7 +178,9 @@ def read_inputs(
     if isinstance(held_out_packer, DistilledPacker | DistilledPrompts):
         held_out = held_out_packer.rows
     forms = len(train.of_all_epochs) // len(train.examples)
-    sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed, forms)
+    compares_rows = objective.objective == "embed"
+    batch_rows = config.optimization.batch_rows
+    sampler = Sampler(len(train.examples), batch_rows, config.run.seed, forms, even=compares_rows)
     epochs = config.epochs_of(len(train.examples))
     total_steps = config.optimization.max_steps or epochs * sampler.steps_per_epoch
     averaged = config.average_share_of(total_steps)
