@@ -198,6 +198,10 @@ def test_wrong_names_are_answered_with_the_right_ones(call: Callable[[], object]
         ("--question COLUMN='…' also puts", 'question={"COLUMN": "…"} also puts'),
         ("--chat-template none, --objective dpo", 'chat_template="none", objective="dpo"'),
         ("`backhand lint --data FILE` lists them", "`backhand lint --data FILE` lists them"),
+        ("labels: backhand generate --labels auto", 'labels: backhand.generate(…, labels="auto")'),
+        ("use backhand rank, or give --adapter A", "use backhand.rank, or give --adapter A"),
+        ("continue with backhand train --resume", "continue with backhand.train(…, resume=True)"),
+        ("backhand classify --text '…'", "backhand classify --text '…'"),
     ],
 )
 def test_advice_is_written_as_python(typed: str, written: str) -> None:

@@ -138,7 +138,7 @@ def evaluate(
             raise UsageError(
                 f"{name} is measured by the command",
                 where=name,
-                next_step=f"backhand evaluate --{name}{words} --json …",
+                next_step=f"run `backhand evaluate --{name}{words} --json …`",
             )
     return evaluation.evaluate(built)
 
@@ -272,17 +272,18 @@ def decide(
     """Return the answers to an adapter's questions about a state, by question, in the decision protocol's form.
 
     Args:
-        state: one state: text, or a value that is written as JSON.
+        state: one state: text, or a value that is written as JSON; with `data`, a column or a text with columns in
+            braces.
         states: several states.
         adapter: directory of an adapter that was trained with `objective="decide"`.
         questions: other questions than those that the adapter was trained on, in the protocol's form.
         model: the base model.
-        options: any other option of `backhand decide`. `data` gives rows with the columns of training, not states.
+        options: any other option of `backhand decide`. `data` gives rows, by default with the columns of training.
 
     Raises:
         UsageError, DataError, ArtifactError: an option, a state, a question, the model or the adapter cannot be used.
     """
-    if (state is not None) + (states is not None) + ("data" in options) != 1 or isinstance(states, str):
+    if (state is not None or "data" in options) + (states is not None) != 1 or isinstance(states, str):
         raise UsageError(
             "give either state, states or data",
             where="states",
@@ -292,14 +293,14 @@ def decide(
     given = _named(adapter=adapter, model=model) | options
     own = {} if questions is None else {"questions": questions}
     if "data" in options:
-        given |= own
+        given |= own | _named(state=state)
     else:
         rows = [{"state": one, **own} for one in ([state] if states is None else states or ())]
         if not rows:
             return []
         given |= {"data": rows, "state": "state"}
     answers = [line["answers"] for line in decide_states(_options("decide", DecideOptions, given))]
-    return answers if state is None else answers[0]
+    return answers if state is None or "data" in options else answers[0]
 
 
 @errors_in_python(RankOptions)

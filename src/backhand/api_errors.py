@@ -2,8 +2,10 @@
 
     give --objective dpo, or --data FILE      →      give objective="dpo", or data=… (a path, …)
     add: --prompt '{a}' --completion b         →      add: prompt="{a}", completion="b"
+    use backhand generate --labels auto        →      use backhand.generate(…, labels="auto")
 
-Messages are written for the command line, where most of them are read. A part that quotes a whole command keeps it.
+Messages are written for the command line, where most of them are read. A part stays as it is if it names a command in
+backquotes, one that is no function, or an option that the function does not have.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from backhand.errors import BackhandError, UsageError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_COMMAND = re.compile(r"\bbackhand [a-z]")
+_COMMAND = re.compile(r"(`?)\bbackhand ([a-z]+)")
 _OPTION = re.compile(r"--[a-z][a-z0-9-]*[a-z0-9]")
 _VALUE = re.compile(
     r""" (\$'(?:[^'\\]|\\.)*'|\w+='[^']*'|(?:'[^']*'|"'")+|(?![\s-])(?:[^\s'"`,;()]|,(?=\S))*[^\s'"`,;().:!?])"""
@@ -36,19 +38,23 @@ _SPECIAL = ("auto", "none", "chosen")
 """Values of options that take any text."""
 _ROWS = ("data", "eval_data")
 """Options that take rows."""
+_HINTS: dict[str, dict[str, Any]] = {}
+"""The type of each option by its name with dashes, by function."""
 
 
 def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator: errors of the function name the options of these dataclasses as keyword arguments."""
+    hints = {as_option(field.name): field.hint for kind in kinds for field in option_fields(kind)}
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        _HINTS[function.__name__] = hints
+
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
                 _check_arguments(function, args, kwargs, kinds)
                 return function(*map(plain_value, args), **plain_value(kwargs))
             except BackhandError as error:
-                hints = {as_option(field.name): field.hint for kind in kinds for field in option_fields(kind)}
                 error.reword(partial(in_python, hints=hints))
                 raise
 
@@ -94,20 +100,37 @@ def in_python(text: str, hints: dict[str, Any]) -> str:
         text: a part of an error.
         hints: the type of each option, by its name with dashes. Other words that look like options stay as they are.
     """
-    if _COMMAND.search(text):
+    if any(quote or command not in _HINTS for quote, command in _COMMAND.findall(text)):
         return text
     pieces: list[str] = []
     end = 0
-    for match in _OPTION.finditer(text):
-        if match[0] not in hints or match.start() < end:
+    for match in re.finditer(rf"{_COMMAND.pattern}|{_OPTION.pattern}", text):
+        if match.start() < end:
             continue
-        name, hint = match[0][2:].replace("-", "_"), hints[match[0]]
-        between = text[end : match.start()]
-        adjacent = bool(pieces) and between == " "
-        value, after = _value(name, hint, _VALUE.match(text, match.end()), typed=adjacent and "=" in pieces[-1])
-        pieces += [", " if adjacent else between, name + value]
-        end = after or match.end()
+        command = match[2]
+        start = match.end() if command else match.start()
+        arguments, after = _arguments(text, start, _HINTS[command] if command else hints)
+        written = ", ".join(arguments)
+        if command:
+            if text.startswith(" --", after):
+                return text  # the function has no such option
+            written = f"backhand.{command}(…, {written})" if arguments else f"backhand.{command}"
+        if written:
+            pieces += [text[end : match.start()], written]
+            end = after
     return "".join(pieces) + text[end:]
+
+
+def _arguments(text: str, end: int, hints: Mapping[str, Any]) -> tuple[list[str], int]:
+    """Return the keyword arguments of the options that follow each other from `end` on, and the end of the last one."""
+    arguments: list[str] = []
+    while (option := _OPTION.match(text, end + text.startswith(" ", end))) and option[0] in hints:
+        name = option[0][2:].replace("-", "_")
+        typed = bool(arguments) and "=" in arguments[-1]
+        value, after = _value(name, hints[option[0]], _VALUE.match(text, option.end()), typed=typed)
+        arguments.append(name + value)
+        end = after or option.end()
+    return arguments, end
 
 
 def _value(name: str, hint: Any, word: re.Match[str] | None, *, typed: bool) -> tuple[str, int]:

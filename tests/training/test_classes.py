@@ -24,9 +24,11 @@ from backhand.interop.command import export_command
 from backhand.interop.merging import merge_command
 from backhand.interop.options import ExportOptions, MergeOptions
 from backhand.loop.class_scores import constant_logits, row_losses, score_classes
+from backhand.loop.evaluate import Evaluation, evaluate_command
 from backhand.loop.objectives.classify import loss_and_gradient
 from backhand.nn.loading.opening import open_model
-from backhand.options.config import TrainConfig
+from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
+from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
@@ -35,7 +37,7 @@ from backhand.training.console import closing_lines
 from backhand.training.plan import plan_run
 from backhand.training.run import train
 from backhand.verify.command import prove_run
-from backhand.words import share_interval
+from backhand.words import interval_text, share_interval
 from support.page import Page
 from support.ranks import bits_of_several, start_ranks
 from support.tiny_encoders import tiny_encoder
@@ -109,7 +111,10 @@ def test_a_run_learns_labels(straight: TrainConfig) -> None:
     assert summary.adapted_classes["nll"] == pytest.approx(summary.best_eval_loss)
     assert sum(sum(row.values()) for row in summary.adapted_classes["confusion"].values()) == 12
     shown = closing_lines(summary)
-    assert any("12 held-out rows" in line and "most frequent answer" in line for line in shown)
+    (loss,) = (line for line in shown if line.startswith("Held-out loss"))
+    assert loss.startswith(f"Held-out loss {summary.base_eval_loss:.4f} (constant answer) → ")
+    (scores,) = (line for line in shown if "12 held-out rows" in line)
+    assert f"by a constant answer), macro F1 {summary.base_classes['f1_macro']:.3f} (constant answer) → " in scores
     assert any(line.startswith("Next: backhand classify") for line in shown)
     assert not any("gguf" in line for line in shown)
 
@@ -147,14 +152,26 @@ def test_transformers_and_peft_classify_padded_texts_alike(
                 assert answer[label] == pytest.approx(row[number], abs=1e-5)
 
 
-def test_evaluation_scores_the_adapter_against_a_constant_answer(straight: TrainConfig, tiny: TinyRun) -> None:
+def test_evaluation_scores_the_adapter_against_a_constant_answer(
+    straight: TrainConfig, tiny: TinyRun, capsys: pytest.CaptureFixture[str]
+) -> None:
     adapter, rows = straight.run.output / "adapter", straight.data.eval_data[0]
-    found = backhand.evaluate(data=rows, adapter=adapter, model=tiny.model, dtype="float32").as_dict()
+    options = EvaluateOptions(
+        model=ModelOptions(model=tiny.model, dtype="float32"),
+        data=DataOptions(data=(rows,)),
+        run=EvaluateRunOptions(adapter=adapter),
+    )
+    evaluation = evaluate_command(options)
+    assert isinstance(evaluation, Evaluation)
+    found = evaluation.as_dict()
     summary = read_summary(straight.run.output / "summary.json")
     assert summary is not None and summary.adapted_classes is not None
     assert found["rows"] == 12
     scores = found["adapted"]["classes"]
     assert scores["accuracy_interval"] == share_interval(scores["values"]["accuracy"], 12)
+    interval = interval_text(scores["values"]["accuracy"], 12)
+    assert f"adapted: accuracy {interval}" in capsys.readouterr().out
+    assert f"({interval})" in Page(run_page(read_run(straight.run.output))).one("section", id="answers").text
     assert found["adapted"]["classes"]["values"]["nll"] == pytest.approx(summary.adapted_classes["nll"], rel=1e-5)
     assert found["base"]["classes"]["values"]["nll"] == pytest.approx(summary.base_eval_loss)
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -555,6 +556,9 @@ def test_sentences_about_a_question_name_flips_and_a_better_constant_answer() ->
     better = about_score("q", replace(score, accuracy=0.8, flips=0.819))
     assert "82% of the decisions change" in better[-1] and "--option-order random" in better[-1]
     assert not any("decisions change" in line for line in about_score("q", replace(score, accuracy=0.8, flips=0.0)))
+    point = {"wanted": 0.95, "threshold": 0.93, "coverage": 0.75, "accuracy": 1.0}
+    threshold, surprise = about_score("q", replace(score, accuracy=0.8, flips=None, thresholds=[point]))
+    assert "above a probability of 0.930" in threshold and "the most surprising answer" in surprise
 
 
 def test_rows_are_counted_while_they_are_decided(straight: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -588,7 +592,28 @@ def test_labels_of_an_adapter_of_decisions_are_answered_with_decide(straight: Tr
     given: dict[str, Any] = {"adapter": straight.run.output / "adapter", "model": straight.model.model}
     with pytest.raises(UsageError, match="decides questions") as refused:
         backhand.classify(STATE, dtype="float32", threads=1, **given)
-    assert "backhand decide" in not_none(refused.value.next_step)
+    assert "backhand.decide" in not_none(refused.value.next_step)
+
+
+def test_a_file_without_the_columns_of_training_is_answered_with_its_own(straight: TrainConfig, tmp_path: Path) -> None:
+    """The error named --state, which nobody had typed, and advised to double its braces."""
+    adapter = copytree(straight.run.output / "adapter", tmp_path / "adapter")
+    record = json.loads((adapter / "backhand.json").read_text())
+    record["decisions"]["state"] = "{name}: {summary}"
+    (adapter / "backhand.json").write_text(json.dumps(record))
+    path = tmp_path / "packages.csv"
+    path.write_text("id,package,about,team\n1,apt,user asks list,team json\n")
+    given: dict[str, Any] = {"model": straight.model.model, "adapter": adapter, "dtype": "float32", "data": path}
+    with pytest.raises(UsageError, match="no column 'name', and the adapter was trained with state=") as refused:
+        backhand.decide(**given)
+    assert 'state="{package}\\n{about}' in not_none(refused.value.next_step)
+    assert refused.value.where == f"{path}:2" and "package" in not_none(refused.value.why)
+    (answers,) = backhand.decide(**given, state="{package}: {about}")
+    assert answers.keys() == {"team", "mood"}
+    with pytest.raises(UsageError, match="no column 'mood', and the adapter was trained with question") as refused:
+        backhand.evaluate(**given, state="about")
+    assert "rename the column of these answers to mood" in not_none(refused.value.next_step)
+    assert backhand.evaluate(**given, state="about", question={"team": ""}).rows == 1
 
 
 def test_a_state_that_is_too_long_is_an_error(straight: TrainConfig) -> None:

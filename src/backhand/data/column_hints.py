@@ -57,10 +57,14 @@ def decision_options(columns: Iterable[str], classes: Sequence[str], constant: C
         constant: columns with the same value in all rows.
     """
     answers = [name for name in _usable(classes) if "=" not in name]
-    texts = [name for name in _usable(columns) if name not in (*classes, *constant)]
-    if not (answers and texts):
-        return None
-    return f"--state {shlex.quote(_template(texts))} --question {shlex.quote(class_of(answers))}"
+    state = state_option(name for name in columns if name not in (*classes, *constant))
+    return f"{state} --question {shlex.quote(class_of(answers))}" if answers and state else None
+
+
+def state_option(columns: Iterable[str]) -> str | None:
+    """Return the command-line option that reads these columns as the state of a decision, or None."""
+    texts = _usable(columns)
+    return f"--state {shlex.quote(_template(texts))}" if texts else None
 
 
 def class_of(columns: Sequence[str]) -> str:

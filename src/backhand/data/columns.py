@@ -14,7 +14,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from backhand.data.column_hints import COUNTING
+from backhand.data.column_hints import COUNTING, state_option
 from backhand.data.forms import fits
 from backhand.data.options import (
     PIECES,
@@ -45,6 +45,7 @@ class ColumnReader:
         system: the value of `--system`. Columns in braces are filled in.
         guess: recognize common names of spreadsheet columns.
         recorded: columns that an adapter was trained on. They are read if no option names others and the file has them.
+            A state and answers to questions must be there.
         answers: the rows need answers, so `recorded` columns of answers must be there too.
 
     Attributes:
@@ -65,8 +66,13 @@ class ColumnReader:
         self.given = _by_option(named)
         self._columns: Mapping[str, str] = _others(named)
         self._answers: tuple[str, ...] = ()  # columns of answers to questions
-        if isinstance(named, DecisionColumns) and named.state is not None:
-            self.given["state"], self._answers = named.state, tuple(named.question)
+        own, trained = _of_decisions(named), _of_decisions(recorded)
+        state = own.state
+        if state is None and not self.given and "state" not in self._columns:
+            state = trained.state
+        if state is not None:
+            self.given["state"], self._answers = state, tuple(own.question or trained.question)
+        self._typed = {own.state, *own.question}
         self._system = system if self.given and system is not None and has_columns(system) else None
         self._guess = guess and not self.given and not self._columns
         self._recorded = None if self.given or self._columns else recorded
@@ -123,6 +129,8 @@ class ColumnReader:
             )
         for name in names:
             if name not in row.values:
+                if option in ("state", "question") and text not in self._typed:
+                    raise self._not_as_trained(option, text, name, row)
                 steps = [f"did you mean {' or '.join(near)}?"] if (near := nearest_names(name, row.values)) else []
                 if has_columns(text):
                     steps.append("Columns are in braces; double the braces that belong to the text: {{ and }}")
@@ -132,6 +140,20 @@ class ColumnReader:
                     why=f"{row.source} has {name_list(row.values)}",
                     next_step=" ".join(steps) or "name a column that the rows have",
                 )
+
+    def _not_as_trained(self, option: str, text: str, name: str, row: RawRow) -> UsageError:
+        """Return the error for a column of the adapter's record that the rows do not have."""
+        others = (column for column in row.values if column not in self._answers)
+        next_steps = {
+            "state": f"name columns of these rows: {state_option(others) or '--state COLUMN'}",
+            "question": f"rename the column of these answers to {name}, or give --question with other questions",
+        }
+        return UsageError(
+            f"there is no column {name!r}, and the adapter was trained with --{option} {shell_quoted(text)}",
+            where=row.source,
+            why=f"the columns are {name_list(row.values)}",
+            next_step=next_steps[option],
+        )
 
     def _take_recorded(self, row: RawRow, recorded: NamedColumns) -> None:
         def present(texts: Mapping[str, str]) -> dict[str, str]:
@@ -179,6 +201,10 @@ def _by_option(named: NamedColumns) -> dict[str, str]:
     columns = {option: named.columns[option] for option in _OPTIONS if option in named.columns}
     given = {option: getattr(named, option) for option in _OPTIONS}
     return columns | {option: text for option, text in given.items() if text is not None}
+
+
+def _of_decisions(named: object) -> DecisionColumns:
+    return named if isinstance(named, DecisionColumns) else DecisionColumns()
 
 
 def _others(named: NamedColumns) -> dict[str, str]:

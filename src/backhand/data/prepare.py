@@ -68,7 +68,7 @@ def prepare(
         text_format: from texts to tokens, for rows of embeddings, rankings or classes; None for other rows.
         teacher: the prompts of the teacher in distillation. Each example then has a second document, `rejected`, with
             the teacher's prompt and the same answer, or with a placeholder for an answer that is sampled later.
-        recorded: columns that an adapter was trained on, which are read if `options` names none and the rows have them.
+        recorded: columns that an adapter was trained on, see `ColumnReader`.
         epochs: number of passes over the rows. Each shows the options of decisions in random orders of its own.
 
     Raises:
@@ -78,7 +78,7 @@ def prepare(
     options.validate()
     if not options.data:
         raise no_data()
-    found = questions or (training_questions(options) if purpose == "decisions" else {})
+    found = questions or (training_questions(options, recorded) if purpose == "decisions" else {})
     examples_of = partial(
         read_examples,
         options,
@@ -138,12 +138,12 @@ def prepare(
     return train, held_out
 
 
-def training_questions(options: DataOptions) -> dict[str, Question]:
+def training_questions(options: DataOptions, recorded: NamedColumns | None = None) -> dict[str, Question]:
     """Return the questions of the rows of `data`, see `decision_rows.find_questions`."""
     bad = RowErrors(options.skip_bad)
 
     def rows(name: str) -> Iterator[tuple[Form, RawRow]]:
-        named = ColumnReader(options, options.system)
+        named = ColumnReader(options, options.system, recorded=recorded)
         raws = islice(named.rows(read_rows(name, bad), bad), options.max_rows)
         for raw in raws:
             try:

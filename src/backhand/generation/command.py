@@ -105,7 +105,7 @@ def _labels(options: GenerateOptions, loaded: LoadedModel, session: GenerationSe
         raise UsageError(
             "the adapter decides questions, and names no labels",
             where="labels",
-            next_step="backhand decide with the same adapter, or backhand.decide in Python",
+            next_step="use backhand decide with the same adapter",
         )
     if options.answer.adapter is None:
         raise UsageError(

@@ -31,7 +31,7 @@ from backhand.loop.objectives.head import head_logits
 from backhand.options.command_options import ClassifyOptions
 from backhand.printing import counting
 from backhand.terminal import console_for_tables, table_of, working
-from backhand.words import count_of, shorten, show_notes
+from backhand.words import count_of, interval_text, shorten, show_notes
 
 _ROWS_AT_ONCE = 1024
 
@@ -182,7 +182,7 @@ def evaluate_classes(
 
 
 def print_classes(scores: Mapping[str, ClassScores]) -> None:
-    """Print a table with a line per model, and the rows with the largest losses of the last one.
+    """Print a table with a line per model, and of the last one the accuracy's interval and the largest loss.
 
     Args:
         scores: by the model's name.
@@ -193,7 +193,9 @@ def print_classes(scores: Mapping[str, ClassScores]) -> None:
         shown.add_row(name, *(f"{one.values[score]:.4f}" for score in names))
     console = console_for_tables()
     console.print(shown)
-    last = list(scores.values())[-1]
+    who, last = list(scores.items())[-1]
+    if last.accuracy_interval is not None:
+        console.print(f"{who}: accuracy {interval_text(last.values['accuracy'], last.rows)}", soft_wrap=True)
     if last.constant:
         console.print("the model gives the same answer to all rows", soft_wrap=True)
     for row in (one for one in last.surprises[:1] if one["answer"] != one["given"]):

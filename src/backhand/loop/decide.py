@@ -166,10 +166,10 @@ def decided_rows(
     Raises:
         UsageError, DataError: see `data.prepare`. DataError also for rows that are too long.
     """
-    columns = {} if not answered or data.state is None else dict.fromkeys(questions, "")
-    data = replace(data, eval_data=(), eval_fraction=0.0, question=data.question or columns)
+    recorded = DataOptions(state=decider.state, question=dict.fromkeys(questions if answered else (), ""))
+    data = replace(data, eval_data=(), eval_fraction=0.0)
     purpose: Purpose = "decisions" if answered else "states"
-    prepared, _ = prepare(data, decider.loaded.tokenizer, purpose=purpose, questions=questions)
+    prepared, _ = prepare(data, decider.loaded.tokenizer, purpose=purpose, questions=questions, recorded=recorded)
     show_notes(prepared.report.left_out())
     if prepared.report.dropped_long and not answered:
         raise DataError(
@@ -190,7 +190,6 @@ def evaluate_decisions(
         The base model has no temperatures.
     """
     decider = Decider.of(loaded, data, micro_batch_rows)
-    data = replace(data, state=data.state or (decider.state if not data.prompt else None))
     rows = decided_rows(decider, data, decider.questions, answered=True)
     results = []
     for adapter in (False, True):
@@ -243,11 +242,13 @@ def about_score(name: str, score: DecisionScore) -> list[str]:
         f"{name}: the most surprising answer is {shorten(worst['answer'])} at {worst['source']}, where the model "
         f"decides {shorten(worst['decision'])} and gives it {worst['probability']:.2%}"
     )
-    order = (
-        f"{name}: {score.flips:.0%} of the decisions change if the options come in another order: in other programs, "
-        "sort them by name as here, or train with --option-order random"
-    )
-    return [*thresholds, surprise, *([order] if (score.flips or 0) > MANY_FLIPS else [])]
+    lines = [*thresholds, surprise]
+    if score.flips is not None and score.flips > MANY_FLIPS:
+        lines.append(
+            f"{name}: {score.flips:.0%} of the decisions change if the options come in another order: in other "
+            "programs, sort them by name as here, or train with --option-order random"
+        )
+    return lines
 
 
 def decide(options: DecideOptions) -> list[dict[str, Any]]:
@@ -270,7 +271,6 @@ def decide(options: DecideOptions) -> list[dict[str, Any]]:
         if given.data:
             values = {field.name: getattr(given, field.name) for field in fields(given)}
             data = DataOptions(**values, max_length=loaded.model.context_tokens)
-            data = replace(data, state=data.state or decider.state)
             rows = decided_rows(decider, data, questions, answered=False)
         else:
             asked = tuple(Asked(question, None) for question in _required(questions))

@@ -122,7 +122,8 @@ class RunSummary:
     # first_loss, last_loss: loss of the first and last step: mean nats per supervised token, or the objective's per row
     first_loss: float | None
     last_loss: float | None
-    # base_eval_loss, best_eval_loss, best_step: held-out loss of the base, lowest one, and its step; None without rows
+    # base_eval_loss, best_eval_loss, best_step: held-out loss of the base (of the best constant answer for a new head),
+    # lowest one, and its step; None without rows
     base_eval_loss: float | None
     best_eval_loss: float | None
     best_step: int | None

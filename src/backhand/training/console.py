@@ -326,7 +326,8 @@ def _improvement(summary: RunSummary) -> list[str]:
     nats = f"nats per token (perplexity {_exp(start)} → {_exp(best)}, {change})"
     of_answers = "nats per answer, without names of options" if summary.objective == "decide" else ""
     loss = nats if summary.objective == "sft" else of_answers or f"({summary.objective})"
-    return [f"Held-out loss {start:.4f} → {best:.4f} {loss} {of_rows}"]
+    before = f"{start:.4f} (constant answer)" if fresh_head else f"{start:.4f}"
+    return [f"Held-out loss {before} → {best:.4f} {loss} {of_rows}"]
 
 
 def _not_known(objective: str) -> str:
@@ -360,8 +361,8 @@ def _class_line(base: Mapping[str, Any], adapted: Mapping[str, Any]) -> str:
         )
     right = adapted["accuracy"]
     return (
-        f"{right:.1%} of {rows} right ({interval_text(right, adapted['rows'])}; {base['accuracy']:.1%} by the most "
-        f"frequent answer), macro F1 {base['f1_macro']:.3f} → {adapted['f1_macro']:.3f}."
+        f"{right:.1%} of {rows} right ({interval_text(right, adapted['rows'])}; {base['accuracy']:.1%} by a constant "
+        f"answer), macro F1 {base['f1_macro']:.3f} (constant answer) → {adapted['f1_macro']:.3f}."
     )
 
 
