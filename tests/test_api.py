@@ -152,6 +152,11 @@ def test_values_of_numpy_and_pandas_are_python_s() -> None:
         (lambda: backhand.generate(), "give either prompt or prompts"),  # type: ignore[call-overload]
         (lambda: backhand.train(data=3), "3 is not a list of file names or hub ids"),  # type: ignore[arg-type]
         (lambda: backhand.train(data={"prompt": ["a"]}), "next: give a list of dicts with one dict per row, or a data"),
+        (
+            lambda: backhand.train(data=[*ROWS, None]),
+            f"data: row {len(ROWS) + 1} is None, not a dict\n  next: give one dict",
+        ),  # type: ignore[arg-type]
+        (lambda: backhand.evaluate(data=["rows.jsonl", *ROWS]), "data: row 1 is 'rows.jsonl', not a dict"),
         (lambda: backhand.train(data=ROWS, eval_data=5), "in Python also a path, a list of dicts or a data frame"),
         (lambda: backhand.train(data=[]), "next: give data=… (a path, a list of dicts or a data frame)"),
         (lambda: backhand.classify(["a", "b"]), "prompt is a list\n  next: backhand.classify('…') for one prompt"),  # type: ignore[call-overload]

@@ -90,6 +90,6 @@ def suggestion(name: str, known: Collection[str], homes: Mapping[str, str], *, v
         return f"did you mean {near}?"
     if (meant := translate_option(name, placed, value=value)) is not None:
         return meant
-    for near in nearest_names(field, homes, count=1):
+    for near in nearest_names(field, homes, count=1, cutoff=0.6):
         return f"did you mean {near}, in {homes[near]}?"
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
+import re
 import shlex
 import subprocess
 from decimal import Decimal
@@ -13,11 +14,13 @@ from typing import Any
 
 import pytest
 
+from backhand.cli.option_fields import option_fields
 from backhand.data.columns import ColumnReader
 from backhand.data.forms import detect
 from backhand.data.lint import lint
 from backhand.data.options import (
     DataOptions,
+    LintOptions,
     NamedColumns,
     RowSources,
     TemplateOptions,
@@ -32,8 +35,15 @@ from backhand.data.row_encoder import Prompt
 from backhand.data.rows import Purpose
 from backhand.errors import DataError, UsageError
 from backhand.loop.evaluate import evaluate
-from backhand.options.command_options import EvaluateOptions
-from backhand.options.config import ModelOptions
+from backhand.options.command_options import (
+    ClassifyOptions,
+    DecideOptions,
+    EmbedOptions,
+    EvaluateOptions,
+    MineOptions,
+    RankOptions,
+)
+from backhand.options.config import ModelOptions, TrainConfig
 from support.tokenizer_kinds import byte_level
 
 
@@ -213,7 +223,7 @@ def test_a_table_for_decisions_is_answered_with_the_options_that_read_it(tmp_pat
     other = written(tmp_path / "other.csv", "a,b\n" + "".join(f"{i},{i}\n" for i in range(8)))
     with pytest.raises(DataError, match="do not fit decisions") as raised:
         prepare(DataOptions(data=other), byte_level(), purpose="decisions")
-    assert "NAME=COLUMN" in str(raised.value.next_step)
+    assert str(raised.value.next_step).endswith("--state COLUMN --question COLUMN")
 
 
 @pytest.mark.parametrize(
@@ -257,6 +267,77 @@ def test_a_class_is_the_suggested_answer_unless_the_last_column_has_texts(tmp_pa
         with pytest.raises(DataError) as refused:
             prepare(DataOptions(data=path), byte_level())
         assert str(refused.value).endswith(f"--completion {answer}")
+
+
+@pytest.mark.parametrize(
+    ("columns", "advice"),
+    [
+        ("name,section,lead,size", r"or name the columns: --prompt '{name}\n{lead}' --completion section"),
+        (
+            "name,rating,section,lead,size",
+            r"or name the columns: --prompt '{name}\n{lead}' --completion section",
+        ),
+        (
+            "name,section,size,home,more,lead,needs",
+            r"for example --prompt '{name}\n{home}\n{more}\n{lead}' --completion section",
+        ),
+        ("name,section,needs", r"section, or --prompt '{name}\n{section}' --completion needs"),
+        ("name,lead,home,size", r"or name the columns: for example --prompt '{name}\n{lead}' --completion home"),
+        ("lead,size", "or name the columns: for example --prompt '{lead}' --completion size"),
+        ("width,size,section", r"or name the columns: --prompt '{width}\n{size}' --completion section"),
+    ],
+)
+def test_advice_for_unknown_columns_names_the_class_or_is_an_example(columns: str, advice: str, tmp_path: Path) -> None:
+    cell = {
+        "section": lambda n: "ab"[n % 2],
+        "rating": lambda n: f"{n % 2}",
+        "size": lambda n: f"{n * 7}",
+        "width": lambda n: f"-{n}.5",
+        "needs": lambda n: f"a text {n} of more words than a class has in any table of rows",
+    }
+    rows = ((cell.get(name, lambda n, name=name: f"{name} {n}")(n) for name in columns.split(",")) for n in range(8))
+    path = written(tmp_path / "t.csv", "\n".join([columns, *map(",".join, rows)]) + "\n")
+    with pytest.raises(DataError) as trained:
+        prepare(DataOptions(data=path), byte_level())
+    assert advice in str(trained.value.next_step)
+    with pytest.raises(DataError, match="8 malformed") as linted:
+        lint(DataOptions(data=path), byte_level())
+    assert linted.value.next_step == trained.value.next_step, "lint gives the same advice"
+    with pytest.raises(DataError) as asked_of:
+        prepare_prompts(RowSources(data=(str(path),)), TemplateOptions(), byte_level())
+    assert "--prompt" in str(asked_of.value.next_step) and "--completion" not in str(asked_of.value.next_step)
+
+
+@pytest.mark.parametrize(
+    ("purpose", "options"),
+    [
+        *(
+            (purpose, kind)
+            for purpose in ("decisions", "embeddings", "rankings", "classes")
+            for kind in (TrainConfig, EvaluateOptions)
+        ),
+        ("labels", LintOptions),
+        ("prompts", EvaluateOptions),
+        ("pairs", TrainConfig),
+        *(("texts", kind) for kind in (EmbedOptions, ClassifyOptions, RankOptions)),
+        ("embeddings", MineOptions),
+        ("candidates", RankOptions),
+        ("states", DecideOptions),
+    ],
+)
+def test_advice_about_columns_names_options_of_the_command(purpose: Purpose, options: type) -> None:
+    with pytest.raises(DataError, match="do not fit") as raised:
+        detect(RawRow({"one": "a", "two": "b"}, "f:1"), purpose=purpose)
+    named = set(re.findall(r"--[a-z-]+", f"{raised.value.why} {raised.value.next_step}"))
+    assert named and named <= {field.option for field in option_fields(options)}
+
+
+def test_prompts_of_preference_pairs_are_answered() -> None:
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    assert detect(RawRow(pair, "f:1"), allow_prompts=True).name == "prompt"
+    with pytest.raises(DataError) as raised:
+        detect(RawRow({"chosen": "c", "rejected": "r"}, "f:1"), allow_prompts=True)
+    assert "--objective" not in str(raised.value.next_step) and "--completion" not in str(raised.value.next_step)
 
 
 def test_an_empty_column_is_not_suggested(tmp_path: Path) -> None:

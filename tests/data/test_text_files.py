@@ -267,6 +267,18 @@ def test_an_unclosed_quote_and_a_repeated_header_are_named(tmp_path: Path) -> No
     assert error.where == f"{tmp_path / 'b.csv'}:1"
 
 
-def test_a_file_of_unknown_kind_asks_for_an_ending(tmp_path: Path) -> None:
-    error = failure(write(tmp_path / "rows.txt", "hello\n"))
-    assert ".jsonl" in str(error.next_step)
+@pytest.mark.parametrize("name", ["rows.txt", "copyright", "notes.log"])
+@pytest.mark.parametrize(
+    "text", ["hello\n", "a,b\n", "Dear you,\nall is well, and fine, here.\n", "root:x:0\nbin:x:1\n"]
+)
+def test_plain_text_with_any_name_is_answered_with_a_command(name: str, text: str, tmp_path: Path) -> None:
+    error = failure(write(tmp_path / name, text))
+    assert "plain text" in error.what and "python3 -c" in str(error.next_step)
+
+
+@pytest.mark.parametrize(
+    "text", ['a,b\n"x, y",z\n', "a\tb\n1\t2", "a;b\n" + "x" * 3000 + ";y\nlong;" + "z" * 3000 + "\n"]
+)
+def test_a_table_of_unknown_kind_asks_for_an_ending(text: str, tmp_path: Path) -> None:
+    error = failure(write(tmp_path / "rows", text))
+    assert "table" in error.what and ".csv" in str(error.next_step)

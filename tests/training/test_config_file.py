@@ -55,6 +55,7 @@ def test_any_text_and_number_survives(text: str, number: float, seed: int) -> No
         ("[optimisation]\nepochs = 1", "did you mean optimization?"),
         ("rank = 3", "write it in the table [adapter]"),
         ("rankk = 3", "did you mean rank, in the table [adapter]?"),
+        ("bogus_key = 3", "next: backhand train --help lists all options"),
         ("max-steps = 3", "write it in the table [optimization], as max_steps"),
         ("data = ['a.jsonl']", 'write [data], and in a line below it data = ["…"]'),
         ("model = 'x'", 'write [model], and in a line below it model = "…"'),

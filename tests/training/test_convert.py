@@ -57,6 +57,7 @@ save_steps: 0
 use_peft: true
 load_in_8bit: true
 gradient_checkpointing: false
+report_to: wandb
 """
 
 
@@ -100,6 +101,7 @@ def test_a_trl_file_whose_values_are_not_all_possible(tmp_path: Path) -> None:
     assert (config.model.model, config.data.data, config.model.quantize) == ("base", ("owner/name",), "q8_0")
     assert config.optimization.batch_rows == config.optimization.micro_batch_rows == 8
     assert config.run.eval_every == 50 and config.run.save_every is None and config.model.recompute == "none"
+    assert config.run.report_to == ("wandb",)
     assert "# save_steps: 0: save_every 0 is not an integer of at least 1" in text
     assert "# warmup_ratio: 0.1: here it is warmup_steps, a number of steps; 3 % of them unless given" in text
 

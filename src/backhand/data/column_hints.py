@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -48,6 +49,42 @@ def suggestion(
     return f"--prompt {shlex.quote(template)} --completion {shlex.quote(answer)}" if template and answer else None
 
 
+def naming_advice(
+    prompts: Sequence[str],
+    others: Sequence[str],
+    given: Mapping[str, str],
+    values: ClassColumns,
+    rows: int,
+    *,
+    with_answer: bool = True,
+) -> str | None:
+    """Return options that would read these columns, marked as an example unless one column is clearly the answer.
+
+    An answer is known by its name, or because its values are a class and the last column has no longer texts. Where the
+    last column has longer texts, one example reads the class, and another the last column.
+
+    Args:
+        prompts, others, given: see `suggestion`.
+        values: the values of the columns.
+        rows: the number of rows with these values.
+        with_answer: False if the command reads only prompts, so that no option names the answer.
+    """
+    useless = values.uninformative(rows)
+    known = "completion" in given or any(
+        _in_lower_case(name) in _WANTED | CLASSES for name in _usable(others) if name not in useless
+    )
+    classes = [] if known else [name for name in values.names(rows) if name in others]
+    sure = known or bool(classes and not values.has_long_texts(others[-1]))
+    answers = [class_of(classes)] if classes else []
+    options = [
+        suggestion(prompts, others, given, useless, one) for one in (answers if answers and sure else [*answers, None])
+    ]
+    if not with_answer:
+        options = [one and one.rpartition(" --completion ")[0] for one in options]
+    different = list(dict.fromkeys(filter(None, options)))
+    return ("" if sure else "for example ") + ", or ".join(different) if different else None
+
+
 def decision_options(columns: Iterable[str], classes: Sequence[str], constant: Collection[str]) -> str | None:
     """Return command-line options that read one of these classes as the answer to a question, or None.
 
@@ -91,12 +128,16 @@ def _can_be_typed(column: str) -> bool:
 
 
 _MOST, _LONGEST = 20, 40
+_NUMBER = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?", re.IGNORECASE)
 _FEWEST_ROWS = 4
 """Fewest rows from which a column counts as constant."""
 
 
 class ClassColumns:
-    """Find columns next to a text that may contain its class: by their names, or by few distinct short values."""
+    """Find columns next to a text that may contain its class: by their names, or by few distinct short values.
+
+    The values of other columns say which of them contain numbers or longer texts.
+    """
 
     def __init__(self) -> None:
         self._seen: dict[str, dict[str, None]] = {}  # the first distinct values per column, truncated
@@ -115,12 +156,25 @@ class ClassColumns:
         """Return the first distinct values of a column."""
         return list(self._seen[name])
 
-    def likely_answer(self, columns: Sequence[str], rows: int) -> str | None:
-        """Return the most likely class, or None if there is none or the last of these columns has longer texts."""
-        classes = self.names(rows)
-        if not classes or max(map(len, self._seen.get(columns[-1], ())), default=0) > _LONGEST:
-            return None
-        return class_of(classes)
+    def has_long_texts(self, name: str) -> bool:
+        """Return True if a value of a column is longer than the name of a class."""
+        return max(map(len, self._seen.get(name, ())), default=0) > _LONGEST
+
+    def uninformative(self, rows: int) -> list[str]:
+        """Return the columns that a prompt need not contain.
+
+        These are the constant columns, and numbers if other columns contain a text and an answer.
+        """
+        constant, classes = self.constant(rows), self.names(rows)
+        answer = class_of(classes) if classes else None
+        others = [name for name in _usable(self._seen) if name not in constant and name != answer]
+        texts = [name for name in others if not self._has_numbers(name)]
+        numbers = [name for name in others if name not in texts]
+        return constant + numbers if texts and len(texts) + len(classes[:1]) > 1 else constant
+
+    def _has_numbers(self, name: str) -> bool:
+        values = [value for value in self._seen[name] if value.strip()]
+        return bool(values) and all(_NUMBER.fullmatch(value.strip()) for value in values)
 
     def constant(self, rows: int) -> list[str]:
         """Return the columns with the same short value in all of these rows. There are none in very few rows."""
@@ -131,8 +185,8 @@ class ClassColumns:
         ]
 
     def names(self, rows: int) -> list[str]:
-        """Return the columns that may be classes, given the number of rows. Each value must occur twice on average."""
-        return [
+        """Return the columns that may be classes, columns of numbers first. Each value must occur twice on average."""
+        found = [
             name
             for name, seen in self._seen.items()
             if (small := name.lower()) in CLASSES
@@ -142,3 +196,4 @@ class ClassColumns:
                 and max(map(len, seen)) <= _LONGEST
             )
         ]
+        return sorted(found, key=self._has_numbers, reverse=True)

@@ -12,7 +12,7 @@ from backhand.data.column_hints import ClassColumns
 from backhand.data.decision_rows import read_decision
 from backhand.data.decisions import Question
 from backhand.data.embedding_rows import read_embedding, read_ranking
-from backhand.data.forms import PREFERENCE, Form, detect, nearest_known
+from backhand.data.forms import MOST_FOLLOWING, PREFERENCE, Form, detect, nearest_known
 from backhand.data.messages import read_conversation, read_turns
 from backhand.data.raw_rows import IN_MEMORY, TRUTH, RawRow, RowErrors, describe
 from backhand.data.rows import Completion, Conversation, Pair, PlainText, PromptRow, Purpose, Row, UnpairedRow
@@ -53,6 +53,7 @@ class FormReader:
         self.form: Form | None = None
         self.columns: dict[str, None] = {}
         self._first_source = ""
+        self._refused: list[RawRow] = []  # rows before the first valid row, if malformed rows are counted
         self.class_columns = ClassColumns()
 
     def read(self, raw: RawRow, following: Iterable[RawRow] = ()) -> Row:
@@ -106,9 +107,20 @@ class FormReader:
             try:
                 row = self.read(raw, () if bad.skip_bad else rows)
             except DataError as error:
+                if bad.skip_bad and self.form is None and len(self._refused) <= MOST_FOLLOWING:
+                    self._refused.append(raw)
                 bad.add(error)
                 continue
             yield row
+
+    def explained(self, error: DataError | None) -> DataError | None:
+        """Return the first error of a file without a valid row, with advice from the values of the rows after it."""
+        if error is not None and self._refused and error.where == self._refused[0].source:
+            try:
+                self._detect(self._refused[0], following=self._refused[1:])
+            except DataError as explained:
+                return explained
+        return error
 
     def _check_same(self, raw: RawRow) -> None:
         assert self.form is not None

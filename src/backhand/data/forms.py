@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 
-from backhand.data.column_hints import ClassColumns, class_of, decision_options, suggestion
+from backhand.data.column_hints import ClassColumns, class_of, decision_options, naming_advice, suggestion
 from backhand.data.options import columns_named
 from backhand.data.raw_rows import RawRow
 from backhand.data.rows import Purpose
@@ -137,22 +137,43 @@ FORMS = (
 )
 """Forms by purpose, in order of precedence: a row with the columns of several forms has the first one."""
 
-_NEEDED: dict[Purpose, str] = {
-    "pairs": "a pair has prompt, chosen and rejected, or chosen and rejected with a common beginning",
-    "labels": "a row with a label has prompt, completion and label",
-    "prompts": "a prompt to answer has prompt, question, or instruction and input",
-    "decisions": "a decision has state, questions and answers, or text and label; --state and --question name others",
-    "embeddings": "a pair has anchor and positive, a scored pair sentence1, sentence2 and score, and a labelled text "
-    "text and label; --prompt and --completion name the columns of anchors and positives",
-    "rankings": "a row has query, positive and negatives, or query, document and score; --prompt and --completion "
-    "name the columns of queries and documents",
-    "candidates": "a row has query and document, or query and a list of documents; --prompt and --completion name "
-    "other columns",
-    "texts": "a text is in the column text; --prompt names another",
-    "classes": "a row has text and label; --prompt and --completion name other columns",
-    "states": "a state to decide has state, prompt or text; --state names another column",
+_NEEDED: dict[Purpose, tuple[str, str]] = {
+    "pairs": (
+        "a pair has prompt, chosen and rejected, or chosen and rejected with a common beginning",
+        "name the columns with --columns NAME=COLUMN",
+    ),
+    "labels": (
+        "a row with a label has prompt, completion and label",
+        "name the columns with --columns NAME=COLUMN",
+    ),
+    "prompts": (
+        "a prompt to answer has prompt, question, or instruction and input",
+        "name the column of the prompts: --prompt COLUMN",
+    ),
+    "decisions": (
+        "a decision has state, questions and answers, or text and label",
+        "name the columns of states and answers: --state COLUMN --question COLUMN",
+    ),
+    "embeddings": (
+        "a pair has anchor and positive, a scored pair sentence1, sentence2 and score, a labelled text text and label",
+        "name the columns of anchors and positives: --prompt COLUMN --completion COLUMN",
+    ),
+    "rankings": (
+        "a row has query, positive and negatives, or query, document and score",
+        "name the columns of queries and documents: --prompt COLUMN --completion COLUMN",
+    ),
+    "candidates": (
+        "a row has query and document, or query and a list of documents",
+        "name the columns of queries and documents: --prompt COLUMN --completion COLUMN",
+    ),
+    "texts": ("a text is in the column text", "name another column: --prompt COLUMN"),
+    "classes": (
+        "a row has text and label",
+        "name the columns of texts and labels: --prompt COLUMN --completion COLUMN",
+    ),
+    "states": ("a state to decide has state, prompt or text", "name another column: --state COLUMN"),
 }
-"""Columns that purposes other than answers need, as a phrase for errors."""
+"""Columns that purposes other than answers need, as a phrase for errors, and options of all commands that read them."""
 
 
 def nearest_known(name: str) -> list[str]:
@@ -196,19 +217,19 @@ def detect(
         purpose = "pairs" if present.issuperset(PREFERENCE) and given.keys() <= {"prompt"} else "answers"
     forms = forms_for(purpose, "prompts") if allow_prompts else forms_for(purpose)
     form = next((form for form in forms if given.keys() <= {*form.columns} <= present), None)
-    preferred = purpose == "answers" and present.issuperset(PREFERENCE)
+    preferred = purpose == "answers" and not allow_prompts and present.issuperset(PREFERENCE)
     if form is not None and not (preferred and len(form.columns) == 1 and not given):
         return form
-    columns = _Columns(raw, present, given, following)
+    columns = _Columns(raw, present, given, following, answers=not allow_prompts)
     if ignored := columns.ignored_option(forms_for(purpose)):
         raise ignored
     if purpose in _NEEDED:
+        needed, next_step = _NEEDED[purpose]
         raise DataError(
             f"these columns do not fit {purpose}: {', '.join(sorted(present)) or 'none'}",
             where=raw.source,
-            why=_NEEDED[purpose],
-            next_step=columns.with_class(purpose)
-            or "name the columns with --columns NAME=COLUMN, or train on answers with --objective sft",
+            why=needed,
+            next_step=columns.with_class(purpose) or next_step,
         )
     raise columns.preference_pair() or columns.without_answer() or columns.null() or columns.unknown()
 
@@ -220,7 +241,7 @@ def fits(raw: RawRow) -> bool:
 
 
 _BOTH = {"prompt": "completion", "completion": "prompt"}
-_MOST_FOLLOWING = 200
+MOST_FOLLOWING = 200
 """Largest number of following rows that are read for the values of columns."""
 _USUAL_FORMS = ["messages", "prompt/completion", "instruction/input/output", "question/answer", "text"]
 
@@ -233,19 +254,14 @@ class _Columns:
     present: frozenset[str]  # columns that are not null
     given: Mapping[str, str]  # columns or templates by option
     following: Iterable[RawRow]  # the rows after this one
-
-    @cached_property
-    def _classes_and_constant(self) -> tuple[list[str], list[str]]:
-        """The columns that may be classes, and those that are the same in all rows."""
-        values, rows = self._values
-        return values.names(rows), values.constant(rows)
+    answers: bool  # False if rows without an answer are accepted
 
     @cached_property
     def _values(self) -> tuple[ClassColumns, int]:
         """The values of the columns, and the number of rows that were read for them: this and some following ones."""
         rows, values = [self.raw], ClassColumns()
         with suppress(DataError):  # the error about the first row is raised instead
-            rows.extend(islice(self.following, _MOST_FOLLOWING))
+            rows.extend(islice(self.following, MOST_FOLLOWING))
         for row in rows:
             values.add(row.values)
         return values, len(rows)
@@ -255,13 +271,14 @@ class _Columns:
         if self.given or purpose not in ("decisions", "classes"):
             return None
         filled = [name for name in self.raw.values if name in self.present and str(self.raw.values[name]).strip()]
-        classes, constant = self._classes_and_constant
+        values, rows = self._values
+        classes, more = values.names(rows), ""
         if purpose == "decisions":
-            options = decision_options(filled, classes, constant)
+            options = decision_options(filled, classes, values.constant(rows))
             more = "; --question COLUMN='…' also puts the question into words"
         else:
-            options = suggestion((), filled, {"completion": class_of(classes)}, constant) if classes else None
-            more = ""
+            given = {"completion": class_of(classes)} if classes else {}
+            options = suggestion((), filled, given, values.uninformative(rows)) if given else None
         return None if options is None else f"add {options}{more}"
 
     def ignored_option(self, forms: Sequence[Form]) -> DataError | None:
@@ -281,7 +298,7 @@ class _Columns:
         )
 
     def preference_pair(self) -> DataError | None:
-        if not self.present.issuperset(PREFERENCE):
+        if not self.answers or not self.present.issuperset(PREFERENCE):
             return None
         alone = "prompt" not in self.present and isinstance(self.raw.values["chosen"], list)
         named = "--messages chosen" if alone else "--completion chosen"
@@ -300,7 +317,7 @@ class _Columns:
         answers = sorted(self.present & known)
         read = {column for text in self.given.values() for column in columns_named(text)}
         others = [name for name in self.raw.values if name in self.present - {*asking.columns, *self.given, *read}]
-        by_name = suggestion(asking.columns, others, self.given, self._classes_and_constant[1])
+        by_name = naming_advice(asking.columns, others, self.given, *self._values, with_answer=self.answers)
         state = "an empty" if answer in self.raw.values else "no"
         return DataError(
             self._half_named or f"the row has {asking.columns[0]} but {state} {answer}",
@@ -329,9 +346,7 @@ class _Columns:
         else:
             near = [form.name for form in _ANSWERS if self.present.intersection(form.columns)] or _USUAL_FORMS
             filled = [name for name in self.raw.values if name in self.present and str(self.raw.values[name]).strip()]
-            values, rows = self._values
-            likely = values.likely_answer(filled, rows) if filled else None
-            by_name = suggestion((), filled, self.given, values.constant(rows), likely)
+            by_name = naming_advice((), filled, self.given, *self._values, with_answer=self.answers)
             how = f"a row has {' or '.join(near)}" + (f"; or name the columns: {by_name}" if by_name else "")
         what = f"{self._half_named}; its columns" if self._half_named else "the columns fit no form of row"
         return DataError(f"{what}: {columns}", where=self.raw.source, next_step=how)

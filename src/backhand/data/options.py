@@ -46,6 +46,13 @@ def no_data() -> UsageError:
 
 def check_sources(where: str, sources: object) -> None:
     """Raise UsageError unless `sources` is a tuple or list of non-empty strings."""
+    if isinstance(sources, tuple | list) and any(isinstance(one, Mapping) for one in sources):
+        number, other = next((at, one) for at, one in enumerate(sources, 1) if not isinstance(one, Mapping))
+        raise UsageError(
+            f"row {number} is {shorten(repr(other))}, not a dict",
+            where=where,
+            next_step="give one dict per row; the names of files are given without rows",
+        )
     if not isinstance(sources, tuple | list) or any(
         not isinstance(name, str) or not name.strip() or "\0" in name for name in sources
     ):

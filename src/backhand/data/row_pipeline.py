@@ -79,7 +79,7 @@ class RowPipeline:
         forms: list[SourceForm] = []
         total = empty = 0
         unread: dict[str, None] = {}
-        classes: set[str] = set()
+        classes: dict[str, None] = {}
         systems: set[str | None] = set()
         notes: list[str] = []
         skipped_before, kept_before, empty_lines_before = bad.count, len(bad.errors), bad.empty_lines
@@ -100,7 +100,7 @@ class RowPipeline:
                 rewarded |= isinstance(row, PromptRow)
                 conversation |= isinstance(texts_of(row)[0], Conversation)
             if reader.form is None:
-                raise _no_rows(name, bad, bad.count - bad_before)
+                raise _no_rows(name, bad, bad.count - bad_before, reader.explained(bad.first_of_file))
             if self.texts_only and reader.form.kind != "text":
                 raise DataError(
                     f"the rows have the form {reader.form.name}, and train_on 'text' reads texts",
@@ -113,22 +113,21 @@ class RowPipeline:
             if not rewarded:  # reward functions are given every column
                 others = [column for column in reader.columns if column not in (*named.used, self.context_column)]
                 unread |= dict.fromkeys(reader.form.unread(others, conversation=conversation))
-                classes.update(reader.class_columns.names(rows))
+                classes |= dict.fromkeys(reader.class_columns.names(rows))
             if named.note is not None:
                 notes.append(named.note)
             forms.append(SourceForm(name, reader.form.name, rows))
             total += rows
         if unread:
-            columns = list(unread)
-            labels = [column for column in columns if column in classes]
+            labels = [column for column in classes if column in unread]
             if self.refuses_classes and {form.form for form in forms} == {"text"} and labels:
-                label, constant = class_of(labels), reader.class_columns.constant(rows)
+                label, useless = class_of(labels), reader.class_columns.uninformative(rows)
                 filled = filter(reader.class_columns.filled, reader.columns)
-                if options := suggestion((), filled, {"completion": label}, constant):
+                if options := suggestion((), filled, {"completion": label}, useless):
                     values = reader.class_columns.values(label)
                     raise _class_next_to_text(names, label, values, options, prompts=self.allow_prompts)
-            several = "s" if len(columns) > 1 else ""
-            notes.append(f"not read: the column{several} {name_list(map(shorten, columns))}")
+            several = "s" if len(unread) > 1 else ""
+            notes.append(f"not read: the column{several} {name_list(map(shorten, unread))}")
         empty_lines = bad.empty_lines - empty_lines_before
         if empty_lines > max(_FEW_EMPTY_LINES, total):
             notes.append(f"{empty_lines:,} empty lines were skipped")
@@ -243,8 +242,8 @@ def _class_next_to_text(
     )
 
 
-def _no_rows(name: str, bad: RowErrors, count: int) -> DataError:
-    first, in_memory = bad.first_of_file, name.startswith(IN_MEMORY)
+def _no_rows(name: str, bad: RowErrors, count: int, first: DataError | None) -> DataError:
+    in_memory = name.startswith(IN_MEMORY)
     if first is None:
         return DataError(
             "there is no row in the data" if in_memory else "there is no row in the file",

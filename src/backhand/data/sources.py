@@ -11,7 +11,7 @@ from backhand.data.data_file import head_of, open_bytes, start_text
 from backhand.data.external_rows import GYM, HUB_NAME, read_gym, read_hub, read_parquet
 from backhand.data.given_rows import STANDARD_INPUT, read_given
 from backhand.data.raw_rows import IN_MEMORY, RawRow, RowErrors
-from backhand.data.text_files import read_csv, read_json_lines, read_json_values
+from backhand.data.text_files import is_table, read_csv, read_json_lines, read_json_values
 from backhand.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -88,20 +88,24 @@ def read_rows(name: str, bad: RowErrors, *, held_out: bool = False) -> Iterator[
             elif suffix in (".jsonl", ".ndjson") or head.lstrip().startswith(b"{"):
                 yield from read_json_lines(reader, path, bad)
             else:
-                raise _unknown_kind(path)
+                raise _unknown_kind(path, head)
             return
     yield from read_parquet(path, bad)
 
 
-def _unknown_kind(path: Path) -> DataError:
-    """Return the error for a file that is neither JSON nor has a known suffix."""
+def _unknown_kind(path: Path, head: bytes) -> DataError:
+    """Return the error for a file that is neither JSON nor has a known suffix.
+
+    Args:
+        head: the first bytes of the file.
+    """
     if str(path) == STANDARD_INPUT:
         return DataError(
             "standard input is not JSON lines",
             where=f"{path}:1",
             next_step="write one JSON object per line; any other kind of file is given by its name, --data FILE",
         )
-    if data_suffix(path) in _PLAIN_TEXT:
+    if data_suffix(path) in _PLAIN_TEXT or not is_table(head):
         made, split = shlex.quote(f"{path.stem}.jsonl"), r'"\n\n"'
         code = f'[print(json.dumps({{"text": t}})) for t in sys.stdin.read().split({split}) if t.strip()]'
         return DataError(
@@ -111,9 +115,9 @@ def _unknown_kind(path: Path) -> DataError:
             f"python3 -c 'import json, sys; {code}' < {shlex.quote(str(path))} > {made}",
         )
     return DataError(
-        "this is not JSON, and its name has no known suffix",
+        "this is a table, and its name has no known suffix",
         where=f"{path}:1",
-        next_step=f"rename the file to end with one of {', '.join(SUFFIXES)}",
+        next_step="rename the file to end with .csv, or with .tsv if tabs separate its cells",
     )
 
 

@@ -17,6 +17,7 @@ from backhand.printing import going_on
 from backhand.words import in_words, shorten
 
 _DELIMITERS = ",;\t|"
+_TABLE_LINES = 4
 LONGEST_LINE_BYTES = 2**28
 LONGEST_LIST_BYTES = 2**30
 _SPACE = re.compile(r"[ \t\r\n]+")
@@ -234,6 +235,14 @@ def read_csv(
             yield from _csv_rows(cells, path, bad)
     finally:
         lines.detach()
+
+
+def is_table(head: bytes) -> bool:
+    """Return True if a file that starts with these bytes may be CSV: its first lines have equally many cells."""
+    lines = head.decode("utf-8", "replace").splitlines()[: _TABLE_LINES + 1]
+    lines = lines[:-1] if len(lines) > _TABLE_LINES else lines
+    rows = ([row for row in csv.reader(lines, delimiter=one) if row] for one in _DELIMITERS)
+    return any(len(found) > 1 and {len(row) for row in found} == {len(found[0])} != {1} for found in rows)
 
 
 def _csv_rows(cells: Any, path: str | Path, bad: RowErrors) -> Iterator[RawRow]:

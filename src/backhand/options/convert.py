@@ -119,9 +119,10 @@ def _equivalents(key: str, value: Any, table: Mapping[str, Any]) -> Values:
         value = given.partition(",")[0] if given else value
     else:
         option = name
-    if option not in _hints()[0]:
+    hint = _hints()[0].get(option)
+    if hint is None:
         return {}
-    if option in ("data", "eval_data", "reward", "modules_to_save") and isinstance(value, str):
+    if typing.get_origin(hint) is tuple and isinstance(value, str):
         value = [value]
     return {option: int(value) if isinstance(value, float) and value.is_integer() and option != "alpha" else value}
 
