@@ -62,10 +62,17 @@ def test_micro_batches_hold_every_row_once_within_the_limit(lengths: list[int], 
     rows = list(range(0, len(lengths), 2))
     groups = micro_batches(rows, lengths, max_rows=max_rows)
     assert sorted(row for group in groups for row in group) == rows
-    for group in groups:
+    tokens = [sum(lengths[row] for row in group) for group in groups]
+    assert tokens == sorted(tokens, reverse=True), "a step that does not fit in memory must fail at once"
+    for group, count in zip(groups, tokens, strict=True):
         assert max_rows is None or len(group) <= max_rows
-    order = [lengths[row] for group in groups for row in group]
-    assert order == sorted(order, reverse=True)
+        without_last = count - lengths[group[-1]]
+        assert max_rows is None or without_last == 0 or without_last * len(rows) < max_rows * sum(tokens)
+
+
+def test_long_rows_are_not_all_in_the_same_micro_batch() -> None:
+    assert micro_batches(range(8), [9, 1, 1, 9, 9, 1, 1, 1], max_rows=4) == [[0, 3], [4, 1, 2, 5], [6, 7]]
+    assert micro_batches(range(4), [7, 8, 9, 10], max_rows=2) == [[3, 2], [1, 0]], "of nearly equal length"
 
 
 def test_without_limits_there_is_one_micro_batch() -> None:

@@ -90,10 +90,11 @@ def _epoch_order(seed: int, epoch: int, rows: int) -> npt.NDArray[np.int64]:
 
 
 def micro_batches(rows: Iterable[int], lengths: Lengths, *, max_rows: int | None = None) -> list[list[int]]:
-    """Divide the rows of one optimizer step into micro-batches, longest rows first.
+    """Divide the rows of one optimizer step into micro-batches, largest first, so that all need similar memory.
 
-    Rows of similar length are in the same micro-batch. The first micro-batch is the largest, so a step that does not
-    fit in memory fails at once.
+    Rows of similar length are in the same micro-batch. It has at most `max_rows` rows, and fewer if they are long:
+    without its last row, it has fewer tokens than `max_rows` rows of mean length. The first micro-batch has the most
+    tokens, so a step that does not fit in memory fails at once.
 
     Args:
         rows: row numbers.
@@ -104,8 +105,17 @@ def micro_batches(rows: Iterable[int], lengths: Lengths, *, max_rows: int | None
         the row numbers of each micro-batch.
     """
     order = sorted(rows, key=lambda row: (-int(lengths[row]), row))
-    size = max_rows or max(1, len(order))
-    return [order[first : first + size] for first in range(0, len(order), size)]
+    if max_rows is None or len(order) <= max_rows:
+        return [order] if order else []
+    sizes = [int(lengths[row]) for row in order]
+    share, groups, counts = max_rows * sum(sizes), list[list[int]](), list[int]()
+    for row, size in zip(order, sizes, strict=True):
+        if not groups or len(groups[-1]) == max_rows or counts[-1] * len(order) >= share:
+            groups.append([])
+            counts.append(0)
+        groups[-1].append(row)
+        counts[-1] += size
+    return [group for _, group in sorted(zip(counts, groups, strict=True), key=lambda one: -one[0])]
 
 
 class RowPacker:

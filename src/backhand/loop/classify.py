@@ -84,7 +84,7 @@ class Classifier:
         assert isinstance(model, EngineCompleter), "other engines have no adapters with heads"
         check_vocabulary(examples.beyond(model.vocab_size), model.vocab_size, tokenizer)
         packer, rows = RowPacker(examples, share_prefixes=model.shares_prefixes), self.micro_batch_rows
-        with counting(what, -(-len(examples) // rows), "batches") as done:
+        with counting(what, len(examples)) as done:
             logits = not_none(head_logits(model.decoder, packer, rows, Communicator(), done=done))
         require_finite(logits)
         return logits

@@ -132,7 +132,7 @@ class Embedder:
         if not len(examples):
             return torch.zeros(0, model.decoder.config.hidden_size)
         packer = RowPacker(examples, share_prefixes=model.shares_prefixes)
-        with counting(what, -(-len(texts) // self.micro_batch_rows), "batches") as done:
+        with counting(what, len(texts)) as done:
             vectors = not_none(
                 embed_rows(model.decoder, packer, self.pooling, self.micro_batch_rows, Communicator(), done=done)
             )

@@ -276,17 +276,18 @@ def embed_rows(
     """Return the vectors of all documents of the packer, (documents, hidden), in the order of its rows.
 
     Args:
-        micro_batch_rows: number of rows per forward pass.
+        micro_batch_rows: largest number of rows per forward pass.
         hidden_states: cache of the rows' hidden states.
         interruptible: return None if a process has been asked to stop.
-        done: called after every forward pass.
+        done: called once per row.
     """
     every = range(len(packer.lengths))
     groups, tokens, batch = RowPasses.of(packer, every, micro_batch_rows, processes, hidden_states)
 
     def embed(number: int) -> Tensor:
         vectors = embed_batch(model, batch(number).to(model.device), pooling)
-        done()
+        for _ in groups[number]:
+            done()
         return vectors
 
     return _gathered(model, processes, tokens, list(map(packer.documents, groups)), embed, interruptible=interruptible)

@@ -65,7 +65,7 @@ class HeadObjective(Objective):
 
         Args:
             bound: the model with the adapter to measure, which is attached again afterwards.
-            micro_batch_rows: number of rows per forward pass.
+            micro_batch_rows: largest number of rows per forward pass.
         """
 
     def prepare_step(
@@ -104,7 +104,7 @@ class HeldOutHead(HeldOut):
 
     Args:
         objective: the objective of these rows.
-        micro_batch_rows: number of rows per forward pass.
+        micro_batch_rows: largest number of rows per forward pass.
         hidden_states: cache of the rows' hidden states.
     """
 
@@ -144,10 +144,10 @@ def head_logits(
 
     Args:
         packer: of the rows.
-        micro_batch_rows: number of rows per forward pass.
+        micro_batch_rows: largest number of rows per forward pass.
         hidden_states: cache of the rows' hidden states.
         interruptible: return None if a process has been asked to stop.
-        done: called after every forward pass.
+        done: called once per row.
     """
     every = range(len(packer.lengths))
     groups, tokens, batch = RowPasses.of(packer, every, micro_batch_rows, processes, hidden_states)
@@ -155,7 +155,8 @@ def head_logits(
     def logits(number: int) -> list[list[float]]:
         assert isinstance(model, Decoder), "other engines are refused before"
         found = class_logits(model, batch(number).to(model.device)).double().tolist()
-        done()
+        for _ in groups[number]:
+            done()
         return cast("list[list[float]]", found)
 
     parts = processes.parallel_map(tokens, logits, interruptible=interruptible)
