@@ -16,6 +16,7 @@ import pytest
 
 from backhand.errors import ArtifactError, CheckError, UsageError
 from backhand.loop.observers import Observer
+from backhand.report.headline import headline
 from backhand.report.page import SECTIONS, result_sentence, run_page
 from backhand.report.run_record import read_run
 from backhand.report.train import train
@@ -46,6 +47,17 @@ def test_training_leaves_a_page_with_every_section(finished: Path) -> None:
         assert page.one("div", id=f"chart-{name}").attributes["class"] == "chart"
 
 
+_COUNTS = {"queries": 13, "candidates": 13, "mean_cosine": 0.3}
+
+
+def _rankings(*scores: tuple[float, float, float]) -> dict[str, Any]:
+    """Return the fields of a summary: the score of the base and its interval, and those of the adapted model."""
+    return {
+        f"{model}_retrieval": {"ndcg@10": value, "intervals": {"ndcg@10": [low, high]}, **_COUNTS}
+        for model, (value, low, high) in zip(("base", "adapted"), scores, strict=True)
+    }
+
+
 def test_the_result_in_one_sentence(finished: Path) -> None:
     run = read_run(finished)
     assert re.fullmatch(r"held-out loss \d+\.\d+ → \d+\.\d+: it helped\.", result_sentence(run))
@@ -57,15 +69,20 @@ def test_the_result_in_one_sentence(finished: Path) -> None:
             "base_classes": {"accuracy": 0.25},
             "adapted_classes": {"accuracy": 0.5},
         },
-        "ndcg@10 0.250 → 0.500: it helped.": {
-            "base_retrieval": {"ndcg@10": 0.25},
-            "adapted_retrieval": {"ndcg@10": 0.5},
-        },
+        "ndcg@10 0.250 → 0.500: it helped.": _rankings((0.25, 0.15, 0.35), (0.5, 0.4, 0.6)),
+        "ndcg@10 0.500 → 0.250: it did not help.": _rankings((0.5, 0.4, 0.6), (0.25, 0.15, 0.35)),
+        "ndcg@10 0.972 → 1.000: not clear whether it helped.": _rankings((0.972, 0.9, 1.0), (1.0, 1.0, 1.0)),
+        "ndcg@10 0.972 → 0.972: not clear whether it helped.": _rankings((0.972, 0.9, 1.0), (0.972, 0.9, 1.0)),
     }
     for sentence, summary in sentences.items():
         assert result_sentence(replace(run, summary=summary)) == sentence
-    unchanged = {f"{side}_retrieval": {"ndcg@10": 0.5} for side in ("base", "adapted")}
-    assert result_sentence(replace(run, summary=unchanged)) == result_sentence(run)
+    unclear = replace(run, summary=summary, config=run.config | {"objective": {"objective": "embed"}})
+    assert (
+        headline(unclear)
+        .split(" (embed)")[1]
+        .startswith(", and ndcg@10 from 0.972 to 0.972; it is not clear whether it helped;")
+    )
+    assert "held-out loss: not clear whether it helped" in Page(run_page(unclear)).one("section", id="result").text
     pairs = replace(
         run,
         summary={"held_out_pairs": {"rewards/accuracies": 0.75}},

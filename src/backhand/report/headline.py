@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from backhand.words import count_of
 
 
 def verdict(run: RunRecord) -> str:
-    """Return `helped`, `hurt`, `unclear` or `unknown`, from held-out labels, decisions or classes, or the loss.
+    """Return `helped`, `hurt`, `unclear` or `unknown`, from held-out answers, classes, rankings or loss.
 
     While the run trains it is `open`.
 
@@ -38,6 +39,8 @@ def verdict(run: RunRecord) -> str:
         return of_decisions
     if (of_classes := _class_verdict(run)) is not None:
         return of_classes
+    if (of_rankings := _ranking_verdict(run)) is not None:
+        return of_rankings
     if run.objective == "grpo" and best is not None:
         return gain_verdict(_reward_gain(run))
     if base is None or best is None or run.objective in PAIR_OBJECTIVES:
@@ -59,6 +62,28 @@ def _class_verdict(run: RunRecord) -> LabelVerdict | None:
     if not (is_number(constant) and is_number(right) and is_number(rows)):
         return None
     return label_verdict(constant, right, constant, int(rows))
+
+
+def ranking_scores(run: RunRecord) -> tuple[str, Mapping[str, Any], Mapping[str, Any]] | None:
+    """Return the name of the main score of held-out rankings or vectors, and all scores of base and adapter."""
+    base, adapted = (run.summary.get(f"{name}_retrieval") or {} for name in ("base", "adapted"))
+    score = next((name for name in ("ndcg@10", "spearman") if is_number(adapted.get(name))), None)
+    return None if score is None else (score, base, adapted)
+
+
+def _ranking_verdict(run: RunRecord) -> LabelVerdict | None:
+    """Return the verdict on rankings, or None without those of the base.
+
+    It is clear only if the score of each model is outside the interval of the other one.
+    """
+    scores = ranking_scores(run)
+    if scores is None or not scores[1]:
+        return None
+    name, *models = scores
+    (before, low, high), (after, new_low, new_high) = ((one[name], *one["intervals"][name]) for one in models)
+    if before < new_low and high < after:
+        return "helped"
+    return "hurt" if after < low and new_high < before else "unclear"
 
 
 def _reward_gain(run: RunRecord) -> list[float] | None:
@@ -158,8 +183,7 @@ def _outcome(run: RunRecord) -> str:
         change = f": the reward on held-out rows went from {-base:.3f} to {-best:.3f}"
         if run.is_running:
             return f"{change} so far{reward}"
-        judged = {"helped": ", so it helped", "hurt": ", so it did not help"}.get(verdict(run), "")
-        return f"{change}; {gain_words(_reward_gain(run))}{judged}{reward}"
+        return f"{change}; {gain_words(_reward_gain(run))}{_effect(run, unclear='')}{reward}"
     if run.is_running:
         return f": the loss on held-out rows went from {base:.3f} to {best:.3f} so far"
     change = f": the loss on held-out rows went from {base:.3f} to {best:.3f}"
@@ -175,27 +199,23 @@ def _outcome(run: RunRecord) -> str:
         clauses = [] if pairs is None else pair_clauses(pairs, _held_out_rows(run), run.objective, answers)
         return "; ".join([f"{change} ({run.objective})", *clauses])
     if run.objective in DISTILLED:
-        return f"{change} nats per token of divergence from its teacher, so it {_verdict(base, best)}"
+        return f"{change} nats per token of divergence from its teacher{_effect(run)}"
     if run.objective in ("embed", "rank"):
-        before, after = (run.summary.get(f"{name}_retrieval") or {} for name in ("base", "adapted"))
-        score = next((name for name in ("ndcg@10", "spearman") if is_number(after.get(name))), None)
         scores = ""
-        if score is not None and before:
-            scores = f", and {score} from {before[score]:.3f} to {after[score]:.3f}"
-        elif score is not None:
-            scores = f" (the first of equal scores), and {score} is {after[score]:.3f}"
-        return f"{change} ({run.objective}){scores}, so it {_verdict(base, best)}"
+        if (ranked := ranking_scores(run)) is not None:
+            name, before, after = ranked
+            scores = f" (the first of equal scores), and {name} is {after[name]:.3f}"
+            if before:
+                scores = f", and {name} from {before[name]:.3f} to {after[name]:.3f}"
+        return f"{change} ({run.objective}){scores}{_effect(run)}"
     if run.objective == "classify":
         before, after = (run.summary.get(f"{name}_classes") or {} for name in ("base", "adapted"))
         score = next((name for name in ("accuracy", "mse") if is_number(after.get(name))), None)
         scores = "" if score is None else f", and {score} from {before[score]:.3f} to {after[score]:.3f}"
         constant = " (the first of the best constant answer)"
-        judged = {"helped": ", so it helped", "hurt": ", so it did not help"}.get(
-            verdict(run), "; it is not clear whether it helped"
-        )
-        return f"{change} ({run.objective}){scores}{constant}{judged}"
+        return f"{change} ({run.objective}){scores}{constant}{_effect(run)}"
     nats = f"nats per token (perplexity {perplexity(base)} to {perplexity(best)})"
-    return f"{change} {nats}, so it {_verdict(base, best)}{_by_how_much(run, base, best)}"
+    return f"{change} {nats}{_effect(run)}{_by_how_much(run, base, best)}"
 
 
 def _held_out_rows(run: RunRecord) -> int:
@@ -203,8 +223,8 @@ def _held_out_rows(run: RunRecord) -> int:
     return int(held_out.get("examples") or 0)
 
 
-def _verdict(base: float, best: float) -> str:
-    return "helped" if best < base else "did not help"
+def _effect(run: RunRecord, unclear: str = "; it is not clear whether it helped") -> str:
+    return {"helped": ", so it helped", "hurt": ", so it did not help"}.get(verdict(run), unclear)
 
 
 def _by_how_much(run: RunRecord, base: float, best: float) -> str:

@@ -9,7 +9,7 @@ from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from backhand.report import charts
-from backhand.report.headline import base_and_best, forgot, headline, verdict
+from backhand.report.headline import base_and_best, forgot, headline, ranking_scores, verdict
 from backhand.report.proof_tables import ProofTable, proof_tables
 from backhand.report.rendering import NOT_KNOWN, known, render, size, time_taken
 from backhand.report.run_record import RunRecord, is_number
@@ -136,10 +136,6 @@ def result_sentence(run: RunRecord) -> str:
     what, before, after, words = _clearest_figure(run)
     if not is_number(after):
         return ""
-    if is_number(before) and words(before) == words(after):  # the verdict is that of the loss
-        what, before, after, words = _loss_figure(run)
-        if not is_number(after):
-            return ""
     change = f"{words(before)} → {words(after)}" if is_number(before) else words(after)
     judged = verdict(run)
     end = {"open": " so far", "unknown": ""}.get(judged, f": {_verdict_words(run)[0]}")
@@ -148,15 +144,16 @@ def result_sentence(run: RunRecord) -> str:
 
 def _clearest_figure(run: RunRecord) -> tuple[str, Any, Any, Callable[[float], str]]:
     """Return a name, the figure before and after training, and the function that formats it."""
-    kinds = ("labels", "decisions", "classes", "retrieval")
+    kinds = ("labels", "decisions", "classes")
     base, adapted = ({kind: run.summary.get(f"{side}_{kind}") or {} for kind in kinds} for side in ("base", "adapted"))
     for kind in ("labels", "classes"):
         if "accuracy" in adapted[kind]:
             return "right answers", base[kind].get("accuracy"), adapted[kind]["accuracy"], _SHARE
     if adapted["decisions"]:
         return "right answers", _mean_accuracy(base["decisions"]), _mean_accuracy(adapted["decisions"]), _SHARE
-    if score := next((name for name in ("ndcg@10", "spearman") if name in adapted["retrieval"]), None):
-        return score, base["retrieval"].get(score), adapted["retrieval"][score], _short
+    if (ranked := ranking_scores(run)) is not None:
+        score, before, after = ranked
+        return score, before.get(score), after[score], _short
     if pairs := run.summary.get("held_out_pairs"):
         return "pairs in the right order", None, pairs.get("rewards/accuracies"), _SHARE
     return _loss_figure(run)
