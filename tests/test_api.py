@@ -309,6 +309,41 @@ def test_export_returns_the_path(trained: Any, tiny: TinyRun, tmp_path: Path) ->
     assert written == tmp_path / "out" and (written / "adapter_config.json").exists()
 
 
+def test_lint_plan_and_mine_return_what_json_prints(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from backhand.cli.main import main
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, ROWS[0]]))
+    words = ["--data", str(path), "--model", str(tiny.model)]
+
+    def printed(*command: str) -> Any:
+        assert main([*command, *words]) == 0
+        return capsys.readouterr().out
+
+    common: dict[str, Any] = {"data": path, "model": tiny.model}
+    linted = backhand.lint(**common, show=1)
+    assert "duplicates" in str(linted["findings"]) and linted["shown"]
+    assert json.loads(printed("lint", "--show", "1", "--json")) == json.loads(json.dumps(linted))
+    broken = backhand.lint(data=[*ROWS, {"prompt": 3, "completion": "a"}], model=tiny.model)
+    assert broken["errors"] == 1, "a malformed row is a finding, not an error"
+    planned = backhand.plan(**common, calibrate=False, threads=1, max_steps=3)
+    assert planned["steps"] == 3
+    options = ["--no-calibrate", "--threads", "1", "--max-steps", "3", "--json"]
+    assert json.loads(printed("plan", *options)).keys() == planned.keys()
+    mined = backhand.mine(**common, pooling="mean", threads=1)
+    lines = printed("mine", "--pooling", "mean", "--threads", "1").splitlines()
+    assert [json.loads(line) for line in lines] == mined and {*mined[0]} == {"anchor", "positive", "negative_1"}
+    with pytest.raises(UsageError, match=r"backhand\.mine returns the rows"):
+        backhand.mine(**common, output=tmp_path / "mined.jsonl")
+
+
+def test_merge_returns_the_path(trained: Any, tiny: TinyRun, tmp_path: Path) -> None:
+    merged = backhand.merge(trained, output=tmp_path / "merged", model=tiny.model, quiet=True)
+    assert merged == tmp_path / "merged" and (merged / "model.safetensors").exists()
+
+
 def test_a_dash_is_standard_input(tiny: TinyRun, tmp_path: Path) -> None:
     text = "".join(json.dumps(row) + "\n" for row in ROWS)
     words = ["train", "--model", str(tiny.model), "--data", "-", "--max-steps", "1", "--threads", "1", "--quiet"]

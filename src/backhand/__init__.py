@@ -28,7 +28,20 @@ if TYPE_CHECKING:
     from backhand.adapters.config import LoRAConfig
     from backhand.adapters.inject import inject, inject_from
     from backhand.adapters.trainer_callback import AdapterCallback
-    from backhand.api import classify, decide, embed, evaluate, export, generate, train
+    from backhand.api import (
+        classify,
+        decide,
+        embed,
+        evaluate,
+        export,
+        generate,
+        lint,
+        merge,
+        mine,
+        plan,
+        rank,
+        train,
+    )
     from backhand.data.options import DataOptions
     from backhand.errors import BackhandError
     from backhand.loop.observers import Observer
@@ -63,6 +76,10 @@ _HOMES = {
     "generate": "backhand.api",
     "inject": "backhand.adapters.inject",
     "inject_from": "backhand.adapters.inject",
+    "lint": "backhand.api",
+    "merge": "backhand.api",
+    "mine": "backhand.api",
+    "plan": "backhand.api",
     "rank": "backhand.api",
     "train": "backhand.api",
 }
@@ -91,6 +108,10 @@ __all__ = [
     "generate",
     "inject",
     "inject_from",
+    "lint",
+    "merge",
+    "mine",
+    "plan",
     "rank",
     "train",
 ]
@@ -104,7 +125,10 @@ def __getattr__(name: str) -> "Any":
     elif name in _HOMES:
         value = getattr(import_module(_HOMES[name]), name)
     else:
-        raise AttributeError(f"module 'backhand' has no attribute {name!r}")
+        of_command = import_module("backhand.cli.commands").COMMANDS if name.isalpha() else ()
+        examples = [entry.example for entry in of_command if entry.name == name]
+        run = f": it is a command, which is run in a terminal: {examples[0]}" if examples else ""
+        raise AttributeError(f"module 'backhand' has no attribute {name!r}{run}")
     globals()[name] = value
     return value
 

@@ -21,22 +21,34 @@ from backhand.api_errors import errors_in_python, in_python
 from backhand.bounds import Options, check_kind, check_names
 from backhand.cli.option_fields import build, option_fields
 from backhand.data.given_rows import Rows
+from backhand.data.lint_command import lint_as_json
+from backhand.data.options import LintOptions
 from backhand.errors import UsageError
 from backhand.generation.command import answer_rows
 from backhand.generation.loading import loaded_model
 from backhand.generation.options import GenerateOptions
 from backhand.interop.command import export_command
-from backhand.interop.options import ExportOptions, Format
+from backhand.interop.merging import merge_command
+from backhand.interop.options import ExportOptions, Format, MergeOptions
 from backhand.loop import evaluate as evaluation
 from backhand.loop.classify import Classifier
 from backhand.loop.decide import decide as decide_states
 from backhand.loop.embed import embed as embed_texts
+from backhand.loop.embed import mine as mine_negatives
 from backhand.loop.observers import Callback
 from backhand.loop.rank import rank as rank_rows
-from backhand.options.command_options import DecideOptions, EmbedOptions, EvaluateOptions, RankOptions
+from backhand.options.command_options import (
+    DecideOptions,
+    EmbedOptions,
+    EvaluateOptions,
+    MineOptions,
+    PlanOptions,
+    RankOptions,
+)
 from backhand.options.config import TrainConfig
 from backhand.report.train import train as train_with_report
 from backhand.runs.summary import RunSummary
+from backhand.training.plan_command import plan as plan_of_run
 from backhand.words import name_list, shorten, show_notes
 
 Place = str | PathLike[str]
@@ -441,3 +453,82 @@ def export(adapter: Place, *, to: Format, output: Place, model: Place | None = N
     """
     given = _named(adapter=adapter, to=to, output=output, model=model) | options
     return export_command(_options("export", ExportOptions, given))
+
+
+@errors_in_python(MergeOptions)
+def merge(adapter: Place, *, output: Place, model: Place | None = None, **options: Any) -> Path:
+    """Merge an adapter into its base model, and prove the result.
+
+    Args:
+        adapter: directory of an adapter, or a GGUF file.
+        output: directory or GGUF file to write, which must not exist.
+        model: the base model.
+        options: any other option of `backhand merge`, by its name.
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        UsageError, ArtifactError: an option, the model or the adapter cannot be used.
+        ResourceError: the output cannot be written.
+        CheckError: the written model differs from base plus adapter; it is removed.
+    """
+    return merge_command(_options("merge", MergeOptions, _named(adapter=adapter, output=output, model=model) | options))
+
+
+@errors_in_python(LintOptions)
+def lint(*, data: Rows, model: Place | None = None, **options: Any) -> dict[str, Any]:
+    """Check rows as a model's tokenizer and chat template read them.
+
+    Args:
+        data: the rows: a file, several files, a list of dicts or a data frame.
+        model: the base model.
+        options: any other option of `backhand lint`, by its name.
+
+    Returns:
+        What `backhand lint --json` prints. Malformed rows are among the findings.
+
+    Raises:
+        UsageError, DataError, ArtifactError: an option, the data as a whole or the tokenizer is unusable.
+    """
+    return lint_as_json(_options("lint", LintOptions, _named(data=data, model=model) | options))
+
+
+@errors_in_python(PlanOptions)
+def plan(*, data: Rows | None = None, model: Place | None = None, **options: Any) -> dict[str, Any]:
+    """Predict the memory and time of a run. The options are those of `train`.
+
+    Args:
+        data: the rows: a file, several files, a list of dicts or a data frame. Without rows, their length is assumed.
+        model: the base model.
+        options: any other option of `backhand plan`, by its name.
+
+    Returns:
+        What `backhand plan --json` prints.
+
+    Raises:
+        UsageError, DataError, ArtifactError: for the same reasons as `train`.
+        ResourceError: the run does not fit into memory.
+    """
+    return plan_of_run(_options("plan", PlanOptions, _named(data=data, model=model) | options)).to_json()
+
+
+@errors_in_python(MineOptions)
+def mine(
+    *, data: Rows, adapter: Place | None = None, model: Place | None = None, **options: Any
+) -> list[dict[str, str]]:
+    """Return pairs of texts with the hardest negatives of each anchor.
+
+    Args:
+        data: the pairs: a file, several files, a list of dicts or a data frame.
+        adapter: directory of an adapter that was trained with `objective="embed"`.
+        model: the base model.
+        options: any other option of `backhand mine`, by its name.
+
+    Raises:
+        UsageError, DataError, ArtifactError: an option, the rows, the model or the adapter cannot be used.
+    """
+    built = _options("mine", MineOptions, _named(data=data, adapter=adapter, model=model) | options)
+    if built.run.output is not None:
+        raise UsageError("backhand.mine returns the rows", where="output", next_step="leave output out")
+    return mine_negatives(built)

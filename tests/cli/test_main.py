@@ -143,6 +143,12 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
         backhand.trian  # noqa: B018 - the access is the test
 
 
+@pytest.mark.parametrize("name", sorted({entry.name for entry in commands.COMMANDS} - {*backhand.__all__}))
+def test_a_command_that_is_no_function_is_an_attribute_error_with_the_command(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"no attribute {name!r}: .* in a terminal: backhand {name}"):
+        backhand.__getattr__(name)
+
+
 @pytest.mark.parametrize("value", ["-", "- a list", "-5 + 3 = ?", "--- title ---"])
 def test_a_value_may_begin_with_a_hyphen_where_it_cannot_be_an_option(
     value: str, monkeypatch: pytest.MonkeyPatch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from backhand.data.data_report import DataReport
+from backhand.data.examples import Example
 from backhand.data.lint import CHECKS, Finding, LintReport, lint
 from backhand.data.options import LintOptions
 from backhand.data.pair_examples import PairFormat
@@ -34,6 +36,44 @@ def lint_command(options: LintOptions) -> LintReport:
         UsageError, DataError, ArtifactError: an option, the data as a whole or the tokenizer is unusable.
         DataError: training would stop at malformed rows. The report is printed first.
     """
+    report, shown, tokenizer = _checked(options)
+    if options.lint.json:
+        sys.stdout.write(json.dumps(_as_json(report, shown, tokenizer), indent=2) + "\n")
+    else:
+        print_lint(console_for_tables(), report)
+        for example in shown:
+            say("", *token_lines(example, tokenizer), file=sys.stdout)
+    if report.errors:
+        stops = [finding for finding in report.findings if finding.severity == "error"]
+        raise DataError(
+            f"training would stop: {report.errors:,} malformed row{'s' if report.errors > 1 else ''} in all",
+            where=stops[0].where[0],
+            next_step="correct them, or leave them out with --skip-bad",
+        )
+    return report
+
+
+def lint_as_json(options: LintOptions) -> dict[str, Any]:
+    """Check the rows, and return what `backhand lint --json` prints. Malformed rows are findings.
+
+    Raises:
+        UsageError, DataError, ArtifactError: an option, the data as a whole or the tokenizer is unusable.
+    """
+    return _as_json(*_checked(options))
+
+
+def _as_json(report: LintReport, shown: Sequence[Example], tokenizer: Any) -> dict[str, Any]:
+    values = report.to_json()
+    if shown:
+        values["shown"] = [
+            {"source": example.source, "tokens": [vars(token) for token in view_tokens(example, tokenizer)]}
+            for example in shown
+        ]
+    return values
+
+
+def _checked(options: LintOptions) -> tuple[LintReport, Sequence[Example], Any]:
+    """Check the rows, and return the report, the documents to show, and the tokenizer."""
     options.validate()
     source = open_model(options.lint.model)
     context = source.config.get("max_position_embeddings")
@@ -55,27 +95,7 @@ def lint_command(options: LintOptions) -> LintReport:
         context_length=context if isinstance(context, int) else None,
         text_format=PairFormat("cls") if purpose == "rankings" and _is_encoder(source) else None,
     )
-    shown = documents_to_show(train.examples, options.lint.show)
-    if options.lint.json:
-        values: dict[str, Any] = report.to_json()
-        if shown:
-            values["shown"] = [
-                {"source": example.source, "tokens": [vars(token) for token in view_tokens(example, tokenizer)]}
-                for example in shown
-            ]
-        sys.stdout.write(json.dumps(values, indent=2) + "\n")
-    else:
-        print_lint(console_for_tables(), report)
-        for example in shown:
-            say("", *token_lines(example, tokenizer), file=sys.stdout)
-    if report.errors:
-        stops = [finding for finding in report.findings if finding.severity == "error"]
-        raise DataError(
-            f"training would stop: {report.errors:,} malformed row{'s' if report.errors > 1 else ''} in all",
-            where=stops[0].where[0],
-            next_step="correct them, or leave them out with --skip-bad",
-        )
-    return report
+    return report, documents_to_show(train.examples, options.lint.show), tokenizer
 
 
 def _is_encoder(source: ModelSource) -> bool:
