@@ -27,6 +27,7 @@ from backhand.bounds import (
     several,
 )
 from backhand.errors import UsageError
+from backhand.options.objectives import ObjectiveOptions
 
 Port = Annotated[int, Bound(at_least=0, at_most=65535, why="ports end there", next_step="take a lower one")]
 
@@ -84,6 +85,16 @@ def test_a_value_too_large_says_why_and_what_to_do() -> None:
     with pytest.raises(UsageError) as caught:
         check_value("port", 70000, Port)
     assert (caught.value.why, caught.value.next_step) == ("ports end there", "take a lower one")
+
+
+def test_a_long_value_is_shortened() -> None:
+    style = "Write like a lighthouse keeper. " * 20
+    with pytest.raises(UsageError, match="bake") as caught:
+        ObjectiveOptions(context=style).validate()
+    assert caught.value.what.startswith("context 'Write like a lighthouse") and len(caught.value.what) < 130
+    with pytest.raises(UsageError, match="is not one of a") as caught:
+        check_value("name", style, Literal["a"])
+    assert len(caught.value.what) < 100
 
 
 def test_a_value_of_a_mapping_is_named_with_its_key() -> None:

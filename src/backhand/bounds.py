@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypeVa
 
 from backhand.errors import UsageError
 from backhand.other_names import suggestion
-from backhand.words import shorten
+from backhand.words import shown
 
 Parse = Callable[[Sequence[str]], Any]
 """Converts the words after an option into the value of a field whose type the command line does not support."""
@@ -46,7 +46,7 @@ class Bound:
         """Raise UsageError unless `value` is a number in the range, and an integer if `whole`."""
         noun = self.noun or where.partition("[")[0]
         if not _is_number(value, whole=whole) or self._too_small(value) or (self._too_large(value) and self._interval):
-            raise UsageError(f"{noun} {value!r} is not {self._expected(whole=whole)}", where=where)
+            raise UsageError(f"{noun} {shown(value)} is not {self._expected(whole=whole)}", where=where)
         if self._too_large(value):
             limit = f"above {self.at_most}" if self.at_most is not None else f"not below {_power(self.below)}"
             raise UsageError(f"{noun} {value} is {limit}", where=where, why=self.why, next_step=self.next_step)
@@ -101,7 +101,7 @@ def several(at_least: int = 1) -> Check:
             return
         if at_least == 1 and value in ((), []):
             raise UsageError(f"{where} is empty", where=where)
-        raise UsageError(f"{value!r} is not a list of {at_least} or more", where=where)
+        raise UsageError(f"{shown(value)} is not a list of {at_least} or more", where=where)
 
     return Check(check, f"{at_least} or more." if at_least > 1 else "")
 
@@ -149,7 +149,7 @@ class Convert:
 def check_text(where: str, text: Any) -> None:
     """Raise UsageError unless `text` is a string that can be written as UTF-8."""
     if not isinstance(text, str):
-        raise UsageError(f"{where} {text!r} is not text", where=where)
+        raise UsageError(f"{where} {shown(text)} is not text", where=where)
     half = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
     if half is None:
         return
@@ -339,27 +339,25 @@ def check_value(where: str, value: Any, hint: Any) -> None:
     bound = next((rule for rule in rules if isinstance(rule, Bound)), None)
     origin = get_origin(plain)
     if plain is Path and not isinstance(value, PurePath | str):
-        raise UsageError(
-            f"{shorten(repr(value))} is not a path", where=where, next_step="give the path as text, or as a Path"
-        )
+        raise UsageError(f"{shown(value)} is not a path", where=where, next_step="give the path as text, or as a Path")
     if plain is bool and not isinstance(value, bool):
-        raise UsageError(f"{where} {value!r} is neither true nor false", where=where)
+        raise UsageError(f"{where} {shown(value)} is neither true nor false", where=where)
     if plain in (int, float):
         if bound is not None:
             bound.check_number(where, value, whole=plain is int)
         elif not _is_number(value, whole=plain is int):
             kind = "an integer" if plain is int else "a finite number"
-            raise UsageError(f"{where} {value!r} is not {kind}", where=where)
+            raise UsageError(f"{where} {shown(value)} is not {kind}", where=where)
     elif origin is Literal and value not in (choices := get_args(plain)):
-        raise UsageError(f"{where} {value!r} is not one of {', '.join(map(str, choices))}", where=where)
+        raise UsageError(f"{where} {shown(value)} is not one of {', '.join(map(str, choices))}", where=where)
     elif origin is tuple and _is_checked(element := get_args(plain)[0]):
         if not isinstance(value, tuple | list):
-            raise UsageError(f"{where} {value!r} is not a list", where=where)
+            raise UsageError(f"{where} {shown(value)} is not a list", where=where)
         for one in value:
             check_value(where, one, element)
     elif origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping) or any(not isinstance(key, str) for key in value):
-            raise UsageError(f"{value!r} is not a table of names and values", where=where)
+            raise UsageError(f"{shown(value)} is not a table of names and values", where=where)
         for key, one in first_of_each(value).items():
             check_value(f"{where}[{key!r}]", one, get_args(plain)[1])
 

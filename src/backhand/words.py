@@ -18,6 +18,11 @@ def shorten(text: str, characters: int = SHOWN_CHARACTERS) -> str:
     return text if len(text) <= characters else text[: characters - 1] + "…"
 
 
+def shown(value: object) -> str:
+    """Return the value of an option as an error quotes it, shortened."""
+    return repr(shorten(value)) if isinstance(value, str) else shorten(repr(value))
+
+
 def count_of(count: float, what: str) -> str:
     """Return the number with its noun, in the plural unless the number is 1."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from backhand.data.rows import Completion, PromptRow
-from backhand.errors import CheckError, UsageError
+from backhand.errors import BackhandError, CheckError, UsageError
 from backhand.loop.rewards.functions import load_function
 from backhand.loop.rewards.process import RewardInput, RewardProcess
 from backhand.options.rewards import RewardOptions
@@ -123,10 +123,10 @@ ENDLESS: dict[str, tuple[Any, str, str]] = {
         "end",
     ),
     "all of itself": ({"properties": {"a": {"allOf": [{"$ref": "#/properties/a"}]}}}, '{"a": 1}', "without end"),
-    "repeated choice": ({"pattern": "^(a|a)*$"}, json.dumps(SLOW), "did not come to an end in time"),
-    "repeated options": ({"pattern": "^(a?){30}a{30}$"}, '"' + "a" * 30 + '"', "did not come to an end in time"),
-    "overlapping words": ({"pattern": r"^(\w+\s?)*$"}, json.dumps(SLOW), "did not come to an end in time"),
-    "property pattern": ({"patternProperties": {"^(a+)+$": {}}}, json.dumps({SLOW: 1}), "did not come to an end"),
+    "repeated choice": ({"pattern": "^(a|a)*$"}, json.dumps(SLOW), "took more than"),
+    "repeated options": ({"pattern": "^(a?){30}a{30}$"}, '"' + "a" * 30 + '"', "took more than"),
+    "overlapping words": ({"pattern": r"^(\w+\s?)*$"}, json.dumps(SLOW), "took more than"),
+    "property pattern": ({"patternProperties": {"^(a+)+$": {}}}, json.dumps({SLOW: 1}), "took more than"),
 }
 
 
@@ -165,7 +165,7 @@ def test_a_pattern_that_backtracks(name: str) -> None:
     if not isinstance(ended, CheckError):
         assert ended == [0.0]
         return
-    assert "did not come to an end in time" in ended.what
+    assert "took more than 1 s for 1 answer: " in ended.what
     assert ended.exit_code == 6 and ended.where == "rows:1"
 
 
@@ -230,6 +230,31 @@ def test_a_function_that_fails(name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckError, match=says) as raised:
         rewards_of(function(tmp_path, body, head), "7")
     assert raised.value.exit_code == 6 and len(str(raised.value)) < 3000 and "\x1b" not in str(raised.value)
+
+
+def test_a_function_too_slow_for_all_answers_together_names_the_limit(tmp_path: Path) -> None:
+    name = function(tmp_path, "time.sleep(0.4 * len(completions))\nreturn [1.0] * len(completions)", "import time")
+    with RewardProcess([name], 1.0) as process, pytest.raises(CheckError) as raised:
+        process.rewards(answers("1", "2", "3"))
+    assert raised.value.what == f"the reward function {name} took more than 1 s for 3 answers"
+    assert raised.value.where is None and str(raised.value.next_step).startswith("raise --reward-timeout, ")
+
+
+@pytest.mark.parametrize("at_call", [False, True])
+def test_a_missing_module_is_named_with_its_package(at_call: bool, tmp_path: Path) -> None:
+    importing = "import no_such_module.part"
+    body, head = (f"{importing}\nreturn [1.0]", "") if at_call else ("return [1.0]", importing)
+    with pytest.raises(CheckError if at_call else UsageError) as raised:
+        rewards_of(function(tmp_path, body, head), "7")
+    step = "install the package of the module no_such_module, for example with "
+    assert isinstance(raised.value, BackhandError) and str(raised.value.next_step).startswith(step)
+    (tmp_path / "no_such_module.py").write_text("")
+    with pytest.raises(BackhandError) as raised:
+        rewards_of(function(tmp_path, body, head), "7")
+    assert f"set PYTHONPATH={tmp_path}" in str(raised.value.next_step)
+    with pytest.raises(UsageError, match="cannot be loaded") as raised:
+        rewards_of("no_such_module:judge", "7")
+    assert "name a file.py:function" in str(raised.value.next_step), "the module itself is missing"
 
 
 HARMLESS: dict[str, str] = {

@@ -167,6 +167,8 @@ def test_answers_of_base_and_adapter_side_by_side(finished: Path, tiny: TinyRun)
     section = Page(run_page(read_run(finished))).one("section", id="answers")
     assert [mark.text for mark in (e for e in section.all() if e.tag == "mark")] == ["green", "grey"]
     assert "= expected answer" in section.text and answer["prompt"] in section.text
+    (finished / "answers.jsonl").write_text(json.dumps(answer | {"reference": ""}) + "\n")
+    assert "expected answer" not in Page(run_page(read_run(finished))).one("section", id="answers").text
     # Control tokens are distinguished from the question.
     control = [span.text for span in section.all() if span.attributes.get("class") == "control"]
     asked = lines(tiny.held_out)[0]["prompt"]

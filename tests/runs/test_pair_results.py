@@ -102,6 +102,17 @@ def test_the_next_step_is_the_chosen_answers_and_then_the_pairs(summary: RunSumm
     assert f"{options} --layers-to-transform 28 29 --output runs/short-chosen" in shaped[1]
     in_memory = advised(summary, lengths(6, 55), data=("python:0123",), model="base", **form)
     assert in_memory is not None and "rank=8, target_modules=('q_proj', 'up_proj'), use_rslora=True" in in_memory[1]
+    read = {"prompt": "{a}\n{b}", "columns": {"chosen": "short", "rejected": "long", "system": "rules"}}
+    named = advised(summary, lengths(6, 55), **read, max_rows=60, eval_fraction=0.2, skip_bad=True)
+    assert named is not None
+    options = r"--max-rows 60 --skip-bad --prompt $'{a}\n{b}' --completion short --columns system=rules"
+    assert f"'my pairs.jsonl' {options} --eval-fraction 0.2 --output" in named[1]
+    in_memory = advised(
+        summary, lengths(6, 55), data=("python:0123",), model="base", eval_data=("python:4",), eval_fraction=0.0, **read
+    )
+    assert in_memory is not None
+    options = r"prompt='{a}\n{b}', completion='short', columns={'system': 'rules'}, eval_data=…, output="
+    assert f"backhand.train(data=…, model='base', {options}" in in_memory[1]
     assert advised(summary, lengths(30, 4)) is None, "near the chosen answers"
     separated = advised(replace(summary, best_eval_loss=0.0003, steps=40), lengths(30, 4), from_adapter="first")
     assert separated is not None and "chosen answers became less probable by 12 nats" in separated[0]

@@ -240,7 +240,11 @@ def test_rewards_of_a_short_run_are_not_compared(ended: RunSummary) -> None:
         ended, objective="grpo", first_reward=0.307, last_reward=0.1404, reading=" --reward rew.py:right"
     )
     lines = closing_lines(rewarded)
-    assert any("too few to tell a change from chance" in line for line in lines)
+    (line,) = (line for line in lines if "too few to tell a change from chance" in line)
+    clause = line[1:].removesuffix(".")
+    record = read_run(Path(ended.output))
+    record = replace(record, summary=vars(rewarded), config={**record.config, "objective": {"objective": "grpo"}})
+    assert clause in headline(record), "the report says the same"
     assert any("backhand evaluate" in line and line.endswith("--reward rew.py:right") for line in lines)
     assert not any("too few to tell" in line for line in closing_lines(replace(rewarded, steps=200)))
     assert any("backhand export" in line for line in lines)

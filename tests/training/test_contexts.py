@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from backhand import printing
 from backhand.data.context import TeacherPrompts, context_files, context_text, named_contexts
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare
 from backhand.data.rows import Completion
 from backhand.engines.machine import resolve_machine
 from backhand.errors import DataError, UsageError
+from backhand.generation import sampling
 from backhand.loop.distillation import DistilledPacker, Lesson
 from backhand.nn.loading import open_model
 from backhand.ops.linear_divergence import Divergence
@@ -85,14 +88,27 @@ def test_one_adapter_learns_all_contexts_and_resumes_with_the_same_command(tiny:
     assert not (outputs[1] / "list").exists()
 
 
-def test_the_teacher_answers_with_the_context_of_each_row(tiny: TinyRun, tmp_path: Path) -> None:
+def test_the_teacher_answers_with_the_context_of_each_row(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, activities = sampling.draw, []
+
+    def noted(*args: Any) -> sampling.Drawn:
+        activities.append(printing.now())
+        return draw(*args)
+
+    monkeypatch.setattr(sampling, "draw", noted)
     asked = config(tiny, tmp_path / "run", context_column="topic", answers=2, max_new_tokens=3, max_steps=1)
     summary = train(with_options(asked, answers_from="teacher"))
     assert summary.distilled is not None
+    trained = len(tiny.rows.read_text().splitlines())
+    counted = [text for text in activities if text.startswith("teacher's answers, ")]
+    assert counted[0] == f"teacher's answers, 0 of {trained} prompts"
+    assert len({text.partition(" of ")[0] for text in counted}) > 2, "answers are counted as they end"
     plan = plan_run(with_options(asked, answers_from="teacher"), resolve_machine(asked))
     assert plan.memory.peak_bytes > 0
     lines = (tmp_path / "run" / "teacher_answers.jsonl").read_text().splitlines()[1:]
-    assert len(lines) == len(tiny.rows.read_text().splitlines()) + len(tiny.held_out.read_text().splitlines())
+    assert len(lines) == trained + len(tiny.held_out.read_text().splitlines())
 
 
 def test_a_directory_makes_an_adapter_of_each_file(

@@ -347,6 +347,7 @@ def test_a_run_from_before_an_option_existed_goes_on(model: str, tiny: TinyRun, 
             for name, value in checkpoint.facts["settings"].items()
             if name.partition(".")[2] not in since.get(name.partition(".")[0], ())
         }
+        settings["rewards.reward_timeout"] = 30.0  # it was decisive then, and may change today
         facts = {**checkpoint.facts, "settings": settings}
         (directory / "manifest.json").write_bytes(manifest_bytes(checkpoint.step, checkpoint.contents, facts))
     resumed(output)

@@ -16,7 +16,7 @@ With top-p, tokens are drawn from the remaining ones. The log-probability still 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -66,6 +66,7 @@ def sample(
     top_p: float = 1.0,
     batch_rows: int = ROWS_AT_ONCE,
     as_trained: bool = True,
+    done: Callable[[], None] | None = None,
 ) -> list[Sampled]:
     """Sample an answer to every prompt. Neighbouring prompts that are equal are computed once.
 
@@ -78,6 +79,7 @@ def sample(
         top_p: total probability of the tokens to draw from.
         batch_rows: answers sampled at once; finished answers are replaced by the next prompts.
         as_trained: see `complete_batch`.
+        done: called at the end of each answer.
 
     Raises:
         CheckError: the model computes NaN or infinity.
@@ -98,9 +100,12 @@ def sample(
         return tokens
 
     def finished(number: int, token: int) -> bool:
-        sampled[number].tokens.append(token)
-        sampled[number].stopped = token in stops
-        return sampled[number].stopped
+        answer = sampled[number]
+        answer.tokens.append(token)
+        answer.stopped = token in stops
+        if done is not None and (answer.stopped or len(answer.tokens) == max_new_tokens):
+            done()
+        return answer.stopped
 
     complete_batch(
         decoder,

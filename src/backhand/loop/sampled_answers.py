@@ -38,12 +38,14 @@ class AnswerSampler:
         examples: Sequence[Example],
         *,
         as_trained: bool = True,
+        done: Callable[[], None] | None = None,
     ) -> list[Sampled]:
         """Sample a group of answers to each of these rows of the examples, in the order of the rows.
 
         Args:
             as_trained: compute logits as the training pass does; otherwise, a common prefix of all prompts is computed
                 once.
+            done: called for each answer, for those of other processes after the last one of this process.
         """
         options, size = self.options, self.group
         prompts = [prompt_of(examples[row]) for row in rows]
@@ -57,9 +59,13 @@ class AnswerSampler:
             stop_ids=self.stop_ids,
             top_p=options.top_p,
             as_trained=as_trained,
+            done=done,
         )
         mine = [[place, [vars(answer) for answer in answers[i * size : (i + 1) * size]]] for i, place in enumerate(own)]
         groups = dict(group for part in self.processes.all_gather_object(mine) for group in part)
+        if done is not None:
+            for _ in range((len(rows) - len(own)) * size):
+                done()
         return [Sampled(**answer) for place in range(len(rows)) for answer in groups[place]]
 
 

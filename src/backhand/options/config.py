@@ -18,6 +18,7 @@ from backhand.errors import UsageError, not_utf8
 from backhand.nn.model_options import BaseModelOptions
 from backhand.options.objectives import ObjectiveOptions
 from backhand.options.rewards import SAMPLING, RewardOptions
+from backhand.words import shown
 
 Recompute = Literal["auto", "none", "mlp", "block"]
 CacheFrozen = Literal["auto", "memory", "disk", "off"]
@@ -322,7 +323,7 @@ class TrainConfig(Options):
         for name, value in unused.items():
             if value:
                 raise UsageError(
-                    f"{name} {value!r} is given, but {objective} does not use it",
+                    f"{name} {shown(value)} is given, but {objective} does not use it",
                     where=name,
                     why="texts are encoded without a chat template, and the model predicts no tokens",
                     next_step="leave it out"

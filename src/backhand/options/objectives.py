@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from backhand.bounds import Bound, Check, Options, Text
 from backhand.data.rows import INSTRUCTION, TEMPLATE_PLACES, PoolingName, ProblemType, Purpose
 from backhand.errors import UsageError
+from backhand.words import shown
 
 ObjectiveName = Literal[
     "sft", "dpo", "ipo", "orpo", "simpo", "kto", "grpo", "decide", "bake", "sdft", "embed", "rank", "classify"
@@ -213,7 +214,7 @@ class ObjectiveOptions(Options):
             if name == "objective" or name in _TAKEN[self.objective] or getattr(self, name) == getattr(usual, name):
                 continue
             raise UsageError(
-                f"{name} {getattr(self, name)!r} is given, but {self.objective} does not use it",
+                f"{name} {shown(getattr(self, name))} is given, but {self.objective} does not use it",
                 where=name,
                 next_step=f"leave it out, or give --objective {' or '.join(objectives_with(name))}",
             )

@@ -18,7 +18,7 @@ from backhand.runs.label_results import (
     label_verdict,
 )
 from backhand.runs.pair_results import PAIR_OBJECTIVES, held_out_pairs, pair_clauses
-from backhand.runs.reward_results import gain_verdict, gain_words
+from backhand.runs.reward_results import gain_verdict, gain_words, training_reward_words
 from backhand.runs.summary import LabelFigures, forgetting, forgotten_nats, rows_trained_on
 from backhand.words import count_of
 
@@ -174,7 +174,7 @@ def _outcome(run: RunRecord) -> str:
     base, best = base_and_best(run)
     reward = ""
     if is_number(first := run.summary.get("first_reward")) and is_number(last := run.summary.get("last_reward")):
-        reward = f"; the reward of its answers to training rows went from {first:.3f} to {last:.3f}"
+        reward = f"; {training_reward_words(first, last, run.summary['steps'])}"
     if base is None or best is None:
         unknown = "; nothing was held out, so it is not known whether it helped"
         measured = run.held_out_losses() or (run.is_running and (run.facts.get("data") or {}).get("held_out"))

@@ -207,7 +207,7 @@ def _answer(line: Mapping[str, Any]) -> dict[str, Any]:
         "before": left,
         "adapted": right,
         "without_prompt": None if prompted is None else base,
-        "right": adapted == reference,
+        "right": reference != "" and adapted == reference,
         "options": _options(line),
     }
 

@@ -43,3 +43,20 @@ def gain_words(gain: Sequence[float] | None) -> str:
     mean, low, high = gain
     verdict = ": too few rows to tell the change from chance" if gain_verdict(gain) == "unclear" else ""
     return f"reward gained per row {mean:+.4g} (95 % interval {low:+.4g} to {high:+.4g}){verdict}"
+
+
+_FEWEST_COMPARED_STEPS = 20
+"""In a shorter run, the first and last tenth are one step each, whose rewards depend on their few prompts."""
+
+
+def training_reward_words(first: float, last: float, steps: int) -> str:
+    """Return a clause about the rewards of sampled answers at the beginning and at the end of a run.
+
+    Args:
+        first, last: mean reward in the first and in the last tenth of the steps.
+        steps: number of steps of the run.
+    """
+    compared = "first and last tenth of the steps, whose prompts differ"
+    if steps < _FEWEST_COMPARED_STEPS:
+        compared = "first and last step, whose prompts differ: too few to tell a change from chance"
+    return f"reward of its own answers to training rows {first:.4f} → {last:.4f} ({compared})"

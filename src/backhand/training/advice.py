@@ -21,17 +21,19 @@ end of a schedule are small. This has two consequences:
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from backhand.adapters.config import LoRAConfig
 from backhand.data.data_report import DataReport
+from backhand.data.options import DataOptions, shell_quoted
 from backhand.data.raw_rows import IN_MEMORY
 from backhand.errors import not_none
 from backhand.loop.step import LearningRate
@@ -320,31 +322,44 @@ def _pair_advice(config: TrainConfig, summary: RunSummary, answers: AnswerLength
         changes = f"--from-adapter {shlex.quote(started_from)} --learning-rate {rate / 3:.2g}"
         return sentence, _again(config, run, changes)
     # The chosen answers need an adapter of the same form, since the pairs continue from it.
-    default = vars(LoRAConfig())
-    form = {name: value for name, value in vars(config.adapter).items() if value != default[name]}
     first = run.with_name(f"{run.name}-chosen")
-    model, adapter = config.model.model, shlex.quote(str(first / ADAPTER))
-    then = _again(config, run, f"--from-adapter {adapter}")
+    then = _again(config, run, f"--from-adapter {shlex.quote(str(first / ADAPTER))}")
+    given = {**_chosen_answers(config.data), **_not_default(config.adapter), "output": str(first)}
     if has_rows_in_memory(config):
-        given = {"model": model, "completion": "chosen", **form, "output": str(first)}
-        options = ", ".join(f"{name}={value!r}" for name, value in given.items())
-        steps = f"backhand.train(data=…, {options}), then {then}"
+        given = {"model": config.model.model} | given
+        rows = ("eval_data",) if _in_memory(config.data.eval_data) else ()
+        options = (f"{name}={'…' if name in rows else repr(value)}" for name, value in given.items())
+        steps = f"backhand.train(data=…, {', '.join(options)}), then {then}"
     else:
-        files = " ".join(map(shlex.quote, config.data.data))
-        options = "".join(f" {_typed(name, value)}" for name, value in form.items())
-        train = f"backhand train --model {shlex.quote(model)} --data {files} --completion chosen{options}"
-        steps = f"{train} --output {shlex.quote(str(first))} && {then}"
+        given = {"model": config.model.model, "data": config.data.data} | given
+        steps = f"backhand train {' '.join(_typed(name, value) for name, value in given.items())} && {then}"
     return (
         "Pairs teach which answer is better, not what to say: train on the chosen answers first, then on the pairs.",
         steps,
     )
 
 
+def _chosen_answers(data: DataOptions) -> dict[str, Any]:
+    """Return the options that read the chosen answers of pairs as completions, apart from the rows themselves."""
+    columns = {name: column for name, column in data.columns.items() if name not in ("chosen", "rejected")}
+    share = None if data.eval_data else data.eval_fraction  # the configuration of a run has 0.0 next to eval_data
+    data = replace(data, data=(), eval_fraction=share, completion=data.columns.get("chosen", "chosen"), columns=columns)
+    return _not_default(data)
+
+
+def _not_default(options: DataOptions | LoRAConfig) -> dict[str, Any]:
+    """Return the options by name that do not have their default value."""
+    default = vars(type(options)())
+    return {name: value for name, value in vars(options).items() if value != default[name]}
+
+
 def _typed(name: str, value: Any) -> str:
     """Return an option of the command line with its value."""
-    words = [f"{key}={item}" for key, item in value.items()] if isinstance(value, Mapping) else value
+    words = value
+    if isinstance(value, Mapping):
+        words = [f"{key}={one if isinstance(one, str) else json.dumps(one)}" for key, one in value.items()]
     words = [] if value is True else [words] if isinstance(words, str | int | float) else words
-    return " ".join([f"--{name.replace('_', '-')}", *(shlex.quote(str(word)) for word in words)])
+    return " ".join([f"--{name.replace('_', '-')}", *(shell_quoted(str(word)) for word in words)])
 
 
 def _twice_as_long(config: TrainConfig, total_steps: int) -> str:
@@ -357,7 +372,11 @@ def _twice_as_long(config: TrainConfig, total_steps: int) -> str:
 
 def has_rows_in_memory(config: TrainConfig) -> bool:
     """Return True if a program gave rows, which the command line cannot have."""
-    return any(name.startswith(IN_MEMORY) for name in config.data.data)
+    return _in_memory((*config.data.data, *config.data.eval_data))
+
+
+def _in_memory(sources: Sequence[str]) -> bool:
+    return any(name.startswith(IN_MEMORY) for name in sources)
 
 
 def _again(config: TrainConfig, run: Path, changes: str) -> str:

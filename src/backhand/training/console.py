@@ -29,7 +29,7 @@ from backhand.printing import duration, going_on, line_due, may_be_silent, now, 
 from backhand.runs.distilled_results import distilled_sentences
 from backhand.runs.label_results import decision_clause, label_clause
 from backhand.runs.pair_results import PAIR_OBJECTIVES, pair_clauses
-from backhand.runs.reward_results import gain_words
+from backhand.runs.reward_results import gain_words, training_reward_words
 from backhand.runs.summary import (
     CHOSEN_BY,
     REMEMBERING,
@@ -295,11 +295,7 @@ def _improvement(summary: RunSummary) -> list[str]:
     start = base if fresh_head else start  # of a constant answer, since a new head knows nothing
     lines = []
     if summary.first_reward is not None and summary.last_reward is not None:
-        rose = f"{summary.first_reward:.4f} → {summary.last_reward:.4f}"
-        of_what = "first and last tenth of the steps, whose prompts differ"
-        if summary.steps < _FEWEST_COMPARED_STEPS:
-            of_what = "first and last step, whose prompts differ: too few to tell a change from chance"
-        lines = [f"Reward of its own answers to training rows {rose} ({of_what})."]
+        lines = [capitalized(training_reward_words(summary.first_reward, summary.last_reward, summary.steps))]
         if summary.last_cut_off is not None and summary.last_cut_off >= _CUT_OFF_SHOWN:
             cut = f"{summary.last_cut_off:.0%} of the last answers were cut off at their limit of tokens"
             lines.append(f"{cut}, and rewarded without their end. A larger --max-new-tokens leaves room for it.")
@@ -344,9 +340,6 @@ def _not_known(objective: str) -> str:
 
 _CUT_OFF_SHOWN = 0.1
 """Share of cut off answers from which on the end of a run names it."""
-
-_FEWEST_COMPARED_STEPS = 20
-"""In a shorter run, the first and last tenth are one step each, whose rewards depend on their few prompts."""
 
 
 def _class_line(base: Mapping[str, Any], adapted: Mapping[str, Any]) -> str:

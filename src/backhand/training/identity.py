@@ -35,6 +35,7 @@ FREE_OPTIONS = frozenset(
         "data": "data eval_data",
         "run": "output save_every keep resume overwrite from_adapter log_every max_bad_steps prove_resume answers "
         "report_to workers quiet debug",
+        "rewards": "reward_timeout",
     }.items()
     for name in names.split()
 )

@@ -163,7 +163,7 @@ def run_differences(facts: Mapping[str, Any], identity: Identity) -> list[str]:
     before, now = decisive_settings(_with_explicit_base(TrainConfig())), today["settings"]
     stored = facts.get("settings")
     before |= stored if isinstance(stored, dict) else {}
-    changed_names = (name for name in sorted({*before, *now}) if before.get(name) != now.get(name))
+    changed_names = (name for name in sorted({*before, *now} - FREE_OPTIONS) if before.get(name) != now.get(name))
     return differences + [
         f"{name}: {before.get(name)!r} in the checkpoint, {now.get(name)!r} in {CONFIG}" for name in changed_names
     ]

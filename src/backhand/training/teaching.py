@@ -28,7 +28,7 @@ from backhand.loop.hidden_state_cache import DiskStateStore, MemoryStateStore, S
 from backhand.loop.sampled_answers import AnswerSampler
 from backhand.loop.step_plan import derived_seed
 from backhand.nn.decoder.decoder import Decoder
-from backhand.printing import counting, going_on
+from backhand.printing import counting
 from backhand.reading import read_plain
 from backhand.runs.directory import TEACHER_ANSWERS, RunDirectory
 from backhand.training.loaded_run import LoadedRun
@@ -151,9 +151,9 @@ def _answers(
     with at_temperature(model, run.config.rewards.temperature):
         for number, (name, one) in enumerate(prompts.items()):
             answers[name] = [[] for _ in range(counts[name])]
-            with going_on(f"the teacher's answers to {counts[name]:,} prompts"):
+            with counting("teacher's answers", counts[name], "prompts") as done:
                 for rows in one.groups:
-                    sampled = sampler.sampled(model, number, rows, one.teachers, as_trained=False)
+                    sampled = sampler.sampled(model, number, rows, one.teachers, as_trained=False, done=done)
                     for row, answer in zip(rows, sampled, strict=True):
                         answers[name][row] = answer.tokens
     if processes.is_main_process:

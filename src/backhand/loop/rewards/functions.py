@@ -360,7 +360,10 @@ def _number_of(value: Any) -> float:
 
 
 def _failure(error: BaseException, name: str) -> dict[str, str]:
-    """Return how a function failed, the line of the user's code that failed, and the traceback without our frames."""
+    """Return how a function failed, the line of the user's code that failed, and the traceback without our frames.
+
+    `missing` is the module that is not installed, or "".
+    """
     how = f"raised {type(error).__name__}: {shorten(first_line(error), LONGEST_LINE)}"
     parsed, place = parse_name(name), ""
     trace = error.__traceback__
@@ -375,7 +378,13 @@ def _failure(error: BaseException, name: str) -> dict[str, str]:
     if isinstance(error, SyntaxError) and error.filename:
         place = f"{error.filename}:{error.lineno}: {(error.text or '').strip()}"
     text = "".join(traceback.format_exception(error.with_traceback(trace)))
-    return {"error": how, "place": shorten(place, LONGEST_LINE), "traceback": text[-_TRACEBACK_CHARACTERS:]}
+    missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    return {
+        "error": how,
+        "place": shorten(place, LONGEST_LINE),
+        "traceback": text[-_TRACEBACK_CHARACTERS:],
+        "missing": "" if missing in sys.modules else missing,  # only a part of an installed package may be missing
+    }
 
 
 _TRACEBACK_CHARACTERS = 20_000

@@ -101,6 +101,7 @@ class RewardGuard:
         self._warned: set[str] = set()
         self._flat = 0
         self._varied = False
+        self._lowest, self._highest = math.inf, -math.inf
         self._first: Mapping[str, float] | None = None
 
     def remember(self, measured: Mapping[str, float | None]) -> Mapping[str, float]:
@@ -113,6 +114,8 @@ class RewardGuard:
         flat = known["no_gradient_groups"] == 1
         self._flat = self._flat + 1 if flat else 0
         self._varied |= not flat
+        self._lowest = min(self._lowest, known["reward"])
+        self._highest = max(self._highest, known["reward"])
         self._first = self._first or known
         return self._first
 
@@ -126,13 +129,7 @@ class RewardGuard:
         if self._flat >= FLAT_STEPS:
             flat = f"every group of the last {FLAT_STEPS} steps has answers of one reward, {measured['reward']:g} now"
             if not self._varied:
-                raise CheckError(
-                    f"{flat}: nothing can be learnt from them",
-                    where="reward",
-                    why="the model is never rewarded or always: between 5 and 95 % of its answers should be",
-                    next_step="give easier rows, a reward with steps in between, a larger --group, a higher "
-                    "--temperature, or train on a few right answers first (--objective sft, then --from-adapter)",
-                )
+                raise self._constant(flat)
             self._once("flat", f"step {step}: {flat}: nothing is left to learn here, stop or give harder rows")
         cut_off, before = measured["clipped_answers"], first["clipped_answers"]
         if cut_off > _MANY_CUT and before < _FEW_CUT:
@@ -161,6 +158,21 @@ class RewardGuard:
                 f"{measured['entropy']:.4f} nats, and most groups have one answer: raise --temperature, lower "
                 "--learning-rate, or stop here (--early-stopping)",
             )
+
+    def _constant(self, flat: str) -> CheckError:
+        """Return the error about rewards that never varied. No easier row raises a reward that all answers get."""
+        why = "the model is never rewarded or always: between 5 and 95 % of its answers should be"
+        next_step = (
+            "give easier rows, a reward with steps in between, a larger --group, a higher --temperature, or train on a "
+            "few right answers first (--objective sft, then --from-adapter)"
+        )
+        if self._lowest == self._highest > 0:
+            why = "every answer to every row was given this reward, and no answer a higher or a lower one"
+            next_step = (
+                "check that the reward function gives right and wrong answers different rewards; if it does, give "
+                "harder rows, or a reward with steps in between"
+            )
+        return CheckError(f"{flat}: nothing can be learnt from them", where="reward", why=why, next_step=next_step)
 
     def _once(self, name: str, text: str) -> None:
         if name not in self._warned:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import secrets
+import shlex
 import subprocess
 import threading
 import time
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import IO, Any
 
 from backhand.data.examples import Example
@@ -26,7 +28,7 @@ from backhand.data.rows import REFERENCES, PromptRow
 from backhand.errors import CheckError, DataError, ResourceError, UsageError
 from backhand.generation.session import REPLACEMENT
 from backhand.loop.rewards.functions import GIVEN, last_number
-from backhand.options.rewards import GYM, NO_PROCESS, PLAIN, parse_name
+from backhand.options.rewards import GYM, NO_PROCESS, PLAIN, WITH_ARGUMENT, parse_name
 from backhand.printing import LONGEST_LINE, bounded, say
 from backhand.safe_path import python_words, safe_environment
 from backhand.system import install, wait_for_pipe
@@ -102,10 +104,12 @@ class _Failed(Exception):
     Attributes:
         function: its name.
         how: how it failed, as a predicate.
-        timed_out: whether it took too long.
+        timed_out: True if it took too long.
+        returned: True if it returned something that is no reward.
         place: file, line and text of the user's code that raised an exception, or "".
         trace: the function's traceback if it raised an exception; shown by `--debug`.
         of_all: True if the failure is not about one answer.
+        next_step: what to do about it, or "" to correct the function.
     """
 
     def __init__(
@@ -114,13 +118,15 @@ class _Failed(Exception):
         how: str,
         *,
         timed_out: bool = False,
+        returned: bool = False,
         place: str = "",
         trace: str = "",
         of_all: bool = False,
+        next_step: str = "",
     ) -> None:
         super().__init__(how)
         self.function, self.how, self.timed_out, self.place = function, how, timed_out, place
-        self.of_all = of_all
+        self.returned, self.of_all, self.next_step = returned, of_all, next_step
         self.trace = FunctionTraceback(trace) if trace else None
 
 
@@ -184,7 +190,9 @@ class RewardProcess:
                 f"the reward function {failed.function} cannot be loaded",
                 where="reward",
                 why=f"{failed.how}, at {failed.place}" if failed.place else failed.how,
-                next_step=_remedy(failed),
+                next_step=failed.next_step
+                or "correct its file or its name; the current directory is no place to import "
+                "from: name a file.py:function",
             ) from failed.trace
         return self
 
@@ -258,7 +266,7 @@ class RewardProcess:
         assert self._process.stderr is not None
         self._output = _OutputReader(self._process.stderr)
         self._send(list(self.names))
-        response = self._receive(time.monotonic() + _START_TIMEOUT_S, self.names[0], 0)
+        response = self._receive(_START_TIMEOUT_S, self.names[0], 0)
         self._described = dict(zip(self.names, response["ready"], strict=True))
 
     def _request(self, answers: Sequence[RewardInput], timeout_s: float) -> list[list[float | None]]:
@@ -267,7 +275,7 @@ class RewardProcess:
         self._send(_batch(answers))
         function = self.names[0]
         while True:
-            response = self._receive(time.monotonic() + timeout_s, function, len(answers))
+            response = self._receive(timeout_s, function, len(answers))
             if "rewards" in response:
                 rewards: list[list[float | None]] = response["rewards"]
                 return rewards
@@ -282,24 +290,42 @@ class RewardProcess:
             try:
                 self._request([answer], seconds)
             except _Failed as repeated:
-                return self._refused(repeated.function, failed.how, answer, failed.place)
+                alone = repeated.timed_out and len(answers) > 1
+                how = f"{failed.how}, and more than {seconds:g} s for one of them" if alone else failed.how
+                return self._refused(repeated.function, how, answer, failed)
+        if failed.timed_out:
+            return self._refused(failed.function, failed.how, None, failed)
         how = f"{failed.how}, with all answers of a step and with none alone"
-        return self._refused(failed.function, how, answers[0], failed.place)
+        return self._refused(failed.function, how, answers[0], failed)
 
-    def _refused(self, function: str, how: str, answer: RewardInput | None, place: str = "") -> CheckError:
-        """Return the error about a function, with the line that failed, or else the place of the function."""
-        # An answer that was cut at --max-new-tokens may end within a character.
-        quoted = "" if answer is None else f", of the answer {shorten(answer.text.rstrip(REPLACEMENT))!r}"
-        why = f"at {place}"
-        if not place:
-            defined = [described["place"] for name, described in self._described.items() if name in function]
-            why = "a reward is a finite number, or None where the function does not judge an answer"
-            why += "".join(f"; the function is at {one}" for one in defined if one)
+    def _refused(
+        self, function: str, how: str, answer: RewardInput | None, failed: _Failed | None = None
+    ) -> CheckError:
+        """Return the error about a function, with the line that failed, or else the place of the function.
+
+        Args:
+            function: its name.
+            how: how it failed, as a predicate.
+            answer: the answer that it failed on, or None.
+            failed: the failure; None if the function returned rewards that cannot be used.
+        """
+        defined = [described["place"] for name, described in self._described.items() if name in function]
+        reasons = [f"the function is at {place}" for place in defined if place]
+        if failed is None or failed.returned:
+            reasons.insert(0, "a reward is a finite number, or None where the function does not judge an answer")
+        elif failed.place:
+            reasons = [f"at {failed.place}"]
+        quoted = ""
+        if answer is not None:
+            before = ": " if failed is not None and failed.timed_out else ", of the answer "
+            # An answer that was cut at --max-new-tokens may end within a character.
+            quoted = f"{before}{shorten(answer.text.rstrip(REPLACEMENT))!r}"
+        next_step = failed.next_step if failed is not None and failed.next_step else "correct the function"
         return CheckError(
             f"the reward function {function} {how}{quoted}",
             where=None if answer is None else answer.asked.source,
-            why=why,
-            next_step="correct the function and go on with --resume: the run has lost nothing",
+            why="; ".join(reasons),
+            next_step=f"{next_step}, and go on with --resume: the run has lost nothing",
         )
 
     def _send(self, value: Any) -> None:
@@ -311,20 +337,20 @@ class RewardProcess:
             self._process.stdin.write(b"%s %s\n" % (self._token, json.dumps(value).encode()))
             self._process.stdin.flush()
 
-    def _receive(self, deadline: float, function: str, answers: int) -> dict[str, Any]:
+    def _receive(self, timeout_s: float, function: str, answers: int) -> dict[str, Any]:
         """Return the next line of the response.
 
         Raises:
             _Failed: a function failed, or wrote into the pipe. The next request may start a new process.
         """
         assert self._process is not None and self._process.stdout is not None
-        source = self._process.stdout.fileno()
+        source, deadline = self._process.stdout.fileno(), time.monotonic() + timeout_s
         limit = _MESSAGE_BYTES + _REWARD_BYTES * len(self.names) * (answers + 1)
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
             if left <= 0 or not wait_for_pipe(source, left):
                 self.close()
-                raise _Failed(function, "did not come to an end in time", timed_out=True)
+                raise _late(function, timeout_s, answers)
             data = os.read(source, 1 << 16)
             if not data:
                 code = self._process.wait()
@@ -347,8 +373,15 @@ class RewardProcess:
             self.close()
             raise _Failed(function, _INTRUDED)
         if "error" in response:
-            facts = {"place": response["place"], "trace": response["traceback"]}
-            raise _Failed(response["function"], response["error"], **facts, of_all=response.get("of_all", False))
+            raise _Failed(
+                response["function"],
+                response["error"],
+                returned=not response["traceback"],
+                place=response["place"],
+                trace=response["traceback"],
+                of_all=response.get("of_all", False),
+                next_step=_installing(response["function"], response.get("missing", "")),
+            )
         return response
 
 
@@ -379,8 +412,21 @@ def _batch(answers: Sequence[RewardInput]) -> dict[str, Any]:
     }
 
 
-def _remedy(failed: _Failed) -> str:
-    package = next((name for name in ("reasoning_gym", "jsonschema") if f"'{name}'" in failed.how), None)
-    if package is not None:
+def _late(function: str, timeout_s: float, answers: int) -> _Failed:
+    """Return the failure of a function that took too long for this number of answers, or to load if there are none."""
+    what = f"for {count_of(answers, 'answer')}" if answers else "to load"
+    faster = "raise --reward-timeout, or make the function faster" if answers else "do less when its file is imported"
+    return _Failed(function, f"took more than {timeout_s:g} s {what}", timed_out=True, next_step=faster)
+
+
+def _installing(function: str, missing: str) -> str:
+    """Return how to make a missing module available to a function, or "" if it is the function's own module."""
+    parsed = parse_name(function)
+    if not missing or (parsed.kind == "module" and parsed.place.partition(".")[0] == missing):
+        return ""
+    if parsed.kind in WITH_ARGUMENT:
         return install("'backhand[rewards]'")
-    return "correct its file or its name; the current directory is no place to import from: name a file.py:function"
+    folder = Path(parsed.place).resolve().parent
+    if parsed.kind == "file" and (folder / f"{missing}.py").is_file():
+        return f"set PYTHONPATH={shlex.quote(str(folder))}, since no module is imported from the directory of a file"
+    return f"install the package of the module {missing}, for example with {install(missing)}"
