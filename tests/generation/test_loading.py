@@ -8,10 +8,13 @@ import pytest
 import torch
 import transformers
 
+from backhand.adapters.base_model import recorded_bases
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import inject
 from backhand.adapters.loading import source_digests
+from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.record import AdapterRecord
+from backhand.cli.main import main
 from backhand.data.options import TemplateOptions
 from backhand.errors import ArtifactError
 from backhand.generation.completer import EngineCompleter, complete_greedily
@@ -21,8 +24,10 @@ from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
+from backhand.nn.loading.stores import MINILM, MINILM_HUB_ID
 from backhand.nn.model_options import BaseModelOptions
 from support.saved_adapters import load_adapter, save_adapter
+from support.tiny_models import save_tiny, tiny_model
 from support.tiny_tokenizer import tiny_tokenizer
 
 PROMPTS = [[5, 9, 40], [7, 100, 22, 60, 8]]
@@ -102,6 +107,48 @@ def test_an_adapter_of_such_a_model(gpt2_directory: Path, tmp_path: Path) -> Non
         loaded_model(options(gpt2_directory), tmp_path / "adapter"),
     ):
         pass
+
+
+def test_without_a_model_the_base_is_the_one_of_training(
+    model_directory: Path, adapter_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with loaded_model(BaseModelOptions(dtype="float32"), adapter_directory) as loaded:
+        assert loaded.path == model_directory
+    moved = shutil.copytree(adapter_directory, tmp_path / "moved")
+    (moved / "backhand.json").unlink()
+    text = json.loads((moved / "adapter_config.json").read_text())
+    for name, step in (("/not/here", "with its place"), ("owner/nowhere", "owner/nowhere, which downloads it")):
+        (moved / "adapter_config.json").write_text(json.dumps(text | {"base_model_name_or_path": name}))
+        assert main(["generate", "--adapter", str(moved), "--prompt", "x"]) == 4
+        said = capsys.readouterr().err
+        assert f"the adapter was trained on {name}" in said and f"next: give --model {step}" in said
+        assert ("not in the local cache" in said) == (name == "owner/nowhere")
+
+
+def test_the_names_of_a_base_begin_with_the_surest(adapter_directory: Path) -> None:
+    described = PEFTConfig(LoRAConfig(), MINILM_HUB_ID)
+    assert recorded_bases(described, None) == [MINILM, MINILM_HUB_ID]
+    of_the_hub = AdapterRecord(origin=f"{MINILM_HUB_ID} at 1a2b")
+    assert recorded_bases(described, of_the_hub) == [MINILM_HUB_ID]
+    stored = PEFTConfig(LoRAConfig(), "/stores/sha256-1")
+    assert recorded_bases(stored, AdapterRecord(origin="ollama:tiny")) == ["ollama:tiny", "/stores/sha256-1"]
+    assert recorded_bases(PEFTConfig(LoRAConfig()), None) == []
+
+
+@pytest.mark.parametrize("engine", ["backhand", "transformers"])
+def test_of_another_base_both_are_named_and_at_most_three_modules(
+    engine: str, model_directory: Path, adapter_directory: Path, gpt2_directory: Path, tmp_path: Path
+) -> None:
+    other = gpt2_directory
+    if engine == "backhand":
+        other = save_tiny(tiny_model("qwen3", vocab_size=len(tiny_tokenizer()), hidden_size=80), tmp_path / "wider")
+    with pytest.raises(ArtifactError) as caught, loaded_model(options(other, engine=engine), adapter_directory):
+        pass
+    said = str(caught.value)
+    assert "the adapter does not belong to this model" in said and "download" not in said
+    assert f"trained on {model_directory}" in said and said.endswith(f"next: give --model {model_directory}")
+    assert said.count("q_proj") + said.count("down_proj") == 3 and "and 3 more" in said
+    assert engine == "transformers" or str(other) in said
 
 
 @pytest.fixture

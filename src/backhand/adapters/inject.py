@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import AdapterContents, UnusableAdapterError, read_adapter_directory
 from backhand.adapters.injection_plan import Injection, close_fast_paths, plan_injection
-from backhand.adapters.loading import Expected, LoadedAdapter, check_base_copies, match_adapter
+from backhand.adapters.loading import Expected, LoadedAdapter, check_base_copies, check_modules, match_adapter
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_saving import AdapterParts, adapter_files
 from backhand.adapters.record import AdapterRecord
@@ -353,6 +353,8 @@ def inject_contents(module: nn.Module, contents: AdapterContents) -> InjectedAda
     try:
         plan = plan_injection(module, contents.described.config, None, strict=False)
     except UsageError as error:
+        if not contents.problems:
+            check_modules(contents, [name for name, _ in module.named_modules()])
         raise UnusableAdapterError(contents.directory, [*contents.problems, str(error)]) from None
     expected = Expected(plan.targets, plan.shapes, plan.trained)
     loaded = match_adapter(contents, plan.module_names, lambda _: expected)

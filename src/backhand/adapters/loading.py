@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.adapters.base_model import recorded_bases
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import AdapterContents, UnusableAdapterError, read_adapter_directory
 from backhand.adapters.gguf_adapter import is_gguf_file, read_gguf_adapter
@@ -38,6 +39,7 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.wrappers import text_name
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor
 from backhand.nn.module_shapes import ModuleShapes
+from backhand.words import count_of, name_list
 
 
 class Expected(NamedTuple):
@@ -50,15 +52,19 @@ class Expected(NamedTuple):
     problems: Sequence[str] = ()  # of the targets; without shapes the tensors are not checked
 
 
-def match_linear_adapter(contents: AdapterContents, module_shapes: Mapping[str, tuple[int, int]]) -> LoadedAdapter:
+def match_linear_adapter(
+    contents: AdapterContents, module_shapes: Mapping[str, tuple[int, int]], base: str = "this model"
+) -> LoadedAdapter:
     """Check the contents of an adapter of linear modules, embeddings and experts against a model.
 
     Args:
         module_shapes: (out, in) of every linear module of the model, by dotted path; a `ModuleShapes` also has
             embeddings and other trainable parameters.
+        base: the model's name, for an error.
 
     Raises:
         UnusableAdapterError: lists every problem; see its `problems`.
+        ArtifactError: if the adapter's modules are those of another model.
     """
     shapes = ModuleShapes.of(module_shapes)
     if shapes.class_head is not None and contents.described.task_type == CLASS_TASK:
@@ -75,7 +81,7 @@ def match_linear_adapter(contents: AdapterContents, module_shapes: Mapping[str, 
         slots, trained = adapter_layout(config, shapes, targets, strict=False)
         return Expected(targets, slot_shapes(slots), trained, slots)
 
-    return match_adapter(contents, modules, expected)
+    return match_adapter(contents, modules, expected, base)
 
 
 def _without_unused(contents: AdapterContents, outside: Collection[str]) -> AdapterContents:
@@ -94,15 +100,20 @@ def _without_unused(contents: AdapterContents, outside: Collection[str]) -> Adap
 
 
 def match_adapter(
-    contents: AdapterContents, module_names: Sequence[str], expected_by: Callable[[LoRAConfig], Expected]
+    contents: AdapterContents,
+    module_names: Sequence[str],
+    expected_by: Callable[[LoRAConfig], Expected],
+    base: str = "this model",
 ) -> LoadedAdapter:
     """Check the contents of an adapter against a model.
 
     Args:
         expected_by: returns the tensors that a configuration requires; it may raise UsageError.
+        base: the model's name, for an error.
 
     Raises:
         UnusableAdapterError: lists the problems of the files and those of the match.
+        ArtifactError: if the files are in order, and most of the adapter's modules do not fit the model.
     """
     problems = list(contents.problems)
     expected = Expected((), ())
@@ -116,6 +127,8 @@ def match_adapter(
     # Missing tensors are not reported for a file that could not be read.
     problems += matched.problems if expected.shapes and contents.unusable is not None else expected.problems
     if problems:
+        if not contents.problems:
+            check_modules(contents, module_names, expected.shapes, base)
         raise UnusableAdapterError(contents.directory, problems, contents.described.base_model)
     return LoadedAdapter(
         contents.directory,
@@ -127,6 +140,34 @@ def match_adapter(
         contents.record,
         tuple(expected.slots),
         trained=tuple(expected.trained),
+    )
+
+
+def check_modules(
+    contents: AdapterContents,
+    module_names: Sequence[str],
+    shapes: Sequence[FactorShapes] = (),
+    base: str = "this model",
+) -> None:
+    """Raise ArtifactError if most modules of an adapter are not in the model, or have another size there."""
+    known = {*module_names, *(shape.path or shape.name for shape in shapes)}
+    sizes = dict(pair for one in shapes for pair in zip(one.keys(), (one.lora_A[1:], one.lora_B[:1]), strict=True))
+    fits: dict[str, bool] = {}
+    for key, tensor in contents.tensors.items():
+        if found := factor_of(key):
+            size = tuple(tensor.shape[1:] if "_A" in found[1] else tensor.shape[:1])
+            fits[found[0]] = fits.get(found[0], True) and found[0] in known and size == sizes.get(key, size)
+    others = [module for module, fit in fits.items() if not fit]
+    if 2 * len(others) <= len(fits):
+        return
+    names = recorded_bases(contents.described, contents.record)
+    trained_on = f"it was trained on {names[0]}; " if names else ""
+    raise ArtifactError(
+        "the adapter does not belong to this model",
+        where=str(contents.directory),
+        why=f"{trained_on}{len(others)} of its {count_of(len(fits), 'module')} are not in {base}, or have another size "
+        f"there: {name_list(others, limit=3)}",
+        next_step=f"give --model {names[0]}" if names else "give --model with the model that it was trained on",
     )
 
 
@@ -290,7 +331,7 @@ def checked_adapter(
     force_base: bool = False,
 ) -> LoadedAdapter:
     """Check an adapter that has been read. Arguments and errors are those of `load_adapter_for`."""
-    loaded = match_linear_adapter(contents, module_shapes)
+    loaded = match_linear_adapter(contents, module_shapes, source.origin)
     forced = check_source(
         loaded.record,
         str(loaded.directory),

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from backhand.adapters.base_model import open_recorded, recorded_bases
 from backhand.adapters.loading import weight_names
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.record import base_digest, wrong_base
@@ -30,7 +31,6 @@ from backhand.arithmetic.options import InspectOptions
 from backhand.errors import ArtifactError
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
-from backhand.nn.loading.stores import SMOLLM2, SMOLLM2_HUB_ID
 from backhand.printing import bounded
 from backhand.terminal import console_for_tables
 from backhand.words import name_list
@@ -115,15 +115,8 @@ def inspect_adapter(options: InspectOptions) -> Inspection:
 
 def _named_base(adapter: AdapterFactors) -> ModelSource | None:
     """Return the base model that the adapter names, if it is on this machine; nothing is downloaded."""
-    name = adapter.described.base_model
-    if name is None:
-        return None
-    if name == SMOLLM2_HUB_ID:
-        try:
-            return open_model(SMOLLM2)
-        except ArtifactError:
-            pass  # the next name may be in the hub's cache
-    return open_model(name, revision=adapter.described.revision, fetch=False)
+    names = recorded_bases(adapter.described, adapter.record)
+    return open_recorded(names, adapter.described.revision) if names else None
 
 
 def _check_weights_of(base: ModelSource, adapter: AdapterFactors, *, force: bool) -> list[str]:

@@ -43,14 +43,14 @@ def chat_command(options: ChatOptions) -> None:
         session = GenerationSession(loaded, options.template)
         if not session.has_template:
             raise UsageError(
-                f"{options.model.model} has no chat template, so it cannot hold a conversation",
+                f"{loaded.base} has no chat template, so it cannot hold a conversation",
                 where="chat_template",
                 next_step="take the Instruct variant of the model, give --chat-template FILE, or use backhand generate",
             )
         show_notes(loaded.missing_system(options.template.system))
         interactive = sys.stdin.isatty()
         if interactive:
-            say(f"{options.model.model}; /help lists the commands, Ctrl-D leaves")
+            say(f"{loaded.base}; /help lists the commands, Ctrl-D leaves")
             with suppress(ImportError):
                 import readline  # noqa: F401 - gives input() its line editing and history
         if isinstance(sys.stdout, io.TextIOWrapper):

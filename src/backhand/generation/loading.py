@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from backhand.adapters.base_model import open_base
 from backhand.adapters.classifier_config import padding_id
 from backhand.adapters.loading import LoadedAdapter, check_source, load_adapter_for, read_adapter
 from backhand.adapters.peft_saving import CLASS_TASK
@@ -23,7 +24,6 @@ from backhand.nn.compute import compute_settings, resolve_device, resolve_dtype,
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family import DecoderConfig
-from backhand.nn.loading.opening import open_model
 from backhand.nn.model_options import BaseModelOptions
 
 
@@ -47,6 +47,7 @@ class LoadedModel:
     classification: Mapping[str, Any] = field(default_factory=dict)
     padding_id: int | None = None  # of the model, see `adapters.classifier_config`
     path: Path | None = None  # file or directory of the base model
+    base: str = ""  # name of the base model, as given or from its source
     columns: NamedColumns | None = None  # columns that the adapter was trained on, from its record
     objective: str | None = None  # objective that the adapter was trained with, from its record
 
@@ -92,7 +93,7 @@ def loaded_model(
     device = resolve_device(options)
     dtype = resolve_dtype(options, device)
     with compute_settings(options, resolve_threads(options), dtype, device):
-        source = open_model(options.model, quantize=options.quantize)
+        source = open_base(options.model, adapter, quantize=options.quantize)
         tokenizer = source.tokenizer()
         used_template, pickle = template or TemplateOptions(), options.allow_pickle
         checks: dict[str, Any] = {"chat_template": read_template(used_template.chat_template, tokenizer)}
@@ -152,6 +153,7 @@ def loaded_model(
             classification=classification,
             padding_id=padding_id(source),
             path=source.path,
+            base=options.model or source.origin,
             columns=columns,
             objective=None if record is None else record.config.get("objective.objective"),
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from backhand.adapters import classifier_config
+from backhand.adapters.base_model import open_base
 from backhand.adapters.contents import read_adapter_directory
 from backhand.adapters.loading import match_linear_adapter, read_adapter
 from backhand.adapters.module_factors import Factors, factors_of
@@ -40,7 +41,6 @@ from backhand.interop.sentence_transformers import (
     prove_sentence_transformers,
     write_files,
 )
-from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_layouts import stored_sizes
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.gguf_tensors import gguf_architecture
@@ -261,7 +261,7 @@ def _export_merged(options: ExportOptions, output: Path, prover: Prover) -> str:
             path.mkdir()
             program = merge_adapter(options, path / MODEL_FILE, prover, gguf=True)
             record = None if options.adapter is None else read_adapter_directory(options.adapter).record
-            write_modelfile(path, f"./{MODEL_FILE}", system=_system(record, open_model(options.model)))
+            write_modelfile(path, f"./{MODEL_FILE}", system=_system(record, open_base(options.model, options.adapter)))
         else:
             vectors = options.to == "sentence-transformers"
             gguf, decision = options.to == "gguf", options.decision

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from backhand.adapters.base_model import open_base
 from backhand.adapters.loading import LoadedAdapter, load_adapter_for
 from backhand.adapters.module_factors import ModuleFactors, factors_of
 from backhand.data.held_out import neutral_texts
@@ -17,7 +18,6 @@ from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family import DecoderConfig
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.gguf_model import GGUFModel
-from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.unit_multipliers import UnitMultipliers, has_multipliers, scaled_rows
 from backhand.words import name_list
@@ -44,10 +44,11 @@ class OpenedAdapter:
         return self.source.hub_id or str(self.source.path.resolve())
 
 
-def open_adapter(model: str, adapter: Path, *, force_base: bool, allow_pickle: bool = False) -> OpenedAdapter:
+def open_adapter(model: str | None, adapter: Path, *, force_base: bool, allow_pickle: bool = False) -> OpenedAdapter:
     """Open both and check them against each other.
 
     Args:
+        model: name or path of the base; None for the model that the adapter was trained on.
         force_base: use the adapter even if its files name another base.
         allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
 
@@ -55,7 +56,7 @@ def open_adapter(model: str, adapter: Path, *, force_base: bool, allow_pickle: b
         UnsupportedModel: if the engine does not compute the base.
         ArtifactError: if base or adapter cannot be read, or do not belong together.
     """
-    source = open_model(model)
+    source = open_base(model, adapter)
     try:
         config = decoder_config(source.config)
     except UnsupportedModel as error:

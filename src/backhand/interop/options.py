@@ -44,8 +44,9 @@ class AdaptedModelOptions:
     """Output path, which must not exist. A merged model is a directory in Hugging Face's format, or a GGUF file if the
     name ends in .gguf. An export is a directory, or a file for `gguf` and `kohya`."""
 
-    model: BaseModel = "smollm2-135m"
-    """Base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`; not used for `kohya`."""
+    model: BaseModel | None = None
+    """Base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`. Not given: the model that the
+    adapter was trained on, if it is on this machine. Not used for `kohya`."""
 
     dtype: MergedType = "auto"
     """Storage type of a merged model's weights: `float32`, `float16`, `bfloat16`, or, in a GGUF file, `q8_0`, `q5_1`,

@@ -43,8 +43,9 @@ class AdapterReading:
 class _BaseModel:
     """The base model itself."""
 
-    model: BaseModel = "smollm2-135m"
-    """Base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`."""
+    model: BaseModel | None = None
+    """Base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`. Not given: the model that the
+    adapter was trained on, if it is on this machine, and without an adapter `smollm2-135m`."""
 
     engine: Engine = "auto"
     """`backhand` computes without autograd, `transformers` runs any causal language model through its own code; `auto`

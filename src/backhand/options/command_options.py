@@ -15,7 +15,7 @@ from backhand.data.rows import PoolingName
 from backhand.errors import UsageError
 from backhand.generation.options import LabelNames
 from backhand.nn.model_options import BaseModelOptions
-from backhand.options.config import ModelOptions, TrainConfig, check_ranking_system
+from backhand.options.config import TrainConfig, check_ranking_system
 from backhand.options.rewards import check_names
 
 
@@ -65,7 +65,7 @@ class EvaluateOptions(Options):
         run: adapter and output.
     """
 
-    model: ModelOptions = field(default_factory=ModelOptions)
+    model: BaseModelOptions = field(default_factory=BaseModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     run: EvaluateRunOptions = field(default_factory=EvaluateRunOptions)
 

@@ -12,7 +12,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from backhand.adapters.config import LoRAConfig
-from backhand.bounds import Bound, Check, Count, CountFromZero, GivenPath, NotNegative, Options, Positive, Seed, Share
+from backhand.bounds import (
+    BaseModel,
+    Bound,
+    Check,
+    Count,
+    CountFromZero,
+    GivenPath,
+    NotNegative,
+    Options,
+    Positive,
+    Seed,
+    Share,
+)
 from backhand.data.options import DataOptions
 from backhand.errors import UsageError, not_utf8
 from backhand.nn.model_options import BaseModelOptions
@@ -63,6 +75,9 @@ def _check_memory(where: str, memory: Any) -> None:
 @dataclass(frozen=True)
 class ModelOptions(BaseModelOptions):
     """The base model and how it is computed, and in how much memory."""
+
+    model: BaseModel = "smollm2-135m"
+    """Base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`."""
 
     memory: Annotated[str, Check(_check_memory)] | None = None
     """Memory that the run may use in total, such as `6GB`. Default: the memory that is free. It determines the

