@@ -100,7 +100,7 @@ def test_rows_in_memory_are_not_for_several_processes(tiny: TinyRun, tmp_path: P
 
 
 def test_a_malformed_row_in_memory_is_named(tiny: TinyRun, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"python:[0-9a-f]{16} row 2: .*completion"):
+    with pytest.raises(DataError, match=r"^data row 2: .*completion"):
         backhand.train(**options(tiny, tmp_path / "run", data=[ROWS[0], {"prompt": "a", "completion": None}]))
     with pytest.raises(DataError, match="data: there is no row in the data"):
         backhand.train(**options(tiny, tmp_path / "run", data=pd.DataFrame()))
@@ -108,6 +108,67 @@ def test_a_malformed_row_in_memory_is_named(tiny: TinyRun, tmp_path: Path) -> No
         backhand.train(**options(tiny, tmp_path / "run", data=pd.DataFrame({"prompt": ["a"], "completion": [0]})))
     with pytest.raises(DataError, match=r"row 1: [\s\S]*\n  next: correct the row, or leave it out$"):
         backhand.train(**options(tiny, tmp_path / "run", data=[{"prompt": "a", "completion": "\ud800"}]))
+    with pytest.raises(DataError, match=r"^eval_data row 1: .*completion"):
+        backhand.train(**options(tiny, tmp_path / "run", data=ROWS, eval_data=[{"prompt": "a", "completion": None}]))
+    with pytest.raises(DataError, match=r"^prompts row 2: the prompt has"):
+        backhand.generate(prompts=["a", "a" * 999], model=tiny.model)
+    with pytest.raises(DataError, match=r"^prompt: the prompt has"):
+        backhand.generate("a" * 999, model=tiny.model)
+
+
+FRAME = pd.DataFrame({"section": ["a", "b"], "synopsis": ["c d", "e"]})
+OF_TEXTS = {
+    "generate": lambda given: backhand.generate(prompts=given),
+    "classify": lambda given: backhand.classify(prompts=given, labels=["a", "b"]),
+    "embed": lambda given: backhand.embed(given),
+    "decide": lambda given: backhand.decide(states=given, adapter="absent"),
+    "rank": lambda given: backhand.rank("a", given),
+}
+ONE_TEXT = {
+    "generate": lambda given: backhand.generate(given),
+    "classify": lambda given: backhand.classify(given),
+    "decide": lambda given: backhand.decide(given, adapter="absent"),
+    "rank": lambda given: backhand.rank(given, ["a"]),
+}
+OF_ROWS = {
+    "train": lambda given: backhand.train(data=given),
+    "evaluate": lambda given: backhand.evaluate(data=given),
+    "generate": lambda given: backhand.generate(data=given),
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (FRAME, "is a data frame\n  next: give one of its columns, such as {option}=frame['section']"),
+        (pa.Table.from_pandas(FRAME), "such as {option}=frame['section']"),
+        (Path("prompts.jsonl"), "is a PosixPath\n  next: backhand."),
+        (42, "is 42\n  next: backhand."),
+        (["a", None], "[1] is None\n  next: write it as text"),
+        (pd.Series(["a", None]), "[1] is nan\n  next: write it as text"),
+        ({"a": "b"}, "is a dict\n  next: backhand."),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_what_is_no_list_of_texts_is_refused_with_what_to_give(given: object, said: str) -> None:
+    for function, call in OF_TEXTS.items():
+        with pytest.raises(UsageError) as refused:
+            call(given)
+        option = str(refused.value.where)
+        assert said.format(option=option) in str(refused.value), function
+    for function, call in ONE_TEXT.items():
+        if function != "decide" or not isinstance(given, dict | list | int | pd.Series):  # which are states
+            with pytest.raises(UsageError, match=r"(prompt|state|query) is a?.*\n  next: "):
+                call(given)
+
+
+def test_texts_given_as_rows_are_refused_with_the_form_of_rows() -> None:
+    for texts in (FRAME.synopsis, ["some words " * 99, "others"], "some words"):
+        with pytest.raises(DataError, match=r"not the name of a file\n  next: give texts as rows, such as {.text.: "):
+            backhand.evaluate(data=texts)
+    for call in OF_ROWS.values():
+        with pytest.raises(UsageError, match="42 is not a list of file names"):
+            call(42)
 
 
 def test_texts_and_paths_are_the_same() -> None:
@@ -146,6 +207,8 @@ def test_values_of_numpy_and_pandas_are_python_s() -> None:
         ),
         (lambda: backhand.evaluate(lora_r=8), "here it is rank in backhand.train"),
         (lambda: backhand.generate("a", max_tokens=8), "did you mean max_new_tokens?"),
+        (lambda: backhand.generate("a", temp=0), "did you mean temperature?"),
+        (lambda: backhand.train(prompt_column="a"), "did you mean prompt?"),
         (lambda: backhand.export("a", to="gguf", output="b", merged=True), "did you mean merge?"),
         (lambda: backhand.train("rows.jsonl"), "next: give rows and options by name, such as data=…"),  # type: ignore[arg-type]
         (lambda: backhand.generate(prompts="a"), "prompts is one text"),  # type: ignore[call-overload]
@@ -189,6 +252,12 @@ def test_wrong_names_are_answered_with_the_right_ones(call: Callable[[], object]
     assert said in str(refused.value)
 
 
+def test_a_missing_file_of_rewards_is_answered_with_the_files_there(tmp_path: Path) -> None:
+    (tmp_path / "rw.py").touch()
+    with pytest.raises(UsageError, match=r"there is no file .*rv.py\n  next: the files there are .*rw.py$"):
+        backhand.train(data=ROWS, objective="grpo", reward=f"{tmp_path / 'rv.py'}:synopsis")
+
+
 @pytest.mark.parametrize(
     ("typed", "written"),
     [
@@ -201,6 +270,10 @@ def test_wrong_names_are_answered_with_the_right_ones(call: Callable[[], object]
             'columns={"chosen": "best"}, target_modules=["q_proj", "k_proj"]',
         ),
         ("--question COLUMN='…' also puts", 'question={"COLUMN": "…"} also puts'),
+        ("--prompt synopsis --completion section", 'prompt="synopsis", completion="section"'),
+        ("--prompt 'a b' --completion section", 'prompt="a b", completion="section"'),
+        ("if pairs are meant, add: --completion chosen", 'if pairs are meant, add: completion="chosen"'),
+        ("leave --prompt out", "leave prompt out"),
         ("--chat-template none, --objective dpo", 'chat_template="none", objective="dpo"'),
         ("`backhand lint --data FILE` lists them", "`backhand lint --data FILE` lists them"),
         ("labels: backhand generate --labels auto", 'labels: backhand.generate(…, labels="auto")'),
@@ -212,6 +285,18 @@ def test_wrong_names_are_answered_with_the_right_ones(call: Callable[[], object]
 def test_advice_is_written_as_python(typed: str, written: str) -> None:
     hints = {field.option: field.hint for field in option_fields(backhand.TrainConfig)}
     assert in_python(typed, hints) == written
+
+
+def test_notes_are_written_as_python(tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = pd.DataFrame(ROWS).rename(columns={"prompt": "asked", "completion": "said"})
+    made = options(tiny, tmp_path / "run", data=frame, eval_data=frame[:4], quiet=False, max_steps=1)
+    run = backhand.train(**made | {"learning_rate": "auto", "prompt": "{asked}\n", "completion": "said"})
+    backhand.evaluate(data=frame, adapter=run.adapter, model=tiny.model, threads=1, completions=False)
+    written = "".join(capsys.readouterr())
+    assert "another by learning_rate\n" in written and "example eval_data row 1;" in written
+    assert 'columns are read as in the adapter\'s training: prompt="{asked}\\n", completion="said"' in written
+    assert "python:" not in written
+    assert 'data = ["python:' in (tmp_path / "run" / "config.toml").read_text()
 
 
 def test_one_text_or_callback_is_taken_for_a_list(tiny: TinyRun, tmp_path: Path) -> None:
@@ -299,9 +384,13 @@ def test_evaluate_takes_options_by_name_and_returns_what_json_prints(
     words = ["--adapter", trained.adapter, "--model", str(tiny.model), "--threads", "1", "--data", str(path), "--json"]
     assert main(["evaluate", *words]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(result.as_dict()))
-    for name, value in (("reward", "exact"), ("vectors", True)):
-        with pytest.raises(UsageError, match=f"{name} is measured by the command"):
-            backhand.evaluate(data=ROWS, **{name: value})
+    with pytest.raises(UsageError, match="vectors is measured by the command"):
+        backhand.evaluate(data=ROWS, vectors=True)
+    common = {"adapter": trained.adapter, "model": tiny.model, "threads": 1}
+    rewarded = backhand.evaluate(data=ROWS, reward="exact", max_new_tokens=4, **common)
+    assert main(["evaluate", *words, "--reward", "exact", "--max-new-tokens", "4"]) == 0
+    assert json.loads(capsys.readouterr().out) == rewarded.as_dict()
+    assert rewarded.rows == 12 and rewarded.gain is not None
 
 
 def test_export_returns_the_path(trained: Any, tiny: TinyRun, tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from typing import Any, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from backhand.api_errors import errors_in_python, in_python
+from backhand.api_errors import errors_in_python, in_python, name_rows
 from backhand.bounds import Options, check_kind, check_names
 from backhand.cli.option_fields import build, option_fields
-from backhand.data.given_rows import Rows
+from backhand.data.given_rows import GivenRows, Rows, list_of_texts
 from backhand.data.lint_command import lint_as_json
 from backhand.data.options import LintOptions
 from backhand.errors import UsageError
@@ -35,6 +35,7 @@ from backhand.loop.classify import Classifier
 from backhand.loop.decide import decide as decide_states
 from backhand.loop.embed import embed as embed_texts
 from backhand.loop.embed import mine as mine_negatives
+from backhand.loop.evaluate_rewards import RewardEvaluation, evaluate_rewards
 from backhand.loop.observers import Callback
 from backhand.loop.rank import rank as rank_rows
 from backhand.options.command_options import (
@@ -74,7 +75,9 @@ def _options(function: str, kind: type[T], values: Mapping[str, Any], base: T | 
         name: parse(value) if isinstance(value, str) and (parse := fields[name].parse) else value
         for name, value in values.items()
     }
-    return build(kind, parsed, base)
+    options = build(kind, parsed, base)
+    name_rows(options)
+    return options
 
 
 def _named(**values: Any) -> dict[str, Any]:
@@ -120,6 +123,25 @@ def train(
     return replace(summary, advice=summary.advice and in_python(summary.advice, hints))
 
 
+@overload
+def evaluate(
+    options: EvaluateOptions | None = ...,
+    *,
+    reward: str | Sequence[str],
+    data: Rows | None = ...,
+    adapter: Place | None = ...,
+    model: Place | None = ...,
+    **further: Any,
+) -> RewardEvaluation: ...
+@overload
+def evaluate(
+    options: EvaluateOptions | None = ...,
+    *,
+    data: Rows | None = ...,
+    adapter: Place | None = ...,
+    model: Place | None = ...,
+    **further: Any,
+) -> evaluation.Evaluation: ...
 @errors_in_python(EvaluateOptions)
 def evaluate(
     options: EvaluateOptions | None = None,
@@ -128,7 +150,7 @@ def evaluate(
     adapter: Place | None = None,
     model: Place | None = None,
     **further: Any,
-) -> evaluation.Evaluation:
+) -> evaluation.Evaluation | RewardEvaluation:
     """Measure the base model and, if an adapter is given, the adapted model on rows.
 
     Args:
@@ -136,7 +158,11 @@ def evaluate(
         data: the rows: a file, several files, a list of dicts or a data frame.
         adapter: directory of an adapter, or a GGUF file.
         model: the base model.
-        further: any other option of `backhand evaluate`, by its name.
+        further: any other option of `backhand evaluate`, by its name. With `reward`, the rewards of greedy answers are
+            measured instead of losses.
+
+    Returns:
+        The scores; `as_dict` gives what `backhand evaluate --json` prints.
 
     Raises:
         UsageError, DataError, ArtifactError: an option, the rows, the model or the adapter cannot be used.
@@ -145,14 +171,13 @@ def evaluate(
         check_kind("options", options, EvaluateOptions)
     given = _named(data=data, adapter=adapter, model=model) | further
     built = _options("evaluate", EvaluateOptions, given, options)
-    for name, given_option, words in (("reward", built.run.reward, " NAME"), ("vectors", built.run.vectors, "")):
-        if given_option:
-            raise UsageError(
-                f"{name} is measured by the command",
-                where=name,
-                next_step=f"run `backhand evaluate --{name}{words} --json …`",
-            )
-    return evaluation.evaluate(built)
+    if built.run.vectors:
+        raise UsageError(
+            "vectors is measured by the command",
+            where="vectors",
+            next_step="run `backhand evaluate --vectors --json …`",
+        )
+    return evaluate_rewards(built.validate()) if built.run.reward else evaluation.evaluate(built)
 
 
 @overload
@@ -295,22 +320,22 @@ def decide(
     Raises:
         UsageError, DataError, ArtifactError: an option, a state, a question, the model or the adapter cannot be used.
     """
-    if (state is not None or "data" in options) + (states is not None) != 1 or isinstance(states, str):
-        raise UsageError(
-            "give either state, states or data",
-            where="states",
-            next_step="backhand.decide('…') for one state, backhand.decide(states=['…', '…']) for several, "
-            "backhand.decide(data=…) for rows with the columns of training",
-        )
+    next_step = (
+        "backhand.decide('…') for one state, backhand.decide(states=['…', '…']) for several, "
+        "backhand.decide(data=…) for rows with the columns of training"
+    )
+    if (state is not None or "data" in options) + (states is not None) != 1:
+        raise UsageError("give either state, states or data", where="states", next_step=next_step)
     given = _named(adapter=adapter, model=model) | options
     own = {} if questions is None else {"questions": questions}
     if "data" in options:
         given |= own | _named(state=state)
     else:
-        rows = [{"state": one, **own} for one in ([state] if states is None else states or ())]
-        if not rows:
+        option, values = ("state", state) if states is None else ("states", states)
+        texts = list_of_texts(option, values, next_step, several=states is not None, of_json=True)
+        if not texts:
             return []
-        given |= {"data": rows, "state": "state"}
+        given |= {"data": GivenRows.of([{"state": one, **own} for one in texts], option=option), "state": "state"}
     answers = [line["answers"] for line in decide_states(_options("decide", DecideOptions, given))]
     return answers if state is None or "data" in options else answers[0]
 
@@ -336,13 +361,12 @@ def rank(
     Raises:
         UsageError, DataError, ArtifactError: an option, a text, the model or the adapter cannot be used.
     """
-    if isinstance(documents, str):
-        raise UsageError(
-            "documents is one text", where="documents", next_step="backhand.rank('…', ['…', '…']) takes a list"
-        )
-    rows = [{"query": query, "documents": [*documents]}]
+    next_step = "backhand.rank('…', ['…', '…']) takes one query and a list of documents"
+    list_of_texts("query", query, next_step, several=False)
+    texts = list_of_texts("documents", documents, next_step)
+    rows = GivenRows.of([{"query": query, "documents": texts}], option="documents")
     given = _named(adapter=adapter, model=model) | options | {"data": rows}
-    scores: list[float] = rank_rows(_options("rank", RankOptions, given))[0]["scores"] if documents else []
+    scores: list[float] = rank_rows(_options("rank", RankOptions, given))[0]["scores"] if texts else []
     return scores
 
 
@@ -370,50 +394,48 @@ def embed(
     Raises:
         UsageError, DataError, ArtifactError: an option, a text, the model or the adapter cannot be used.
     """
+    next_step = "backhand.embed(['…', '…']), or backhand.embed(data=FILE) for rows"
     if (texts is None) == (data is None):
-        raise UsageError(
-            "give either texts or data",
-            where="texts",
-            next_step="backhand.embed(['…', '…']), or backhand.embed(data=FILE) for rows",
-        )
-    rows = [{"text": text} for text in ([texts] if isinstance(texts, str) else texts or ())] if data is None else data
+        raise UsageError("give either texts or data", where="texts", next_step=next_step)
+    several = not isinstance(texts, str)
+    rows = _rows("texts", texts, "text", next_step, several=several) if data is None else data
     built = _options("embed", EmbedOptions, _named(adapter=adapter, model=model) | options | {"data": rows})
     if built.run.output is not None:
         raise UsageError("backhand.embed returns the vectors", where="output", next_step="leave output out")
     vectors: NDArray[np.float32] = embed_texts(built).numpy()
-    return vectors[0] if isinstance(texts, str) else vectors
+    return vectors if several else vectors[0]
 
 
-def _prompts(function: str, prompt: str | None, prompts: Sequence[str] | None) -> list[dict[str, str]]:
+def _prompts(function: str, prompt: str | None, prompts: Sequence[str] | None) -> Rows:
     """Return the rows of one prompt or of several. Raises UsageError unless exactly one of the two is given."""
-    what, where = "give either prompt or prompts", "prompts"
-    if isinstance(prompt, list | tuple):
-        what, where = "prompt is a list", "prompt"
-    elif isinstance(prompts, str):
-        what = "prompts is one text"
-    elif prompt is not None and prompts is None:
-        return [{"prompt": prompt}]
-    elif prompt is None and prompts is not None:
-        return [{"prompt": text} for text in prompts]
-    raise UsageError(
-        what,
-        where=where,
-        next_step=f"backhand.{function}('…') for one prompt, backhand.{function}(prompts=['…', '…']) for several",
-    )
+    next_step = f"backhand.{function}('…') for one prompt, backhand.{function}(prompts=['…', '…']) for several"
+    if function == "generate":
+        next_step += ", backhand.generate(data=FILE) for rows"
+    if (prompt is None) == (prompts is None):
+        raise UsageError("give either prompt or prompts", where="prompts", next_step=next_step)
+    if prompts is None:
+        return _rows("prompt", prompt, "prompt", next_step, several=False)
+    return _rows("prompts", prompts, "prompt", next_step)
+
+
+def _rows(option: str, given: Any, column: str, next_step: str, **how: bool) -> Rows:
+    """Return the texts that an argument gives as rows with one column. `how` is that of `list_of_texts`."""
+    rows = [{column: text} for text in list_of_texts(option, given, next_step, **how)]
+    return GivenRows.of(rows, option=option) if rows else ()
 
 
 def _answers(function: str, data: Any, given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    if isinstance(data, list) and not data:
+    if isinstance(data, list | tuple) and not data:
         return []
     options = _options(function, GenerateOptions, {**given, "data": data}).validate()
     if options.answer.output is not None:
         raise UsageError(f"backhand.{function} returns the answers", where="output", next_step="leave output out")
-    one = isinstance(data, list) and len(data) == 1
+    rows = [row for name in options.rows.data if isinstance(name, GivenRows) for row in name.rows]
     with loaded_model(
         options.model,
         options.answer.adapter,
         template=options.template,
-        one_at_a_time=one,
+        one_at_a_time=len(rows) == 1,
         takes_heads=function == "classify",
     ) as loaded:
         if not options.answer.quiet:
@@ -426,7 +448,7 @@ def _answers(function: str, data: Any, given: Mapping[str, Any]) -> list[dict[st
                     why=f"it knows {name_list(map(shorten, loaded.classification['labels']), limit=8)}",
                     next_step="leave labels out",
                 )
-            texts = [(row["prompt"], f"prompt {number}") for number, row in enumerate(data, 1)]
+            texts = [(row["prompt"], f"{options.rows.data[0]} row {number}") for number, row in enumerate(rows, 1)]
             answers = Classifier.of(loaded, options.answer.batch_rows).answers(texts)
             return [{"probabilities": one.get("scores") or {"value": one["value"]}} for one in answers]
         return answer_rows(options, loaded)

@@ -1,4 +1,4 @@
-"""Errors of the package's functions: they name options as a call does.
+"""Errors and notes of the package's functions: they name options as a call does.
 
     give --objective dpo, or --data FILE      →      give objective="dpo", or data=… (a path, …)
     add: --prompt '{a}' --completion b         →      add: prompt="{a}", completion="b"
@@ -14,12 +14,14 @@ import inspect
 import re
 import shlex
 from collections.abc import Callable, Collection, Mapping
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 from backhand.bounds import check_names, plain_value, split_hint, union_members
 from backhand.cli.option_fields import as_option, is_mapping, option_fields, takes_several
+from backhand.data.given_rows import GivenRows
 from backhand.errors import BackhandError, UsageError
+from backhand.printing import reworded
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,6 +38,8 @@ _NOT_PROSE = re.compile(r"\S[./_:,=]\S|\d")
 """Part of a value such as `runs/a`, `f.py:g` or `run-2`. No word of a sentence contains it."""
 _SPECIAL = ("auto", "none", "chosen")
 """Values of options that take any text."""
+_LIST_STARTS = (": ", "- ")
+"""Text in front of options that says nothing of them. It may be missing."""
 _ROWS = ("data", "eval_data")
 """Options that take rows."""
 _HINTS: dict[str, dict[str, Any]] = {}
@@ -43,7 +47,7 @@ _HINTS: dict[str, dict[str, Any]] = {}
 
 
 def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return a decorator: errors of the function name the options of these dataclasses as keyword arguments."""
+    """Return a decorator: all that the function says names the options of these dataclasses as keyword arguments."""
     hints = {as_option(field.name): field.hint for kind in kinds for field in option_fields(kind)}
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -51,16 +55,62 @@ def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            words = _Words(hints)
+            token = reworded.set(words)
             try:
                 _check_arguments(function, args, kwargs, kinds)
                 return function(*map(plain_value, args), **plain_value(kwargs))
             except BackhandError as error:
-                error.reword(partial(in_python, hints=hints))
+                error.reword(words.in_error)
                 raise
+            finally:
+                reworded.reset(token)
 
         return call
 
     return decorate
+
+
+class _Words:
+    """Change texts of one call: options become keyword arguments, and rows in memory have the name of their argument.
+
+    Attributes:
+        names: the argument of rows in memory, by their name. The row of a single text has a name of its own.
+    """
+
+    def __init__(self, hints: dict[str, Any]) -> None:
+        self._hints = hints
+        self.names: dict[str, str] = {}
+
+    def __call__(self, line: str) -> str:
+        """Change a printed line. Commands in it are for a shell, and stay."""
+        return self._with_names(line if _COMMAND.search(line) else self._with_arguments(line))
+
+    def in_error(self, text: str) -> str:
+        """Change a part of an error."""
+        return self._with_names(self._with_arguments(text))
+
+    def _with_arguments(self, text: str) -> str:
+        # Messages about an adapter name options of its training.
+        return in_python(text, _HINTS["train"] | self._hints) if "--" in text or "backhand " in text else text
+
+    def _with_names(self, text: str) -> str:
+        for rows, option in self.names.items():
+            text = text.replace(rows, option)
+        return text
+
+
+def name_rows(options: Any) -> None:
+    """Let the messages of this call name rows in memory by their argument instead of their digest."""
+    words = reworded.get()
+    assert isinstance(words, _Words)
+    for option in _ROWS:
+        for section in (options, *vars(options).values()):
+            names = getattr(section, option, None)
+            if isinstance(names, tuple) and names and isinstance(name := names[0], GivenRows):
+                if name.option and len(name.rows) == 1:
+                    words.names.setdefault(f"{name} row 1", name.option)
+                words.names.setdefault(name, name.option or option)
 
 
 def _check_arguments(
@@ -126,8 +176,11 @@ def _arguments(text: str, end: int, hints: Mapping[str, Any]) -> tuple[list[str]
     arguments: list[str] = []
     while (option := _OPTION.match(text, end + text.startswith(" ", end))) and option[0] in hints:
         name = option[0][2:].replace("-", "_")
-        typed = bool(arguments) and "=" in arguments[-1]
-        value, after = _value(name, hints[option[0]], _VALUE.match(text, option.end()), typed=typed)
+        word = _VALUE.match(text, option.end())
+        rest = text[word.end() :] if word else ""
+        alone = (not rest or rest[0] in ",;") and (not option.start() or text[: option.start()].endswith(_LIST_STARTS))
+        typed = alone or rest.startswith(" --") or (bool(arguments) and "=" in arguments[-1])
+        value, after = _value(name, hints[option[0]], word, typed=typed)
         arguments.append(name + value)
         end = after or option.end()
     return arguments, end
@@ -137,7 +190,8 @@ def _value(name: str, hint: Any, word: re.Match[str] | None, *, typed: bool) -> 
     """Return the value of a keyword argument with its sign of equality, and the end of the word that it replaces.
 
     Args:
-        typed: the option directly follows another option with its value, so the word is a value and no prose.
+        typed: another option directly precedes or follows, or nothing else is said, so the word is a value and no
+            prose.
     """
     if split_hint(hint)[0] is bool:
         return "=True", 0

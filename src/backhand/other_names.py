@@ -66,6 +66,17 @@ def translate_option(
     return f"{HERE}{said}" if begins else said
 
 
+_SHORTEST = 3
+"""Fewest characters from which the beginning of a name stands for the name."""
+
+
+def _longer_or_shorter(name: str, known: Collection[str]) -> list[str]:
+    """Return the shortest name that begins with `name`, else the longest with which `name` begins, or []."""
+    longer = [one for one in known if len(name) >= _SHORTEST and one.startswith(name)]
+    shorter = [one for one in known if name.startswith(f"{one}_")]
+    return sorted(longer, key=len)[:1] or sorted(shorter, key=len)[-1:]
+
+
 def suggestion(name: str, known: Collection[str], homes: Mapping[str, str], *, value: object = "") -> str | None:
     """Return what to write instead of an unknown name, or None if no name is near.
 
@@ -86,7 +97,7 @@ def suggestion(name: str, known: Collection[str], homes: Mapping[str, str], *, v
 
     if (meant := translate_option(name, placed, known, value=value)) is not None:
         return meant
-    for near in nearest_names(field, known, count=1, cutoff=0.6):
+    for near in _longer_or_shorter(field, known) or nearest_names(field, known, count=1, cutoff=0.6):
         return f"did you mean {near}?"
     if (meant := translate_option(name, placed, value=value)) is not None:
         return meant

@@ -16,6 +16,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import TextIO
 
 _UNSEEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
@@ -60,10 +61,15 @@ def _cut(text: str, most: int) -> str:
     return f"{text[:kept]} … ({len(text) - 2 * kept:,} characters left out) … {text[-kept:]}"
 
 
+reworded: ContextVar[Callable[[str], str]] = ContextVar("reworded", default=str)
+"""Change of every printed line. Messages are written for the command line; in Python, they name options as a call does.
+"""
+
+
 def say(*lines: str, file: TextIO | None = None) -> None:
     """Print lines, to standard error if no file is given. A line break within a line is escaped."""
     for line in lines:
-        print(visible(line), file=sys.stderr if file is None else file, flush=True)
+        print(visible(reworded.get()(line)), file=sys.stderr if file is None else file, flush=True)
     said()
 
 

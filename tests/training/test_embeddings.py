@@ -705,7 +705,7 @@ def test_a_model_without_a_pooling_is_refused(straight: TrainConfig, texts: Path
     )
     with pytest.raises(UsageError, match="neither the adapter nor the model says") as raised:
         evaluate_command(scored)  # it has no --pooling
-    assert "give --adapter" in str(raised.value.next_step) and "commands embed and mine" in str(raised.value.next_step)
+    assert "give --adapter" in str(raised.value.next_step) and "embed and mine also take" in str(raised.value.next_step)
     with pytest.raises(UsageError, match="causal"):
         embed(replace(options, vectors=VectorOptions(pooling="cls")))
     assert embed(replace(options, vectors=VectorOptions(pooling="mean"))).shape == (3, 60)

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from backhand.bounds import plain_value
 from backhand.data.raw_rows import IN_MEMORY, RawRow, RowErrors, checked_row, without_padding
-from backhand.errors import DataError, first_line
+from backhand.errors import DataError, UsageError, first_line
+from backhand.words import shorten
 
 
 class Frame(Protocol):
@@ -34,21 +35,70 @@ class GivenRows(str):
     Attributes:
         rows: the rows, of JSON types.
         places: the place of each row in messages, or None to number them.
+        option: the argument that gave them, if it is not the option that takes rows.
     """
 
-    __slots__ = ("places", "rows")
+    __slots__ = ("option", "places", "rows")
     rows: Sequence[Mapping[str, Any]]
     places: Sequence[str] | None
+    option: str
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, Any]], places: Sequence[str] | None = None) -> GivenRows:
+    def of(
+        cls, rows: Sequence[Mapping[str, Any]], places: Sequence[str] | None = None, *, option: str = ""
+    ) -> GivenRows:
         """Return the name of these rows, which carries them and their places."""
         digest = hashlib.sha256()
         for row in rows:
             digest.update(json.dumps(row, default=str).encode("utf-8", "surrogatepass") + b"\n")
         name = cls(IN_MEMORY + digest.hexdigest()[:16])
-        name.rows, name.places = rows, places
+        name.rows, name.places, name.option = rows, places, option
         return name
+
+
+def list_of_texts(option: str, given: Any, next_step: str, *, several: bool = True, of_json: bool = False) -> list[Any]:
+    """Return the texts that an argument of a function gives.
+
+    Args:
+        option: the argument.
+        next_step: the calls that take one text, several, or rows.
+        several: False if the argument is one text.
+        of_json: values that can be written as JSON are allowed as well.
+
+    Raises:
+        UsageError: it is a data frame, a path, or anything else but a list of texts.
+    """
+    given = given.to_pylist() if hasattr(given, "to_pylist") and not _columns(given) else given  # a column of pyarrow
+    if several and (
+        isinstance(given, str | bytes | Mapping | os.PathLike) or not isinstance(given, Iterable) or _columns(given)
+    ):
+        raise _not_texts(option, given, next_step)
+    values = list(given) if several else [given]
+    allowed = (str, Mapping, list, tuple, int, float) if of_json else (str,)
+    for number, value in enumerate(values):
+        if not isinstance(value, allowed) or value != value:  # NaN is a missing value of pandas
+            if several:
+                raise _not_texts(f"{option}[{number}]", value, "write it as text, str(…), or leave it out")
+            raise _not_texts(option, value, next_step)
+    return values
+
+
+def _columns(value: Any) -> list[Any]:
+    """Return the names of a data frame's columns, or [] for any other value."""
+    return list(getattr(value, "column_names", getattr(value, "columns", ())))
+
+
+def _not_texts(option: str, value: Any, next_step: str) -> UsageError:
+    if columns := _columns(value):
+        what = "a data frame"
+        next_step = f"give one of its columns, such as {option.partition('[')[0]}=frame[{columns[0]!r}]"
+    elif isinstance(value, str):
+        what = "one text"
+    elif value is None or isinstance(value, int | float):
+        what = shorten(repr(value))
+    else:
+        what = f"a {type(value).__name__}"
+    return UsageError(f"{option} is {what}", where=option.partition("[")[0], next_step=next_step)
 
 
 def as_sources(value: Any) -> Any:

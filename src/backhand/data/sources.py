@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,11 +14,14 @@ from backhand.data.given_rows import STANDARD_INPUT, read_given
 from backhand.data.raw_rows import IN_MEMORY, RawRow, RowErrors
 from backhand.data.text_files import is_table, read_csv, read_json_lines, read_json_values
 from backhand.errors import DataError
+from backhand.words import shorten
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TRAINING_STEMS = ("train", "training")
 HELD_OUT_STEMS = ("valid", "validation", "eval", "dev")
 _TEST_STEMS = ("test",)
+_LONGEST_NAME = 200
+"""Largest number of characters of a missing file's name in an error."""
 _PLAIN_TEXT = (".txt", ".text", ".md", ".rst")
 
 
@@ -131,18 +135,30 @@ def _expand_one(name: str) -> list[str]:
     path = Path(name)
     if name.startswith((GYM, IN_MEMORY)):
         return [name]
-    if path.is_dir():
+    if os.path.isdir(name):  # noqa: PTH112 - a text may be too long for `Path.is_dir`
         files = _data_files(path)
         if not files:
             raise DataError(
                 "there is no data file in this folder", where=name, next_step=f"add one of {', '.join(SUFFIXES)}"
             )
         return [str(file) for file in _with_stem(files, TRAINING_STEMS) or files]
-    if not path.exists() and not _is_hub(name):
+    if not os.path.exists(name) and not _is_hub(name):  # noqa: PTH110 - a text may be too long for `Path.exists`
+        if _is_text(name):
+            raise DataError(
+                "this is a text, not the name of a file",
+                where=shorten(name),
+                next_step='give texts as rows, such as {"text": "…"}, in a file or as a list of dicts',
+            )
         near = _nearest_file(path)
         remedy = f"did you mean {near}?" if near else "check the path, relative to the current directory"
-        raise DataError("there is no such file", where=name, next_step=remedy)
+        raise DataError("there is no such file", where=shorten(name, _LONGEST_NAME), next_step=remedy)
     return [name]
+
+
+def _is_text(name: str) -> bool:
+    """Return True if a name has white space, no suffix of rows, and no directory that exists."""
+    folder = os.path.dirname(name)  # noqa: PTH120
+    return len(name.split()) > 1 and data_suffix(Path(name)) not in SUFFIXES and not os.path.isdir(folder)  # noqa: PTH112
 
 
 def _nearest_file(path: Path) -> Path | None:

@@ -82,8 +82,8 @@ class Embedder:
             raise UsageError(
                 "neither the adapter nor the model says how a text becomes a vector",
                 where="model",
-                next_step="give --adapter with an adapter that was trained to embed; the commands embed and mine "
-                "also take --pooling last or mean",
+                next_step="give --adapter with an adapter that was trained to embed; "
+                "embed and mine also take --pooling last or --pooling mean",
             )
 
         def prompt(name: str) -> str:

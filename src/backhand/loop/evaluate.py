@@ -53,7 +53,7 @@ from backhand.loop.classify import evaluate_classes, print_classes
 from backhand.loop.decide import evaluate_decisions, print_decisions
 from backhand.loop.decision_scores import DecisionScore
 from backhand.loop.embed import evaluate_vectors_command
-from backhand.loop.evaluate_rewards import evaluate_rewards_command
+from backhand.loop.evaluate_rewards import RewardEvaluation, evaluate_rewards_command
 from backhand.loop.label_scores import LabelScore, label_score, print_labels
 from backhand.loop.measuring import HeldOut
 from backhand.loop.objectives.compared import PairObjective
@@ -400,7 +400,7 @@ def _perplexity(nats: float) -> float:
         return math.inf  # a float64 cannot hold it
 
 
-def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str, float]] | dict[str, Any]:
+def evaluate_command(options: EvaluateOptions) -> Evaluation | RewardEvaluation | dict[str, Any]:
     """Run `evaluate` and print a table, or one JSON object with `json`; or measure rewards or vectors instead."""
     if options.run.reward:
         return evaluate_rewards_command(options.validate())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from backhand.data.examples import check_vocabulary
 from backhand.data.prepare import prepare
@@ -23,11 +23,22 @@ from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import show_notes
 
 
-def evaluate_rewards(options: EvaluateOptions) -> tuple[list[list[float]], list[dict[str, float]]]:
-    """Measure the base model and, with an adapter, the adapted model.
+@dataclass(frozen=True)
+class RewardEvaluation:
+    """The rewards of the base model and of the adapted model on the same rows."""
 
-    Returns:
-        For each model, the reward of every row, and the measured values.
+    rows: int  # number of rows
+    base: dict[str, float]  # measured values by name
+    adapted: dict[str, float] | None  # None without an adapter
+    gain: tuple[float, float, float] | None  # see `reward_gain`; None without an adapter
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `evaluate --reward --json` prints."""
+        return {name: value for name, value in asdict(self).items() if name != "gain"}
+
+
+def evaluate_rewards(options: EvaluateOptions) -> RewardEvaluation:
+    """Measure the base model and, with an adapter, the adapted model.
 
     Raises:
         UsageError, DataError, ArtifactError: an option, the rows or the model cannot be used.
@@ -60,22 +71,23 @@ def evaluate_rewards(options: EvaluateOptions) -> tuple[list[list[float]], list[
             held_out.loss(loaded.model, Communicator(), interruptible=False)
             rewards_of.append(held_out.row_rewards)
             measured.append({name.removeprefix("eval_"): value for name, value in held_out.measured.items()})
-    return rewards_of, measured
+    base, adapted = (*measured, None)[:2]
+    assert base is not None
+    return RewardEvaluation(len(rewards_of[0]), base, adapted, None if adapted is None else reward_gain(*rewards_of))
 
 
-def evaluate_rewards_command(options: EvaluateOptions) -> Sequence[dict[str, float]]:
+def evaluate_rewards_command(options: EvaluateOptions) -> RewardEvaluation:
     """Run `evaluate_rewards` and print a table, or one JSON object with `json`."""
     with working("evaluating"):
-        rewards, measured = evaluate_rewards(options)
-    rows = len(rewards[0])
+        result = evaluate_rewards(options)
     if options.run.json:
-        base, adapted = (*measured, None)[:2]
-        sys.stdout.write(json.dumps({"rows": rows, "base": base, "adapted": adapted}) + "\n")
-        return measured
-    shown = table_of("model", *measured[0], right=measured[0], title=f"{rows:,} rows, each answered once")
-    for name, values in zip(("base", "adapted"), measured, strict=False):
-        shown.add_row(name, *(f"{value:.4g}" for value in values.values()))
+        sys.stdout.write(json.dumps(result.as_dict()) + "\n")
+        return result
+    shown = table_of("model", *result.base, right=result.base, title=f"{result.rows:,} rows, each answered once")
+    for name, values in (("base", result.base), ("adapted", result.adapted)):
+        if values is not None:
+            shown.add_row(name, *(f"{value:.4g}" for value in values.values()))
     console_for_tables().print(shown)
-    if len(rewards) > 1:
-        console_for_tables().print(gain_words(reward_gain(*rewards)), soft_wrap=True)
-    return measured
+    if result.adapted is not None:
+        console_for_tables().print(gain_words(result.gain), soft_wrap=True)
+    return result

@@ -16,7 +16,7 @@ import regex
 
 from backhand.bounds import Also, Bound, Check, Count, Options, Positive
 from backhand.errors import UsageError
-from backhand.words import shorten
+from backhand.words import name_list, shorten
 
 NO_PROCESS = 75
 """Exit code of the functions' process where the system does not start the one that ends it with its parent."""
@@ -80,11 +80,15 @@ def check_name(where: str, name: object) -> None:
     elif found.kind in ("file", "module") and not (found.place and found.function.isidentifier()):
         problem = f"{name!r} is neither a built-in reward nor of the form MODULE:FUNCTION or FILE.py:FUNCTION"
     if problem is not None:
+        place = Path(found.place)
+        near = sorted(map(str, place.parent.glob(f"*{place.suffix}"))) if "no file" in problem and place.suffix else []
         raise UsageError(
             problem,
             where=where,
             why=why,
-            next_step="built in are exact, number, regex:PATTERN, json:SCHEMA.json, length:TOKENS, reasoning_gym:TASK",
+            next_step=f"the files there are {name_list(near)}"
+            if near
+            else "built in are exact, number, regex:PATTERN, json:SCHEMA.json, length:TOKENS, reasoning_gym:TASK",
         )
 
 
