@@ -42,6 +42,7 @@ assert_type(backhand.generate(data="rows.jsonl"), list[dict[str, Any]])
 assert_type(backhand.classify("a", labels=["yes", "no"]), dict[str, float])
 assert_type(backhand.classify(prompts=["a"]), list[dict[str, float]])
 result = backhand.evaluate(data=["a.jsonl", Path("b.jsonl")], adapter="a")
+assert_type(backhand.evaluate(data="a.jsonl", reward="exact").gain, tuple[float, float, float] | None)
 if result.adapted is not None:
     assert_type(result.adapted.loss, float)
 assert_type(backhand.export("a", to="gguf", output="b.gguf"), Path)
