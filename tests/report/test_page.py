@@ -325,7 +325,8 @@ def test_an_adapter_of_labels_is_not_offered_for_a_chat(labelled: bool, finished
     labels = {"accuracy": 1.0, "f1_macro": 1.0, "per_label": {}, "confusion": {}, "invented": 0}
     summary = json.loads((finished / "summary.json").read_text())
     summary |= {"adapted_labels": labels if labelled else None, "asking": " --prompt '<text>'"}
+    summary["labels"] = ["a", "b"] if labelled else []
     (finished / "summary.json").write_text(json.dumps(summary))
     text = Page(run_page(read_run(finished))).root.text
-    assert ("backhand generate " in text and "--labels auto --prompt '<text>'" in text) == labelled
+    assert "backhand generate " in text and ("--labels auto --compare --prompt '<text>'" in text) == labelled
     assert ("backhand chat " in text) != labelled

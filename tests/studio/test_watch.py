@@ -217,7 +217,7 @@ def test_only_formats_of_the_objective_are_offered() -> None:
         for objective in ("sft", "decide", "embed", "classify")
     }
     assert offered["classify"] == ["peft"] and "vectors" not in offered["sft"] and "merged" in offered["sft"]
-    assert "decision" in offered["decide"] and "vectors" in offered["embed"]
+    assert offered["decide"] == ["peft", "decision"] and offered["embed"] == ["peft", "vectors", "merged"]
 
 
 def set_objective(run: Path, objective: str) -> None:

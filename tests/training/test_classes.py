@@ -176,8 +176,11 @@ def test_evaluation_scores_the_adapter_against_a_constant_answer(
     assert found["base"]["classes"]["values"]["nll"] == pytest.approx(summary.base_eval_loss)
 
 
-def test_the_page_shows_the_scores(straight: TrainConfig) -> None:
+def test_the_page_shows_the_scores_and_commands_that_accept_a_head(straight: TrainConfig) -> None:
     page = Page(run_page(read_run(straight.run.output)))
+    uses = page.one("section", id="result").text
+    assert "backhand classify --model" in uses and "AutoModelForSequenceClassification" in uses
+    assert not [name for name in ("chat", "AutoModelForCausalLM", "export", "vllm", "ollama", "llama-") if name in uses]
     text = page.one("section", id="answers").text
     assert "best constant answer" in text and "Rows with the largest losses" in text
     assert "answered before and after" not in text

@@ -206,7 +206,9 @@ def test_a_run_learns_and_shows_its_scores(straight: TrainConfig) -> None:
     assert not any("gguf" in line for line in shown)
     page = Page(run_page(read_run(straight.run.output)))
     assert "no score head" in page.one("section", id="answers").text
-    assert "0.693 to" in page.one("section", id="result").text
+    uses = page.one("section", id="result").text
+    assert "0.693 to" in uses and "CrossEncoder('merged')" in uses and "AutoModelForSequenceClassification" in uses
+    assert "backhand chat" not in uses and "gguf" not in uses and "vllm" not in uses
 
 
 @pytest.mark.parametrize("loss", ["listwise", "listnet"])

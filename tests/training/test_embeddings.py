@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import tracemalloc
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from torch import Tensor, nn
 
 import backhand
+from backhand.cli.main import main
 from backhand.data.data_report import TruncationStats
 from backhand.data.embedding_examples import EmbeddingEncoder, EmbeddingFormat
 from backhand.data.examples import Example
@@ -407,14 +409,42 @@ def test_verify_proves_the_gradients_of_vectors(straight: TrainConfig) -> None:
     assert proved["merged = unmerged, final states"].passed
 
 
+def test_commands_for_other_programs_give_vectors(
+    straight: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The report's exports are accepted. Ollama needs --merge for the pooling, llama.cpp for the end of texts."""
+    monkeypatch.chdir(tmp_path)
+    result = Page(run_page(read_run(straight.run.output))).one("section", id="result")
+    page = "\n".join(pre.text for pre in result.all() if pre.tag == "pre")
+    assert not [name for name in ("AutoModelForCausalLM", "llama-cli", "ollama", "backhand chat") if name in page]
+    exports = [line for line in page.splitlines() if line.startswith("backhand export")]
+    summary = read_summary(straight.run.output / "summary.json")
+    assert summary is not None and exports[1] in closing_lines(summary)[-1]
+    for export in exports:
+        assert main(shlex.split(export)[1:]) == 0
+    assert "next: llama-server --embedding -m merged.gguf" in capsys.readouterr().out
+    adapter, model = f"--adapter={straight.run.output / 'adapter'}", f"--model={straight.model.model}"
+    assert main(["export", adapter, model, "--to", "gguf", "--output", "lora.gguf"]) == 0
+    said = capsys.readouterr().out
+    assert "does not end texts as in training" in said and "add --merge" in said and "llama" not in said
+    assert main(["export", adapter, model, "--to", "ollama", "--output", "ollama"]) == 4
+    assert "next: give --merge" in capsys.readouterr().err
+    assert main(["export", adapter, model, "--to", "ollama", "--merge", "--output", "ollama"]) == 0
+    assert "      curl http://localhost:11434/api/embed -d" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
-def test_llama_cpp_gives_the_same_vectors_of_an_encoder(tiny: TinyRun, tmp_path: Path, kind: str) -> None:
+def test_llama_cpp_gives_the_same_vectors_of_an_encoder(
+    tiny: TinyRun, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = save_tiny(tiny_encoder(kind, max_position_embeddings=256), tmp_path / "model")
     if kind == "bert":
         word_piece_tokenizer().save_pretrained(model)
     made = config(tiny, tmp_path, tmp_path / "run", max_steps=2)
     train(replace(made, model=replace(made.model, model=str(model))))
     adapter, output = made.run.output / "adapter", tmp_path / "merged.gguf"
+    export_command(ExportOptions(adapter, tmp_path / "lora.gguf", str(model), to="gguf"))
+    assert f"next: llama-server --embedding --pooling mean -m BASE.gguf --lora {tmp_path}" in capsys.readouterr().out
     export_command(ExportOptions(adapter, output, str(model), to="gguf", merge=True, dtype="float32", quiet=True))
     proofs = [json.loads(line) for line in (made.run.output / "proofs.jsonl").read_text().splitlines()]
     (proof,) = [one for one in proofs if "/v1/embeddings" in one["proof"]]

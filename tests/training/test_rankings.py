@@ -27,7 +27,7 @@ from backhand.data.packing import RowPacker
 from backhand.data.prepare import prepare
 from backhand.data.ranking_examples import SYSTEM, RankingEncoder, RankingFormat
 from backhand.data.rows import RankedTexts, RankingRow
-from backhand.errors import CheckError, DataError, UsageError
+from backhand.errors import ArtifactError, CheckError, DataError, UsageError
 from backhand.interop.command import export_command
 from backhand.interop.options import ExportOptions
 from backhand.loop.evaluate import Evaluation, evaluate, evaluate_command
@@ -515,7 +515,9 @@ def test_evaluate_scores_base_and_adapter(straight: TrainConfig, capsys: pytest.
     assert "base: nDCG@10" in capsys.readouterr().out
 
 
-def test_llama_cpp_gives_the_same_scores_of_a_gguf_file(straight: TrainConfig, tmp_path: Path) -> None:
+def test_llama_cpp_gives_the_same_scores_of_a_gguf_file(
+    straight: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The export asks llama.cpp, which has a score head for Qwen3 models, and fails if a score differs."""
     model, output = (
         save_answering(tiny_model("qwen3", num_hidden_layers=2), tmp_path / "model"),
@@ -523,7 +525,14 @@ def test_llama_cpp_gives_the_same_scores_of_a_gguf_file(straight: TrainConfig, t
     )
     train(with_options(straight, model=str(model), output=tmp_path / "run", prove_resume=None, epochs=1, eval_data=()))
     adapter = tmp_path / "run" / "adapter"
-    export_command(ExportOptions(adapter, output, str(model), to="gguf", merge=True, dtype="float32", quiet=True))
+    page = Page(run_page(read_run(tmp_path / "run"))).one("section", id="result").text
+    assert "--merge --to gguf --output merged.gguf\nllama-server --reranking" in page and "llama-cli" not in page
+    assert "--merge --to gguf" not in Page(run_page(read_run(straight.run.output))).one("section", id="result").text
+    options = ExportOptions(adapter, output, str(model), to="gguf", dtype="float32", merge=True)
+    with pytest.raises(ArtifactError, match="for which Ollama cannot use it"):
+        export_command(replace(options, to="ollama"))
+    export_command(options)
+    assert f"next: llama-server --reranking -m {output}" in capsys.readouterr().out
     proofs = [json.loads(line) for line in (tmp_path / "run" / "proofs.jsonl").read_text().splitlines()]
     (proof,) = [one for one in proofs if "/v1/rerank" in one["proof"]]
     assert proof["passed"] and proof["value"] <= 1e-5

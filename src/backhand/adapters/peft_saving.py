@@ -23,7 +23,7 @@ from backhand.adapters.targets import Target, module_values, targeted_parameters
 from backhand.errors import CheckError
 from backhand.nn.loading.wrappers import TRUNK, EncoderWrapper, Wrapper
 from backhand.nn.lora_parameters import LoRAParameters, TrainedTensor
-from backhand.nn.model_options import pretrained_arguments
+from backhand.nn.model_options import peft_code
 
 
 class AdapterParts(NamedTuple):
@@ -102,7 +102,11 @@ HEADLESS_TASK, CLASS_TASK = "FEATURE_EXTRACTION", "SEQ_CLS"
 """PEFT's task types for a model without a head, whose class is AutoModel, and for sequence classification."""
 CLASSIFIERS = ("classifier", "pooler", "head", "score")
 """Modules of classification heads. PEFT adds some of these names to `modules_to_save`, whether they exist or not."""
-_AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", HEADLESS_TASK: "AutoModel"}
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    HEADLESS_TASK: "AutoModel",
+    CLASS_TASK: "AutoModelForSequenceClassification",
+}
 
 
 def model_card(
@@ -141,27 +145,11 @@ def model_card(
 
 
 def _usage(described: PEFTConfig, wrapper: Wrapper | None) -> str:
-    if described.task_type == CLASS_TASK and described.base_model:
-        return _class_usage(pretrained_arguments(described.base_model, json.dumps))
-    auto_class = _AUTO_CLASSES.get(described.task_type or "") if wrapper is None else "AutoModelForImageTextToText"
-    imported = base = ""
-    if auto_class is not None and described.base_model:
-        imported = f"from transformers import {auto_class}\n"
-        base = f"base = {auto_class}.from_pretrained({pretrained_arguments(described.base_model, json.dumps)})\n"
-    model = 'model = PeftModel.from_pretrained(base, "path/to/this/directory")'
-    return f"```python\nfrom peft import PeftModel\n{imported}\n{base}{model}\n```\n"
-
-
-def _class_usage(base: str) -> str:
-    lines = (
-        "from peft import PeftModel",
-        "from transformers import AutoConfig, AutoModelForSequenceClassification\n",
-        'adapter = "path/to/this/directory"',
-        "config = AutoConfig.from_pretrained(adapter)  # with the names of the labels",
-        f"base = AutoModelForSequenceClassification.from_pretrained({base}, config=config)",
-        "model = PeftModel.from_pretrained(base, adapter)",
-    )
-    return "\n".join(("```python", *lines, "```\n"))
+    auto_class = _AUTO_CLASSES.get(described.task_type or "")
+    if wrapper is not None and described.task_type != CLASS_TASK:
+        auto_class = "AutoModelForImageTextToText"
+    code = peft_code(auto_class, described.base_model or None, "path/to/this/directory", json.dumps)
+    return f"```python\n{code}\n```\n"
 
 
 def _range(values: Iterable[float]) -> str:

@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 
 from backhand.adapters import classifier_config
-from backhand.adapters.base_model import open_base
 from backhand.adapters.contents import read_adapter_directory
 from backhand.adapters.loading import match_linear_adapter, read_adapter
 from backhand.adapters.module_factors import Factors, factors_of
 from backhand.adapters.record import AdapterRecord
 from backhand.data.template_report import default_system
-from backhand.errors import BackhandError, ResourceError, UsageError, short_reason
+from backhand.errors import ArtifactError, BackhandError, ResourceError, UsageError, short_reason
 from backhand.files import staged, write_atomically
 from backhand.interop.gguf_adapter_writer import llama_cpp_notes, write_gguf_adapter
+from backhand.interop.gguf_ranking import can_rank
+from backhand.interop.gguf_vectors import text_end
 from backhand.interop.huggingface_writer import write_tokenizer
 from backhand.interop.merging import merge_adapter
 from backhand.interop.opened_adapter import OpenedAdapter, for_gguf, open_adapter, refuse
@@ -36,6 +37,7 @@ from backhand.interop.other_formats import (
 )
 from backhand.interop.proving import Prover, prove_export
 from backhand.interop.sentence_transformers import (
+    embedding_of,
     for_sentence_transformers,
     kind_of,
     prove_sentence_transformers,
@@ -45,6 +47,7 @@ from backhand.nn.loading.gguf_layouts import stored_sizes
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.gguf_tensors import gguf_architecture
 from backhand.nn.loading.source import ModelSource
+from backhand.runs.uses import llama_cpp_program, ollama_commands
 from backhand.terminal import console
 
 
@@ -60,44 +63,68 @@ def export_command(options: ExportOptions) -> Path:
     options.validate()
     adapter, output = given("adapter", options.adapter), given("output", options.output)
     prover = Prover("export", adapter, None if options.quiet else console())
-    program, base, decides = "llama-cli", "", False
-    if options.merge or options.decision:
-        program = _export_merged(options, output, prover)
-    elif options.to == "kohya":
+    lines: tuple[str, ...] = ()
+    if options.to == "kohya":
         _export_kohya(options, adapter, output, prover)
     else:
         allow_pickle = options.reading.allow_pickle
         opened = open_adapter(options.model, adapter, force_base=options.force_base, allow_pickle=allow_pickle)
-        base = shlex.quote(str(opened.source.path)) if isinstance(opened.source, GGUFModel) else "BASE.gguf"
-        decides = opened.loaded.record is not None and bool(opened.loaded.record.decisions)
-        _export_adapter(options, opened, output, prover)
+        if options.to == "ollama":
+            _check_ollama(opened, merge=options.merge)
+        (_export_merged if options.merged else _export_adapter)(options, opened, output, prover)
+        lines = _how_to_use(options, opened, shlex.quote(str(output)))
     prover.write()
     prover.say(f"written: {shlex.quote(str(output))}")
-    if decides and options.to == "gguf":
-        prover.say("note: the adapter decides questions; llama.cpp does so with a decision model: add --decision")
-    else:
-        for line in _how_to_run(options, shlex.quote(str(output)), program, base):
-            prover.say(line)
+    for line in lines:
+        prover.say(line)
     if options.push is not None:
         prover.say(f"uploaded: {_push(output, options.push)}")
     return output
 
 
-def _how_to_run(options: ExportOptions, output: str, program: str, base: str) -> tuple[str, ...]:
-    """Return the commands to run next in other programs than Python.
+def _check_ollama(opened: OpenedAdapter, *, merge: bool) -> None:
+    """Raise ArtifactError if Ollama cannot compute what the adapter was trained for."""
+    unsupported = {
+        "decide": ("it computes no probabilities of answers", "give --to gguf --decision, for llama.cpp"),
+        "rank": ("it computes no scores of documents", "use backhand rank, or export to another format"),
+        "embed": ("it takes the pooling of vectors from the file of the model", "give --merge"),
+    }
+    why, next_step = unsupported.get(opened.objective or "", ("", ""))
+    if why and not (merge and opened.objective == "embed"):
+        raise ArtifactError(
+            f"the adapter was trained with --objective {opened.objective}, for which Ollama cannot use it",
+            where="to",
+            why=why,
+            next_step=next_step,
+        )
 
-    Args:
-        program: the program of llama.cpp for a GGUF file.
-        base: file of the model whose adapter was exported, empty if it was merged.
-    """
+
+def _how_to_use(options: ExportOptions, opened: OpenedAdapter, output: str) -> tuple[str, ...]:
+    """Return the commands to run next in other programs than Python, or a note that these need another export."""
+    objective = opened.objective
     if options.to == "ollama":
-        return (f"next: ollama create mine -f {output}/Modelfile", "      ollama run mine")
+        return _next(*ollama_commands(output, objective))
     if options.to != "gguf":
         return ()
-    if base:
-        return (f"next: {program} -m {base} --lora {output}",)
-    then = ("      then POST /v1/systemone",) if options.decision else ()
-    return (f"next: {program} -m {output}", *then)
+    if objective == "decide" and not options.decision:
+        return ("note: the adapter decides questions; llama.cpp does so with a decision model: add --decision",)
+    if objective == "rank" and not options.merged:
+        return ("note: the adapter ranks documents; llama.cpp does so with a merged model of Qwen3: add --merge",)
+    if objective == "rank" and not can_rank(opened):
+        return ()
+    if objective == "embed" and not options.merged and text_end(opened):
+        return ("note: the base's tokenizer does not end texts as in training, and a merged model's does: add --merge",)
+    program = llama_cpp_program(objective)
+    if options.merged:
+        return _next(f"{program} -m {output}", *(["then POST /v1/systemone"] if options.decision else []))
+    base = shlex.quote(str(opened.source.path)) if isinstance(opened.source, GGUFModel) else "BASE.gguf"
+    pooling = f" --pooling {embedding_of(opened)['pooling']}" if objective == "embed" else ""
+    return _next(f"{program}{pooling} -m {base} --lora {output}")
+
+
+def _next(*commands: str) -> tuple[str, ...]:
+    """Return the lines that name the commands to run next."""
+    return tuple(f"{'      ' if number else 'next: '}{command}" for number, command in enumerate(commands))
 
 
 _ANSWER_S = 120.0
@@ -252,18 +279,12 @@ def _export_kohya(options: ExportOptions, adapter: Path, output: Path, prover: P
         prove_export(prover, factors, read_kohya_file(path, factors))
 
 
-def _export_merged(options: ExportOptions, output: Path, prover: Prover) -> str:
-    """Merge, and return the program of llama.cpp for the result."""
-    if options.to == "kohya":
-        raise UsageError("kohya's format supports adapters only", where="merge", next_step="leave out --merge")
+def _export_merged(options: ExportOptions, opened: OpenedAdapter, output: Path, prover: Prover) -> None:
     with staged(output) as path:
         if options.to == "ollama":
             path.mkdir()
-            program = merge_adapter(options, path / MODEL_FILE, prover, gguf=True)
-            record = None if options.adapter is None else read_adapter_directory(options.adapter).record
-            write_modelfile(path, f"./{MODEL_FILE}", system=_system(record, open_base(options.model, options.adapter)))
+            merge_adapter(opened, options, path / MODEL_FILE, prover, gguf=True)
+            write_modelfile(path, f"./{MODEL_FILE}", system=_system(opened.loaded.record, opened.source))
         else:
-            vectors = options.to == "sentence-transformers"
-            gguf, decision = options.to == "gguf", options.decision
-            program = merge_adapter(options, path, prover, gguf=gguf, decision=decision, vectors=vectors)
-    return program
+            vectors, gguf = options.to == "sentence-transformers", options.to == "gguf"
+            merge_adapter(opened, options, path, prover, gguf=gguf, decision=options.decision, vectors=vectors)

@@ -41,11 +41,10 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.families.class_heads import BERT_CLASS_HEAD, ClassHead
 from backhand.nn.loading.gguf_tensors import SCORE_HEAD, gguf_architecture
 from backhand.nn.loading.opening import open_model
+from backhand.runs.uses import SCORED_DECODERS
 
 BOUND = 1e-3
 """Largest difference of a score from llama.cpp's, if all weights are float32: of logits above 1 in size, relative."""
-_DECODERS = ("qwen3",)
-"""Architectures of decoders that have a score head."""
 _HEADS = {
     "bert": BERT_CLASS_HEAD,
     "modern-bert": ClassHead(
@@ -128,10 +127,14 @@ def gguf_ranking(opened: OpenedAdapter, weights: MergedWeights) -> GGUFRanking |
     Raises:
         ArtifactError: llama.cpp computes other scores for this encoder.
     """
-    architecture = gguf_architecture(opened.source.config)
     if not opened.config.causal:
-        return GGUFRanking(opened, two_separators=_two_separators(opened, architecture))
-    return _of_decoder(opened, weights) if architecture in _DECODERS else None
+        return GGUFRanking(opened, two_separators=_two_separators(opened, gguf_architecture(opened.source.config)))
+    return _of_decoder(opened, weights) if can_rank(opened) else None
+
+
+def can_rank(opened: OpenedAdapter) -> bool:
+    """Return True if llama.cpp has a score head for encoders, or for decoders of the base's architecture."""
+    return not opened.config.causal or gguf_architecture(opened.source.config) in SCORED_DECODERS
 
 
 def _of_decoder(opened: OpenedAdapter, weights: MergedWeights) -> GGUFRanking:

@@ -64,14 +64,17 @@ def merge_command(options: MergeOptions) -> Path:
     options.validate()
     adapter, output = given("adapter", options.adapter), given("output", options.output)
     prover = Prover("merge", adapter, None if options.quiet else console())
+    allow_pickle = options.reading.allow_pickle
+    opened = open_adapter(options.model, adapter, force_base=options.force_base, allow_pickle=allow_pickle)
     with staged(output) as path:
-        merge_adapter(options, path, prover, gguf=output.suffix == ".gguf")
+        merge_adapter(opened, options, path, prover, gguf=output.suffix == ".gguf")
     prover.write()
     prover.say(f"written: {shlex.quote(str(output))}")
     return output
 
 
 def merge_adapter(
+    opened: OpenedAdapter,
     options: AdaptedModelOptions,
     path: Path,
     prover: Prover,
@@ -79,27 +82,18 @@ def merge_adapter(
     gguf: bool,
     decision: bool = False,
     vectors: bool = False,
-) -> str:
+) -> None:
     """Write the merged model at `path`, which must not exist, and prove it; `export --merge` calls this too.
 
     Args:
-        options: `output` is ignored.
+        options: `model`, `adapter` and `output` are ignored.
         gguf: write a GGUF file instead of a Hugging Face directory.
         decision: make the GGUF file a decision model of llama.cpp.
         vectors: make the directory a model of sentence-transformers.
 
-    Returns:
-        the program of llama.cpp for such a model, with its options.
-
     Raises:
         ArtifactError, CheckError: see `merge_command`.
     """
-    opened = open_adapter(
-        options.model,
-        given("adapter", options.adapter),
-        force_base=options.force_base,
-        allow_pickle=options.reading.allow_pickle,
-    )
     prover.say_notes(opened.loaded)
     opened = for_gguf(opened) if gguf else opened
     if vectors:
@@ -154,9 +148,6 @@ def merge_adapter(
         prove_sentence_transformers(path, opened, prover, merged=True)
     if decision:
         prove_decisions(path, opened, prover, exact=options.dtype == "float32")
-    if ranking is not None or pools:
-        return f"llama-server {'--embedding' if pools else '--reranking'}"
-    return "llama-server" if decision else "llama-cli"
 
 
 def merged_weights(opened: OpenedAdapter) -> MergedWeights:

@@ -11,6 +11,7 @@ import torch
 from backhand.adapters.base_model import open_base
 from backhand.adapters.loading import LoadedAdapter, load_adapter_for
 from backhand.adapters.module_factors import ModuleFactors, factors_of
+from backhand.adapters.record import AdapterRecord
 from backhand.data.held_out import neutral_texts
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.weights import module_shapes
@@ -42,6 +43,13 @@ class OpenedAdapter:
     def base_name(self) -> str:
         """An id or path under which other programs find the base."""
         return self.source.hub_id or str(self.source.path.resolve())
+
+    @property
+    def objective(self) -> str | None:
+        """The objective that the adapter was trained with, None if its files do not name it."""
+        record = self.loaded.record or AdapterRecord()
+        shown = "decide" if record.decisions else "embed" if record.embedding else None
+        return shown or record.config.get("objective.objective")
 
 
 def open_adapter(model: str | None, adapter: Path, *, force_base: bool, allow_pickle: bool = False) -> OpenedAdapter:

@@ -111,6 +111,11 @@ class ExportOptions(AdaptedModelOptions, Options):
     """Upload the output to this repository of the Hugging Face hub, OWNER/NAME, with the token of `hf auth login`.
     A new repository is private."""
 
+    @property
+    def merged(self) -> bool:
+        """True if the output is a merged model."""
+        return self.merge or self.decision
+
     def _check_together(self) -> None:
         given("adapter", self.adapter)
         new_output(self.output)
@@ -121,7 +126,10 @@ class ExportOptions(AdaptedModelOptions, Options):
                 raise UsageError(f"{name} applies to adapters in PEFT's format", where=name, next_step="give --to peft")
         if self.decision and self.to != "gguf":
             raise UsageError("a decision model is a GGUF file", where="decision", next_step="give --to gguf")
-        if not self.merge and not self.decision:
+        if self.merge and self.to == "kohya":
+            what = "kohya's format supports adapters only"
+            raise UsageError(what, where="merge", next_step="leave out --merge")
+        if not self.merged:
             for name, value, off in (("dtype", self.dtype, "auto"), ("tolerance", self.tolerance, None)):
                 if value != off:
                     raise UsageError(f"{name} applies to merged models", where=name, next_step="give --merge as well")

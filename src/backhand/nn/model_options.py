@@ -110,3 +110,27 @@ def pretrained_arguments(base: str, quoted: Callable[[str], str] = repr) -> str:
     if not re.fullmatch(r".+\.(?i:gguf)|sha256-\w+", path.name):  # the second form is used in Ollama's store
         return quoted(base)
     return f"{quoted(str(path.parent))}, gguf_file={quoted(path.name)}"
+
+
+def peft_code(auto_class: str | None, base: str | None, adapter: str, quoted: Callable[[str], str] = repr) -> str:
+    """Return Python code that loads an adapter with PEFT.
+
+    Args:
+        auto_class: transformers' class of the base. Sequence classification takes its labels from the adapter.
+        base: id or path of the base; without it, or without a class, the code has no line for it.
+        adapter: directory of the adapter.
+        quoted: writes a text as Python code.
+    """
+    lines = ["from peft import PeftModel"]
+    arguments, of_model = "" if base is None else pretrained_arguments(base, quoted), quoted(adapter)
+    if auto_class is None or base is None:
+        lines.append("")
+    elif auto_class == "AutoModelForSequenceClassification":
+        lines += [f"from transformers import AutoConfig, {auto_class}", "", f"adapter = {of_model}"]
+        lines.append("config = AutoConfig.from_pretrained(adapter)  # with the names of the labels")
+        arguments, of_model = f"{arguments}, config=config", "adapter"
+    else:
+        lines += [f"from transformers import {auto_class}", ""]
+    if auto_class is not None and base is not None:
+        lines.append(f"base = {auto_class}.from_pretrained({arguments})")
+    return "\n".join((*lines, f"model = PeftModel.from_pretrained(base, {of_model})"))

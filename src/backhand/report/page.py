@@ -17,6 +17,7 @@ from backhand.runs.distilled_results import distilled_sentences
 from backhand.runs.pair_results import PAIR_OBJECTIVES, answers_got_worse
 from backhand.runs.records import MAX_NEW_TOKENS
 from backhand.runs.summary import CHOSEN_BY, forgetting, no_label_fits
+from backhand.runs.uses import TrainedAdapter
 from backhand.words import count_of, interval_text
 
 if TYPE_CHECKING:
@@ -47,6 +48,25 @@ def page_values(run: RunRecord) -> dict[str, Any]:
     }
 
 
+def trained_adapter(run: RunRecord) -> TrainedAdapter:
+    """Return the run's adapter, for the commands that use it."""
+    model, summary, system = run.facts.get("model", {}), run.summary, run.rows.get("system")
+    return TrainedAdapter(
+        run.objective,
+        run.config.get("model", {}).get("model") or "smollm2-135m",
+        str(run.adapter),
+        run.trains_head,
+        bool(summary.get("labels")),
+        summary.get("asking", " --prompt '…'"),
+        system if isinstance(system, str) else None,
+        model.get("hub_id"),
+        model.get("file"),
+        summary.get("base_architecture"),
+        rank=max((module.get("rank") or 0 for module in run.facts.get("modules") or ()), default=0),
+        has_template=run.facts.get("digests", {}).get("chat_template_digest", "") is not None,
+    )
+
+
 def live_values(run: RunRecord) -> dict[str, Any]:
     """Return the values of all sections but that of the adapter, which needs its tensors."""
     tables = proof_tables(run.proofs, run=str(run.path), adapter=str(run.adapter))
@@ -58,6 +78,7 @@ def live_values(run: RunRecord) -> dict[str, Any]:
         "run": run,
         "sections": [(name, "repeat it" if name == "repeat" else name) for name in SECTIONS[1:]],
         "headline": headline(run),
+        "uses": trained_adapter(run).programs(),
         "remarks": _remarks(run),
         "tiles": _tiles(run, tables),
         "answers": [_answer(line) | {"over_time": _over_time(run, line)} for line in run.answers],

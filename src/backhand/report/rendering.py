@@ -22,8 +22,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from backhand.data.options import system_option
-from backhand.nn.model_options import pretrained_arguments
 from backhand.printing import duration
 from backhand.report.run_record import is_number
 from backhand.words import count_of, in_words, interval_text
@@ -65,8 +63,7 @@ def environment() -> Environment:
     templates.filters |= {"figure": figure, "percent": percent, "place": place, "json": _json, "moment": moment}
     templates.filters |= {"time_taken": time_taken, "size": size, "count_of": count_of}
     templates.filters["interval_text"] = interval_text
-    templates.filters |= {"pretrained": pretrained_arguments, "system_option": system_option}
-    templates.filters |= {"repr": repr, "shell": lambda value: shlex.quote(str(value))}
+    templates.filters["shell"] = lambda value: shlex.quote(str(value))
     return templates
 
 

@@ -142,6 +142,8 @@ class RunSummary:
     world_size: int = 1  # processes at the end of the run; peak_rss_bytes is that of one process
     objective: str = "sft"  # value of `--objective`
     trains_head: bool = False  # the adapter has a head on hidden states
+    base_file: str | None = None  # GGUF file of the base model, None for a directory
+    base_architecture: str | None = None  # of the base model in GGUF files, None if they have none for it
     rows_seen: int | None = None  # number of different `rows` in the steps done; None in older files
     # held-out loss before the first step; differs from base_eval_loss if the run started from an adapter
     first_eval_loss: float | None = None

@@ -43,19 +43,26 @@ class Download(NamedTuple):
     options: tuple[str, ...] = ()
     objective: str | None = None  # the only objective whose adapters have this format; None for all without a head
     has_head: bool = False  # the format can hold a classification head
+    unsupported: tuple[str, ...] = ()  # objectives of adapters that the program cannot use in this format
 
     def is_for(self, objective: str, trains_head: bool) -> bool:
         """Return True if adapters of an objective, with or without a head on hidden states, can have this format."""
-        return self.has_head if trains_head else self.objective in (None, objective)
+        usable = self.objective in (None, objective) and objective not in self.unsupported
+        return self.has_head if trains_head else usable
 
 
+_WITHOUT_ANSWERS = ("decide", "embed", "rank")
 EXPORTS = {
     "peft": Download("PEFT adapter, also for transformers and vLLM (zip)", "peft", "zip", has_head=True),
     "decision": Download("Decision model for llama.cpp (GGUF)", "gguf", "gguf", ("--decision",), "decide"),
     "vectors": Download("Model for sentence-transformers (zip)", "sentence-transformers", "zip", ("--merge",), "embed"),
-    "gguf": Download("Adapter for llama.cpp (GGUF)", "gguf", "gguf"),
-    "merged": Download("Base model with the adapter, for llama.cpp and LM Studio (GGUF)", "gguf", "gguf", ("--merge",)),
-    "ollama": Download("Adapter with a Modelfile for Ollama (zip)", "ollama", "zip"),
+    "gguf": Download("Adapter for llama.cpp (GGUF)", "gguf", "gguf", unsupported=_WITHOUT_ANSWERS),
+    "merged": Download(
+        "Base model with the adapter, for llama.cpp and LM Studio (GGUF)",
+        *("gguf", "gguf", ("--merge",)),
+        unsupported=("decide",),
+    ),
+    "ollama": Download("Adapter with a Modelfile for Ollama (zip)", "ollama", "zip", unsupported=_WITHOUT_ANSWERS),
 }
 """Formats of the export form, by name."""
 _ASKED = {

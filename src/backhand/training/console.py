@@ -38,6 +38,7 @@ from backhand.runs.summary import (
     no_label_fits,
     rows_trained_on,
 )
+from backhand.runs.uses import TrainedAdapter
 from backhand.terminal import console
 from backhand.training.loaded_run import LoadedRun
 from backhand.words import capitalized, count_of, in_words, interval_text, labelled, name_list, shorten
@@ -262,29 +263,21 @@ def closing_lines(summary: RunSummary) -> list[str]:
         lines.append(f"Stopped early: {summary.stopped_because}.")
     if summary.advice:
         lines.append(summary.advice + (f" Try: {summary.try_next}" if summary.try_next else ""))
-    model, adapter = shlex.quote(summary.model), shlex.quote(summary.adapter)
-    labels = " --labels auto" if summary.labels else ""
     if summary.labels:
         lines.append(no_label_fits(summary.labels))
     if summary.system and not system_option(summary.system):
         where = f"{len(summary.system):,} characters, in backhand.json of the adapter"
         lines.append(f"All rows had the same system message ({where}); give it with --system.")
-    given = f"--model {model} --adapter {adapter}"
-    uses = {
-        "decide": f"backhand decide {given} --state '…'",
-        "embed": f"backhand embed {given} --data FILE --output vectors.npy",
-        "rank": f"backhand rank {given} --query '…' --data FILE",
-        "classify": f"backhand classify {given} --text '…'",
-    }
-    usual = f"backhand generate {given}{labels} --compare{summary.asking}"
-    next_lines = [
-        f"Next: {uses.get(summary.objective, usual)}",
-        f"      backhand evaluate {given} --data FILE{summary.reading}" + " --vectors" * (summary.objective == "embed"),
-    ]
-    if not summary.trains_head:  # llama.cpp has no heads for adapters
-        written = "--decision --output decision.gguf" if summary.objective == "decide" else "--output adapter.gguf"
-        next_lines.append(f"      backhand export {given} --to gguf {written}")
-    return [*lines, f"Adapter: {adapter}", *next_lines]
+    trained = TrainedAdapter(
+        *(summary.objective, summary.model, summary.adapter, summary.trains_head, bool(summary.labels), summary.asking),
+        file=summary.base_file,
+        architecture=summary.base_architecture,
+    )
+    vectors = " --vectors" if summary.objective == "embed" else ""
+    evaluate = f"backhand evaluate {trained.given} --data FILE{summary.reading}{vectors}"
+    commands = [trained.backhand()[0], evaluate, *trained.llama_cpp()[:1]]
+    lines.append(f"Adapter: {shlex.quote(summary.adapter)}")
+    return [*lines, *(f"{'      ' if number else 'Next: '}{one}" for number, one in enumerate(commands))]
 
 
 def _improvement(summary: RunSummary) -> list[str]:

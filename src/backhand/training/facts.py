@@ -27,6 +27,8 @@ from backhand.data.stored_examples import PreparedData
 from backhand.data.token_view import documents_to_show, token_texts
 from backhand.loop.state import Progress, RunState
 from backhand.nn.loading.gguf_model import GGUFModel
+from backhand.nn.loading.gguf_tensors import gguf_architecture
+from backhand.nn.loading.source import ModelSource
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import METRICS, RunDirectory
 from backhand.runs.pair_results import held_out_pairs
@@ -54,7 +56,7 @@ def run_facts(run: LoadedRun) -> dict[str, Any]:
             "name": run.config.model.model,
             "origin": run.inputs.source.origin,
             "hub_id": run.inputs.source.hub_id,
-            "file": str(run.inputs.source.path) if isinstance(run.inputs.source, GGUFModel) else None,
+            "file": _gguf_file(run.inputs.source),
             "architecture": str(names[0]) if isinstance(names, list) and names else None,
             "engine": run.inputs.engine.name,
             "note": run.inputs.engine.note,
@@ -72,6 +74,10 @@ def run_facts(run: LoadedRun) -> dict[str, Any]:
         "packages": installed_packages(),
         "machine": machine(),
     }
+
+
+def _gguf_file(source: ModelSource) -> str | None:
+    return str(source.path) if isinstance(source, GGUFModel) else None
 
 
 def machine() -> dict[str, Any]:
@@ -175,6 +181,8 @@ def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_si
         world_size=world_size,
         objective=run.config.objective.objective,
         trains_head=run.inputs.trains_head,
+        base_file=_gguf_file(run.inputs.source),
+        base_architecture=gguf_architecture(run.inputs.source.config),
         evaluations=len({line["step"] for line in evaluations}),
         held_out_pairs=held_out_pairs(lines, progress.best_step),
         **_rewards(lines, progress),

@@ -1,0 +1,129 @@
+"""Commands that use an adapter after its training, in Backhand and in other programs.
+
+The end of a run, its report and `backhand export` take them from here. No command is given that refuses the adapter, or
+that runs and does not give what the adapter was trained for:
+
+                     other programs
+    answers          PEFT, llama.cpp, vLLM, Ollama
+    decide           PEFT, and llama.cpp with a decision model
+    embed            sentence-transformers, and llama.cpp with a merged model, whose file names the pooling
+    rank, decoder    PEFT, and llama.cpp with a merged model of an architecture that has a score head there
+    rank, encoder    sentence-transformers, PEFT
+    classify         PEFT; GGUF files have no place for the head
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from backhand.data.options import system_option
+from backhand.nn.model_options import peft_code
+
+SCORED_DECODERS = ("qwen3",)
+"""Architectures of decoders for which llama.cpp has a score head."""
+_LLAMA_CPP = {"decide": "llama-server", "embed": "llama-server --embedding", "rank": "llama-server --reranking"}
+_MAX_LORA_RANKS = (16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's option, of which the first is the default."""
+
+
+class Use(NamedTuple):
+    """Commands or code for one program."""
+
+    program: str
+    text: str
+    loads_base: bool = False  # the program loads the base in full precision, even if training used quantized weights
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter and its training, as far as the commands depend on them."""
+
+    objective: str  # value of `--objective`
+    model: str  # value of `--model`
+    adapter: str  # its directory
+    trains_head: bool = False  # it has a head on hidden states
+    labelled: bool = False  # the answers of its rows are labels
+    asking: str = " --prompt '…'"  # options of `generate` for a prompt like those of training
+    system: str | None = None  # system message of all rows
+    hub_id: str | None = None  # of the base, None if it is not on the hub
+    file: str | None = None  # GGUF file of the base, None for a directory
+    architecture: str | None = None  # of the base in GGUF files, None if it is not known
+    rank: int = 0  # the largest one
+    has_template: bool = True  # the base has a chat template
+
+    @property
+    def given(self) -> str:
+        """Options that name base and adapter."""
+        return f"--model {shlex.quote(self.model)} --adapter {shlex.quote(self.adapter)}"
+
+    def backhand(self) -> list[str]:
+        """Return Backhand's own commands, the most useful one first."""
+        for_objective = {
+            "decide": f"backhand decide {self.given} --state '…'",
+            "embed": f"backhand embed {self.given} --data FILE --output vectors.npy",
+            "rank": f"backhand rank {self.given} --query '…' --data FILE",
+            "classify": f"backhand classify {self.given} --text '…'",
+        }
+        if self.objective in for_objective:
+            return [for_objective[self.objective]]
+        labels = " --labels auto" if self.labelled else ""
+        answer = f"backhand generate {self.given}{labels} --compare{self.asking}"
+        if self.labelled or not self.has_template:
+            return [answer]
+        return [answer, f"backhand chat {self.given}{system_option(self.system)}"]
+
+    def llama_cpp(self) -> list[str]:
+        """Return the commands that export the adapter for llama.cpp and run it there; empty if there are none."""
+        export = f"backhand export {self.given}"
+        if self.trains_head or (self.objective == "rank" and self.architecture not in SCORED_DECODERS):
+            return []
+        if self.objective == "decide":
+            options, file = "--to gguf --decision", "decision.gguf"
+        elif self.file is not None and self.objective not in _LLAMA_CPP:
+            commands = f"{export} --to gguf --output adapter.gguf", f"llama-cli -m {shlex.quote(self.file)}"
+            return [commands[0], f"{commands[1]} --lora adapter.gguf"]
+        else:
+            options, file = "--merge --to gguf", "merged.gguf"
+        return [f"{export} {options} --output {file}", f"{llama_cpp_program(self.objective)} -m {file}"]
+
+    def programs(self) -> list[Use]:
+        """Return the uses in all programs, Backhand first."""
+        uses = [Use("Backhand", "\n".join(self.backhand()))]
+        if self.objective == "embed" or (self.objective == "rank" and self.trains_head):
+            kind = "SentenceTransformer" if self.objective == "embed" else "CrossEncoder"
+            code = f"from sentence_transformers import {kind}\n\nmodel = {kind}('merged')"
+            export = f"backhand export {self.given} --merge --to sentence-transformers --output merged"
+            uses.append(Use("sentence-transformers", f"{export}\n\n{code}"))
+        base = self.hub_id or self.file or self.model
+        if self.objective != "embed":
+            auto_class = "AutoModelForSequenceClassification" if self.trains_head else "AutoModelForCausalLM"
+            uses.append(Use("PEFT", peft_code(auto_class, base, self.adapter, repr), loads_base=base != self.file))
+        if commands := self.llama_cpp():
+            uses.append(Use("llama.cpp", "\n".join(commands)))
+        if self.trains_head or self.objective in _LLAMA_CPP:
+            return uses
+        if base == self.file:
+            uses.append(Use("vLLM", f"backhand merge {self.given} --output merged\nvllm serve merged"))
+        else:
+            serve = f"vllm serve {shlex.quote(base)} --enable-lora --lora-modules mine={shlex.quote(self.adapter)}"
+            most = next((one for one in _MAX_LORA_RANKS if one >= self.rank), self.rank)
+            serve += f" --max-lora-rank {most}" if most > _MAX_LORA_RANKS[0] else ""
+            uses.append(Use("vLLM", serve, loads_base=True))
+        export = f"backhand export {self.given} --to ollama --output ollama"
+        uses.append(Use("Ollama", "\n".join((export, *ollama_commands("ollama", self.objective)))))
+        return uses
+
+
+def llama_cpp_program(objective: str | None) -> str:
+    """Return the program of llama.cpp that runs a model of this objective, with its options."""
+    return _LLAMA_CPP.get(objective or "", "llama-cli")
+
+
+def ollama_commands(directory: str, objective: str | None) -> tuple[str, str]:
+    """Return the commands that create a model from an exported directory, quoted for a shell, and that use it."""
+    use = "ollama run mine"
+    if objective == "embed":
+        use = """curl http://localhost:11434/api/embed -d '{"model": "mine", "input": "…"}'"""
+    return f"ollama create mine -f {directory}/Modelfile", use

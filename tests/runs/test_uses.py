@@ -1,0 +1,57 @@
+"""Commands after training: each program gets what it accepts, and no program that cannot use the adapter is named."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+import pytest
+
+from backhand.runs.uses import TrainedAdapter
+
+
+@pytest.mark.parametrize(
+    ("objective", "facts", "programs", "last"),
+    [
+        ("sft", {}, "PEFT, llama.cpp, vLLM, Ollama", "ollama run mine"),
+        ("dpo", {"file": "/a/b.gguf", "hub_id": "a/b"}, "PEFT, llama.cpp, vLLM, Ollama", "ollama run mine"),
+        ("decide", {}, "PEFT, llama.cpp", "llama-server -m decision.gguf"),
+        ("embed", {}, "sentence-transformers, llama.cpp", "llama-server --embedding -m merged.gguf"),
+        ("embed", {"file": "b.gguf"}, "sentence-transformers, llama.cpp", "llama-server --embedding -m merged.gguf"),
+        ("rank", {"architecture": "qwen3"}, "PEFT, llama.cpp", "llama-server --reranking -m merged.gguf"),
+        ("rank", {"architecture": "llama"}, "PEFT", "model = PeftModel.from_pretrained(base, 'a')"),
+        (
+            "rank",
+            {"trains_head": True},
+            "sentence-transformers, PEFT",
+            "model = PeftModel.from_pretrained(base, adapter)",
+        ),
+        ("classify", {"trains_head": True}, "PEFT", "model = PeftModel.from_pretrained(base, adapter)"),
+    ],
+)
+def test_the_programs_of_each_objective(objective: str, facts: dict[str, Any], programs: str, last: str) -> None:
+    trained = TrainedAdapter(objective, "m", "a", **facts)
+    uses = trained.programs()
+    assert ", ".join(use.program for use in uses[1:]) == programs
+    assert uses[-1].text.splitlines()[-1] == last
+    peft = [use.text for use in uses if use.program == "PEFT"]
+    for code in peft:
+        ast.parse(code)
+        assert ("AutoModelForSequenceClassification" in code) == bool(facts.get("trains_head"))
+    command = objective if objective in ("decide", "embed", "rank", "classify") else "generate"
+    assert uses[0].text.startswith(f"backhand {command} --model m --adapter a ")
+
+
+def test_vllm_reads_a_gguf_base_only_merged_and_large_ranks_only_with_a_limit() -> None:
+    def vllm(**facts: Any) -> str:
+        return next(use.text for use in TrainedAdapter("sft", "m", "a", **facts).programs() if use.program == "vLLM")
+
+    assert vllm(file="/a/b.gguf").endswith("vllm serve merged")
+    assert vllm(rank=17).endswith("--lora-modules mine=a --max-lora-rank 32") and vllm(rank=16).endswith("mine=a")
+
+
+def test_a_chat_needs_a_template_and_free_answers() -> None:
+    trained = TrainedAdapter("sft", "m", "a", system="Be kind.")
+    assert trained.backhand()[1] == "backhand chat --model m --adapter a --system 'Be kind.'"
+    for facts in ({"labelled": True}, {"has_template": False}):
+        assert len(TrainedAdapter("sft", "m", "a", **facts).backhand()) == 1
