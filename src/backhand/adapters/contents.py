@@ -45,6 +45,9 @@ class UnusableAdapterError(ArtifactError):
         problems: Sequence[str],
         base_model: str | None = None,
         next_step: str | None = None,
+        *,
+        what: str | None = None,
+        why: str | None = None,
     ) -> None:
         self.problems = tuple(problems)
         count = len(self.problems)
@@ -52,9 +55,9 @@ class UnusableAdapterError(ArtifactError):
         if count > len(shown):
             shown.append(f"and {count - len(shown)} more")
         super().__init__(
-            f"the adapter cannot be used: {count} problem{'s' if count > 1 else ''}",
+            what or f"the adapter cannot be used: {count} problem{'s' if count > 1 else ''}",
             where=str(directory),
-            why="".join(f"\n    - {problem}" for problem in shown),
+            why=why or "".join(f"\n    - {problem}" for problem in shown),
             next_step=next_step or _next_step(self.problems, base_model),
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import AdapterContents, UnusableAdapterError, read_adapter_directory
 from backhand.adapters.injection_plan import Injection, close_fast_paths, plan_injection
-from backhand.adapters.loading import Expected, LoadedAdapter, check_base_copies, check_modules, match_adapter
+from backhand.adapters.loading import Expected, LoadedAdapter, check_base_copies, match_adapter, unusable_adapter
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_saving import AdapterParts, adapter_files
 from backhand.adapters.record import AdapterRecord
@@ -346,18 +346,17 @@ def inject_from(module: nn.Module, directory: Path | str, *, allow_pickle: bool 
     return inject_contents(module, read_adapter_directory(directory, allow_pickle=allow_pickle))
 
 
-def inject_contents(module: nn.Module, contents: AdapterContents) -> InjectedAdapter:
-    """Adapt `module` with an adapter that has already been read; raises as `inject_from` does."""
+def inject_contents(module: nn.Module, contents: AdapterContents, base: str | None = None) -> InjectedAdapter:
+    """Adapt `module`, the model of the name `base`, with an adapter that was read; raises as `inject_from` does."""
     if not contents.config_usable:
         raise UnusableAdapterError(contents.directory, contents.problems)
     try:
         plan = plan_injection(module, contents.described.config, None, strict=False)
     except UsageError as error:
-        if not contents.problems:
-            check_modules(contents, [name for name, _ in module.named_modules()])
-        raise UnusableAdapterError(contents.directory, [*contents.problems, str(error)]) from None
+        names = [name for name, _ in module.named_modules()]
+        raise unusable_adapter(contents, [*contents.problems, str(error)], names, base=base) from None
     expected = Expected(plan.targets, plan.shapes, plan.trained)
-    loaded = match_adapter(contents, plan.module_names, lambda _: expected)
+    loaded = match_adapter(contents, plan.module_names, lambda _: expected, base)
     check_base_copies(loaded, lambda name: base_weight(plan.modules[name]))
     adapter = InjectedAdapter(module, plan)
     adapter.fill(loaded.factors)

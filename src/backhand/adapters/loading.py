@@ -39,7 +39,7 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.wrappers import text_name
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor
 from backhand.nn.module_shapes import ModuleShapes
-from backhand.words import count_of, name_list
+from backhand.words import name_list
 
 
 class Expected(NamedTuple):
@@ -53,18 +53,17 @@ class Expected(NamedTuple):
 
 
 def match_linear_adapter(
-    contents: AdapterContents, module_shapes: Mapping[str, tuple[int, int]], base: str = "this model"
+    contents: AdapterContents, module_shapes: Mapping[str, tuple[int, int]], base: str | None = None
 ) -> LoadedAdapter:
     """Check the contents of an adapter of linear modules, embeddings and experts against a model.
 
     Args:
         module_shapes: (out, in) of every linear module of the model, by dotted path; a `ModuleShapes` also has
             embeddings and other trainable parameters.
-        base: the model's name, for an error.
+        base: the model's name, for an error; None for a module of the caller.
 
     Raises:
         UnusableAdapterError: lists every problem; see its `problems`.
-        ArtifactError: if the adapter's modules are those of another model.
     """
     shapes = ModuleShapes.of(module_shapes)
     if shapes.class_head is not None and contents.described.task_type == CLASS_TASK:
@@ -103,17 +102,16 @@ def match_adapter(
     contents: AdapterContents,
     module_names: Sequence[str],
     expected_by: Callable[[LoRAConfig], Expected],
-    base: str = "this model",
+    base: str | None = None,
 ) -> LoadedAdapter:
     """Check the contents of an adapter against a model.
 
     Args:
         expected_by: returns the tensors that a configuration requires; it may raise UsageError.
-        base: the model's name, for an error.
+        base: the model's name, for an error; None for a module of the caller.
 
     Raises:
         UnusableAdapterError: lists the problems of the files and those of the match.
-        ArtifactError: if the files are in order, and most of the adapter's modules do not fit the model.
     """
     problems = list(contents.problems)
     expected = Expected((), ())
@@ -127,9 +125,7 @@ def match_adapter(
     # Missing tensors are not reported for a file that could not be read.
     problems += matched.problems if expected.shapes and contents.unusable is not None else expected.problems
     if problems:
-        if not contents.problems:
-            check_modules(contents, module_names, expected.shapes, base)
-        raise UnusableAdapterError(contents.directory, problems, contents.described.base_model)
+        raise unusable_adapter(contents, problems, module_names, expected.shapes, base)
     return LoadedAdapter(
         contents.directory,
         contents.described,
@@ -143,13 +139,23 @@ def match_adapter(
     )
 
 
-def check_modules(
+def unusable_adapter(
     contents: AdapterContents,
+    problems: Sequence[str],
     module_names: Sequence[str],
     shapes: Sequence[FactorShapes] = (),
-    base: str = "this model",
-) -> None:
-    """Raise ArtifactError if most modules of an adapter are not in the model, or have another size there."""
+    base: str | None = None,
+) -> UnusableAdapterError:
+    """Return the error for an adapter that does not fit a model.
+
+    If most modules in files without a problem are not in the model, or have another size there, the adapter is that of
+    another model. The error then names both models, and no single tensors.
+
+    Args:
+        problems: those of the files, and those of the match.
+        shapes: shapes that the configuration requires on the model.
+        base: the model's name, None for a module of the caller.
+    """
     known = {*module_names, *(shape.path or shape.name for shape in shapes)}
     sizes = dict(pair for one in shapes for pair in zip(one.keys(), (one.lora_A[1:], one.lora_B[:1]), strict=True))
     fits: dict[str, bool] = {}
@@ -158,16 +164,17 @@ def check_modules(
             size = tuple(tensor.shape[1:] if "_A" in found[1] else tensor.shape[:1])
             fits[found[0]] = fits.get(found[0], True) and found[0] in known and size == sizes.get(key, size)
     others = [module for module, fit in fits.items() if not fit]
-    if 2 * len(others) <= len(fits):
-        return
-    names = recorded_bases(contents.described, contents.record)
-    trained_on = f"it was trained on {names[0]}; " if names else ""
-    raise ArtifactError(
-        "the adapter does not belong to this model",
-        where=str(contents.directory),
-        why=f"{trained_on}{len(others)} of its {count_of(len(fits), 'module')} are not in {base}, or have another size "
-        f"there: {name_list(others, limit=3)}",
-        next_step=f"give --model {names[0]}" if names else "give --model with the model that it was trained on",
+    if contents.problems or 2 * len(others) <= len(fits):
+        return UnusableAdapterError(contents.directory, problems, contents.described.base_model)
+    (name, *_) = [*recorded_bases(contents.described, contents.record), None]
+    trained_on = f"it was trained on {name}; " if name else ""
+    return UnusableAdapterError(
+        contents.directory,
+        problems,
+        what="the adapter does not belong to this model",
+        why=f"{trained_on}{len(others)} of {len(fits)} adapted modules are not in {base or 'this model'}, or have "
+        f"another size there: {name_list(others, limit=3)}",
+        next_step=f"give --model {name}" if base and name else "give the model that it was trained on",
     )
 
 

@@ -128,7 +128,7 @@ def loaded_model(
             if adapter is None:
                 return TransformersCompleter(model), (), None
             contents = read_adapter(adapter, source, allow_pickle=pickle)
-            injected = inject_contents(model, contents)
+            injected = inject_contents(model, contents, source.origin)
             names = [target.name for target in injected.targets]
             forced = check_source(contents.record, str(adapter), source, names, **checks)
             return TransformersCompleter(model, injected), (*forced, *injected.notes), contents.record
