@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 
-from backhand.data.packing import RowPacker
+from backhand.data.packing import RowPacker, micro_batches
 from backhand.data.prefix_forest import Forest
 from backhand.engines.machine import MemoryKeeper
 from backhand.engines.memory.parts import ModelSize, StepBytes, estimated_step, parts_of, second_model_bytes
@@ -136,6 +136,9 @@ class Rows:
         self.lengths, self.supervised, self.shared = lengths, supervised, shared
         self.common_prefix = shared
 
+    def micro_batches(self, rows: Sequence[int], max_rows: int) -> list[list[int]]:
+        return micro_batches(rows, self.lengths, max_rows=max_rows)
+
     def supervised_tokens(self, rows: Sequence[int]) -> int:
         return sum(self.supervised[row] for row in rows)
 
@@ -156,7 +159,7 @@ def shapes_of(steps: Sequence[Sequence[int]], rows: Rows, options: Sequence[int]
 
 def test_shapes_of_the_micro_batches_that_steps_make() -> None:
     shapes = shapes_of([[0, 1], [2, 3]], Rows([10, 20, 200, 200], [5, 6, 7, 8]), [1, 2])
-    assert shapes[1] == StepShape(208, 8, (200, 8), mean_tokens=116, sizes=2 + 4)
+    assert shapes[1] == StepShape(208, 8, (200, 8), mean_tokens=116, sizes=2 + 4, micro_batches=2)
     assert shapes[2] == StepShape(400, 15, (200, 200), mean_tokens=216, sizes=2 + 2)
 
 

@@ -89,17 +89,20 @@ def _epoch_order(seed: int, epoch: int, rows: int) -> npt.NDArray[np.int64]:
     return random_order(rows, seed, "epoch order", epoch)
 
 
-def micro_batches(rows: Iterable[int], lengths: Lengths, *, max_rows: int | None = None) -> list[list[int]]:
-    """Divide the rows of one optimizer step into micro-batches, largest first, so that all need similar memory.
+def micro_batches(
+    rows: Iterable[int], lengths: Lengths, *, max_rows: int | None = None, even_tokens: bool = False
+) -> list[list[int]]:
+    """Divide the rows of one optimizer step into micro-batches, largest first.
 
-    Rows of similar length are in the same micro-batch. It has at most `max_rows` rows, and fewer if they are long:
-    without its last row, it has fewer tokens than `max_rows` rows of mean length. The first micro-batch has the most
-    tokens, so a step that does not fit in memory fails at once.
+    Rows of similar length are in the same micro-batch. The first one has the most tokens, so a step that does not fit
+    in memory fails at once.
 
     Args:
         rows: row numbers.
         lengths: number of tokens per row, indexed by row number.
         max_rows: largest number of rows per micro-batch; None for no limit.
+        even_tokens: put fewer long rows together, so that all micro-batches need similar memory. Without its last row,
+            a micro-batch then has fewer tokens than `max_rows` rows of mean length.
 
     Returns:
         the row numbers of each micro-batch.
@@ -107,6 +110,8 @@ def micro_batches(rows: Iterable[int], lengths: Lengths, *, max_rows: int | None
     order = sorted(rows, key=lambda row: (-int(lengths[row]), row))
     if max_rows is None or len(order) <= max_rows:
         return [order] if order else []
+    if not even_tokens:
+        return [order[first : first + max_rows] for first in range(0, len(order), max_rows)]
     sizes = [int(lengths[row]) for row in order]
     share, groups, counts = max_rows * sum(sizes), list[list[int]](), list[int]()
     for row, size in zip(order, sizes, strict=True):
@@ -125,6 +130,7 @@ class RowPacker:
         examples: the rows.
         share_prefixes: in each micro-batch, store the common prefix of several documents once. Must be False with
             dropout, which gives the same token different hidden states in different rows.
+        even_tokens: divide a step into micro-batches of similar numbers of tokens.
 
     Attributes:
         examples: the rows.
@@ -132,9 +138,9 @@ class RowPacker:
         by_document: a packer of the same documents, with one document per row; `self` if every row is one document.
     """
 
-    def __init__(self, examples: Iterable[Example], *, share_prefixes: bool) -> None:
+    def __init__(self, examples: Iterable[Example], *, share_prefixes: bool, even_tokens: bool = False) -> None:
         self.examples = examples = stored(examples)
-        self._share_prefixes = share_prefixes
+        self._share_prefixes, self._even_tokens = share_prefixes, even_tokens
         self.by_document = self
         self.lengths = examples.column("input_tokens").astype(np.int64)
         self._supervised = examples.column("supervised").astype(np.int64)
@@ -151,6 +157,10 @@ class RowPacker:
             self._first_documents = first = np.concatenate(([0], np.cumsum(counts)))
             self.lengths = np.add.reduceat(self.by_document.lengths, first[:-1])
             self._supervised = np.add.reduceat(self.by_document._supervised, first[:-1])
+
+    def micro_batches(self, rows: Iterable[int], max_rows: int) -> list[list[int]]:
+        """Divide rows into micro-batches of at most `max_rows` rows, see the function of this name."""
+        return micro_batches(rows, self.lengths, max_rows=max_rows, even_tokens=self._even_tokens)
 
     def packed(self, rows: Sequence[int], device: torch.device | str) -> PackedBatch:
         """Return the micro-batch of these rows, with its documents in the order of the rows.

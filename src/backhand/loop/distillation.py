@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backhand.data.packing import RowPacker, micro_batches
+from backhand.data.packing import RowPacker
 from backhand.data.prefix_forest import split_by_prefix
 from backhand.data.stored_examples import PreparedData, StoredExamples, with_totals
 from backhand.engines.engine import Trainable
@@ -271,7 +271,7 @@ def agreement(model: Decoder, packer: DistilledPacker, micro_batch_rows: int) ->
         probable next token.
     """
     nats, equal, tokens = 0.0, 0, 0
-    for group in micro_batches(range(len(packer.examples)), packer.lengths, max_rows=micro_batch_rows):
+    for group in packer.micro_batches(range(len(packer.examples)), micro_batch_rows):
         batch = packer.packed(group, model.device)
         teacher = not_none(batch.teacher)._replace(divergence=Divergence(), temperature=1.0)
         nats += float(model.loss(replace(batch, teacher=teacher)))

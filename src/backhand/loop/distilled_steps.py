@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from backhand.data.packing import micro_batches
 from backhand.engines.engine import Trainable
 from backhand.generation.sampling import Sampled, at_temperature
 from backhand.loop.distillation import DistilledPrompts, computing_with
@@ -64,7 +63,7 @@ class DistilledSteps:
         processes = self.sampler.processes
         packer = self.prompts.answered(rows, [answer.tokens for answer in self.answers])
         every = range(len(rows))
-        parts = micro_batches(every, packer.lengths, max_rows=self.micro_batch_rows)
+        parts = packer.micro_batches(every, self.micro_batch_rows)
         packed_tokens, supervised = list(map(packer.packed_tokens, parts)), packer.supervised_tokens(every)
         own = processes.assign(packed_tokens)[processes.rank]
         store = MemoryStateStore(packer.state_tokens, model.config.hidden_size, model.dtype)

@@ -21,7 +21,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Protocol
 
-from backhand.data.packing import RowPacker, Sampler, micro_batches
+from backhand.data.packing import RowPacker, Sampler
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
 from backhand.engines.machine import MemoryKeeper
@@ -161,7 +161,7 @@ class TrainingLoop:
 
     def _parts(self, rows: Sequence[int]) -> list[list[int]]:
         """Return the row numbers of each micro-batch."""
-        return micro_batches(rows, self.packer.lengths, max_rows=self.plan.micro_batch_rows)
+        return self.packer.micro_batches(rows, self.plan.micro_batch_rows)
 
     def _packed(self, parts: Sequence[Sequence[int]], number: int) -> PackedBatch:
         """Return micro-batch `number`; `parts` contains the row numbers of each micro-batch of the step.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backhand.data.examples import Example
-from backhand.data.packing import RowPacker, micro_batches
+from backhand.data.packing import RowPacker
 from backhand.distributed.communicator import Communicator, sequential_sum
 from backhand.engines.engine import Trainable
 from backhand.generation.completer import LanguageModel
@@ -108,7 +108,7 @@ class HeldOut:
     def _packed(self, share_prefixes: bool) -> list[_Packed]:
         if not self._batches:
             packer = self._packer or RowPacker(self._examples, share_prefixes=share_prefixes)
-            groups = micro_batches(range(len(self._examples)), packer.lengths, max_rows=self._micro_batch_rows)
+            groups = packer.micro_batches(range(len(self._examples)), self._micro_batch_rows)
             for group in groups:
                 examples = [packer.by_document.examples[document] for document in packer.documents(group)]
                 self._batches.append(_Packed(group, examples, packer.packed(group, "cpu")))

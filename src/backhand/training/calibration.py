@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from backhand.data.held_out import neutral_prompts
-from backhand.data.packing import RowPacker, micro_batches
+from backhand.data.packing import RowPacker
 from backhand.distributed.gradient_sums import assign
 from backhand.engines.engine import ShortModel, Trainable
 from backhand.engines.machine import Machine
@@ -153,7 +153,7 @@ def _held_out_positions(plan: RunPlan) -> int:
     """Return the number of positions that an evaluation computes, with shared prefixes once."""
     packer = RowPacker(plan.inputs.held_out_examples, share_prefixes=plan.inputs.engine.shares_prefixes)
     rows = range(len(plan.inputs.held_out_examples))
-    return sum(map(packer.packed_tokens, micro_batches(rows, packer.lengths, max_rows=plan.memory.micro_batch_rows)))
+    return sum(map(packer.packed_tokens, packer.micro_batches(rows, plan.memory.micro_batch_rows)))
 
 
 def _evaluations_s(plan: RunPlan, machine: Machine, seconds: Seconds) -> dict[int, float]:
@@ -211,7 +211,7 @@ def _positions(plan: RunPlan, machine: Machine, steps: Sequence[Sequence[int]]) 
     """Yield per step the number of positions that all processes compute, and that the busiest process computes."""
     packer = plan.inputs.packer
     for rows in steps:
-        groups = micro_batches(rows, packer.lengths, max_rows=plan.memory.micro_batch_rows)
+        groups = packer.micro_batches(rows, plan.memory.micro_batch_rows)
         positions = [packer.packed_tokens(group) for group in groups]
         shares = assign(positions, machine.world_size)
         yield sum(positions), max(sum(positions[number] for number in share) for share in shares)

@@ -18,7 +18,6 @@ from rich.text import Text
 from backhand.data.held_out import FEWEST_ROWS, USUAL_SHARE
 from backhand.data.lint import label_spellings
 from backhand.data.options import system_option
-from backhand.data.packing import micro_batches
 from backhand.distributed.communicator import Communicator
 from backhand.kernels.builds import describe, library
 from backhand.loop.forecast import FULL_LENGTH, Forecast
@@ -440,7 +439,7 @@ def opening_facts(
     packer = run.inputs.packer
     steps = [sampler.rows_of(step) for step in range(min(run.inputs.total_steps, _STEPS_COUNTED))]
     tokens = sum(packer.tokens(rows) for rows in steps)
-    groups = [micro_batches(rows, packer.lengths, max_rows=run.plan.memory.micro_batch_rows) for rows in steps]
+    groups = [packer.micro_batches(rows, run.plan.memory.micro_batch_rows) for rows in steps]
     if (packed_tokens := sum(map(packer.packed_tokens, chain.from_iterable(groups)))) != tokens:
         shared = f"{1 - packed_tokens / tokens:.0%} of their tokens are computed once for a whole micro-batch"
         facts.append(f"rows share prefixes: {shared}")

@@ -279,7 +279,8 @@ def _packers(
             return DistilledPrompts(rows, lesson, options.max_new_tokens, **sharing)
         if lesson is not None:
             return DistilledPacker(rows, lesson, **sharing)
-        return RowPacker(rows.of_all_epochs, share_prefixes=share_prefixes)
+        # A step of thousands of pairs has micro-batches of far more and far fewer tokens than the mean.
+        return RowPacker(rows.of_all_epochs, share_prefixes=share_prefixes, even_tokens=objective.objective == "embed")
 
     if objective.objective in DISTILLED:
         _check_distilled(engine, layout)

@@ -206,7 +206,7 @@ def _step_shapes(inputs: RunInputs, machine: Machine) -> Mapping[int, StepShape]
     return {
         rows: replace(
             shape,
-            adapter_copies=gradient_copies(-(-step_rows // rows), machine.world_size, ordered=ordered) + averages,
+            adapter_copies=gradient_copies(shape.micro_batches, machine.world_size, ordered=ordered) + averages,
             neutral_tokens=max(inputs.neutral.lengths, default=0),
             sampled_rows=sampled_rows,
             sampled_tokens=sampled_tokens,

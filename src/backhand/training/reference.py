@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.data.packing import RowPacker, micro_batches
+from backhand.data.packing import RowPacker
 from backhand.distributed.communicator import Communicator
 from backhand.distributed.launch import versions
 from backhand.engines.engine import BoundModel
@@ -274,7 +274,7 @@ def _compare_sample(
     """
     difference, max_rows = 0.0, run.plan.memory.micro_batch_rows
     for name, (packer, states) in sets.items():
-        groups = micro_batches(range(len(packer.lengths)), packer.lengths, max_rows=max_rows)
+        groups = packer.micro_batches(range(len(packer.lengths)), max_rows)
         count = min(len(groups), _COMPARED_MICRO_BATCHES)
         numbers = sorted({round(number * (len(groups) - 1) / max(1, count - 1)) for number in range(count)})
         rows = [row for number in numbers for row in groups[number]]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from backhand.data.packing import RowPacker, micro_batches
+from backhand.data.packing import RowPacker
 from backhand.data.prefix_forest import MIN_SAVED_TOKENS
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch, bucket_size
 
@@ -23,6 +23,7 @@ class StepShape:
     parents: tuple[int, ...] = ()  # parents of these segments, see `PackedBatch`
     mean_tokens: float = 0.0  # mean number of tokens per micro-batch in the first steps
     sizes: int = 1  # number of different sizes of micro-batches, in tokens or in supervised tokens
+    micro_batches: int = 1  # largest number of micro-batches of a step
     # number of additional buffers of the adapter's size, for summing the gradients of micro-batches and for averages
     adapter_copies: int = 0
     neutral_tokens: int = 0  # number of tokens of the longest neutral text; 0 if forgetting is not measured
@@ -112,10 +113,12 @@ def largest_shapes(
     """
     cut: dict[int, list[StepShape]] = {count: [] for count in rows_options}
     later: dict[int, list[StepShape]] = {count: [] for count in cut}
-    largest = dict.fromkeys(cut, (0, 0))
+    largest, most_groups = dict.fromkeys(cut, (0, 0)), dict.fromkeys(cut, 1)
     for number, step in enumerate(steps):
         for count, shapes in cut.items():
-            for group in micro_batches(step, packer.lengths, max_rows=count):
+            groups = packer.micro_batches(step, count)
+            most_groups[count] = max(most_groups[count], len(groups))
+            for group in groups:
                 shared = (len(group) - 1) * packer.common_prefix
                 most = packer.tokens(group) - (shared if shared >= MIN_SAVED_TOKENS else 0)
                 tokens, supervised = largest[count]
@@ -133,6 +136,7 @@ def largest_shapes(
             max([*shapes, *later[count]], key=lambda one: one.tokens),
             supervised_tokens=largest[count][1],
             mean_tokens=sum(one.tokens for one in shapes) / len(shapes),
+            micro_batches=most_groups[count],
             sizes=_OTHER_SIZES
             + max(len({one.tokens for one in shapes}), len({one.supervised_tokens for one in shapes})),
         )

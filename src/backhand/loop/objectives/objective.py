@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from backhand.data.decisions import QuestionType
-from backhand.data.packing import RowPacker, micro_batches
+from backhand.data.packing import RowPacker
 from backhand.distributed.communicator import Communicator, sequential_sum
 from backhand.engines.engine import Trainable
 from backhand.generation.completer import LanguageModel
@@ -257,7 +257,7 @@ class RowPasses(NamedTuple):
         Args:
             hidden_states: cache of the rows' hidden states, which may compute later passes of this process ahead.
         """
-        groups = micro_batches(rows, packer.lengths, max_rows=micro_batch_rows)
+        groups = packer.micro_batches(rows, micro_batch_rows)
         tokens = [packer.packed_tokens(group) for group in groups]
         mine = processes.assign(tokens)[processes.rank]
 
