@@ -606,7 +606,7 @@ def test_a_file_without_the_columns_of_training_is_answered_with_its_own(straigh
     given: dict[str, Any] = {"model": straight.model.model, "adapter": adapter, "dtype": "float32", "data": path}
     with pytest.raises(UsageError, match="no column 'name', and the adapter was trained with state=") as refused:
         backhand.decide(**given)
-    assert 'state="{package}\\n{about}' in not_none(refused.value.next_step)
+    assert 'state="{package}\\n{about}"' in not_none(refused.value.next_step)
     assert refused.value.where == f"{path}:2" and "package" in not_none(refused.value.why)
     (answers,) = backhand.decide(**given, state="{package}: {about}")
     assert answers.keys() == {"team", "mood"}

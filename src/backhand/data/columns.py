@@ -71,8 +71,9 @@ class ColumnReader:
         if state is None and not self.given and "state" not in self._columns:
             state = trained.state
         if state is not None:
-            self.given["state"], self._answers = state, tuple(own.question or trained.question)
+            self.given["state"], self._answers = state, tuple(own.question or trained.question) if answers else ()
         self._typed = {own.state, *own.question}
+        self._questions = {*own.question, *trained.question}
         self._system = system if self.given and system is not None and has_columns(system) else None
         self._guess = guess and not self.given and not self._columns
         self._recorded = None if self.given or self._columns else recorded
@@ -143,7 +144,7 @@ class ColumnReader:
 
     def _not_as_trained(self, option: str, text: str, name: str, row: RawRow) -> UsageError:
         """Return the error for a column of the adapter's record that the rows do not have."""
-        others = (column for column in row.values if column not in self._answers)
+        others = (column for column in row.values if column not in self._questions)
         next_steps = {
             "state": f"name columns of these rows: {state_option(others) or '--state COLUMN'}",
             "question": f"rename the column of these answers to {name}, or give --question with other questions",

@@ -60,7 +60,7 @@ class RowPipeline:
             self.system,
             guess=self.purpose in ("answers", None),
             recorded=self.recorded,
-            answers=not self.allow_prompts,
+            answers=not self.allow_prompts and self.purpose != "states",
         )
         reader = FormReader(
             allow_prompts=self.allow_prompts,

@@ -166,7 +166,7 @@ def decided_rows(
     Raises:
         UsageError, DataError: see `data.prepare`. DataError also for rows that are too long.
     """
-    recorded = DataOptions(state=decider.state, question=dict.fromkeys(questions if answered else (), ""))
+    recorded = DataOptions(state=decider.state, question=dict.fromkeys(decider.questions, ""))
     data = replace(data, eval_data=(), eval_fraction=0.0)
     purpose: Purpose = "decisions" if answered else "states"
     prepared, _ = prepare(data, decider.loaded.tokenizer, purpose=purpose, questions=questions, recorded=recorded)
