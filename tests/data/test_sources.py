@@ -166,6 +166,16 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
 
 def test_a_file_of_nearly_that_name_is_proposed(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{}")
-    with pytest.raises(DataError, match="no such file") as caught:
-        expand([str(tmp_path / "rosw.jsonl")])
-    assert caught.value.next_step == f"did you mean {tmp_path / 'rows.jsonl'}?"
+    (tmp_path / "my rows.jsonl").write_text("{}")
+    for name, meant in (("rosw.jsonl", "rows.jsonl"), ("my rows", "my rows.jsonl")):
+        with pytest.raises(DataError, match="no such file") as caught:
+            expand([str(tmp_path / name)])
+        assert caught.value.next_step == f"did you mean {tmp_path / meant}?"
+
+
+@pytest.mark.parametrize(
+    "name", ["my rows", "my rows.txt", "My Docs2/rows", "/absent/My Own Data Sets/train", "one of my files.csv"]
+)
+def test_a_missing_file_with_spaces_is_not_taken_for_a_text(name: str) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        expand([name])

@@ -19,15 +19,17 @@ from backhand.data.lint import lint
 from backhand.data.options import DataOptions
 from backhand.data.rows import ClassLabel, ProblemType
 from backhand.engines.machine import resolve_machine
-from backhand.errors import ArtifactError, BackhandError, DataError, UsageError
+from backhand.errors import ArtifactError, BackhandError, DataError, UsageError, not_none
 from backhand.interop.command import export_command
 from backhand.interop.merging import merge_command
 from backhand.interop.options import ExportOptions, MergeOptions
 from backhand.loop.class_scores import constant_logits, row_losses, score_classes
+from backhand.loop.classify import classify
 from backhand.loop.evaluate import Evaluation, evaluate_command
 from backhand.loop.objectives.classify import loss_and_gradient
 from backhand.nn.loading.opening import open_model
-from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
+from backhand.nn.model_options import BaseModelOptions
+from backhand.options.command_options import ClassifyOptions, ClassifyRunOptions, EvaluateOptions, EvaluateRunOptions
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
 from backhand.report.page import run_page
@@ -262,6 +264,12 @@ def test_a_head_does_not_start_from_an_adapter_without_one(tiny: TinyRun, tmp_pa
     start = str(tmp_path / "first" / "adapter")
     with pytest.raises(UsageError, match="has no classification head"):
         train(config(tiny, tmp_path, tmp_path / "run", from_adapter=start))
+    options = ClassifyOptions(
+        ClassifyRunOptions(adapter=Path(start), text="json"), model=BaseModelOptions(model=tiny.model)
+    )
+    with pytest.raises(UsageError, match="has no classification head") as refused:
+        classify(options)
+    assert not_none(refused.value.next_step).endswith("labels: backhand generate --labels auto")
 
 
 def test_other_modules_are_trained_with_a_head(tiny: TinyRun, tmp_path: Path) -> None:

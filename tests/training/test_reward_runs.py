@@ -278,6 +278,7 @@ def test_the_guard_takes_a_line_whose_entropy_was_no_number() -> None:
     ("rewards", "says"),
     [
         ([1.0] * 10, "gives right and wrong answers different rewards; if it does, give harder rows"),
+        ([0.1, 0.09999999999999999, 0.10000000000000002] * 3 + [0.1], "gives right and wrong answers"),  # by rounding
         ([0.0] * 10, "give easier rows"),
         ([-0.5] * 10, "give easier rows"),
         ([0.25, 0.5] * 5, "give easier rows"),  # the same for all answers to a row, but not for all rows

@@ -85,7 +85,8 @@ def list_of_texts(option: str, given: Any, next_step: str, *, several: bool = Tr
 
 def _columns(value: Any) -> list[Any]:
     """Return the names of a data frame's columns, or [] for any other value."""
-    return list(getattr(value, "column_names", getattr(value, "columns", ())))
+    columns = getattr(value, "column_names", getattr(value, "columns", None))  # None after `IterableDataset.map`
+    return [] if columns is None else list(columns)
 
 
 def _not_texts(option: str, value: Any, next_step: str) -> UsageError:

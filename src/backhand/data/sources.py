@@ -22,6 +22,8 @@ HELD_OUT_STEMS = ("valid", "validation", "eval", "dev")
 _TEST_STEMS = ("test",)
 _LONGEST_NAME = 200
 """Largest number of characters of a missing file's name in an error."""
+_MOST_WORDS = 3
+"""Largest number of words of a missing file's name that is not taken for a text."""
 _PLAIN_TEXT = (".txt", ".text", ".md", ".rst")
 
 
@@ -143,29 +145,29 @@ def _expand_one(name: str) -> list[str]:
             )
         return [str(file) for file in _with_stem(files, TRAINING_STEMS) or files]
     if not os.path.exists(name) and not _is_hub(name):  # noqa: PTH110 - a text may be too long for `Path.exists`
-        if _is_text(name):
+        near = _nearest_file(path)
+        if near is None and _is_text(name):
             raise DataError(
                 "this is a text, not the name of a file",
                 where=shorten(name),
                 next_step='give texts as rows, such as {"text": "…"}, in a file or as a list of dicts',
             )
-        near = _nearest_file(path)
         remedy = f"did you mean {near}?" if near else "check the path, relative to the current directory"
         raise DataError("there is no such file", where=shorten(name, _LONGEST_NAME), next_step=remedy)
     return [name]
 
 
 def _is_text(name: str) -> bool:
-    """Return True if a name has white space, no suffix of rows, and no directory that exists."""
-    folder = os.path.dirname(name)  # noqa: PTH120
-    return len(name.split()) > 1 and data_suffix(Path(name)) not in SUFFIXES and not os.path.isdir(folder)  # noqa: PTH112
+    """Return True if a name has a line break, or more words than a file's name, no directory and no suffix of rows."""
+    words = len(name.split()) > _MOST_WORDS and os.sep not in name and data_suffix(Path(name)) not in SUFFIXES
+    return "\n" in name or words
 
 
 def _nearest_file(path: Path) -> Path | None:
     """Return the data file in the same folder with the most similar name, or None."""
     try:
         siblings = [file.name for file in path.parent.iterdir() if data_suffix(file) in SUFFIXES]
-    except OSError:
+    except (OSError, ValueError):  # the folder is missing, or its name has a null character
         return None
     closest = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.7)
     return path.parent / closest[0] if closest else None

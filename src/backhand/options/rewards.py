@@ -60,6 +60,7 @@ def check_name(where: str, name: object) -> None:
         raise UsageError(f"{name!r} is not the name of a reward function", where=where)
     found = parse_name(name)
     problem = why = None
+    near: list[str] = []
     if found.kind in WITH_ARGUMENT and not found.place:
         problem = f"{name} needs an argument after a colon"
     elif found.kind in PLAIN and ":" in name:
@@ -76,12 +77,11 @@ def check_name(where: str, name: object) -> None:
         except (regex.error, RecursionError, OverflowError) as error:
             problem, why = f"{shorten(found.place)!r} is not a regular expression", str(error)
     elif found.kind in ("file", "json") and not Path(found.place).is_file():
-        problem = f"there is no file {found.place}"
+        problem, place = f"there is no file {found.place}", Path(found.place)
+        near = sorted(map(str, place.parent.glob(f"*{place.suffix}"))) if place.suffix else []
     elif found.kind in ("file", "module") and not (found.place and found.function.isidentifier()):
         problem = f"{name!r} is neither a built-in reward nor of the form MODULE:FUNCTION or FILE.py:FUNCTION"
     if problem is not None:
-        place = Path(found.place)
-        near = sorted(map(str, place.parent.glob(f"*{place.suffix}"))) if "no file" in problem and place.suffix else []
         raise UsageError(
             problem,
             where=where,

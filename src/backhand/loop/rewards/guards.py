@@ -166,7 +166,7 @@ class RewardGuard:
             "give easier rows, a reward with steps in between, a larger --group, a higher --temperature, or train on a "
             "few right answers first (--objective sft, then --from-adapter)"
         )
-        if self._lowest == self._highest > 0:
+        if self._highest > 0 and math.isclose(self._lowest, self._highest):
             why = "every answer to every row was given this reward, and no answer a higher or a lower one"
             next_step = (
                 "check that the reward function gives right and wrong answers different rewards; if it does, give "
