@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,17 @@ import pyarrow as pa
 import pytest
 
 import backhand
-from backhand.api_errors import in_python
+from backhand.api_errors import errors_in_python, in_python
 from backhand.cli.option_fields import option_fields
 from backhand.errors import BackhandError, DataError, UsageError
 from backhand.generation.options import AnswerOptions, GenerateOptions
+from backhand.interop.options import ExportOptions
 from backhand.loop.observers import Observers, as_observers
+from backhand.printing import say
 from backhand.runs.interruption import Interrupted
 from backhand.runs.status import read_status
+from backhand.terminal import console
+from backhand.words import show_notes
 from support.ranks import free_port
 from support.tiny_run import TinyRun
 
@@ -147,6 +152,7 @@ OF_ROWS = {
         (["a", None], "[1] is None\n  next: write it as text"),
         (pd.Series(["a", None]), "[1] is nan\n  next: write it as text"),
         ({"a": "b"}, "is a dict\n  next: backhand."),
+        (SimpleNamespace(column_names=None), "is a SimpleNamespace\n  next: backhand."),  # a mapped IterableDataset
     ],
     ids=lambda given: type(given).__name__,
 )
@@ -163,7 +169,7 @@ def test_what_is_no_list_of_texts_is_refused_with_what_to_give(given: object, sa
 
 
 def test_texts_given_as_rows_are_refused_with_the_form_of_rows() -> None:
-    for texts in (FRAME.synopsis, ["some words " * 99, "others"], "some words"):
+    for texts in (FRAME.synopsis + " and two more words", ["some words " * 99, "others"], "some words\n"):
         with pytest.raises(DataError, match=r"not the name of a file\n  next: give texts as rows, such as {.text.: "):
             backhand.evaluate(data=texts)
     for call in OF_ROWS.values():
@@ -256,6 +262,9 @@ def test_a_missing_file_of_rewards_is_answered_with_the_files_there(tmp_path: Pa
     (tmp_path / "rw.py").touch()
     with pytest.raises(UsageError, match=r"there is no file .*rv.py\n  next: the files there are .*rw.py$"):
         backhand.train(data=ROWS, objective="grpo", reward=f"{tmp_path / 'rv.py'}:synopsis")
+    (tmp_path / "a.file").touch()
+    with pytest.raises(UsageError, match=r"neither a built-in reward nor .*\n  next: built in are exact"):
+        backhand.train(data=ROWS, objective="grpo", reward=f"{tmp_path}/no file.file:1")
 
 
 @pytest.mark.parametrize(
@@ -298,6 +307,21 @@ def test_notes_are_written_as_python(tiny: TinyRun, tmp_path: Path, capsys: pyte
     assert 'columns are read as in the adapter\'s training: prompt="{asked}\\n", completion="said"' in written
     assert "python:" not in written
     assert 'data = ["python:' in (tmp_path / "run" / "config.toml").read_text()
+
+
+def test_only_notes_are_written_as_python(capsys: pytest.CaptureFixture[str]) -> None:
+    """Commands of other programs, answers and cells of tables were changed as well."""
+    line = "next: llama-server --pooling mean -m BASE.gguf"
+
+    @errors_in_python(ExportOptions)
+    def printing() -> None:
+        say(line)
+        console().print(line, soft_wrap=True)
+        show_notes(["add: --pooling mean"])
+
+    printing()
+    out, err = capsys.readouterr()
+    assert out == f"{line}\n" and err == f'{line}\nnote: add: pooling="mean"\n'
 
 
 def test_one_text_or_callback_is_taken_for_a_list(tiny: TinyRun, tmp_path: Path) -> None:

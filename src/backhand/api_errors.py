@@ -21,7 +21,7 @@ from backhand.bounds import check_names, plain_value, split_hint, union_members
 from backhand.cli.option_fields import as_option, is_mapping, option_fields, takes_several
 from backhand.data.given_rows import GivenRows
 from backhand.errors import BackhandError, UsageError
-from backhand.printing import reworded
+from backhand.printing import wording
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,7 +47,7 @@ _HINTS: dict[str, dict[str, Any]] = {}
 
 
 def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return a decorator: all that the function says names the options of these dataclasses as keyword arguments."""
+    """Return a decorator: errors and notes of a function name the options of these dataclasses as keyword arguments."""
     hints = {as_option(field.name): field.hint for kind in kinds for field in option_fields(kind)}
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -56,7 +56,7 @@ def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             words = _Words(hints)
-            token = reworded.set(words)
+            token = wording.set(words)
             try:
                 _check_arguments(function, args, kwargs, kinds)
                 return function(*map(plain_value, args), **plain_value(kwargs))
@@ -64,7 +64,7 @@ def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]
                 error.reword(words.in_error)
                 raise
             finally:
-                reworded.reset(token)
+                wording.reset(token)
 
         return call
 
@@ -83,7 +83,7 @@ class _Words:
         self.names: dict[str, str] = {}
 
     def __call__(self, line: str) -> str:
-        """Change a printed line. Commands in it are for a shell, and stay."""
+        """Change a note. Commands in it are for a shell, and stay."""
         return self._with_names(line if _COMMAND.search(line) else self._with_arguments(line))
 
     def in_error(self, text: str) -> str:
@@ -102,7 +102,7 @@ class _Words:
 
 def name_rows(options: Any) -> None:
     """Let the messages of this call name rows in memory by their argument instead of their digest."""
-    words = reworded.get()
+    words = wording.get()
     assert isinstance(words, _Words)
     for option in _ROWS:
         for section in (options, *vars(options).values()):

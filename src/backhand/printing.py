@@ -61,15 +61,19 @@ def _cut(text: str, most: int) -> str:
     return f"{text[:kept]} … ({len(text) - 2 * kept:,} characters left out) … {text[-kept:]}"
 
 
-reworded: ContextVar[Callable[[str], str]] = ContextVar("reworded", default=str)
-"""Change of every printed line. Messages are written for the command line; in Python, they name options as a call does.
-"""
+wording: ContextVar[Callable[[str], str]] = ContextVar("wording", default=str)
+"""Change of a note. Messages are written for the command line; in Python, they name options as a call does."""
+
+
+def reworded(note: str) -> str:
+    """Return a note or advice in the words of the caller. Commands, answers and other foreign text stay as they are."""
+    return wording.get()(note)
 
 
 def say(*lines: str, file: TextIO | None = None) -> None:
     """Print lines, to standard error if no file is given. A line break within a line is escaped."""
     for line in lines:
-        print(visible(reworded.get()(line)), file=sys.stderr if file is None else file, flush=True)
+        print(visible(line), file=sys.stderr if file is None else file, flush=True)
     said()
 
 

@@ -11,7 +11,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from backhand.printing import going_on, may_be_silent, now, reworded, said, visible
+from backhand.printing import going_on, may_be_silent, now, said, visible
 
 WIDTH_WITHOUT_TERMINAL = 120
 
@@ -25,7 +25,7 @@ class _Console(Console):
     """
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(visible(reworded.get()(text)), **options)
+        return super().render_str(visible(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from backhand.printing import bounded, say
+from backhand.printing import bounded, reworded, say
 
 SHOWN_CHARACTERS = 60
 
@@ -137,5 +137,5 @@ def show_notes(notes: Iterable[str]) -> None:
 
 
 def labelled(note: str) -> str:
-    """Prefix a note. Forced actions are marked as warnings."""
-    return f"{'WARNING' if ' by force: ' in note else 'note'}: {note}"
+    """Prefix a note in the words of the caller. Forced actions are marked as warnings."""
+    return f"{'WARNING' if ' by force: ' in note else 'note'}: {reworded(note)}"

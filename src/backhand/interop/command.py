@@ -49,6 +49,7 @@ from backhand.nn.loading.gguf_tensors import gguf_architecture
 from backhand.nn.loading.source import ModelSource
 from backhand.runs.uses import llama_cpp_program, ollama_commands
 from backhand.terminal import console
+from backhand.words import labelled
 
 
 def export_command(options: ExportOptions) -> Path:
@@ -107,13 +108,15 @@ def _how_to_use(options: ExportOptions, opened: OpenedAdapter, output: str) -> t
     if options.to != "gguf":
         return ()
     if objective == "decide" and not options.decision:
-        return ("note: the adapter decides questions; llama.cpp does so with a decision model: add --decision",)
+        return (labelled("the adapter decides questions; llama.cpp does so with a decision model: add --decision"),)
     if objective == "rank" and not options.merged:
-        return ("note: the adapter ranks documents; llama.cpp does so with a merged model of Qwen3: add --merge",)
+        return (labelled("the adapter ranks documents; llama.cpp does so with a merged model of Qwen3: add --merge"),)
     if objective == "rank" and not can_rank(opened):
         return ()
     if objective == "embed" and not options.merged and text_end(opened):
-        return ("note: the base's tokenizer does not end texts as in training, and a merged model's does: add --merge",)
+        return (
+            labelled("the base's tokenizer does not end texts as in training, and a merged model's does: add --merge"),
+        )
     program = llama_cpp_program(objective)
     if options.merged:
         return _next(f"{program} -m {output}", *(["then POST /v1/systemone"] if options.decision else []))

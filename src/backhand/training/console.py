@@ -24,7 +24,7 @@ from backhand.loop.forecast import FULL_LENGTH, Forecast
 from backhand.loop.observers import Observer, RunStart
 from backhand.loop.retrieval_scores import scores_text
 from backhand.loop.rewards.guards import BOUNDS
-from backhand.printing import duration, going_on, line_due, may_be_silent, now, say, visible
+from backhand.printing import duration, going_on, line_due, may_be_silent, now, reworded, say, visible
 from backhand.runs.distilled_results import distilled_sentences
 from backhand.runs.label_results import decision_clause, label_clause
 from backhand.runs.pair_results import PAIR_OBJECTIVES, pair_clauses
@@ -152,7 +152,7 @@ class TerminalObserver(Observer):
 
     def noted(self, text: str) -> None:
         """Print a line above the bar."""
-        self._print(text)
+        self._print(reworded(text))
 
     def ended(self, summary: RunSummary) -> None:
         """Stop the bar and print the closing summary."""
@@ -241,7 +241,7 @@ def closing_lines(summary: RunSummary) -> list[str]:
         lines.append(f"{clause}.")
     if forgot := forgetting(summary.forgotten_nats):
         if not (summary.advice or "").startswith("It forgot"):
-            lines.append(f"{capitalized(forgot)} {REMEMBERING}")
+            lines.append(f"{capitalized(forgot)} {reworded(REMEMBERING)}")
         lines += [
             f"  {one['prompt']}  {_quoted(one['base'])} → {_quoted(one['adapted'])}" for one in summary.neutral_answers
         ]
@@ -261,12 +261,12 @@ def closing_lines(summary: RunSummary) -> list[str]:
     if summary.stopped_because:
         lines.append(f"Stopped early: {summary.stopped_because}.")
     if summary.advice:
-        lines.append(summary.advice + (f" Try: {summary.try_next}" if summary.try_next else ""))
+        lines.append(reworded(summary.advice) + (f" Try: {summary.try_next}" if summary.try_next else ""))
     if summary.labels:
         lines.append(no_label_fits(summary.labels))
     if summary.system and not system_option(summary.system):
         where = f"{len(summary.system):,} characters, in backhand.json of the adapter"
-        lines.append(f"All rows had the same system message ({where}); give it with --system.")
+        lines.append(f"All rows had the same system message ({where}); {reworded('give it with --system')}.")
     trained = TrainedAdapter(
         *(summary.objective, summary.model, summary.adapter, summary.trains_head, bool(summary.labels), summary.asking),
         file=summary.base_file,
@@ -290,14 +290,16 @@ def _improvement(summary: RunSummary) -> list[str]:
         lines = [capitalized(training_reward_words(summary.first_reward, summary.last_reward, summary.steps))]
         if summary.last_cut_off is not None and summary.last_cut_off >= _CUT_OFF_SHOWN:
             cut = f"{summary.last_cut_off:.0%} of the last answers were cut off at their limit of tokens"
-            lines.append(f"{cut}, and rewarded without their end. A larger --max-new-tokens leaves room for it.")
+            lines.append(
+                reworded(f"{cut}, and rewarded without their end. A larger --max-new-tokens leaves room for it.")
+            )
     if base is None or start is None or best is None:
         if summary.first_loss is None or summary.last_loss is None:
             return ["No step could be taken."]
         share = f"--eval-fraction {USUAL_SHARE} or " if summary.rows >= FEWEST_ROWS else ""
         unmeasured = f"othing was held out, so {_not_known(summary.objective)} on other rows are not known"
         loss = "" if lines else f"Training loss from {summary.first_loss:.4f} to {summary.last_loss:.4f}; "
-        how = f"train with {share}--eval-data FILE to measure them"
+        how = reworded(f"train with {share}--eval-data FILE to measure them")
         return [*lines, f"{loss}{'N' if lines else 'n'}{unmeasured}: {how}."]
     when = f"best after step {summary.best_step}"
     if best >= start:
@@ -402,11 +404,13 @@ def opening_facts(
         run.inputs.source.tokenizer(), run.inputs.train.examples, run.inputs.held_out_examples
     ):
         facts.append(
-            f"note: {count_of(len(places), 'row')} {what}: {name_list(places, limit=3)}; write each label in one way"
+            labelled(
+                f"{count_of(len(places), 'row')} {what}: {name_list(places, limit=3)}; write each label in one way"
+            )
         )
     objective = run.config.objective
     unit = objective.unit
-    facts += [f"data: {line}" for line in report.lines(unit)]
+    facts += [f"data: {reworded(line)}" for line in report.lines(unit)]
     if objective.purpose == "pairs" and report.documents == 2 * report.rows:
         facts.append("data: each row has two documents, with the chosen and with the rejected answer")
     if objective.purpose == "rankings":
@@ -417,7 +421,7 @@ def opening_facts(
         )
         facts.append(f"data: each text of a row is {of_text}")
     if run.inputs.held_out is not None:
-        facts.append(f"held out: {'; '.join(run.inputs.held_out.report.lines(unit))}")
+        facts.append(f"held out: {reworded('; '.join(run.inputs.held_out.report.lines(unit)))}")
     facts.append(
         f"adapter: {lora.element_count:,} parameters in {len(dict(lora.named_tensors()))} tensors of {len(lora.slots)} "
         f"modules, rank {rank}"
