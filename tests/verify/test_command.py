@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from backhand.cli.main import main
+from backhand.data.options import DataOptions
 from backhand.errors import CheckError, UsageError
 from backhand.verify import command
 from backhand.verify.command import verify, verify_command
@@ -109,7 +110,8 @@ def test_an_unknown_op_shows_the_nearest():
         ({"verify": VerifyRunOptions(max_tokens=7)}, "max_tokens"),
         ({"model": VerifiedModelOptions(model="x", engine="transformers")}, "engine"),
         ({"model": VerifiedModelOptions(model="x", dtype="float16")}, "dtype"),  # type: ignore[arg-type]
-        ({"verify": VerifyRunOptions(adapter="a")}, "adapter"),  # type: ignore[arg-type]
+        ({"verify": VerifyRunOptions(op="glu", adapter="a")}, "op"),  # type: ignore[arg-type]
+        ({"data": DataOptions(data=("a",))}, "data"),
     ],
 )
 def test_options_are_checked_before_anything_is_loaded(fields, where):

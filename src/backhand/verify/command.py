@@ -40,7 +40,7 @@ def verify_command(options: VerifyOptions) -> VerifyReport:
         UsageError, DataError, ArtifactError: if op, model, rows, adapter or run do not exist or cannot be used.
         CheckError: if a proof fails. The results have been printed and written to the run before.
     """
-    if options.verify.run or options.model.model:
+    if options.verify.run or options.proves_model:
         tell(
             "computing every gradient in float64, by hand and by autograd, then in the dtype of training; "
             "this takes minutes for 100 million parameters"
@@ -71,8 +71,7 @@ def verify(
     if options.verify.large:
         report = _verify_real_sizes(options, say)
     else:
-        ops = not options.model.model
-        report = _verify_ops(options, say) if ops else _verify_model(options, say, objective)
+        report = _verify_model(options, say, objective) if options.proves_model else _verify_ops(options, say)
     report.time_s = time.perf_counter() - start
     return report
 
@@ -169,8 +168,9 @@ def _verify_real_sizes(options: VerifyOptions, say: Say) -> VerifyReport:
 
 
 def _verify_model(options: VerifyOptions, say: Say, objective: ObjectiveOptions | None) -> VerifyReport:
-    say(f"{options.model.model}: loading")
     run = options.verify
+    name = options.model.model or str(run.adapter)
+    say(f"{name}: loading")
     setup = load_setup(options.model, options.data, run.adapter, run.max_tokens, objective)
     decoder = setup.decoder
     report = VerifyReport(notes=setup.notes)
@@ -178,14 +178,14 @@ def _verify_model(options: VerifyOptions, say: Say, objective: ObjectiveOptions 
     with compute_settings(options.model, threads, decoder.dtype, decoder.device):
         batch = pack(setup.examples, device=decoder.device)
         gradients = GradientProofs(decoder, batch, setup.dropout_seed, setup.rows, objective, setup.head_loss)
-        say(f"{options.model.model}: block by block in float64")
+        say(f"{name}: block by block in float64")
         report.results.extend(gradients.by_block())
-        say(f"{options.model.model}: a training step")
+        say(f"{name}: a training step")
         report.results.append(gradients.training_step())
-        say(f"{options.model.model}: invariances")
+        say(f"{name}: invariances")
         bound = gradients.rounding_bound
         report.results.extend(prove_invariances(decoder, setup.examples, bound, setup.head_loss))
-        say(f"{options.model.model}: merging")
+        say(f"{name}: merging")
         report.results.extend(prove_merging(gradients.step))
     return report
 

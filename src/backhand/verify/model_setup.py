@@ -91,7 +91,7 @@ def load_setup(
     """
     device = resolve_device(model)
     dtype = resolve_dtype(model, device)
-    source = open_base(model.model, adapter, quantize=model.quantize)
+    source = open_base(model.model or None, adapter, quantize=model.quantize)
     try:
         config = decoder_config(source.config)
     except UnsupportedModel as error:
@@ -138,9 +138,10 @@ def load_setup(
         adapter_notes += loaded.notes
         description = f"adapter {adapter}"
     decoder.attach(lora)
+    name = model.model or source.origin
     dropout = any(slot.dropout > 0 for slot in lora.slots.values())
     notes = (
-        f"model {model.model} ({decoder.config.family}, {str(dtype).removeprefix('torch.')}, {device})",
+        f"model {name} ({decoder.config.family}, {str(dtype).removeprefix('torch.')}, {device})",
         f"{description}: {len(lora.slots)} modules, {lora.element_count:,} elements",
         note,
         *adapter_notes,

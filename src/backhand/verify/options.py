@@ -32,10 +32,11 @@ class VerifyRunOptions:
     """Prove only the sums of the ops at the sizes of real models, in each form that this processor supports."""
 
     adapter: Path | None = None
-    """With `model`: prove the gradients of this adapter. By default a random adapter with nonzero lora_B is used."""
+    """Prove the gradients of this adapter on `model`, by default the model that it was trained on. Without an adapter,
+    `model` gets a random one with nonzero lora_B."""
 
     max_tokens: Annotated[int, Bound(at_least=8)] = 256
-    """With `model`: use about this many tokens of the first rows. Long rows are cut."""
+    """With `model` or `adapter`: use about this many tokens of the first rows. Long rows are cut."""
 
     run: Path | None = None
     """Append every proof to proofs.jsonl of this run directory. Without `op` and `model`, the run's model, rows and
@@ -59,18 +60,23 @@ class VerifyOptions(Options):
     model: VerifiedModelOptions = field(default_factory=VerifiedModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
 
+    @property
+    def proves_model(self) -> bool:
+        """True if a model is proved, and not the ops."""
+        return bool(self.model.model or self.verify.adapter)
+
     def _check_together(self) -> None:
         check_base(self.model)
-        if self.verify.large and (self.verify.op is not None or self.model.model or self.verify.run is not None):
+        if self.verify.large and (self.verify.op is not None or self.proves_model or self.verify.run is not None):
             raise UsageError(
                 "large is given together with an op, a model or a run",
                 where="large",
                 next_step="give --large alone: it has separate cases",
             )
-        if self.model.model:
+        if self.proves_model:
             if self.verify.op is not None:
                 raise UsageError(
-                    f"op {self.verify.op!r} and model {self.model.model!r} are both given",
+                    f"op {self.verify.op!r} is given together with a model or an adapter",
                     where="op",
                     next_step="give --op for one op on its own cases, or --model for a model on its rows",
                 )
@@ -79,7 +85,5 @@ class VerifyOptions(Options):
                     "engine 'transformers' computes gradients by autograd, so there are none by hand to prove",
                     where="engine",
                 )
-        elif self.verify.run is None:
-            for name, value in (("data", self.data.data), ("adapter", self.verify.adapter)):
-                if value:
-                    raise UsageError(f"{name} is given, but no model", where=name, next_step="give --model as well")
+        elif self.verify.run is None and self.data.data:
+            raise UsageError("data is given, but no model", where="data", next_step="give --model as well")
