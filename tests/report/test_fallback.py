@@ -42,6 +42,7 @@ def test_a_fallback_is_said_everywhere(
     shown = capsys.readouterr()
     assert f"SLOWER: {note}" in shown.err  # before the first step
     assert shown.out.splitlines()[1] == f"SLOWER: {note}"  # and in the closing lines
+    assert summary.base_architecture is None and "backhand export" not in shown.out  # which needs the decoder engine
     sentence = headline(read_run(tmp_path / "run"))
     assert "docs/models.md" in sentence and "slower than necessary" in sentence and "'dynamic'" in sentence
 

@@ -63,6 +63,9 @@ def test_every_kind_of_adapter_is_shown_and_what_the_norms_leave_out_is_said(
     assert source == "adapter" and len(changes) == modules
     assert all(change.relative_norm is not None and change.relative_norm > 0 for change in changes)
     assert also_trained == (() if said is None else (said,))
-    section = Page(run_page(read_run(tmp_path / "run"))).one("section", id="adapter").text
+    page = Page(run_page(read_run(tmp_path / "run")))
+    section = page.one("section", id="adapter").text
     assert f"of {modules} modules moved" in section
     assert ("not part of" in section) == (said is not None) and (said or "") in section
+    uses = page.one("section", id="result").text  # vLLM reads factors alone, and a bias of lora_B cannot be merged
+    assert "--enable-lora" not in uses and ("vllm serve merged" in uses) == ("lora_bias" not in options)

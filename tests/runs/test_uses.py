@@ -15,6 +15,11 @@ from backhand.runs.uses import TrainedAdapter
     [
         ("sft", {}, "PEFT, llama.cpp, vLLM, Ollama", "ollama run mine"),
         ("dpo", {"file": "/a/b.gguf", "hub_id": "a/b"}, "PEFT, llama.cpp, vLLM, Ollama", "ollama run mine"),
+        ("sft", {"architecture": None}, "PEFT, vLLM", "vllm serve m --enable-lora --lora-modules mine=a"),
+        ("sft", {"form": "merged"}, "PEFT, llama.cpp, vLLM, Ollama", "ollama run mine"),
+        ("sft", {"form": ""}, "PEFT", "model = PeftModel.from_pretrained(base, 'a')"),
+        ("sft", {"form": "merged", "architecture": None}, "PEFT", "model = PeftModel.from_pretrained(base, 'a')"),
+        ("embed", {"architecture": None}, "sentence-transformers", "model = SentenceTransformer('merged')"),
         ("decide", {}, "PEFT, llama.cpp", "llama-server -m decision.gguf"),
         ("embed", {}, "sentence-transformers, llama.cpp", "llama-server --embedding -m merged.gguf"),
         ("embed", {"file": "b.gguf"}, "sentence-transformers, llama.cpp", "llama-server --embedding -m merged.gguf"),
@@ -42,12 +47,37 @@ def test_the_programs_of_each_objective(objective: str, facts: dict[str, Any], p
     assert uses[0].text.startswith(f"backhand {command} --model m --adapter a ")
 
 
-def test_vllm_reads_a_gguf_base_only_merged_and_large_ranks_only_with_a_limit() -> None:
+def test_vllm_reads_other_adapters_only_merged_and_large_ranks_only_with_a_limit() -> None:
     def vllm(**facts: Any) -> str:
         return next(use.text for use in TrainedAdapter("sft", "m", "a", **facts).programs() if use.program == "vLLM")
 
-    assert vllm(file="/a/b.gguf").endswith("vllm serve merged")
+    for facts in ({"file": "/a/b.gguf"}, {"form": "merged"}, {"uniform": False}):
+        assert vllm(**facts).endswith("--output merged\nvllm serve merged")
     assert vllm(rank=17).endswith("--lora-modules mine=a --max-lora-rank 32") and vllm(rank=16).endswith("mine=a")
+
+
+def test_more_than_factors_is_exported_merged() -> None:
+    trained = TrainedAdapter("sft", "m", "a", file="b.gguf", form="merged")
+    assert trained.llama_cpp()[1] == "llama-cli -m merged.gguf"
+    assert "--adapter a --merge --to ollama" in trained.programs()[-1].text
+
+
+@pytest.mark.parametrize(
+    ("objective", "facts", "exports"),
+    [
+        ("sft", {}, "peft, gguf, ollama, gguf --merge, ollama --merge"),
+        ("sft", {"form": "merged"}, "peft, gguf --merge, ollama --merge"),
+        ("decide", {}, "peft, gguf --decision"),
+        ("embed", {}, "peft, sentence-transformers --merge, gguf --merge, ollama --merge"),
+        ("rank", {"architecture": "llama"}, "peft"),
+        ("rank", {"architecture": "qwen3"}, "peft, gguf --merge"),
+        ("rank", {"trains_head": True}, "peft, sentence-transformers --merge"),
+        ("classify", {"trains_head": True}, "peft"),
+    ],
+)
+def test_the_exports_of_each_objective(objective: str, facts: dict[str, Any], exports: str) -> None:
+    trained = TrainedAdapter(objective, "m", "a", **facts)
+    assert ", ".join(" ".join((to, *options)) for to, options in trained.exports()) == exports
 
 
 def test_a_chat_needs_a_template_and_free_answers() -> None:

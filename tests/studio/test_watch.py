@@ -18,6 +18,7 @@ from backhand.cli.main import main
 from backhand.studio import app
 from backhand.studio.command import serving
 from backhand.studio.commands import Commands, Outcome
+from backhand.studio.workspace import Workspace
 from support.page import Page
 from support.poison import ATTACKS, poison_run
 from support.studio_client import Client
@@ -211,13 +212,16 @@ def test_vectors_of_two_texts_are_compared(watched: Client, finished: Path, monk
     assert rows == '{"text": "a shoe"}\n{"text": "<b>"}\n'
 
 
-def test_only_formats_of_the_objective_are_offered() -> None:
-    offered = {
-        objective: [kind for kind, one in app.EXPORTS.items() if one.is_for(objective, objective == "classify")]
-        for objective in ("sft", "decide", "embed", "classify")
-    }
-    assert offered["classify"] == ["peft"] and "vectors" not in offered["sft"] and "merged" in offered["sft"]
-    assert offered["decide"] == ["peft", "decision"] and offered["embed"] == ["peft", "vectors", "merged"]
+def test_only_exports_that_a_program_uses_are_offered(client: Client, space: Workspace, finished: Path) -> None:
+    run = finished.rename(space.run("run"))
+
+    def offered(objective: str) -> list[str | None]:
+        set_objective(run, objective)
+        options = shown(client).one("select", id="to").all()
+        return [option.attributes["value"] for option in options if option.tag == "option"]
+
+    assert offered("decide") == ["peft", "decision"] and offered("embed") == ["peft", "vectors", "merged"]
+    assert offered("sft") == ["peft", "gguf", "merged", "ollama"] and offered("rank") == ["peft"]
 
 
 def set_objective(run: Path, objective: str) -> None:

@@ -528,6 +528,10 @@ def test_llama_cpp_gives_the_same_scores_of_a_gguf_file(
     page = Page(run_page(read_run(tmp_path / "run"))).one("section", id="result").text
     assert "--merge --to gguf --output merged.gguf\nllama-server --reranking" in page and "llama-cli" not in page
     assert "--merge --to gguf" not in Page(run_page(read_run(straight.run.output))).one("section", id="result").text
+    of_llama = straight.run.output / "adapter", tmp_path / "adapter.gguf", straight.model.model
+    export_command(ExportOptions(*of_llama, to="gguf"))
+    shown = capsys.readouterr().out
+    assert "llama.cpp cannot rank with this base: use backhand rank" in shown and "--merge" not in shown
     options = ExportOptions(adapter, output, str(model), to="gguf", dtype="float32", merge=True)
     with pytest.raises(ArtifactError, match="for which Ollama cannot use it"):
         export_command(replace(options, to="ollama"))

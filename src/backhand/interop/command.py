@@ -47,7 +47,7 @@ from backhand.nn.loading.gguf_layouts import stored_sizes
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.gguf_tensors import gguf_architecture
 from backhand.nn.loading.source import ModelSource
-from backhand.runs.uses import llama_cpp_program, ollama_commands
+from backhand.runs.uses import TrainedAdapter, llama_cpp_program, ollama_commands
 from backhand.terminal import console
 from backhand.words import labelled
 
@@ -85,13 +85,14 @@ def export_command(options: ExportOptions) -> Path:
 
 def _check_ollama(opened: OpenedAdapter, *, merge: bool) -> None:
     """Raise ArtifactError if Ollama cannot compute what the adapter was trained for."""
-    unsupported = {
+    reasons = {
         "decide": ("it computes no probabilities of answers", "give --to gguf --decision, for llama.cpp"),
         "rank": ("it computes no scores of documents", "use backhand rank, or export to another format"),
         "embed": ("it takes the pooling of vectors from the file of the model", "give --merge"),
     }
-    why, next_step = unsupported.get(opened.objective or "", ("", ""))
-    if why and not (merge and opened.objective == "embed"):
+    trained = TrainedAdapter(opened.objective or "sft", opened.base_name, str(opened.loaded.directory))
+    if ("ollama", ("--merge",) if merge else ()) not in trained.exports():
+        why, next_step = reasons[trained.objective]
         raise ArtifactError(
             f"the adapter was trained with --objective {opened.objective}, for which Ollama cannot use it",
             where="to",
@@ -109,10 +110,11 @@ def _how_to_use(options: ExportOptions, opened: OpenedAdapter, output: str) -> t
         return ()
     if objective == "decide" and not options.decision:
         return (labelled("the adapter decides questions; llama.cpp does so with a decision model: add --decision"),)
-    if objective == "rank" and not options.merged:
-        return (labelled("the adapter ranks documents; llama.cpp does so with a merged model of Qwen3: add --merge"),)
     if objective == "rank" and not can_rank(opened):
-        return ()
+        note = labelled("the adapter ranks documents; llama.cpp cannot rank with this base: use backhand rank")
+        return () if options.merged else (note,)
+    if objective == "rank" and not options.merged:
+        return (labelled("the adapter ranks documents; llama.cpp does so with a merged model: add --merge"),)
     if objective == "embed" and not options.merged and text_end(opened):
         return (
             labelled("the base's tokenizer does not end texts as in training, and a merged model's does: add --merge"),

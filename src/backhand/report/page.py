@@ -51,6 +51,7 @@ def page_values(run: RunRecord) -> dict[str, Any]:
 def trained_adapter(run: RunRecord) -> TrainedAdapter:
     """Return the run's adapter, for the commands that use it."""
     model, summary, system = run.facts.get("model", {}), run.summary, run.rows.get("system")
+    modules = run.facts.get("modules") or ()
     return TrainedAdapter(
         run.objective,
         run.config.get("model", {}).get("model") or "smollm2-135m",
@@ -61,8 +62,10 @@ def trained_adapter(run: RunRecord) -> TrainedAdapter:
         system if isinstance(system, str) else None,
         model.get("hub_id"),
         model.get("file"),
-        summary.get("base_architecture"),
-        rank=max((module.get("rank") or 0 for module in run.facts.get("modules") or ()), default=0),
+        summary.get("base_architecture", ""),
+        summary.get("adapter_form", "factors"),
+        rank=max((module.get("rank") or 0 for module in modules), default=0),
+        uniform=len({(module.get("rank"), module.get("scaling")) for module in modules}) <= 1,
         has_template=run.facts.get("digests", {}).get("chat_template_digest", "") is not None,
     )
 

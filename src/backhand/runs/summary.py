@@ -143,7 +143,8 @@ class RunSummary:
     objective: str = "sft"  # value of `--objective`
     trains_head: bool = False  # the adapter has a head on hidden states
     base_file: str | None = None  # GGUF file of the base model, None for a directory
-    base_architecture: str | None = None  # of the base model in GGUF files, None if they have none for it
+    base_architecture: str | None = ""  # of the base model in GGUF files, see `TrainedAdapter`; empty in older files
+    adapter_form: str = "factors"  # in which other programs than PEFT read the adapter, see `TrainedAdapter`
     rows_seen: int | None = None  # number of different `rows` in the steps done; None in older files
     # held-out loss before the first step; differs from base_eval_loss if the run started from an adapter
     first_eval_loss: float | None = None

@@ -1,7 +1,7 @@
 """Commands that use an adapter after its training, in Backhand and in other programs.
 
-The end of a run, its report and `backhand export` take them from here. No command is given that refuses the adapter, or
-that runs and does not give what the adapter was trained for:
+The end of a run, its report, its page and `backhand export` take them from here. No command is given that refuses the
+adapter, or that runs and does not give what the adapter was trained for:
 
                      other programs
     answers          PEFT, llama.cpp, vLLM, Ollama
@@ -10,6 +10,8 @@ that runs and does not give what the adapter was trained for:
     rank, decoder    PEFT, and llama.cpp with a merged model of an architecture that has a score head there
     rank, encoder    sentence-transformers, PEFT
     classify         PEFT; GGUF files have no place for the head
+
+No program but PEFT reads DoRA, modules trained in full or token rows: they are merged into the base.
 """
 
 from __future__ import annotations
@@ -49,8 +51,10 @@ class TrainedAdapter:
     system: str | None = None  # system message of all rows
     hub_id: str | None = None  # of the base, None if it is not on the hub
     file: str | None = None  # GGUF file of the base, None for a directory
-    architecture: str | None = None  # of the base in GGUF files, None if it is not known
+    architecture: str | None = ""  # of the base in GGUF files: None if it has none, empty if it is not known
+    form: str = "factors"  # other programs than PEFT read its `factors`, only a `merged` model, or (empty) nothing
     rank: int = 0  # the largest one
+    uniform: bool = True  # all modules have one rank and one scaling
     has_template: bool = True  # the base has a chat template
 
     @property
@@ -74,16 +78,33 @@ class TrainedAdapter:
             return [answer]
         return [answer, f"backhand chat {self.given}{system_option(self.system)}"]
 
+    def exports(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Return `--to` and the further options of each export that some program uses as the adapter was trained."""
+        exports: list[tuple[str, tuple[str, ...]]] = [("peft", ())]
+        merge = ("--merge",)
+        if self.form and (self.objective == "embed" or (self.objective == "rank" and self.trains_head)):
+            exports.append(("sentence-transformers", merge))
+        if not self.form or self.trains_head or self.architecture is None:
+            return exports
+        if self.objective == "decide":
+            return [*exports, ("gguf", ("--decision",))]
+        if self.objective == "rank":
+            return [*exports, *([("gguf", merge)] if self.architecture in SCORED_DECODERS else [])]
+        if self.form == "factors" and self.objective != "embed":
+            exports += [("gguf", ()), ("ollama", ())]
+        return [*exports, ("gguf", merge), ("ollama", merge)]
+
     def llama_cpp(self) -> list[str]:
         """Return the commands that export the adapter for llama.cpp and run it there; empty if there are none."""
         export = f"backhand export {self.given}"
-        if self.trains_head or (self.objective == "rank" and self.architecture not in SCORED_DECODERS):
+        exports = [options for to, options in self.exports() if to == "gguf"]
+        if not exports:
             return []
-        if self.objective == "decide":
-            options, file = "--to gguf --decision", "decision.gguf"
-        elif self.file is not None and self.objective not in _LLAMA_CPP:
+        if self.file is not None and () in exports:
             commands = f"{export} --to gguf --output adapter.gguf", f"llama-cli -m {shlex.quote(self.file)}"
             return [commands[0], f"{commands[1]} --lora adapter.gguf"]
+        if self.objective == "decide":
+            options, file = "--to gguf --decision", "decision.gguf"
         else:
             options, file = "--merge --to gguf", "merged.gguf"
         return [f"{export} {options} --output {file}", f"{llama_cpp_program(self.objective)} -m {file}"]
@@ -91,7 +112,8 @@ class TrainedAdapter:
     def programs(self) -> list[Use]:
         """Return the uses in all programs, Backhand first."""
         uses = [Use("Backhand", "\n".join(self.backhand()))]
-        if self.objective == "embed" or (self.objective == "rank" and self.trains_head):
+        exports = self.exports()
+        if any(to == "sentence-transformers" for to, _ in exports):
             kind = "SentenceTransformer" if self.objective == "embed" else "CrossEncoder"
             code = f"from sentence_transformers import {kind}\n\nmodel = {kind}('merged')"
             export = f"backhand export {self.given} --merge --to sentence-transformers --output merged"
@@ -104,15 +126,16 @@ class TrainedAdapter:
             uses.append(Use("llama.cpp", "\n".join(commands)))
         if self.trains_head or self.objective in _LLAMA_CPP:
             return uses
-        if base == self.file:
-            uses.append(Use("vLLM", f"backhand merge {self.given} --output merged\nvllm serve merged"))
-        else:
+        if base != self.file and self.form == "factors" and self.uniform:
             serve = f"vllm serve {shlex.quote(base)} --enable-lora --lora-modules mine={shlex.quote(self.adapter)}"
             most = next((one for one in _MAX_LORA_RANKS if one >= self.rank), self.rank)
             serve += f" --max-lora-rank {most}" if most > _MAX_LORA_RANKS[0] else ""
             uses.append(Use("vLLM", serve, loads_base=True))
-        export = f"backhand export {self.given} --to ollama --output ollama"
-        uses.append(Use("Ollama", "\n".join((export, *ollama_commands("ollama", self.objective)))))
+        elif self.form and self.architecture is not None:
+            uses.append(Use("vLLM", f"backhand merge {self.given} --output merged\nvllm serve merged"))
+        if of_ollama := [options for to, options in exports if to == "ollama"]:
+            export = " ".join(("backhand export", self.given, *of_ollama[0], "--to ollama --output ollama"))
+            uses.append(Use("Ollama", "\n".join((export, *ollama_commands("ollama", self.objective)))))
         return uses
 
 

@@ -24,6 +24,7 @@ from starlette.routing import Mount, Route
 
 from backhand.errors import UsageError
 from backhand.files import FileLayer, remove_tree
+from backhand.report.page import trained_adapter
 from backhand.report.run_record import read_run
 from backhand.runs.directory import CONFIG, REPORT
 from backhand.studio import queue
@@ -41,28 +42,16 @@ class Download(NamedTuple):
     to: str  # value of `export --to`
     suffix: str  # of the file: `gguf`, or `zip` for a directory
     options: tuple[str, ...] = ()
-    objective: str | None = None  # the only objective whose adapters have this format; None for all without a head
-    has_head: bool = False  # the format can hold a classification head
-    unsupported: tuple[str, ...] = ()  # objectives of adapters that the program cannot use in this format
-
-    def is_for(self, objective: str, trains_head: bool) -> bool:
-        """Return True if adapters of an objective, with or without a head on hidden states, can have this format."""
-        usable = self.objective in (None, objective) and objective not in self.unsupported
-        return self.has_head if trains_head else usable
 
 
-_WITHOUT_ANSWERS = ("decide", "embed", "rank")
+_MERGE = ("--merge",)
 EXPORTS = {
-    "peft": Download("PEFT adapter, also for transformers and vLLM (zip)", "peft", "zip", has_head=True),
-    "decision": Download("Decision model for llama.cpp (GGUF)", "gguf", "gguf", ("--decision",), "decide"),
-    "vectors": Download("Model for sentence-transformers (zip)", "sentence-transformers", "zip", ("--merge",), "embed"),
-    "gguf": Download("Adapter for llama.cpp (GGUF)", "gguf", "gguf", unsupported=_WITHOUT_ANSWERS),
-    "merged": Download(
-        "Base model with the adapter, for llama.cpp and LM Studio (GGUF)",
-        *("gguf", "gguf", ("--merge",)),
-        unsupported=("decide",),
-    ),
-    "ollama": Download("Adapter with a Modelfile for Ollama (zip)", "ollama", "zip", unsupported=_WITHOUT_ANSWERS),
+    "peft": Download("PEFT adapter, also for transformers and vLLM (zip)", "peft", "zip"),
+    "decision": Download("Decision model for llama.cpp (GGUF)", "gguf", "gguf", ("--decision",)),
+    "vectors": Download("Model for sentence-transformers (zip)", "sentence-transformers", "zip", _MERGE),
+    "gguf": Download("Adapter for llama.cpp (GGUF)", "gguf", "gguf"),
+    "merged": Download("Base model with the adapter, for llama.cpp and LM Studio (GGUF)", "gguf", "gguf", _MERGE),
+    "ollama": Download("Adapter with a Modelfile for Ollama (zip)", "ollama", "zip"),
 }
 """Formats of the export form, by name."""
 _ASKED = {
@@ -149,13 +138,13 @@ async def _run_page(site: Site, request: Request) -> Response:
     def page() -> Response:
         values = page_of(run)
         record = values["run"] if values and "run" in values else None
-        objective, trains_head = ("", False) if record is None else (record.objective, record.trains_head)
+        usable = [] if record is None else trained_adapter(record).exports()
         shared: dict[str, Any] = {
             "title": run.name,
             "listed": run,
             "log": "" if log is None else log_of(log),
-            "exports": {kind: one.text for kind, one in EXPORTS.items() if one.is_for(objective, trains_head)},
-            "objective": objective,
+            "exports": {kind: one.text for kind, one in EXPORTS.items() if (one.to, one.options) in usable},
+            "objective": "" if record is None else record.objective,
             "made": site.space.exported(run.name) if site.workspace is not None else [],
             "charts": {},
             "sections": [],

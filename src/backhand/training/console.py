@@ -271,6 +271,7 @@ def closing_lines(summary: RunSummary) -> list[str]:
         *(summary.objective, summary.model, summary.adapter, summary.trains_head, bool(summary.labels), summary.asking),
         file=summary.base_file,
         architecture=summary.base_architecture,
+        form=summary.adapter_form,
     )
     vectors = " --vectors" if summary.objective == "embed" else ""
     evaluate = f"backhand evaluate {trained.given} --data FILE{summary.reading}{vectors}"

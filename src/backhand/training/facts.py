@@ -26,9 +26,12 @@ from backhand.data.options import asking_options, reading_options, shell_quoted
 from backhand.data.stored_examples import PreparedData
 from backhand.data.token_view import documents_to_show, token_texts
 from backhand.loop.state import Progress, RunState
+from backhand.nn.families.config_fields import UnsupportedModel
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.gguf_tensors import gguf_architecture
 from backhand.nn.loading.source import ModelSource
+from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import METRICS, RunDirectory
 from backhand.runs.pair_results import held_out_pairs
@@ -182,7 +185,8 @@ def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_si
         objective=run.config.objective.objective,
         trains_head=run.inputs.trains_head,
         base_file=_gguf_file(run.inputs.source),
-        base_architecture=gguf_architecture(run.inputs.source.config),
+        base_architecture=_gguf_architecture(run.inputs.source),
+        adapter_form=_form(state.lora),
         evaluations=len({line["step"] for line in evaluations}),
         held_out_pairs=held_out_pairs(lines, progress.best_step),
         **_rewards(lines, progress),
@@ -192,6 +196,22 @@ def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_si
         system=run.inputs.train.report.system,
         labels=tuple(run.identity.labels),
     )
+
+
+def _gguf_architecture(source: ModelSource) -> str | None:
+    """Return the base's architecture in GGUF files, None if `backhand export` knows none or cannot read the base."""
+    try:
+        decoder_config(source.config)
+    except UnsupportedModel:
+        return None
+    return gguf_architecture(source.config)
+
+
+def _form(lora: LoRAParameters) -> str:
+    """Return the form in which other programs than PEFT can read the adapter: `factors`, `merged`, or empty."""
+    if any(slot.lora_bias or (slot.embedding and slot.use_dora) for slot in lora.slots.values()):
+        return ""
+    return "factors" if lora.plain else "merged"
 
 
 def _rows_seen(run: LoadedRun, steps: int) -> int:
