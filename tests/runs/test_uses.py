@@ -66,12 +66,13 @@ def test_more_than_factors_is_exported_merged() -> None:
     ("objective", "facts", "exports"),
     [
         ("sft", {}, "peft, gguf, ollama, gguf --merge, ollama --merge"),
-        ("sft", {"form": "merged"}, "peft, gguf --merge, ollama --merge"),
+        ("sft", {"form": "merged"}, "gguf --merge, ollama --merge"),
+        ("sft", {"form": ""}, ""),
         ("decide", {}, "peft, gguf --decision"),
         ("embed", {}, "peft, sentence-transformers --merge, gguf --merge, ollama --merge"),
         ("rank", {"architecture": "llama"}, "peft"),
         ("rank", {"architecture": "qwen3"}, "peft, gguf --merge"),
-        ("rank", {"trains_head": True}, "peft, sentence-transformers --merge"),
+        ("rank", {"trains_head": True, "form": "merged"}, "peft, sentence-transformers --merge"),
         ("classify", {"trains_head": True}, "peft"),
     ],
 )

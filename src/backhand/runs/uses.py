@@ -80,7 +80,9 @@ class TrainedAdapter:
 
     def exports(self) -> list[tuple[str, tuple[str, ...]]]:
         """Return `--to` and the further options of each export that some program uses as the adapter was trained."""
-        exports: list[tuple[str, tuple[str, ...]]] = [("peft", ())]
+        exports: list[tuple[str, tuple[str, ...]]] = []
+        if self.form == "factors" or self.trains_head:  # PEFT reads the others as training wrote them
+            exports.append(("peft", ()))
         merge = ("--merge",)
         if self.form and (self.objective == "embed" or (self.objective == "rank" and self.trains_head)):
             exports.append(("sentence-transformers", merge))
