@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backhand.data.even_micro_batches import even_micro_batches
 from backhand.data.examples import Example
 from backhand.data.pack import pack, trained_length
 from backhand.data.packing import micro_batches
@@ -57,30 +58,37 @@ def test_every_supervised_token_is_a_label_after_its_own_past(examples: list[Exa
     assert sorted(pasts) == sorted(expected)
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.none() | st.integers(1, 5), st.booleans())
-def test_micro_batches_hold_every_row_once_within_the_limit(
-    lengths: list[int], max_rows: int | None, even: bool
-) -> None:
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.none() | st.integers(1, 5))
+def test_micro_batches_hold_every_row_once_within_the_limit(lengths: list[int], max_rows: int | None) -> None:
     rows = list(range(0, len(lengths), 2))
-    groups = micro_batches(rows, lengths, max_rows=max_rows, even_tokens=even)
+    groups = micro_batches(rows, lengths, max_rows=max_rows)
+    assert sorted(row for group in groups for row in group) == rows
+    for group in groups:
+        assert max_rows is None or len(group) <= max_rows
+    order = [lengths[row] for group in groups for row in group]
+    assert order == sorted(order, reverse=True)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 5))
+def test_even_micro_batches_have_their_share_of_the_tokens(lengths: list[int], max_rows: int) -> None:
+    rows = list(range(0, len(lengths), 2))
+    groups = even_micro_batches(rows, lengths, max_rows=max_rows)
     assert sorted(row for group in groups for row in group) == rows
     tokens = [sum(lengths[row] for row in group) for group in groups]
     assert tokens == sorted(tokens, reverse=True), "a step that does not fit in memory must fail at once"
     for group, count in zip(groups, tokens, strict=True):
-        assert max_rows is None or len(group) <= max_rows
+        assert len(group) <= max_rows
         without_last = count - lengths[group[-1]]
-        assert max_rows is None or not even or without_last == 0 or without_last * len(rows) < max_rows * sum(tokens)
+        assert without_last == 0 or without_last * len(rows) < max_rows * sum(tokens)
 
 
 def test_long_rows_are_not_all_in_the_same_micro_batch() -> None:
-    assert micro_batches(range(8), [9, 1, 1, 9, 9, 1, 1, 1], max_rows=4, even_tokens=True) == [
+    assert even_micro_batches(range(8), [9, 1, 1, 9, 9, 1, 1, 1], max_rows=4) == [
         [0, 3],
         [4, 1, 2, 5],
         [6, 7],
     ]
-    assert micro_batches(range(4), [7, 8, 9, 10], max_rows=2, even_tokens=True) == [[3, 2], [1, 0]], (
-        "of nearly equal length"
-    )
+    assert even_micro_batches(range(4), [7, 8, 9, 10], max_rows=2) == [[3, 2], [1, 0]], "of nearly equal length"
 
 
 def test_without_limits_there_is_one_micro_batch() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from backhand.data.even_micro_batches import even_micro_batches
 from backhand.data.examples import Example
 from backhand.data.prefix_forest import Forest, SignedTokens, inputs_and_labels, mismatch, prefix_forest, worth_sharing
 from backhand.data.random_order import random_order
@@ -89,38 +90,23 @@ def _epoch_order(seed: int, epoch: int, rows: int) -> npt.NDArray[np.int64]:
     return random_order(rows, seed, "epoch order", epoch)
 
 
-def micro_batches(
-    rows: Iterable[int], lengths: Lengths, *, max_rows: int | None = None, even_tokens: bool = False
-) -> list[list[int]]:
-    """Divide the rows of one optimizer step into micro-batches, largest first.
+def micro_batches(rows: Iterable[int], lengths: Lengths, *, max_rows: int | None = None) -> list[list[int]]:
+    """Divide the rows of one optimizer step into micro-batches, longest rows first.
 
-    Rows of similar length are in the same micro-batch. The first one has the most tokens, so a step that does not fit
-    in memory fails at once.
+    Rows of similar length are in the same micro-batch. The first micro-batch is the largest, so a step that does not
+    fit in memory fails at once.
 
     Args:
         rows: row numbers.
         lengths: number of tokens per row, indexed by row number.
         max_rows: largest number of rows per micro-batch; None for no limit.
-        even_tokens: put fewer long rows together, so that all micro-batches need similar memory. Without its last row,
-            a micro-batch then has fewer tokens than `max_rows` rows of mean length.
 
     Returns:
         the row numbers of each micro-batch.
     """
     order = sorted(rows, key=lambda row: (-int(lengths[row]), row))
-    if max_rows is None or len(order) <= max_rows:
-        return [order] if order else []
-    if not even_tokens:
-        return [order[first : first + max_rows] for first in range(0, len(order), max_rows)]
-    sizes = [int(lengths[row]) for row in order]
-    share, groups, counts = max_rows * sum(sizes), list[list[int]](), list[int]()
-    for row, size in zip(order, sizes, strict=True):
-        if not groups or len(groups[-1]) == max_rows or counts[-1] * len(order) >= share:
-            groups.append([])
-            counts.append(0)
-        groups[-1].append(row)
-        counts[-1] += size
-    return [group for _, group in sorted(zip(counts, groups, strict=True), key=lambda one: -one[0])]
+    size = max_rows or max(1, len(order))
+    return [order[first : first + size] for first in range(0, len(order), size)]
 
 
 class RowPacker:
@@ -130,7 +116,7 @@ class RowPacker:
         examples: the rows.
         share_prefixes: in each micro-batch, store the common prefix of several documents once. Must be False with
             dropout, which gives the same token different hidden states in different rows.
-        even_tokens: divide a step into micro-batches of similar numbers of tokens.
+        even_tokens: divide steps into micro-batches of similar numbers of tokens.
 
     Attributes:
         examples: the rows.
@@ -159,8 +145,8 @@ class RowPacker:
             self._supervised = np.add.reduceat(self.by_document._supervised, first[:-1])
 
     def micro_batches(self, rows: Iterable[int], max_rows: int) -> list[list[int]]:
-        """Divide rows into micro-batches of at most `max_rows` rows, see the function of this name."""
-        return micro_batches(rows, self.lengths, max_rows=max_rows, even_tokens=self._even_tokens)
+        """Divide rows into micro-batches of at most `max_rows` rows."""
+        return (even_micro_batches if self._even_tokens else micro_batches)(rows, self.lengths, max_rows=max_rows)
 
     def packed(self, rows: Sequence[int], device: torch.device | str) -> PackedBatch:
         """Return the micro-batch of these rows, with its documents in the order of the rows.

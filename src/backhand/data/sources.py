@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import shlex
 from collections.abc import Iterator, Sequence
@@ -137,14 +138,20 @@ def _expand_one(name: str) -> list[str]:
     path = Path(name)
     if name.startswith((GYM, IN_MEMORY)):
         return [name]
-    if os.path.isdir(name):  # noqa: PTH112 - a text may be too long for `Path.is_dir`
+    try:
+        is_folder, is_missing = path.is_dir(), not path.exists()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        is_folder, is_missing = False, True
+    if is_folder:
         files = _data_files(path)
         if not files:
             raise DataError(
                 "there is no data file in this folder", where=name, next_step=f"add one of {', '.join(SUFFIXES)}"
             )
         return [str(file) for file in _with_stem(files, TRAINING_STEMS) or files]
-    if not os.path.exists(name) and not _is_hub(name):  # noqa: PTH110 - a text may be too long for `Path.exists`
+    if is_missing and not _is_hub(name):
         near = _nearest_file(path)
         if near is None and _is_text(name):
             raise DataError(
