@@ -293,6 +293,7 @@ def test_a_missing_file_of_rewards_is_answered_with_the_files_there(tmp_path: Pa
     ],
 )
 def test_advice_is_written_as_python(typed: str, written: str) -> None:
+    assert callable(backhand.train), "the functions are known once they are imported"
     hints = {field.option: field.hint for field in option_fields(backhand.TrainConfig)}
     assert in_python(typed, hints) == written
 
