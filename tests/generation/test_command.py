@@ -219,6 +219,19 @@ def test_an_output_that_may_not_be_replaced_is_reported_before_the_work(
         assert "will not be replaced" in capsys.readouterr().err
 
 
+def test_a_prompt_names_a_column_of_the_rows(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "questions.csv"
+    rows.write_text("asked,more\nname,x\nlist,y\n")
+    written = [
+        answered(capsys, [*base, "--data", str(rows), "--prompt", text, "--greedy"]) for text in ("asked", "{asked}")
+    ]
+    assert written[0] == written[1] and written[0].count("reference") == 2
+    assert main([*base, "--data", str(rows), "--prompt", "aksed"]) == 2
+    assert "did you mean asked?" in capsys.readouterr().err
+
+
 def test_bad_rows_are_named_or_left_out(
     base: list[str], rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,7 +43,6 @@ def test_values_out_of_range_are_named(field: str, value: Any) -> None:
     ("answer", "data", "where"),
     [
         ({}, (), "prompt"),
-        ({"prompt": "a"}, ("rows.jsonl",), "prompt"),
         ({"prompt": "a", "compare": True}, (), "compare"),
         ({"prompt": "a", "output": Path("o")}, (), "output"),
         ({"overwrite": True}, ("rows.jsonl",), "overwrite"),

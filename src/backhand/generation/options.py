@@ -11,7 +11,7 @@ from typing import Annotated
 
 from backhand.adapters.config import parse_names
 from backhand.bounds import Bound, Check, Count, NotNegative, Options, Seed, Text, Words, given
-from backhand.data.options import RowSources, TemplateOptions, has_columns
+from backhand.data.options import RowSources, TemplateOptions
 from backhand.errors import UsageError
 from backhand.nn.model_options import BaseModelOptions
 from backhand.words import shorten
@@ -103,7 +103,7 @@ class AnswerOptions(AdapterOptions):
 
     prompt: Text | None = None
     """The prompt; `-` reads it from standard input. A model without a chat template continues the text itself. With
-    `data`, a text with columns in braces, such as `'{subject}\\n{body}'`, is the prompt of each row."""
+    `data`, a column or a text with columns in braces, such as `'{subject}\\n{body}'`, is the prompt of each row."""
 
     output: Path | None = None
     """With `data`: JSON Lines file for the answers, one line per row in the order of the rows; not given: standard
@@ -151,13 +151,12 @@ class GenerateOptions(Options):
     def _check_together(self) -> None:
         self.answer.check_compare()
         prompt, data = self.answer.prompt, self.rows.data
-        if (prompt is None and not data) or (prompt is not None and data and not has_columns(prompt)):
-            what = "there is nothing to answer" if prompt is None else "prompt and data are both given"
+        if prompt is None and not data:
             raise UsageError(
-                what,
+                "there is nothing to answer",
                 where="prompt",
                 next_step="give --prompt TEXT (or - for standard input), or --data FILE, whose "
-                "prompts --prompt '{column}' may name",
+                "prompts --prompt COLUMN may name",
             )
         if self.answer.context is not None and not data:
             raise UsageError("context is given, but there are no rows", where="context", next_step="give --data FILE")
