@@ -410,8 +410,6 @@ def test_evaluate_takes_options_by_name_and_returns_what_json_prints(
     words = ["--adapter", trained.adapter, "--model", str(tiny.model), "--threads", "1", "--data", str(path), "--json"]
     assert main(["evaluate", *words]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(result.as_dict()))
-    with pytest.raises(UsageError, match="vectors is measured by the command"):
-        backhand.evaluate(data=ROWS, vectors=True)
     common = {"adapter": trained.adapter, "model": tiny.model, "threads": 1}
     rewarded = backhand.evaluate(data=ROWS, reward="exact", max_new_tokens=4, **common)
     assert main(["evaluate", *words, "--reward", "exact", "--max-new-tokens", "4"]) == 0

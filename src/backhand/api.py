@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ from backhand.interop.options import ExportOptions, Format, MergeOptions
 from backhand.loop import evaluate as evaluation
 from backhand.loop.classify import Classifier
 from backhand.loop.decide import decide as decide_states
+from backhand.loop.embed import VectorEvaluation
 from backhand.loop.embed import embed as embed_texts
 from backhand.loop.embed import mine as mine_negatives
 from backhand.loop.evaluate_rewards import RewardEvaluation, evaluate_rewards
@@ -127,6 +128,16 @@ def train(
 def evaluate(
     options: EvaluateOptions | None = ...,
     *,
+    vectors: Literal[True],
+    data: Rows | None = ...,
+    adapter: Place | None = ...,
+    model: Place | None = ...,
+    **further: Any,
+) -> VectorEvaluation: ...
+@overload
+def evaluate(
+    options: EvaluateOptions | None = ...,
+    *,
     reward: str | Sequence[str],
     data: Rows | None = ...,
     adapter: Place | None = ...,
@@ -150,7 +161,7 @@ def evaluate(
     adapter: Place | None = None,
     model: Place | None = None,
     **further: Any,
-) -> evaluation.Evaluation | RewardEvaluation:
+) -> evaluation.Evaluation | RewardEvaluation | VectorEvaluation:
     """Measure the base model and, if an adapter is given, the adapted model on rows.
 
     Args:
@@ -159,7 +170,7 @@ def evaluate(
         adapter: directory of an adapter, or a GGUF file.
         model: the base model.
         further: any other option of `backhand evaluate`, by its name. With `reward`, the rewards of greedy answers are
-            measured instead of losses.
+            measured instead of losses, and with `vectors` or an adapter that was trained to embed, vectors of texts.
 
     Returns:
         The scores; `as_dict` gives what `backhand evaluate --json` prints.
@@ -171,12 +182,6 @@ def evaluate(
         check_kind("options", options, EvaluateOptions)
     given = _named(data=data, adapter=adapter, model=model) | further
     built = _options("evaluate", EvaluateOptions, given, options)
-    if built.run.vectors:
-        raise UsageError(
-            "vectors is measured by the command",
-            where="vectors",
-            next_step="run `backhand evaluate --vectors --json …`",
-        )
     return evaluate_rewards(built.validate()) if built.run.reward else evaluation.evaluate(built)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+import backhand
 from backhand.data.embedding_examples import EmbeddingFormat
 from backhand.data.label_pairs import partners
 from backhand.data.options import DataOptions
@@ -21,7 +23,8 @@ from backhand.data.packing import RowPacker
 from backhand.data.prepare import prepare
 from backhand.data.rows import TextIdentities
 from backhand.errors import DataError, not_none
-from backhand.loop.embed import evaluate_vectors, mine
+from backhand.loop.embed import mine
+from backhand.loop.evaluate import evaluate
 from backhand.loop.objectives.embed import EmbedObjective, labels_of
 from backhand.loop.retrieval_scores import score_vectors
 from backhand.loop.vector_changes import nearest_texts
@@ -183,13 +186,27 @@ def test_a_run_learns_labels(straight: TrainConfig, tiny: TinyRun) -> None:
     assert summary.best_eval_loss < summary.base_eval_loss
     assert summary.adapted_retrieval["ndcg@10"] > summary.base_retrieval["ndcg@10"]
     options = EvaluateOptions(
-        run=EvaluateRunOptions(adapter=straight.run.output / "adapter", vectors=True),
+        run=EvaluateRunOptions(adapter=straight.run.output / "adapter"),
         data=DataOptions(data=straight.data.eval_data),
         model=BaseModelOptions(model=str(tiny.model), dtype="float32"),
     )
-    found = evaluate_vectors(options)
+    found = evaluate(options).as_dict()
     for name, expected in (("base", summary.base_retrieval), ("adapted", summary.adapted_retrieval)):
         assert found[name]["retrieval"]["ndcg@10"] == pytest.approx(expected["ndcg@10"], abs=1e-3)
+
+
+def test_other_files_of_vectors_are_read_by_the_columns_of_training(
+    straight: TrainConfig, tiny: TinyRun, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in Path(straight.data.eval_data[0]).read_text().splitlines()]
+    given = {"model": tiny.model, "dtype": "float32", "threads": 1}
+    expected = backhand.evaluate(data=rows, adapter=straight.run.output / "adapter", **given).as_dict()
+    adapter = Path(shutil.copytree(straight.run.output / "adapter", tmp_path / "adapter"))
+    record = json.loads((adapter / "backhand.json").read_text())
+    record["config"]["data.columns"] = {"text": "words", "label": "kind"}
+    (adapter / "backhand.json").write_text(json.dumps(record))
+    renamed = [{"words": row["text"], "kind": row["label"]} for row in rows]
+    assert backhand.evaluate(data=renamed, adapter=adapter, vectors=True, **given).as_dict() == expected
 
 
 def test_other_rows_and_one_label_are_refused(straight: TrainConfig, tiny: TinyRun, tmp_path: Path) -> None:
@@ -209,14 +226,15 @@ def test_other_rows_and_one_label_are_refused(straight: TrainConfig, tiny: TinyR
     single.write_text("".join(json.dumps({"text": f"user {word}", "label": word}) + "\n" for word in "abc"))
     scored = tmp_path / "scored.jsonl"
     scored.write_text(json.dumps({"sentence1": "user", "sentence2": "json", "score": 0.5}) + "\n")
+    model = BaseModelOptions(model=str(tiny.model))
     for files, words in (
         ((str(single),), "no two texts"),
         ((straight.data.data[0], str(pairs)), "others are pairs"),
         ((str(pairs), str(scored)), "pairs without one"),
     ):
         with pytest.raises(DataError, match=words):
-            evaluate_vectors(EvaluateOptions(run=EvaluateRunOptions(vectors=True), data=DataOptions(data=files)))
+            evaluate(EvaluateOptions(model, DataOptions(data=files), EvaluateRunOptions(vectors=True)))
     with pytest.raises(DataError, match="all held-out texts have the same label"):
         train(with_options(again, eval_data=(str(one),)))
     with pytest.raises(DataError, match="a text with a label has no negatives"):
-        mine(MineOptions(data=DataOptions(data=straight.data.data), model=BaseModelOptions(model=str(tiny.model))))
+        mine(MineOptions(data=DataOptions(data=straight.data.data), model=model))

@@ -237,9 +237,9 @@ def read_examples(
     return with_totals(examples, report)
 
 
-def check_first_rows(options: DataOptions) -> None:
+def check_first_rows(options: DataOptions, purpose: Purpose | None = None) -> None:
     """Raise DataError if the first row of a file has no known form. It runs before the model is loaded."""
-    pipeline = RowPipeline(options, options, options.system, RowErrors(options.skip_bad), None)
+    pipeline = RowPipeline(options, options, options.system, RowErrors(options.skip_bad), purpose)
     for name in filter(os.path.isfile, expand(options.data)):  # a pipe can be read only once
         next(pipeline.open_file(name)[2], None)
 

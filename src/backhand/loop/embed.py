@@ -7,10 +7,8 @@ model of sentence-transformers says it in its own files.
 from __future__ import annotations
 
 import io
-import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -22,7 +20,7 @@ from backhand.data.data_report import TruncationStats
 from backhand.data.embedding_examples import EmbeddingEncoder, EmbeddingFormat, identity
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.label_pairs import paired_rows
-from backhand.data.options import NamedColumns, RowSources
+from backhand.data.options import DataOptions, NamedColumns, RowSources
 from backhand.data.packing import RowPacker
 from backhand.data.raw_rows import RowErrors
 from backhand.data.row_pipeline import RowPipeline
@@ -41,7 +39,7 @@ from backhand.loop.retrieval_scores import score_vectors
 from backhand.nn.loading.sentence_transformers import read_embedding_files
 from backhand.ops.info_nce import BLOCK_SCORES
 from backhand.ops.normalize import normalize_forward
-from backhand.options.command_options import EmbedOptions, EvaluateOptions, MineOptions, VectorOptions
+from backhand.options.command_options import EmbedOptions, EvaluateRunOptions, MineOptions, VectorOptions
 from backhand.printing import counting, say
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import count_of, show_notes
@@ -201,22 +199,33 @@ def rows_of(data: RowSources, named: NamedColumns, purpose: Purpose, recorded: N
     return rows
 
 
-def texts_of(data: RowSources, named: NamedColumns, purpose: Purpose) -> list[EmbeddingRow]:
-    """Return all valid rows of texts of the files."""
-    return [row for row in rows_of(data, named, purpose) if isinstance(row, EmbeddingRow)]
+def texts_of(
+    data: RowSources, named: NamedColumns, purpose: Purpose, recorded: NamedColumns | None = None
+) -> list[EmbeddingRow]:
+    """Return all valid rows of texts of the files. `recorded` is that of `rows_of`."""
+    return [row for row in rows_of(data, named, purpose, recorded) if isinstance(row, EmbeddingRow)]
 
 
-def evaluate_vectors(options: EvaluateOptions) -> dict[str, Any]:
+@dataclass(frozen=True)
+class VectorEvaluation:
+    """Scores of the vectors of the base model and of the adapted model on the same rows."""
+
+    rows: int  # number of rows
+    base: dict[str, Any]  # `retrieval`, see `loop.retrieval_scores`
+    adapted: dict[str, Any] | None = None  # None without an adapter
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `evaluate --vectors --json` prints."""
+        return asdict(self)
+
+
+def evaluate_vectors(loaded: LoadedModel, data: DataOptions, run: EvaluateRunOptions) -> VectorEvaluation:
     """Score the vectors of the base model and, if an adapter is given, of the adapted model on rows.
 
-    Returns:
-        `rows`, and for `base` and `adapted` their `retrieval` (`loop.retrieval_scores`); None without an adapter.
-
     Raises:
-        UsageError, DataError, ArtifactError: an option, the rows, the model or the adapter cannot be used.
+        UsageError, DataError: an option, the rows or the model cannot be used.
     """
-    run, data = options.run, options.data
-    rows = paired_rows(texts_of(data, data, "embeddings"))
+    rows = paired_rows(texts_of(data, data, "embeddings", loaded.columns))
     if len(scored := [row for row in rows if row.score is not None]) not in (0, len(rows)):
         raise DataError(
             f"{len(scored):,} of {len(rows):,} rows have a score, and the others are pairs without one",
@@ -234,22 +243,20 @@ def evaluate_vectors(options: EvaluateOptions) -> dict[str, Any]:
     # An anchor has another prompt than the same text as a positive. Both texts of another pair are documents.
     asked = list(dict.fromkeys(row.texts[0] for row in rows if _has_query(row)))
     query_of = {text: number for number, text in enumerate(asked)}
-    result: dict[str, Any] = {"rows": len(rows), "base": None, "adapted": None}
-    with loaded_model(options.model, run.adapter) as loaded:
-        show_notes(loaded.notes)
-        embedder = Embedder.of(loaded, VectorOptions(micro_batch_rows=run.micro_batch_rows))
-        for adapter in (False,) if run.adapter is None else (False, True):
-            loaded.model.use_adapter(adapter)
-            name = "adapted" if adapter else "base"
-            documents = embedder.vectors(texts, what=f"{name} model: texts")
-            queries = embedder.vectors(asked, queries=True, what=f"{name} model: anchors")
-            vectors = [
-                queries[query_of[text]] if _has_query(row) and place == 0 else documents[number_of[text]]
-                for row in rows
-                for place, text in enumerate(row.texts)
-            ]
-            result[name] = {"retrieval": score_vectors(identities, torch.stack(vectors)).to_json()}
-    return result
+    embedder = Embedder.of(loaded, VectorOptions(micro_batch_rows=run.micro_batch_rows))
+    measured: list[dict[str, Any]] = []
+    for adapter in (False,) if run.adapter is None else (False, True):
+        loaded.model.use_adapter(adapter)
+        name = "adapted" if adapter else "base"
+        documents = embedder.vectors(texts, what=f"{name} model: texts")
+        queries = embedder.vectors(asked, queries=True, what=f"{name} model: anchors")
+        vectors = [
+            queries[query_of[text]] if _has_query(row) and place == 0 else documents[number_of[text]]
+            for row in rows
+            for place, text in enumerate(row.texts)
+        ]
+        measured.append({"retrieval": score_vectors(identities, torch.stack(vectors)).to_json()})
+    return VectorEvaluation(len(rows), *measured)
 
 
 def _has_query(row: EmbeddingRow) -> bool:
@@ -257,14 +264,11 @@ def _has_query(row: EmbeddingRow) -> bool:
     return row.score is None and row.label is None
 
 
-def evaluate_vectors_command(options: EvaluateOptions) -> dict[str, Any]:
-    """Run `evaluate_vectors` and print a table, or one JSON object with `json`."""
-    with working("evaluating"):
-        result = evaluate_vectors(options)
-    if options.run.json:
-        sys.stdout.write(json.dumps(result) + "\n")
-        return result
-    measured = {name: result[name]["retrieval"] for name in ("base", "adapted") if result[name]}
+def print_vectors(result: VectorEvaluation) -> None:
+    """Print a table of the scores."""
+    measured = {"base": result.base["retrieval"]}
+    if result.adapted is not None:
+        measured["adapted"] = result.adapted["retrieval"]
     names = list(measured["base"]["intervals"])
     of_what = f"{measured['base']['queries']:,} pairs with scores"
     if measured["base"]["candidates"]:
@@ -277,7 +281,6 @@ def evaluate_vectors_command(options: EvaluateOptions) -> dict[str, Any]:
             cells.append(f"{scores[score]:.3f} ({low:.3f} to {high:.3f})")
         shown.add_row(name, *cells)
     console_for_tables().print(shown)
-    return result
 
 
 def mine(options: MineOptions) -> list[dict[str, str]]:

@@ -52,7 +52,7 @@ from backhand.loop.class_scores import ClassScores
 from backhand.loop.classify import evaluate_classes, print_classes
 from backhand.loop.decide import evaluate_decisions, print_decisions
 from backhand.loop.decision_scores import DecisionScore
-from backhand.loop.embed import evaluate_vectors_command
+from backhand.loop.embed import VectorEvaluation, evaluate_vectors, print_vectors
 from backhand.loop.evaluate_rewards import RewardEvaluation, evaluate_rewards_command
 from backhand.loop.label_scores import LabelScore, label_score, print_labels
 from backhand.loop.measuring import HeldOut
@@ -351,8 +351,11 @@ def exact_matches(
     return sum(_text(loaded, ids).strip() == reply for ids, reply in zip(completions, replies, strict=True))
 
 
-def evaluate(options: EvaluateOptions) -> Evaluation:
+def evaluate(options: EvaluateOptions) -> Evaluation | VectorEvaluation:
     """Evaluate the base model and, if an adapter is given, the adapted model.
+
+    Returns:
+        the scores of vectors with `vectors` or with an adapter that was trained to embed, otherwise those of answers.
 
     Raises:
         UsageError, DataError, ArtifactError: an option, the rows, the model or the adapter cannot be used.
@@ -361,9 +364,11 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     options.validate()
     run, data = options.run, options.data
     if data.state is None and run.adapter is None and not run.rankings:
-        check_first_rows(data)  # the record of an adapter may name the columns
-    with loaded_model(options.model, run.adapter, template=data, takes_heads=True) as loaded:
+        check_first_rows(data, "embeddings" if run.vectors else None)  # the record of an adapter may name the columns
+    with loaded_model(options.model, run.adapter, template=data, takes_heads=not run.vectors) as loaded:
         show_notes(loaded.notes)
+        if run.vectors or (loaded.embedding and not run.rankings):
+            return evaluate_vectors(loaded, data, run)
         ranks = bool(loaded.ranking) or run.rankings
         if loaded.classification and not ranks:
             count, of_classes = evaluate_classes(loaded, data, run.micro_batch_rows)
@@ -400,16 +405,17 @@ def _perplexity(nats: float) -> float:
         return math.inf  # a float64 cannot hold it
 
 
-def evaluate_command(options: EvaluateOptions) -> Evaluation | RewardEvaluation | dict[str, Any]:
-    """Run `evaluate` and print a table, or one JSON object with `json`; or measure rewards or vectors instead."""
+def evaluate_command(options: EvaluateOptions) -> Evaluation | RewardEvaluation | VectorEvaluation:
+    """Run `evaluate` and print a table, or one JSON object with `json`; or measure rewards instead."""
     if options.run.reward:
         return evaluate_rewards_command(options.validate())
-    if options.run.vectors:
-        return evaluate_vectors_command(options.validate())
     with working("evaluating"):
         result = evaluate(options)
     if options.run.json:
         sys.stdout.write(json.dumps(result.as_dict()) + "\n")
+        return result
+    if isinstance(result, VectorEvaluation):
+        print_vectors(result)
         return result
     if result.adapted is not None and result.base.classes and result.adapted.classes:
         print_classes({"constant answer": result.base.classes, "adapted": result.adapted.classes})

@@ -35,7 +35,7 @@ class EvaluateRunOptions(Options):
 
     vectors: bool = False
     """Score the vectors of texts (retrieval, or rank correlation) instead of answers, for rows as in training with
-    `--objective embed`."""
+    `--objective embed`. Not needed with an adapter of this objective."""
 
     rankings: bool = False
     """Score the order of a query's documents instead of answers, for rows as in training with `--objective rank`. Not

@@ -273,8 +273,7 @@ def closing_lines(summary: RunSummary) -> list[str]:
         architecture=summary.base_architecture,
         form=summary.adapter_form,
     )
-    vectors = " --vectors" if summary.objective == "embed" else ""
-    evaluate = f"backhand evaluate {trained.given} --data FILE{summary.reading}{vectors}"
+    evaluate = f"backhand evaluate {trained.given} --data FILE{summary.reading}"
     commands = [trained.backhand()[0], evaluate, *trained.llama_cpp()[:1]]
     lines.append(f"Adapter: {shlex.quote(summary.adapter)}")
     return [*lines, *(f"{'      ' if number else 'Next: '}{one}" for number, one in enumerate(commands))]
