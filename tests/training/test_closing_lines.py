@@ -261,6 +261,7 @@ def test_a_gain_of_reward_has_an_interval() -> None:
     assert unclear.endswith("too few rows to tell the change from chance")
     assert "too few" not in gain_words(reward_gain(base, [0.6] * 4))
     assert "too few" in gain_words(reward_gain(base[:1], base[:1]))
+    assert gain_words(reward_gain(base, base)) == "the reward of no held-out row changed"
 
 
 def test_a_reward_that_may_have_risen_by_chance_did_not_help(ended: RunSummary) -> None:

@@ -47,7 +47,7 @@ from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.runs.interruption import Interrupted
 from backhand.runs.summary import read_summary
-from backhand.training.advice import answer_advice
+from backhand.training.advice import Curves, answer_advice
 from backhand.training.console import closing_lines
 from backhand.training.run import train
 from backhand.verify.command import prove_run
@@ -348,7 +348,16 @@ def test_a_lower_loss_of_decisions_is_no_help_alone(
         alike = replace(measured, adapted_decisions=same, try_next="backhand train … --max-steps 25")  # type: ignore[arg-type]
         advised = answer_advice(straight, alike, straight.run.output)
         assert advised is not None and advised[1] is None
-        assert "72% of the held-out rows have the most frequent answer: add training rows" in advised[0]
+        said = "The adapter gives the same answer to all held-out rows of team, of which 72% have the most frequent one"
+        assert advised[0].startswith(said)
+        # With few held-out rows, the curves alone ask for nothing.
+        falling = Curves([(step, 2 - step / 20) for step in range(0, 21, 2)], [1.0] * 20)
+        few = replace(alike, steps=20, try_next=None)
+        advised = answer_advice(straight, few, straight.run.output, falling)
+        assert advised is not None and "of team, and their loss was still falling at the end: more steps" in advised[0]
+        assert advised[1] is not None and "--epochs 8" in advised[1]
+        longer = replace(few, try_next=alike.try_next)
+        assert answer_advice(straight, longer, straight.run.output, falling) is None, "the curves ask for more steps"
     commands = [line for line in page.splitlines() if "backhand" in line or "llama" in line]
     assert any("backhand decide" in line for line in commands) and "--to gguf --decision" in page
     assert "backhand chat" not in page and "llama-cli" not in page
@@ -556,9 +565,11 @@ def test_sentences_about_a_question_name_flips_and_a_better_constant_answer() ->
     better = about_score("q", replace(score, accuracy=0.8, flips=0.819))
     assert "82% of the decisions change" in better[-1] and "--option-order random" in better[-1]
     assert not any("decisions change" in line for line in about_score("q", replace(score, accuracy=0.8, flips=0.0)))
-    point = {"wanted": 0.95, "threshold": 0.93, "coverage": 0.75, "accuracy": 1.0}
-    threshold, surprise = about_score("q", replace(score, accuracy=0.8, flips=None, thresholds=[point]))
+    point = {"wanted": 0.95, "threshold": 0.93, "coverage": 0.25, "accuracy": 1.0}
+    decided = replace(score, rows=68, accuracy=0.8, flips=None, thresholds=[point])
+    threshold, surprise = about_score("q", decided)
     assert "above a probability of 0.930" in threshold and "the most surprising answer" in surprise
+    assert threshold.endswith("pass the other 75% of the rows on (17 of 17 rows right, 95 % interval from 82%)")
 
 
 def test_rows_are_counted_while_they_are_decided(straight: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from backhand.options.command_options import DecideOptions
 from backhand.printing import counting
 from backhand.reading import read_plain
 from backhand.terminal import console_for_tables, table_of, working
-from backhand.words import shorten, show_notes
+from backhand.words import count_of, share_interval, shorten, show_notes
 
 _ROWS_AT_ONCE = 256
 RANDOM_ORDERS = 2
@@ -233,11 +233,7 @@ def about_score(name: str, score: DecisionScore) -> list[str]:
         often = "as often" if score.accuracy == score.majority else "more often"
         return [f"{name}: always giving the most frequent answer is right {often} ({score.majority:.1%})"]
     worst = score.surprises[0]
-    thresholds = [
-        f"{name}: for {point['wanted']:.0%} right, decide above a probability of {point['threshold']:.3f}, and pass "
-        f"the other {1 - point['coverage']:.0%} of the rows on"
-        for point in score.thresholds
-    ]
+    thresholds = [_about_threshold(name, score.rows, point) for point in score.thresholds]
     surprise = (
         f"{name}: the most surprising answer is {shorten(worst['answer'])} at {worst['source']}, where the model "
         f"decides {shorten(worst['decision'])} and gives it {worst['probability']:.2%}"
@@ -249,6 +245,16 @@ def about_score(name: str, score: DecisionScore) -> list[str]:
             "programs, sort them by name as here, or train with --option-order random"
         )
     return lines
+
+
+def _about_threshold(name: str, rows: int, point: Mapping[str, float]) -> str:
+    decided = round(point["coverage"] * rows)
+    low, _ = share_interval(point["accuracy"], decided)
+    return (
+        f"{name}: for {point['wanted']:.0%} right, decide above a probability of {point['threshold']:.3f}, and pass "
+        f"the other {1 - point['coverage']:.0%} of the rows on ({point['accuracy'] * decided:.4g} of "
+        f"{count_of(decided, 'row')} right, 95 % interval from {low:.0%})"
+    )
 
 
 def decide(options: DecideOptions) -> list[dict[str, Any]]:

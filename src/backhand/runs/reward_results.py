@@ -40,6 +40,8 @@ def gain_words(gain: Sequence[float] | None) -> str:
     """Return a clause about a `reward_gain`."""
     if gain is None:
         return "too few rows to compare the rewards"
+    if not any(gain):
+        return "the reward of no held-out row changed"
     mean, low, high = gain
     verdict = ": too few rows to tell the change from chance" if gain_verdict(gain) == "unclear" else ""
     return f"reward gained per row {mean:+.4g} (95 % interval {low:+.4g} to {high:+.4g}){verdict}"

@@ -49,7 +49,7 @@ from backhand.runs.label_results import (
 )
 from backhand.runs.pair_results import answers_far_from_chosen, answers_got_worse, chosen_change
 from backhand.runs.summary import AnswerLengths, RunSummary
-from backhand.words import count_of
+from backhand.words import count_of, name_list
 
 Finding = Literal["unsteady", "not better", "hardly moved", "rose", "still falling", "forgot", "low", "fine"]
 
@@ -264,7 +264,9 @@ def too_few_rows(held_out: DataReport) -> int:
     return held_out.rows if few else 0
 
 
-def answer_advice(config: TrainConfig, summary: RunSummary, run: Path) -> tuple[str, str | None] | None:
+def answer_advice(
+    config: TrainConfig, summary: RunSummary, run: Path, curves: Curves | None = None
+) -> tuple[str, str | None] | None:
     """Return a sentence and a command if the answers of held-out rows ask for another run, or None for either.
 
     A run that ended before its last step would end there again, so more steps are no advice for it.
@@ -273,6 +275,7 @@ def answer_advice(config: TrainConfig, summary: RunSummary, run: Path) -> tuple[
         config: the resolved configuration of the run.
         summary: its results, with the measurements of the answers.
         run: the run directory.
+        curves: the losses of the run; None if they are not known.
     """
     if summary.free_answers is not None:
         return _pair_advice(config, summary, summary.free_answers, run)
@@ -284,10 +287,17 @@ def answer_advice(config: TrainConfig, summary: RunSummary, run: Path) -> tuple[
         shares = [(base["accuracy"], adapted["accuracy"], most_frequent(adapted["per_label"])[1], rows)]
     if verdict in (None, "helped"):
         return None
-    if decided[1] and all(one["constant"] for one in decided[1].values()):
-        share = max(one["majority"] for one in decided[1].values())
-        common = f"{share:.0%} of the held-out rows have the most frequent answer"
-        return f"The adapter always decides alike, and {common}: add training rows with the other answers.", None
+    if constant := {name: one["majority"] for name, one in decided[1].items() if one["constant"]}:
+        same = f"The adapter gives the same answer to all held-out rows of {name_list(constant)}"
+        if curves is not None and summary.stopped_because is None:
+            finding = first_finding(curves, rates_until(config.optimization, summary.steps), 1.0)
+            if finding in ("hardly moved", "still falling"):
+                if summary.try_next is not None:
+                    return None
+                more = _again(config, run, _twice_as_long(config, summary.steps))
+                return f"{same}, and their loss was still falling at the end: more steps come first.", more
+        common = name_list(f"{share:.0%}" for share in constant.values())
+        return f"{same}, of which {common} have the most frequent one: add training rows with the other answers.", None
     if summary.try_next is not None:  # the curves ask for another run already
         return None
     if summary.stopped_because is not None:

@@ -285,7 +285,8 @@ class Trainer:
         if summary.adapted_exact_match is None:
             labels, stopped = run.identity.labels, lambda: self.processes.stop_requested
             summary = replace(summary, **measured_answers(*arguments, labels, summary.tokens, stopped))
-        if (suggestion := answer_advice(run.config, summary, self.directory.path)) is not None:
+        curves = Curves.of(self.directory.lines(METRICS))
+        if (suggestion := answer_advice(run.config, summary, self.directory.path, curves)) is not None:
             summary = replace(summary, advice=suggestion[0], try_next=suggestion[1])
         self.directory.write(SUMMARY, summary.to_json())
         return summary
