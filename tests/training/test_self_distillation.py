@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from dataclasses import replace
@@ -34,8 +35,10 @@ from backhand.ops.linear_divergence import Divergence, DivergenceKind
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.options.objectives import DEMONSTRATION_TEMPLATE
 from backhand.options.rewards import RewardOptions
-from backhand.report.page import run_page
+from backhand.report.headline import headline, verdict
+from backhand.report.page import result_sentence, run_page
 from backhand.report.run_record import read_run
+from backhand.runs.distilled_results import top_1_gain
 from backhand.runs.interruption import Interrupted
 from backhand.runs.summary import read_summary
 from backhand.training.console import closing_lines
@@ -163,15 +166,15 @@ def test_agreement_is_that_of_full_logits() -> None:
     kl, top_1 = agreement(decoder, packer, 2)
     nats, equal = 0.0, []
     for row in range(3):
-        logits = []
+        logits: list[Tensor] = []
         for example in (packer.examples[row], packer.teachers[row]):
             places = np.flatnonzero(example.supervised) - 1
             logits.append(decoder.logits(torch.from_numpy(example.input_ids.astype(np.int64)))[places].double())
         u, v = (one.log_softmax(-1) for one in logits)
         nats += float((v.exp() * (v - u)).sum())
-        equal += (u.argmax(-1) == v.argmax(-1)).tolist()
+        equal.append(int((u.argmax(-1) == v.argmax(-1)).sum()))
     assert kl == pytest.approx(nats / 9, rel=1e-4)
-    assert top_1 == sum(equal) / 9
+    assert top_1 == equal
 
 
 @pytest.fixture(scope="module")
@@ -353,5 +356,19 @@ def test_the_end_of_a_run_compares_answers_with_the_teacher(tiny: TinyRun, tmp_p
     shown = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
     assert len(shown) == 2 and all(isinstance(line["prompted"], str) for line in shown)
     page = run_page(read_run(output)).decode()
+    assert "sampled by the teacher" in page and "expected answer" not in page
     assert "teacher, with its prompt" in page and "base model without the prompt" in page
-    assert "of divergence from its teacher, so it helped" in page
+    judged = r"divergence from its teacher, and the most probable token is the teacher's in .*points\), so it helped;"
+    assert re.search(judged, headline(read_run(output)))
+    # Chance: in four rows, as many tokens became the teacher's as ceased to be.
+    run = read_run(output)
+    unclear = figures | {"base_top_1": 0.875, "adapted_top_1": 0.862}
+    for same, gained in (([8, 8, 8, 9], [9, 8, 7, 8]), ([33], [34])):
+        gain = top_1_gain(same, gained, 40)
+        changed = unclear | {"top_1_gain": None if gain is None else list(gain)}
+        one = replace(run, summary=run.summary | {"distilled": changed})
+        assert verdict(one) == "unclear" and "it is not clear whether it helped" in headline(one)
+        assert result_sentence(one) == "tokens as the teacher's 87.5% → 86.2%: not clear whether it helped."
+        assert "held-out loss: not clear whether it helped" in run_page(one).decode()
+    gain = top_1_gain([8, 8, 8, 9], [9, 8, 7, 8], 40)
+    assert gain is not None and gain[0] == pytest.approx(-1 / 40) and gain[1] < 0 < gain[2]

@@ -263,20 +263,21 @@ class DistilledPacker(RowPacker):
         return states
 
 
-def agreement(model: Decoder, packer: DistilledPacker, micro_batch_rows: int) -> tuple[float, float]:
+def agreement(model: Decoder, packer: DistilledPacker, micro_batch_rows: int) -> tuple[float, list[int]]:
     """Measure how close the model is to the teacher of these rows.
 
     Returns:
-        the mean KL(teacher ‖ model) in nats per token, and the share of tokens at which both have the same most
-        probable next token.
+        the mean KL(teacher ‖ model) in nats per token, and per row the number of tokens at which both have the same
+        most probable next token.
     """
-    nats, equal, tokens = 0.0, 0, 0
+    nats, equal = 0.0, [0] * len(packer.examples)
     for group in packer.micro_batches(range(len(packer.examples)), micro_batch_rows):
         batch = packer.packed(group, model.device)
         teacher = not_none(batch.teacher)._replace(divergence=Divergence(), temperature=1.0)
         nats += float(model.loss(replace(batch, teacher=teacher)))
         states = model.supervised_states(batch), batch.per_document(teacher.hidden)
         of_model, of_teacher = map(model.most_probable_tokens, states)
-        equal += int((of_model == of_teacher).sum())
-        tokens += len(of_model)
-    return nats / tokens, equal / tokens
+        of_rows = (of_model == of_teacher).split([packer.state_tokens[row] for row in group])
+        for row, same in zip(group, of_rows, strict=True):
+            equal[row] = int(same.sum())
+    return nats / sum(packer.state_tokens), equal

@@ -19,6 +19,7 @@ from backhand.generation.session import decode
 from backhand.loop.distillation import DistilledPacker, agreement, computing_with
 from backhand.loop.measuring import evenly_spaced
 from backhand.nn.decoder.decoder import Decoder
+from backhand.runs.distilled_results import top_1_gain
 from backhand.runs.records import MAX_NEW_TOKENS
 from backhand.runs.summary import DistilledFigures
 
@@ -67,10 +68,12 @@ def distilled_figures(
             model, asked, max_new_tokens=limit, stop_ids=stop_ids, batch_size=max(micro_batch_rows, _TIMED)
         )
 
-    adapted, adapted_kl = answers(students), agreement(model, packer, micro_batch_rows)
+    adapted = answers(students)
+    adapted_kl, adapted_same = agreement(model, packer, micro_batch_rows)
     first_s = _first_token_s(model, students[:_TIMED])
     with computing_with(model, None):
-        base, base_kl = answers(students), agreement(model, packer, micro_batch_rows)
+        base = answers(students)
+        base_kl, base_same = agreement(model, packer, micro_batch_rows)
     with computing_with(model, start):
         of_teacher: dict[int, list[int]] = {}
         for group in packer.groups:  # the context is computed once
@@ -83,12 +86,14 @@ def distilled_figures(
     def equal(given: Sequence[list[int]]) -> float | None:
         return fmean(one == other for one, other in zip(given, expected, strict=True)) if short else None
 
+    tokens = sum(packer.state_tokens)
     figures: DistilledFigures = {
-        "tokens": sum(packer.state_tokens),
-        "base_kl": base_kl[0],
-        "adapted_kl": adapted_kl[0],
-        "base_top_1": base_kl[1],
-        "adapted_top_1": adapted_kl[1],
+        "tokens": tokens,
+        "base_kl": base_kl,
+        "adapted_kl": adapted_kl,
+        "base_top_1": sum(base_same) / tokens,
+        "adapted_top_1": sum(adapted_same) / tokens,
+        "top_1_gain": top_1_gain(base_same, adapted_same, tokens),
         "rows": len(numbers),
         "base_equal": equal(base),
         "adapted_equal": equal(adapted),

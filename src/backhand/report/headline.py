@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from backhand.options.objectives import DISTILLED
 from backhand.report.run_record import RunRecord, is_number
+from backhand.runs.distilled_results import agreement_words
 from backhand.runs.label_results import (
     LabelVerdict,
     decision_clause,
@@ -28,7 +29,8 @@ def verdict(run: RunRecord) -> str:
 
     While the run trains it is `open`.
 
-    The loss of pairs does not tell whether answers got better: `unknown`.
+    The loss of pairs does not tell whether answers got better: `unknown`. A distilled run is judged by the tokens on
+    which it agrees with its teacher.
     """
     base, best = base_and_best(run)
     if run.is_running:
@@ -45,6 +47,8 @@ def verdict(run: RunRecord) -> str:
         return gain_verdict(_reward_gain(run))
     if base is None or best is None or run.objective in PAIR_OBJECTIVES:
         return "unknown"
+    if run.objective in DISTILLED:
+        return gain_verdict(_gain((run.summary.get("distilled") or {}).get("top_1_gain")))
     return "helped" if best < base else "hurt"
 
 
@@ -86,10 +90,13 @@ def _ranking_verdict(run: RunRecord) -> LabelVerdict | None:
     return "hurt" if after < low and new_high < before else "unclear"
 
 
-def _reward_gain(run: RunRecord) -> list[float] | None:
-    gain = run.summary.get("reward_gain")
-    complete = isinstance(gain, list) and len(gain) == 3 and all(map(is_number, gain))
-    return gain if complete else None
+def _reward_gain(run: RunRecord) -> Sequence[float] | None:
+    return _gain(run.summary.get("reward_gain"))
+
+
+def _gain(gain: object) -> Sequence[float] | None:
+    """Return a gain and its interval, or None if they are not complete."""
+    return gain if isinstance(gain, list) and len(gain) == 3 and all(map(is_number, gain)) else None
 
 
 def _decisions(run: RunRecord) -> tuple[Any, Any]:
@@ -199,7 +206,9 @@ def _outcome(run: RunRecord) -> str:
         clauses = [] if pairs is None else pair_clauses(pairs, _held_out_rows(run), run.objective, answers)
         return "; ".join([f"{change} ({run.objective})", *clauses])
     if run.objective in DISTILLED:
-        return f"{change} nats per token of divergence from its teacher{_effect(run)}"
+        figures = run.summary.get("distilled")
+        agreed = f", and the most probable token is the teacher's in {agreement_words(figures)}" if figures else ""
+        return f"{change} nats per token of divergence from its teacher{agreed}{_effect(run)}"
     if run.objective in ("embed", "rank"):
         scores = ""
         if (ranked := ranking_scores(run)) is not None:

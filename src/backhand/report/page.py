@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from backhand.options.objectives import DISTILLED
 from backhand.report import charts
 from backhand.report.headline import base_and_best, forgot, headline, ranking_scores, verdict
 from backhand.report.proof_tables import ProofTable, proof_tables
@@ -85,6 +86,7 @@ def live_values(run: RunRecord) -> dict[str, Any]:
         "remarks": _remarks(run),
         "tiles": _tiles(run, tables),
         "answers": [_answer(line) | {"over_time": _over_time(run, line)} for line in run.answers],
+        "expected": _expected(run),
         "max_new_tokens": MAX_NEW_TOKENS,
         "has_curves": has_curves,
         "processes": _processes(run),
@@ -178,6 +180,8 @@ def _clearest_figure(run: RunRecord) -> tuple[str, Any, Any, Callable[[float], s
     if (ranked := ranking_scores(run)) is not None:
         score, before, after = ranked
         return score, before.get(score), after[score], _short
+    if figures := run.summary.get("distilled"):
+        return "tokens as the teacher's", figures["base_top_1"], figures["adapted_top_1"], "{:.1%}".format
     if pairs := run.summary.get("held_out_pairs"):
         return "pairs in the right order", None, pairs.get("rewards/accuracies"), _SHARE
     return _loss_figure(run)
@@ -211,6 +215,12 @@ def _short(value: float) -> str:
     if 1e-3 <= abs(value) < 1e4:
         return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
     return f"{value:.3g}"
+
+
+def _expected(run: RunRecord) -> str:
+    """Return the name of the reference answers. The teacher samples them if the rows of distillation have none."""
+    sampled = run.objective in DISTILLED and run.config["objective"].get("answers_from") != "rows"
+    return "sampled by the teacher" if sampled else "expected answer"
 
 
 def _over_time(run: RunRecord, line: Mapping[str, Any]) -> list[tuple[int, str]]:

@@ -33,6 +33,7 @@ class _Data(TypedDict, total=False):
 
 class _Objective(TypedDict, total=False):
     objective: str
+    answers_from: str
 
 
 class _Configuration(TypedDict, total=False):

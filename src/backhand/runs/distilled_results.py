@@ -2,7 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from backhand.runs.summary import DistilledFigures
+from backhand.words import mean_interval
+
+
+def top_1_gain(base: Sequence[int], adapted: Sequence[int], tokens: int) -> tuple[float, float, float] | None:
+    """Return the gain in agreement with the teacher and its 95 % interval, or None for fewer than two rows.
+
+    The interval is that of the rows, since the tokens of an answer depend on each other.
+
+    Args:
+        base, adapted: number of tokens of each row whose most probable token is the teacher's.
+        tokens: number of tokens of all rows.
+    """
+    if len(base) < 2:
+        return None
+    per_row = tokens / len(base)
+    return mean_interval([(after - before) / per_row for before, after in zip(base, adapted, strict=True)])
+
+
+def agreement_words(figures: DistilledFigures) -> str:
+    """Return the shares of tokens on which base and adapted model agree with the teacher, and the interval."""
+    shares = f"{figures['base_top_1']:.1%} → {figures['adapted_top_1']:.1%}"
+    if (gain := figures.get("top_1_gain")) is None:
+        return shares
+    _, low, high = gain
+    return f"{shares} (95 % interval of the change {100 * low:+.1f} to {100 * high:+.1f} points)"
 
 
 def distilled_sentences(figures: DistilledFigures, objective: str) -> list[str]:
@@ -15,7 +42,7 @@ def distilled_sentences(figures: DistilledFigures, objective: str) -> list[str]:
     teacher = f"the model with the {'prompt' if objective == 'bake' else 'demonstration'}"
     agreement = (
         f"On {figures['tokens']:,} held-out tokens, the most probable token is that of {teacher} in "
-        f"{figures['base_top_1']:.1%} → {figures['adapted_top_1']:.1%}; the divergence from it is "
+        f"{agreement_words(figures)}; the divergence from it is "
         f"{figures['base_kl']:.4f} → {figures['adapted_kl']:.4f} nats per token."
     )
     sentences = [agreement]

@@ -71,7 +71,14 @@ class AnswerLengths(TypedDict):
     adapted_cut_off: float
 
 
-class DistilledFigures(TypedDict):
+class _AgreementGain(TypedDict, total=False):
+    """The figure that summaries of earlier versions lack."""
+
+    # adapted_top_1 - base_top_1 and its 95 % interval over the rows; None for fewer than two rows
+    top_1_gain: tuple[float, float, float] | None
+
+
+class DistilledFigures(_AgreementGain):
     """Figures of a distilled run on held-out rows. The teacher reads the prompt with a context or a demonstration."""
 
     tokens: int  # number of tokens in the agreement
