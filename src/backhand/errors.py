@@ -11,6 +11,9 @@ from backhand.printing import bounded
 
 T = TypeVar("T")
 
+RESUME_STEP = "go on with --resume"
+"""The part of `next_step` that continues the run. It is replaced if the run that was overwritten is restored."""
+
 
 def not_none(value: T | None) -> T:
     """Return `value`, which an earlier check guarantees not to be None. Raises AssertionError if it is None."""

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from backhand.errors import BackhandError, ResourceError, UsageError
+from backhand.errors import RESUME_STEP, BackhandError, ResourceError, UsageError
 from backhand.system import NO_WAIT, PLAIN, open_unnamed, sync_directory
 
 _WRITE_BYTES = 1 << 24
@@ -150,9 +150,7 @@ def remove_tree(files: FileLayer, path: Path) -> None:
 
 
 @contextmanager
-def save_errors(
-    what: str, path: Path, needed_bytes: int, *, again: str = "run the same command with --resume"
-) -> Iterator[None]:
+def save_errors(what: str, path: Path, needed_bytes: int, *, again: str = RESUME_STEP) -> Iterator[None]:
     """Convert an OSError while saving into a BackhandError that gives the bytes needed and free.
 
     Raises:

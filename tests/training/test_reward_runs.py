@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import IO, Any
 import pytest
 from torch import Tensor
 
+import backhand
 from backhand.data.lint_command import lint_command
 from backhand.data.options import DataOptions, LintOptions, LintRunOptions
 from backhand.data.rows import Completion, PromptRow
@@ -344,6 +346,27 @@ def test_a_function_that_fails_ends_the_run_and_nothing_is_lost(
         steps = [line["step"] for line in lines(tmp_path / "run") if "loss" in line]
         saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.is_dir())
         assert steps == [1] and saved[-1] == "step-1"
+
+
+def test_the_advice_after_a_failure_before_the_first_step_can_be_followed(
+    straight: TrainConfig, tiny: TinyRun, functions: Path, tmp_path: Path
+) -> None:
+    former, fresh = tmp_path / "former", tmp_path / "fresh"
+    shutil.copytree(straight.run.output, former)
+    failing = config(tiny, functions, former, "few", overwrite=True)
+    for call, option in ((train, "--overwrite"), (backhand.train, "overwrite=True")):
+        with pytest.raises(CheckError) as raised:
+            call(failing)
+        step = f"the former run was put back; correct the function, and train again with {option}"
+        assert raised.value.next_step == step
+        assert final_bits(former) == final_bits(straight.run.output)
+    with pytest.raises(CheckError) as raised:
+        train(with_options(failing, output=fresh))
+    assert raised.value.next_step == "correct the function, and go on with --resume"
+    with pytest.raises(UsageError, match="cannot be continued") as refused:
+        train(config(tiny, functions, fresh, resume=True))
+    other = f"start the run anew with --overwrite instead of --resume, or give --output {fresh}-2"
+    assert refused.value.next_step == f"put them back, or {other}"
 
 
 def line_of(functions: Path, text: str) -> str:

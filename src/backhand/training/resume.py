@@ -25,7 +25,7 @@ from backhand.nn.loading import open_model
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.config_file import load_config
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
-from backhand.runs.directory import CONFIG, Proof, ProofLog
+from backhand.runs.directory import ADAPTER, CONFIG, Proof, ProofLog, free_name
 from backhand.training.contexts import with_context_text
 from backhand.training.identity import FREE_OPTIONS, Identity, decisive_settings
 from backhand.words import name_list, shorten
@@ -184,12 +184,15 @@ def refuse_differences(differences: list[str], directory: Path, force: bool, war
 
 
 def _refused(differences: list[str], directory: Path) -> UsageError:
-    adapter = shlex.quote(str(directory / "adapter"))
+    adapter = directory / ADAPTER
+    other = f"start another run from this adapter: --from-adapter {shlex.quote(str(adapter))}"
+    if not adapter.is_dir():  # the run ended before its first checkpoint
+        other = f"start the run anew with --overwrite instead of --resume, or give --output {free_name(directory)}"
     return UsageError(
         "the run cannot be continued to the same result: " + "; ".join(differences),
         where=str(directory),
         why=f"only these may change: {', '.join(_CHANGEABLE)}, as long as rows and base stay the same",
-        next_step=f"put them back, or start another run from this adapter: --from-adapter {adapter}",
+        next_step=f"put them back, or {other}",
     )
 
 

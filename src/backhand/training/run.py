@@ -29,7 +29,7 @@ from backhand.distributed.launch import (
 )
 from backhand.engines.engine import RunCache
 from backhand.engines.machine import resolve_machine
-from backhand.errors import BackhandError
+from backhand.errors import RESUME_STEP, BackhandError
 from backhand.files import FileLayer
 from backhand.loop.loggers import chosen_loggers
 from backhand.loop.observers import Callback, MetricsFile, Observers, as_observers
@@ -225,6 +225,9 @@ class RunProcess:
                     if processes.is_main_process:
                         # Until this run has a checkpoint, the run that it is to overwrite can be restored.
                         restored = self.config.run.overwrite and directory.put_back()
+                        if restored and isinstance(error, BackhandError) and error.next_step:
+                            step = error.next_step.replace(RESUME_STEP, "train again with --overwrite")
+                            error.next_step = f"the former run was put back; {step}"
                         if by_signal(error) and (restored or trainer.owns_directory):
                             self.terminal.noted(trainer.stop_message(restored=restored))
                 raise

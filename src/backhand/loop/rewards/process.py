@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from backhand.data.examples import Example
 from backhand.data.rows import REFERENCES, PromptRow
-from backhand.errors import CheckError, DataError, ResourceError, UsageError
+from backhand.errors import RESUME_STEP, CheckError, DataError, ResourceError, UsageError
 from backhand.generation.session import REPLACEMENT
 from backhand.loop.rewards.functions import GIVEN, last_number
 from backhand.options.rewards import GYM, NO_PROCESS, PLAIN, WITH_ARGUMENT, parse_name
@@ -325,7 +325,7 @@ class RewardProcess:
             f"the reward function {function} {how}{quoted}",
             where=None if answer is None else answer.asked.source,
             why="; ".join(reasons),
-            next_step=f"{next_step}, and go on with --resume: the run has lost nothing",
+            next_step=f"{next_step}, and {RESUME_STEP}",
         )
 
     def _send(self, value: Any) -> None:
