@@ -5,8 +5,16 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from backhand.report.page import run_page
+from backhand.report.run_record import read_run
+from backhand.training.console import closing_lines
+from backhand.training.run import train
+from support.tiny_run import TinyRun
 
 SCRIPT = """
 import torch
@@ -33,3 +41,13 @@ def test_memory_of_an_earlier_model_is_not_counted() -> None:
     assert held >= 235, "240 MB of ones"
     assert left_over >= 235, "which stay with the process when they are freed"
     assert settled < 40
+
+
+def test_the_peak_of_what_ran_before_is_not_compared_with_the_prediction(tiny: TinyRun, tmp_path: Path) -> None:
+    earlier = torch.ones(128 << 20, dtype=torch.float32)
+    del earlier
+    summary = train(tiny.config(tmp_path / "run", max_steps=1))
+    assert summary.predicted_rss_bytes is None
+    (line,) = (line for line in closing_lines(summary) if line.startswith("Peak memory"))
+    assert "predicted" not in line
+    assert b"peak memory, " not in run_page(read_run(tmp_path / "run"))

@@ -111,7 +111,7 @@ def _tiles(run: RunRecord, tables: Sequence[ProofTable]) -> list[tuple[str, str,
     used = [line["rss_bytes"] for line in steps if is_number(line.get("rss_bytes"))]
     peak = summary.get("peak_rss_bytes", max(used, default=None))
     proved, failed = sum(len(table.lines) for table in tables), sum(table.failed for table in tables)
-    predicted = run.facts.get("memory", {}).get("predicted_bytes")
+    predicted = summary.get("predicted_rss_bytes", run.facts.get("memory", {}).get("predicted_bytes"))
     of_memory = f"peak memory, {size(predicted)} predicted" if is_number(predicted) else "peak memory"
     tiles = [
         _result_tile(run),

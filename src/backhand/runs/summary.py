@@ -123,7 +123,8 @@ class RunSummary:
     tokens: int  # number trained on
     supervised_tokens: int
     tokens_per_s: float  # tokens / train_s
-    # peak_rss_bytes, predicted_rss_bytes: highest memory of the process, and the prediction before the first step
+    # peak_rss_bytes, predicted_rss_bytes: highest memory of the process, and the prediction before the first step. The
+    # prediction is None if the process had reached its highest memory before the run: they cannot be compared.
     peak_rss_bytes: int
     predicted_rss_bytes: int | None
     # first_loss, last_loss: loss of the first and last step: mean nats per supervised token, or the objective's per row

@@ -161,6 +161,7 @@ def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_si
     progress = state.progress
     counted = {one.name: getattr(progress, one.name) for one in fields(RunSummary) if hasattr(progress, one.name)}
     lines = directory.lines(METRICS)
+    peak_bytes = peak_rss_bytes()
     evaluations = [line for line in lines if line.get("eval_loss") is not None and line["step"] > 0]
     return RunSummary(
         **counted | {"train_s": round(progress.train_s, 3)},
@@ -173,8 +174,8 @@ def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_si
         base=run.plan.memory.base,
         steps=progress.step,
         tokens_per_s=round(progress.tokens / progress.train_s, 1) if progress.train_s else 0.0,
-        peak_rss_bytes=peak_rss_bytes(),
-        predicted_rss_bytes=run.plan.memory.peak_bytes,
+        peak_rss_bytes=peak_bytes,
+        predicted_rss_bytes=run.plan.memory.peak_bytes if peak_bytes > run.earlier_peak_bytes else None,
         trained_parameters=state.lora.element_count,
         adapted_modules=len(state.lora.slots),
         rows=len(run.inputs.train.examples),

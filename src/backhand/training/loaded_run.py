@@ -15,6 +15,7 @@ from backhand.loop.measuring import quantization_notes
 from backhand.loop.step_plan import default_warmup_steps, five_times
 from backhand.options.config import TrainConfig
 from backhand.printing import going_on
+from backhand.system import peak_rss_bytes
 from backhand.training.identity import Identity
 from backhand.training.inputs import RunInputs, scaled_matrices
 from backhand.training.plan import RunPlan, plan_run
@@ -31,6 +32,7 @@ class LoadedRun:
     bound: BoundModel  # the model with its adapter
     identity: Identity
     notes: tuple[str, ...]  # messages for the user
+    earlier_peak_bytes: int  # highest resident memory of the process before the run
 
     @property
     def inputs(self) -> RunInputs:
@@ -62,7 +64,7 @@ def load_run(
     Raises:
         UsageError, DataError, ArtifactError, ResourceError: each says what to do.
     """
-    run_cache = run_cache or RunCache()
+    earlier_peak_bytes, run_cache = peak_rss_bytes(), run_cache or RunCache()
     processes = Communicator() if processes is None else processes
     if not processes.is_main_process:
         rows, recompute, base = processes.broadcast_object(None)
@@ -93,6 +95,7 @@ def load_run(
             *(inputs.trains_head, inputs.base_facts),
         ),
         (*rate_note, *plan.notes, *quantized, *bound.notes),
+        earlier_peak_bytes,
     )
 
 
