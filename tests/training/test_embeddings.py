@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import shlex
 import shutil
 import tracemalloc
@@ -458,7 +460,11 @@ def test_llama_cpp_gives_the_same_vectors_of_an_encoder(
     assert written == pytest.approx(base, abs=1e-5)
 
 
-def test_an_encoder_trains_on_vectors_alone_and_is_exported(tiny: TinyRun, tmp_path: Path) -> None:
+def test_an_encoder_trains_on_vectors_alone_and_is_exported(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged = io.StringIO()
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [logging.StreamHandler(logged)])
     model = save_tiny(tiny_encoder("bert", max_position_embeddings=96), tmp_path / "model")
     made = config(tiny, tmp_path, tmp_path / "run", epochs=1)
     made = replace(made, model=replace(made.model, model=str(model)))
@@ -476,6 +482,7 @@ def test_an_encoder_trains_on_vectors_alone_and_is_exported(tiny: TinyRun, tmp_p
     proofs = [json.loads(line) for line in (made.run.output / "proofs.jsonl").read_text().splitlines()]
     exported = [proof for proof in proofs if proof["command"] == "export"]
     assert len(exported) == 3 and all(proof["passed"] for proof in exported)
+    assert "LOAD REPORT" not in logged.getvalue()
     adapter, unmerged = made.run.output / "adapter", tmp_path / "unmerged"
     export_command(ExportOptions(adapter, unmerged, str(model), to="sentence-transformers", quiet=True))
     expected = backhand.embed(["user asks json"], adapter=adapter, model=model, dtype="float32")

@@ -40,6 +40,7 @@ from backhand.loop.rank import Reranker
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.sentence_transformers import LENGTH, MODULES, PROMPTS
+from backhand.nn.loading.transformers_model import quiet_transformers
 from backhand.options.command_options import VectorOptions
 
 _KINDS = {"0": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
@@ -218,7 +219,8 @@ def prove_sentence_transformers(directory: Path, opened: OpenedAdapter, prover: 
 def _loaded_by(load: Callable[..., Any], directory: Path, *, merged: bool) -> Any:
     """Return what a class of sentence-transformers loads. Raises ArtifactError if it cannot."""
     try:
-        return load(str(directory), device="cpu", model_kwargs={"dtype": torch.float32})
+        with quiet_transformers():
+            return load(str(directory), device="cpu", model_kwargs={"dtype": torch.float32})
     except (OSError, ValueError) as error:  # as transformers raises them for files that it does not read or find
         what = "the merged model" if merged else "the adapter with its base"
         raise ArtifactError(

@@ -37,7 +37,7 @@ def load_transformers_model(
         ArtifactError: if transformers does not know the model or would need to run the model's own code. Also if
             weights are missing or have another shape, or a GGUF file has metadata that no config expresses.
     """
-    with _as_artifact_error(source), _no_progress_bars():
+    with _as_artifact_error(source), quiet_transformers():
         model = _from_directory(source, dtype) if _is_directory(source) else _from_tensors(source, dtype)
     return model.to(device).eval().requires_grad_(False)
 
@@ -138,15 +138,17 @@ _CAUSAL = ("ForCausalLM", "LMHead", "ForConditionalGeneration")
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Turn off transformers' progress bars: standard error is for notes and errors."""
+def quiet_transformers() -> Iterator[None]:
+    """Turn off transformers' progress bars and load reports. Weights that are missing are checked for by the caller."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 
