@@ -232,7 +232,7 @@ def test_the_name_of_each_option_is_a_text_to_decide_about(tmp_path: Path, optio
         assert row.by_name and row.source == f"the option {row.state} of label"
     noted = [note for note in data.report.notes if "--option-rows" in note]
     assert [note.partition(" ")[0] for note in noted] == ([str(4 * copies)] if copies else [])
-    assert data.report.rows == len(data.examples)
+    assert data.report.rows == len(data.examples) and data.report.option_rows == 4 * copies
 
 
 def test_the_row_of_an_option_has_its_description(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from backhand.options.objectives import ObjectiveOptions
 from backhand.report.headline import headline
 from backhand.report.page import VERDICTS, result_sentence, run_page
 from backhand.report.run_record import RunRecord, read_run
+from backhand.runs.records import RowFacts
 from backhand.runs.reward_results import gain_words, recorded_gain, reward_gain
 from backhand.runs.summary import LabelFigures, LabelRow, NeutralAnswer, RunSummary, forgotten_nats
 from backhand.terminal import _Now, console, working
@@ -232,7 +233,18 @@ def test_the_loss_before_a_run_is_that_of_the_adapter_it_starts_from(ended: RunS
 def test_rows_that_no_step_contained_are_not_counted_as_trained_on(ended: RunSummary) -> None:
     assert ended.rows == 11 and ended.rows_seen == 8, "two steps of four rows"
     assert " on 8 of 11 rows: 2 steps" in closing_lines(ended)[0]
-    assert " on 8 of 11 rows of " in headline(read_run(Path(ended.output)))
+    run = read_run(Path(ended.output))
+    assert " on 8 of 11 rows of " in headline(run)
+    # A file of 90 rows, of which 9 are held out, and the names of options as further rows.
+    train: RowFacts = {**run.rows, "option_rows": 20}
+    run = replace(run, facts={**run.facts, "data": {"train": train}})
+    for seen, line, name in (
+        (101, " on 81 rows and 20 names of options: ", " on 81 rows of rows.jsonl and 20 names of options"),
+        (16, " on 16 of 101 examples (81 rows and 20 names of options): ", " on 16 of 101 examples (81 rows of rows"),
+    ):
+        summary = replace(ended, rows=101, rows_seen=seen, option_rows=20)
+        assert line in closing_lines(summary)[0]
+        assert name in headline(replace(run, summary=json.loads(summary.to_json())))
 
 
 def test_rewards_of_a_short_run_are_not_compared(ended: RunSummary) -> None:

@@ -42,7 +42,7 @@ from backhand.options.command_options import (
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
 from backhand.printing import now
-from backhand.report.headline import verdict
+from backhand.report.headline import headline, verdict
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.runs.interruption import Interrupted
@@ -409,9 +409,14 @@ def test_the_adapter_has_the_average_or_the_newest_values(straight: TrainConfig)
 
 
 def test_without_held_out_rows_there_is_no_temperature(tiny: TinyRun, tmp_path: Path) -> None:
-    train(config(tiny, tmp_path, tmp_path / "run", eval_data=(), eval_fraction=0.0, epochs=1))
+    """The three names of options, which are a quarter of the rows, are not counted as rows of the file."""
+    made = config(tiny, tmp_path, tmp_path / "run", eval_data=(), eval_fraction=0.0, epochs=1)
+    twelve = write_rows(tmp_path / "twelve.jsonl", 12)
+    summary = train(with_options(made, data=(twelve,)))
     record = json.loads((tmp_path / "run" / "adapter" / "backhand.json").read_text())
     assert record["decisions"]["temperatures"] == {}
+    assert summary.rows == 15 and " on 12 rows and 3 names of options: " in closing_lines(summary)[0]
+    assert " on 12 rows of twelve.jsonl and 3 names of options" in headline(read_run(tmp_path / "run"))
 
 
 def test_a_stopped_run_ends_in_the_same_bits(straight: TrainConfig, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ class DataReport:
         truncated, dropped_long: documents cut to `max_length`, or left out because of it.
         dropped_unsupervised: documents left out because they have no supervised token.
         first_cut: location of the first document of each of these three kinds, or "".
+        option_rows: rows added to those of decisions, whose text is the name of an option. They count in `rows`.
         empty_answers: rows with an answer of only white space.
         skipped_bad: malformed rows left out under `skip_bad`.
         system: the system message, if all rows have the same one; else None.
@@ -46,6 +47,7 @@ class DataReport:
     dropped_long: int = 0
     dropped_unsupervised: int = 0
     first_cut: tuple[str, str, str] = ("", "", "")
+    option_rows: int = 0
     empty_answers: int = 0
     skipped_bad: int = 0
     bad_rows: tuple[DataError, ...] = ()

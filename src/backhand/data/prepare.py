@@ -128,7 +128,8 @@ def prepare(
             by_epoch = encoder.for_training(train.examples, draws, options.option_rows)
             of_one_epoch = by_epoch[: len(by_epoch) // len(draws)]
             added = len(of_one_epoch) - len(train.examples)
-            first = with_totals(of_one_epoch, replace(train.report, rows=train.report.rows + added))
+            rows = train.report.rows + added
+            first = with_totals(of_one_epoch, replace(train.report, rows=rows, option_rows=added))
             if added:
                 note = f"{added:,} of these rows were added: the text is the name of an option (--option-rows)"
                 first = first.with_note(note)

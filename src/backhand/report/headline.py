@@ -173,8 +173,9 @@ def _rows(run: RunRecord) -> str:
     names = ", ".join(Path(str(source)).name for source in sources)
     rows = run.summary.get("rows", run.rows.get("examples", run.rows.get("documents")))  # a pair is two documents
     seen = run.summary.get("rows_seen")
-    counted = rows_trained_on(rows, seen if is_number(seen) else None) if is_number(rows) else "rows"
-    return f"on {counted} of {names}" if names else f"on {counted}"
+    if not is_number(rows):
+        return f"on rows of {names}" if names else "on rows"
+    return f"on {rows_trained_on(rows, seen if is_number(seen) else None, run.rows.get('option_rows', 0), names)}"
 
 
 def _outcome(run: RunRecord) -> str:

@@ -14,7 +14,8 @@ def top_1_gain(base: Sequence[int], adapted: Sequence[int], tokens: int) -> tupl
     The interval is that of the rows, since the tokens of an answer depend on each other.
 
     Args:
-        base, adapted: number of tokens of each row whose most probable token is the teacher's.
+        base: number of tokens of each row at which the most probable token is the teacher's, of the base model.
+        adapted: the same of the adapted model.
         tokens: number of tokens of all rows.
     """
     if len(base) < 2:

@@ -119,6 +119,7 @@ class RowFacts(TypedDict, total=False):
 
     examples: int
     rows: int
+    option_rows: int
     documents: int
     tokens: int
     supervised_tokens: int

@@ -153,6 +153,7 @@ class RunSummary:
     base_file: str | None = None  # GGUF file of the base model, None for a directory
     base_architecture: str | None = ""  # of the base model in GGUF files, see `TrainedAdapter`; empty in older files
     adapter_form: str = "factors"  # in which other programs than PEFT read the adapter, see `TrainedAdapter`
+    option_rows: int = 0  # number of `rows` that were added, whose text is the name of an option
     rows_seen: int | None = None  # number of different `rows` in the steps done; None in older files
     # held-out loss before the first step; differs from base_eval_loss if the run started from an adapter
     first_eval_loss: float | None = None
@@ -249,9 +250,21 @@ def forgotten_nats(records: Iterable[Mapping[str, Any]], best_step: int | None) 
     return next(reversed([nats for nats in measured if nats is not None]), None)
 
 
-def rows_trained_on(rows: float, seen: float | None) -> str:
-    """Return the number of rows that the steps contained, such as `64 of 180 rows` or `180 rows`."""
-    return count_of(rows, "row") if seen is None or seen >= rows else f"{seen:,} of {count_of(rows, 'row')}"
+def rows_trained_on(rows: float, seen: float | None, option_rows: float = 0, files: str = "") -> str:
+    """Return the rows that the steps contained, such as `64 of 180 rows` or `81 rows of a.csv and 20 names of options`.
+
+    Args:
+        rows: number of rows.
+        seen: number of different rows in the steps; None for all.
+        option_rows: number of rows that are names of options.
+        files: names of the files; "" to leave them out.
+    """
+    given = count_of(rows - option_rows, "row") + (f" of {files}" if files else "")
+    if option_rows:
+        given += f" and {count_of(option_rows, 'name')} of options"
+    if seen is None or seen >= rows:
+        return given
+    return f"{seen:,} of {rows:,} examples ({given})" if option_rows else f"{seen:,} of {given}"
 
 
 def forgetting(nats: float | None) -> str:

@@ -306,7 +306,8 @@ def answer_advice(
     if verdict == "unclear" and any(lacks_held_out_rows(*one) for one in shares):
         measured = max(one[-1] for one in shares)
         held_out = f"{count_of(measured, 'held-out row')} {'is' if measured == 1 else 'are'} too few"
-        enough = 2 * summary.held_out_rows <= LARGEST_SHARE * (summary.rows + summary.held_out_rows)
+        all_rows = summary.rows - summary.option_rows + summary.held_out_rows
+        enough = 2 * summary.held_out_rows <= LARGEST_SHARE * all_rows
         more = _holding_out_more(enough and not config.data.eval_data)
         return f"{held_out} to tell whether the {what} are learnt: {more}.", None
     sentence = f"The {what} themselves are not clearly learnt: more rows, or more steps, may teach them."

@@ -216,7 +216,7 @@ def _number(value: float | None) -> str:
 def closing_lines(summary: RunSummary) -> list[str]:
     """Return the closing summary, one line per fact."""
     own = "its own answers to prompts of " if summary.objective in ("grpo", "sdft") else ""
-    trained_on = own + rows_trained_on(summary.rows, summary.rows_seen)
+    trained_on = own + rows_trained_on(summary.rows, summary.rows_seen, summary.option_rows)
     what = (
         f"Trained {summary.trained_parameters:,} parameters in {summary.adapted_modules} modules of {summary.model} "
         f"on {trained_on}: {count_of(summary.steps, 'step')}, {summary.tokens:,} tokens "

@@ -179,6 +179,7 @@ def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_si
         trained_parameters=state.lora.element_count,
         adapted_modules=len(state.lora.slots),
         rows=len(run.inputs.train.examples),
+        option_rows=run.inputs.train.report.option_rows,
         rows_seen=_rows_seen(run, progress.step),
         held_out_rows=0 if run.inputs.held_out is None else len(run.inputs.held_out.examples),
         malformed_rows=run.inputs.train.report.skipped_bad,

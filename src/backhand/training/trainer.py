@@ -370,7 +370,7 @@ class Trainer:
             suggestion = advice(
                 *(self.run.config, curves, self.run.inputs.total_steps, rate, self.directory.path),
                 few_rows=0 if self.run.inputs.held_out is None else too_few_rows(self.run.inputs.held_out.report),
-                all_rows=summary.rows + summary.held_out_rows,
+                all_rows=summary.rows - summary.option_rows + summary.held_out_rows,
                 unseen_rows=summary.rows - not_none(summary.rows_seen),
                 stopped=summary.stopped_because is not None,
             )
