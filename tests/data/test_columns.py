@@ -487,6 +487,24 @@ def test_columns_of_training_are_read_if_no_others_are_named(tmp_path: Path) -> 
     assert len(train.examples) == 1 and not train.report.notes
 
 
+def test_advice_for_prompts_without_answers_names_columns_of_the_file(tmp_path: Path) -> None:
+    """The columns may be named by an option or by an adapter's record."""
+    recorded = NamedColumns(prompt="asked")
+    alone = written(tmp_path / "alone.csv", "asked\nwhere\nwhen\n")
+    more = written(tmp_path / "more.csv", "asked,right\nwhere,here\nwhen,now\n")
+    for path, ending in (
+        (
+            alone,
+            "name it (--completion COLUMN), or write answers first: backhand generate --data FILE --as-rows",
+        ),
+        (more, "--prompt asked --completion right"),
+    ):
+        for options, record in ((DataOptions(data=path, prompt="asked"), None), (DataOptions(data=path), recorded)):
+            with pytest.raises(DataError, match="asked is named as the prompt, and no completion") as raised:
+                prepare(options, byte_level(), purpose=None, recorded=record)
+            assert str(raised.value).endswith(ending)
+
+
 def test_a_column_that_was_named_is_not_another_column(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("id,headline,lead\n1,a,b\n2,c,d\n")
     with pytest.raises(DataError) as raised:

@@ -261,4 +261,4 @@ def test_a_row_without_an_answer_names_its_other_columns() -> None:
     assert raised.value.why == "its other columns: reply_text, id"
     with pytest.raises(DataError) as raised:
         read({"question": "q"})
-    assert raised.value.why is None
+    assert raised.value.why is None and "add a column with the right answers" in str(raised.value.next_step)

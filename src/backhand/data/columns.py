@@ -166,7 +166,8 @@ class ColumnReader:
             return
         if not given and not columns:
             return
-        self.given, self._columns = given, columns
+        self.given.update(given)  # the reader of forms has the same mapping
+        self._columns = columns
         options = [f" --{option} {shell_quoted(text)}" for option, text in given.items()]
         options += [f" --columns {shell_quoted(f'{name}={text}')}" for name, text in columns.items()]
         self.note = f"the columns are read as in the adapter's training:{''.join(options)}"

@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import islice
 
 from backhand.data.column_hints import ClassColumns, class_of, decision_options, naming_advice, suggestion
-from backhand.data.options import columns_named
+from backhand.data.options import columns_named, shell_quoted
 from backhand.data.raw_rows import RawRow
 from backhand.data.rows import Purpose
 from backhand.errors import DataError
@@ -241,6 +241,10 @@ def fits(raw: RawRow) -> bool:
 
 
 _BOTH = {"prompt": "completion", "completion": "prompt"}
+_ADD_ANSWERS = (
+    "add a column with the right answers and name it (--completion COLUMN), "
+    "or write answers first: backhand generate --data FILE --as-rows"
+)
 MOST_FOLLOWING = 200
 """Largest number of following rows that are read for the values of columns."""
 _USUAL_FORMS = ["messages", "prompt/completion", "instruction/input/output", "question/answer", "text"]
@@ -323,7 +327,9 @@ class _Columns:
             self._half_named or f"the row has {asking.columns[0]} but {state} {answer}",
             where=self.raw.source,
             why=f"its other columns: {name_list(others)}" if others else None,
-            next_step=f"rename the column {answers[0]} to {answer}" if answers and not self.given else by_name,
+            next_step=f"rename the column {answers[0]} to {answer}"
+            if answers and not self.given
+            else by_name or (None if answer in self.raw.values else _ADD_ANSWERS),
         )
 
     def null(self) -> DataError | None:
@@ -353,6 +359,8 @@ class _Columns:
 
     @property
     def _half_named(self) -> str:
-        """The phrase for one of `--prompt` and `--completion` without the other, or ""."""
+        """The phrase for a column that is named as one of prompt and completion if none is the other, or ""."""
         pairs = ((one, other) for one, other in _BOTH.items() if one in self.given and other not in self.given)
-        return next((f"--{one} is given without --{other}" for one, other in pairs), "")
+        return next(
+            (f"{shell_quoted(self.given[one])} is named as the {one}, and no {other}" for one, other in pairs), ""
+        )

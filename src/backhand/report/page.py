@@ -17,7 +17,7 @@ from backhand.report.run_record import RunRecord, is_number
 from backhand.runs.distilled_results import distilled_sentences
 from backhand.runs.pair_results import PAIR_OBJECTIVES, answers_got_worse
 from backhand.runs.records import MAX_NEW_TOKENS
-from backhand.runs.summary import CHOSEN_BY, forgetting, no_label_fits
+from backhand.runs.summary import chosen_by, forgetting, no_label_fits
 from backhand.runs.uses import TrainedAdapter
 from backhand.words import count_of, interval_text
 
@@ -97,7 +97,7 @@ def live_values(run: RunRecord) -> dict[str, Any]:
 
 def _remarks(run: RunRecord) -> list[str]:
     """Return sentences that qualify the result."""
-    remarks = [CHOSEN_BY] if (run.summary.get("evaluations") or 0) > 1 else []
+    remarks = [chosen_by(run.summary.get("reading", ""))] if (run.summary.get("evaluations") or 0) > 1 else []
     if (figures := run.summary.get("distilled")) is not None:
         remarks = [*distilled_sentences(figures, run.objective), *remarks]
     return [*remarks, no_label_fits(labels)] if (labels := run.summary.get("labels")) else remarks

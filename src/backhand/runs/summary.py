@@ -198,8 +198,9 @@ class RunSummary:
     neutral_answers: tuple[NeutralAnswer, ...] = ()  # empty if no answers were generated
     # rise of the loss on neutral texts with the adapter that is kept; None if it was not measured
     forgotten_nats: float | None = None
-    # reading, asking: options of `evaluate` for rows of the same columns, and of `generate` for the same kind of prompt
-    reading: str = ""
+    # reading, asking: options of `evaluate` for rows of the same columns (None if such rows need no answers), and of
+    # `generate` for the same kind of prompt
+    reading: str | None = ""
     asking: str = " --prompt '…'"
     system: str | None = None  # system message of all training rows, or None
     labels: tuple[str, ...] = ()  # the labels of the training rows; empty if their answers are not labels
@@ -277,9 +278,12 @@ def forgetting(nats: float | None) -> str:
 REMEMBERING = (
     "A lower --learning-rate or fewer --epochs forget less, and --max-forgetting 0.5 stops a run that forgets more."
 )
-CHOSEN_BY = (
-    "The same held-out rows chose the best step, so other rows may do worse. Measure them with backhand evaluate."
-)
+
+
+def chosen_by(reading: str | None) -> str:
+    """Return a remark on the rows that chose the best step. `reading` is that of `RunSummary`."""
+    measure = "" if reading is None else " Measure them with backhand evaluate."
+    return f"The same held-out rows chose the best step, so other rows may do worse.{measure}"
 
 
 def no_label_fits(labels: Sequence[str]) -> str:

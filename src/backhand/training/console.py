@@ -30,9 +30,9 @@ from backhand.runs.label_results import decision_clause, label_clause
 from backhand.runs.pair_results import PAIR_OBJECTIVES, pair_clauses
 from backhand.runs.reward_results import gain_words, training_reward_words
 from backhand.runs.summary import (
-    CHOSEN_BY,
     REMEMBERING,
     RunSummary,
+    chosen_by,
     forgetting,
     no_label_fits,
     rows_trained_on,
@@ -252,7 +252,7 @@ def closing_lines(summary: RunSummary) -> list[str]:
         predicted += in_words(summary.predicted_rss_bytes)
     lines += _right(summary)
     if summary.evaluations > 1:
-        lines.append(CHOSEN_BY)
+        lines.append(chosen_by(summary.reading))
     lines.append(f"Peak memory {in_words(summary.peak_rss_bytes)}{predicted}.")
     if summary.skipped_steps:
         lines.append(f"{summary.skipped_steps} steps were skipped: their loss or gradient was not finite.")
@@ -273,8 +273,8 @@ def closing_lines(summary: RunSummary) -> list[str]:
         architecture=summary.base_architecture,
         form=summary.adapter_form,
     )
-    evaluate = f"backhand evaluate {trained.given} --data FILE{summary.reading}"
-    commands = [trained.backhand()[0], evaluate, *trained.llama_cpp()[:1]]
+    evaluate = [] if summary.reading is None else [f"backhand evaluate {trained.given} --data FILE{summary.reading}"]
+    commands = [trained.backhand()[0], *evaluate, *trained.llama_cpp()[:1]]
     lines.append(f"Adapter: {shlex.quote(summary.adapter)}")
     return [*lines, *(f"{'      ' if number else 'Next: '}{one}" for number, one in enumerate(commands))]
 

@@ -223,8 +223,10 @@ def _rows_seen(run: LoadedRun, steps: int) -> int:
     return sampler.records if epochs >= 1 else round(epochs * sampler.records)
 
 
-def _reading(run: LoadedRun) -> str:
-    """Return the options of `evaluate` for rows like those of the run."""
+def _reading(run: LoadedRun) -> str | None:
+    """Return the options of `evaluate` for rows like those of the run; None if such rows need no answers."""
+    if run.config.objective.objective == "bake" and run.config.objective.samples:
+        return None
     rewards = run.config.rewards.reward if run.config.objective.objective == "grpo" else ()
     return reading_options(run.config.data) + "".join(f" --reward {shell_quoted(name)}" for name in rewards)
 
