@@ -295,7 +295,8 @@ def answer_advice(
                 if summary.try_next is not None:
                     return None
                 more = _again(config, run, _twice_as_long(config, summary.steps))
-                return f"{same}, and their loss was still falling at the end: more steps come first.", more
+                loss = "hardly moved" if finding == "hardly moved" else "was still falling at the end"
+                return f"{same}, and their loss {loss}: more steps come first.", more
         common = name_list(f"{share:.0%}" for share in constant.values())
         return f"{same}, of which {common} have the most frequent one: add training rows with the other answers.", None
     if summary.try_next is not None:  # the curves ask for another run already
