@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -110,7 +111,7 @@ def test_an_unknown_op_shows_the_nearest():
         ({"verify": VerifyRunOptions(max_tokens=7)}, "max_tokens"),
         ({"model": VerifiedModelOptions(model="x", engine="transformers")}, "engine"),
         ({"model": VerifiedModelOptions(model="x", dtype="float16")}, "dtype"),  # type: ignore[arg-type]
-        ({"verify": VerifyRunOptions(op="glu", adapter="a")}, "op"),  # type: ignore[arg-type]
+        ({"verify": VerifyRunOptions(op="glu", adapter=Path("a"))}, "op"),
         ({"data": DataOptions(data=("a",))}, "data"),
     ],
 )
