@@ -23,6 +23,7 @@ from backhand.cli.option_fields import build, option_fields
 from backhand.data.given_rows import GivenRows, Rows, list_of_texts
 from backhand.data.lint_command import lint_as_json
 from backhand.data.options import LintOptions
+from backhand.data.sources import expand
 from backhand.errors import UsageError
 from backhand.generation.command import answer_rows
 from backhand.generation.loading import loaded_model
@@ -435,6 +436,7 @@ def _answers(function: str, data: Any, given: Mapping[str, Any]) -> list[dict[st
     options = _options(function, GenerateOptions, {**given, "data": data}).validate()
     if options.answer.output is not None:
         raise UsageError(f"backhand.{function} returns the answers", where="output", next_step="leave output out")
+    expand(options.rows.data, text_option="prompt")
     rows = [row for name in options.rows.data if isinstance(name, GivenRows) for row in name.rows]
     with loaded_model(
         options.model,

@@ -129,6 +129,22 @@ def test_usage_errors_name_the_nearest_option(end, words: list[str], text: str) 
     assert "next: backhand end --help" in printed
 
 
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        (["classify", "--adapter", "run", "good", "phone"], "a text: --text 'good phone', or a file of rows: --data"),
+        (["generate", "good phone"], "a text: --prompt 'good phone', or a file of rows: --data 'good phone'"),
+        (["chat", "hello"], "here. Give a text: --prompt hello\n"),
+        (["embed", "rows.jsonl"], "here. Give a file of rows: --data rows.jsonl\n"),
+    ],
+)
+def test_a_text_without_its_option_is_answered_with_it(
+    words: list[str], options: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words) == 2
+    assert options in capsys.readouterr().err
+
+
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == 2
     assert 'Did you mean "train"?' in capsys.readouterr().err

@@ -3,9 +3,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from backhand.cli.main import main
 from backhand.data.raw_rows import RowErrors
 from backhand.data.sources import expand, neighbouring_held_out, read_rows
 from backhand.errors import DataError, UsageError
@@ -167,7 +169,16 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
 def test_a_file_of_nearly_that_name_is_proposed(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{}")
     (tmp_path / "my rows.jsonl").write_text("{}")
-    for name, meant in (("rosw.jsonl", "rows.jsonl"), ("my rows", "my rows.jsonl")):
+    (tmp_path / "held out.csv.gz").write_text("")
+    for name, meant in (
+        ("rosw.jsonl", "rows.jsonl"),
+        ("my rows", "my rows.jsonl"),
+        ("my rows.txt", "my rows.jsonl"),
+        ("My Rows.csv.gz", "my rows.jsonl"),
+        ("my rwos.txt", "my rows.jsonl"),
+        ("rows.txt", "rows.jsonl"),
+        ("held out.json", "held out.csv.gz"),
+    ):
         with pytest.raises(DataError, match="no such file") as caught:
             expand([str(tmp_path / name)])
         assert caught.value.next_step == f"did you mean {tmp_path / meant}?"
@@ -179,3 +190,32 @@ def test_a_file_of_nearly_that_name_is_proposed(tmp_path: Path) -> None:
 def test_a_missing_file_with_spaces_is_not_taken_for_a_text(name: str) -> None:
     with pytest.raises(DataError, match="no such file"):
         expand([name])
+
+
+def test_a_name_with_spaces_without_quotes_is_recognized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my own rows.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"^my: there is no such file") as caught:
+        expand(["my", "own", "rows.jsonl", "others.jsonl"])
+    assert caught.value.next_step == "did you mean 'my own rows.jsonl'?"
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "option"),
+    [
+        ("classify", "good phone", "--text 'good phone'"),
+        ("generate", "It is good.", "--prompt 'It is good.'"),
+        ("decide", "good phone", "--state 'good phone'"),
+        ("classify", "the battery is very good", "--text 'the battery is very good'"),
+        ("evaluate", "good phone", '{"text": "…"}'),
+    ],
+)
+def test_a_text_given_as_a_file_is_answered_with_the_option_for_it(
+    command: str, name: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapter = ["--adapter", "run"] if command in ("classify", "decide") else []
+    assert main([command, *adapter, "--data", name]) == DataError.exit_code
+    said = capsys.readouterr().err
+    assert option in said
+    assert ("if it is a file, check the path" in said) == (len(name.split()) < 4)

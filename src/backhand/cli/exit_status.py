@@ -144,7 +144,8 @@ def _usage(error: cyclopts.CycloptsError, arguments: Sequence[str]) -> str:
 
     words = list(error.unused_tokens or ())
     if isinstance(error, UnusedCliTokensError):
-        return f"Unexpected {' '.join(map(repr, words))}: no argument is expected here."
+        command = next(iter(error.command_chain or ()), "")
+        return f"Unexpected {' '.join(map(repr, words))}: no argument is expected here.{_by_option(words, command)}"
     if isinstance(error, UnknownCommandError) and words and words[0].startswith("-"):
         close = difflib.get_close_matches(words[0], ("--help", "--version", "--debug"), n=1)
         return f"Unknown option: {words[0]}." + (f" Did you mean {close[0]}?" if close else "")
@@ -171,6 +172,28 @@ def _usage(error: cyclopts.CycloptsError, arguments: Sequence[str]) -> str:
         return f"{message.partition(' Did you mean')[0]} Its equivalent is {same}."
     none = message.lower().startswith('invalid value "none" for --report-to.')
     return f"{message} No tracker is the default: leave --report-to out." if none else message
+
+
+_TEXT_OPTIONS = {"chat": "prompt", "classify": "text", "decide": "state", "generate": "prompt", "rank": "query"}
+"""The option that takes one text, by command."""
+
+
+def _by_option(words: Sequence[str], command: str) -> str:
+    """Return the options that take these words as rows or as a text, after a space, or ""."""
+    import shlex
+
+    from backhand.cli.command import imported
+    from backhand.cli.commands import COMMANDS
+    from backhand.cli.option_fields import option_fields
+
+    options = next((imported(entry.options) for entry in COMMANDS if entry.name == command), None)
+    typed, files = shlex.quote(" ".join(words)), [*filter(os.path.isfile, words)]
+    ways = []
+    if command in _TEXT_OPTIONS and not files:
+        ways.append(f"a text: --{_TEXT_OPTIONS[command]} {typed}")
+    if options is not None and any(field.name == "data" for field in option_fields(options)):
+        ways.append(f"a file of rows: --data {' '.join(map(shlex.quote, files)) or typed}")
+    return f" Give {', or '.join(ways)}" if ways else ""
 
 
 def _unknown_option(typed: str, value: str, options: Set[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from backhand.data.data_file import head_of, open_bytes, start_text
 from backhand.data.external_rows import GYM, HUB_NAME, read_gym, read_hub, read_parquet
 from backhand.data.given_rows import STANDARD_INPUT, read_given
+from backhand.data.options import shell_quoted
 from backhand.data.raw_rows import IN_MEMORY, RawRow, RowErrors
 from backhand.data.text_files import is_table, read_csv, read_json_lines, read_json_values
 from backhand.errors import DataError
@@ -28,17 +30,20 @@ _MOST_WORDS = 3
 _PLAIN_TEXT = (".txt", ".text", ".md", ".rst")
 
 
-def expand(names: Sequence[str]) -> tuple[str, ...]:
+def expand(names: Sequence[str], text_option: str | None = None) -> tuple[str, ...]:
     """Return the files and hub data sets for `names`; a folder is replaced with its data files.
 
     A folder with `train.*` is replaced with that file alone, since `valid.*` and `test.*` next to it are held out. Any
     other folder is replaced with all its data files in alphabetical order.
 
+    Args:
+        text_option: the option of the command that takes one text, for errors; None for a command without one.
+
     Raises:
         DataError: a name does not exist, or a folder has no data file.
     """
     try:
-        return tuple(file for name in names for file in _expand_one(name))
+        return tuple(file for place in range(len(names)) for file in _expand_one(names[place:], text_option))
     except PermissionError as error:
         raise DataError(
             "the rows cannot be read",
@@ -134,8 +139,9 @@ def data_suffix(path: Path) -> str:
     return Path(name.removesuffix(".gz")).suffix
 
 
-def _expand_one(name: str) -> list[str]:
-    path = Path(name)
+def _expand_one(names: Sequence[str], text_option: str | None) -> list[str]:
+    """Return the files and hub data sets for the first name."""
+    name, path = names[0], Path(names[0])
     if name.startswith((GYM, IN_MEMORY)):
         return [name]
     try:
@@ -152,16 +158,23 @@ def _expand_one(name: str) -> list[str]:
             )
         return [str(file) for file in _with_stem(files, TRAINING_STEMS) or files]
     if is_missing and not _is_hub(name):
-        near = _nearest_file(path)
-        if near is None and _is_text(name):
-            raise DataError(
-                "this is a text, not the name of a file",
-                where=shorten(name),
-                next_step='give texts as rows, such as {"text": "…"}, in a file or as a list of dicts',
-            )
-        remedy = f"did you mean {near}?" if near else "check the path, relative to the current directory"
-        raise DataError("there is no such file", where=shorten(name, _LONGEST_NAME), next_step=remedy)
+        raise _missing(names, text_option)
     return [name]
+
+
+def _missing(names: Sequence[str], text_option: str | None) -> DataError:
+    """Return the error for the first name, which is no file."""
+    name = names[0]
+    near = _file_in_parts(names) or _nearest_file(Path(name))
+    as_text = 'give texts as rows, such as {"text": "…"}, in a file or as a list of dicts'
+    if text_option is not None:
+        as_text = f"give it without --data: --{text_option} {shell_quoted(shorten(name))}"
+    if near is None and _is_text(name):
+        return DataError("this is a text, not the name of a file", where=shorten(name), next_step=as_text)
+    remedy = f"did you mean {near}?" if near else "check the path, relative to the current directory"
+    if near is None and _may_be_text(name):
+        remedy = f"\n    - if it is a file, {remedy}\n    - if it is a text, {as_text}"
+    return DataError("there is no such file", where=shorten(name, _LONGEST_NAME), next_step=remedy)
 
 
 def _is_text(name: str) -> bool:
@@ -170,14 +183,35 @@ def _is_text(name: str) -> bool:
     return "\n" in name or words
 
 
+def _may_be_text(name: str) -> bool:
+    """Return True if a name has several words, no directory and no suffix."""
+    return len(name.split()) > 1 and not {"/", os.sep} & {*name} and not re.search(r"\.\w+$", name)
+
+
+def _file_in_parts(names: Sequence[str]) -> str | None:
+    """Return the file whose name with spaces was typed without quotes, quoted, or None."""
+    joined = (" ".join(names[:count]) for count in range(len(names), 1, -1))
+    return next(map(shell_quoted, filter(os.path.isfile, joined)), None)
+
+
 def _nearest_file(path: Path) -> Path | None:
-    """Return the data file in the same folder with the most similar name, or None."""
+    """Return the data file in the same folder whose name differs only in its suffix, else one with a similar name."""
     try:
         siblings = [file.name for file in path.parent.iterdir() if data_suffix(file) in SUFFIXES]
     except (OSError, ValueError):  # the folder is missing, or its name has a null character
         return None
-    closest = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.7)
-    return path.parent / closest[0] if closest else None
+    by_stem = {_stem(Path(name)): name for name in sorted(siblings)}
+    if (same := by_stem.get(path.name.lower()) or by_stem.get(_stem(path))) is not None:
+        return path.parent / same
+    for name, known in ((path.name, {name: name for name in siblings}), (_stem(path), by_stem)):
+        if closest := difflib.get_close_matches(name, known, n=1, cutoff=0.7):
+            return path.parent / known[closest[0]]
+    return None
+
+
+def _stem(path: Path) -> str:
+    """Return the name of a file in lower case, without its suffix and `.gz`."""
+    return Path(path.name.lower().removesuffix(".gz")).stem
 
 
 def _is_hub(name: str) -> bool:

@@ -17,6 +17,7 @@ from backhand.data.prepare import prepare_prompts
 from backhand.data.raw_rows import RowErrors
 from backhand.data.row_encoder import Prompt
 from backhand.data.rows import with_answer
+from backhand.data.sources import expand
 from backhand.errors import DataError, UsageError
 from backhand.files import make_directory, replaceable_mode, write_atomically
 from backhand.generation.labels import (
@@ -49,6 +50,7 @@ def generate_command(options: GenerateOptions) -> None:
         ArtifactError: model and adapter cannot be read, or do not belong together.
     """
     options.validate()
+    expand(options.rows.data, text_option="prompt")  # a missing file is reported before the model is loaded
     answer = options.answer
     check_output(answer.output, overwrite=answer.overwrite)
     if answer.output is not None:

@@ -17,6 +17,7 @@ from backhand.data.options import DataOptions, NamedColumns
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import prepare
 from backhand.data.rows import ClassRow, ProblemType
+from backhand.data.sources import expand
 from backhand.data.stored_examples import StoredExamples, stored
 from backhand.data.text_encoder import TextEncoder
 from backhand.distributed.communicator import Communicator
@@ -137,6 +138,7 @@ def classify(options: ClassifyOptions) -> list[dict[str, Any]]:
     check_kind("options", options, ClassifyOptions)
     options.validate()
     run = options.run
+    expand(options.data.data, text_option="text")  # a missing file is reported before the model is loaded
     if run.text is not None:
         texts = [(run.text, "text")]
     else:

@@ -19,6 +19,7 @@ from backhand.data.options import DataOptions, TemplateOptions
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import prepare
 from backhand.data.rows import Purpose
+from backhand.data.sources import expand
 from backhand.data.stored_examples import stored
 from backhand.distributed.communicator import Communicator
 from backhand.errors import ArtifactError, DataError, UsageError, not_none
@@ -270,6 +271,7 @@ def decide(options: DecideOptions) -> list[dict[str, Any]]:
     check_kind("options", options, DecideOptions)
     options.validate()
     run, given = options.run, options.data
+    expand(given.data, text_option="state")  # a missing file is reported before the model is loaded
     with loaded_model(options.model, run.adapter, template=given) as loaded:
         show_notes(loaded.notes)
         decider = Decider.of(loaded, given, run.micro_batch_rows)
