@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import backhand
+from backhand.cli.main import main
 from backhand.data.class_examples import MULTI, NUMBER, SINGLE, names_of, problem_of, target_of
 from backhand.data.lint import lint
 from backhand.data.options import DataOptions
@@ -152,6 +153,24 @@ def test_transformers_and_peft_classify_padded_texts_alike(
         for answer, row in zip(ours, p.tolist(), strict=True):
             for number, label in theirs_config.id2label.items():
                 assert answer[label] == pytest.approx(row[number], abs=1e-5)
+
+
+def test_texts_are_read_and_proved_as_in_training(straight: TrainConfig, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in Path(straight.data.eval_data[0]).read_text().splitlines()]
+    named = tmp_path / "named.jsonl"
+    named.write_text("".join(json.dumps({"review": row["text"], "stars": row["label"]}) + "\n" for row in rows))
+    columns = {"prompt": "review", "completion": "stars"}
+    data = {"data": (str(named),), "eval_data": (), "eval_fraction": 0.0}
+    train(with_options(straight, output=tmp_path / "run", prove_resume=None, max_steps=1, **data, **columns))
+    adapter, model = tmp_path / "run" / "adapter", BaseModelOptions(model=straight.model.model, dtype="float32")
+
+    def classified(path: str) -> list[dict[str, Any]]:
+        data = replace(ClassifyOptions().data, data=(path,))
+        return classify(ClassifyOptions(ClassifyRunOptions(adapter), data, model))
+
+    assert classified(str(named)) == classified(straight.data.eval_data[0])
+    words = ["verify", "--model", str(straight.model.model), "--dtype", "float32", "--max-tokens", "40"]
+    assert main([*words, "--adapter", str(adapter), "--data", str(named)]) == 0
 
 
 def test_evaluation_scores_the_adapter_against_a_constant_answer(

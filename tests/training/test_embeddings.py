@@ -764,6 +764,25 @@ def test_the_hardest_negatives_are_those_of_a_full_search(monkeypatch: pytest.Mo
         assert negatives == sorted(left, key=lambda n: -scores[n])[:3]
 
 
+def test_texts_and_pairs_are_read_as_in_training(straight: TrainConfig, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in Path(straight.data.eval_data[0]).read_text().splitlines()]
+    pairs = [{"asked": row["anchor"], "said": row["positive"]} for row in rows]
+    held_out, texts = tmp_path / "named.jsonl", tmp_path / "further.jsonl"
+    held_out.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    texts.write_text("".join(json.dumps({"said": text}) + "\n" for text in TEXTS))
+    named = {"data": (str(held_out),), "eval_data": (), "eval_fraction": 0.0, "prompt": "asked", "completion": "said"}
+    train(with_options(straight, output=tmp_path / "run", prove_resume=None, max_steps=1, **named))
+    made: dict[str, Any] = {"model": straight.model.model, "adapter": tmp_path / "run" / "adapter", "dtype": "float32"}
+    for queries, column in ((True, "asked"), (False, "said")):
+        expected = backhand.embed([pair[column] for pair in pairs], queries=queries, **made)
+        assert np.array_equal(backhand.embed(data=held_out, queries=queries, **made), expected)
+        assert np.array_equal(backhand.embed(data=held_out, prompt=column, queries=queries, **made), expected)
+    mined = backhand.mine(data=held_out, corpus=texts, negatives=3, relative_margin=0.0, **made)
+    given = [{"anchor": row["anchor"], "positive": row["positive"]} for row in rows]
+    corpus = [{"text": text} for text in TEXTS]
+    assert mined == backhand.mine(data=given, corpus=corpus, negatives=3, relative_margin=0.0, **made)
+
+
 def test_mined_rows_have_negatives_of_other_rows_and_of_the_corpus(
     straight: TrainConfig, texts: Path, tmp_path: Path
 ) -> None:

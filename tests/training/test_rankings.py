@@ -489,6 +489,15 @@ def test_rank_and_evaluate_read_rows_as_training_did(straight: TrainConfig, tmp_
     assert weighted.base.loss > plain.base.loss, "the loss has the weight of training"
     assert weighted.adapted is not None and evaluated(usual).adapted == weighted.adapted
 
+    def of_query(path: Path) -> list[float]:
+        run = RankRunOptions(adapter=adapter, query="json")
+        data = replace(RankOptions().data, data=(str(path),))
+        return [line["relevance_score"] for line in rank(RankOptions(data=data, run=run, model=model_of(straight)))]
+
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": document}) + "\n" for _, document, _ in rows))
+    assert of_query(named) == of_query(texts)
+
 
 def test_a_system_message_is_refused(straight: TrainConfig, tmp_path: Path) -> None:
     data = replace(RankOptions().data, data=straight.data.eval_data)

@@ -196,6 +196,29 @@ def test_evaluate_tells_the_rewards_of_base_and_adapter(straight: TrainConfig, c
     assert reported["adapted"]["reward"] == reported["adapted"]["rewards/evens/mean"] == max(measured)
 
 
+def test_evaluate_reads_the_columns_of_training(straight: TrainConfig, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in Path(straight.data.data[0]).read_text().splitlines()][:4]
+    named, prompts = tmp_path / "named.jsonl", tmp_path / "prompts.jsonl"
+    asked = [{"asked": row["prompt"], "said": row["completion"]} for row in rows]
+    named.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    prompts.write_text("".join(json.dumps({"asked": row["asked"]}) + "\n" for row in asked))
+    common: dict[str, Any] = {"model": straight.model.model, "dtype": "float32", "threads": 1, "max_new_tokens": 10}
+    given = [{"prompt": one["asked"], "answer": one["said"]} for one in asked]
+    columns = {"data": (str(named),), "eval_data": (), "eval_fraction": 0.0, "prompt": "asked", "max_steps": 1}
+    made = with_options(straight, output=tmp_path / "rewarded", prove_resume=None, **columns)
+    train(with_options(made, columns={"answer": "said"}, reward=("length:4",)))
+    answered = with_options(made, output=tmp_path / "answered", completion="said")
+    train(replace(answered, objective=ObjectiveOptions(), rewards=RewardOptions()))
+    for run in ("rewarded", "answered"):
+        common["adapter"] = tmp_path / run / "adapter"
+        for reward in ("length:4", "exact"):
+            expected = backhand.evaluate(data=given, reward=reward, **common)
+            assert backhand.evaluate(data=named, reward=reward, **common) == expected
+        assert backhand.evaluate(data=prompts, reward="length:4", **common).rows == 4
+        with pytest.raises(DataError, match="compares with the right answer"):
+            backhand.evaluate(data=prompts, reward="exact", **common)
+
+
 def test_evaluate_refuses_answers_after_the_context_before_any(straight: TrainConfig) -> None:
     data = replace(straight.data, data=straight.data.eval_data, eval_data=())
     asked = EvaluateRunOptions(reward=straight.rewards.reward, max_new_tokens=10**6)

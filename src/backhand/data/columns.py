@@ -184,6 +184,35 @@ class ColumnReader:
         )
 
 
+_FIRST = ("prompt", "anchor", "query", "question", "sentence1", "text")
+_SECOND = ("completion", "positive", "answer", "document", "passage", "sentence2", "text")
+"""Names of the first and of the second text of a row, and of the only one."""
+
+
+def column_of_texts(recorded: NamedColumns | None, *, second: bool = False) -> NamedColumns | None:
+    """Return the column of single texts for an adapter that was trained on these columns, or None if none is known.
+
+    Args:
+        recorded: columns that the adapter was trained on.
+        second: the texts are the second ones of the rows of training (positives, documents), instead of the first.
+    """
+    columns = {} if recorded is None else _others(recorded) | _by_option(recorded)
+    named = (columns[name] for name in (_SECOND if second else _FIRST) if name in columns)
+    return next((NamedColumns(prompt=column) for column in named), None)
+
+
+def columns_of_prompts(recorded: NamedColumns | None) -> NamedColumns | None:
+    """Return the columns of prompts to answer for an adapter that was trained on these columns.
+
+    Completions are then the right answers.
+    """
+    if recorded is None:
+        return None
+    given = _by_option(recorded)
+    answer = {"answer": given.pop("completion")} if "completion" in given else {}
+    return NamedColumns(**given, columns=answer | _others(recorded))
+
+
 def common_names(columns: Iterable[str]) -> tuple[str, str] | None:
     """Return the columns of prompt and answer if these have common names and no other column could be one; or None."""
     names = [*columns]

@@ -60,7 +60,7 @@ class RowPipeline:
             self.system,
             guess=self.purpose in ("answers", None),
             recorded=self.recorded,
-            answers=not self.allow_prompts and self.purpose != "states",
+            answers=not self.allow_prompts and self.purpose not in ("states", "prompts"),
         )
         reader = FormReader(
             allow_prompts=self.allow_prompts,

@@ -146,7 +146,7 @@ def loaded_model(
         known = all(0 <= token < model.vocab_size for ids in labels.values() for token in ids)
         system = None if record is None else record.system
         decisions, embedding = ({}, {}) if record is None else (record.decisions, record.embedding)
-        columns = None if record is None else _columns(record)
+        columns = None if record is None else columns_of(record)
         yield LoadedModel(
             *(model, tokenizer, stop_ids, notes, labels if known else {}, system, decisions, embedding),
             ranking={} if record is None else ranking_of(record),
@@ -170,7 +170,7 @@ def classification_of(loaded: LoadedAdapter, config: DecoderConfig) -> Mapping[s
     return {"problem_type": NUMBER if outputs == 1 else SINGLE, "labels": names}
 
 
-def _columns(record: AdapterRecord) -> NamedColumns:
+def columns_of(record: AdapterRecord) -> NamedColumns:
     """Return the columns that the rows of training were read from."""
     texts = {option: record.config.get(f"data.{option}") for option in ("prompt", "completion", "messages")}
     columns = record.config.get("data.columns")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from backhand.bounds import check_kind
 from backhand.data.class_examples import MULTI, NUMBER, ClassEncoder, ClassFormat
+from backhand.data.columns import column_of_texts
 from backhand.data.data_report import TruncationStats
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.options import DataOptions, NamedColumns
@@ -139,14 +140,14 @@ def classify(options: ClassifyOptions) -> list[dict[str, Any]]:
     options.validate()
     run = options.run
     expand(options.data.data, text_option="text")  # a missing file is reported before the model is loaded
-    if run.text is not None:
-        texts = [(run.text, "text")]
-    else:
-        rows = texts_of(options.data, NamedColumns(prompt=run.prompt), "texts")
-        texts = [(row.texts[0], row.source) for row in rows]
     with loaded_model(options.model, run.adapter, takes_heads=True) as loaded:
         show_notes(loaded.notes)
-        return list(Classifier.of(loaded, run.micro_batch_rows).answers(texts))
+        classifier = Classifier.of(loaded, run.micro_batch_rows)
+        if run.text is not None:
+            return list(classifier.answers([(run.text, "text")]))
+        recorded = column_of_texts(loaded.columns)
+        rows = texts_of(options.data, NamedColumns(prompt=run.prompt), "texts", recorded)
+        return list(classifier.answers([(row.texts[0], row.source) for row in rows]))
 
 
 def classify_command(options: ClassifyOptions) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from backhand.bounds import check_kind
+from backhand.data.columns import column_of_texts
 from backhand.data.data_report import TruncationStats
 from backhand.data.embedding_examples import EmbeddingEncoder, EmbeddingFormat, identity
 from backhand.data.examples import Example, check_vocabulary
@@ -150,7 +151,8 @@ def embed(options: EmbedOptions) -> Tensor:
     with loaded_model(options.model, run.adapter) as loaded:
         show_notes(loaded.notes)
         embedder = Embedder.of(loaded, options.vectors)
-        texts = [row.texts[0] for row in texts_of(options.data, NamedColumns(prompt=run.prompt), "texts")]
+        recorded = column_of_texts(loaded.columns, second=not run.queries)
+        texts = [row.texts[0] for row in texts_of(options.data, NamedColumns(prompt=run.prompt), "texts", recorded)]
         vectors = embedder.vectors(texts, queries=run.queries)
     if run.dims is None:
         return vectors
@@ -299,18 +301,12 @@ def mine(options: MineOptions) -> list[dict[str, str]]:
     check_kind("options", options, MineOptions)
     options.validate()
     run = options.run
-    rows = texts_of(options.data, NamedColumns(prompt=run.prompt, completion=run.completion), "embeddings")
-    if others := [row for row in rows if row.score is not None or row.label is not None]:
-        what = "a text with a label" if others[0].score is None else "a pair with a score"
-        raise DataError(
-            f"{what} has no negatives", where=others[0].source, next_step="give rows of anchor and positive"
-        )
-    corpus = [row.texts[1] for row in rows]
-    if run.corpus:
-        corpus += [row.texts[0] for row in texts_of(RowSources(data=run.corpus), NamedColumns(), "texts")]
-    candidates, anchors = list(dict.fromkeys(corpus)), list(dict.fromkeys(row.texts[0] for row in rows))
+    named = NamedColumns(prompt=run.prompt, completion=run.completion)
+    expand((*options.data.data, *run.corpus))  # a missing file is reported before the model is loaded
     with loaded_model(options.model, run.adapter) as loaded:
         show_notes(loaded.notes)
+        rows = texts_of(options.data, named, "embeddings", loaded.columns)
+        candidates, anchors = _candidates(rows, run.corpus, loaded), list(dict.fromkeys(row.texts[0] for row in rows))
         embedder = Embedder.of(loaded, options.vectors)
         of_candidates = embedder.vectors(candidates, what="candidates")
         of_anchors = embedder.vectors(anchors, queries=True, what="anchors")
@@ -335,6 +331,20 @@ def mine(options: MineOptions) -> list[dict[str, str]]:
         }
         for row in rows
     ]
+
+
+def _candidates(rows: Sequence[EmbeddingRow], corpus: Sequence[str], loaded: LoadedModel) -> list[str]:
+    """Return the different texts that may be negatives. Raises DataError if rows have a score or a label."""
+    if others := [row for row in rows if row.score is not None or row.label is not None]:
+        what = "a text with a label" if others[0].score is None else "a pair with a score"
+        raise DataError(
+            f"{what} has no negatives", where=others[0].source, next_step="give rows of anchor and positive"
+        )
+    texts = [row.texts[1] for row in rows]
+    if corpus:
+        recorded = column_of_texts(loaded.columns, second=True)
+        texts += [row.texts[0] for row in texts_of(RowSources(data=tuple(corpus)), NamedColumns(), "texts", recorded)]
+    return list(dict.fromkeys(texts))
 
 
 def hardest(

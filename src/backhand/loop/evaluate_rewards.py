@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from backhand.data.columns import columns_of_prompts
 from backhand.data.examples import check_vocabulary
 from backhand.data.prepare import prepare
 from backhand.data.rows import PromptRow
@@ -51,7 +52,7 @@ def evaluate_rewards(options: EvaluateOptions) -> RewardEvaluation:
         loaded_model(options.model, run.adapter, template=data) as loaded,
     ):
         show_notes(loaded.notes)
-        prepared = prepare(data, loaded.tokenizer, purpose="prompts")[0]
+        prepared = prepare(data, loaded.tokenizer, purpose="prompts", recorded=columns_of_prompts(loaded.columns))[0]
         show_notes(prepared.report.left_out())
         examples = prepared.examples
         functions.check_parameters(examples)

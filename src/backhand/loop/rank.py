@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from backhand.bounds import check_kind
+from backhand.data.columns import column_of_texts
 from backhand.data.data_report import TruncationStats
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, check_vocabulary
@@ -21,7 +22,7 @@ from backhand.data.options import NamedColumns, RowSources, TemplateOptions
 from backhand.data.packing import RowPacker
 from backhand.data.pair_examples import PairEncoder
 from backhand.data.ranking_examples import RankingEncoder, RankingFormat
-from backhand.data.rows import INSTRUCTION, EmbeddingRow, RankedTexts, RankingRow
+from backhand.data.rows import INSTRUCTION, RankedTexts, RankingRow
 from backhand.data.stored_examples import stored
 from backhand.data.text_encoder import TextEncoder
 from backhand.distributed.communicator import Communicator
@@ -29,7 +30,7 @@ from backhand.errors import DataError, UsageError, not_none
 from backhand.generation.command import check_output, write_lines
 from backhand.generation.completer import EngineCompleter, require_finite
 from backhand.generation.loading import LoadedModel, loaded_model
-from backhand.loop.embed import rows_of
+from backhand.loop.embed import rows_of, texts_of
 from backhand.loop.objectives.head import head_logits
 from backhand.loop.objectives.objective import document_sums
 from backhand.loop.objectives.rank import RankingLoss, check_targets, pair_format, scores_of
@@ -260,7 +261,9 @@ def rank(options: RankOptions) -> list[dict[str, Any]]:
                 {"scores": of_row} if row.listed else {"score": of_row[0]}
                 for of_row, row in zip(map(_probabilities, reranker.scores(rows)), rows, strict=True)
             ]
-        texts = [row.texts[0] for row in rows_of(options.data, named, "texts") if isinstance(row, EmbeddingRow)]
+        texts = [
+            row.texts[0] for row in texts_of(options.data, named, "texts", column_of_texts(loaded.columns, second=True))
+        ]
         (scores,) = reranker.scores([RankingRow(run.query, tuple(texts), (), "query")])
     order = sorted(range(len(texts)), key=lambda number: (-scores[number], number))
     probabilities = _probabilities(scores)

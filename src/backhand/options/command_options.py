@@ -142,7 +142,8 @@ class ClassifyRunOptions(Options):
     """One text to classify, instead of `data`."""
 
     prompt: Text | None = None
-    """The column of the texts, or a text with columns in braces. Default: `text`."""
+    """The column of the texts, or a text with columns in braces. Default: as in training,
+    else `text`."""
 
     output: OptionalPath = None  # type: ignore[assignment]
     """File for the answers, one JSON object per text. Default: standard output."""
@@ -204,7 +205,8 @@ class EmbedRunOptions(Options):
     """Adapter that was trained with `--objective embed`: a directory. Default: the model alone."""
 
     prompt: Text | None = None
-    """The column of the texts, or a text with columns in braces. Default: `text`."""
+    """The column of the texts, or a text with columns in braces. Default: as in training,
+    else `text`."""
 
     queries: bool = False
     """The texts are queries: put the query prompt in front of them, instead of the document prompt."""
@@ -253,13 +255,14 @@ class MineRunOptions(Options):
     """Adapter that computes the vectors: a directory. Default: the model alone."""
 
     prompt: Text | None = None
-    """The column of the anchors, or a text with columns in braces. Default: `anchor`."""
+    """The column of the anchors, or a text with columns in braces. Default: as in training, else `anchor`."""
 
     completion: Text | None = None
-    """The column of the positives, or a text with columns in braces. Default: `positive`."""
+    """The column of the positives, or a text with columns in braces. Default: as in training, else `positive`."""
 
     corpus: Sources = ()  # type: ignore[assignment]
-    """Files with further texts, in a column `text`, that may be negatives, in addition to the positives of all rows."""
+    """Files with further texts that may be negatives, in addition to the positives of all rows. Default of the column:
+    that of the positives of training, else `text`."""
 
     negatives: Count = 1
     """Largest number of negatives per row."""
@@ -304,7 +307,7 @@ class RankRunOptions(Options):
     reranker."""
 
     query: Text | None = None
-    """Rank the texts of `data`, in a column `text`, for this query. Default: the rows of `data` are a query with a
+    """Rank the texts of `data` for this query. Default: the rows of `data` are a query with a
     document, or with a list of documents."""
 
     top: Count | None = None
@@ -314,12 +317,12 @@ class RankRunOptions(Options):
     """The task in the prompt. Default: that of the adapter's training."""
 
     prompt: Text | None = None
-    """The column of the queries (with `query`: of the texts), or a text with columns in braces. Default: `query`
-    (`text`)."""
+    """The column of the queries, or a text with columns in braces. Default: as in training, else `query`. With `query`,
+    it is the column of the texts. Default: the documents of training, else `text`."""
 
     completion: Text | None = None
-    """The column of the documents, or a text with columns in braces. Default: `document`, `passage`, `documents` or
-    `docs`."""
+    """The column of the documents, or a text with columns in braces. Default: as in training, else `document`,
+    `passage`, `documents` or `docs`."""
 
     micro_batch_rows: Count = 16
     """Documents per forward pass."""

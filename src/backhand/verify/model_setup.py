@@ -23,7 +23,7 @@ from backhand.data.data_report import TruncationStats
 from backhand.data.embedding_examples import EmbeddingFormat
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.held_out import neutral_texts
-from backhand.data.options import DataOptions
+from backhand.data.options import DataOptions, NamedColumns
 from backhand.data.prepare import read_examples, training_questions
 from backhand.data.ranking_examples import RankingFormat
 from backhand.data.row_encoder import TextFormat
@@ -31,7 +31,7 @@ from backhand.data.rows import ClassRow, Purpose
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import ArtifactError, DataError, UsageError
 from backhand.generation.held_base import stays_quantized
-from backhand.generation.loading import classification_of, ranking_of
+from backhand.generation.loading import classification_of, columns_of, ranking_of
 from backhand.loop.objectives.rank import pair_format
 from backhand.nn.compute import resolve_device, resolve_dtype
 from backhand.nn.decoder.decoder import Decoder
@@ -121,7 +121,8 @@ def load_setup(
     else:
         if data.state is not None or data.question:
             objective = ObjectiveOptions("decide")
-        examples, rows, note = _documents(data, source.tokenizer(), max_tokens, objective or ObjectiveOptions())
+        objective = objective or ObjectiveOptions()
+        examples, rows, note = _documents(data, source.tokenizer(), max_tokens, objective, columns_of(record))
     check_vocabulary(
         ((example.input_ids, example.source) for example in examples), config.vocab_size, source.tokenizer()
     )
@@ -188,7 +189,14 @@ def _texts(
         chosen: TextFormat = pair_format(config, padding) if purpose == "rankings" else text_format
         chosen = _text_format(source, record) if purpose == "embeddings" else chosen
         options = replace(data, max_length=longest)
-        read = read_examples(options, data.data, tokenizer, purpose=purpose, text_format=chosen)
+        read = read_examples(
+            options,
+            data.data,
+            tokenizer,
+            purpose=purpose,
+            text_format=chosen,
+            recorded=columns_of(record),
+        )
         documents = [_alone(document) for example in read.examples for document in example.documents]
         where = ", ".join(data.data)
     else:
@@ -218,7 +226,7 @@ def random_adapter(decoder: Decoder) -> LoRAParameters:
 
 
 def _documents(
-    data: DataOptions, tokenizer: Any, max_tokens: int, objective: ObjectiveOptions
+    data: DataOptions, tokenizer: Any, max_tokens: int, objective: ObjectiveOptions, recorded: NamedColumns
 ) -> tuple[tuple[Example, ...], tuple[Example, ...], str]:
     """Return the first documents of the rows or of the neutral texts, their rows if any, and a note about them.
 
@@ -234,6 +242,7 @@ def _documents(
             purpose=purpose,
             questions=training_questions(data) if purpose == "decisions" else {},
             text_format=RankingFormat(objective.instruction) if purpose == "rankings" else None,
+            recorded=recorded,
         ).examples
         where = ", ".join(data.data)
     else:
