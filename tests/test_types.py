@@ -42,9 +42,23 @@ assert_type(backhand.generate(data="rows.jsonl"), list[dict[str, Any]])
 assert_type(backhand.classify("a", labels=["yes", "no"]), dict[str, float])
 assert_type(backhand.classify(prompts=["a"]), list[dict[str, float]])
 result = backhand.evaluate(data=["a.jsonl", Path("b.jsonl")], adapter="a")
-assert_type(backhand.evaluate(data="a.jsonl", reward="exact").gain, tuple[float, float, float] | None)
-if result.adapted is not None:
+assert_type(result, backhand.Evaluation | backhand.VectorEvaluation)
+if isinstance(result, backhand.Evaluation) and result.adapted is not None:
     assert_type(result.adapted.loss, float)
+assert_type(backhand.evaluate(data="a.jsonl", model="a"), backhand.Evaluation)
+assert_type(backhand.evaluate(data="a.jsonl", adapter="a", rankings=True), backhand.Evaluation)
+assert_type(backhand.evaluate(data="a.jsonl", adapter="a", vectors=True), backhand.VectorEvaluation)
+vectors = bool(summary.losses)
+assert_type(backhand.evaluate(data="a.jsonl", vectors=vectors), backhand.Evaluation | backhand.VectorEvaluation)
+assert_type(
+    backhand.evaluate(backhand.EvaluateOptions()),
+    backhand.Evaluation | backhand.RewardEvaluation | backhand.VectorEvaluation,
+)
+assert_type(backhand.evaluate(data="a.jsonl", reward="exact").gain, tuple[float, float, float] | None)
+assert_type(backhand.decide("a", adapter="a"), dict[str, Any])
+assert_type(backhand.decide(states=["a"], adapter="a"), list[dict[str, Any]])
+assert_type(backhand.decide(data="rows.jsonl", adapter="a"), list[dict[str, Any]])
+assert_type(backhand.decide("{a}", data="rows.jsonl", adapter="a"), list[dict[str, Any]])
 assert_type(backhand.export("a", to="gguf", output="b.gguf"), Path)
 
 backhand.LoRAConfig(r=8)  # call-arg

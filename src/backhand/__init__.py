@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     )
     from backhand.data.options import DataOptions
     from backhand.errors import BackhandError
+    from backhand.loop.embed import VectorEvaluation
+    from backhand.loop.evaluate import Evaluation
+    from backhand.loop.evaluate_rewards import RewardEvaluation
     from backhand.loop.observers import Observer
     from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
     from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
@@ -59,14 +62,17 @@ _HOMES = {
     "DataOptions": "backhand.data.options",
     "EvaluateOptions": "backhand.options.command_options",
     "EvaluateRunOptions": "backhand.options.command_options",
+    "Evaluation": "backhand.loop.evaluate",
     "LoRAConfig": "backhand.adapters.config",
     "ModelOptions": "backhand.options.config",
     "ObjectiveOptions": "backhand.options.objectives",
     "Observer": "backhand.loop.observers",
     "OptimizationOptions": "backhand.options.config",
+    "RewardEvaluation": "backhand.loop.evaluate_rewards",
     "RewardOptions": "backhand.options.rewards",
     "RunOptions": "backhand.options.config",
     "TrainConfig": "backhand.options.config",
+    "VectorEvaluation": "backhand.loop.embed",
     "classify": "backhand.api",
     "compare": "backhand.verify.comparison",
     "decide": "backhand.api",
@@ -90,14 +96,17 @@ __all__ = [
     "DataOptions",
     "EvaluateOptions",
     "EvaluateRunOptions",
+    "Evaluation",
     "LoRAConfig",
     "ModelOptions",
     "ObjectiveOptions",
     "Observer",
     "OptimizationOptions",
+    "RewardEvaluation",
     "RewardOptions",
     "RunOptions",
     "TrainConfig",
+    "VectorEvaluation",
     "__version__",
     "classify",
     "compare",

@@ -149,11 +149,40 @@ def evaluate(
 def evaluate(
     options: EvaluateOptions | None = ...,
     *,
+    rankings: Literal[True],
     data: Rows | None = ...,
     adapter: Place | None = ...,
     model: Place | None = ...,
     **further: Any,
 ) -> evaluation.Evaluation: ...
+@overload
+def evaluate(
+    options: None = ...,
+    *,
+    vectors: Literal[False] = ...,
+    data: Rows | None = ...,
+    adapter: None = ...,
+    model: Place | None = ...,
+    **further: Any,
+) -> evaluation.Evaluation: ...
+@overload
+def evaluate(
+    options: None = ...,
+    *,
+    data: Rows | None = ...,
+    adapter: Place | None = ...,
+    model: Place | None = ...,
+    **further: Any,
+) -> evaluation.Evaluation | VectorEvaluation: ...
+@overload
+def evaluate(
+    options: EvaluateOptions | None = ...,
+    *,
+    data: Rows | None = ...,
+    adapter: Place | None = ...,
+    model: Place | None = ...,
+    **further: Any,
+) -> evaluation.Evaluation | RewardEvaluation | VectorEvaluation: ...
 @errors_in_python(EvaluateOptions)
 def evaluate(
     options: EvaluateOptions | None = None,
@@ -174,7 +203,8 @@ def evaluate(
             measured instead of losses, and with `vectors` or an adapter that was trained to embed, vectors of texts.
 
     Returns:
-        The scores; `as_dict` gives what `backhand evaluate --json` prints.
+        The scores; `as_dict` gives what `backhand evaluate --json` prints. They are a `RewardEvaluation` with `reward`,
+        a `VectorEvaluation` for vectors, and an `Evaluation` otherwise.
 
     Raises:
         UsageError, DataError, ArtifactError: an option, the rows, the model or the adapter cannot be used.
@@ -284,6 +314,16 @@ def classify(
     return probabilities if prompt is None else probabilities[0]
 
 
+@overload
+def decide(
+    state: str | None = ...,
+    *,
+    data: Rows,
+    adapter: Place,
+    questions: Mapping[str, Any] | None = ...,
+    model: Place | None = ...,
+    **options: Any,
+) -> list[dict[str, Any]]: ...
 @overload
 def decide(
     state: State,
