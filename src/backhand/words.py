@@ -87,8 +87,13 @@ def changes_separate(before: float, after: float, rows: int) -> bool:
 
 def interval_text(share: float, rows: int) -> str:
     """Format the interval of a share, such as `95 % interval 75–98 %`."""
+    return f"95 % interval {interval_range(share, rows)}"
+
+
+def interval_range(share: float, rows: int) -> str:
+    """Format the 95 % interval of a share without its name, such as `75–98 %`."""
     low, high = share_interval(share, rows)
-    return f"95 % interval {100 * low:.0f}–{100 * high:.0f} %"
+    return f"{100 * low:.0f}–{100 * high:.0f} %"
 
 
 def in_words(size: int) -> str:

@@ -32,7 +32,7 @@ from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
 from backhand.training.console import closing_lines
 from backhand.training.run import train
-from backhand.words import share_interval
+from backhand.words import interval_range, share_interval
 from support.page import Page
 from support.tiny_run import TinyRun
 
@@ -167,6 +167,10 @@ def test_a_run_judges_its_labels_and_writes_them_down(labelled: tuple[TinyRun, P
     (table,) = page.every("table", class_="confusion")
     cells = [element.text for element in table.all() if element.attributes.get("class") == "cell right"]
     assert cells == [str(score["confusion"][name].get(name, "")) for name in sorted(LABELS)]
+    for name in LABELS:
+        one, chosen = score["per_label"][name], sum(given.get(name, 0) for given in score["confusion"].values())
+        assert interval_range(one["recall"], one["support"]) in table.text
+        assert interval_range(one["precision"], chosen) in table.text
 
 
 def evaluated(tiny: TinyRun, path: Path, adapter: Path | None = None, **options: Any) -> EvaluateOptions:

@@ -61,6 +61,17 @@ def test_the_best_run_is_named_in_the_measure_of_its_objective(two: tuple[Path, 
     assert "different objectives" in lead("sft", "dpo")
 
 
+def test_answers_are_compared_with_the_reference_of_the_objective(two: tuple[Path, Path]) -> None:
+    runs = [read_run(path) for path in two]
+
+    def shown(**line: str) -> str:
+        made = [replace(run, answers=[answer | line for answer in run.answers]) for run in runs]
+        return Page(comparison_page(made)).one("section", id="answers").text
+
+    assert "expected answer" in shown() and "chosen" not in shown()
+    assert "chosen" in shown(rejected="no") and "expected answer" not in shown(rejected="no")
+
+
 def test_one_run_without_an_output_goes_into_its_directory(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (finished / "report.html").unlink()
     assert main(["report", str(finished)]) == 0

@@ -52,6 +52,7 @@ from backhand.training.console import closing_lines
 from backhand.training.run import train
 from backhand.verify.command import prove_run
 from backhand.verify.report import MODEL
+from backhand.words import share_interval
 from support.float64_reference import without_float32_casts
 from support.page import Page
 from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
@@ -368,6 +369,20 @@ def test_the_page_has_a_reliability_plot_and_thresholds(straight: TrainConfig) -
     assert {"decisions", "reliability-0", "reliability-1"} <= set(page.charts)
     text = page.one("section", id="answers").text
     assert "most frequent answer" in text and "probability at least" in text and "least probable answers" in text
+
+
+def test_shares_on_the_page_have_intervals(straight: TrainConfig) -> None:
+    run = read_run(straight.run.output)
+    name, one = next(iter(run.summary["adapted_decisions"].items()))
+    point = {"coverage": 0.85, "threshold": 0.75, "accuracy": 16 / 17}
+    made = {"rows": 20, "coverage": [point], "thresholds": [{"wanted": 0.9, **point}]}
+    made |= {"accuracy": 0.9, "accuracy_interval": list(share_interval(0.9, 20))}
+    page = Page(run_page(replace(run, summary=run.summary | {"adapted_decisions": {name: one | made}})))
+    text = page.one("section", id="answers").text
+    low, high = (round(100 * bound) for bound in share_interval(16 / 17, 17))
+    assert text.count(f"94.1% ({low}–{high} %)") == 2
+    low, high = (round(100 * bound) for bound in share_interval(0.9, 20))
+    assert f"90.0% ({low}–{high} %)" in text
 
 
 def test_the_page_has_the_decisions_of_held_out_rows_with_their_own_answers(straight: TrainConfig) -> None:

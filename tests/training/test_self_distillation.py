@@ -35,6 +35,7 @@ from backhand.ops.linear_divergence import Divergence, DivergenceKind
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.options.objectives import DEMONSTRATION_TEMPLATE
 from backhand.options.rewards import RewardOptions
+from backhand.report.comparison import comparison_page
 from backhand.report.headline import headline, verdict
 from backhand.report.page import result_sentence, run_page
 from backhand.report.run_record import read_run
@@ -44,6 +45,7 @@ from backhand.runs.summary import read_summary
 from backhand.training.console import closing_lines
 from backhand.training.plan import plan_run
 from backhand.training.run import train
+from support.page import Page
 from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
 from support.ranks import bits_of_several, start_ranks
 from support.tiny_models import attach_lora, tiny_model
@@ -360,6 +362,10 @@ def test_the_end_of_a_run_compares_answers_with_the_teacher(tiny: TinyRun, tmp_p
     page = run_page(read_run(output)).decode()
     assert "sampled by the teacher" in page and "expected answer" not in page
     assert "teacher, with its prompt" in page and "base model without the prompt" in page
+    both = Page(comparison_page([read_run(output)] * 2)).one("section", id="answers").text
+    assert "sampled by the teacher" in both and "expected answer" not in both
+    assert "teacher, with its prompt" in both and "base model without the prompt" in both
+    assert all(line["prompted"] in both for line in shown)
     judged = r"divergence from its teacher, and the most probable token is the teacher's in .*points\), so it helped;"
     assert re.search(judged, headline(read_run(output)))
     # Chance: in four rows, as many tokens became the teacher's as ceased to be.

@@ -9,7 +9,7 @@ from typing import Any
 
 from backhand.report import charts
 from backhand.report.headline import base_and_best, forgot, forgotten, headline
-from backhand.report.page import differences, prompt_parts
+from backhand.report.page import differences, expected, prompt_parts
 from backhand.report.proof_tables import proof_tables
 from backhand.report.rendering import NOT_KNOWN, figure, render, size, time_taken
 from backhand.report.run_record import RunRecord, is_number
@@ -105,7 +105,10 @@ def _differing_options(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]
 
 
 def _answers(named: Sequence[tuple[str, RunRecord]]) -> list[dict[str, Any]]:
-    """Return the rows that every run answered, with the differences from the first run's answer marked."""
+    """Return the rows that every run answered, with the differences from the first run's answer marked.
+
+    The texts that a run's answers are compared with are those of the first run.
+    """
     by_run = [{(line.get("source"), line.get("prompt")): line for line in run.answers} for _, run in named]
     found = []
     for key, first in by_run[0].items():
@@ -117,6 +120,8 @@ def _answers(named: Sequence[tuple[str, RunRecord]]) -> list[dict[str, Any]]:
                     "source": key[0],
                     "prompt_parts": prompt_parts(first),
                     "reference": first.get("reference", ""),
+                    "expected": "chosen" if first.get("rejected") else expected(named[0][1]),
+                    "prompted": first.get("prompted"),
                     "base": first.get("base", ""),
                     "by_run": [(name, parts) for (name, _), parts in zip(named, marked, strict=True)],
                 }

@@ -86,7 +86,7 @@ def live_values(run: RunRecord) -> dict[str, Any]:
         "remarks": _remarks(run),
         "tiles": _tiles(run, tables),
         "answers": [_answer(line) | {"over_time": _over_time(run, line)} for line in run.answers],
-        "expected": _expected(run),
+        "expected": expected(run),
         "max_new_tokens": MAX_NEW_TOKENS,
         "has_curves": has_curves,
         "processes": _processes(run),
@@ -217,7 +217,7 @@ def _short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _expected(run: RunRecord) -> str:
+def expected(run: RunRecord) -> str:
     """Return the name of the reference answers. The teacher samples them if the rows of distillation have none."""
     sampled = run.objective in DISTILLED and run.config["objective"].get("answers_from") != "rows"
     return "sampled by the teacher" if sampled else "expected answer"
