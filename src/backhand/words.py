@@ -66,9 +66,20 @@ def gain_interval(before: float, after: float, rows: int) -> tuple[float, float]
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the mean of at least two values and its 95 % interval, mean ± 1.96 · deviation / √n."""
+    """Return the mean of at least two values and its 95 % interval, mean ± 1.96 · deviation / √n.
+
+    Equal values have no deviation, although other rows may differ from them. They count as a share of 100 %: the
+    values of the other rows, of which there may be as many as Wilson's interval allows, have the opposite sign.
+    """
     mean, half = statistics.fmean(values), _Z * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
+    if half > _ROUNDING * abs(mean):
+        return mean, mean - half, mean + half
+    least = mean * (2 * share_interval(1.0, len(values))[0] - 1)
+    return mean, min(mean, least), max(mean, least)
+
+
+_ROUNDING = 1e-9
+"""A deviation of a smaller share of the mean is due to rounding."""
 
 
 _LARGEST_P = 0.05

@@ -89,6 +89,16 @@ def test_scores_equal_those_of_scikit_learn() -> None:
     assert confidences == sorted(confidences)
 
 
+def test_the_calibration_error_of_rows_that_are_all_right_has_an_interval() -> None:
+    """Resampled rows are all right as well, which says nothing about the rows that may be wrong."""
+    outcomes = [one for one in drawn(400, 1.0) if one.probabilities(0.1).argmax() == one.targets.argmax()][:12]
+    score = score_questions(outcomes, {"choice": 0.1})["team"]
+    assert score.accuracy == 1 and score.ece < 0.1
+    low, high = score.ece_interval
+    mean = 1 - score.ece
+    assert low == 0 and high == pytest.approx(mean - share_interval(1.0, 12)[0]) and high > 0.15
+
+
 def test_the_calibration_error_of_calibrated_rows_is_small() -> None:
     outcomes = drawn(20_000, 1.0)
     scores = {temperature: score_questions(outcomes, {"choice": temperature})["team"] for temperature in (1.0, 0.4)}

@@ -67,6 +67,7 @@ from backhand.training.console import closing_lines
 from backhand.training.plan import plan_run
 from backhand.training.run import train
 from backhand.verify.command import prove_run
+from backhand.words import share_interval
 from support.float64_reference import without_float32_casts
 from support.page import Page
 from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
@@ -315,6 +316,18 @@ def test_a_text_in_two_roles_has_the_vector_of_each_role() -> None:
     # Text 2 as a candidate is near text 1, and as a query near text 3.
     embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
     assert score_vectors(rows, embeddings).values["recall@1"] == 1.0
+
+
+def test_a_share_of_anchors_has_its_wilson_interval() -> None:
+    rows = [TextIdentities((2 * one, 2 * one + 1), None) for one in range(10)]
+    units = torch.eye(10, dtype=torch.float64).repeat_interleave(2, 0)
+    right = score_vectors(rows, units)
+    assert set(right.values.values()) == {1.0} and set(right.intervals.values()) == {share_interval(1.0, 10)}
+    changed = units.clone()
+    changed[[1, 3]] = changed[[3, 1]]  # two anchors find each other's positive first
+    some = score_vectors(rows, changed)
+    assert some.values["recall@1"] == 0.8 and some.intervals["recall@1"] == share_interval(0.8, 10)
+    assert some.intervals["ndcg@10"] != share_interval(some.values["ndcg@10"], 10)
 
 
 def test_spearman_is_that_of_scipy() -> None:

@@ -34,6 +34,7 @@ from backhand.loop.evaluate import Evaluation, evaluate, evaluate_command
 from backhand.loop.objectives.rank import RankObjective
 from backhand.loop.rank import rank, rank_command
 from backhand.loop.ranking_scores import score_rankings
+from backhand.loop.retrieval_scores import scores_text
 from backhand.nn.loading import open_model
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions, RankOptions, RankRunOptions
 from backhand.options.config import ModelOptions, TrainConfig
@@ -45,6 +46,7 @@ from backhand.training.console import closing_lines
 from backhand.training.run import train
 from backhand.verify.command import prove_run
 from backhand.verify.report import MODEL
+from backhand.words import share_interval
 from support.float64_reference import without_float32_casts
 from support.page import Page
 from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
@@ -306,6 +308,21 @@ def test_scores_are_those_of_sentence_transformers() -> None:
     assert low < found.values["ndcg@10"] < high
 
 
+def test_queries_that_are_all_ranked_perfectly_leave_an_interval() -> None:
+    """Resampling ten equal values gives 1.0 to 1.0, whatever the number of queries."""
+    rows = [RankedTexts(query, (0, 1, 2), (1.0, 0.0, 0.0)) for query in range(10)]
+    found = score_rankings(rows, [1.0, 0.0, 0.0] * 10)
+    assert found.values == {"mrr@10": 1.0, "ndcg@10": 1.0}
+    assert set(found.intervals.values()) == {share_interval(1.0, 10)} and share_interval(1.0, 10)[0] < 0.75
+    second = score_rankings(rows, [0.5, 1.0, 0.0] * 10)
+    low, high = second.intervals["mrr@10"]
+    assert low < 0.3 < second.values["mrr@10"] == 0.5 < 0.7 < high
+    assert "95 % interval 0.722 to 1.000" in scores_text(found.to_json())
+    ordered = [RankedTexts(query, (0,), (query / 12,)) for query in range(12)]
+    low, high = score_rankings(ordered, list(range(12))).intervals["spearman"]
+    assert low < 0.5 and high == pytest.approx(1.0)
+
+
 def test_equal_scores_have_the_worst_order_and_single_documents_a_correlation() -> None:
     constant = score_rankings([RankedTexts(0, (0, 1, 2, 3), (1.0, 0.0, 0.0, 0.0))], [0.5] * 4)
     assert constant.values["mrr@10"] == 0.25 and constant.spread == 0
@@ -384,7 +401,7 @@ def test_a_run_learns_and_shows_its_scores(straight: TrainConfig) -> None:
         min(evaluations, key=lambda line: line["eval_loss"])["eval_ndcg@10"]
     )
     shown = closing_lines(summary)
-    assert any(line.startswith("Held-out rows: nDCG@10") and "documents on average" in line for line in shown)
+    assert any(line.startswith("Held-out rows: nDCG@10") and "relevance on average" in line for line in shown)
     assert any(line.startswith("Next: backhand rank") for line in shown)
     page = Page(run_page(read_run(run)))
     assert "Not recorded" not in page.one("section", id="answers").text

@@ -380,3 +380,7 @@ def test_the_end_of_a_run_compares_answers_with_the_teacher(tiny: TinyRun, tmp_p
         assert "held-out loss: not clear whether it helped" in run_page(one).decode()
     gain = top_1_gain([8, 8, 8, 9], [9, 8, 7, 8], 40)
     assert gain is not None and gain[0] == pytest.approx(-1 / 40) and gain[1] < 0 < gain[2]
+    same = top_1_gain([5, 5, 5, 5], [5, 5, 5, 5], 40)
+    assert same is not None and same[0] == 0 and same[1] == pytest.approx(-same[2]) and same[2] > 0.2
+    rising = top_1_gain([0, 0, 0, 0], [10, 0, 10, 0], 40)
+    assert rising is not None and rising[2] == 1.0, "at most all tokens become the teacher's"

@@ -17,7 +17,8 @@ for support vector machines, 1999, §2.2]:
     NLL        mean -Σ_k t_k log p_k;   Brier score: mean Σ_k (p_k - t_k)²
     ECE        Σ_bins (rows in the bin / rows) |mean confidence - accuracy|, bins with equal numbers of rows
 
-The confidence is the largest probability. The interval of the ECE contains 95 % of the values of resampled rows.
+The confidence is the largest probability. The interval of the ECE contains 95 % of the values of resampled rows
+(`_ece_interval`).
 Thresholds are of those who decide the most confident rows themselves, and pass the others on to a person.
 """
 
@@ -203,6 +204,14 @@ def expected_calibration_error(confidence: Floats, hits: Floats) -> float:
 
 
 def _ece_interval(confidence: Floats, hits: Floats) -> tuple[float, float]:
+    """Return the 95 % interval of the ECE: the values of resampled rows.
+
+    If all rows are right, or none is, resampled rows are too, and say nothing about other rows. The error is then the
+    difference of mean confidence and accuracy, and the accuracy can be anything in its Wilson interval.
+    """
+    if np.ptp(hits) == 0:
+        mean, (low, high) = float(confidence.mean()), share_interval(float(hits.mean()), len(hits))
+        return max(0.0, low - mean, mean - high), max(high - mean, mean - low)
     draw = np.random.Generator(np.random.Philox(0))
     picks = (draw.integers(len(hits), size=len(hits)) for _ in range(RESAMPLES))
     low, high = np.quantile(

@@ -8,7 +8,8 @@ anchor. The relevant candidates of an anchor are its positives in all rows, or a
 
 MRR@10 is 0 if no relevant candidate is among the first 10. Each score is a mean over anchors. These are the definitions
 of InformationRetrievalEvaluator of sentence-transformers. Spearman's correlation is that of the ranks of cosines and
-scores, where equal values have their mean rank. The intervals contain 95 % of the values of resampled rows.
+scores, where equal values have their mean rank. The intervals contain 95 % of the values of resampled rows, or are
+Wilson's where resampling cannot show how much other rows differ (`resampled_mean`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 from backhand.data.rows import TextIdentities
 from backhand.ops.info_nce import BLOCK_SCORES
 from backhand.ops.normalize import normalize_forward
-from backhand.words import count_of
+from backhand.words import count_of, share_interval
 
 SCORE_NAMES = {
     "ndcg@10": "nDCG@10",
@@ -98,15 +99,17 @@ def scores_text(scores: Mapping[str, Any], base: Mapping[str, Any] | None = None
     Args:
         base: the scores of the base model, which come first; None without them.
     """
-    parts = []
+    parts: list[str] = []
     for name, shown in SCORE_NAMES.items():
         if name in scores:
             low, high = scores["intervals"][name]
             before = "" if base is None else f"{base[name]:.3f} → "
-            parts.append(f"{shown} {before}{scores[name]:.3f} ({low:.3f} to {high:.3f})")
+            interval = f"{'' if parts else '95 % interval '}{low:.3f} to {high:.3f}"
+            parts.append(f"{shown} {before}{scores[name]:.3f} ({interval})")
     of_what = f"{count_of(scores['queries'], 'pair')} with scores"
     if scores["candidates"] and "spread" in scores:
-        of_what = f"{count_of(scores['queries'], 'list')}, with {scores['candidates']:.1f} documents on average"
+        documents = f"with {scores['candidates']:.1f} documents of different relevance on average"
+        of_what = f"{scores['queries']:,} {'query' if scores['queries'] == 1 else 'queries'} {documents}"
     elif scores["candidates"]:
         of_what = f"{count_of(scores['queries'], 'anchor')} among {scores['candidates']:,} candidates"
     return f"{', '.join(parts)} of {of_what}"
@@ -197,11 +200,30 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+_EQUAL = 1e-9
+"""Values that differ by less are equal apart from rounding."""
+
+
 def resampled_mean(scores: Floats) -> tuple[float, float]:
-    """Return the interval of the means of resampled values."""
+    """Return the 95 % interval of the mean of values from 0 to 1: the means of resampled values.
+
+    Resampling equal values would give an interval of width 0. Wilson's interval is taken if all values are 0 or 1,
+    which are shares, or if all are equal. The latter is a bound: of all distributions on [0, 1] with a mean m, that of
+    zeros and ones has the largest variance, m (1 - m) (Bhatia and Davis, American Mathematical Monthly 107, 2000).
+    """
+    if bool((np.minimum(scores, 1 - scores) < _EQUAL).all()) or np.ptp(scores) < _EQUAL:
+        return share_interval(float(scores.mean()), len(scores))
     return _interval([float(scores[pick].mean()) for pick in _draws(len(scores))])
 
 
 def resampled_spearman(one: Floats, other: Floats) -> tuple[float, float]:
-    """Return the interval of the correlations of resampled pairs."""
-    return _interval([spearman(one[pick], other[pick]) for pick in _draws(len(one))])
+    """Return the 95 % interval of the correlation: the correlations of resampled pairs.
+
+    If all of these are equal, it is twice Wilson's interval of (1 + correlation) / 2 as a share of n / 2 disjoint and
+    so independent pairs of rows that are in the same order on both sides, minus 1.
+    """
+    low, high = _interval([spearman(one[pick], other[pick]) for pick in _draws(len(one))])
+    if high - low >= _EQUAL:
+        return low, high
+    low, high = share_interval((1 + spearman(one, other)) / 2, len(one) // 2)
+    return 2 * low - 1, 2 * high - 1

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from backhand.runs.summary import DistilledFigures
-from backhand.words import mean_interval
+from backhand.words import gain_interval, mean_interval
 
 
 def top_1_gain(base: Sequence[int], adapted: Sequence[int], tokens: int) -> tuple[float, float, float] | None:
     """Return the gain in agreement with the teacher and its 95 % interval, or None for fewer than two rows.
 
-    The interval is that of the rows, since the tokens of an answer depend on each other.
+    The interval is that of the rows, since the tokens of an answer depend on each other. If all rows gained equally, it
+    is Newcombe's of the two shares, as if each row was one token. Both are cut to the changes that are possible.
 
     Args:
         base: number of tokens of each row at which the most probable token is the teacher's, of the base model.
@@ -21,12 +22,17 @@ def top_1_gain(base: Sequence[int], adapted: Sequence[int], tokens: int) -> tupl
     if len(base) < 2:
         return None
     per_row = tokens / len(base)
-    return mean_interval([(after - before) / per_row for before, after in zip(base, adapted, strict=True)])
+    gains = [(after - before) / per_row for before, after in zip(base, adapted, strict=True)]
+    before, after = sum(base) / tokens, sum(adapted) / tokens
+    gain, low, high = mean_interval(gains)
+    if len({*gains}) == 1:
+        low, high = gain_interval(before, after, len(base))
+    return gain, max(low, 0.0 - before), min(high, 1.0 - before)
 
 
 def agreement_words(figures: DistilledFigures) -> str:
     """Return the shares of tokens on which base and adapted model agree with the teacher, and the interval."""
-    shares = f"{figures['base_top_1']:.1%} → {figures['adapted_top_1']:.1%}"
+    shares = f"{figures['base_top_1']:.1%} → {figures['adapted_top_1']:.1%} of them"
     if (gain := figures.get("top_1_gain")) is None:
         return shares
     _, low, high = gain
@@ -43,7 +49,7 @@ def distilled_sentences(figures: DistilledFigures, objective: str) -> list[str]:
     teacher = f"the model with the {'prompt' if objective == 'bake' else 'demonstration'}"
     agreement = (
         f"On {figures['tokens']:,} held-out tokens, the most probable token is that of {teacher} in "
-        f"{agreement_words(figures)}; the divergence from it is "
+        f"{agreement_words(figures)}; the divergence KL(teacher ‖ model) is "
         f"{figures['base_kl']:.4f} → {figures['adapted_kl']:.4f} nats per token."
     )
     sentences = [agreement]
