@@ -77,55 +77,70 @@ def test_figures_come_from_the_step_whose_adapter_is_kept() -> None:
 
 def advised(summary: RunSummary, answers: AnswerLengths | None, **options: object) -> tuple[str, str] | None:
     config = TrainConfig(objective=ObjectiveOptions(objective="dpo"), data=DataOptions(data=("my pairs.jsonl",)))
-    config = with_options(config, learning_rate=2e-4, **options)
+    config = with_options(config, **{"learning_rate": 2e-4, "epochs": 3, "eval_fraction": None, **options})
     return answer_advice(config, replace(summary, held_out_pairs=PAIRS, free_answers=answers), Path("runs/short"))
 
 
-def test_the_next_step_is_the_chosen_answers_and_then_the_pairs(summary: RunSummary) -> None:
-    suggested = advised(summary, lengths(6, 55))
-    assert suggested is not None and "train on the chosen answers first" in suggested[0]
-    first, then = suggested[1].split(" && ")
-    assert "--data 'my pairs.jsonl' --completion chosen --output runs/short-chosen" in first
-    assert then == (
-        "backhand train runs/short/config.toml --from-adapter runs/short-chosen/adapter --output runs/short-again"
+def test_the_next_step_learns_the_chosen_answers_with_the_pairs(summary: RunSummary) -> None:
+    """Two commands, the chosen answers and then the pairs, made chosen answers less probable than the first did."""
+    suggested = advised(summary, lengths(6, 55), epochs=4)
+    assert suggested is not None and "orpo learns the chosen answers as well" in suggested[0]
+    assert suggested[1] == (
+        "backhand train --model smollm2-135m --data 'my pairs.jsonl' --objective orpo --epochs 4 "
+        "--output runs/short-again"
     )
-    in_memory = advised(summary, lengths(6, 55), data=("python:0123",), model="base")
+    in_memory = advised(summary, lengths(6, 55), data=("python:0123",), model="base", max_steps=7, batch_rows=8)
     assert in_memory is not None and in_memory[1] == (
-        "backhand.train(data=…, model='base', completion='chosen', output='runs/short-chosen'), then "
-        "backhand.train(data=…, from_adapter='runs/short-chosen/adapter', output='runs/short-again') "
-        "with the other options as before"
+        "backhand.train(data=…, model='base', objective='orpo', max_steps=7, batch_rows=8, output='runs/short-again')"
     )
     form = {"rank": 8, "layers_to_transform": (28, 29), "target_modules": ("q_proj", "up_proj"), "use_rslora": True}
-    shaped = advised(summary, lengths(6, 55), **form, rank_pattern={"q_proj": 4})
+    shaped = advised(summary, lengths(6, 55), **form, rank_pattern={"q_proj": 4}, epochs=3)
     assert shaped is not None
     options = " --rank 8 --target-modules q_proj up_proj --rank-pattern q_proj=4 --use-rslora"
-    assert f"{options} --layers-to-transform 28 29 --output runs/short-chosen" in shaped[1]
-    in_memory = advised(summary, lengths(6, 55), data=("python:0123",), model="base", **form)
-    assert in_memory is not None and "rank=8, target_modules=('q_proj', 'up_proj'), use_rslora=True" in in_memory[1]
+    assert f"{options} --layers-to-transform 28 29 --epochs 3 --output runs/short-again" in shaped[1]
     read = {"prompt": "{a}\n{b}", "columns": {"chosen": "short", "rejected": "long", "system": "rules"}}
     named = advised(summary, lengths(6, 55), **read, max_rows=60, eval_fraction=0.2, skip_bad=True)
     assert named is not None
-    options = r"--max-rows 60 --skip-bad --prompt $'{a}\n{b}' --completion short --columns system=rules"
-    assert f"'my pairs.jsonl' {options} --eval-fraction 0.2 --output" in named[1]
+    options = r"--max-rows 60 --skip-bad --prompt $'{a}\n{b}' --columns chosen=short rejected=long system=rules"
+    assert f"--objective orpo {options} --eval-fraction 0.2" in named[1]
     in_memory = advised(
         summary, lengths(6, 55), data=("python:0123",), model="base", eval_data=("python:4",), eval_fraction=0.0, **read
     )
     assert in_memory is not None
-    options = r"prompt='{a}\n{b}', completion='short', columns={'system': 'rules'}, eval_data=…, output="
+    columns = r"columns={'chosen': 'short', 'rejected': 'long', 'system': 'rules'}"
+    options = rf"objective='orpo', prompt='{{a}}\n{{b}}', {columns}, eval_data=…"
     assert f"backhand.train(data=…, model='base', {options}" in in_memory[1]
     assert advised(summary, lengths(30, 4)) is None, "near the chosen answers"
-    separated = advised(replace(summary, best_eval_loss=0.0003, steps=40), lengths(30, 4), from_adapter="first")
-    assert separated is not None and "chosen answers became less probable by 12 nats" in separated[0]
-    assert "config.toml --from-adapter first --max-steps 20 " in separated[1]
+    separated = advised(replace(summary, best_eval_loss=0.0003, steps=40), lengths(30, 4))
+    assert separated is not None and "chosen answers became less probable by 12 nats: fewer steps" in separated[0]
+    assert separated[1] == "backhand train runs/short/config.toml --max-steps 20 --output runs/short-again"
     unchanged = advised(summary, lengths(54, 53))
-    assert unchanged is not None and "train on the chosen answers first" in unchanged[0]
+    assert unchanged is not None and "--objective orpo" in str(unchanged[1])
     assert advised(summary, lengths(64, 64, chosen=200.0, cut_off=1.0)) is None, (
         "longer than the limit, like the chosen"
     )
     assert advised(summary, None) is None
-    assert advised(summary, lengths(54, 53), from_adapter="first") is None
-    started = advised(summary, lengths(6, 55), from_adapter="first")
-    assert started is not None and "--from-adapter first --learning-rate 6.7e-05" in started[1]
+    longer = advised(replace(summary, objective="orpo"), lengths(54, 53), objective="orpo", epochs=3)
+    assert longer is not None and longer[1].endswith("config.toml --epochs 6 --output runs/short-again")
+
+
+def test_a_run_from_an_adapter_is_compared_with_it(summary: RunSummary) -> None:
+    """The answers came nearer to the chosen ones than those of the base model, but moved away from the first run's."""
+    shorter = lengths(50, 8, chosen=20.0) | {"start": 16.0, "start_cut_off": 0.0}
+    assert answers_got_worse(shorter)
+    assert not answers_got_worse(lengths(50, 8, chosen=20.0))
+    _, probabilities, free = pair_clauses(PAIRS, 12, "dpo", shorter)
+    since = "since the adapter that the run started from"
+    assert probabilities.endswith(f"that of rejected ones fell by 70 {since}")
+    assert f"a mean of 16 → 8 tokens {since} (those of the base model 50), chosen answers 20" in free
+    assert free.endswith("they got worse")
+    lower = advised(summary, shorter, from_adapter="first")
+    assert lower is not None and "a tenth of the rate stays nearer" in lower[0]
+    assert "config.toml --from-adapter first --learning-rate 2e-05 " in lower[1]
+    near = lengths(50, 15, chosen=20.0) | {"start": 16.0, "start_cut_off": 0.0}
+    assert advised(summary, near, from_adapter="first") is None
+    separated = advised(replace(summary, best_eval_loss=0.0003, steps=40), near, from_adapter="first")
+    assert separated is not None and "became less probable by 12 nats: a tenth of the rate" in separated[0]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from gguf import GGMLQuantizationType as StorageType
 
+from backhand.cli.main import main
 from backhand.data.options import DataOptions
 from backhand.data.pack import pack
 from backhand.errors import CheckError, DataError, UsageError
@@ -260,7 +262,7 @@ def test_answers_first_then_pairs(straight: TrainConfig, tiny: TinyRun, rows: di
     train(tiny.config(tmp_path / "answers", epochs=1, answers=0))
     start = str(tmp_path / "answers" / "adapter")
     made = config(tiny, rows, tmp_path / "pairs", from_adapter=start, answers=0)
-    train(made)
+    train(with_options(made, answers=1))
     first = lines(tmp_path / "pairs", "loss")[0]
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
     reference = (tmp_path / "pairs" / "reference.json").read_bytes()
@@ -279,6 +281,37 @@ def test_answers_first_then_pairs(straight: TrainConfig, tiny: TinyRun, rows: di
     train(with_options(TrainConfig(), output=tmp_path / "again", resume=True, quiet=True))
     assert (tmp_path / "again" / "reference.json").read_bytes() == reference
     assert final_bits(tmp_path / "again")["state"] == final_bits(tmp_path / "pairs")["state"]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_a_run_from_an_adapter_measures_the_answers_of_both(
+    objective: str, tiny: TinyRun, rows: dict[str, Path], tmp_path: Path
+) -> None:
+    train(tiny.config(tmp_path / "answers", epochs=40, answers=0, learning_rate=1e-2, eval_every=120))
+    start = tmp_path / "answers" / "adapter"
+    made = config(tiny, rows, tmp_path / "pairs", objective, from_adapter=str(start), max_steps=1, learning_rate=1e-9)
+    first = train(made)
+    answers = first.free_answers
+    assert answers is not None and answers["start"] == answers["adapted"] != answers["base"]
+    assert answers["start_cut_off"] == answers["adapted_cut_off"]
+    stored = read_summary(tmp_path / "pairs" / "summary.json")
+    assert stored is not None and stored.free_answers == answers
+    assert "tokens since the adapter that the run started from" in "\n".join(closing_lines(stored))
+
+
+def test_the_advice_for_pairs_of_message_lists_reads_them(tiny: TinyRun, tmp_path: Path) -> None:
+    """`--completion chosen` was refused where both sides begin with the prompt."""
+    path = tmp_path / "pairs.jsonl"
+    pairs = [json.loads(line) for line in write_pairs(path, 20).read_text().splitlines()]
+    whole = [{side: pair["prompt"] + pair[side] for side in ("chosen", "rejected")} for pair in pairs]
+    path.write_text("".join(json.dumps(row) + "\n" for row in whole))
+    made = tiny.config(tmp_path / "run", data=(str(path),), eval_data=(), eval_fraction=0.2, answers=1, max_steps=1)
+    summary = train(replace(made, objective=ObjectiveOptions(objective="dpo")))
+    assert summary.try_next is not None and "--objective orpo" in summary.try_next
+    words = shlex.split(summary.try_next)[1:]
+    assert main([*words, "--quiet", "--dtype", "float32", "--answers", "0"]) == 0
+    again = read_summary(tmp_path / "run-again" / "summary.json")
+    assert again is not None and again.objective == "orpo" and again.held_out_pairs is not None
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from backhand.data.chat import stopping_role_ids
 from backhand.data.decisions import DecisionRow
@@ -29,6 +30,7 @@ from backhand.generation.labels import Labels, longest_label
 from backhand.generation.loading import LoadedModel
 from backhand.generation.session import GenerationSession
 from backhand.loop.decision_scores import Outcome, fit_temperatures
+from backhand.loop.distillation import computing_with
 from backhand.loop.evaluate import EvaluationRows, score
 from backhand.loop.measuring import HeldOut, evenly_spaced
 from backhand.nn.loading.source import ModelSource
@@ -111,6 +113,7 @@ def free_answers(
     examples: Sequence[Example],
     config: TrainConfig,
     prompted: Mapping[int, str] = MappingProxyType({}),
+    start: Tensor | None = None,
 ) -> FreeAnswers:
     """Answer evenly spaced held-out rows and the neutral prompts.
 
@@ -122,6 +125,7 @@ def free_answers(
         examples: the held-out rows.
         config: the configuration of the run, with the number of rows that the report shows.
         prompted: answers of the teacher in distillation, by row.
+        start: values of the adapter that the run started from, whose answers to pairs are measured; None without one.
     """
     model, tokenizer, stops = bound.completer(), source.tokenizer(), stop_ids(source, config.data)
     new_tokens = max(1, min(MAX_NEW_TOKENS, model.context_tokens // 2))
@@ -135,10 +139,10 @@ def free_answers(
     questions = _neutral_questions(LoadedModel(model, tokenizer, stops), config.data, longest)
     at_once = answered_at_once(config.optimization.micro_batch_rows or 1)
 
-    def completions(adapter: bool) -> list[list[int]]:
-        prompts = [*(prompt.tolist() for _, prompt, _ in parts), *(ids for _, ids in questions)]
+    def completions(adapter: bool, *, who: str = "", others: bool = True) -> list[list[int]]:
+        prompts = [*(prompt.tolist() for _, prompt, _ in parts), *(ids for _, ids in questions if others)]
         model.use_adapter(adapter)
-        who = "adapted model" if adapter else "base model"
+        who = who or ("adapted model" if adapter else "base model")
         with counting(f"{who}: answers for the report", len(prompts)) as done:
             return complete_greedily(
                 model, prompts, max_new_tokens=new_tokens, stop_ids=stops, batch_size=at_once, on_done=done
@@ -152,6 +156,10 @@ def free_answers(
             numbers = rows_to_show(references, given, count)
             adapted = [*(adapted[number] for number in numbers), *adapted[len(parts) :]]
             parts = [parts[number] for number in numbers]
+        started = None
+        if pairs and start is not None:
+            with computing_with(bound.model, start):
+                started = completions(adapter=True, who="adapter that the run started from", others=False)
         base = completions(adapter=False)
     finally:
         bound.model.attach(bound.lora)
@@ -166,7 +174,7 @@ def free_answers(
         for (question, _), of_base, of_adapted in zip(questions, base[first:], adapted[first:], strict=True)
     ]
     paired = [example for example, _, _ in parts] if pairs else []
-    lengths = _lengths(paired, base[:first], adapted[:first], frozenset(stops), new_tokens)
+    lengths = _lengths(paired, base[:first], adapted[:first], started, frozenset(stops), new_tokens)
     return FreeAnswers(tuple(held_out), lengths, tuple(neutral))
 
 
@@ -263,6 +271,7 @@ def _lengths(
     pairs: Sequence[Example],
     base: Sequence[Sequence[int]],
     adapted: Sequence[Sequence[int]],
+    started: Sequence[Sequence[int]] | None,
     stops: Collection[int],
     limit: int,
 ) -> AnswerLengths | None:
@@ -277,20 +286,26 @@ def _lengths(
         begin, end = example.last_answer
         return sum(1 for _ in itertools.takewhile(lambda token: token not in stops, example.input_ids[begin:end]))
 
-    return AnswerLengths(
+    def cut_off(answers: Sequence[Sequence[int]]) -> float:
+        return mean(len(ids) >= limit for ids in answers)
+
+    lengths = AnswerLengths(
         rows=len(pairs),
         limit=limit,
         base=mean(map(len, base)),
         adapted=mean(map(len, adapted)),
         chosen=mean(map(tokens, pairs)),
         rejected=mean(tokens(not_none(example.rejected)) for example in pairs),
-        base_cut_off=mean(len(ids) >= limit for ids in base),
-        adapted_cut_off=mean(len(ids) >= limit for ids in adapted),
+        base_cut_off=cut_off(base),
+        adapted_cut_off=cut_off(adapted),
     )
+    if started is not None:
+        lengths |= {"start": mean(map(len, started)), "start_cut_off": cut_off(started)}
+    return lengths
 
 
 SHORT_TOKENS = 128
-_EXTRA_TOKENS = 8
+EXTRA_TOKENS = 8
 """Number of tokens that an answer may be longer than the longest reference, to detect answers that do not end."""
 _FEWEST_ROWS, MOST_ROWS = 16, 500
 _SHARE_OF_TRAINING = 4
@@ -324,7 +339,7 @@ def measured_answers(
     own_answers = config.objective.objective == "sft" or config.objective.answers_by == "rows"
     if not own_answers or not all(0 < end - begin <= SHORT_TOKENS for begin, end in spans):
         return {}
-    model, new_tokens = bound.completer(), max(end - begin for begin, end in spans) + _EXTRA_TOKENS
+    model, new_tokens = bound.completer(), max(end - begin for begin, end in spans) + EXTRA_TOKENS
     examples = [
         one for one, (begin, _) in zip(examples, spans, strict=True) if begin + new_tokens <= model.context_tokens
     ]

@@ -62,8 +62,8 @@ def short_run_factor(objective: str, total_steps: int) -> float:
 RATE, HIGHEST_RATE = 5.2e-4, 5e-3
 COMPARING_RATE = 2e-4
 _SHORT_STEPS = 200  # runs of `decide` with fewer steps have a higher rate
-SUPERVISED = ("sft", "decide", "rank", "classify")
-"""Objectives that learn the answers of the rows, which the rule is for."""
+SUPERVISED = ("sft", "orpo", "decide", "rank", "classify")
+"""Objectives that learn the answers of the rows, which the rule is for. The loss of `orpo` is mainly that of `sft`."""
 
 
 def five_times(total_steps: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from backhand.runs.summary import AnswerLengths
 from backhand.words import count_of, interval_text
@@ -63,24 +63,27 @@ def pair_clauses(pairs: Mapping[str, float], rows: int, objective: str, answers:
         clauses[0] = (
             f"{ordered} ({interval_text(accuracy, rows)}), with a mean margin of {pairs['rewards/margins']:.3g}"
         )
+    since = "" if answers is None or "start" not in answers else " since the adapter that the run started from"
     chosen, rejected = (_change(pairs, side) for side in ("chosen", "rejected"))
     if chosen is not None and rejected is not None:
         unit = "nats per token" if objective in ("simpo", "orpo") else "nats per answer"
         verbs = ["rose" if change > 0 else "fell" for change in (chosen, rejected)]
         clauses.append(
             f"the log-probability of chosen answers {verbs[0]} by {abs(chosen):.3g} {unit}, that of rejected ones "
-            f"{verbs[1]} by {abs(rejected):.3g}"
+            f"{verbs[1]} by {abs(rejected):.3g}{since}"
         )
     if answers is not None:
         worse = ": they got worse" if answers_got_worse(answers) else ""
+        before, cut_before = _before(answers)
         cut = ""
-        if answers["base_cut_off"] or answers["adapted_cut_off"]:
-            shares = f"{answers['base_cut_off']:.0%} → {answers['adapted_cut_off']:.0%}"
+        if cut_before or answers["adapted_cut_off"]:
+            shares = f"{cut_before:.0%} → {answers['adapted_cut_off']:.0%}"
             cut = f" ({shares} of them cut off at {answers['limit']})"
+        base = f" (those of the base model {answers['base']:.0f})" if since else ""
         clauses.append(
             f"the model's own answers to {count_of(answers['rows'], 'held-out prompt')} have a mean of "
-            f"{answers['base']:.0f} → {answers['adapted']:.0f} tokens{cut}, chosen answers {answers['chosen']:.0f} and "
-            f"rejected answers {answers['rejected']:.0f}{worse}"
+            f"{before:.0f} → {answers['adapted']:.0f} tokens{since}{cut}{base}, chosen answers "
+            f"{answers['chosen']:.0f} and rejected answers {answers['rejected']:.0f}{worse}"
         )
     return clauses
 
@@ -94,18 +97,24 @@ _MORE_CUT_OFF = 0.25
 
 
 def answers_got_worse(answers: AnswerLengths) -> bool:
-    """Return True if free answers moved away from the length of chosen ones, or no longer end."""
-    farther = _distance(answers, "adapted") > _distance(answers, "base") + math.log(_FARTHER)
-    more_cut_off = answers["adapted_cut_off"] > answers["base_cut_off"] + _MORE_CUT_OFF
+    """Return True if training moved free answers away from the length of chosen ones, or if they no longer end."""
+    before, cut_before = _before(answers)
+    farther = _distance(answers, answers["adapted"]) > _distance(answers, before) + math.log(_FARTHER)
+    more_cut_off = answers["adapted_cut_off"] > cut_before + _MORE_CUT_OFF
     return farther or (more_cut_off and answers["chosen"] < answers["limit"])
+
+
+def _before(answers: AnswerLengths) -> tuple[float, float]:
+    """Return the tokens of free answers before training, and the share that was cut off."""
+    return answers.get("start", answers["base"]), answers.get("start_cut_off", answers["base_cut_off"])
 
 
 def answers_far_from_chosen(answers: AnswerLengths) -> bool:
     """Return True if free answers with the adapter are much longer or shorter than chosen ones."""
-    return _distance(answers, "adapted") > math.log(_FAR)
+    return _distance(answers, answers["adapted"]) > math.log(_FAR)
 
 
-def _distance(answers: AnswerLengths, which: Literal["base", "adapted"]) -> float:
+def _distance(answers: AnswerLengths, tokens: float) -> float:
     """Return the logarithm of the ratio of the lengths of free and chosen answers, both cut to the limit."""
-    tokens, chosen = (max(0.0, min(answers[name], answers["limit"])) for name in (which, "chosen"))
+    tokens, chosen = (max(0.0, min(length, answers["limit"])) for length in (tokens, answers["chosen"]))
     return abs(math.log((tokens + 1) / (chosen + 1)))

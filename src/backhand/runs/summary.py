@@ -57,7 +57,14 @@ class DecisionFigures(TypedDict):
     surprises: list[dict[str, Any]]
 
 
-class AnswerLengths(TypedDict):
+class _StartLengths(TypedDict, total=False):
+    """The figures of a run that started from an adapter: those of its free answers."""
+
+    start: float
+    start_cut_off: float
+
+
+class AnswerLengths(_StartLengths):
     """Mean numbers of tokens of free answers to held-out prompts, and of the answers in these pairs."""
 
     rows: int  # number of prompts answered
@@ -209,6 +216,11 @@ class RunSummary:
     try_next: str | None = None
 
     @property
+    def constant_loss(self) -> float | None:
+        """The held-out loss of the best constant answer, which is that of the base; None without a head."""
+        return self.base_eval_loss if self.trains_head else None
+
+    @property
     def records(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl, which is read from `output`: one per logged step and per evaluation."""
         return list(RunDirectory(Path(self.output), FileLayer()).lines(METRICS))
@@ -234,6 +246,35 @@ class RunSummary:
 
 def _by_step(records: Iterable[Mapping[str, Any]], key: str) -> dict[int, float]:
     return {record["step"]: record[key] for record in records if record.get(key) is not None}
+
+
+_LOSS_UNITS = {
+    "sft": "nats per token",
+    "bake": "nats per token of divergence from its teacher",
+    "sdft": "nats per token of divergence from its teacher",
+    "decide": "nats per answer, without names of options",
+    "kto": "per answer (kto)",
+    "embed": "per row (embed)",
+    "rank": "per row (rank)",
+    "classify": "nats per row",
+}
+
+
+def loss_unit(objective: str, classes: Mapping[str, Any] | None = None) -> str:
+    """Return the unit of a loss, or its objective if it has no common unit.
+
+    Args:
+        objective: value of `--objective`.
+        classes: the figures of a classification head, which say what kind of labels it learned.
+    """
+    kind = (classes or {}).get("problem_type")
+    special = {"regression": "in squared error per row", "multi_label_classification": "nats per label"}
+    return special.get(kind or "", _LOSS_UNITS.get(objective, f"per pair ({objective})"))
+
+
+def constant_name(objective: str) -> str:
+    """Return the name of the best constant answer, whose loss a new head is compared with: it gives equal scores."""
+    return "equal scores" if objective == "rank" else "constant answer"
 
 
 FORGOTTEN_NATS = 0.5

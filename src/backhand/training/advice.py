@@ -39,7 +39,7 @@ from backhand.errors import not_none
 from backhand.loop.step import LearningRate
 from backhand.loop.step_plan import SUPERVISED, five_times, short_run_factor
 from backhand.options.config import OptimizationOptions, TrainConfig
-from backhand.runs.directory import ADAPTER, CONFIG
+from backhand.runs.directory import CONFIG
 from backhand.runs.label_results import (
     decision_shares,
     decisions_verdict,
@@ -101,11 +101,19 @@ class Curves:
         return min(self.held_out[1:], key=lambda one: one[1])
 
     @classmethod
-    def of(cls, records: Sequence[Mapping[str, Any]]) -> Curves:
-        """Return the curves in the lines of metrics.jsonl."""
+    def of(cls, records: Sequence[Mapping[str, Any]], constant_loss: float | None = None) -> Curves:
+        """Return the curves in the lines of metrics.jsonl.
+
+        Args:
+            records: the lines.
+            constant_loss: held-out loss of the best constant answer, with a head. The loss before the first step is
+                at most this one, because a new head is random.
+        """
         evaluations = [one for one in records if _is_finite(one.get("eval_loss"))]
         # If a step was evaluated twice, the later evaluation counts.
         held_out = list({one["step"]: one["eval_loss"] for one in evaluations}.items())
+        if constant_loss is not None and held_out and held_out[0][1] > constant_loss:
+            held_out[0] = held_out[0][0], constant_loss
         best = min(evaluations[1:], key=lambda one: one["eval_loss"], default={})
         losses = [one["loss"] for one in records if _is_finite(one.get("loss"))]
         return cls(held_out, losses, best.get("forgetting_nats"))
@@ -316,47 +324,46 @@ def answer_advice(
 
 
 def _pair_advice(config: TrainConfig, summary: RunSummary, answers: AnswerLengths, run: Path) -> tuple[str, str] | None:
-    started_from = config.run.from_adapter
-    if not (answers_got_worse(answers) or answers_far_from_chosen(answers)):
-        fell = chosen_change(summary.held_out_pairs or {})
-        loss = summary.best_eval_loss
-        if fell is None or fell >= 0 or loss is None or loss >= SEPARATED or summary.objective in ("orpo", "simpo"):
-            return None
-        sentence = f"The pairs are ordered, but chosen answers became less probable by {-fell:.3g} nats: fewer steps"
-        fewer = max((config.optimization.warmup_steps or 0) + 1, summary.steps // 2)
-        start = f"--from-adapter {shlex.quote(started_from)} " if started_from is not None else ""
-        return f"{sentence} change them less.", _again(config, run, f"{start}--max-steps {fewer}")
-    if started_from is not None:
-        if not answers_got_worse(answers):
-            return None
-        rate = float(config.optimization.learning_rate)
-        sentence = "Pairs alone moved the answers away from the chosen ones: a lower rate stays nearer to the start."
-        changes = f"--from-adapter {shlex.quote(started_from)} --learning-rate {rate / 3:.2g}"
-        return sentence, _again(config, run, changes)
-    # The chosen answers need an adapter of the same form, since the pairs continue from it.
-    first = run.with_name(f"{run.name}-chosen")
-    then = _again(config, run, f"--from-adapter {shlex.quote(str(first / ADAPTER))}")
-    given = {**_chosen_answers(config.data), **_not_default(config.adapter), "output": str(first)}
-    if has_rows_in_memory(config):
-        given = {"model": config.model.model} | given
-        rows = ("eval_data",) if _in_memory(config.data.eval_data) else ()
-        options = (f"{name}={'…' if name in rows else repr(value)}" for name, value in given.items())
-        steps = f"backhand.train(data=…, {', '.join(options)}), then {then}"
-    else:
-        given = {"model": config.model.model, "data": config.data.data} | given
-        steps = f"backhand train {' '.join(_typed(name, value) for name, value in given.items())} && {then}"
-    return (
-        "Pairs teach which answer is better, not what to say: train on the chosen answers first, then on the pairs.",
-        steps,
-    )
+    start, rate = config.run.from_adapter, float(config.optimization.learning_rate)
+    worse, far = answers_got_worse(answers), answers_far_from_chosen(answers)
+    loss, change = summary.best_eval_loss, chosen_change(summary.held_out_pairs or {}) or 0.0
+    separated = change < 0 and loss is not None and loss < SEPARATED and summary.objective not in ("orpo", "simpo")
+    ordered = f"The pairs are ordered, but chosen answers became less probable by {-change:.3g} nats"
+    if start is not None and (worse or separated):
+        moved = "Pairs alone moved the answers away from the chosen ones" if worse else ordered
+        sentence = f"{moved}: a tenth of the rate stays nearer to the adapter that the run started from."
+        return sentence, _again(config, run, f"--from-adapter {shlex.quote(start)} --learning-rate {rate / 10:.2g}")
+    if start is None and (worse or far):
+        if summary.objective == "orpo":
+            sentence = "The answers are not yet like the chosen ones: more steps teach them."
+            return sentence, _again(config, run, _twice_as_long(config, summary.steps))
+        sentence = "Pairs alone teach which answer is better, not what to say: orpo learns the chosen answers as well."
+        return sentence, _with_orpo(config, run)
+    if start is not None or not separated:
+        return None
+    fewer = max((config.optimization.warmup_steps or 0) + 1, summary.steps // 2)
+    return f"{ordered}: fewer steps change them less.", _again(config, run, f"--max-steps {fewer}")
 
 
-def _chosen_answers(data: DataOptions) -> dict[str, Any]:
-    """Return the options that read the chosen answers of pairs as completions, apart from the rows themselves."""
-    columns = {name: column for name, column in data.columns.items() if name not in ("chosen", "rejected")}
+def _with_orpo(config: TrainConfig, run: Path) -> str:
+    """Return the command, or the call for rows that a program gave, that trains on the same pairs with `orpo`.
+
+    It does not start from the configuration of the run, whose `loss_type` and learning rate are not those of `orpo`.
+    """
+    data, options = config.data, config.optimization
     share = None if data.eval_data else data.eval_fraction  # the configuration of a run has 0.0 next to eval_data
-    data = replace(data, data=(), eval_fraction=share, completion=data.columns.get("chosen", "chosen"), columns=columns)
-    return _not_default(data)
+    length = {"max_steps": options.max_steps} if options.max_steps else {"epochs": options.epochs}
+    if options.batch_rows != OptimizationOptions().batch_rows:
+        length["batch_rows"] = options.batch_rows
+    given = _not_default(replace(data, data=(), eval_fraction=share)) | _not_default(config.adapter) | length
+    given = {"objective": "orpo", **given, "output": _next_output(run)}
+    if not has_rows_in_memory(config):
+        given = {"model": config.model.model, "data": data.data} | given
+        return f"backhand train {' '.join(_typed(name, value) for name, value in given.items())}"
+    given = {"model": config.model.model} | given
+    rows = ("eval_data",) if _in_memory(data.eval_data) else ()
+    shown = (f"{name}={'…' if name in rows else repr(value)}" for name, value in given.items())
+    return f"backhand.train(data=…, {', '.join(shown)})"
 
 
 def _not_default(options: DataOptions | LoRAConfig) -> dict[str, Any]:
@@ -396,9 +403,7 @@ def _again(config: TrainConfig, run: Path, changes: str) -> str:
 
     For rows that a program gave it is the call, since the command line cannot have them.
     """
-    repeated = re.fullmatch(r"(.*)-again(?:-(\d+))?", run.name, re.DOTALL)
-    name = f"{repeated[1]}-again-{int(repeated[2] or 1) + 1}" if repeated else f"{run.name}-again"
-    output = str(run.with_name(name))
+    output = _next_output(run)
     if has_rows_in_memory(config):
         words = shlex.split(changes)
         names = [option.removeprefix("--").replace("-", "_") for option in words[::2]]
@@ -406,3 +411,10 @@ def _again(config: TrainConfig, run: Path, changes: str) -> str:
         given = ", ".join(map("=".join, zip(names, values, strict=True)))
         return f"backhand.train(data=…, {given}, output={output!r}) with the other options as before"
     return f"backhand train {shlex.quote(str(run / CONFIG))} {changes} --output {shlex.quote(output)}"
+
+
+def _next_output(run: Path) -> str:
+    """Return a directory next to that of a run for its repetition."""
+    repeated = re.fullmatch(r"(.*)-again(?:-(\d+))?", run.name, re.DOTALL)
+    name = f"{repeated[1]}-again-{int(repeated[2] or 1) + 1}" if repeated else f"{run.name}-again"
+    return str(run.with_name(name))

@@ -26,6 +26,8 @@ from backhand.data.options import asking_options, reading_options, shell_quoted
 from backhand.data.stored_examples import PreparedData
 from backhand.data.token_view import documents_to_show, token_texts
 from backhand.loop.state import Progress, RunState
+from backhand.nn.decoder.class_head import has_score_head
+from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.gguf_model import GGUFModel
@@ -36,8 +38,9 @@ from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import METRICS, RunDirectory
 from backhand.runs.pair_results import held_out_pairs
 from backhand.runs.reward_results import recorded_gain
-from backhand.runs.summary import RunSummary, forgotten_nats
+from backhand.runs.summary import RunSummary, constant_name, forgotten_nats, loss_unit
 from backhand.system import memory_bytes, peak_rss_bytes
+from backhand.training.advice import too_few_rows
 from backhand.training.loaded_run import LoadedRun
 
 SHOWN_ROWS = 3
@@ -77,6 +80,34 @@ def run_facts(run: LoadedRun) -> dict[str, Any]:
         "packages": installed_packages(),
         "machine": machine(),
     }
+
+
+def held_out_card(run: LoadedRun, progress: Progress) -> dict[str, object]:
+    """Return the lines of the adapter's card on held-out rows; empty if none were measured.
+
+    The first loss is that of the base model. A new head has none, and is compared with the best constant answer.
+    """
+    before, after, held_out = progress.base_eval_loss, progress.eval_loss, run.inputs.held_out
+    if before is None or after is None or held_out is None:
+        return {}
+    objective = run.config.objective
+    card: dict[str, object] = {}
+    if objective.objective == "grpo":
+        card["held-out reward"] = f"{-before:.4f} → {-after:.4f} per answer"
+    else:
+        constant = f" ({constant_name(objective.objective)})" if _has_new_head(run) else ""
+        unit = loss_unit(objective.objective, {"problem_type": objective.problem_type})
+        card["held-out loss"] = f"{before:.4f}{constant} → {after:.4f} {unit}"
+    few = too_few_rows(held_out.report)
+    card["held-out rows"] = f"{few:,}, too few to tell how much it helps on others" if few else len(held_out.examples)
+    return card
+
+
+def _has_new_head(run: LoadedRun) -> bool:
+    """Return True if the adapter has a head that the base model lacks."""
+    model = run.bound.model
+    ranks = run.config.objective.objective == "rank" and isinstance(model, Decoder) and has_score_head(model)
+    return run.inputs.trains_head and not ranks
 
 
 def _gguf_file(source: ModelSource) -> str | None:

@@ -61,7 +61,7 @@ from backhand.training.advice import Curves, advice, answer_advice, has_rows_in_
 from backhand.training.calibration import forecast_run
 from backhand.training.class_inputs import not_learned
 from backhand.training.console import opening_facts
-from backhand.training.facts import run_facts, summarise
+from backhand.training.facts import held_out_card, run_facts, summarise
 from backhand.training.hidden_states import HiddenStateCaches, hidden_state_caches
 from backhand.training.loaded_run import LoadedRun
 from backhand.training.reference import Start, run_objectives, start_values
@@ -94,7 +94,7 @@ class Trainer:
     owns_directory: bool = False  # True once the directory's contents are this run's
     _frozen_digest: str | None = None
     _held_out_objective: Objective | None = None
-    _teacher: Tensor | None = None  # values of the adapter that the run starts from; None without one
+    _teacher: Tensor | None = None  # values of the adapter that the run starts from, for comparisons; None without one
 
     def train(self) -> RunSummary:
         """Train to the end. Returns and raises the same as `run.train`."""
@@ -279,13 +279,13 @@ class Trainer:
             answers = free_answers(run.bound, run.inputs.source, (), run.config)
             answers = replace(answers, held_out=decided_answers(*decisions, run.config.run.answers))
         else:
-            answers = free_answers(*arguments, prompted)
+            answers = free_answers(*arguments, prompted, self._teacher)
         self.directory.write(ANSWERS, answers.file(run.config.run.answers))
         summary = replace(summary, free_answers=answers.lengths, neutral_answers=answers.neutral)
         if summary.adapted_exact_match is None:
             labels, stopped = run.identity.labels, lambda: self.processes.stop_requested
             summary = replace(summary, **measured_answers(*arguments, labels, summary.tokens, stopped))
-        curves = Curves.of(self.directory.lines(METRICS))
+        curves = Curves.of(self.directory.lines(METRICS), summary.constant_loss)
         if (suggestion := answer_advice(run.config, summary, self.directory.path, curves)) is not None:
             summary = replace(summary, advice=suggestion[0], try_next=suggestion[1])
         self.directory.write(SUMMARY, summary.to_json())
@@ -365,7 +365,7 @@ class Trainer:
             return stored
         summary = summarise(self.run, state, self.directory, self.processes.world_size)
         if self.processes.is_main_process:
-            curves = Curves.of(self.directory.lines(METRICS))
+            curves = Curves.of(self.directory.lines(METRICS), summary.constant_loss)
             rate, _ = self.run.inputs.learning_rate(replace(self.run.config.optimization, learning_rate="auto"))
             suggestion = advice(
                 *(self.run.config, curves, self.run.inputs.total_steps, rate, self.directory.path),
@@ -396,7 +396,8 @@ class Trainer:
         if run.config.run.resume and self.processes.is_main_process:
             started_from = original_adapter(self.directory.path)
         started_from = self.processes.broadcast_object(started_from)
-        compares = run.config.objective.has_reference or run.config.objective.objective in DISTILLED
+        objective = run.config.objective
+        compares = objective.has_reference or objective.purpose == "pairs" or objective.objective in DISTILLED
         adapter = started_from if compares else None
         return Start(frozen_digest, start_values(run.bound, adapter, run.config.model.allow_pickle))
 
@@ -467,15 +468,7 @@ class Trainer:
         }
         if system := self.run.inputs.train.report.system:
             card["system message of every row"] = f"{len(system):,} characters, see backhand.json"
-        if progress.eval_loss is not None and progress.base_eval_loss is not None:
-            name = self.run.config.objective.objective
-            unit = "nats per token" if name == "sft" else f"({name})"
-            card["held-out loss"] = f"{progress.base_eval_loss:.4f} → {progress.eval_loss:.4f} {unit}"
-            if (held_out := self.run.inputs.held_out) is not None and (few := too_few_rows(held_out.report)):
-                card["held-out rows"] = f"{few:,}, too few to tell how much it helps on others"
-            if name == "grpo":
-                card["held-out reward"] = f"{-progress.base_eval_loss:.4f} → {-progress.eval_loss:.4f}"
-                del card["held-out loss"]
+        card |= held_out_card(self.run, progress)
         return card
 
     def stop_message(self, *, restored: bool) -> str:
