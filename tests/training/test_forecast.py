@@ -13,6 +13,7 @@ from backhand.loop import forecast as forecasts
 from backhand.loop.forecast import Forecast
 from backhand.loop.observers import Observer, RunStart
 from backhand.options.config import RunOptions, TrainConfig
+from backhand.training import calibration
 from backhand.training.run import train
 from support.tiny_run import StopAfter, TinyRun, write_pairs
 
@@ -99,6 +100,31 @@ def test_a_run_says_its_time_with_its_plan(
         line for line in said.splitlines() if line.startswith("step ") and "loss" in line and "held-out" not in line
     ]
     assert all(line.endswith(" left") for line in steps)
+
+
+@pytest.mark.parametrize(
+    ("kind", "passes"),
+    [
+        # Two batches of seven prompts by each model, one of which ends like the rows with the adapter, after 8 tokens;
+        # and the exact match of both, up to 8 tokens longer than the rows.
+        ("answers", 64 + 8 + 2 * 64 + 2 * (8 + 8)),
+        # Besides, the answers of both models and of the teacher.
+        ("bake", 64 + 8 + 2 * 64 + 2 * (8 + 8) + 2 * 64 + 8),
+    ],
+)
+def test_the_end_counts_all_answers(
+    kind: str, passes: int, tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one second for each pass. The end was predicted shorter than it was: 19 s where 25 followed."""
+    monkeypatch.setattr(calibration, "fastest_calls", lambda calls, *_, **__: [1.0] * len(calls))
+    options: dict[str, Any] = {"quiet": False, "answers": 2, "max_steps": 2, "eval_every": 2}
+    if kind == "bake":
+        options |= {"objective": "bake", "context": "the assistant answers in json", "answers_from": "rows"}
+    started = Started()
+    summary = train(tiny.config(tmp_path / "run", **options), callbacks=[started])
+    assert summary.adapted_exact_match is not None
+    forecast = started.starts[0].forecast
+    assert forecast is not None and passes - 6 <= forecast.end_s < passes + 15
 
 
 def test_a_resumed_run_says_the_time_of_the_steps_that_remain(

@@ -23,9 +23,9 @@ from backhand.runs.distilled_results import top_1_gain
 from backhand.runs.records import MAX_NEW_TOKENS
 from backhand.runs.summary import DistilledFigures
 
-_ROWS = 64
+MOST_ANSWERED = 64
 """Largest number of prompts that are answered."""
-_TIMED = 3
+TIMED = 3
 """Number of prompts of which the seconds to the first token are measured."""
 
 
@@ -57,7 +57,7 @@ def distilled_figures(
     prompts = {row: (_prompt(student), _prompt(teacher)) for row, (student, teacher) in documents.items()}
     context = model.config.max_position_embeddings
     prompts = {row: both for row, both in prompts.items() if min(map(len, both)) and len(both[1]) < context}
-    numbers = sorted({*evenly_spaced(rows, _ROWS), *evenly_spaced(rows, shown)} & prompts.keys())
+    numbers = sorted({*evenly_spaced(rows, MOST_ANSWERED), *evenly_spaced(rows, shown)} & prompts.keys())
     if not numbers:
         return None, {}
     students, teachers = ([prompts[number][side] for number in numbers] for side in (0, 1))
@@ -65,12 +65,12 @@ def distilled_figures(
 
     def answers(asked: Sequence[Sequence[int]]) -> list[list[int]]:
         return complete_greedily(
-            model, asked, max_new_tokens=limit, stop_ids=stop_ids, batch_size=max(micro_batch_rows, _TIMED)
+            model, asked, max_new_tokens=limit, stop_ids=stop_ids, batch_size=max(micro_batch_rows, TIMED)
         )
 
     adapted = answers(students)
     adapted_kl, adapted_same = agreement(model, packer, micro_batch_rows)
-    first_s = _first_token_s(model, students[:_TIMED])
+    first_s = _first_token_s(model, students[:TIMED])
     with computing_with(model, None):
         base = answers(students)
         base_kl, base_same = agreement(model, packer, micro_batch_rows)
@@ -80,7 +80,7 @@ def distilled_figures(
             chosen = [row for row in group if row in numbers]
             of_teacher |= zip(chosen, answers([prompts[row][1] for row in chosen]), strict=True)
         expected = [of_teacher[number] for number in numbers]
-        prompted_s = _first_token_s(model, teachers[:_TIMED])
+        prompted_s = _first_token_s(model, teachers[:TIMED])
     short = all(len(answer) < limit for answer in expected)
 
     def equal(given: Sequence[list[int]]) -> float | None:

@@ -27,7 +27,8 @@ from backhand.engines.machine import Machine
 from backhand.engines.memory_probe import trial_pass
 from backhand.errors import not_none
 from backhand.generation.sampling import ROWS_AT_ONCE
-from backhand.loop.answers import MOST_ROWS, SHORT_TOKENS, answered_at_once, answered_rows
+from backhand.loop.answers import EXTRA_TOKENS, MOST_ROWS, SHORT_TOKENS, answered_at_once, answered_rows
+from backhand.loop.distilled_figures import MOST_ANSWERED, TIMED
 from backhand.loop.forecast import Forecast
 from backhand.loop.step import AdapterOptimizer
 from backhand.loop.step_plan import five_times
@@ -35,6 +36,7 @@ from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.options.config import OptimizationOptions
+from backhand.options.objectives import DISTILLED
 from backhand.printing import going_on
 from backhand.runs.records import MAX_NEW_TOKENS
 from backhand.training.plan import RunPlan
@@ -180,27 +182,39 @@ _SHORT_TEXTS = 2
 
 
 def _end_s(plan: RunPlan, seconds: Seconds) -> float:
-    """Predict the seconds of the answers and the report at the end of a run."""
-    inputs, answers = plan.inputs, plan.inputs.config.run.answers
-    modules = _REPORT_PER_MODULE_S * len(inputs.layout.slots)
-    if not inputs.held_out_examples or not answers:
-        return modules
-    objective, held_out = inputs.config.objective, inputs.held_out_examples
-    if objective.objective != "sft" and objective.purpose != "pairs":
-        return modules + 2 * MAX_NEW_TOKENS * seconds.decode  # of base and adapter
+    """Predict the seconds of the answers, the scores and the report at the end of a run."""
+    inputs, config, held_out = plan.inputs, plan.inputs.config, plan.inputs.held_out_examples
+    objective, report_s = config.objective, _REPORT_PER_MODULE_S * len(inputs.layout.slots)
+    if not held_out:
+        return report_s
+    evaluation_s = _held_out_positions(plan) * (_FORWARD_SHARE * seconds.trained + seconds.below)
+    if objective.purpose in ("embeddings", "rankings", "classes"):
+        return report_s + 2 * evaluation_s  # of base and adapter
+    if not config.run.answers:
+        return report_s
+    if objective.purpose == "decisions":  # the neutral prompts alone are answered
+        return report_s + 2 * (evaluation_s + MAX_NEW_TOKENS * seconds.decode)
     # Of each model, one batch has the neutral prompts, whose answers are long. Those of the adapter end like the rows.
-    answered = [min(len(held_out), rows) + len(neutral_prompts()) for rows in answered_rows(held_out, inputs.config)]
+    answered = [min(len(held_out), rows) + len(neutral_prompts()) for rows in answered_rows(held_out, config)]
     micro_batch_rows = plan.memory.micro_batch_rows
     adapted, base = (-(-rows // answered_at_once(micro_batch_rows)) for rows in answered)
     longest = max(example.supervised_tokens for example in held_out)
-    passes = (adapted - 1) * min(longest, MAX_NEW_TOKENS) + (1 + base) * MAX_NEW_TOKENS
-    if objective.objective == "sft" and longest <= SHORT_TOKENS:
-        # Exact match: losses and the probabilities of labels of both models, and free answers of the base.
+    shown = config.rewards.max_new_tokens if objective.samples else longest  # tokens of an answer like the rows'
+    passes = (adapted - 1) * min(shown, MAX_NEW_TOKENS) + (1 + base) * MAX_NEW_TOKENS
+    if objective.purpose == "pairs" and config.run.from_adapter is not None:
+        passes += base * MAX_NEW_TOKENS
+    end_s = report_s
+    if objective.objective in DISTILLED:
+        # The answers of both models and of the teacher to up to all rows, and the agreement of both models.
+        batches = -(-min(len(held_out), MOST_ANSWERED) // max(micro_batch_rows, TIMED))
+        passes += batches * (2 * MAX_NEW_TOKENS + min(shown, MAX_NEW_TOKENS))
+        end_s += 2 * evaluation_s
+    if (objective.objective == "sft" or objective.answers_by == "rows") and longest <= SHORT_TOKENS:
+        # Exact match: losses, the probabilities of labels and free answers, each of both models.
         rows = min(len(held_out), MOST_ROWS)
-        positions = 5 * rows / len(held_out) * _held_out_positions(plan)
-        passes += -(-rows // micro_batch_rows) * longest
-        modules += positions * (_FORWARD_SHARE * seconds.trained + seconds.below)
-    return modules + passes * seconds.decode
+        end_s += 5 * rows / len(held_out) * evaluation_s
+        passes += 2 * -(-rows // micro_batch_rows) * (longest + EXTRA_TOKENS)
+    return end_s + passes * seconds.decode
 
 
 _REPORT_PER_MODULE_S = 0.002
