@@ -36,6 +36,7 @@ from backhand.options.objectives import ObjectiveOptions
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
+from backhand.training.advice import Curves
 from backhand.training.console import closing_lines
 from backhand.training.plan import plan_run
 from backhand.training.run import train
@@ -120,6 +121,17 @@ def test_a_run_learns_labels(straight: TrainConfig) -> None:
     assert f"by a constant answer), macro F1 {summary.base_classes['f1_macro']:.3f} (constant answer) → " in scores
     assert any(line.startswith("Next: backhand classify") for line in shown)
     assert not any("gguf" in line for line in shown)
+    card = (output / "adapter" / "README.md").read_text()
+    first = lines(output, "eval_loss")[0]["eval_loss"]  # of the random head, which is no baseline
+    assert f"| held-out loss | {summary.base_eval_loss:.4f} (constant answer) → " in card and f"{first:.4f}" not in card
+    assert "nats per row |" in card and "nats per row on 12 rows" in loss
+
+
+def test_a_random_head_is_no_baseline_for_advice() -> None:
+    records = [{"step": step, "eval_loss": loss} for step, loss in enumerate((2.4, 1.2, 1.09))]
+    assert Curves.of(records).held_out[0] == (0, 2.4)
+    assert Curves.of(records, 1.1).held_out == [(0, 1.1), (1, 1.2), (2, 1.09)]
+    assert Curves.of(records, 3.0).held_out[0] == (0, 2.4), "the head of an adapter to start from may be better"
 
 
 def test_the_adapter_names_its_labels(straight: TrainConfig) -> None:

@@ -225,7 +225,9 @@ def test_few_rows_do_not_tell_a_higher_accuracy_from_chance(ended: RunSummary) -
 def test_the_loss_before_a_run_is_that_of_the_adapter_it_starts_from(ended: RunSummary) -> None:
     continued = replace(ended, objective="dpo", base_eval_loss=2.2304, first_eval_loss=0.6931, best_eval_loss=0.0003)
     (line,) = (line for line in closing_lines(continued) if line.startswith("Held-out loss"))
-    assert line.startswith("Held-out loss 0.6931 → 0.0003 (dpo)") and line.endswith("the base model alone has 2.2304.")
+    assert line.startswith("Held-out loss 0.6931 → 0.0003 per pair (dpo)") and line.endswith(
+        "the base model alone has 2.2304."
+    )
     worse = " ".join(closing_lines(replace(continued, best_eval_loss=0.7)))
     assert "no evaluation was better than the adapter it started from" in worse
 
@@ -274,6 +276,9 @@ def test_a_gain_of_reward_has_an_interval() -> None:
     assert "too few" not in gain_words(reward_gain(base, [0.6] * 4))
     assert "too few" in gain_words(reward_gain(base[:1], base[:1]))
     assert gain_words(reward_gain(base, base)) == "the reward of no held-out row changed"
+    two = reward_gain(base[:2], [0.6] * 2)
+    assert two is not None and two[1] < 0 < two[2] == pytest.approx(0.1), "two equal gains prove nothing"
+    assert "too few" in gain_words(two)
 
 
 def test_a_reward_that_may_have_risen_by_chance_did_not_help(ended: RunSummary) -> None:

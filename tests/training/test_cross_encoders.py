@@ -204,6 +204,8 @@ def test_a_run_learns_and_shows_its_scores(straight: TrainConfig) -> None:
     shown = closing_lines(summary)
     assert any(line.startswith("Held-out rows: nDCG@10") and "→" not in line for line in shown)
     assert not any("gguf" in line for line in shown)
+    assert any(line.startswith("Held-out loss 0.6931 (equal scores) → ") for line in shown)
+    assert "| held-out loss | 0.6931 (equal scores) → " in (straight.run.output / "adapter" / "README.md").read_text()
     page = Page(run_page(read_run(straight.run.output)))
     assert "no score head" in page.one("section", id="answers").text
     uses = page.one("section", id="result").text

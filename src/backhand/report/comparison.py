@@ -13,6 +13,7 @@ from backhand.report.page import differences, expected, prompt_parts
 from backhand.report.proof_tables import proof_tables
 from backhand.report.rendering import NOT_KNOWN, figure, render, size, time_taken
 from backhand.report.run_record import RunRecord, is_number
+from backhand.runs.summary import loss_unit
 
 # Options that do not affect a run's result.
 _IRRELEVANT_OPTIONS = frozenset({"run.output", "run.resume", "run.overwrite", "run.quiet", "run.debug"})
@@ -61,7 +62,7 @@ def _best(named: Sequence[tuple[str, RunRecord]]) -> str:
     (objective,) = objectives
     if objective == "grpo":
         return f"{name} has the highest reward on the same held-out rows: {-loss:.4f}."
-    unit = "nats per token" if objective == "sft" else f"({objective})"
+    unit = loss_unit(objective, dict(named)[name].summary.get("adapted_classes"))
     but = forgot(dict(named)[name]).removeprefix("; ")
     lost = f". But {but}" if but else ""
     return f"{name} has the lowest loss on the same held-out rows: {loss:.4f} {unit}{lost}."

@@ -20,7 +20,7 @@ from backhand.runs.label_results import (
 )
 from backhand.runs.pair_results import PAIR_OBJECTIVES, held_out_pairs, pair_clauses
 from backhand.runs.reward_results import gain_verdict, gain_words, training_reward_words
-from backhand.runs.summary import LabelFigures, forgetting, forgotten_nats, rows_trained_on
+from backhand.runs.summary import LabelFigures, forgetting, forgotten_nats, loss_unit, rows_trained_on
 from backhand.words import count_of
 
 
@@ -187,14 +187,15 @@ def _outcome(run: RunRecord) -> str:
         unknown = "; nothing was held out, so it is not known whether it helped"
         measured = run.held_out_losses() or (run.is_running and (run.facts.get("data") or {}).get("held_out"))
         return reward + ("" if measured else unknown)
+    rows = count_of(_held_out_rows(run), "held-out row") if _held_out_rows(run) else "held-out rows"
     if run.objective == "grpo":
-        change = f": the reward on held-out rows went from {-base:.3f} to {-best:.3f}"
+        change = f": the reward on {rows} went from {-base:.3f} to {-best:.3f}"
         if run.is_running:
             return f"{change} so far{reward}"
         return f"{change}; {gain_words(_reward_gain(run))}{_effect(run, unclear='')}{reward}"
     if run.is_running:
-        return f": the loss on held-out rows went from {base:.3f} to {best:.3f} so far"
-    change = f": the loss on held-out rows went from {base:.3f} to {best:.3f}"
+        return f": the loss on {rows} went from {base:.3f} to {best:.3f} so far"
+    change = f": the loss on {rows} went from {base:.3f} to {best:.3f}"
     if (labels := _labels(run)) is not None:
         return f"{change}; {label_clause(*labels)}"
     base_decisions, decisions = _decisions(run)
@@ -205,25 +206,25 @@ def _outcome(run: RunRecord) -> str:
         pairs = held_out_pairs(run.evaluations, _best_step(run))
         answers = run.summary.get("free_answers")
         clauses = [] if pairs is None else pair_clauses(pairs, _held_out_rows(run), run.objective, answers)
-        return "; ".join([f"{change} ({run.objective})", *clauses])
+        return "; ".join([f"{change} {loss_unit(run.objective)}", *clauses])
     if run.objective in DISTILLED:
         figures = run.summary.get("distilled")
         agreed = f", and the most probable token is the teacher's in {agreement_words(figures)}" if figures else ""
-        return f"{change} nats per token of divergence from its teacher{agreed}{_effect(run)}"
+        return f"{change} {loss_unit(run.objective)}{agreed}{_effect(run)}"
     if run.objective in ("embed", "rank"):
         scores = ""
         if (ranked := ranking_scores(run)) is not None:
             name, before, after = ranked
-            scores = f" (the first of equal scores), and {name} is {after[name]:.3f}"
+            scores = f" (the first is that of equal scores), and {name} is {after[name]:.3f}"
             if before:
                 scores = f", and {name} from {before[name]:.3f} to {after[name]:.3f}"
-        return f"{change} ({run.objective}){scores}{_effect(run)}"
+        return f"{change} {loss_unit(run.objective)}{scores}{_effect(run)}"
     if run.objective == "classify":
         before, after = (run.summary.get(f"{name}_classes") or {} for name in ("base", "adapted"))
         score = next((name for name in ("accuracy", "mse") if is_number(after.get(name))), None)
         scores = "" if score is None else f", and {score} from {before[score]:.3f} to {after[score]:.3f}"
-        constant = " (the first of the best constant answer)"
-        return f"{change} ({run.objective}){scores}{constant}{_effect(run)}"
+        constant = " (the first figures are those of the best constant answer)"
+        return f"{change} {loss_unit(run.objective, after)}{scores}{constant}{_effect(run)}"
     nats = f"nats per token (perplexity {perplexity(base)} to {perplexity(best)})"
     return f"{change} {nats}{_effect(run)}{_by_how_much(run, base, best)}"
 

@@ -130,5 +130,6 @@ def decision_clause(name: str, base: DecisionFigures | None, adapted: DecisionFi
     return (
         f"{name}: {before}{right:.1%} of {count_of(rows, 'held-out answer')} right ({interval_text(right, rows)}; "
         f"{adapted['majority']:.1%} by the most frequent answer){verdict}; calibration error {adapted['ece']:.3f} "
-        f"({low:.3f} to {high:.3f}) on these {rows:,}, which also fitted the temperature {adapted['temperature']:.2f}"
+        f"(95 % interval {low:.3f} to {high:.3f}) on these {rows:,}, which also fitted the temperature "
+        f"{adapted['temperature']:.2f}"
     )

@@ -33,7 +33,9 @@ from backhand.runs.summary import (
     REMEMBERING,
     RunSummary,
     chosen_by,
+    constant_name,
     forgetting,
+    loss_unit,
     no_label_fits,
     rows_trained_on,
 )
@@ -283,6 +285,7 @@ def _improvement(summary: RunSummary) -> list[str]:
     """Return the lines on loss and reward."""
     base, best = summary.base_eval_loss, summary.best_eval_loss
     start = base if summary.first_eval_loss is None else summary.first_eval_loss
+    constant = constant_name(summary.objective)
     fresh_head = summary.trains_head and summary.base_retrieval is None
     start = base if fresh_head else start  # of a constant answer, since a new head knows nothing
     lines = []
@@ -304,7 +307,7 @@ def _improvement(summary: RunSummary) -> list[str]:
     when = f"best after step {summary.best_step}"
     if best >= start:
         before = "the base model" if start == base else "the adapter it started from"
-        before = "a constant answer" if fresh_head else before
+        before = f"the {constant}" if fresh_head else before
         when = f"no evaluation was better than {before}; the adapter kept is that of step {summary.best_step}"
     sign = -1 if summary.objective == "grpo" else 1
     alone = "" if start == base else f"; the base model alone has {sign * base:.4f}"
@@ -314,9 +317,8 @@ def _improvement(summary: RunSummary) -> list[str]:
         return [*lines, capitalized(gain_words(summary.reward_gain))]
     change = "not better" if best >= start else f"{1 - best / start:.0%} lower" if start > 0 else "better"
     nats = f"nats per token (perplexity {_exp(start)} → {_exp(best)}, {change})"
-    of_answers = "nats per answer, without names of options" if summary.objective == "decide" else ""
-    loss = nats if summary.objective == "sft" else of_answers or f"({summary.objective})"
-    before = f"{start:.4f} (constant answer)" if fresh_head else f"{start:.4f}"
+    loss = nats if summary.objective == "sft" else loss_unit(summary.objective, summary.adapted_classes)
+    before = f"{start:.4f} ({constant})" if fresh_head else f"{start:.4f}"
     return [f"Held-out loss {before} → {best:.4f} {loss} {of_rows}"]
 
 
@@ -336,6 +338,9 @@ _CUT_OFF_SHOWN = 0.1
 """Share of cut off answers from which on the end of a run names it."""
 
 
+_ALL_LABELS = {"multi_label_classification": "have exactly the right labels"}
+
+
 def _class_line(base: Mapping[str, Any], adapted: Mapping[str, Any]) -> str:
     """Return the line on held-out rows with labels, or with a number."""
     rows = count_of(adapted["rows"], "held-out row")
@@ -347,8 +352,9 @@ def _class_line(base: Mapping[str, Any], adapted: Mapping[str, Any]) -> str:
             f"{adapted['spearman']:.3f}) on {rows}; the first is that of the mean of their numbers."
         )
     right = adapted["accuracy"]
+    what = _ALL_LABELS.get(adapted["problem_type"], "right")
     return (
-        f"{right:.1%} of {rows} right ({interval_text(right, adapted['rows'])}; {base['accuracy']:.1%} by a constant "
+        f"{right:.1%} of {rows} {what} ({interval_text(right, adapted['rows'])}; {base['accuracy']:.1%} by a constant "
         f"answer), macro F1 {base['f1_macro']:.3f} (constant answer) → {adapted['f1_macro']:.3f}."
     )
 
