@@ -247,6 +247,8 @@ def test_bad_rows_before_the_first_good_one_do_not_fix_the_form() -> None:
         ({"instruction": "q", "answer": "a"}, "rename the column answer to output"),
         ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, "answers only with --messages chosen"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "answers only with --completion chosen"),
+        ({"question": "q", "chosen": "a", "rejected": "b"}, "only with --prompt question --completion chosen"),
+        ({"chosen": "q a", "rejected": "q b"}, "or with --objective orpo, which learns the chosen answers as well"),
     ],
 )
 def test_what_to_rename_is_said(values: dict[str, Any], remedy: str) -> None:

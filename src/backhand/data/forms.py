@@ -304,12 +304,19 @@ class _Columns:
     def preference_pair(self) -> DataError | None:
         if not self.answers or not self.present.issuperset(PREFERENCE):
             return None
-        alone = "prompt" not in self.present and isinstance(self.raw.values["chosen"], list)
-        named = "--messages chosen" if alone else "--completion chosen"
+        only = "on the chosen answers only with "
+        if "prompt" in self.present:
+            other = f"{only}--completion chosen"
+        elif "question" in self.present:
+            other = f"{only}--prompt question --completion chosen"
+        elif isinstance(self.raw.values["chosen"], list):
+            other = f"{only}--messages chosen"
+        else:  # texts that begin with the prompt
+            other = "with --objective orpo, which learns the chosen answers as well"
         return DataError(
             "these are preference pairs (chosen, rejected)",
             where=self.raw.source,
-            next_step=f"train on them with --objective dpo, or on the chosen answers only with {named}",
+            next_step=f"train on them with --objective dpo, or {other}",
         )
 
     def without_answer(self) -> DataError | None:
