@@ -209,12 +209,17 @@ def test_evaluate_reads_the_columns_of_training(straight: TrainConfig, tmp_path:
     train(with_options(made, columns={"answer": "said"}, reward=("length:4",)))
     answered = with_options(made, output=tmp_path / "answered", completion="said")
     train(replace(answered, objective=ObjectiveOptions(), rewards=RewardOptions()))
+    reads = tmp_path / "reads.py"
+    reads.write_text("def sevens(completions, answer, **_):\n    return [float(one == '7') for one in answer]\n")
     for run in ("rewarded", "answered"):
         common["adapter"] = tmp_path / run / "adapter"
         for reward in ("length:4", "exact"):
             expected = backhand.evaluate(data=given, reward=reward, **common)
             assert backhand.evaluate(data=named, reward=reward, **common) == expected
         assert backhand.evaluate(data=prompts, reward="length:4", **common).rows == 4
+        # A column `answer` is read before the completions of training, unless `--columns answer=…` named another.
+        others = backhand.evaluate(data=[one | {"answer": "7"} for one in asked], reward=f"{reads}:sevens", **common)
+        assert others.base["reward"] == (run == "answered")
         with pytest.raises(DataError, match="compares with the right answer"):
             backhand.evaluate(data=prompts, reward="exact", **common)
 

@@ -26,6 +26,7 @@ from backhand.data.options import (
     shell_quoted,
 )
 from backhand.data.raw_rows import RawRow, RowErrors
+from backhand.data.rows import REFERENCES
 from backhand.errors import DataError, UsageError
 from backhand.words import name_list, nearest_names
 
@@ -204,12 +205,12 @@ def column_of_texts(recorded: NamedColumns | None, *, second: bool = False) -> N
 def columns_of_prompts(recorded: NamedColumns | None) -> NamedColumns | None:
     """Return the columns of prompts to answer for an adapter that was trained on these columns.
 
-    Completions are then the right answers.
+    Completions are then the right answers of rows that have no other column of `REFERENCES`, such as `answer`.
     """
     if recorded is None:
         return None
     given = _by_option(recorded)
-    answer = {"answer": given.pop("completion")} if "completion" in given else {}
+    answer = {REFERENCES[-1]: given.pop("completion")} if "completion" in given else {}
     return NamedColumns(**given, columns=answer | _others(recorded))
 
 
