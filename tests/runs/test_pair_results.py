@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from backhand.options.config import DataOptions, TrainConfig
+from backhand.options.config_file import dump_config
 from backhand.options.objectives import ObjectiveOptions
 from backhand.runs.pair_results import answers_got_worse, held_out_pairs, pair_clauses
 from backhand.runs.summary import AnswerLengths, RunSummary
@@ -75,10 +76,12 @@ def test_figures_come_from_the_step_whose_adapter_is_kept() -> None:
     assert held_out_pairs([{"step": 2, "eval_loss": 1.0}], 2) is None
 
 
-def advised(summary: RunSummary, answers: AnswerLengths | None, **options: object) -> tuple[str, str] | None:
+def advised(
+    summary: RunSummary, answers: AnswerLengths | None, run: Path = Path("runs/short"), **options: object
+) -> tuple[str, str] | None:
     config = TrainConfig(objective=ObjectiveOptions(objective="dpo"), data=DataOptions(data=("my pairs.jsonl",)))
     config = with_options(config, **{"learning_rate": 2e-4, "epochs": 3, "eval_fraction": None, **options})
-    return answer_advice(config, replace(summary, held_out_pairs=PAIRS, free_answers=answers), Path("runs/short"))
+    return answer_advice(config, replace(summary, held_out_pairs=PAIRS, free_answers=answers), run)
 
 
 def test_the_next_step_learns_the_chosen_answers_with_the_pairs(summary: RunSummary) -> None:
@@ -122,9 +125,12 @@ def test_the_next_step_learns_the_chosen_answers_with_the_pairs(summary: RunSumm
     assert advised(summary, None) is None
     longer = advised(replace(summary, objective="orpo"), lengths(54, 53), objective="orpo", epochs=3)
     assert longer is not None and longer[1].endswith("config.toml --epochs 6 --output runs/short-again")
+    for reason in ({"try_next": "backhand train config.toml --max-steps 20"}, {"stopped_because": "a callback"}):
+        known = replace(summary, objective="orpo", **reason)
+        assert advised(known, lengths(54, 53), objective="orpo") is None, "its curves ask for another run, or it ended"
 
 
-def test_a_run_from_an_adapter_is_compared_with_it(summary: RunSummary) -> None:
+def test_a_run_from_an_adapter_is_compared_with_it(summary: RunSummary, tmp_path: Path) -> None:
     """The answers came nearer to the chosen ones than those of the base model, but moved away from the first run's."""
     shorter = lengths(50, 8, chosen=20.0) | {"start": 16.0, "start_cut_off": 0.0}
     assert answers_got_worse(shorter)
@@ -137,6 +143,12 @@ def test_a_run_from_an_adapter_is_compared_with_it(summary: RunSummary) -> None:
     lower = advised(summary, shorter, from_adapter="first")
     assert lower is not None and "a tenth of the rate stays nearer" in lower[0]
     assert "config.toml --from-adapter first --learning-rate 2e-05 " in lower[1]
+    resumed = replace(TrainConfig(), run=replace(TrainConfig().run, from_adapter="first"))
+    (tmp_path / "config.toml").write_text(dump_config(resumed))
+    assert advised(summary, shorter, run=tmp_path, resume=True) == (
+        lower[0],
+        lower[1].replace("runs/short", str(tmp_path)),
+    )
     near = lengths(50, 15, chosen=20.0) | {"start": 16.0, "start_cut_off": 0.0}
     assert advised(summary, near, from_adapter="first") is None
     separated = advised(replace(summary, best_eval_loss=0.0003, steps=40), near, from_adapter="first")

@@ -299,6 +299,22 @@ def test_a_run_from_an_adapter_measures_the_answers_of_both(
     assert "tokens since the adapter that the run started from" in "\n".join(closing_lines(stored))
 
 
+@pytest.mark.parametrize("answers", [0, 1])
+def test_a_run_that_only_compares_answers_goes_on_without_the_adapter_it_started_from(
+    answers: int, tiny: TinyRun, rows: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny.config(tmp_path / "answers", epochs=1, answers=0))
+    start = str(tmp_path / "answers" / "adapter")
+    made = config(tiny, rows, tmp_path / "pairs", "simpo", from_adapter=start, answers=answers)
+    with pytest.raises(StopAfter.Stopped):
+        train(made, callbacks=[StopAfter(3)])
+    shutil.rmtree(tmp_path / "answers")
+    summary = train(with_options(TrainConfig(), output=tmp_path / "pairs", resume=True))
+    assert ("the answers are not compared with those of the adapter" in capsys.readouterr().err) == bool(answers)
+    assert (summary.free_answers is not None) == bool(answers)
+    assert not answers or "start" not in (summary.free_answers or {})
+
+
 def test_the_advice_for_pairs_of_message_lists_reads_them(tiny: TinyRun, tmp_path: Path) -> None:
     """`--completion chosen` was refused where both sides begin with the prompt."""
     path = tmp_path / "pairs.jsonl"

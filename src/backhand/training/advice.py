@@ -49,6 +49,7 @@ from backhand.runs.label_results import (
 )
 from backhand.runs.pair_results import answers_far_from_chosen, answers_got_worse, chosen_change
 from backhand.runs.summary import AnswerLengths, RunSummary
+from backhand.training.resume import original_adapter
 from backhand.words import count_of, name_list
 
 Finding = Literal["unsteady", "not better", "hardly moved", "rose", "still falling", "forgot", "low", "fine"]
@@ -324,17 +325,20 @@ def answer_advice(
 
 
 def _pair_advice(config: TrainConfig, summary: RunSummary, answers: AnswerLengths, run: Path) -> tuple[str, str] | None:
-    start, rate = config.run.from_adapter, float(config.optimization.learning_rate)
+    start = original_adapter(run) if config.run.resume else config.run.from_adapter
+    rate = float(config.optimization.learning_rate)
     worse, far = answers_got_worse(answers), answers_far_from_chosen(answers)
     loss, change = summary.best_eval_loss, chosen_change(summary.held_out_pairs or {}) or 0.0
     separated = change < 0 and loss is not None and loss < SEPARATED and summary.objective not in ("orpo", "simpo")
     ordered = f"The pairs are ordered, but chosen answers became less probable by {-change:.3g} nats"
     if start is not None and (worse or separated):
-        moved = "Pairs alone moved the answers away from the chosen ones" if worse else ordered
+        moved = "The pairs moved the answers away from the chosen ones" if worse else ordered
         sentence = f"{moved}: a tenth of the rate stays nearer to the adapter that the run started from."
         return sentence, _again(config, run, f"--from-adapter {shlex.quote(start)} --learning-rate {rate / 10:.2g}")
     if start is None and (worse or far):
         if summary.objective == "orpo":
+            if summary.try_next is not None or summary.stopped_because is not None:
+                return None
             sentence = "The answers are not yet like the chosen ones: more steps teach them."
             return sentence, _again(config, run, _twice_as_long(config, summary.steps))
         sentence = "Pairs alone teach which answer is better, not what to say: orpo learns the chosen answers as well."

@@ -22,7 +22,7 @@ from backhand.distributed.communicator import Communicator
 from backhand.distributed.launch import broadcast_checkpoint, comparable_settings
 from backhand.engines.engine import RunCache
 from backhand.engines.machine import MemoryKeeper, crowded_note
-from backhand.errors import not_none
+from backhand.errors import ArtifactError, not_none
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.loop.answers import decided_answers, free_answers, measured_answers, stop_ids
 from backhand.loop.distillation import DistilledPacker
@@ -397,9 +397,19 @@ class Trainer:
             started_from = original_adapter(self.directory.path)
         started_from = self.processes.broadcast_object(started_from)
         objective = run.config.objective
-        compares = objective.has_reference or objective.purpose == "pairs" or objective.objective in DISTILLED
-        adapter = started_from if compares else None
-        return Start(frozen_digest, start_values(run.bound, adapter, run.config.model.allow_pickle))
+        learns_from_it = objective.has_reference or objective.objective in DISTILLED
+        measures_it = objective.purpose == "pairs" and run.config.run.answers > 0
+        adapter = started_from if learns_from_it or measures_it else None
+        try:
+            return Start(frozen_digest, start_values(run.bound, adapter, run.config.model.allow_pickle))
+        except ArtifactError as error:
+            if learns_from_it:
+                raise
+            self.observer.noted(
+                f"{error.where}: {error.what}, so the answers are not compared with those of the adapter that the run "
+                "started from"
+            )
+            return Start(frozen_digest, None)
 
     def _sampled(self, log: ProofLog, start: Start) -> SampledSteps | None:
         """Return the steps on sampled answers, or None if the rows contain the answers."""
