@@ -135,6 +135,8 @@ def test_usage_errors_name_the_nearest_option(end, words: list[str], text: str) 
         (["classify", "--adapter", "run", "good", "phone"], "a text: --text 'good phone', or a file of rows: --data"),
         (["generate", "good phone"], "a text: --prompt 'good phone', or a file of rows: --data 'good phone'"),
         (["chat", "hello"], "here. Give a text: --prompt hello\n"),
+        (["classify", "--adapter", "run", "--text", "good", "phone"], "in quotes: --text 'good phone'\n"),
+        (["generate", "--prompt=what", "is", "this", "--greedy"], "in quotes: --prompt 'what is this'\n"),
         (["embed", "rows.jsonl"], "here. Give a file of rows: --data rows.jsonl\n"),
     ],
 )

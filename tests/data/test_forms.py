@@ -248,6 +248,10 @@ def test_bad_rows_before_the_first_good_one_do_not_fix_the_form() -> None:
         ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, "answers only with --messages chosen"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "answers only with --completion chosen"),
         ({"question": "q", "chosen": "a", "rejected": "b"}, "only with --prompt question --completion chosen"),
+        ({"prompt": "q", "chosen": [USER, REPLY], "rejected": [USER, REPLY]}, "answers only with --messages chosen"),
+        ({"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY]}, "answers only with --completion chosen"),
+        ({"question": "q", "chosen": [USER, REPLY], "rejected": [USER, REPLY]}, "answers only with --messages chosen"),
+        ({"question": "q", "chosen": [REPLY], "rejected": [REPLY]}, "or with --objective orpo"),
         ({"chosen": "q a", "rejected": "q b"}, "or with --objective orpo, which learns the chosen answers as well"),
     ],
 )

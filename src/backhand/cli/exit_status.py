@@ -145,7 +145,8 @@ def _usage(error: cyclopts.CycloptsError, arguments: Sequence[str]) -> str:
     words = list(error.unused_tokens or ())
     if isinstance(error, UnusedCliTokensError):
         command = next(iter(error.command_chain or ()), "")
-        return f"Unexpected {' '.join(map(repr, words))}: no argument is expected here.{_by_option(words, command)}"
+        ways = _by_option(words, command, arguments)
+        return f"Unexpected {' '.join(map(repr, words))}: no argument is expected here.{ways}"
     if isinstance(error, UnknownCommandError) and words and words[0].startswith("-"):
         close = difflib.get_close_matches(words[0], ("--help", "--version", "--debug"), n=1)
         return f"Unknown option: {words[0]}." + (f" Did you mean {close[0]}?" if close else "")
@@ -178,9 +179,10 @@ _TEXT_OPTIONS = {"chat": "prompt", "classify": "text", "decide": "state", "gener
 """The option that takes one text, by command."""
 
 
-def _by_option(words: Sequence[str], command: str) -> str:
+def _by_option(words: Sequence[str], command: str, arguments: Sequence[str]) -> str:
     """Return the options that take these words as rows or as a text, after a space, or ""."""
     import shlex
+    from itertools import takewhile
 
     from backhand.cli.command import imported
     from backhand.cli.commands import COMMANDS
@@ -188,9 +190,14 @@ def _by_option(words: Sequence[str], command: str) -> str:
 
     options = next((imported(entry.options) for entry in COMMANDS if entry.name == command), None)
     typed, files = shlex.quote(" ".join(words)), [*filter(os.path.isfile, words)]
-    ways = []
+    ways, text = [], f"--{_TEXT_OPTIONS.get(command)}"
+    for place, argument in enumerate(arguments):
+        option, *value = argument.split("=", 1)
+        spoken = [*value, *takewhile(lambda word: not word.startswith("-"), arguments[place + 1 :])]
+        if option == text and spoken[1:] == words:
+            return f" Give the text in quotes: {text} {shlex.quote(' '.join(spoken))}"
     if command in _TEXT_OPTIONS and not files:
-        ways.append(f"a text: --{_TEXT_OPTIONS[command]} {typed}")
+        ways.append(f"a text: {text} {typed}")
     if options is not None and any(field.name == "data" for field in option_fields(options)):
         ways.append(f"a file of rows: --data {' '.join(map(shlex.quote, files)) or typed}")
     return f" Give {', or '.join(ways)}" if ways else ""

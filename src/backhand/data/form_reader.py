@@ -12,7 +12,7 @@ from backhand.data.column_hints import ClassColumns
 from backhand.data.decision_rows import read_decision
 from backhand.data.decisions import Question
 from backhand.data.embedding_rows import read_embedding, read_ranking
-from backhand.data.forms import MOST_FOLLOWING, PREFERENCE, Form, detect, nearest_known
+from backhand.data.forms import MOST_FOLLOWING, PREFERENCE, Form, answers_at_once, detect, nearest_known
 from backhand.data.messages import read_conversation, read_turns
 from backhand.data.raw_rows import IN_MEMORY, TRUTH, RawRow, RowErrors, describe
 from backhand.data.rows import Completion, Conversation, Pair, PlainText, PromptRow, Purpose, Row, UnpairedRow
@@ -225,7 +225,7 @@ def _read_pair(form: Form, values: Mapping[str, Any], source: str) -> Pair:
         if prompt is None:
             begin = _common_text(chosen, rejected, source)
             values = {**values, "prompt": chosen[:begin], "chosen": chosen[begin:], "rejected": rejected[begin:]}
-    elif isinstance(prompt, str) and _answers_at_once(chosen) and _answers_at_once(rejected):
+    elif isinstance(prompt, str) and answers_at_once(chosen) and answers_at_once(rejected):
         values = {**values, form.columns[0]: [{"role": "user", "content": prompt}]}
     elif not isinstance(prompt, list) or all(prompt and side[: len(prompt)] == prompt for side in (chosen, rejected)):
         # Both sides contain the whole conversation, so an additional prompt is not prepended.
@@ -239,11 +239,6 @@ def _read_pair(form: Form, values: Mapping[str, Any], source: str) -> Pair:
 
 def _supervised_from(side: Conversation, begin: int) -> Conversation:
     return replace(side, supervised=tuple(carries and i >= begin for i, carries in enumerate(side.supervised)))
-
-
-def _answers_at_once(messages: list[Any]) -> bool:
-    first = messages[0] if messages else None
-    return isinstance(first, Mapping) and (first.get("role") or first.get("from")) in ("assistant", "gpt")
 
 
 def _common_text(chosen: str, rejected: str, source: str) -> int:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from typing import Any
 
 from backhand.data.column_hints import ClassColumns, class_of, decision_options, naming_advice, suggestion
 from backhand.data.options import columns_named, shell_quoted
@@ -57,6 +58,14 @@ _SHARED_COLUMNS = ("system", "tools", "functions")
 """Columns that are read in addition to a conversation; only the first one in addition to a prompt."""
 
 PREFERENCE = ("chosen", "rejected")
+
+
+def answers_at_once(messages: Sequence[Any]) -> bool:
+    """Return True if a list of messages begins with a reply."""
+    first = messages[0] if messages else None
+    return isinstance(first, Mapping) and (first.get("role") or first.get("from")) in ("assistant", "gpt")
+
+
 SCORES = ("score", "label")
 LISTED_SCORES = ("scores", "labels")
 _NEGATIVE = re.compile(r"negatives?|negative_(\d+)")
@@ -304,14 +313,14 @@ class _Columns:
     def preference_pair(self) -> DataError | None:
         if not self.answers or not self.present.issuperset(PREFERENCE):
             return None
-        only = "on the chosen answers only with "
-        if "prompt" in self.present:
-            other = f"{only}--completion chosen"
-        elif "question" in self.present:
-            other = f"{only}--prompt question --completion chosen"
-        elif isinstance(self.raw.values["chosen"], list):
+        chosen, only = self.raw.values["chosen"], "on the chosen answers only with "
+        asked = next((name for name in ("prompt", "question") if name in self.present), None)
+        whole = isinstance(chosen, list) and not answers_at_once(chosen)
+        if whole:
             other = f"{only}--messages chosen"
-        else:  # texts that begin with the prompt
+        elif asked is not None and (isinstance(chosen, str) or isinstance(self.raw.values[asked], list)):
+            other = f"{only}{'' if asked == 'prompt' else f'--prompt {asked} '}--completion chosen"
+        else:  # texts that begin with the prompt, or replies as messages to a prompt as a text
             other = "with --objective orpo, which learns the chosen answers as well"
         return DataError(
             "these are preference pairs (chosen, rejected)",
