@@ -66,12 +66,14 @@ def gain_interval(before: float, after: float, rows: int) -> tuple[float, float]
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the mean of at least two values and its 95 % interval, mean ± 1.96 · deviation / √n.
+    """Return the mean of at least two values and its 95 % interval, mean ± t · deviation / √n.
 
+    t is the quantile of Student's distribution with n - 1 degrees of freedom, 12.7 for two values and 1.96 for many.
     Equal values have no deviation, although other rows may differ from them. They count as a share of 100 %: the
     values of the other rows, of which there may be as many as Wilson's interval allows, have the opposite sign.
     """
-    mean, half = statistics.fmean(values), _Z * statistics.stdev(values) / math.sqrt(len(values))
+    mean, deviation = statistics.fmean(values), statistics.stdev(values)
+    half = _student_quantile(len(values) - 1) * deviation / math.sqrt(len(values))
     if half > _ROUNDING * abs(mean):
         return mean, mean - half, mean + half
     least = mean * (2 * share_interval(1.0, len(values))[0] - 1)
@@ -80,6 +82,20 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 _ROUNDING = 1e-9
 """A deviation of a smaller share of the mean is due to rounding."""
+
+
+def _student_quantile(freedom: int) -> float:
+    """Return the bound within which Student's t with these degrees of freedom lies with a probability of 95 %.
+
+    With many degrees, it is the Cornish-Fisher expansion t = z + (z³ + z)/4ν + (5z⁵ + 16z³ + 3z)/96ν².
+    """
+    if freedom <= len(_STUDENT):
+        return _STUDENT[freedom - 1]
+    return _Z + (_Z**3 + _Z) / (4 * freedom) + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * freedom**2)
+
+
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""The quantile of 97.5 % of Student's distribution with 1, 2, … degrees of freedom."""
 
 
 _LARGEST_P = 0.05

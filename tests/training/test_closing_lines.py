@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 import transformers
 
@@ -271,7 +274,7 @@ def test_rewards_of_a_short_run_are_not_compared(ended: RunSummary) -> None:
 def test_a_gain_of_reward_has_an_interval() -> None:
     base = [0.5] * 4
     unclear = gain_words(reward_gain(base, [0.8, 0.3, 0.6, 0.4]))
-    assert unclear.startswith("reward gained per row +0.025 (95 % interval -0.1923 to +0.2423)")
+    assert unclear.startswith("reward gained per row +0.025 (95 % interval -0.3278 to +0.3778)")
     assert unclear.endswith("too few rows to tell the change from chance")
     assert "too few" not in gain_words(reward_gain(base, [0.6] * 4))
     assert "too few" in gain_words(reward_gain(base[:1], base[:1]))
@@ -279,6 +282,16 @@ def test_a_gain_of_reward_has_an_interval() -> None:
     two = reward_gain(base[:2], [0.6] * 2)
     assert two is not None and two[1] < 0 < two[2] == pytest.approx(0.1), "two equal gains prove nothing"
     assert "too few" in gain_words(two)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 8, 11, 12, 40, 400])
+def test_the_interval_of_a_gain_is_that_of_student(rows: int) -> None:
+    """With 1.96 deviations, gains of 0.1 and 0.3 seemed to prove a gain."""
+    gains = [0.1 + 0.2 * (row % 2) for row in range(rows)]
+    half = float(scipy.stats.t.ppf(0.975, rows - 1)) * statistics.stdev(gains) / math.sqrt(rows)
+    gain = reward_gain([0.0] * rows, gains)
+    assert gain is not None and gain[1:] == pytest.approx((gain[0] - half, gain[0] + half), abs=2e-3 * half)
+    assert ("too few" in gain_words(gain)) == (rows < 4)
 
 
 def test_a_reward_that_may_have_risen_by_chance_did_not_help(ended: RunSummary) -> None:

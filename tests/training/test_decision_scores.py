@@ -99,6 +99,16 @@ def test_the_calibration_error_of_rows_that_are_all_right_has_an_interval() -> N
     assert low == 0 and high == pytest.approx(mean - share_interval(1.0, 12)[0]) and high > 0.15
 
 
+def test_the_calibration_error_of_other_rows_has_their_confidence() -> None:
+    """Of 1,000 right rows, the accuracy is known to 0.004, but the mean confidence only to 0.009."""
+    outcomes = [one for one in drawn(4000, 1.0) if one.probabilities(1.0).argmax() == one.targets.argmax()][:1000]
+    score = score_questions(outcomes, {})["team"]
+    half = 1.96 * float(np.std([one.probabilities(1.0).max() for one in outcomes])) / 1000**0.5
+    low, high = score.ece_interval
+    assert score.accuracy == 1 and high == pytest.approx(score.ece + half, rel=0.02)
+    assert low == pytest.approx(score.ece - half, rel=0.02)
+
+
 def test_the_calibration_error_of_calibrated_rows_is_small() -> None:
     outcomes = drawn(20_000, 1.0)
     scores = {temperature: score_questions(outcomes, {"choice": temperature})["team"] for temperature in (1.0, 0.4)}
@@ -128,6 +138,7 @@ def test_the_threshold_of_an_accuracy_has_the_largest_coverage() -> None:
     for point in wanted.values():
         decided = confidence >= point["threshold"]
         assert hits[decided].mean() == point["accuracy"] >= point["wanted"] and decided.mean() == point["coverage"]
+        assert point["accuracy_interval"] == [*share_interval(point["accuracy"], int(decided.sum()))]
 
 
 def test_rows_of_equal_confidence_are_on_the_same_side_of_a_threshold() -> None:

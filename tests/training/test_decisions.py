@@ -585,7 +585,8 @@ def test_sentences_about_a_question_name_flips_and_a_better_constant_answer() ->
     better = about_score("q", replace(score, accuracy=0.8, flips=0.819))
     assert "82% of the decisions change" in better[-1] and "--option-order random" in better[-1]
     assert not any("decisions change" in line for line in about_score("q", replace(score, accuracy=0.8, flips=0.0)))
-    point = {"wanted": 0.95, "threshold": 0.93, "coverage": 0.25, "accuracy": 1.0}
+    point: dict[str, Any] = {"wanted": 0.95, "threshold": 0.93, "coverage": 0.25, "accuracy": 1.0}
+    point["accuracy_interval"] = share_interval(1.0, 17)
     decided = replace(score, rows=68, accuracy=0.8, flips=None, thresholds=[point])
     threshold, surprise = about_score("q", decided)
     assert "above a probability of 0.930" in threshold and "the most surprising answer" in surprise

@@ -33,7 +33,7 @@ from backhand.options.command_options import DecideOptions
 from backhand.printing import counting
 from backhand.reading import read_plain
 from backhand.terminal import console_for_tables, table_of, working
-from backhand.words import count_of, share_interval, shorten, show_notes
+from backhand.words import count_of, shorten, show_notes
 
 _ROWS_AT_ONCE = 256
 RANDOM_ORDERS = 2
@@ -248,9 +248,9 @@ def about_score(name: str, score: DecisionScore) -> list[str]:
     return lines
 
 
-def _about_threshold(name: str, rows: int, point: Mapping[str, float]) -> str:
+def _about_threshold(name: str, rows: int, point: Mapping[str, Any]) -> str:
     decided = round(point["coverage"] * rows)
-    low, _ = share_interval(point["accuracy"], decided)
+    low, _ = point["accuracy_interval"]
     return (
         f"{name}: for {point['wanted']:.0%} right, decide above a probability of {point['threshold']:.3f}, and pass "
         f"the other {1 - point['coverage']:.0%} of the rows on ({point['accuracy'] * decided:.4g} of "

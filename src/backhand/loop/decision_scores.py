@@ -124,8 +124,9 @@ class DecisionScore:
     reliability: list[dict[str, float]]  # per bin: rows, confidence, accuracy
     # per share of rows that the model decides itself, the most confident first: threshold of confidence and accuracy
     coverage: list[dict[str, float]]
-    # per wanted accuracy above that of all rows: the lowest confidence to decide at, its coverage and accuracy
-    thresholds: list[dict[str, float]]
+    # per wanted accuracy above that of all rows: the lowest confidence to decide at, its coverage and accuracy, and the
+    # 95 % interval of this accuracy
+    thresholds: list[dict[str, Any]]
     confusion: dict[str, dict[str, int]]  # number of rows by answer, then by decision
     surprises: list[dict[str, Any]]  # the least probable answers: source, answer, decision, probability of the answer
     flips: float | None = None  # share of decisions that change if the options come in a random order
@@ -207,16 +208,17 @@ def _ece_interval(confidence: Floats, hits: Floats) -> tuple[float, float]:
     """Return the 95 % interval of the ECE: the values of resampled rows.
 
     If all rows are right, or none is, resampled rows are too, and say nothing about other rows. The error is then the
-    difference of mean confidence and accuracy, and the accuracy can be anything in its Wilson interval.
+    difference of mean confidence and accuracy, and the accuracy can be anything in its Wilson interval. The interval
+    contains these errors as well.
     """
-    if np.ptp(hits) == 0:
-        mean, (low, high) = float(confidence.mean()), share_interval(float(hits.mean()), len(hits))
-        return max(0.0, low - mean, mean - high), max(high - mean, mean - low)
     draw = np.random.Generator(np.random.Philox(0))
     picks = (draw.integers(len(hits), size=len(hits)) for _ in range(RESAMPLES))
     low, high = np.quantile(
         [expected_calibration_error(confidence[pick], hits[pick]) for pick in picks], [0.025, 0.975]
     )
+    if np.ptp(hits) == 0:
+        mean, (least, most) = float(confidence.mean()), share_interval(float(hits.mean()), len(hits))
+        low, high = min(low, max(0.0, least - mean, mean - most)), max(high, most - mean, mean - least)
     return float(low), float(high)
 
 
@@ -226,7 +228,7 @@ def _coverage(confidence: Floats, hits: Floats) -> list[dict[str, float]]:
     return [points[last] for last in dict.fromkeys(-(-len(points) * tenth // 10) - 1 for tenth in range(1, 11))]
 
 
-def thresholds(confidence: Floats, hits: Floats) -> list[dict[str, float]]:
+def thresholds(confidence: Floats, hits: Floats) -> list[dict[str, Any]]:
     """Return the point of the largest coverage for each of the `WANTED` accuracies that rows need a threshold for.
 
     An accuracy is left out if all rows together reach it, or if no threshold does.
@@ -238,10 +240,14 @@ def thresholds(confidence: Floats, hits: Floats) -> list[dict[str, float]]:
     ][::-1]
     reached = ((wanted, next((one for one in points if one["accuracy"] >= wanted), None)) for wanted in WANTED)
     return [
-        {"wanted": wanted, **point}
+        {"wanted": wanted, **point, "accuracy_interval": _interval_of(point, len(hits))}
         for wanted, point in reached
         if point is not None and point["coverage"] < 1 and point["coverage"] * len(hits) >= _FEWEST_DECIDED
     ]
+
+
+def _interval_of(point: Mapping[str, float], rows: int) -> list[float]:
+    return [*share_interval(point["accuracy"], round(point["coverage"] * rows))]
 
 
 def _decided(confidence: Floats, hits: Floats) -> list[dict[str, float]]:

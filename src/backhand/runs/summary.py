@@ -52,7 +52,7 @@ class DecisionFigures(TypedDict):
     constant: bool
     reliability: list[dict[str, float]]
     coverage: list[dict[str, float]]
-    thresholds: list[dict[str, float]]
+    thresholds: list[dict[str, Any]]
     confusion: dict[str, dict[str, int]]
     surprises: list[dict[str, Any]]
 
