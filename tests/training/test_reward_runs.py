@@ -224,6 +224,21 @@ def test_evaluate_reads_the_columns_of_training(straight: TrainConfig, tmp_path:
             backhand.evaluate(data=prompts, reward="exact", **common)
 
 
+def test_a_column_of_conversations_in_training_is_no_prompt(straight: TrainConfig, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in Path(straight.data.data[0]).read_text().splitlines()][:4]
+    talks = tmp_path / "talks.jsonl"
+    roles = (("user", "prompt"), ("assistant", "completion"))
+    said = [[{"role": role, "content": row[column]} for role, column in roles] for row in rows]
+    both = ({"talk": one, "prompt": row["prompt"]} for one, row in zip(said, rows, strict=True))
+    talks.write_text("".join(json.dumps(row) + "\n" for row in both))
+    columns = {"data": (str(talks),), "eval_data": (), "eval_fraction": 0.0, "messages": "talk", "max_steps": 1}
+    made = with_options(straight, output=tmp_path / "run", prove_resume=None, **columns)
+    train(replace(made, objective=ObjectiveOptions(), rewards=RewardOptions()))
+    common: dict[str, Any] = {"model": straight.model.model, "dtype": "float32", "threads": 1, "max_new_tokens": 10}
+    measured = backhand.evaluate(data=talks, reward="length:4", adapter=tmp_path / "run" / "adapter", **common)
+    assert measured.base == backhand.evaluate(data=rows, reward="length:4", **common).base
+
+
 def test_evaluate_refuses_answers_after_the_context_before_any(straight: TrainConfig) -> None:
     data = replace(straight.data, data=straight.data.eval_data, eval_data=())
     asked = EvaluateRunOptions(reward=straight.rewards.reward, max_new_tokens=10**6)

@@ -205,11 +205,13 @@ def column_of_texts(recorded: NamedColumns | None, *, second: bool = False) -> N
 def columns_of_prompts(recorded: NamedColumns | None) -> NamedColumns | None:
     """Return the columns of prompts to answer for an adapter that was trained on these columns.
 
-    Completions are then the right answers of rows that have no other column of `REFERENCES`, such as `answer`.
+    Completions are then the right answers of rows that have no other column of `REFERENCES`, such as `answer`. A
+    conversation is no prompt to answer.
     """
     if recorded is None:
         return None
     given = _by_option(recorded)
+    given.pop("messages", None)
     answer = {REFERENCES[-1]: given.pop("completion")} if "completion" in given else {}
     return NamedColumns(**given, columns=answer | _others(recorded))
 
