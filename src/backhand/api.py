@@ -486,7 +486,7 @@ def _answers(function: str, data: Any, given: Mapping[str, Any]) -> list[dict[st
         takes_heads=function == "classify",
     ) as loaded:
         if not options.answer.quiet:
-            show_notes([*loaded.notes, *loaded.purpose_notes])
+            show_notes([*loaded.notes, *([] if loaded.classification else loaded.purpose_notes())])
         if loaded.classification:
             if options.answer.labels not in ((), ("auto",)):
                 raise UsageError(

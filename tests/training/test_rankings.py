@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -514,6 +515,39 @@ def test_rank_and_evaluate_read_rows_as_training_did(straight: TrainConfig, tmp_
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": document}) + "\n" for _, document, _ in rows))
     assert of_query(named) == of_query(texts)
+
+
+@pytest.mark.parametrize(
+    ("trained", "said"),
+    [
+        ("rank", {"embed": "vectors: use backhand rank", "rewards": "prompts: use backhand rank"}),
+        ("embed", dict.fromkeys(("rank", "rankings", "rewards"), ": use backhand embed")),
+        ("grpo", {"rank": "use backhand generate", "embed": "use backhand generate", "rankings": "use backhand gen"}),
+    ],
+)
+def test_an_adapter_for_another_command_is_named(
+    trained: str, said: dict[str, str], straight: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(straight.run.output / "adapter", adapter)
+    record = json.loads((adapter / "backhand.json").read_text())
+    record["config"]["objective.objective"] = trained
+    (adapter / "backhand.json").write_text(json.dumps(record))
+    (tmp_path / "zero.py").write_text("def reward(completions, **_):\n    return [0.0] * len(completions)\n")
+    model = {"adapter": adapter, "model": straight.model.model, "dtype": "float32", "threads": 1}
+    of_prompts = {"data": [{"prompt": "json"}], "reward": f"{tmp_path / 'zero.py'}:reward", "max_new_tokens": 1}
+    calls = {
+        "rank": lambda: backhand.rank("json", ["a list"], **model),
+        "embed": lambda: backhand.embed("json", pooling="last", **model),
+        "rankings": lambda: backhand.evaluate(data=straight.data.eval_data, rankings=True, **model),
+        "rewards": lambda: backhand.evaluate(**of_prompts, **model),
+    }
+    for name, call in calls.items():
+        capsys.readouterr()
+        call()
+        shown = capsys.readouterr().err
+        assert shown.count("was trained with --objective") == (name in said)
+        assert said.get(name, "") in shown
 
 
 def test_a_system_message_is_refused(straight: TrainConfig, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def chat_command(options: ChatOptions) -> None:
     """
     options.validate()
     with loaded_model(options.model, options.chat.adapter, template=options.template, one_at_a_time=True) as loaded:
-        show_notes([*loaded.notes, *loaded.purpose_notes])
+        show_notes([*loaded.notes, *loaded.purpose_notes()])
         session = GenerationSession(loaded, options.template)
         if not session.has_template:
             raise UsageError(

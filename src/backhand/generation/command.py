@@ -68,7 +68,7 @@ def generate_command(options: GenerateOptions) -> None:
     one = prompt is not None
     with loaded_model(options.model, answer.adapter, template=options.template, one_at_a_time=one) as loaded:
         if not answer.quiet:
-            show_notes([*loaded.notes, *loaded.purpose_notes])
+            show_notes([*loaded.notes, *loaded.purpose_notes()])
         if prompt is None:
             _write_answers(options, loaded)
         else:

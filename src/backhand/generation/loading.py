@@ -26,6 +26,11 @@ from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family import DecoderConfig
 from backhand.nn.model_options import BaseModelOptions
 
+_PURPOSES = {"generate": "answer prompts", "embed": "compute vectors", "rank": "rank documents"}
+"""What a command does with any adapter."""
+_COMMANDS = ("classify", "decide", "embed", "rank")
+"""Objectives with a command of the same name. Adapters of the others answer prompts."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -51,13 +56,13 @@ class LoadedModel:
     columns: NamedColumns | None = None  # columns that the adapter was trained on, from its record
     objective: str | None = None  # objective that the adapter was trained with, from its record
 
-    @property
-    def purpose_notes(self) -> list[str]:
-        """A note if the adapter was not trained to answer prompts; else an empty list."""
-        if self.objective not in ("decide", "embed", "rank"):
+    def purpose_notes(self, command: str = "generate") -> list[str]:
+        """Return a note if the adapter was trained for another command than this one; else an empty list."""
+        trained = self.objective if self.objective in _COMMANDS else "generate"
+        if self.objective is None or trained == command:
             return []
-        command = f"use backhand {self.objective}"
-        return [f"the adapter was trained with --objective {self.objective}, not to answer prompts: {command}"]
+        what = f"the adapter was trained with --objective {self.objective}, not to {_PURPOSES[command]}"
+        return [f"{what}: use backhand {trained}"]
 
     def missing_system(self, given: str | None) -> list[str]:
         """Return a note if the adapter was trained with a system message and `given` is None; else an empty list."""

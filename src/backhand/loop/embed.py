@@ -149,7 +149,7 @@ def embed(options: EmbedOptions) -> Tensor:
     options.validate()
     run = options.run
     with loaded_model(options.model, run.adapter) as loaded:
-        show_notes(loaded.notes)
+        show_notes([*loaded.notes, *loaded.purpose_notes("embed")])
         embedder = Embedder.of(loaded, options.vectors)
         recorded = column_of_texts(loaded.columns, second=not run.queries)
         texts = [row.texts[0] for row in texts_of(options.data, NamedColumns(prompt=run.prompt), "texts", recorded)]
@@ -304,7 +304,7 @@ def mine(options: MineOptions) -> list[dict[str, str]]:
     named = NamedColumns(prompt=run.prompt, completion=run.completion)
     expand((*options.data.data, *run.corpus))  # a missing file is reported before the model is loaded
     with loaded_model(options.model, run.adapter) as loaded:
-        show_notes(loaded.notes)
+        show_notes([*loaded.notes, *loaded.purpose_notes("embed")])
         rows = texts_of(options.data, named, "embeddings", loaded.columns)
         candidates, anchors = _candidates(rows, run.corpus, loaded), list(dict.fromkeys(row.texts[0] for row in rows))
         embedder = Embedder.of(loaded, options.vectors)

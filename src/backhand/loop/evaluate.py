@@ -366,7 +366,8 @@ def evaluate(options: EvaluateOptions) -> Evaluation | VectorEvaluation:
     if data.state is None and run.adapter is None and not run.rankings:
         check_first_rows(data, "embeddings" if run.vectors else None)  # the record of an adapter may name the columns
     with loaded_model(options.model, run.adapter, template=data, takes_heads=not run.vectors) as loaded:
-        show_notes(loaded.notes)
+        asked = [name for name, given in (("embed", run.vectors), ("rank", run.rankings)) if given]
+        show_notes([*loaded.notes, *(note for command in asked for note in loaded.purpose_notes(command))])
         if run.vectors or (loaded.embedding and not run.rankings):
             return evaluate_vectors(loaded, data, run)
         ranks = bool(loaded.ranking) or run.rankings

@@ -51,7 +51,7 @@ def evaluate_rewards(options: EvaluateOptions) -> RewardEvaluation:
         RewardProcess(run.reward, rewards.reward_timeout) as functions,
         loaded_model(options.model, run.adapter, template=data) as loaded,
     ):
-        show_notes(loaded.notes)
+        show_notes([*loaded.notes, *loaded.purpose_notes()])
         prepared = prepare(data, loaded.tokenizer, purpose="prompts", recorded=columns_of_prompts(loaded.columns))[0]
         show_notes(prepared.report.left_out())
         examples = prepared.examples

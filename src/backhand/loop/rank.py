@@ -252,7 +252,7 @@ def rank(options: RankOptions) -> list[dict[str, Any]]:
     run = options.run
     named = NamedColumns(prompt=run.prompt, completion=run.completion)
     with loaded_model(options.model, run.adapter, template=options.template, takes_heads=True) as loaded:
-        show_notes(loaded.notes)
+        show_notes([*loaded.notes, *loaded.purpose_notes("rank")])
         reranker = Reranker.of(loaded, options.template, run.micro_batch_rows, run.instruction)
         if run.query is None:
             read = rows_of(options.data, named, "candidates", loaded.columns)
