@@ -339,7 +339,7 @@ def test_spearman_is_that_of_scipy() -> None:
 
 def test_collapsed_vectors_stop_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     objective = objective_of("infonce", "last", share=True)
-    held_out = HeldOutEmbeddings(objective, 4, 4)
+    held_out = HeldOutEmbeddings(objective, 4)
     vectors = [torch.randn(ROWS * 3, 8, generator=torch.Generator().manual_seed(1)), torch.ones(ROWS * 3, 8)]
     monkeypatch.setattr("backhand.loop.held_out_vectors.embed_rows", lambda *_, **__: vectors.pop(0))
     decoder = decoder_like(attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA), ALPHA / RANK)
@@ -349,12 +349,15 @@ def test_collapsed_vectors_stop_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_batch_of_held_out_rows_is_a_single_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would have no negatives, and a loss of 0. Seven rows are divided into four and three."""
+    """It would have no negatives, and a loss of 0. Seven rows are divided into four and three, for 6 rows and for 4."""
     vectors = torch.randn(ROWS * 3, 8, generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr("backhand.loop.held_out_vectors.embed_rows", lambda *_, **__: vectors)
     decoder = decoder_like(attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA), ALPHA / RANK)
     objective = objective_of("infonce", "last", share=True)
-    losses = [HeldOutEmbeddings(objective, 4, size).loss(decoder, Communicator()) for size in (6, 4)]
+    losses = []
+    for size in (6, 4):
+        monkeypatch.setattr("backhand.loop.held_out_vectors.EVALUATED_ROWS", size)
+        losses.append(HeldOutEmbeddings(objective, 4).loss(decoder, Communicator()))
     assert losses[0] == losses[1]
 
 
@@ -409,6 +412,15 @@ def test_a_run_learns_and_scores_retrieval(straight: TrainConfig) -> None:
     shown = closing_lines(summary)
     assert any("6 anchors among 12 candidates" in line for line in shown)
     assert any(line.startswith("Next: backhand embed") for line in shown)
+
+
+def test_the_held_out_loss_does_not_depend_on_the_rows_of_a_step(straight: TrainConfig, tmp_path: Path) -> None:
+    """Its negatives are the other rows of a batch, so runs of different `batch_rows` are compared in equal batches."""
+    first = [
+        train(with_options(straight, output=tmp_path / str(rows), batch_rows=rows, max_steps=1, prove_resume=None))
+        for rows in (2, 8)
+    ]
+    assert first[0].base_eval_loss == first[1].base_eval_loss
 
 
 def test_no_step_is_a_single_row(straight: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""Held-out rows of vectors: their loss in batches of the run's size, and their scores over all rows."""
+"""Held-out rows of vectors: their loss in batches of a fixed size, and their scores over all rows."""
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ if TYPE_CHECKING:
 
 _NEUTRAL_TOKENS = 128
 
+EVALUATED_ROWS = 64
+"""Largest number of held-out rows whose texts are negatives of each other in the loss.
+
+It is the same for every run. With more negatives the loss is higher, so that the losses of runs that differ in
+`batch_rows` could not be compared.
+"""
+
 COLLAPSED = 0.9999
 """Mean cosine of different texts from which their vectors are useless, because all of them are the same."""
 
@@ -43,7 +50,6 @@ class HeldOutEmbeddings(HeldOut):
     Args:
         objective: the objective of these rows.
         micro_batch_rows: number of rows per forward pass.
-        batch_rows: largest number of rows whose texts are negatives of each other in the loss, as in a training step.
         hidden_states: cache of the rows' hidden states.
     """
 
@@ -51,11 +57,10 @@ class HeldOutEmbeddings(HeldOut):
         self,
         objective: EmbedObjective,
         micro_batch_rows: int,
-        batch_rows: int,
         hidden_states: HiddenStateCache | None = None,
     ) -> None:
         super().__init__(objective.packer.examples, micro_batch_rows, hidden_states)
-        self._objective, self._batch_rows = objective, batch_rows
+        self._objective = objective
         self._was_apart = False
 
     def loss(self, model: Trainable, processes: Communicator, *, interruptible: bool = True) -> float | None:
@@ -76,7 +81,7 @@ class HeldOutEmbeddings(HeldOut):
         if embeddings is None:
             return None
         # As in training, no batch is much smaller than the others: a row needs other rows as negatives.
-        batches = np.array_split(np.arange(len(self._examples)), -(-len(self._examples) // self._batch_rows))
+        batches = np.array_split(np.arange(len(self._examples)), -(-len(self._examples) // EVALUATED_ROWS))
         losses = [loss for rows in batches for loss in self._losses(rows.tolist(), embeddings)]
         scores = self._scores(embeddings)
         self._check(scores.mean_cosine)

@@ -462,8 +462,8 @@ class Trainer:
     def _held_out_vectors(
         self, objective: EmbedObjective, hidden_states: HiddenStateCache | None = None
     ) -> HeldOutEmbeddings:
-        options = self.run.config.optimization
-        return HeldOutEmbeddings(objective, not_none(options.micro_batch_rows), options.batch_rows, hidden_states)
+        rows = not_none(self.run.config.optimization.micro_batch_rows)
+        return HeldOutEmbeddings(objective, rows, hidden_states)
 
     def _card(self, progress: Progress) -> dict[str, object]:
         model = self.run.config.model
