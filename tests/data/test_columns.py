@@ -340,6 +340,28 @@ def test_prompts_of_preference_pairs_are_answered() -> None:
     assert "--objective" not in str(raised.value.next_step) and "--completion" not in str(raised.value.next_step)
 
 
+@pytest.mark.parametrize(
+    ("columns", "chosen", "rejected", "asked"),
+    [
+        ("question,short,long", "short", "long", ""),
+        ("question,bad,good", "good", "bad", ""),
+        ("id,instruction,better,other", "better", "other", "--prompt instruction "),
+    ],
+)
+def test_two_answers_to_one_prompt_may_be_a_pair(
+    columns: str, chosen: str, rejected: str, asked: str, tmp_path: Path
+) -> None:
+    rows = (",".join(f"{name} of row {n}" for name in columns.split(",")) for n in range(8))
+    path = written(tmp_path / "t.csv", "\n".join([columns, *rows]) + "\n")
+    options = f"{asked}--columns chosen={chosen} --columns rejected={rejected}"
+    with pytest.raises(DataError) as linted:
+        lint(DataOptions(data=(str(path),)), byte_level())
+    assert f"they are a pair, for --objective dpo: {options}" in str(linted.value.next_step)
+    with pytest.raises(DataError, match="do not fit pairs") as trained:
+        prepare(DataOptions(data=(str(path),)), byte_level(), purpose="pairs")
+    assert trained.value.next_step == f"name the columns, for example {options}"
+
+
 def test_an_empty_column_is_not_suggested(tmp_path: Path) -> None:
     path = written(tmp_path / "t.csv", "Headline,Lead,Answer\n,words,x\n")
     with pytest.raises(DataError) as raised:

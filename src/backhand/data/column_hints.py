@@ -82,7 +82,39 @@ def naming_advice(
     if not with_answer:
         options = [one and one.rpartition(" --completion ")[0] for one in options]
     different = list(dict.fromkeys(filter(None, options)))
-    return ("" if sure else "for example ") + ", or ".join(different) if different else None
+    unclear = bool(prompts) and with_answer and not (sure or given)
+    pair = pair_options(prompts, others, given, values, rows) if unclear else None
+    more = f"; if one of the two is the better answer, they are a pair, for --objective dpo: {pair}" if pair else ""
+    return ("" if sure else "for example ") + ", or ".join(different) + more if different else None
+
+
+_BETTER, _WORSE = _WANTED | {"good", "better", "best"}, _UNWANTED | {"bad", "worse", "worst"}
+
+
+def pair_options(
+    prompts: Sequence[str], columns: Iterable[str], given: Mapping[str, str], values: ClassColumns, rows: int
+) -> str | None:
+    """Return options that read two texts next to a prompt as a preference pair, or None if there are not two.
+
+    Args:
+        prompts: columns of the prompt. If it is empty, the first text is the prompt.
+        columns: all columns, or those that are not the prompt.
+        given: options that the user gave, which stay.
+        values: the values of the columns.
+        rows: the number of rows with these values.
+    """
+    skipped = {*values.uninformative(rows), *prompts, *(one for text in given.values() for one in columns_named(text))}
+    texts = [name for name in columns if name not in skipped and _can_be_typed(name)]
+    texts = [name for name in texts if _in_lower_case(name) not in COUNTING | _ABOUT_ROWS]
+    asked = "prompt" if "prompt" in given else prompts[0] if prompts else texts.pop(0) if texts else ""
+    if len(texts) != 2:
+        return None
+    chosen, rejected = texts
+    if _in_lower_case(chosen) in _WORSE or _in_lower_case(rejected) in _BETTER - _WORSE:
+        chosen, rejected = rejected, chosen
+    named = "" if asked in ("prompt", "question") else f"--prompt {shlex.quote(asked)} "
+    pair = (("chosen", chosen), ("rejected", rejected))
+    return named + " ".join(f"--columns {name}={shlex.quote(one)}" for name, one in pair if name != one)
 
 
 def decision_options(columns: Iterable[str], classes: Sequence[str], constant: Collection[str]) -> str | None:

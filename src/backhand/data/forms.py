@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from backhand.data.column_hints import ClassColumns, class_of, decision_options, naming_advice, suggestion
+from backhand.data.column_hints import ClassColumns, class_of, decision_options, naming_advice, pair_options, suggestion
 from backhand.data.options import columns_named, shell_quoted
 from backhand.data.raw_rows import RawRow
 from backhand.data.rows import Purpose
@@ -149,7 +149,7 @@ FORMS = (
 _NEEDED: dict[Purpose, tuple[str, str]] = {
     "pairs": (
         "a pair has prompt, chosen and rejected, or chosen and rejected with a common beginning",
-        "name the columns with --columns NAME=COLUMN",
+        "name the columns: --columns chosen=COLUMN --columns rejected=COLUMN",
     ),
     "labels": (
         "a row with a label has prompt, completion and label",
@@ -238,7 +238,7 @@ def detect(
             f"these columns do not fit {purpose}: {', '.join(sorted(present)) or 'none'}",
             where=raw.source,
             why=needed,
-            next_step=columns.with_class(purpose) or next_step,
+            next_step=columns.with_class(purpose) or columns.with_pair(purpose) or next_step,
         )
     raise columns.preference_pair() or columns.without_answer() or columns.null() or columns.unknown()
 
@@ -293,6 +293,15 @@ class _Columns:
             given = {"completion": class_of(classes)} if classes else {}
             options = suggestion((), filled, given, values.uninformative(rows)) if given else None
         return None if options is None else f"add {options}{more}"
+
+    def with_pair(self, purpose: Purpose | None) -> str | None:
+        """Return the options that read two columns of texts as chosen and rejected answers, or None."""
+        if purpose != "pairs":
+            return None
+        prompts = [name for name in ("prompt", "question", "instruction") if name in self.present][:1]
+        filled = [name for name in self.raw.values if name in self.present]
+        options = pair_options(prompts, filled, self.given, *self._values)
+        return f"name the columns, for example {options}" if options else None
 
     def ignored_option(self, forms: Sequence[Form]) -> DataError | None:
         """The form of the row would ignore a column that an option names."""
