@@ -165,6 +165,15 @@ def test_a_loss_that_has_come_to_rest_is_not_falling() -> None:
     assert first_finding(Curves(list(zip((0, 8, 16, 24, 32, 36), losses, strict=True)), []), even(36)) == "fine"
 
 
+@pytest.mark.parametrize(
+    ("losses", "steps"),
+    [([2.19, 1.42, 0.855, 0.640, 0.602], 12), ([2.19, 0.9, 0.4, 0.25, 0.1716, 0.1266], 40)],
+)
+def test_a_loss_of_which_little_is_left_is_falling_if_much_of_that_goes(losses: Sequence[float], steps: int) -> None:
+    curves = Curves([(steps * place // (len(losses) - 1), loss) for place, loss in enumerate(losses)], [])
+    assert first_finding(curves, even(steps)) == "still falling"
+
+
 def test_what_rose_is_tried_with_as_much_learning_as_it_was_best_with(tmp_path: Path) -> None:
     def tried(losses: Sequence[float], steps: int, run: str = "one", **options: Any) -> str | None:
         plan = {"learning_rate": 1e-3, "schedule": "linear", "warmup_steps": 0, **options}
