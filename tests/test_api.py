@@ -250,6 +250,9 @@ def test_values_of_numpy_and_pandas_are_python_s() -> None:
         (lambda: backhand.train(data=ROWS, question=["team"]), 'give question={"NAME": "TEXT"}, or in a file'),
         (lambda: backhand.train(beta=0.1), 'next: leave it out, or give objective="dpo" or'),
         (lambda: backhand.export("a", to="mlx", output="b", decision=True), 'next: give to="gguf"'),
+        (lambda: backhand.rank("a", ["b"], top=1), "top: backhand.rank returns the scores of all documents"),
+        (lambda: backhand.rank("a", ["b"], output="o"), "backhand.rank returns the scores\n  next: leave output out"),
+        (lambda: backhand.decide("a", adapter="b", output="o"), "backhand.decide returns the answers"),
     ],
 )
 def test_wrong_names_are_answered_with_the_right_ones(call: Callable[[], object], said: str) -> None:

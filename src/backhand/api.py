@@ -382,7 +382,9 @@ def decide(
         if not texts:
             return []
         given |= {"data": GivenRows.of([{"state": one, **own} for one in texts], option=option), "state": "state"}
-    answers = [line["answers"] for line in decide_states(_options("decide", DecideOptions, given))]
+    built = _options("decide", DecideOptions, given)
+    _check_returned("decide", "answers", built.run.output)
+    answers = [line["answers"] for line in decide_states(built)]
     return answers if state is None or "data" in options else answers[0]
 
 
@@ -411,8 +413,15 @@ def rank(
     list_of_texts("query", query, next_step, several=False)
     texts = list_of_texts("documents", documents, next_step)
     rows = GivenRows.of([{"query": query, "documents": texts}], option="documents")
-    given = _named(adapter=adapter, model=model) | options | {"data": rows}
-    scores: list[float] = rank_rows(_options("rank", RankOptions, given))[0]["scores"] if texts else []
+    built = _options("rank", RankOptions, _named(adapter=adapter, model=model) | options | {"data": rows})
+    _check_returned("rank", "scores", built.run.output)
+    if built.run.top is not None:
+        raise UsageError(
+            "backhand.rank returns the scores of all documents, in their order",
+            where="top",
+            next_step="leave top out, and sort: sorted(zip(scores, documents), reverse=True)[:N]",
+        )
+    scores: list[float] = rank_rows(built)[0]["scores"] if texts else []
     return scores
 
 
@@ -446,10 +455,15 @@ def embed(
     several = not isinstance(texts, str)
     rows = _rows("texts", texts, "text", next_step, several=several) if data is None else data
     built = _options("embed", EmbedOptions, _named(adapter=adapter, model=model) | options | {"data": rows})
-    if built.run.output is not None:
-        raise UsageError("backhand.embed returns the vectors", where="output", next_step="leave output out")
+    _check_returned("embed", "vectors", built.run.output)
     vectors: NDArray[np.float32] = embed_texts(built).numpy()
     return vectors if several else vectors[0]
+
+
+def _check_returned(function: str, what: str, output: Path | None) -> None:
+    """Raise UsageError if a function that returns its results is given a file for them."""
+    if output is not None:
+        raise UsageError(f"backhand.{function} returns the {what}", where="output", next_step="leave output out")
 
 
 def _prompts(function: str, prompt: str | None, prompts: Sequence[str] | None) -> Rows:
@@ -474,8 +488,7 @@ def _answers(function: str, data: Any, given: Mapping[str, Any]) -> list[dict[st
     if isinstance(data, list | tuple) and not data:
         return []
     options = _options(function, GenerateOptions, {**given, "data": data}).validate()
-    if options.answer.output is not None:
-        raise UsageError(f"backhand.{function} returns the answers", where="output", next_step="leave output out")
+    _check_returned(function, "answers", options.answer.output)
     expand(options.rows.data, text_option="prompt")
     rows = [row for name in options.rows.data if isinstance(name, GivenRows) for row in name.rows]
     with loaded_model(
@@ -598,6 +611,5 @@ def mine(
         UsageError, DataError, ArtifactError: an option, the rows, the model or the adapter cannot be used.
     """
     built = _options("mine", MineOptions, _named(data=data, adapter=adapter, model=model) | options)
-    if built.run.output is not None:
-        raise UsageError("backhand.mine returns the rows", where="output", next_step="leave output out")
+    _check_returned("mine", "rows", built.run.output)
     return mine_negatives(built)
