@@ -287,6 +287,8 @@ def test_a_missing_file_of_rewards_is_answered_with_the_files_there(tmp_path: Pa
         ("if pairs are meant, add: --completion chosen", 'if pairs are meant, add: completion="chosen"'),
         ("give --model '/home/me/my models/x'", 'give model="/home/me/my models/x"'),
         ("leave --prompt out", "leave prompt out"),
+        ("--prompt and --completion name others", "prompt and completion name others"),
+        ("give --prompt or --completion", "give prompt or completion"),
         ("--chat-template none, --objective dpo", 'chat_template="none", objective="dpo"'),
         ("`backhand lint --data FILE` lists them", "`backhand lint --data FILE` lists them"),
         ("labels: backhand generate --labels auto", 'labels: backhand.generate(…, labels="auto")'),
@@ -311,6 +313,40 @@ def test_notes_are_written_as_python(tiny: TinyRun, tmp_path: Path, capsys: pyte
     assert 'columns are read as in the adapter\'s training: prompt="{asked}\\n", completion="said"' in written
     assert "python:" not in written
     assert 'data = ["python:' in (tmp_path / "run" / "config.toml").read_text()
+
+
+def test_results_and_files_name_options_as_the_call_does(tiny: TinyRun, tmp_path: Path) -> None:
+    rows = [{"request": row["prompt"], "reply": row["completion"]} for row in ROWS]
+    linted = backhand.lint(data=[*rows, rows[0]], model=tiny.model)
+    assert linted["train"]["notes"] == (
+        "the column request is read as the prompt and reply as its completion; prompt and completion name others",
+    )
+    assert linted["findings"][0]["where"][0] == "data row 13 = data row 1"
+    assert "skip_bad=True" in backhand.lint(data=[*ROWS, {}], model=tiny.model)["findings"][0]["remedy"]
+    made = options(tiny, tmp_path / "run", data=ROWS, learning_rate=0.1, epochs=3, eval_every=1)
+    assert "eval_data=…" in str(backhand.train(**made).advice)
+    assert "eval_data=…" in json.loads((tmp_path / "run" / "summary.json").read_text())["advice"]
+    assert "--eval-data FILE" not in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (DataError("no rows", next_step="go on with --resume"), "no rows\n  next: go on with resume=True"),
+        (KeyError("eval_loss"), "KeyError: 'eval_loss'"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_the_status_of_a_run_that_failed_says_what_the_exception_says(
+    error: Exception, reason: str, tiny: TinyRun, tmp_path: Path
+) -> None:
+    def failing(record: Mapping[str, Any]) -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        backhand.train(**options(tiny, tmp_path / "run", data=ROWS, callbacks=failing))
+    status = read_status(tmp_path / "run")
+    assert status is not None and status.reason == reason
 
 
 def test_only_notes_are_written_as_python(capsys: pytest.CaptureFixture[str]) -> None:

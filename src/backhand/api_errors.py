@@ -38,6 +38,8 @@ _NOT_PROSE = re.compile(r"\S[./_:,=]\S|\d")
 """Part of a value such as `runs/a`, `f.py:g` or `run-2`. No word of a sentence contains it."""
 _SPECIAL = ("auto", "none", "chosen")
 """Values of options that take any text."""
+_CONJUNCTIONS = ("and", "or")
+"""Words between options, which are no values unless they are quoted."""
 _LIST_STARTS = (": ", "- ")
 """Text in front of options that says nothing of them. It may be missing."""
 _ROWS = ("data", "eval_data")
@@ -198,6 +200,8 @@ def _value(name: str, hint: Any, word: re.Match[str] | None, *, typed: bool) -> 
     if word is None:
         return "", 0
     text = word[1]
+    if text in _CONJUNCTIONS:
+        return "", 0
     if name in _ROWS and text == "FILE":
         return "=… (a path, a list of dicts or a data frame)", word.end()
     if _PLACEHOLDER.fullmatch(text):

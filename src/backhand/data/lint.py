@@ -31,6 +31,7 @@ from backhand.data.rows import Purpose
 from backhand.data.stored_examples import PreparedData, StoredExamples
 from backhand.data.template_report import describe_template
 from backhand.data.text_encoder import TokenIds
+from backhand.printing import reworded
 from backhand.words import count_of
 
 SHOWN_PLACES = 5
@@ -234,11 +235,14 @@ class LintReport:
             "train": _report_json(self.train),
             "held_out": None if self.held_out is None else _report_json(self.held_out),
             "lengths": self.lengths,
-            "template": list(self.template),
+            "template": list(map(reworded, self.template)),
             "not_checked": self.not_checked,
             "labels": self.labels,
             "errors": self.errors,
-            "findings": [asdict(finding) | {"where": list(finding.where)} for finding in self.findings],
+            "findings": [
+                asdict(finding) | {"where": list(map(reworded, finding.where)), "remedy": reworded(finding.remedy)}
+                for finding in self.findings
+            ],
         }
 
 
@@ -455,4 +459,5 @@ def _quantiles(values: npt.NDArray[np.int32]) -> dict[str, int]:
 
 
 def _report_json(report: DataReport) -> dict[str, Any]:
-    return {name: value for name, value in asdict(replace(report, bad_rows=())).items() if name != "bad_rows"}
+    said = replace(report, bad_rows=(), notes=tuple(map(reworded, report.notes)))
+    return {name: value for name, value in asdict(said).items() if name != "bad_rows"}

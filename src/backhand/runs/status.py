@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from backhand.errors import BackhandError
+from backhand.printing import reworded
 from backhand.reading import read_json
 from backhand.runs.directory import STATUS, RunDirectory
 from backhand.runs.interruption import Interrupted
@@ -73,11 +74,13 @@ def status_kept(directory: RunDirectory, total_steps: int, step: Callable[[], in
     except BaseException as error:
         # The error matters more than a status that cannot be written.
         with suppress(BackhandError, OSError):
-            reason = str(error) or type(error).__name__
+            said = "\n".join(map(reworded, str(error).split("\n")))
+            if not isinstance(error, BackhandError | SystemExit):
+                said = f"{type(error).__name__}: {said}".removesuffix(": ")
             if by_signal(error):
-                reason = "stopped at once by a signal; steps after the last checkpoint are lost"
+                said = "stopped at once by a signal; steps after the last checkpoint are lost"
             stopped = isinstance(error, Interrupted) or by_signal(error)
-            write("interrupted" if stopped else "failed", reason)
+            write("interrupted" if stopped else "failed", said)
         raise
     write("finished")
 

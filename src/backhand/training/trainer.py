@@ -50,7 +50,7 @@ from backhand.nn.compute import gc_frozen
 from backhand.nn.decoder.decoder import Decoder
 from backhand.options.config_file import config_table, dump_config
 from backhand.options.objectives import DISTILLED
-from backhand.printing import going_on
+from backhand.printing import going_on, reworded
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import ANSWERS, CONFIG, FACTS, METRICS, SUMMARY, Proof, ProofLog, RunDirectory, proof_log
 from backhand.runs.interruption import Interrupted, Interruption
@@ -287,7 +287,7 @@ class Trainer:
             summary = replace(summary, **measured_answers(*arguments, labels, summary.tokens, stopped))
         curves = Curves.of(self.directory.lines(METRICS), summary.constant_loss)
         if (suggestion := answer_advice(run.config, summary, self.directory.path, curves)) is not None:
-            summary = replace(summary, advice=suggestion[0], try_next=suggestion[1])
+            summary = replace(summary, advice=reworded(suggestion[0]), try_next=suggestion[1])
         self.directory.write(SUMMARY, summary.to_json())
         return summary
 
@@ -374,7 +374,8 @@ class Trainer:
                 unseen_rows=summary.rows - not_none(summary.rows_seen),
                 stopped=summary.stopped_because is not None,
             )
-            summary = replace(summary, advice=suggestion and suggestion[0], try_next=suggestion and suggestion[1])
+            said, again = (None, None) if suggestion is None else (reworded(suggestion[0]), suggestion[1])
+            summary = replace(summary, advice=said, try_next=again)
             self.directory.write(SUMMARY, summary.to_json())
         return summary
 
