@@ -731,6 +731,21 @@ def test_evaluating_vectors_gives_the_scores_of_the_run(
     assert "6 anchors among 12 candidates" in capsys.readouterr().out
 
 
+def test_the_vectors_of_a_base_model_are_scored_with_the_pooling_that_is_given(straight: TrainConfig) -> None:
+    rows, model = straight.data.eval_data, {"model": straight.model.model, "dtype": "float32", "threads": 1}
+    result = backhand.evaluate(data=rows, vectors=True, pooling="last", query_prompt="what is ", **model)
+    summary = read_summary(straight.run.output / "summary.json")
+    assert summary is not None and summary.base_retrieval is not None and result.adapted is None
+    assert result.base["retrieval"]["ndcg@10"] == pytest.approx(summary.base_retrieval["ndcg@10"])
+    other = backhand.evaluate(data=rows, vectors=True, pooling="mean", **model)
+    assert other.base["retrieval"]["mean_cosine"] != result.base["retrieval"]["mean_cosine"]
+    refused = "pooling: pooling is given, but no vectors are measured\n  next: give vectors=True as well, or"
+    for measured in ({}, {"rankings": True}, {"reward": "exact"}):
+        with pytest.raises(UsageError) as raised:
+            backhand.evaluate(data=rows, pooling="mean", **measured, **model)
+        assert str(raised.value).startswith(refused)
+
+
 def test_vectors_are_written_as_an_array_or_as_json_lines(
     straight: TrainConfig, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -766,8 +781,8 @@ def test_a_model_without_a_pooling_is_refused(straight: TrainConfig, texts: Path
         straight.model, DataOptions(data=straight.data.eval_data), EvaluateRunOptions(vectors=True)
     )
     with pytest.raises(UsageError, match="neither the adapter nor the model says") as raised:
-        evaluate_command(scored)  # it has no --pooling
-    assert "give --adapter" in str(raised.value.next_step) and "embed and mine also take" in str(raised.value.next_step)
+        evaluate_command(scored)
+    assert str(raised.value.next_step).startswith("give --pooling last or --pooling mean, or --adapter")
     with pytest.raises(UsageError, match="causal"):
         embed(replace(options, vectors=VectorOptions(pooling="cls")))
     assert embed(replace(options, vectors=VectorOptions(pooling="mean"))).shape == (3, 60)

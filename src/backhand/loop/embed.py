@@ -81,8 +81,7 @@ class Embedder:
             raise UsageError(
                 "neither the adapter nor the model says how a text becomes a vector",
                 where="model",
-                next_step="give --adapter with an adapter that was trained to embed; "
-                "embed and mine also take --pooling last or --pooling mean",
+                next_step="give --pooling last or --pooling mean, or --adapter with an adapter of --objective embed",
             )
 
         def prompt(name: str) -> str:
@@ -245,7 +244,8 @@ def evaluate_vectors(loaded: LoadedModel, data: DataOptions, run: EvaluateRunOpt
     # An anchor has another prompt than the same text as a positive. Both texts of another pair are documents.
     asked = list(dict.fromkeys(row.texts[0] for row in rows if _has_query(row)))
     query_of = {text: number for number, text in enumerate(asked)}
-    embedder = Embedder.of(loaded, VectorOptions(micro_batch_rows=run.micro_batch_rows))
+    options = VectorOptions(run.pooling, run.query_prompt, run.document_prompt, run.micro_batch_rows)
+    embedder = Embedder.of(loaded, options)
     measured: list[dict[str, Any]] = []
     for adapter in (False,) if run.adapter is None else (False, True):
         loaded.model.use_adapter(adapter)

@@ -370,6 +370,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation | VectorEvaluation:
         show_notes([*loaded.notes, *(note for command in asked for note in loaded.purpose_notes(command))])
         if run.vectors or (loaded.embedding and not run.rankings):
             return evaluate_vectors(loaded, data, run)
+        run.refuse_vector_options()
         ranks = bool(loaded.ranking) or run.rankings
         if loaded.classification and not ranks:
             count, of_classes = evaluate_classes(loaded, data, run.micro_batch_rows)

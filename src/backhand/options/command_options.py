@@ -37,6 +37,15 @@ class EvaluateRunOptions(Options):
     """Score the vectors of texts (retrieval, or rank correlation) instead of answers, for rows as in training with
     `--objective embed`. Not needed with an adapter of this objective."""
 
+    pooling: PoolingName | None = None
+    """With `vectors`: as for `embed`. Default: as the adapter was trained, else as the model's files say."""
+
+    query_prompt: str | None = None
+    """With `vectors`: text in front of every query."""
+
+    document_prompt: str | None = None
+    """With `vectors`: text in front of every other text."""
+
     rankings: bool = False
     """Score the order of a query's documents instead of answers, for rows as in training with `--objective rank`. Not
     needed with an adapter of this objective."""
@@ -53,6 +62,16 @@ class EvaluateRunOptions(Options):
 
     json: bool = False
     """Print one JSON object instead of the table."""
+
+    def refuse_vector_options(self) -> None:
+        """Raise UsageError if an option of vectors is given, because none are measured."""
+        for name in ("pooling", "query_prompt", "document_prompt"):
+            if getattr(self, name) is not None:
+                raise UsageError(
+                    f"{name} is given, but no vectors are measured",
+                    where=name,
+                    next_step=f"give --vectors as well, or leave {name} out",
+                )
 
 
 @dataclass(frozen=True)
@@ -74,6 +93,8 @@ class EvaluateOptions(Options):
         given = [name for name in measures if getattr(self.run, name)]
         if len(given) > 1:
             raise UsageError(f"{given[0]} and {given[1]} are both given", where=given[0], next_step="give one of them")
+        if given != ["vectors"] and (given or self.run.adapter is None):
+            self.run.refuse_vector_options()
 
 
 @dataclass(frozen=True)
