@@ -259,6 +259,14 @@ def test_few_held_out_rows_and_rows_not_seen_change_the_advice(tmp_path: Path) -
     assert said([*FALLING[:-1], 0.481], few_rows=5, stopped=True) is not None, "which says nothing of more steps"
 
 
+def test_curves_of_a_run_that_forgot_are_not_called_fine(tmp_path: Path) -> None:
+    """The summary says that it forgot, and what to do."""
+    config = with_options(TrainConfig(), epochs=3, learning_rate=1e-3)
+    held_out = [(10 * number, loss) for number, loss in enumerate(FALLING)]
+    said = [advice(config, Curves(held_out, [], nats), 50, 1e-3, tmp_path) for nats in (None, 0.49, 0.53)]
+    assert [found and found[0].split(" in its")[0] for found in said] == ["Nothing", "Nothing", None]
+
+
 def test_twice_the_steps_of_a_short_run_of_decide_have_a_lower_rate(tmp_path: Path) -> None:
     """The rate keeps its relation to that of `auto`, which falls from 100 to 200 steps."""
     config = with_options(TrainConfig(objective=ObjectiveOptions(objective="decide")), epochs=3, learning_rate=1e-3)

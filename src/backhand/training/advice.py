@@ -48,7 +48,7 @@ from backhand.runs.label_results import (
     most_frequent,
 )
 from backhand.runs.pair_results import answers_far_from_chosen, answers_got_worse, chosen_change
-from backhand.runs.summary import AnswerLengths, RunSummary
+from backhand.runs.summary import AnswerLengths, RunSummary, forgetting
 from backhand.training.resume import original_adapter
 from backhand.words import count_of, name_list
 
@@ -234,6 +234,8 @@ def advice(
     if finding == "fine" and unseen_rows and step == curves.held_out[-1][0]:
         unseen = f"{count_of(unseen_rows, 'row')} {'was' if unseen_rows == 1 else 'were'} not trained on yet"
         return f"{unseen}, and the held-out loss was lowest at the last step.", _again(config, run, twice)
+    if finding == "fine" and forgetting(forgotten):  # the summary says so, and how to forget less
+        return None
     higher = f"--learning-rate {auto_rate if rate < LOW * auto_rate else 3 * rate:.2g}"
     fewer = max((options.warmup_steps or 0) + 1, round(until(step, total_steps) * total_steps))
     lower = f"--learning-rate {auto_rate if rate > HIGH * auto_rate else rate / 3:.2g}"
