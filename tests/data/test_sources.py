@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from backhand.cli.main import main
+from backhand.data.options import DataOptions, RowSources, TemplateOptions
+from backhand.data.prepare import prepare, prepare_prompts
 from backhand.data.raw_rows import RowErrors
 from backhand.data.sources import expand, neighbouring_held_out, read_rows
 from backhand.errors import DataError, UsageError
+from support.tokenizer_kinds import byte_level
 
 
 def make(folder: Path, *names: str) -> None:
@@ -39,15 +43,29 @@ def test_missing_names_and_empty_folders_are_errors(tmp_path: Path) -> None:
         expand(["nowhere"])
 
 
-def test_plain_text_is_answered_with_the_command_that_makes_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "prompts", "part", "rows"),
+    [
+        ("One.\nStill one.\n\n\nTwo: é.\n", False, "paragraph", ["One.\nStill one.", "Two: é."]),
+        ("One.\n\nStill one.\n%\nTwo, 5 %\n%\n", False, "text between lines %", ["One.\n\nStill one.", "Two, 5 %"]),
+        ("***\nIt's one.\n***\nTwo.", False, "text between lines ***", ["It's one.", "Two."]),
+        ("One?\n\n  Two?\n", True, "line", ["One?", "  Two?"]),
+    ],
+)
+def test_plain_text_is_answered_with_the_command_that_makes_rows(
+    text: str, prompts: bool, part: str, rows: list[str], tmp_path: Path
+) -> None:
     notes = tmp_path / "notes.txt"
-    notes.write_text("One.\nStill one.\n\n\nTwo: é.\n")
+    notes.write_text(text)
+    data = (str(notes),)
+    of_prompts = partial(prepare_prompts, RowSources(data=data), TemplateOptions())
     with pytest.raises(DataError, match="plain text") as refused:
-        list(read_rows(str(notes), RowErrors()))
-    command = str(refused.value.next_step).partition("of each paragraph: ")[2]
+        (of_prompts if prompts else partial(prepare, DataOptions(data=data)))(byte_level())
+    command = str(refused.value.next_step).partition(f"this makes one of each {part}: ")[2]
     subprocess.run(["sh", "-c", command.replace("python3", sys.executable)], cwd=tmp_path, check=True)
-    assert [row.values["text"] for row in read_rows(str(tmp_path / "notes.jsonl"), RowErrors())] == (
-        ["One.\nStill one.", "\nTwo: é.\n"]
+    column = "prompt" if prompts else "text"
+    assert [row.values for row in read_rows(str(tmp_path / "notes.jsonl"), RowErrors())] == (
+        [{column: row} for row in rows]
     )
 
 

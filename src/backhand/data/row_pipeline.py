@@ -70,7 +70,8 @@ class RowPipeline:
             context_column=self.context_column,
             columns=self.named.columns,
         )
-        raws = read_rows(name, self.bad, held_out=self.held_out)
+        prompts = self.allow_prompts or self.purpose == "prompts"
+        raws = read_rows(name, self.bad, held_out=self.held_out, prompts=prompts)
         return named, reader, reader.read_all(named.rows(raws, self.bad), self.bad)
 
     def run(self, encoder: RowEncoder, take: Callable[[EncodedRows], object], names: Sequence[str]) -> DataReport:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import errno
+import json
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -64,7 +66,7 @@ def neighbouring_held_out(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(held_out)
 
 
-def read_rows(name: str, bad: RowErrors, *, held_out: bool = False) -> Iterator[RawRow]:
+def read_rows(name: str, bad: RowErrors, *, held_out: bool = False, prompts: bool = False) -> Iterator[RawRow]:
     """Yield the rows of one file or hub data set, unchanged.
 
     The type of a file is detected from its content if that is unambiguous (Parquet, gzip, a JSON list), otherwise from
@@ -74,6 +76,7 @@ def read_rows(name: str, bad: RowErrors, *, held_out: bool = False) -> Iterator[
         name: a file, a hub data set as `owner/name[@config][:split]`, or `reasoning_gym:TASK[:NAME=VALUE,…]`, or
             rows that a program has given.
         held_out: for a hub name without a split, read the validation split instead of the training split.
+        prompts: the rows are prompts, for errors about plain text.
 
     Raises:
         DataError: not found, unreadable, or malformed.
@@ -100,16 +103,17 @@ def read_rows(name: str, bad: RowErrors, *, held_out: bool = False) -> Iterator[
             elif suffix in (".jsonl", ".ndjson") or head.lstrip().startswith(b"{"):
                 yield from read_json_lines(reader, path, bad)
             else:
-                raise _unknown_kind(path, head)
+                raise _unknown_kind(path, head, prompts=prompts)
             return
     yield from read_parquet(path, bad)
 
 
-def _unknown_kind(path: Path, head: bytes) -> DataError:
+def _unknown_kind(path: Path, head: bytes, *, prompts: bool) -> DataError:
     """Return the error for a file that is neither JSON nor has a known suffix.
 
     Args:
         head: the first bytes of the file.
+        prompts: each line is a prompt; otherwise a document is what a separator line or blank lines enclose.
     """
     if str(path) == STANDARD_INPUT:
         return DataError(
@@ -118,19 +122,34 @@ def _unknown_kind(path: Path, head: bytes) -> DataError:
             next_step="write one JSON object per line; any other kind of file is given by its name, --data FILE",
         )
     if data_suffix(path) in _PLAIN_TEXT or not is_table(head):
-        made, split = shlex.quote(f"{path.stem}.jsonl"), r'"\n\n"'
-        code = f'[print(json.dumps({{"text": t}})) for t in sys.stdin.read().split({split}) if t.strip()]'
+        separator = None if data_suffix(path) in (".md", ".rst") else _separator(head)
+        unit, column, part, each = "document", "text", "paragraph", r'sys.stdin.read().split("\n\n")'
+        if prompts:
+            unit, column, part, each = "prompt", "prompt", "line", "sys.stdin"
+        elif separator is not None:
+            pattern = json.dumps(f"(?m)^{re.escape(separator)}$")
+            part, each = f"text between lines {separator}", f"re.split({pattern}, sys.stdin.read())"
+        row = rf'{{"{column}": t.strip("\n")}}'
+        code = f"import json, re, sys; [print(json.dumps({row})) for t in {each} if t.strip()]"
+        made = shlex.quote(f"{path.stem}.jsonl")
         return DataError(
             "this is plain text, not rows",
             where=f"{path}:1",
-            next_step='write each document as a row {"text": …}; this makes one of each paragraph: '
-            f"python3 -c 'import json, sys; {code}' < {shlex.quote(str(path))} > {made}",
+            next_step=f'write each {unit} as a row {{"{column}": …}}; this makes one of each {part}: '
+            f"python3 -c {shlex.quote(code)} < {shlex.quote(str(path))} > {made}",
         )
     return DataError(
         "this is a table, and its name has no known suffix",
         where=f"{path}:1",
         next_step="rename the file to end with .csv, or with .tsv if tabs separate its cells",
     )
+
+
+def _separator(head: bytes) -> str | None:
+    """Return the line of punctuation alone that occurs most often in a text, at least twice, or None."""
+    lines = (line for line in head.decode("utf-8", "replace").splitlines() if line.strip() == line != "")
+    counts = Counter(line for line in lines if line.isascii() and not any(map(str.isalnum, line)))
+    return next((line for line, count in counts.most_common(1) if count > 1), None)
 
 
 def data_suffix(path: Path) -> str:
