@@ -24,6 +24,7 @@ from backhand.data.packing import RowPacker
 from backhand.data.prepare import prepare
 from backhand.distributed.communicator import Communicator
 from backhand.errors import DataError, UsageError, not_none
+from backhand.loop.classify import classify
 from backhand.loop.decide import about_score, decide, decide_command
 from backhand.loop.decision_scores import Outcome, score_questions
 from backhand.loop.evaluate import evaluate_command
@@ -33,6 +34,8 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.nn.model_options import BaseModelOptions
 from backhand.options.command_options import (
+    ClassifyOptions,
+    ClassifyRunOptions,
     DecideOptions,
     DecideRunOptions,
     EvaluateOptions,
@@ -617,7 +620,7 @@ def test_an_adapter_of_answers_cannot_decide(tiny: TinyRun, tmp_path: Path) -> N
     train(made)
     with pytest.raises(UsageError, match="not trained to decide") as refused:
         decide(decide_options(made, {"state": STATE}))
-    assert "--labels" not in str(refused.value), "it has no labels either"
+    assert "use backhand generate with this adapter" in str(refused.value), "it has no labels either"
 
 
 def test_labels_of_an_adapter_of_decisions_are_answered_with_decide(straight: TrainConfig) -> None:
@@ -625,6 +628,10 @@ def test_labels_of_an_adapter_of_decisions_are_answered_with_decide(straight: Tr
     with pytest.raises(UsageError, match="decides questions") as refused:
         backhand.classify(STATE, dtype="float32", threads=1, **given)
     assert "backhand.decide" in not_none(refused.value.next_step)
+    command = ClassifyOptions(ClassifyRunOptions(adapter=given["adapter"], text=STATE), model=straight.model)
+    with pytest.raises(UsageError, match="no classification head") as of_command:
+        classify(command)
+    assert "use backhand decide with this adapter" in not_none(of_command.value.next_step)
 
 
 def test_a_file_without_the_columns_of_training_is_answered_with_its_own(straight: TrainConfig, tmp_path: Path) -> None:

@@ -64,6 +64,15 @@ class LoadedModel:
         what = f"the adapter was trained with --objective {self.objective}, not to {_PURPOSES[command]}"
         return [f"{what}: use backhand {trained}"]
 
+    def next_step(self, objective: str) -> str:
+        """Return what to do next if a command needs an adapter of this objective and this one is of another."""
+        records: dict[str, object] = {"decide": self.decisions, "rank": self.ranking, "classify": self.classification}
+        records |= {"embed": self.embedding, "generate --labels auto": self.labels, "generate": self.objective}
+        use = next(
+            (f"use backhand {command} with this adapter, or " for command, is_of in records.items() if is_of), ""
+        )
+        return f"{use}train one with --objective {objective}"
+
     def missing_system(self, given: str | None) -> list[str]:
         """Return a note if the adapter was trained with a system message and `given` is None; else an empty list."""
         if self.system is None or given is not None:

@@ -62,8 +62,7 @@ class Classifier:
             raise UsageError(
                 "this adapter has no classification head",
                 where="adapter",
-                next_step="train one with --objective classify; "
-                "answers that are labels: backhand generate --labels auto",
+                next_step=loaded.next_step("classify"),
             )
         context = loaded.model.context_tokens
         longest = min(int(known.get("max_length") or context), context)

@@ -73,9 +73,7 @@ class Decider:
             raise UsageError(
                 "this adapter was not trained to decide",
                 where="adapter",
-                next_step="answer with its labels: backhand generate --labels auto"
-                if loaded.labels
-                else "train one with --objective decide",
+                next_step=loaded.next_step("decide"),
             )
         version = record.get("prompt_version")
         if version != PROMPT_VERSION:
