@@ -61,6 +61,31 @@ def test_the_best_run_is_named_in_the_measure_of_its_objective(two: tuple[Path, 
     assert "different objectives" in lead("sft", "dpo")
 
 
+def test_charts_of_losses_name_the_unit_that_all_runs_have(two: tuple[Path, Path]) -> None:
+    runs = [read_run(path) for path in two]
+
+    def chart(*objectives: dict[str, str]) -> tuple[str, str]:
+        made = [
+            replace(run, config=run.config | {"objective": objective})
+            for run, objective in zip(runs, objectives, strict=True)
+        ]
+        page = Page(comparison_page(made))
+        captions = [one.text for one in page.every("figcaption") if "held-out rows" in one.text]
+        return captions[0], page.charts["held-out"]["layer"][-1]["encoding"]["tooltip"][1]["title"]
+
+    sft, dpo = {"objective": "sft"}, {"objective": "dpo"}
+    assert chart(sft, sft) == ("Loss on held-out rows, nats per token: lower is better", "nats per token")
+    assert chart(dpo, dpo) == ("Loss on held-out rows, per pair (dpo): lower is better", "per pair (dpo)")
+    for different in (sft, dpo | {"loss_type": "ipo"}):
+        caption, title = chart(dpo, different)
+        assert "cannot be compared" in caption and "lower is better" not in caption and title == "loss"
+    made = [
+        replace(run, config=run.config | {"objective": objective})
+        for run, objective in zip(runs, (dpo, different), strict=True)
+    ]
+    assert "different values of --loss-type" in Page(comparison_page(made)).one("p", class_="lead").text
+
+
 def test_answers_are_compared_with_the_reference_of_the_objective(two: tuple[Path, Path]) -> None:
     runs = [read_run(path) for path in two]
 

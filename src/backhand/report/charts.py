@@ -106,11 +106,10 @@ def _both(run: RunRecord, name: str) -> Rows:
     return _series(run.steps, name, "training rows") + _series(run.evaluations, f"eval_{name}", "held-out rows")
 
 
-def comparison(runs: Sequence[tuple[str, RunRecord]], key: str) -> Spec:
+def comparison(runs: Sequence[tuple[str, RunRecord]], key: str, unit: str) -> Spec:
     """Return a chart with one curve per run, of a key in the lines of steps (`loss`) or of evaluations (any other)."""
     lines = [(name, run.steps if key == "loss" else run.evaluations) for name, run in runs]
     rows = [row for name, of_run in lines for row in _series(of_run, key, name)]
-    unit = "nats per neutral token" if key == "forgetting_nats" else "nats per supervised token"
     return curve(rows, unit, height=260, log="auto", dots="" if key == "loss" else "all")
 
 

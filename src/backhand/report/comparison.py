@@ -35,11 +35,15 @@ def comparison_values(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[s
     """Return the template's values for these runs under these names, except the title."""
     named = list(zip(names, runs, strict=True))
     keys = {"held-out": "eval_loss", "training": "loss", "forgetting": "forgetting_nats"}
-    specs = {name: charts.comparison(named, key) for name, key in keys.items()}
+    units = {_unit(run) for run in runs}
+    unit = units.pop() if len(units) == 1 and len(_loss_types(runs)) == 1 else None
+    titles = {"forgetting": "nats per neutral token"}
+    specs = {name: charts.comparison(named, key, titles.get(name, unit or "loss")) for name, key in keys.items()}
     return {
         "names": names,
         "headlines": [(name, headline(run)) for name, run in named],
         "best": _best(named),
+        "unit": unit,
         "figures": [(label, [value(run) for run in runs]) for label, value in _FIGURES.items()],
         "options": _differing_options(runs),
         "answers": _answers(named),
@@ -58,14 +62,24 @@ def _best(named: Sequence[tuple[str, RunRecord]]) -> str:
         return "The runs held out different rows: their held-out losses cannot be compared."
     if len(objectives) > 1:
         return "The runs have different objectives: their held-out losses cannot be compared."
+    if len(_loss_types([run for _, run in named])) > 1:
+        return "The runs have different values of --loss-type: their held-out losses cannot be compared."
     loss, name = min(losses)
     (objective,) = objectives
     if objective == "grpo":
         return f"{name} has the highest reward on the same held-out rows: {-loss:.4f}."
-    unit = loss_unit(objective, dict(named)[name].summary.get("adapted_classes"))
+    unit = _unit(dict(named)[name])
     but = forgot(dict(named)[name]).removeprefix("; ")
     lost = f". But {but}" if but else ""
     return f"{name} has the lowest loss on the same held-out rows: {loss:.4f} {unit}{lost}."
+
+
+def _unit(run: RunRecord) -> str:
+    return loss_unit(run.objective, run.summary.get("adapted_classes"))
+
+
+def _loss_types(runs: Sequence[RunRecord]) -> set[str]:
+    return {str(run.config.get("objective", {}).get("loss_type")) for run in runs}
 
 
 def _loss(run: RunRecord) -> str:
