@@ -27,6 +27,7 @@ from backhand.report.headline import headline
 from backhand.report.run_record import read_run
 from backhand.runs.interruption import Interrupted
 from backhand.training.advice import Curves, Until, advice, first_finding, rates_until, too_few_rows
+from backhand.training.console import closing_lines
 from backhand.training.inputs import scaled_matrices, weight_scale
 from backhand.training.run import train
 from support.tiny_run import TinyRun, with_options, write_pairs, write_rows
@@ -53,6 +54,17 @@ def test_a_tenth_of_fifty_rows_is_held_out(tiny: TinyRun, tmp_path: Path, kind: 
     assert any("--eval-fraction 0" in line for line in heard.facts)
     assert load_config(tmp_path / "run" / "config.toml").data.eval_fraction == 0.1
     assert train(tiny.config(tmp_path / "all", **options, eval_fraction=0.0)).held_out_rows == 0
+
+
+def test_the_next_command_continues_texts_as_they_were_trained_on(tiny: TinyRun, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "the user asks for a name"}\n' * 4)
+    options: dict[str, Any] = {"data": (str(rows),), "eval_data": (), "max_steps": 1}
+    (following,) = (line for line in closing_lines(train(tiny.config(tmp_path / "run", **options))) if "Next: " in line)
+    assert following.endswith(" --prompt '…' --chat-template none")
+    write_rows(rows, 4, seed=2, words=(8, 12))
+    (asking,) = (line for line in closing_lines(train(tiny.config(tmp_path / "two", **options))) if "Next: " in line)
+    assert asking.endswith(" --prompt '…'")
 
 
 def test_few_rows_are_all_trained_on_and_many_lose_no_more_than_500(tiny: TinyRun, tmp_path: Path) -> None:

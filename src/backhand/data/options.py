@@ -154,12 +154,15 @@ def system_option(system: str | None) -> str:
     return "" if typed is None or len(typed) > LONGEST_TYPED else f" --system {typed}"
 
 
-def asking_options(data: DataOptions, system: str | None = None) -> str:
+def asking_options(data: DataOptions, system: str | None = None, *, plain_text: bool = False) -> str:
     """Return the options for a single typed prompt, with a placeholder in the form of the rows' prompts.
 
     Args:
         system: the system message that all rows have, or None.
+        plain_text: True if the rows are texts without a chat template, which prompts then lack too.
     """
+    if plain_text:
+        return " --prompt '…' --chat-template none"
     template = data.prompt if data.prompt is not None and has_columns(data.prompt) else "…"
     prompt = PIECES.sub(lambda piece: f"<{piece[1]}>" if piece[1] is not None else WRITTEN[piece[0]], template)
     if system is None:
@@ -285,7 +288,8 @@ class TemplateOptions:
 
     chat_template: Text | None = None
     """A Jinja chat template to use instead of the tokenizer's own: a file, or the template itself. `none` is for rows
-    that are already rendered: prompt and completion are then joined unchanged, control tokens included."""
+    that are already rendered: prompt and completion are then joined unchanged, control tokens included. With it,
+    `generate` continues a text, as an adapter that was trained on rows of a column `text` does."""
 
     template_args: Annotated[Mapping[str, Any], Check(_check_names), Words(parse_template_args)] = field(
         default_factory=dict

@@ -225,7 +225,10 @@ def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_si
         **_rewards(lines, progress),
         forgotten_nats=forgotten_nats(lines, progress.best_step),
         reading=_reading(run),
-        asking=asking_options(run.config.data, run.inputs.train.report.system),
+        asking=asking_options(
+            *(run.config.data, run.inputs.train.report.system),
+            plain_text={one.form for one in run.inputs.train.report.sources} == {"text"},
+        ),
         system=run.inputs.train.report.system,
         labels=tuple(run.identity.labels),
     )
