@@ -491,6 +491,22 @@ def test_lint_plan_and_mine_return_what_json_prints(
         backhand.mine(**common, output=tmp_path / "mined.jsonl")
 
 
+def test_verifying_a_run_on_rows_in_memory_names_the_command_that_works(
+    trained: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from backhand.cli.main import main
+
+    run = Path(trained.adapter).parent
+    assert main(["verify", "--run", str(run)]) == UsageError.exit_code
+    shown = capsys.readouterr().err
+    assert "the rows of this run were given by a program" in shown and "takes minutes" not in shown
+    assert f"or prove the gradients on neutral texts: backhand verify --adapter {run}" in shown
+    assert main(["verify", "--adapter", str(run / "adapter"), "--max-tokens", "32"]) == 0
+    rows = run / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert main(["verify", "--run", str(run), "--data", str(rows), "--max-tokens", "32"]) == 0
+
+
 def test_merge_returns_the_path(trained: Any, tiny: TinyRun, tmp_path: Path) -> None:
     merged = backhand.merge(trained, output=tmp_path / "merged", model=tiny.model, quiet=True)
     assert merged == tmp_path / "merged" and (merged / "model.safetensors").exists()

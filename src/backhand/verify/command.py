@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 from backhand.data.pack import pack
+from backhand.data.raw_rows import IN_MEMORY
 from backhand.errors import CheckError, UsageError
 from backhand.nn.compute import compute_settings, resolve_threads
 from backhand.options.config_file import load_config
@@ -40,12 +42,13 @@ def verify_command(options: VerifyOptions) -> VerifyReport:
         UsageError, DataError, ArtifactError: if op, model, rows, adapter or run do not exist or cannot be used.
         CheckError: if a proof fails. The results have been printed and written to the run before.
     """
+    options, objective = _resolved(options)
     if options.verify.run or options.proves_model:
         tell(
             "computing every gradient in float64, by hand and by autograd, then in the dtype of training; "
             "this takes minutes for 100 million parameters"
         )
-    report = _proved(options)
+    report = _proved(options, objective)
     if options.verify.json:
         sys.stdout.write(json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n")
     else:
@@ -85,29 +88,36 @@ def prove_run(run: Path, *, max_tokens: int) -> VerifyReport:
         UsageError, DataError, ArtifactError: if run, rows, model or adapter do not exist or cannot be used.
         CheckError: if a proof fails.
     """
-    report = _proved(VerifyOptions(verify=VerifyRunOptions(run=run, max_tokens=max_tokens)))
+    report = _proved(*_resolved(VerifyOptions(verify=VerifyRunOptions(run=run, max_tokens=max_tokens))))
     _raise_failures(report)
     return report
 
 
-def _proved(options: VerifyOptions) -> VerifyReport:
+def _resolved(options: VerifyOptions) -> tuple[VerifyOptions, ObjectiveOptions | None]:
+    """Return the options, with model, rows and adapter of the run if that is proved, and its objective or None.
+
+    Raises:
+        UsageError: an option cannot be used, there is no run, or its rows are in no file.
+    """
+    options.validate()
+    run = options.verify.run
+    if run is None:
+        return options, None
+    if not (run / CONFIG).exists():
+        raise UsageError(f"there is no run in {run}", where="run", next_step="give a run directory with config.toml")
+    return _of_run(options, run) if options.verify.op is None and not options.model.model else (options, None)
+
+
+def _proved(options: VerifyOptions, objective: ObjectiveOptions | None) -> VerifyReport:
     """Run the proofs with a status line on the terminal, and append each result to the run's proofs.jsonl."""
     with working() as shown:
 
         def say(what: str) -> None:
             shown(f"proving {what}")
 
-        options.validate()
         run = options.verify.run
         if run is None:
             return verify(options, say)
-        if not (run / CONFIG).exists():
-            raise UsageError(
-                f"there is no run in {run}", where="run", next_step="give a run directory with config.toml"
-            )
-        objective = None
-        if options.verify.op is None and not options.model.model:
-            options, objective = _of_run(options, run)
         with opened(run, resume=True, overwrite=False) as directory:
             report = verify(options, say, objective=objective)
             log = proof_log(directory)
@@ -121,6 +131,13 @@ def _of_run(options: VerifyOptions, run: Path) -> tuple[VerifyOptions, Objective
     config = load_config(run / CONFIG)
     shared = {name: getattr(config.model, name) for name in VerifiedModelOptions.__dataclass_fields__}
     adapter = options.verify.adapter or run / ADAPTER
+    if not options.data.data and any(name.startswith(IN_MEMORY) for name in config.data.data):
+        neutral = f"backhand verify --adapter {shlex.quote(str(adapter))}"
+        raise UsageError(
+            "the rows of this run were given by a program, and are in no file",
+            where="run",
+            next_step=f"give rows as --data FILE, or prove the gradients on neutral texts: {neutral}",
+        )
     of_run = replace(
         options,
         model=VerifiedModelOptions(**shared),
