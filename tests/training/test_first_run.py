@@ -279,6 +279,23 @@ def test_curves_of_a_run_that_forgot_are_not_called_fine(tmp_path: Path) -> None
     assert [found and found[0].split(" in its")[0] for found in said] == ["Nothing", "Nothing", None]
 
 
+def test_rewards_that_teach_nothing_ask_for_right_answers_first(tmp_path: Path) -> None:
+    config = with_options(TrainConfig(objective=ObjectiveOptions(objective="grpo")), epochs=3, learning_rate=1e-3)
+    steps = [{"step": step, "loss": 0.0, "no_gradient_groups": 1.0} for step in range(1, 5)]
+
+    def said(reward: float, steps: list[dict[str, float]] = steps) -> tuple[str, str | None] | None:
+        records = [{"step": 0, "eval_loss": -reward}, *steps, {"step": 4, "eval_loss": -reward}]
+        return advice(config, Curves.of(records), 4, 1e-3, tmp_path)
+
+    none = said(0.0)
+    assert none is not None and none[1] is None, "more of the same teaches nothing"
+    assert "the same reward in 100% of the groups" in none[0] and "--objective sft" in none[0]
+    always = said(1.0)
+    assert always is not None and always[1] is None and "give other rows" in always[0]
+    some = said(0.0, [step | {"no_gradient_groups": 0.5} for step in steps])
+    assert some is not None and "more steps" in some[0] and some[1] is not None
+
+
 def test_twice_the_steps_of_a_short_run_of_decide_have_a_lower_rate(tmp_path: Path) -> None:
     """The rate keeps its relation to that of `auto`, which falls from 100 to 200 steps."""
     config = with_options(TrainConfig(objective=ObjectiveOptions(objective="decide")), epochs=3, learning_rate=1e-3)

@@ -76,6 +76,9 @@ SAVED = 3
 """A run that is shorter by fewer steps is not worth trying either."""
 FEWEST_ROWS, FEWEST_TOKENS = 16, 1000
 """If fewer rows with fewer supervised tokens are held out, the course of their loss is mostly chance."""
+FLAT, FEWEST_RIGHT = 0.9, 0.05
+"""Rewards teach nothing if more than this share of the groups has equal ones. Below this share of right answers the
+remedy is to train on right answers first."""
 LARGEST_SHARE = 0.3
 """Share of the rows to propose for holding out, if it gives `FEWEST_ROWS` of them."""
 SEPARATED = 0.1
@@ -97,6 +100,8 @@ class Curves:
     held_out: Sequence[tuple[int, float]]  # (step, loss) of every finite evaluation, beginning before the first step
     training: Sequence[float]  # the loss of every logged step
     forgotten_nats: float | None = None  # rise on neutral texts at the best evaluation; None if not measured
+    # share of the groups of a run on rewards whose answers all had the same reward
+    no_gradient_share: float = 0.0
 
     @property
     def best(self) -> tuple[int, float]:
@@ -119,7 +124,8 @@ class Curves:
             held_out[0] = held_out[0][0], constant_loss
         best = min(evaluations[1:], key=lambda one: one["eval_loss"], default={})
         losses = [one["loss"] for one in records if _is_finite(one.get("loss"))]
-        return cls(held_out, losses, best.get("forgetting_nats"))
+        flat = [one["no_gradient_groups"] for one in records if _is_finite(one.get("no_gradient_groups"))]
+        return cls(held_out, losses, best.get("forgetting_nats"), statistics.mean(flat) if flat else 0.0)
 
 
 def _is_finite(value: float | None) -> bool:
@@ -217,10 +223,14 @@ def advice(
     if objective == "grpo":
         if stopped or len(curves.held_out) < 2 or curves.best[1] < curves.held_out[0][1]:
             return None
-        sentence = (
-            "The reward of held-out prompts did not rise: more steps, or a larger --group, give more to learn from."
-        )
-        return sentence, _again(config, run, twice)
+        sentence = "The reward of held-out prompts did not rise"
+        if curves.no_gradient_share > FLAT:
+            same = f"{sentence}: all answers had the same reward in {curves.no_gradient_share:.0%} of the groups"
+            other = "give other rows, or a reward with steps in between"
+            if -curves.best[1] < FEWEST_RIGHT:
+                other = "first train on a few right answers (--objective sft), and continue with --from-adapter"
+            return f"{same}, which teach nothing. Next, {other}.", None
+        return f"{sentence}: more steps, or a larger --group, give more to learn from.", _again(config, run, twice)
     finding = first_finding(curves, until, relative)
     if finding is None:
         return None
