@@ -99,6 +99,17 @@ def test_a_run_on_rows_in_memory_resumes_with_the_same_rows(tiny: TinyRun, tmp_p
         backhand.train(**{**made, "data": ROWS[:-1]}, resume=True)
 
 
+def test_a_refused_run_leaves_no_directory(tiny: TinyRun, tmp_path: Path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é", "completion": "a"}\n'.encode("latin-1"))
+    (tmp_path / "kept").mkdir()
+    for data, more in ((tmp_path / "latin.jsonl", {}), (tmp_path / "missing.jsonl", {}), (ROWS, {"prompt": "nowhere"})):
+        for output in ("new/a/run", "kept/run"):
+            with pytest.raises(BackhandError):
+                backhand.train(**options(tiny, tmp_path / output, data=data, **more))
+    assert {one.name for one in tmp_path.iterdir()} == {"latin.jsonl", "kept"}
+    assert not list((tmp_path / "kept").iterdir())
+
+
 def test_rows_in_memory_are_not_for_several_processes(tiny: TinyRun, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="rows in memory cannot be passed to 2 worker processes"):
         backhand.train(**options(tiny, tmp_path / "run", data=ROWS, workers=2))

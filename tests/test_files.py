@@ -66,3 +66,11 @@ def test_a_directory_that_is_gone_is_no_full_disk(tmp_path: Path) -> None:
     assert caught.value.where == str(run)
     assert "it was removed or renamed while this command ran" in str(caught.value.why)
     assert "intact" not in str(caught.value.next_step) and "restore it" in str(caught.value.next_step)
+
+
+def test_a_failure_leaves_no_parents_that_were_made(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    for output in ("new/a/model", "kept/a/model"):
+        with pytest.raises(OverflowError), staged(tmp_path / output) as place:
+            place.write_bytes((-1).to_bytes())
+    assert [one.name for one in tmp_path.iterdir()] == ["kept"] and not list((tmp_path / "kept").iterdir())

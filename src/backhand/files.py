@@ -376,28 +376,28 @@ def resource_error(what: str, path: Path, error: OSError, *, needed_bytes: int |
 def staged(output: Path) -> Iterator[Path]:
     """Yield a path in a temporary folder next to `output`; at the end, rename it to `output`.
 
-    If the block raises, for example because a proof fails, neither `output` nor the folder is left.
+    If the block raises, for example because a proof fails, `output`, the folder and parents made for them are not left.
 
     Raises:
         UsageError: `output` exists, or lies below a file.
         ResourceError: disk full, not writable, file-size limit.
     """
     output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a link, which is then refused
-    make_directory(output.parent)
     folder = output.parent / f".{output.name}.{os.getpid()}.tmp"
-    try:
-        shutil.rmtree(folder, ignore_errors=True)  # from a killed process with the same number
-        folder.mkdir()
-        yield folder / output.name
-        _sync(folder / output.name)
-        if output.is_symlink() or output.exists():
-            raise UsageError(f"{output} exists", where="output", why="it was created while this command ran")
-        (folder / output.name).rename(output)
-        sync_directory(output.parent)
-    except OSError as error:
-        raise resource_error("cannot be written", output, error) from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with made_directory(output.parent):
+        try:
+            shutil.rmtree(folder, ignore_errors=True)  # from a killed process with the same number
+            folder.mkdir()
+            yield folder / output.name
+            _sync(folder / output.name)
+            if output.is_symlink() or output.exists():
+                raise UsageError(f"{output} exists", where="output", why="it was created while this command ran")
+            (folder / output.name).rename(output)
+            sync_directory(output.parent)
+        except OSError as error:
+            raise resource_error("cannot be written", output, error) from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -264,6 +264,7 @@ def opened(output: Path, *, resume: bool, overwrite: bool, files: FileLayer | No
         _check_contents(path, resume=resume, overwrite=overwrite)
     elif resume:
         raise UsageError(f"there is no run in {output}", where="output", next_step="leave out --resume")
+    made = [parent for parent in path.parents if not parent.exists()]
     with directory_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
@@ -278,6 +279,8 @@ def opened(output: Path, *, resume: bool, overwrite: bool, files: FileLayer | No
             if not existed and not any(child.name != LOCK for child in path.iterdir()):
                 (path / LOCK).unlink()
                 path.rmdir()
+                for parent in made:
+                    parent.rmdir()  # the first that contains other files ends the loop
         os.close(lock)
 
 
