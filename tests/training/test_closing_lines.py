@@ -49,6 +49,12 @@ def ended(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> RunSummary
     return train(tiny.config(tmp_path_factory.mktemp("ended") / "run", max_steps=2, eval_every=1))
 
 
+def test_the_share_by_which_the_loss_fell_stands_next_to_the_loss(ended: RunSummary) -> None:
+    fell = replace(ended, base_eval_loss=5.2471, first_eval_loss=None, best_eval_loss=4.0182)
+    (line,) = (line for line in closing_lines(fell) if line.startswith("Held-out loss"))
+    assert "5.2471 → 4.0182 nats per token, 23% lower (perplexity 190.01 → 55.60) on " in line
+
+
 def test_pairs_are_rows_and_measured_where_some_are_held_out(tiny: TinyRun, tmp_path: Path) -> None:
     rows = write_pairs(tmp_path / "pairs.jsonl", 9)
     made = tiny.config(tmp_path / "run", data=(str(rows),), eval_data=(), max_steps=1)

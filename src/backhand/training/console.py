@@ -316,7 +316,7 @@ def _improvement(summary: RunSummary) -> list[str]:
         lines.append(f"Held-out reward {-start:.4f} → {-best:.4f} {of_rows}")
         return [*lines, capitalized(gain_words(summary.reward_gain))]
     change = "not better" if best >= start else f"{1 - best / start:.0%} lower" if start > 0 else "better"
-    nats = f"nats per token (perplexity {_exp(start)} → {_exp(best)}, {change})"
+    nats = f"nats per token, {change} (perplexity {_exp(start)} → {_exp(best)})"
     loss = nats if summary.objective == "sft" else loss_unit(summary.objective, summary.adapted_classes)
     before = f"{start:.4f} ({constant})" if fresh_head else f"{start:.4f}"
     return [f"Held-out loss {before} → {best:.4f} {loss} {of_rows}"]
