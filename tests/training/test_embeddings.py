@@ -60,6 +60,7 @@ from backhand.options.command_options import (
 )
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
+from backhand.report.headline import verdict
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
@@ -421,6 +422,36 @@ def test_the_held_out_loss_does_not_depend_on_the_rows_of_a_step(straight: Train
         for rows in (2, 8)
     ]
     assert first[0].base_eval_loss == first[1].base_eval_loss
+
+
+def test_a_run_from_an_adapter_is_compared_with_that_adapter(straight: TrainConfig, tmp_path: Path) -> None:
+    """The scores before the run were the base model's, next to the loss of the adapter that the run started from."""
+    start = straight.run.output / "adapter"
+    given = {"from_adapter": str(start), "output": tmp_path / "run", "prove_resume": None}
+    summary = train(
+        with_options(straight, **given, learning_rate=0.5, schedule="constant", warmup_steps=0, max_steps=2)
+    )
+    before = lines(tmp_path / "run", "eval_loss")[0]
+    assert summary.base_retrieval is not None and summary.compared_with_start
+    assert summary.base_retrieval["ndcg@10"] == before["eval_ndcg@10"]
+    assert summary.base_eval_loss != summary.first_eval_loss
+    shown = closing_lines(summary)
+    assert any("the first is that of the adapter it started from, and the base model alone has" in one for one in shown)
+    assert any(one.startswith("Held-out rows, compared with the adapter it started from: nDCG@10 ") for one in shown)
+    page = Page(run_page(read_run(tmp_path / "run")))
+    assert "it helped" not in page.one("section", id="result").text.replace("not clear whether it helped", "")
+    assert "(the adapter it started from)" in page.one("section", id="result").text
+    assert "start adapter" in page.one("section", id="answers").text
+
+
+def test_a_run_whose_held_out_loss_rose_has_not_helped(straight: TrainConfig) -> None:
+    run = read_run(straight.run.output)
+    base = {"ndcg@10": 0.2, "intervals": {"ndcg@10": [0.1, 0.3]}}
+    adapted = {"ndcg@10": 0.8, "intervals": {"ndcg@10": [0.7, 0.9]}}
+    summary = {**run.summary, "base_retrieval": base, "adapted_retrieval": adapted}
+    losses = [{"step": 0, "eval_loss": 1.0}, {"step": 2, "eval_loss": 2.0}]
+    assert verdict(replace(run, summary=summary)) == "helped"
+    assert verdict(replace(run, summary=summary, metrics=losses)) == "unclear"
 
 
 def test_no_step_is_a_single_row(straight: TrainConfig) -> None:

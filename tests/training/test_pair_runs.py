@@ -300,7 +300,7 @@ def test_a_run_from_an_adapter_measures_the_answers_of_both(
 
 
 @pytest.mark.parametrize("answers", [0, 1])
-def test_a_run_that_only_compares_answers_goes_on_without_the_adapter_it_started_from(
+def test_a_run_that_only_compares_with_an_adapter_goes_on_without_the_adapter_it_started_from(
     answers: int, tiny: TinyRun, rows: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(tiny.config(tmp_path / "answers", epochs=1, answers=0))
@@ -310,7 +310,8 @@ def test_a_run_that_only_compares_answers_goes_on_without_the_adapter_it_started
         train(made, callbacks=[StopAfter(3)])
     shutil.rmtree(tmp_path / "answers")
     summary = train(with_options(TrainConfig(), output=tmp_path / "pairs", resume=True))
-    assert ("the answers are not compared with those of the adapter" in capsys.readouterr().err) == bool(answers)
+    assert "scores and answers are not compared with those of the adapter" in capsys.readouterr().err
+    assert not summary.compared_with_start
     assert (summary.free_answers is not None) == bool(answers)
     assert not answers or "start" not in (summary.free_answers or {})
 

@@ -18,6 +18,7 @@ from backhand.loop.forgetting import Forgetting, ForgettingMeter
 from backhand.loop.observers import Observer
 from backhand.loop.state import RunState
 from backhand.options.config_file import load_config
+from backhand.training.console import closing_lines
 from backhand.training.identity import settings_digest
 from backhand.training.run import train
 from support.no_autograd import autograd_raises
@@ -150,6 +151,19 @@ def test_continuing_from_an_adapter(tiny: TinyRun, tmp_path: Path) -> None:
     assert load_config(tmp_path / "second" / "config.toml").adapter.rank_pattern["q_proj"] == 5
     before = [next(line for line in metrics(tmp_path / run) if "eval_loss" in line) for run in ("first", "second")]
     assert before[0]["forgetting_kl_nats"] == 0 < before[1]["forgetting_kl_nats"]
+
+
+def test_the_answers_of_a_run_from_an_adapter_are_compared_with_its(tiny: TinyRun, tmp_path: Path) -> None:
+    """The loss before the run was that of the adapter, the exact match and the forgetting those since the base."""
+    learnt = {"eval_data": (str(tiny.rows),), "epochs": 60, "learning_rate": 1e-2, "answers": 1, "eval_every": 180}
+    first = train(tiny.config(tmp_path / "first", **learnt))
+    assert first.base_exact_match == 0 < (first.adapted_exact_match or 0) and not first.compared_with_start
+    again = {"from_adapter": str(tmp_path / "first" / "adapter"), "max_steps": 1, "learning_rate": 1e-9}
+    second = train(tiny.config(tmp_path / "second", **learnt | again))
+    assert second.base_exact_match == first.adapted_exact_match and second.compared_with_start
+    assert abs(second.forgotten_nats or 1) < 1e-3 < abs(first.forgotten_nats or 0)
+    (line,) = [one for one in closing_lines(second) if one.startswith("Exactly right answers")]
+    assert line.endswith("held-out rows, compared with the adapter it started from.")
 
 
 @pytest.mark.parametrize("engine", ["backhand", "transformers"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -320,8 +321,9 @@ def measured_answers(
     labels: Labels,
     trained_tokens: int,
     stopped: Callable[[], bool] = lambda: False,
+    start: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Return the fields of summary.json on exact match and label scores, of the base model and of the adapted one.
+    """Return the fields of summary.json on exact match and label scores, before the run and of the adapted model.
 
     The rows are evenly spaced among the held-out rows whose prompt leaves room for an answer. The result is empty if
     an answer is long, if the rows are plain text, or if the objective compares or samples answers.
@@ -334,6 +336,7 @@ def measured_answers(
         labels: the labels of the training rows; empty if these have none.
         trained_tokens: number of tokens that the run has trained on, which limits the number of rows.
         stopped: returns True if the measurement is to stop. It is called before each of the two models.
+        start: values of the adapter that the run started from; None for the base model.
     """
     spans = list(_spans(examples))
     own_answers = config.objective.objective == "sft" or config.objective.answers_by == "rows"
@@ -361,10 +364,12 @@ def measured_answers(
     try:
         # Answer at most as many rows at once as a micro-batch has, because the memory plan covers these.
         scores = []
-        for adapter in (False, True):
+        for before in (True, False):
             if stopped():
                 return {}
-            scores.append(score(loaded, rows, run, adapter=adapter, answered=run.micro_batch_rows))
+            adapter = not before or start is not None
+            with nullcontext() if start is None or not before else computing_with(bound.model, start):
+                scores.append(score(loaded, rows, run, adapter=adapter, answered=run.micro_batch_rows))
         base, adapted = scores
     except CheckError:  # the loss is not finite, which the run has reported already
         return {}

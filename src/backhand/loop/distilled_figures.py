@@ -38,12 +38,12 @@ def distilled_figures(
     micro_batch_rows: int,
     shown: int,
 ) -> tuple[DistilledFigures | None, dict[int, str]]:
-    """Measure the base model and the attached adapter against the teacher.
+    """Measure the model before the run and the attached adapter against the teacher.
 
     Args:
         model: the model with the adapter, which is attached again afterwards.
         packer: the held-out rows with the teacher's states.
-        start: values of the teacher's adapter, or None for the base.
+        start: values of the adapter that the run started from, which is the teacher's; None for the base model.
         tokenizer: decodes answers.
         stop_ids: tokens that end an answer.
         micro_batch_rows: number of rows that are computed at once.
@@ -71,7 +71,7 @@ def distilled_figures(
     adapted = answers(students)
     adapted_kl, adapted_same = agreement(model, packer, micro_batch_rows)
     first_s = _first_token_s(model, students[:TIMED])
-    with computing_with(model, None):
+    with computing_with(model, start):
         base = answers(students)
         base_kl, base_same = agreement(model, packer, micro_batch_rows)
     with computing_with(model, start):

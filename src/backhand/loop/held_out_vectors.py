@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from backhand.data.text_encoder import TextEncoder
 from backhand.distributed.communicator import Communicator, sequential_sum
 from backhand.engines.engine import BoundModel, Trainable
 from backhand.errors import CheckError, not_none
+from backhand.loop.distillation import computing_with
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.measuring import HeldOut
 from backhand.loop.objectives.embed import EmbedObjective, embed_rows
@@ -89,13 +91,16 @@ class HeldOutEmbeddings(HeldOut):
         self.measured["eval_cosine/all"] = scores.mean_cosine
         return sequential_sum(losses) / len(self._examples)
 
-    def scores(self, bound: BoundModel, tokenizer: PreTrainedTokenizerFast, shown: int) -> dict[str, Any]:
-        """Return the fields of summary.json on these rows, of the base model and of the adapted one.
+    def scores(
+        self, bound: BoundModel, tokenizer: PreTrainedTokenizerFast, shown: int, start: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Return the fields of summary.json on these rows, before the run and of the adapted model.
 
         Args:
             bound: the model with the adapter to measure, which is attached again afterwards.
             tokenizer: of the model.
             shown: number of anchors whose nearest texts are listed.
+            start: values of the adapter that the run started from; None for the base model.
         """
         examples, identities = self._examples, self._objective.identities(range(len(self._examples)))
         counts = [len(row.texts) for row in identities]
@@ -113,15 +118,12 @@ class HeldOutEmbeddings(HeldOut):
         result: dict[str, Any] = {}
         nearest, of_neutral = [], []
         for name in ("base", "adapted"):
-            if name == "base":
-                bound.model.detach()
-            else:
-                bound.model.attach(bound.lora)
             objective, rows = self._objective, self._micro_batch_rows
-            embeddings, neutral_vectors = (
-                not_none(embed_rows(bound.model, packer, objective.pooling, rows, Communicator()))
-                for packer in (objective.packer, neutral)
-            )
+            with computing_with(bound.model, start) if name == "base" else nullcontext():
+                embeddings, neutral_vectors = (
+                    not_none(embed_rows(bound.model, packer, objective.pooling, rows, Communicator()))
+                    for packer in (objective.packer, neutral)
+                )
             histogram = cosine_histogram(embeddings, counts)
             result[f"{name}_retrieval"] = {**self._scores(embeddings).to_json(), "histogram": histogram}
             nearest.append(nearest_texts(identities, embeddings, texts, of_rows))

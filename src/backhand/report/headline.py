@@ -20,7 +20,7 @@ from backhand.runs.label_results import (
 )
 from backhand.runs.pair_results import PAIR_OBJECTIVES, held_out_pairs, pair_clauses
 from backhand.runs.reward_results import gain_verdict, gain_words, training_reward_words
-from backhand.runs.summary import LabelFigures, forgetting, forgotten_nats, loss_unit, rows_trained_on
+from backhand.runs.summary import LabelFigures, before_name, forgetting, forgotten_nats, loss_unit, rows_trained_on
 from backhand.words import count_of
 
 
@@ -29,12 +29,22 @@ def verdict(run: RunRecord) -> str:
 
     While the run trains it is `open`.
 
-    The loss of pairs does not tell whether answers got better: `unknown`. A distilled run is judged by the tokens on
-    which it agrees with its teacher.
+    No run whose held-out loss rose clearly has helped. The loss of pairs does not tell whether answers got better:
+    `unknown`. A distilled run is judged by the tokens on which it agrees with its teacher.
     """
-    base, best = base_and_best(run)
     if run.is_running:
         return "open"
+    judged, (base, best) = _verdict_of_scores(run), base_and_best(run)
+    rose = base is not None and best is not None and best > base + RISEN * abs(base)
+    return "unclear" if judged == "helped" and rose and run.objective != "grpo" else judged
+
+
+RISEN = 0.03
+"""A rise of the held-out loss above this share of it is more than noise. Better scores are then no clear success."""
+
+
+def _verdict_of_scores(run: RunRecord) -> str:
+    base, best = base_and_best(run)
     if (labels := _labels(run)) is not None:
         return figures_verdict(*labels)
     if (of_decisions := decisions_verdict(*_decisions(run))) is not None:
@@ -195,12 +205,14 @@ def _outcome(run: RunRecord) -> str:
         return f"{change}; {gain_words(_reward_gain(run))}{_effect(run, unclear='')}{reward}"
     if run.is_running:
         return f": the loss on {rows} went from {base:.3f} to {best:.3f} so far"
-    change = f": the loss on {rows} went from {base:.3f} to {best:.3f}"
+    of_start = f" ({before_name(run.summary)})" if run.summary.get("compared_with_start") else ""
+    change = f": the loss on {rows} went from {base:.3f}{of_start} to {best:.3f}"
     if (labels := _labels(run)) is not None:
-        return f"{change}; {label_clause(*labels)}"
+        return f"{change}; {label_clause(*labels, before_name(run.summary))}"
     base_decisions, decisions = _decisions(run)
     if decisions:
-        clauses = [decision_clause(name, base_decisions.get(name), one) for name, one in decisions.items()]
+        before_it = before_name(run.summary)
+        clauses = [decision_clause(name, base_decisions.get(name), one, before_it) for name, one in decisions.items()]
         return "; ".join([f"{change} nats per answer", *clauses])
     if run.objective in PAIR_OBJECTIVES:
         pairs = held_out_pairs(run.evaluations, _best_step(run))

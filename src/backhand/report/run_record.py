@@ -91,8 +91,9 @@ class RunRecord:
 
     @property
     def fresh_head(self) -> bool:
-        """True if the adapter has a head that the base does not have."""
-        return self.trains_head and not self.summary.get("base_retrieval")
+        """True if the adapter has a head that the model before the run does not have."""
+        known = self.summary.get("base_retrieval") or self.summary.get("compared_with_start")
+        return self.trains_head and not known
 
     @property
     def steps(self) -> list[dict[str, Any]]:

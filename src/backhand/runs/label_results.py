@@ -55,14 +55,18 @@ def figures_verdict(base: LabelFigures, adapted: LabelFigures, rows: int) -> Lab
     return label_verdict(base["accuracy"], adapted["accuracy"], most_frequent(adapted["per_label"])[1], rows)
 
 
-def verdict_words(base: float, adapted: float, constant: float, rows: int) -> str:
-    """Return `label_verdict` in words. A higher accuracy that may be chance is said to be from too few rows."""
+def verdict_words(base: float, adapted: float, constant: float, rows: int, before: str = "the base model") -> str:
+    """Return `label_verdict` in words. A higher accuracy that may be chance is said to be from too few rows.
+
+    Args:
+        before: name of the model that `base` is the accuracy of.
+    """
     verdict = label_verdict(base, adapted, constant, rows)
     if verdict == "helped":
-        return "that is better than the base model and a constant answer"
+        return f"that is better than {before} and a constant answer"
     if verdict == "hurt":
-        return "the base model is better"
-    compared = {"the base model": base, "a constant answer": constant}
+        return f"{before} is better"
+    compared = {before: base, "a constant answer": constant}
     unclear = " or ".join(name for name, share in compared.items() if not _clearly_better(share, adapted, rows))
     too_few = f"; {count_of(rows, 'row')} {'is' if rows == 1 else 'are'} too few to tell the change from chance"
     return f"that is not clearly better than {unclear}{too_few if adapted > max(base, constant) else ''}"
@@ -83,10 +87,11 @@ def lacks_held_out_rows(base: float, adapted: float, constant: float, rows: int)
     return at_best == "unclear" or label_verdict(base, adapted, constant, _MORE_ROWS * rows) == "helped"
 
 
-def label_clause(base: LabelFigures, adapted: LabelFigures, rows: int) -> str:
+def label_clause(base: LabelFigures, adapted: LabelFigures, rows: int, before_it: str = "the base model") -> str:
     """Return a clause about the accuracy of both models, their intervals, and a constant answer."""
     before, after = (f"{one['accuracy']:.1%} ({interval_text(one['accuracy'], rows)})" for one in (base, adapted))
-    verdict = verdict_words(base["accuracy"], adapted["accuracy"], most_frequent(adapted["per_label"])[1], rows)
+    constant = most_frequent(adapted["per_label"])[1]
+    verdict = verdict_words(base["accuracy"], adapted["accuracy"], constant, rows, before_it)
     return (
         f"the accuracy by the most probable of {len(adapted['per_label'])} labels went from {before} to {after}, "
         f"macro F1 from {base['f1_macro']:.3f} to {adapted['f1_macro']:.3f}; "
@@ -119,13 +124,17 @@ def decision_shares(
     ]
 
 
-def decision_clause(name: str, base: DecisionFigures | None, adapted: DecisionFigures) -> str:
+def decision_clause(
+    name: str, base: DecisionFigures | None, adapted: DecisionFigures, before_it: str = "the base model"
+) -> str:
     """Return a clause about the held-out answers to a question: accuracy, verdict and calibration."""
     rows, right = adapted["rows"], adapted["accuracy"]
     if adapted["constant"]:
         return f"{name}: the adapter gives the same answer to all {rows:,} held-out rows; it decides nothing"
     before = "" if base is None else f"{base['accuracy']:.1%} → "
-    verdict = "" if base is None else f": {verdict_words(base['accuracy'], right, adapted['majority'], rows)}"
+    verdict = ""
+    if base is not None:
+        verdict = f": {verdict_words(base['accuracy'], right, adapted['majority'], rows, before_it)}"
     low, high = adapted["ece_interval"]
     return (
         f"{name}: {before}{right:.1%} of {count_of(rows, 'held-out answer')} right ({interval_text(right, rows)}; "

@@ -164,6 +164,9 @@ class RunSummary:
     rows_seen: int | None = None  # number of different `rows` in the steps done; None in older files
     # held-out loss before the first step; differs from base_eval_loss if the run started from an adapter
     first_eval_loss: float | None = None
+    # the figures below named base_… are those of the adapter that the run started from, not of the base model; those of
+    # a classification head are always those of the best constant answer
+    compared_with_start: bool = False
     # base_exact_match, adapted_exact_match: share of the `exact_match_rows` held-out rows that the base model and the
     # adapter answer exactly right; None if answers are long, or no rows are held out
     base_exact_match: float | None = None
@@ -282,14 +285,21 @@ FORGOTTEN_NATS = 0.5
 
 
 def forgotten_nats(records: Iterable[Mapping[str, Any]], best_step: int | None) -> float | None:
-    """Return the rise of the loss on neutral texts, in nats per token, with the adapter that a run keeps.
+    """Return the rise of the loss on neutral texts since the run began, in nats per token, with the adapter it keeps.
 
     Args:
         records: lines of metrics.jsonl.
         best_step: the step whose adapter is kept; None for the newest.
     """
-    measured = (one.get("forgetting_nats") for one in records if best_step in (None, one["step"]))
-    return next(reversed([nats for nats in measured if nats is not None]), None)
+    measured = [(one["step"], nats) for one in records if (nats := one.get("forgetting_nats")) is not None]
+    before = next((nats for step, nats in measured if step == 0), 0.0)  # of the adapter that the run started from
+    after = next((nats for step, nats in reversed(measured) if best_step in (None, step)), None)
+    return None if after is None else after - before
+
+
+def before_name(summary: Mapping[str, Any]) -> str:
+    """Return the name of the model that the scores of summary.json before the run are those of."""
+    return "the adapter it started from" if summary.get("compared_with_start") else "the base model"
 
 
 def rows_trained_on(rows: float, seen: float | None, option_rows: float = 0, files: str = "") -> str:

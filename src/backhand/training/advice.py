@@ -48,7 +48,7 @@ from backhand.runs.label_results import (
     most_frequent,
 )
 from backhand.runs.pair_results import answers_far_from_chosen, answers_got_worse, chosen_change
-from backhand.runs.summary import AnswerLengths, RunSummary, forgetting
+from backhand.runs.summary import AnswerLengths, RunSummary, forgetting, forgotten_nats
 from backhand.training.resume import original_adapter
 from backhand.words import count_of, name_list
 
@@ -122,10 +122,11 @@ class Curves:
         held_out = list({one["step"]: one["eval_loss"] for one in evaluations}.items())
         if constant_loss is not None and held_out and held_out[0][1] > constant_loss:
             held_out[0] = held_out[0][0], constant_loss
-        best = min(evaluations[1:], key=lambda one: one["eval_loss"], default={})
+        best = min(evaluations[1:], key=lambda one: one["eval_loss"], default=None)
         losses = [one["loss"] for one in records if _is_finite(one.get("loss"))]
         flat = [one["no_gradient_groups"] for one in records if _is_finite(one.get("no_gradient_groups"))]
-        return cls(held_out, losses, best.get("forgetting_nats"), statistics.mean(flat) if flat else 0.0)
+        forgot = None if best is None else forgotten_nats(records, best["step"])
+        return cls(held_out, losses, forgot, statistics.mean(flat) if flat else 0.0)
 
 
 def _is_finite(value: float | None) -> bool:

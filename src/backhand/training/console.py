@@ -32,6 +32,7 @@ from backhand.runs.reward_results import gain_words, training_reward_words
 from backhand.runs.summary import (
     REMEMBERING,
     RunSummary,
+    before_name,
     chosen_by,
     constant_name,
     forgetting,
@@ -231,7 +232,8 @@ def closing_lines(summary: RunSummary) -> list[str]:
         clauses = pair_clauses(pairs, summary.held_out_rows, summary.objective, summary.free_answers)
         lines += map(capitalized, clauses)
     if summary.adapted_retrieval:
-        lines.append(f"Held-out rows: {scores_text(summary.adapted_retrieval, summary.base_retrieval)}.")
+        scores = scores_text(summary.adapted_retrieval, summary.base_retrieval)
+        lines.append(f"Held-out rows{_since_start(summary)}: {scores}.")
     if summary.neutral_drift is not None:
         lines.append(f"Cosines of neutral texts changed by {summary.neutral_drift:.3f} on average.")
     if summary.base_classes and summary.adapted_classes:
@@ -239,7 +241,7 @@ def closing_lines(summary: RunSummary) -> list[str]:
     if summary.distilled is not None:
         lines += distilled_sentences(summary.distilled, summary.objective)
     for name, one in (summary.adapted_decisions or {}).items():
-        clause = decision_clause(name, (summary.base_decisions or {}).get(name), one)
+        clause = decision_clause(name, (summary.base_decisions or {}).get(name), one, before_name(vars(summary)))
         lines.append(f"{clause}.")
     if forgot := forgetting(summary.forgotten_nats):
         if not (summary.advice or "").startswith("It forgot"):
@@ -286,7 +288,7 @@ def _improvement(summary: RunSummary) -> list[str]:
     base, best = summary.base_eval_loss, summary.best_eval_loss
     start = base if summary.first_eval_loss is None else summary.first_eval_loss
     constant = constant_name(summary.objective)
-    fresh_head = summary.trains_head and summary.base_retrieval is None
+    fresh_head = summary.trains_head and summary.base_retrieval is None and not summary.compared_with_start
     start = base if fresh_head else start  # of a constant answer, since a new head knows nothing
     lines = []
     if summary.first_reward is not None and summary.last_reward is not None:
@@ -310,7 +312,10 @@ def _improvement(summary: RunSummary) -> list[str]:
         before = f"the {constant}" if fresh_head else before
         when = f"no evaluation was better than {before}; the adapter kept is that of step {summary.best_step}"
     sign = -1 if summary.objective == "grpo" else 1
-    alone = "" if start == base else f"; the base model alone has {sign * base:.4f}"
+    alone = ""
+    if start != base:
+        reference = constant if summary.trains_head and summary.objective == "classify" else "base model alone"
+        alone = f"; the first is that of the adapter it started from, and the {reference} has {sign * base:.4f}"
     of_rows = f"on {count_of(summary.held_out_rows, 'row')}, {when}{alone}."
     if summary.objective == "grpo":
         lines.append(f"Held-out reward {-start:.4f} → {-best:.4f} {of_rows}")
@@ -320,6 +325,11 @@ def _improvement(summary: RunSummary) -> list[str]:
     loss = nats if summary.objective == "sft" else loss_unit(summary.objective, summary.adapted_classes)
     before = f"{start:.4f} ({constant})" if fresh_head else f"{start:.4f}"
     return [f"Held-out loss {before} → {best:.4f} {loss} {of_rows}"]
+
+
+def _since_start(summary: RunSummary) -> str:
+    """Return a clause that names the adapter whose scores come first, or "" if they are those of the base model."""
+    return f", compared with {before_name(vars(summary))}" if summary.compared_with_start else ""
 
 
 def _not_known(objective: str) -> str:
@@ -365,9 +375,11 @@ def _right(summary: RunSummary) -> list[str]:
     if base is None or adapted is None or rows is None:
         return []
     right = f"{base:.1%} → {adapted:.1%} ({interval_text(adapted, rows)})"
-    lines = [f"Exactly right answers {right} of {count_of(rows, 'held-out row')}."]
+    lines = [f"Exactly right answers {right} of {count_of(rows, 'held-out row')}{_since_start(summary)}."]
     if summary.base_labels and summary.adapted_labels:
-        lines.append(capitalized(label_clause(summary.base_labels, summary.adapted_labels, rows)))
+        lines.append(
+            capitalized(label_clause(summary.base_labels, summary.adapted_labels, rows, before_name(vars(summary))))
+        )
     return lines
 
 

@@ -85,17 +85,20 @@ def run_facts(run: LoadedRun) -> dict[str, Any]:
 def held_out_card(run: LoadedRun, progress: Progress) -> dict[str, object]:
     """Return the lines of the adapter's card on held-out rows; empty if none were measured.
 
-    The first loss is that of the base model. A new head has none, and is compared with the best constant answer.
+    The first loss is that before the first step. A new head has none, and is compared with the best constant answer.
     """
-    before, after, held_out = progress.base_eval_loss, progress.eval_loss, run.inputs.held_out
+    base, after, held_out = progress.base_eval_loss, progress.eval_loss, run.inputs.held_out
+    from_adapter = progress.first_eval_loss not in (None, base) and not _has_new_head(run)
+    before = progress.first_eval_loss if from_adapter else base
+    since = " (the adapter it started from)" if from_adapter else ""
     if before is None or after is None or held_out is None:
         return {}
     objective = run.config.objective
     card: dict[str, object] = {}
     if objective.objective == "grpo":
-        card["held-out reward"] = f"{-before:.4f} → {-after:.4f} per answer"
+        card["held-out reward"] = f"{-before:.4f}{since} → {-after:.4f} per answer"
     else:
-        constant = f" ({constant_name(objective.objective)})" if _has_new_head(run) else ""
+        constant = since or (f" ({constant_name(objective.objective)})" if _has_new_head(run) else "")
         unit = loss_unit(objective.objective, {"problem_type": objective.problem_type})
         card["held-out loss"] = f"{before:.4f}{constant} → {after:.4f} {unit}"
     few = too_few_rows(held_out.report)

@@ -94,7 +94,7 @@ class Trainer:
     owns_directory: bool = False  # True once the directory's contents are this run's
     _frozen_digest: str | None = None
     _held_out_objective: Objective | None = None
-    _teacher: Tensor | None = None  # values of the adapter that the run starts from, for comparisons; None without one
+    _started: Tensor | None = None  # values of the adapter that the run starts from, for comparisons; None without one
 
     def train(self) -> RunSummary:
         """Train to the end. Returns and raises the same as `run.train`."""
@@ -138,7 +138,7 @@ class Trainer:
                 self._refuse(frozen_differences(self.checkpoint.facts, digest))
             self._assert_equal_processes(state)
             start = self._start(digest)
-            self._teacher = start.values
+            self._started = start.values
             run = self.run = teach(run, self.directory, self.processes, start, self.observer.noted, resources)
             caches = resources.enter_context(
                 hidden_state_caches(
@@ -248,13 +248,14 @@ class Trainer:
             the summary with the measurements of the answers.
         """
         run, objective = self.run, self._held_out_objective
+        summary = replace(summary, compared_with_start=self._started is not None)
         if isinstance(objective, EmbedObjective | RankObjective | HeadObjective) and self.processes.is_main_process:
             run.bound.fill(str(self.directory.adapter))
             if isinstance(objective, EmbedObjective):
                 vectors, tokenizer = self._held_out_vectors(objective), run.inputs.source.tokenizer()
-                scores = vectors.scores(run.bound, tokenizer, run.config.run.answers)
+                scores = vectors.scores(run.bound, tokenizer, run.config.run.answers, self._started)
             else:
-                scores = objective.held_out_scores(run.bound, run.plan.memory.micro_batch_rows)
+                scores = objective.held_out_scores(run.bound, run.plan.memory.micro_batch_rows, self._started)
             summary = replace(summary, **scores)
             self.directory.write(SUMMARY, summary.to_json())
             return summary
@@ -268,23 +269,23 @@ class Trainer:
         prompted: Mapping[int, str] = {}
         if isinstance(packer := run.inputs.held_out_packer, DistilledPacker) and isinstance(run.bound.model, Decoder):
             figures, prompted = distilled_figures(
-                *(run.bound.model, packer, self._teacher, run.inputs.source.tokenizer()),
+                *(run.bound.model, packer, self._started, run.inputs.source.tokenizer()),
                 *(stop_ids(run.inputs.source, run.config.data), run.plan.memory.micro_batch_rows),
                 shown=run.config.run.answers,
             )
             summary = replace(summary, distilled=figures)
         if isinstance(objective, DecideObjective):
-            decisions = objective.held_out_outcomes(run.bound, run.plan.memory.micro_batch_rows)
+            decisions = objective.held_out_outcomes(run.bound, run.plan.memory.micro_batch_rows, self._started)
             summary = replace(summary, **decision_figures(decisions))
             answers = free_answers(run.bound, run.inputs.source, (), run.config)
             answers = replace(answers, held_out=decided_answers(*decisions, run.config.run.answers))
         else:
-            answers = free_answers(*arguments, prompted, self._teacher)
+            answers = free_answers(*arguments, prompted, self._started)
         self.directory.write(ANSWERS, answers.file(run.config.run.answers))
         summary = replace(summary, free_answers=answers.lengths, neutral_answers=answers.neutral)
         if summary.adapted_exact_match is None:
             labels, stopped = run.identity.labels, lambda: self.processes.stop_requested
-            summary = replace(summary, **measured_answers(*arguments, labels, summary.tokens, stopped))
+            summary = replace(summary, **measured_answers(*arguments, labels, summary.tokens, stopped, self._started))
         curves = Curves.of(self.directory.lines(METRICS), summary.constant_loss)
         if (suggestion := answer_advice(run.config, summary, self.directory.path, curves)) is not None:
             summary = replace(summary, advice=reworded(suggestion[0]), try_next=suggestion[1])
@@ -399,7 +400,7 @@ class Trainer:
         started_from = self.processes.broadcast_object(started_from)
         objective = run.config.objective
         learns_from_it = objective.has_reference or objective.objective in DISTILLED
-        measures_it = objective.purpose == "pairs" and run.config.run.answers > 0
+        measures_it = run.inputs.held_out is not None
         adapter = started_from if learns_from_it or measures_it else None
         try:
             return Start(frozen_digest, start_values(run.bound, adapter, run.config.model.allow_pickle))
@@ -407,8 +408,8 @@ class Trainer:
             if learns_from_it:
                 raise
             self.observer.noted(
-                f"{error.where}: {error.what}, so the answers are not compared with those of the adapter that the run "
-                "started from"
+                f"{error.where}: {error.what}, so the scores and answers are not compared with those of the adapter "
+                "that the run started from, but with the base model's"
             )
             return Start(frozen_digest, None)
 

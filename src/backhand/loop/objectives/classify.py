@@ -72,7 +72,12 @@ class ClassifyObjective(HeadObjective):
         sources = [examples[row].source for row in range(len(examples))]
         return score_classes(logits, self.targets, self.problem, self.options.class_labels, sources)
 
-    def held_out_scores(self, bound: BoundModel, micro_batch_rows: int) -> dict[str, Any]:
+    def held_out_scores(
+        self,
+        bound: BoundModel,
+        micro_batch_rows: int,
+        start: Tensor | None = None,  # noqa: ARG002 - a constant answer is the reference of every run
+    ) -> dict[str, Any]:
         """Return the fields of summary.json, of the best constant answer and of the adapted model."""
         logits = not_none(head_logits(bound.model, self.packer, micro_batch_rows, Communicator()))
         found = {"base": self.base_logits(bound.model), "adapted": logits}

@@ -27,6 +27,7 @@ from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import BoundModel
 from backhand.errors import not_none
 from backhand.loop.decision_scores import Outcome, fit_temperatures, outcomes_of, score_questions
+from backhand.loop.distillation import computing_with
 from backhand.loop.objectives.objective import AnswerObjective, Documents, RowLosses, document_sums
 from backhand.ops.decide import decide_backward, decide_forward
 
@@ -91,12 +92,15 @@ class DecideObjective(AnswerObjective):
         """Return the questions of these rows."""
         return self.packer.examples.facts(DecisionRow, rows)
 
-    def held_out_outcomes(self, bound: BoundModel, micro_batch_rows: int) -> HeldOutDecisions:
-        """Return the outcomes of these rows, of the base model and of the adapted one.
+    def held_out_outcomes(
+        self, bound: BoundModel, micro_batch_rows: int, start: Tensor | None = None
+    ) -> HeldOutDecisions:
+        """Return the outcomes of these rows, before the run and of the adapted model.
 
         Args:
             bound: the model with the adapter to measure, which is attached again afterwards.
             micro_batch_rows: number of rows per forward pass.
+            start: values of the adapter that the run started from; None for the base model.
         """
         every = range(len(self.packer.examples))
         rows = self.decisions(every)
@@ -105,9 +109,8 @@ class DecideObjective(AnswerObjective):
             sums = document_sums(bound.model, self.packer, every, micro_batch_rows, Communicator())
             return outcomes_of(rows, not_none(sums).tolist())
 
-        bound.model.detach()
-        base = outcomes()
-        bound.model.attach(bound.lora)
+        with computing_with(bound.model, start):
+            base = outcomes()
         return HeldOutDecisions(rows, base, outcomes())
 
     def evaluated(self, rows: Sequence[int], sums: Tensor, losses: Tensor) -> tuple[Tensor, Mapping[str, float]]:

@@ -60,12 +60,13 @@ class HeadObjective(Objective):
         """Return metrics of the adapted model for its logits of all documents, (documents, outputs) float64."""
 
     @abstractmethod
-    def held_out_scores(self, bound: BoundModel, micro_batch_rows: int) -> dict[str, Any]:
-        """Return the fields of summary.json on these rows, of the base model and of the adapted one.
+    def held_out_scores(self, bound: BoundModel, micro_batch_rows: int, start: Tensor | None = None) -> dict[str, Any]:
+        """Return the fields of summary.json on these rows, before the run and of the adapted model.
 
         Args:
             bound: the model with the adapter to measure, which is attached again afterwards.
             micro_batch_rows: largest number of rows per forward pass.
+            start: values of the adapter that the run started from; None for the base model.
         """
 
     def prepare_step(

@@ -15,6 +15,7 @@ With an encoder, which is then called a cross-encoder, s is the logit of a head 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -28,6 +29,7 @@ from backhand.data.stored_examples import StoredExamples
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import BoundModel, Trainable
 from backhand.errors import CheckError, DataError, not_none
+from backhand.loop.distillation import computing_with
 from backhand.loop.objectives.head import HeadLoss, HeadObjective, head_logits
 from backhand.loop.objectives.objective import AnswerObjective, Documents, RowLosses, document_sums, means
 from backhand.loop.ranking_scores import RankingScores, score_rankings
@@ -125,20 +127,18 @@ class RankObjective(AnswerObjective):
         """Return the losses unchanged, and the scores of held-out rows. Raises as `RankingLoss.evaluated`."""
         return losses, self.loss.evaluated(rows, scores_of(sums))
 
-    def held_out_scores(self, bound: BoundModel, micro_batch_rows: int) -> dict[str, Any]:
-        """Return the fields of summary.json on these rows, of the base model and of the adapted one.
+    def held_out_scores(self, bound: BoundModel, micro_batch_rows: int, start: Tensor | None = None) -> dict[str, Any]:
+        """Return the fields of summary.json on these rows, before the run and of the adapted model.
 
         Args:
             bound: the model with the adapter to measure, which is attached again afterwards.
             micro_batch_rows: number of rows per forward pass.
+            start: values of the adapter that the run started from; None for the base model.
         """
         every, scores = range(len(self.packer.examples)), {}
         for name in ("base", "adapted"):
-            if name == "base":
-                bound.model.detach()
-            else:
-                bound.model.attach(bound.lora)
-            sums = not_none(document_sums(bound.model, self.packer, every, micro_batch_rows, Communicator()))
+            with computing_with(bound.model, start) if name == "base" else nullcontext():
+                sums = not_none(document_sums(bound.model, self.packer, every, micro_batch_rows, Communicator()))
             scores[f"{name}_retrieval"] = self.loss.scored(every, scores_of(sums)).to_json()
         return scores
 
@@ -177,15 +177,13 @@ class CrossEncoderObjective(HeadObjective):
         measured = self.loss.of_scores(self._every, scores).measured
         return {**means([measured]), **self.loss.evaluated(self._every, scores)}
 
-    def held_out_scores(self, bound: BoundModel, micro_batch_rows: int) -> dict[str, Any]:
+    def held_out_scores(self, bound: BoundModel, micro_batch_rows: int, start: Tensor | None = None) -> dict[str, Any]:
         """Return the fields of summary.json, those of the base only if it is a cross-encoder itself."""
         every, scores = self._every, {}
         for name in ("base", "adapted"):
-            if name == "base":
-                bound.model.detach()
-            else:
-                bound.model.attach(bound.lora)
-            if name == "adapted" or self.base_logits(bound.model) is None:
+            with computing_with(bound.model, start) if name == "base" else nullcontext():
+                if name == "base" and start is None and self.base_logits(bound.model) is not None:
+                    continue
                 logits = not_none(head_logits(bound.model, self.packer, micro_batch_rows, Communicator()))
                 scores[f"{name}_retrieval"] = self.loss.scored(every, logits.squeeze(1)).to_json()
         return scores
