@@ -444,6 +444,22 @@ def test_a_run_from_an_adapter_is_compared_with_that_adapter(straight: TrainConf
     assert "start adapter" in page.one("section", id="answers").text
 
 
+def test_a_run_from_an_adapter_takes_its_way_from_a_text_to_a_vector(tiny: TinyRun, tmp_path: Path) -> None:
+    train(config(tiny, tmp_path, tmp_path / "first", pooling="mean", max_steps=1))
+    made = config(tiny, tmp_path, tmp_path / "run", from_adapter=str(tmp_path / "first" / "adapter"), max_steps=1)
+    made = replace(made, objective=ObjectiveOptions("embed"))
+    inputs = plan_run(made, resolve_machine(made)).inputs
+    taken = inputs.config.objective
+    assert (taken.pooling, taken.query_prompt, taken.matryoshka_dims) == ("mean", "what is ", (32,))
+    assert not [note for note in inputs.notes if "goes on with" in note]
+    with pytest.raises(UsageError, match="pooling: 'mean' in the adapter, 'last' given"):
+        train(with_options(made, pooling="last"))
+    other = with_options(made, query_prompt="find ", matryoshka_dims=(16,))
+    notes = "; ".join(plan_run(other, resolve_machine(other)).inputs.notes)
+    assert "--query-prompt 'what is ', and goes on with 'find '" in notes
+    assert "--matryoshka-dims 32, and goes on with 16" in notes
+
+
 def test_a_run_whose_held_out_loss_rose_has_not_helped(straight: TrainConfig) -> None:
     run = read_run(straight.run.output)
     base = {"ndcg@10": 0.2, "intervals": {"ndcg@10": [0.1, 0.3]}}
@@ -802,6 +818,21 @@ def test_vectors_are_written_as_an_array_or_as_json_lines(
         backhand.embed(**model)
     with pytest.raises(UsageError, match="returns the vectors"):
         backhand.embed("list", output="vectors.npy", **model)
+
+
+def test_options_other_than_those_of_the_training_are_noted(
+    straight: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model: dict[str, Any] = {"model": straight.model.model, "adapter": straight.run.output / "adapter"}
+    backhand.embed(TEXTS, **model, dims=32, queries=True, query_prompt="what is ")
+    assert "note" not in capsys.readouterr().err
+    backhand.embed(TEXTS, **model, pooling="mean", dims=20, query_prompt="what is ")
+    said = capsys.readouterr().err
+    assert 'trained with pooling="last", not pooling="mean"' in said
+    assert "query_prompt is not used, because the texts are no queries: give queries" in said
+    assert "trained with matryoshka_dims=32" in said and "cut to 20 numbers" in said
+    backhand.embed(TEXTS, **model, queries=True, document_prompt="")
+    assert "document_prompt is not used" in capsys.readouterr().err
 
 
 def test_a_model_without_a_pooling_is_refused(straight: TrainConfig, texts: Path) -> None:

@@ -43,7 +43,7 @@ from backhand.ops.normalize import normalize_forward
 from backhand.options.command_options import EmbedOptions, EvaluateRunOptions, MineOptions, VectorOptions
 from backhand.printing import counting, say
 from backhand.terminal import console_for_tables, table_of, working
-from backhand.words import count_of, show_notes
+from backhand.words import count_of, shorten, show_notes
 
 _ROWS_AT_ONCE = 1024
 
@@ -90,6 +90,7 @@ class Embedder:
 
         pooling = cast("PoolingName", options.pooling or known["pooling"])
         check_pooling(pooling, causal=loaded.model.decoder.config.causal)
+        show_notes(_other_than_trained(loaded, options))
         context = loaded.model.context_tokens
         return cls(
             loaded,
@@ -138,6 +139,34 @@ class Embedder:
         return normalize_forward(vectors)[0].float()
 
 
+def _other_than_trained(loaded: LoadedModel, options: VectorOptions) -> list[str]:
+    """Return a note for each given option that differs from the training of the adapter."""
+    notes = []
+    for name in ("pooling", "query_prompt", "document_prompt"):
+        value, trained = getattr(options, name), loaded.embedding.get(name)
+        if None not in (value, trained) and value != trained:
+            option = "--" + name.replace("_", "-")
+            notes.append(
+                f"the adapter was trained with {option} {shorten(repr(trained))}, not {option} {shorten(repr(value))}: "
+                f"it did not learn these vectors; leave out {option} for those that it learned"
+            )
+    return notes
+
+
+def _unused(loaded: LoadedModel, options: EmbedOptions) -> list[str]:
+    """Return notes on a prompt that is not used, and on a length for which the adapter was not trained."""
+    run, vectors, notes = options.run, options.vectors, []
+    if vectors.query_prompt is not None and not run.queries:
+        notes.append("--query-prompt is not used, because the texts are no queries: give --queries as well")
+    if vectors.document_prompt is not None and run.queries:
+        notes.append("--document-prompt is not used, because the texts are queries: leave out --queries")
+    lengths = loaded.embedding.get("matryoshka_dims", ())
+    if loaded.embedding and run.dims is not None and run.dims not in lengths:
+        trained = f"with --matryoshka-dims {' '.join(map(str, lengths))}" if lengths else "without --matryoshka-dims"
+        notes.append(f"the adapter was trained {trained}, so vectors cut to {run.dims:,} numbers may rank worse")
+    return notes
+
+
 def embed(options: EmbedOptions) -> Tensor:
     """Return the vectors of the texts of files, (texts, size) float32 of length 1, in the order of the rows.
 
@@ -150,6 +179,7 @@ def embed(options: EmbedOptions) -> Tensor:
     with loaded_model(options.model, run.adapter) as loaded:
         show_notes([*loaded.notes, *loaded.purpose_notes("embed")])
         embedder = Embedder.of(loaded, options.vectors)
+        show_notes(_unused(loaded, options))
         recorded = column_of_texts(loaded.columns, second=not run.queries)
         texts = [row.texts[0] for row in texts_of(options.data, NamedColumns(prompt=run.prompt), "texts", recorded)]
         vectors = embedder.vectors(texts, queries=run.queries)

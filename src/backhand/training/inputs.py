@@ -120,9 +120,12 @@ def read_inputs(
     if has_head and isinstance(engine, DecoderEngine):
         set_outputs(engine, 1)  # The names of the head's modules are needed now, its real size follows from the rows.
     start: StartingAdapter | None = None
+    notes: tuple[str, ...] = ()
     if config.run.from_adapter is not None:
         start = StartingAdapter(config.run.from_adapter, source, model.allow_pickle)
         config = replace(config, adapter=start.config(config.adapter, engine, typed))
+        started, notes = start.objective(config.objective, typed)
+        config = replace(config, objective=started)
     layout = engine.layout(config.adapter)
     objective = with_context_text(config.objective)
     config = replace(config, objective=objective)
@@ -133,7 +136,7 @@ def read_inputs(
         require_head(engine.config)
     text_format = head_format(config, source, engine, layout) if has_head else format_of(config.objective)
     config = replace(config, adapter=in_numbers(config.adapter, [slot.name for slot in layout.slots]))
-    notes = () if start is None else start.check(engine, layout, config.data, force_base=model.force_base)
+    notes += () if start is None else start.check(engine, layout, config.data, force_base=model.force_base)
     notes += peft_notes(source.config.get("model_type"), [slot.name for slot in layout.slots])
     notes += class_notes(source) if has_head else ()
     tokenizer = source.tokenizer()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,11 +22,14 @@ from backhand.loop.step_plan import derived_seed
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.config import TrainConfig
-from backhand.options.objectives import ObjectiveName
+from backhand.options.objectives import ObjectiveName, ObjectiveOptions
 from backhand.training.class_inputs import StartingHead
+from backhand.words import shorten
 
 _OWN_OPTIONS = frozenset({"dropout"})
 """Options of the run itself, on which no value of the adapter depends."""
+_OF_VECTORS = ("pooling", "query_prompt", "document_prompt", "matryoshka_dims")
+"""Options of `embed` that the record of an adapter contains."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,35 @@ class StartingAdapter:
         taken = replace(self.contents.described.config, dropout=given.dropout)
         _check_options(given, taken, engine, self.origin, typed)
         return taken
+
+    def objective(self, given: ObjectiveOptions, typed: frozenset[str]) -> tuple[ObjectiveOptions, tuple[str, ...]]:
+        """Return the options with the adapter's own way from a text to its vector, and notes on what differs from it.
+
+        Raises:
+            UsageError: another pooling is given.
+        """
+        known: Mapping[str, Any] = {} if self.contents.record is None else self.contents.record.embedding
+        if given.objective != "embed" or not known:
+            return given, ()
+        notes, taken = [], {name: value for name in _OF_VECTORS if (value := known.get(name)) is not None}
+        if "matryoshka_dims" in taken:
+            taken["matryoshka_dims"] = tuple(taken["matryoshka_dims"])
+        for name, stored in list(taken.items()):
+            value = getattr(given, name)
+            if (not value and name not in typed) or value == stored:
+                continue
+            if name == "pooling":
+                raise UsageError(
+                    f"{self.origin} differs from the options given: "
+                    f"pooling: {stored!r} in the adapter, {value!r} given",
+                    where="from_adapter",
+                    why="its vectors are those of its own pooling",
+                    next_step="leave out pooling, or leave out from_adapter for a fresh adapter",
+                )
+            option = "--" + name.replace("_", "-")
+            notes.append(f"the adapter was trained with {option} {_shown(stored)}, and goes on with {_shown(value)}")
+            taken[name] = value
+        return dataclasses.replace(given, **taken), tuple(notes)
 
     def check(
         self, engine: Engine, layout: AdapterLayout, template: TemplateOptions, *, force_base: bool
@@ -120,6 +153,12 @@ def _check_options(given: LoRAConfig, taken: LoRAConfig, engine: Engine, origin:
             why="training continues with the adapter's own rank, alpha and modules",
             next_step="leave out these options, or leave out from_adapter for a fresh adapter",
         )
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return shorten(repr(value))
 
 
 def _in_any_order(value: object) -> object:
