@@ -8,6 +8,7 @@ Options are checked as on the command line. An unknown name is answered with the
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -72,7 +73,9 @@ def _options(function: str, kind: type[T], values: Mapping[str, Any], base: T | 
         base.validate()
     fields = {field.name: field for field in option_fields(kind)}
     of_train = {field.name: "backhand.train" for field in option_fields(TrainConfig)}
-    check_names(f"backhand.{function}", values, fields, of_train)
+    parameters = inspect.signature(globals()[function]).parameters.values()
+    by_name = [one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY]
+    check_names(f"backhand.{function}", values, dict.fromkeys((*fields, *by_name)), of_train)
     parsed = {
         name: parse(value) if isinstance(value, str) and (parse := fields[name].parse) else value
         for name, value in values.items()
