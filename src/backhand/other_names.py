@@ -61,7 +61,8 @@ def translate_option(
         return None
     begins = text.startswith("`")
     if known is not None and begins and text.split("`")[1] not in known:
-        return None
+        last = text.split("`")[-2]  # the option of other commands, if the answer ends with it
+        return f"{HERE}{shown(last)}" if text.endswith(f"`{last}`") and last in known else None
     said = re.sub(r"`(\w+)`", lambda match: shown(match[1]), text)
     return f"{HERE}{said}" if begins else said
 

@@ -43,6 +43,7 @@ def test_a_trials_values_are_in_the_configuration_with_their_own_types() -> None
         (["learning_rat=1e-4:1e-3"], "did you mean learning_rate?"),
         (["max_length=64,128"], "others decide which losses are compared"),
         (["learning_rate=1e-3:1e-4"], "not a range of learning_rate"),
+        (["learning_rate=1e-3:1e-4:log"], "the first number is the larger one\n  next: write 1e-4:1e-3:log"),
         (["learning_rate=0:1e-3:log"], "starts above 0"),
         (["rank=8,many"], "expected a whole number"),
         (["rank=8", "rank=16"], "given twice"),

@@ -217,6 +217,9 @@ def test_the_context_is_a_file_or_a_text(tmp_path: Path) -> None:
     assert context_text("Answer in one word.") == "Answer in one word."
     with pytest.raises(UsageError, match="neither a readable file nor a text"):
         context_text("style.txt")
+    with pytest.raises(UsageError) as misspelled:
+        context_text(str(tmp_path / "stlye.txt"))
+    assert misspelled.value.next_step == f"did you mean {file}?"
     file.write_text(" \n")
     with pytest.raises(UsageError, match="empty"):
         context_text(str(file))

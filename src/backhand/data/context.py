@@ -50,15 +50,26 @@ def read_context(path: Path) -> str:
     try:
         text = read_plain(path, MAX_SETTINGS_BYTES).decode("utf-8").strip()
     except (OSError, ValueError) as error:
+        near = nearest_names(path.name, _files_next_to(path), count=1, cutoff=0.7)
         raise UsageError(
             f"{shorten(str(path))!r} is neither a readable file nor a text of several words",
             where="context",
             why=str(error),
-            next_step="name a file in UTF-8, or give the prompt itself",
+            next_step=f"did you mean {path.parent / near[0]}?"
+            if near
+            else "name a file in UTF-8, or give the prompt itself",
         ) from None
     if not text:
         raise UsageError("the file is empty", where=f"context, {path}", next_step="write the prompt into it")
     return f"{text}\n"
+
+
+def _files_next_to(path: Path) -> list[str]:
+    """Return the names of the other files in the folder of a path, or [] if it cannot be read."""
+    try:
+        return sorted(file.name for file in path.parent.iterdir() if file != path)
+    except (OSError, ValueError):
+        return []
 
 
 def _is_file(context: str) -> bool:

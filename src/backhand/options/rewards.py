@@ -16,7 +16,7 @@ import regex
 
 from backhand.bounds import Also, Bound, Check, Count, Options, Positive
 from backhand.errors import UsageError
-from backhand.words import name_list, shorten
+from backhand.words import name_list, nearest_names, shorten
 
 NO_PROCESS = 75
 """Exit code of the functions' process where the system does not start the one that ends it with its parent."""
@@ -61,6 +61,7 @@ def check_name(where: str, name: object) -> None:
     found = parse_name(name)
     problem = why = None
     near: list[str] = []
+    closest: list[str] = []
     if found.kind in WITH_ARGUMENT and not found.place:
         problem = f"{name} needs an argument after a colon"
     elif found.kind in PLAIN and ":" in name:
@@ -78,7 +79,9 @@ def check_name(where: str, name: object) -> None:
             problem, why = f"{shorten(found.place)!r} is not a regular expression", str(error)
     elif found.kind in ("file", "json") and not Path(found.place).is_file():
         problem, place = f"there is no file {found.place}", Path(found.place)
-        near = sorted(map(str, place.parent.glob(f"*{place.suffix}"))) if place.suffix else []
+        files = sorted(file.name for file in place.parent.glob(f"*{place.suffix}")) if place.suffix else []
+        closest = nearest_names(place.name, files, count=1, cutoff=0.7)
+        near = [str(place.parent / file) for file in closest or files]
     elif found.kind in ("file", "module") and not (found.place and found.function.isidentifier()):
         problem = f"{name!r} is neither a built-in reward nor of the form MODULE:FUNCTION or FILE.py:FUNCTION"
     if problem is not None:
@@ -86,7 +89,9 @@ def check_name(where: str, name: object) -> None:
             problem,
             where=where,
             why=why,
-            next_step=f"the files there are {name_list(near)}"
+            next_step=f"did you mean {near[0]}?"
+            if closest
+            else f"the files there are {name_list(near)}"
             if near
             else "built in are exact, number, regex:PATTERN, json:SCHEMA.json, length:TOKENS, reasoning_gym:TASK",
         )

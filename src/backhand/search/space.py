@@ -153,6 +153,8 @@ def _dimension(word: str) -> Dimension:
         log, whole = matched[3] is not None, int in kinds and float not in kinds
         if not low < high < math.inf or (log and low <= 0) or not kinds & {int, float}:
             why, how = "a logarithmic range starts above 0" if log and low <= 0 else None, "write LOW:HIGH, or A,B,C"
+            if -math.inf < high < low < math.inf:
+                why, how = "the first number is the larger one", f"write {matched[2]}:{matched[1]}{matched[3] or ''}"
             raise UsageError(f"{text!r} is not a range of {name}", where="over", why=why, next_step=how)
         dimension = Dimension(name, part, low=low, high=high, log=log, whole=whole)
     for value in dimension.ends:
