@@ -264,6 +264,8 @@ def test_values_of_numpy_and_pandas_are_python_s() -> None:
         (lambda: backhand.train(data=ROWS, callback=print), "next: did you mean callbacks?"),
         (lambda: backhand.train(data=ROWS, callbak=print), "next: did you mean callbacks?"),
         (lambda: backhand.decide("a", adapter="b", state_s=["c"]), "next: did you mean state"),
+        (lambda: backhand.embed("a", batch_size=4), "next: here it is micro_batch_rows"),
+        (lambda: backhand.embed("a", gradient_accumulation_steps=4), "here it is batch_rows in backhand.train"),
         (lambda: backhand.rank("a", ["b"], top=1), "top: backhand.rank returns the scores of all documents"),
         (lambda: backhand.rank("a", ["b"], output="o"), "backhand.rank returns the scores\n  next: leave output out"),
         (lambda: backhand.decide("a", adapter="b", output="o"), "backhand.decide returns the answers"),
@@ -276,9 +278,12 @@ def test_wrong_names_are_answered_with_the_right_ones(call: Callable[[], object]
 
 
 def test_a_missing_file_of_rewards_is_answered_with_the_files_there(tmp_path: Path) -> None:
-    (tmp_path / "rw.py").touch()
-    with pytest.raises(UsageError, match=r"there is no file .*rv.py\n  next: the files there are .*rw.py$"):
-        backhand.train(data=ROWS, objective="grpo", reward=f"{tmp_path / 'rv.py'}:synopsis")
+    for name in ("reward.py", "a1.py", "a2.py"):
+        (tmp_path / name).touch()
+    with pytest.raises(UsageError, match=r"there is no file .*rewards.py\n  next: did you mean .*reward.py\?$"):
+        backhand.train(data=ROWS, objective="grpo", reward=f"{tmp_path / 'rewards.py'}:synopsis")
+    with pytest.raises(UsageError, match=r"there is no file .*xyz.py\n  next: the files there are .*a1.py, .*a2.py"):
+        backhand.train(data=ROWS, objective="grpo", reward=f"{tmp_path / 'xyz.py'}:synopsis")
     (tmp_path / "a.file").touch()
     with pytest.raises(UsageError, match=r"neither a built-in reward nor .*\n  next: built in are exact"):
         backhand.train(data=ROWS, objective="grpo", reward=f"{tmp_path}/no file.file:1")
@@ -519,6 +524,18 @@ def test_verifying_a_run_on_rows_in_memory_names_the_command_that_works(
     rows = run / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     assert main(["verify", "--run", str(run), "--data", str(rows), "--max-tokens", "32"]) == 0
+
+
+def test_prompts_for_a_baked_adapter_are_answered_by_its_teacher(trained: Any, tiny: TinyRun, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(trained.adapter, adapter)
+    record = json.loads((adapter / "backhand.json").read_text())
+    record["config"]["objective.objective"] = "bake"
+    (adapter / "backhand.json").write_text(json.dumps(record))
+    with pytest.raises(DataError) as refused:
+        backhand.evaluate(data=[{"prompt": "the user asks"}], adapter=adapter, model=tiny.model)
+    said = str(refused.value.next_step)
+    assert said.endswith("base model first: backhand.generate(data=…, context=CONTEXT, as_rows=True)")
 
 
 def test_merge_returns_the_path(trained: Any, tiny: TinyRun, tmp_path: Path) -> None:

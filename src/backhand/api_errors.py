@@ -44,6 +44,8 @@ _LIST_STARTS = (": ", "- ")
 """Text in front of options that says nothing of them. It may be missing."""
 _ROWS = ("data", "eval_data")
 """Options that take rows."""
+_ROWS_MEANT = " (a path, a list of dicts or a data frame)"
+"""Explanation of rows. A call in a sentence leaves it out."""
 _HINTS: dict[str, dict[str, Any]] = {}
 """The type of each option by its name with dashes, by function."""
 
@@ -164,9 +166,11 @@ def in_python(text: str, hints: dict[str, Any]) -> str:
         arguments, after = _arguments(text, start, _HINTS[command] if command else hints)
         written = ", ".join(arguments)
         if command:
+            written = written.replace(_ROWS_MEANT, "")
             if text.startswith(" --", after):
                 return text  # the function has no such option
-            written = f"backhand.{command}(…, {written})" if arguments else f"backhand.{command}"
+            others = "" if written.startswith("data=…") else "…, "
+            written = f"backhand.{command}({others}{written})" if arguments else f"backhand.{command}"
         if written:
             pieces += [text[end : match.start()], written]
             end = after
@@ -203,7 +207,7 @@ def _value(name: str, hint: Any, word: re.Match[str] | None, *, typed: bool) -> 
     if text in _CONJUNCTIONS:
         return "", 0
     if name in _ROWS and text == "FILE":
-        return "=… (a path, a list of dicts or a data frame)", word.end()
+        return f"=…{_ROWS_MEANT}", word.end()
     if _PLACEHOLDER.fullmatch(text):
         return f"={text}", word.end()
     quoted = text[0] == "$" or "'" in text

@@ -135,6 +135,11 @@ def evaluation_rows(data: DataOptions, loaded: LoadedModel, run: EvaluateRunOpti
     except DataError as error:
         if loaded.objective == "grpo":
             error.next_step = "rows of prompts only: measure the model's own answers with --reward FILE.py:FUNCTION"
+        elif loaded.objective == "bake" and error.next_step and "--as-rows" in error.next_step:
+            error.next_step = (
+                "add a column with the right answers and name it (--completion COLUMN), or write the teacher's answers "
+                "with the base model first: backhand generate --data FILE --context CONTEXT --as-rows"
+            )
         raise
     prompts = tuple(prompt for prompt in all_prompts if prompt.reply is not None)
     vocab_size = loaded.model.vocab_size
