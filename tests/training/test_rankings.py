@@ -28,6 +28,7 @@ from backhand.data.packing import RowPacker
 from backhand.data.prepare import prepare
 from backhand.data.ranking_examples import SYSTEM, RankingEncoder, RankingFormat
 from backhand.data.rows import RankedTexts, RankingRow
+from backhand.engines.machine import resolve_machine
 from backhand.errors import ArtifactError, CheckError, DataError, UsageError
 from backhand.interop.command import export_command
 from backhand.interop.options import ExportOptions
@@ -40,10 +41,12 @@ from backhand.nn.loading import open_model
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions, RankOptions, RankRunOptions
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
+from backhand.report.headline import verdict
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
 from backhand.training.console import closing_lines
+from backhand.training.plan import plan_run
 from backhand.training.run import train
 from backhand.verify.command import prove_run
 from backhand.verify.report import MODEL
@@ -278,9 +281,9 @@ def test_lint_finds_relevant_negatives_and_documents_given_twice(tmp_path: Path)
     report, _ = lint(DataOptions(data=(str(path),)), answering_tokenizer(), purpose="rankings")
     found = {finding.kind: finding.where for finding in report.findings}
     assert found == {"twice": (f"{path}:1",), "relevant_negative": (f"{path}:2",)}
-    path.write_text(json.dumps({"query": "q", "positive": "a"}) + "\n")
+    path.write_text("".join(json.dumps({"query": "q", "positive": text}) + "\n" for text in "abc"))
     report, _ = lint(DataOptions(data=(str(path),)), answering_tokenizer(), purpose="rankings")
-    assert [finding.kind for finding in report.findings] == ["one_score"]
+    assert [(finding.kind, finding.count) for finding in report.findings] == [("one_score", 3)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -408,6 +411,21 @@ def test_a_run_learns_and_shows_its_scores(straight: TrainConfig) -> None:
     assert "Not recorded" not in page.one("section", id="answers").text
     assert {"retrieval", "relevance"} <= set(page.charts)
     assert "Rankings of held-out rows" in page.one("section", id="answers").text
+
+
+def test_rows_that_rank_nothing_are_noted_and_have_no_scores(straight: TrainConfig, tmp_path: Path) -> None:
+    """Spearman's correlation with equal targets was 0.000, and the fall of the loss was called help."""
+    for name in ("rows", "held_out"):
+        rows = [{"query": f"asks {name} {n}", "positive": f"answer {n}"} for n in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"data": (str(tmp_path / "rows.jsonl"),), "eval_data": (str(tmp_path / "held_out.jsonl"),)}
+    made = with_options(straight, **given, output=tmp_path / "run", max_steps=2, prove_resume=None)
+    assert "there is nothing to rank" in "".join(plan_run(made, resolve_machine(made)).inputs.notes)
+    summary = train(made)
+    assert summary.adapted_retrieval is not None and not summary.adapted_retrieval["intervals"]
+    assert "Held-out rows: no score, since all documents are equally relevant." in closing_lines(summary)
+    assert verdict(read_run(tmp_path / "run")) == "unclear"
+    assert b"nothing to rank" in run_page(read_run(tmp_path / "run"))
 
 
 def test_a_stopped_run_ends_in_the_same_bits(straight: TrainConfig, tmp_path: Path) -> None:

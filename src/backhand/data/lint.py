@@ -142,7 +142,7 @@ CHECKS = {
     ),
     "one_score": Check(
         "one score for all documents",
-        "of rows in which all documents have the same score: there is nothing to rank",
+        "whose documents have the same score as all others: there is nothing to rank",
         "add negatives (backhand mine finds them)",
         form="rankings",
     ),

@@ -28,10 +28,14 @@ def problems_of_rankings(examples: Iterable[Example]) -> list[tuple[Any, ...]]:
         )
     ]
     twice = [source for source, row in rows if len({*row.documents}) < len(row.documents)]
-    targets = {target for _, row in rows for target in row.targets}
     return [
         ("relevant_negative", wrong),
         ("twice", twice),
-        ("one_score", [rows[0][0]] if len(targets) == 1 else []),
+        ("one_score", [source for source, _ in rows] if have_one_target(row for _, row in rows) else []),
         ("duplicate", repeated),
     ]
+
+
+def have_one_target(rows: Iterable[RankedTexts]) -> bool:
+    """Return True if all documents of all rows have the same target, so that no order of them is wrong."""
+    return len({target for row in rows for target in row.targets}) == 1

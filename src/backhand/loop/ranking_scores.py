@@ -6,7 +6,8 @@
 A document is relevant if its target is above 0. The documents of all rows with the same query are ranked together, and
 a query counts if its documents differ in their targets. Documents with equal scores have the order that is worst. These
 are the definitions of CrossEncoderRerankingEvaluator of sentence-transformers, which ranks ties as they come. Where no
-query counts, the score is Spearman's correlation of scores and targets over all documents.
+query counts, the score is Spearman's correlation of scores and targets over all documents. Where all targets are equal,
+there is no score.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from backhand.loop.retrieval_scores import DEPTH, Floats, resampled_mean, resamp
 class RankingScores:
     """Scores of one model on the same rows."""
 
-    values: dict[str, float]  # by name: mrr@10 and ndcg@10, or spearman
+    values: dict[str, float]  # by name: mrr@10 and ndcg@10, or spearman; empty if all targets are equal
     intervals: dict[str, tuple[float, float]]  # of each value, 95 % of the values of resampled queries
     queries: int  # number of queries that count, or of pairs of a query and a document
     candidates: float  # mean number of documents of a query; 0 for pairs
@@ -57,6 +58,8 @@ def score_rankings(rows: Sequence[RankedTexts], scores: Sequence[float]) -> Rank
     several = [one for one in pairs if len(one) > 1] or [every]
     spread = float(np.mean([np.ptp(one[:, 0]) for one in several]))
     counted = [one for one in pairs if np.ptp(one[:, 1]) > 0]
+    if not np.ptp(every[:, 1]):
+        return RankingScores({}, {}, len(every), 0, spread)
     if not counted:
         value, interval = spearman(*every.T), resampled_spearman(*every.T)
         return RankingScores({"spearman": value}, {"spearman": interval}, len(every), 0, spread)

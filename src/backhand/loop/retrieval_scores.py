@@ -99,6 +99,8 @@ def scores_text(scores: Mapping[str, Any], base: Mapping[str, Any] | None = None
     Args:
         base: the scores of the base model, which come first; None without them.
     """
+    if not scores["intervals"]:
+        return "no score, since all documents are equally relevant"
     parts: list[str] = []
     for name, shown in SCORE_NAMES.items():
         if name in scores:

@@ -91,7 +91,9 @@ def _ranking_verdict(run: RunRecord) -> LabelVerdict | None:
     It is clear only if the score of each model is outside the interval of the other one.
     """
     scores = ranking_scores(run)
-    if scores is None or not scores[1]:
+    if scores is None:
+        return "unclear" if run.summary.get("adapted_retrieval") else None  # there is nothing to rank
+    if not scores[1]:
         return None
     name, *models = scores
     (before, low, high), (after, new_low, new_high) = ((one[name], *one["intervals"][name]) for one in models)

@@ -7,8 +7,9 @@ from typing import cast
 
 from backhand.data.embedding_examples import EmbeddingFormat
 from backhand.data.ranking_examples import RankingFormat
+from backhand.data.ranking_lint import have_one_target
 from backhand.data.row_encoder import TextFormat
-from backhand.data.rows import PoolingName, TextIdentities
+from backhand.data.rows import PoolingName, RankedTexts, TextIdentities
 from backhand.data.stored_examples import PreparedData
 from backhand.engines.decoder_engine import DecoderEngine, with_hidden_states
 from backhand.engines.engine import Engine
@@ -69,6 +70,14 @@ def check_positions(engine: Engine, longest: int) -> None:
             where="max_length",
             next_step=f"give --max-length {positions} or lower",
         )
+
+
+def ranking_notes(train: PreparedData) -> tuple[str, ...]:
+    """Return a note if the rows rank nothing."""
+    if not have_one_target(train.examples.facts(RankedTexts)):
+        return ()
+    what = "all documents of the rows have the same score, so there is nothing to rank"
+    return (f"{what}: a model that says yes to everything has a loss of 0. Add negatives (backhand mine finds them)",)
 
 
 def format_of(options: ObjectiveOptions) -> TextFormat | None:

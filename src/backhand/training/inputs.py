@@ -49,7 +49,7 @@ from backhand.training.class_inputs import (
     with_labels,
 )
 from backhand.training.contexts import count_contexts, with_context_text
-from backhand.training.embedding_inputs import check_positions, format_of, with_loss, with_pooling
+from backhand.training.embedding_inputs import check_positions, format_of, ranking_notes, with_loss, with_pooling
 from backhand.training.starting_adapter import StartingAdapter
 from backhand.words import name_list
 
@@ -149,6 +149,8 @@ def read_inputs(
         purpose = config.objective.purpose
         if purpose in ("embeddings", "rankings"):
             config = replace(config, objective=with_loss(config.objective, train, held_out))
+        if purpose == "rankings":
+            notes = (*notes, *ranking_notes(train))
         head = None
         if has_head and start is not None and isinstance(engine, DecoderEngine):
             head = start.head(engine, objective.objective)
