@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+import backhand
+from backhand.cli.main import main
 from backhand.data.options import DataOptions
 from backhand.generation.loading import LoadedModel, loaded_model
-from backhand.loop.evaluate import EvaluationRows, evaluate, evaluation_rows
+from backhand.loop.evaluate import Evaluation, EvaluationRows, evaluate, evaluation_rows
 from backhand.nn.model_options import BaseModelOptions
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.config import ModelOptions
@@ -80,3 +82,25 @@ def test_the_command_says_it_with_its_results(
     )
     assert evaluate(options).rows == 1
     assert "note: 1 malformed row left out, the first: " in capsys.readouterr().err
+
+
+def test_the_change_of_the_loss_has_a_paired_interval(
+    model_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row("the user", "a number " * count) for count in (1, 3, 2, 4)]
+    trained = {"model": str(model_directory), "dtype": "float32", "output": tmp_path / "run", "answers": 0}
+    backhand.train(data=rows, **trained, eval_fraction=0, max_steps=3, learning_rate=3e-3, warmup_steps=0)
+    given = ["--model", str(model_directory), "--adapter", str(tmp_path / "run" / "adapter"), "--max-new-tokens", "2"]
+    path = written(tmp_path / "rows.jsonl", *rows)
+    capsys.readouterr()
+    assert main(["evaluate", *given, "--data", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "row_losses" not in found["base"]
+    change, (low, high) = found["loss_change"], found["loss_change_interval"]
+    assert change == pytest.approx(found["adapted"]["loss"] - found["base"]["loss"]) and low < change < high
+    assert main(["evaluate", *given, "--data", str(path)]) == 0
+    unclear = ": too few rows" if low <= 0 <= high else ""
+    words = f"loss changed by {change:+.4f} nats per token (95 % interval {low:+.4f} to {high:+.4f}){unclear}"
+    assert words in capsys.readouterr().out
+    one = backhand.evaluate(data=rows[:1], model=str(model_directory), adapter=tmp_path / "run" / "adapter")
+    assert isinstance(one, Evaluation) and one.loss_change is None, "one row has no interval"

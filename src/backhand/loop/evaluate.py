@@ -65,7 +65,16 @@ from backhand.options.objectives import ObjectiveOptions
 from backhand.printing import counting
 from backhand.runs.label_results import constant_answer, verdict_words
 from backhand.terminal import console_for_tables, table_of, working
-from backhand.words import capitalized, count_of, interval_text, name_list, share_interval, shorten, show_notes
+from backhand.words import (
+    capitalized,
+    count_of,
+    interval_text,
+    mean_interval,
+    name_list,
+    share_interval,
+    shorten,
+    show_notes,
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,8 @@ class Score:
     # None unless the adapter has a classification head. The loss is then the mean loss of a row, and base is the best
     # constant answer
     classes: ClassScores | None = None
+    # nats and number of supervised tokens of each row, by its place; empty if the loss is not that of tokens
+    row_losses: dict[str, tuple[float, int]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -99,10 +110,28 @@ class Evaluation:
     base: Score
     adapted: Score | None = None  # None without an adapter
 
+    @property
+    def loss_change(self) -> tuple[float, float, float] | None:
+        """Change of the loss by the adapter and the ends of its 95 % interval; None if not measured on several rows.
+
+        The loss is a mean of tokens, and rows are the independent samples. The interval is that of a ratio: the change
+        of a row's nats, less its tokens times the mean change.
+        """
+        if self.adapted is None or len(self.base.row_losses) < 2:
+            return None
+        pairs = [(self.base.row_losses[place], after) for place, after in self.adapted.row_losses.items()]
+        mean = self.adapted.loss - self.base.loss
+        per_row = self.base.supervised_tokens / len(pairs)
+        changes = [nats - before - tokens * mean for (before, _), (nats, tokens) in pairs]
+        return mean_interval([mean + change / per_row for change in changes])
+
     def as_dict(self) -> dict[str, Any]:
         """Return what `evaluate --json` prints, without labels, pairs, decisions and rankings if there are none."""
         values = asdict(self)
+        if self.loss_change is not None:
+            values["loss_change"], *values["loss_change_interval"] = self.loss_change
         for scores in filter(None, (values["base"], values["adapted"])):
+            del scores["row_losses"]
             for name in ("labels", "pairs", "decisions", "retrieval", "classes"):
                 if scores[name] is None:
                     del scores[name]
@@ -245,7 +274,8 @@ def score(
     """
     loaded.model.use_adapter(adapter)
     who = "adapted model" if adapter else "base model"
-    nats, certain = _losses(loaded, rows, run.max_new_tokens, who)
+    row_losses, certain = _losses(loaded, rows, run.max_new_tokens, who)
+    nats = math.fsum(of_row for of_row, _ in row_losses.values()) / rows.held_out.supervised_tokens
     if not math.isfinite(nats):
         raise CheckError(
             f"the loss of the {who} on these rows is {nats}",
@@ -263,7 +293,10 @@ def score(
             right = sum(certain) + exact_matches(loaded, open_prompts, run.max_new_tokens, answered, who)
             exact_match = right / len(rows.prompts)
     interval = None if exact_match is None else share_interval(exact_match, len(rows.prompts))
-    return Score(nats, _perplexity(nats), exact_match, rows.held_out.supervised_tokens, labels, interval)
+    return Score(
+        *(nats, _perplexity(nats), exact_match, rows.held_out.supervised_tokens, labels, interval),
+        row_losses=row_losses,
+    )
 
 
 _EXTRA_TOKENS = 8
@@ -302,13 +335,13 @@ def _judged(
     return sum(one == reply for one, reply in zip(free, right, strict=True)) / len(right), score
 
 
-def _losses(loaded: LoadedModel, rows: EvaluationRows, max_new_tokens: int, who: str) -> tuple[float, list[bool]]:
-    """Return the mean nats per supervised token and, per prompt, whether greedy decoding certainly gives its reply."""
-    nats = 0.0
+def _losses(
+    loaded: LoadedModel, rows: EvaluationRows, max_new_tokens: int, who: str
+) -> tuple[dict[str, tuple[float, int]], list[bool]]:
+    """Return `Score.row_losses` and, per prompt, whether greedy decoding certainly gives its reply."""
     by_source = defaultdict[str, list[tuple[Example, Tensor]]](list)
     with counting(f"{who}: losses", rows.rows) as done:
         for example, losses in rows.held_out.token_losses(loaded.model):
-            nats += float(losses.sum(dtype=torch.float64))
             if example.source not in by_source:
                 done()
             by_source[example.source].append((example, losses))
@@ -319,7 +352,11 @@ def _losses(loaded: LoadedModel, rows: EvaluationRows, max_new_tokens: int, who:
         stop_ids=loaded.stop_ids,
         max_new_tokens=max_new_tokens,
     )
-    return nats / rows.held_out.supervised_tokens, certain
+    row_losses = {}
+    for source, documents in by_source.items():
+        of_row = [losses for _, losses in documents]
+        row_losses[source] = float(sum(one.sum(dtype=torch.float64) for one in of_row)), sum(map(len, of_row))
+    return row_losses, certain
 
 
 def _text(loaded: LoadedModel, ids: Sequence[int]) -> str:
@@ -450,6 +487,12 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | RewardEvaluation 
         known = [f"{what} {interval_text(share, result.rows)}" for what, share in shares.items() if share is not None]
         if known:
             console_for_tables().print(f"{name}: {', '.join(known)}", soft_wrap=True)
+    if (change := result.loss_change) is not None:
+        mean, low, high = change
+        unclear = ": too few rows to tell the change from chance" if low <= 0 <= high else ""
+        words = f"loss changed by {mean:+.4f} nats per token (95 % interval {low:+.4f} to {high:+.4f}){unclear}"
+        words = words if any(change) else "the loss of no row changed"
+        console_for_tables().print(words, soft_wrap=True)
     name, last = measured[-1]
     if last.labels:
         print_labels(name, last.labels)
