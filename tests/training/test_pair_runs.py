@@ -29,6 +29,7 @@ from backhand.training.console import closing_lines
 from backhand.training.run import train
 from backhand.verify.model_gradients import GradientProofs
 from backhand.verify.model_setup import load_setup
+from backhand.words import interval_text, share_interval
 from support.kept_runs import config_of
 from support.page import Page
 from support.ranks import bits_of_several, start_ranks
@@ -402,6 +403,17 @@ def test_evaluate_tells_rewards_against_the_base(
         assert found["adapted"]["pairs"][name] == pytest.approx(last[f"eval_{name}"], rel=1e-3, abs=1e-4), name
     reference = json.loads((straight.run.output / "reference.json").read_text())["held_out"]
     assert found["base"]["pairs"]["logps/chosen"] == pytest.approx(sum(reference[::2]) / 4, rel=1e-4)
+    after, low_high = found["adapted"]["pairs"], found["adapted"]["pairs_interval"]
+    assert low_high == list(share_interval(after["rewards/accuracies"], 4)) and "pairs_interval" not in found["base"]
+    evaluate_command(replace(options, run=replace(options.run, json=False)))
+    printed = capsys.readouterr().out
+    change = after["logps/chosen"] - found["base"]["pairs"]["logps/chosen"]
+    words = f"The log-probability of chosen answers {'rose' if change > 0 else 'fell'} by {abs(change):.3g} nats per"
+    right = round(4 * after["rewards/accuracies"])
+    assert f"{right} of 4 held-out pairs are ordered rightly ({interval_text(right / 4, 4)})" in printed
+    assert words in printed and "rewards/chosen" not in printed
+    evaluate_command(replace(options, run=replace(options.run, json=False, adapter=None)))
+    assert f"of chosen answers is {found['base']['pairs']['logps/chosen']:.3f} nats" in capsys.readouterr().out
 
 
 def test_verify_proves_the_loss_of_pairs(tiny: TinyRun, rows: dict[str, Path]) -> None:

@@ -64,6 +64,7 @@ from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.objectives import ObjectiveOptions
 from backhand.printing import counting
 from backhand.runs.label_results import constant_answer, verdict_words
+from backhand.runs.pair_results import pair_clauses
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import (
     capitalized,
@@ -90,6 +91,7 @@ class Score:
     # None if the rows are no pairs. Otherwise the mean log-probabilities of the chosen and rejected answers and, for an
     # adapted model, the rewards relative to the base. The keys are TRL's names.
     pairs: dict[str, float] | None = None
+    pairs_interval: tuple[float, float] | None = None  # 95 % interval of the share of pairs that are ordered rightly
     # by question; None unless the adapter decides. The loss is then the mean loss of an answer
     decisions: dict[str, DecisionScore] | None = None
     # scores of rankings, see `loop.ranking_scores`; None for other rows, and for an encoder without a score head. The
@@ -132,7 +134,7 @@ class Evaluation:
             values["loss_change"], *values["loss_change_interval"] = self.loss_change
         for scores in filter(None, (values["base"], values["adapted"])):
             del scores["row_losses"]
-            for name in ("labels", "pairs", "decisions", "retrieval", "classes"):
+            for name in ("labels", "pairs", "pairs_interval", "decisions", "retrieval", "classes"):
                 if scores[name] is None:
                     del scores[name]
         return values
@@ -255,7 +257,8 @@ def compared(
         objective = PairObjective(packer, sums if reference is None else reference, options=ObjectiveOptions("dpo"))
         measured = means([objective.of_sums(every, sums).measured])
         shown = {name: value for name, value in measured.items() if number or name.startswith("logps/")}
-        with_pairs.append(replace(one, pairs=shown))
+        interval = share_interval(shown["rewards/accuracies"], len(rows.pairs)) if number else None
+        with_pairs.append(replace(one, pairs=shown, pairs_interval=interval))
         reference = sums if reference is None else reference
     return with_pairs
 
@@ -502,11 +505,20 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | RewardEvaluation 
             line += f": {verdict_words(before.accuracy, last.labels.accuracy, last.labels.majority, result.rows)}"
         console_for_tables().print(capitalized(line), soft_wrap=True)
     for name, one in measured:
-        if one.pairs is not None:
-            values_text = ", ".join(f"{key} {value:.4g}" for key, value in one.pairs.items())
-            console_for_tables().print(f"pairs, {name}: {values_text}", soft_wrap=True)
+        for clause in _pair_clauses(result) if one is last and one.pairs else ():
+            console_for_tables().print(capitalized(clause), soft_wrap=True)
         if one.retrieval is not None:
             console_for_tables().print(f"{name}: {scores_text(one.retrieval)}", soft_wrap=True)
         if one.decisions is not None:
             print_decisions(name, one.decisions)
     return result
+
+
+def _pair_clauses(result: Evaluation) -> list[str]:
+    """Return clauses about the pairs, in the words of the end of a run; without an adapter, only probabilities."""
+    before, after = not_none(result.base.pairs), result.adapted and result.adapted.pairs
+    if not after:
+        chosen, rejected = (f"{before[f'logps/{side}']:.3f}" for side in ("chosen", "rejected"))
+        return [f"the log-probability of chosen answers is {chosen} nats per answer, that of rejected ones {rejected}"]
+    figures = after | {f"{name}_before": value for name, value in before.items()}
+    return pair_clauses(figures, result.rows, "dpo", None)
