@@ -264,6 +264,11 @@ def test_values_of_numpy_and_pandas_are_python_s() -> None:
         (lambda: backhand.train(data=ROWS, callback=print), "next: did you mean callbacks?"),
         (lambda: backhand.train(data=ROWS, callbak=print), "next: did you mean callbacks?"),
         (lambda: backhand.decide("a", adapter="b", state_s=["c"]), "next: did you mean state"),
+        (
+            lambda: backhand.train(data=ROWS, context=[{"role": "system"}]),
+            "is not text\n  next: write it as text: json",
+        ),
+        (lambda: backhand.train(data=ROWS, prompt=3), "is not text\n  next: write it as text: str(…)"),
         (lambda: backhand.embed("a", batch_size=4), "next: here it is micro_batch_rows"),
         (lambda: backhand.embed("a", gradient_accumulation_steps=4), "here it is batch_rows in backhand.train"),
         (lambda: backhand.rank("a", ["b"], top=1), "top: backhand.rank returns the scores of all documents"),

@@ -149,7 +149,8 @@ class Convert:
 def check_text(where: str, text: Any) -> None:
     """Raise UsageError unless `text` is a string that can be written as UTF-8."""
     if not isinstance(text, str):
-        raise UsageError(f"{where} {shown(text)} is not text", where=where)
+        how = "json.dumps(…), where JSON is read" if isinstance(text, list | tuple | dict) else "str(…)"
+        raise UsageError(f"{where} {shown(text)} is not text", where=where, next_step=f"write it as text: {how}")
     half = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
     if half is None:
         return
