@@ -41,7 +41,7 @@ from backhand.nn.loading import open_model
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions, RankOptions, RankRunOptions
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
-from backhand.report.headline import verdict
+from backhand.report.headline import headline, verdict
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
@@ -411,6 +411,30 @@ def test_a_run_learns_and_shows_its_scores(straight: TrainConfig) -> None:
     assert "Not recorded" not in page.one("section", id="answers").text
     assert {"retrieval", "relevance"} <= set(page.charts)
     assert "Rankings of held-out rows" in page.one("section", id="answers").text
+
+
+def test_scores_are_compared_with_a_random_order_and_the_base_rate(straight: TrainConfig) -> None:
+    rows = [RankedTexts(n, tuple(range(5)), (1.0, 0.0, 0.0, 0.0, 0.0)) for n in range(4)]
+    draw = np.random.default_rng(0)
+    orders = [score_rankings(rows, draw.normal(size=20).tolist()) for _ in range(500)]
+    chance = orders[0].chance["ndcg@10"]
+    assert chance == pytest.approx(0.590, abs=5e-4)
+    assert np.mean([one.values["ndcg@10"] for one in orders]) == pytest.approx(chance, abs=0.02)
+    summary = read_summary(straight.run.output / "summary.json")
+    assert summary is not None and summary.adapted_retrieval is not None
+    measured = summary.adapted_retrieval["chance"]
+    held_out = [json.loads(line) for line in Path(straight.data.eval_data[0]).read_text().splitlines()]
+    assert held_out and 0 < measured["loss"] < np.log(2)  # that of the score 0
+    shown = "\n".join(closing_lines(summary))
+    assert "in random order" in shown and f"the best equal scores have {measured['loss']:.4f}" in shown
+    run = read_run(straight.run.output)
+    assert "in random order" in headline(run)
+    assert b"In random order" in run_page(run)
+    base = {"ndcg@10": 0.2, "intervals": {"ndcg@10": [0.1, 0.3]}}
+    adapted = {"ndcg@10": 0.55, "intervals": {"ndcg@10": [0.45, 0.65]}, "chance": {"ndcg@10": 0.59}}
+    below = {**run.summary, "base_retrieval": base, "adapted_retrieval": adapted}
+    assert verdict(replace(run, summary=below)) == "unclear"
+    assert verdict(replace(run, summary={**below, "adapted_retrieval": {**adapted, "chance": {}}})) == "helped"
 
 
 def test_rows_that_rank_nothing_are_noted_and_have_no_scores(straight: TrainConfig, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ there is no score.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,11 +31,13 @@ class RankingScores:
     queries: int  # number of queries that count, or of pairs of a query and a document
     candidates: float  # mean number of documents of a query; 0 for pairs
     spread: float  # mean over queries of the largest difference of two scores, in nats
+    # what no order needs: ndcg@10 of a random order, and loss of the best equal scores; empty if not known
+    chance: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the scores as JSON values."""
         intervals = {name: list(interval) for name, interval in self.intervals.items()}
-        counts = {"queries": self.queries, "candidates": self.candidates, "spread": self.spread}
+        counts = {"queries": self.queries, "candidates": self.candidates, "spread": self.spread, "chance": self.chance}
         return {**self.values, **counts, "intervals": intervals}
 
 
@@ -74,6 +76,7 @@ def score_rankings(rows: Sequence[RankedTexts], scores: Sequence[float]) -> Rank
         len(counted),
         sum(map(len, counted)) / len(counted),
         spread,
+        {"ndcg@10": float(np.mean([_random_ndcg(targets) for targets in ranked]))},
     )
 
 
@@ -82,8 +85,16 @@ def _reciprocal_rank(targets: Floats) -> float:
     return 1 / float(relevant[0] + 1) if len(relevant) else 0.0
 
 
+def _random_ndcg(targets: Floats) -> float:
+    """Return the mean of `_ndcg` over all orders: each rank has the mean gain."""
+    gains = targets - min(0.0, float(targets.min()))
+    return _dcg(np.full(len(gains), gains.mean())) / _dcg(-np.sort(-gains))
+
+
+def _dcg(gains: Floats) -> float:
+    return float((gains[:DEPTH] / np.log2(np.arange(min(len(gains), DEPTH)) + 2)).sum())
+
+
 def _ndcg(targets: Floats) -> float:
     gains = targets - min(0.0, float(targets.min()))
-    discounts = 1 / np.log2(np.arange(min(len(gains), DEPTH)) + 2)
-    best = float((-np.sort(-gains)[:DEPTH] * discounts).sum())
-    return float((gains[:DEPTH] * discounts).sum()) / best
+    return _dcg(gains) / _dcg(-np.sort(-gains))

@@ -106,8 +106,10 @@ def scores_text(scores: Mapping[str, Any], base: Mapping[str, Any] | None = None
         if name in scores:
             low, high = scores["intervals"][name]
             before = "" if base is None else f"{base[name]:.3f} → "
+            chance = scores.get("chance", {}).get(name)
+            random = "" if chance is None else f"; {chance:.3f} in random order"
             interval = f"{'' if parts else '95 % interval '}{low:.3f} to {high:.3f}"
-            parts.append(f"{shown} {before}{scores[name]:.3f} ({interval})")
+            parts.append(f"{shown} {before}{scores[name]:.3f} ({interval}{random})")
     of_what = f"{count_of(scores['queries'], 'pair')} with scores"
     if scores["candidates"] and "spread" in scores:
         documents = f"with {scores['candidates']:.1f} documents of different relevance on average"

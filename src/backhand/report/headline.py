@@ -88,16 +88,20 @@ def ranking_scores(run: RunRecord) -> tuple[str, Mapping[str, Any], Mapping[str,
 def _ranking_verdict(run: RunRecord) -> LabelVerdict | None:
     """Return the verdict on rankings, or None without those of the base.
 
-    It is clear only if the score of each model is outside the interval of the other one.
+    It is clear only if the score of each model is outside the interval of the other one. A run has helped only if its
+    score is clearly above that of a random order as well.
     """
     scores = ranking_scores(run)
     if scores is None:
         return "unclear" if run.summary.get("adapted_retrieval") else None  # there is nothing to rank
-    if not scores[1]:
+    name, base, adapted = scores
+    after, (new_low, new_high) = adapted[name], adapted["intervals"][name]
+    chance = adapted.get("chance", {}).get(name)
+    if not base and chance is None:
         return None
-    name, *models = scores
-    (before, low, high), (after, new_low, new_high) = ((one[name], *one["intervals"][name]) for one in models)
-    if before < new_low and high < after:
+    # A base without scores of its own ranks in random order.
+    before, (low, high) = (base[name], base["intervals"][name]) if base else (chance, (chance, chance))
+    if max(before, before if chance is None else chance) < new_low and high < after:
         return "helped"
     return "hurt" if after < low and new_high < before else "unclear"
 
@@ -232,6 +236,8 @@ def _outcome(run: RunRecord) -> str:
             scores = f" (the first is that of equal scores), and {name} is {after[name]:.3f}"
             if before:
                 scores = f", and {name} from {before[name]:.3f} to {after[name]:.3f}"
+            if (chance := after.get("chance", {}).get(name)) is not None:
+                scores += f" ({chance:.3f} in random order)"
         return f"{change} {loss_unit(run.objective)}{scores}{_effect(run)}"
     if run.objective == "classify":
         before, after = (run.summary.get(f"{name}_classes") or {} for name in ("base", "adapted"))

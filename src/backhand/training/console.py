@@ -316,6 +316,8 @@ def _improvement(summary: RunSummary) -> list[str]:
     if start != base:
         reference = constant if summary.trains_head and summary.objective == "classify" else "base model alone"
         alone = f"; the first is that of the adapter it started from, and the {reference} has {sign * base:.4f}"
+    if (equal := (summary.adapted_retrieval or {}).get("chance", {}).get("loss")) is not None:
+        alone += f"; the best equal scores have {equal:.4f}"
     of_rows = f"on {count_of(summary.held_out_rows, 'row')}, {when}{alone}."
     if summary.objective == "grpo":
         lines.append(f"Held-out reward {-start:.4f} → {-best:.4f} {of_rows}")

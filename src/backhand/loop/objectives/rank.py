@@ -14,9 +14,10 @@ With an encoder, which is then called a cross-encoder, s is the logit of a head 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -105,7 +106,17 @@ class RankingLoss:
 
     def scored(self, rows: Sequence[int], scores: Tensor) -> RankingScores:
         """Return retrieval scores of these rows for s of all their documents, (documents,)."""
-        return score_rankings(self.texts(rows), scores.tolist())
+        scored = score_rankings(self.texts(rows), scores.tolist())
+        equal = self.of_scores(rows, torch.full_like(scores, self._base_rate(rows))).losses
+        return replace(scored, chance={**scored.chance, "loss": float(equal.mean())})
+
+    def _base_rate(self, rows: Sequence[int]) -> float:
+        """Return the score of all documents, in nats, that has the lowest loss: the logit of the weighted base rate."""
+        share = sum(sum(one.targets) / len(one.targets) for one in self.texts(rows)) / len(rows)
+        if self.options.ranking_loss != "pointwise":
+            return 0.0  # of lists, all equal scores have the same loss
+        weighted, least = self.options.positive_weight * share, 1e-12
+        return math.log(max(weighted, least) / max(1 - share, least))
 
 
 @dataclass
