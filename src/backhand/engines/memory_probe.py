@@ -28,7 +28,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backhand.engines.engine import ShortModel, Trainable
-from backhand.engines.memory.parts import WIDE_GAPS, ModelSize, StepBytes, estimated_step, fixed_parts, parts_of
+from backhand.engines.memory.parts import (
+    BLOCK_GAPS,
+    WIDE_GAPS,
+    ModelSize,
+    StepBytes,
+    estimated_step,
+    fixed_parts,
+    parts_of,
+)
 from backhand.engines.memory.plan import MARGIN
 from backhand.engines.memory.shapes import StepShape
 from backhand.nn.batch import PackedBatch
@@ -184,7 +192,8 @@ class MeasuredMemory:
     def parts(self, shape: StepShape, recompute: Recompute) -> dict[str, int]:
         """Return the bytes by part. They are estimated if measuring is impossible, or if they cannot fit anyway."""
         key = shape, recompute
-        size = self.size if recompute == "none" else replace(self.size, gaps=WIDE_GAPS)
+        gaps = {"none": self.size.gaps, "block": BLOCK_GAPS}.get(recompute, WIDE_GAPS)
+        size = replace(self.size, gaps=gaps)
         estimate = estimated_step(size, shape, recompute)
         least = sum(fixed_parts(size, shape.adapter_copies, self.process.now).values()) + _LEAST_SHARE * sum(estimate)
         if not size.measured or (self.budget_bytes is not None and least > MARGIN * self.budget_bytes):

@@ -44,12 +44,13 @@ KERNEL_BYTES, EXPERT_KERNEL_BYTES = 700_000, 250_000
 """Bytes of a cached oneDNN kernel, including the gaps that evicted kernels leave. Those for the few rows of an expert
 are smaller."""
 
-GAPS, WIDE_GAPS = 0.08, 0.25
+GAPS, WIDE_GAPS, BLOCK_GAPS = 0.08, 0.25, 0.4
 _GAPS_BYTES = 32 << 20
 """Upper bounds of the gaps between freed buffers and of the kernels' own memory, which is in no tensor.
 
 The gaps are a share of a step's memory. With dropout masks, DoRA's tensors or recomputed tensors, which are freed
-between saved tensors, the measured shares are 0.23, 0.16 and 0.2. `WIDE_GAPS` is for these cases.
+between saved tensors, the measured shares are 0.23, 0.16 and 0.2. `WIDE_GAPS` is for these cases. If whole blocks are
+recomputed, little is saved between many freed tensors: 0.37 to 0.4 with one row of 8,192 and of 32,768 tokens.
 """
 
 _FEW_TASKS, _MOST_PIECES, _ATTENTION_BYTES = 8, 8, 1 << 28
@@ -74,7 +75,7 @@ class ModelSize:
     kernels: int = 0  # largest number of kernels that a library compiles for each size of a pass
     kernel_bytes: int = KERNEL_BYTES  # bytes of one of them
     measured: bool = True  # True if a step's memory can be measured before the run
-    gaps: float = GAPS  # gaps between freed buffers as a share of a step's memory: `GAPS` or `WIDE_GAPS`
+    gaps: float = GAPS  # gaps between freed buffers as a share of a step's memory, without recomputation
     head_bytes: int = 0  # bytes per token of one head's gradients of keys and values in attention's kernel
     # heads, kv_heads: number of query heads and of key/value heads
     heads: int = 1
