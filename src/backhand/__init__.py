@@ -20,6 +20,7 @@ if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m").p
     leave_out_first()
 
 from importlib import import_module
+from types import ModuleType
 
 TYPE_CHECKING = False  # of typing, which is not imported for it
 if TYPE_CHECKING:
@@ -134,12 +135,35 @@ def __getattr__(name: str) -> "Any":
     elif name in _HOMES:
         value = getattr(import_module(_HOMES[name]), name)
     else:
-        of_command = import_module("backhand.cli.commands").COMMANDS if name.isalpha() else ()
-        examples = [entry.example for entry in of_command if entry.name == name]
-        run = f": it is a command, which is run in a terminal: {examples[0]}" if examples else ""
-        raise AttributeError(f"module 'backhand' has no attribute {name!r}{run}")
+        raise _missing(name)
     globals()[name] = value
     return value
+
+
+def _missing(name: str) -> AttributeError:
+    of_command = import_module("backhand.cli.commands").COMMANDS if name.isalpha() else ()
+    examples = [entry.example for entry in of_command if entry.name == name]
+    run = f": it is a command, which is run in a terminal: {examples[0]}" if examples else ""
+    return AttributeError(f"module 'backhand' has no attribute {name!r}{run}")
+
+
+class _Package(ModuleType):
+    """This package, in which subpackages with the names of commands become attributes when they are imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("report", "search", "studio", "verify") and type(value) is ModuleType:
+            value.__class__ = _CommandPackage
+        super().__setattr__(name, value)
+
+
+class _CommandPackage(ModuleType):
+    """A subpackage with the name of a command. A call of it raises what `__getattr__` raises before its import."""
+
+    def __call__(self, *_: object, **__: object) -> None:
+        raise _missing(self.__name__.rpartition(".")[2])
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -149,6 +149,13 @@ def test_a_command_that_is_no_function_is_an_attribute_error_with_the_command(na
         backhand.__getattr__(name)
 
 
+@pytest.mark.parametrize("name", ["report", "search", "studio", "verify"])
+def test_a_command_is_an_attribute_error_after_the_import_of_a_package_of_its_name(name: str) -> None:
+    assert importlib.import_module(f"backhand.{name}") is getattr(backhand, name)
+    with pytest.raises(AttributeError, match=f"no attribute {name!r}: .* in a terminal: backhand {name}"):
+        getattr(backhand, name)("runs/mine")
+
+
 @pytest.mark.parametrize("value", ["-", "- a list", "-5 + 3 = ?", "--- title ---"])
 def test_a_value_may_begin_with_a_hyphen_where_it_cannot_be_an_option(
     value: str, monkeypatch: pytest.MonkeyPatch
