@@ -237,3 +237,12 @@ def test_a_pipe_instead_of_a_file_of_lines_is_not_waited_for(name: str, tmp_path
             directory.append(name, {"step": 1})
         with pytest.raises(OSError, match="a pipe, not a plain file"):
             directory.lines(name)
+
+
+def test_a_run_of_a_similar_name_is_suggested_where_there_is_none_to_resume(tmp_path: Path) -> None:
+    (tmp_path / "zip").mkdir()
+    (tmp_path / "zip" / "config.toml").touch()
+    (tmp_path / "zap").mkdir()  # holds no run
+    with pytest.raises(UsageError) as found, opened(tmp_path / "zp", resume=True, overwrite=False):
+        pass
+    assert found.value.next_step == f"did you mean {tmp_path / 'zip'}? To begin a new run, leave out --resume"

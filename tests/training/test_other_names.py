@@ -147,3 +147,10 @@ def test_no_name_is_one_of_ours_and_every_answer_names_fields_that_there_are() -
 def test_the_command_line_answers(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_threshold_of_decisions_is_no_option_and_the_answer_says_how_to_apply_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["decide", "--adapter", "runs/mine", "--threshold", "0.9"]) == 2
+    assert "compare an answer's largest probability with it" in capsys.readouterr().err

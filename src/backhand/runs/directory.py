@@ -30,6 +30,7 @@ from backhand.json_shape import fitting, parse
 from backhand.reading import read_plain
 from backhand.runs.records import AnswerLine, metrics_line
 from backhand.system import NO_LINK, PLAIN, lock
+from backhand.words import nearest_names
 
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
@@ -263,7 +264,7 @@ def opened(output: Path, *, resume: bool, overwrite: bool, files: FileLayer | No
     if existed:
         _check_contents(path, resume=resume, overwrite=overwrite)
     elif resume:
-        raise UsageError(f"there is no run in {output}", where="output", next_step="leave out --resume")
+        raise _no_run(output)
     made = [parent for parent in path.parents if not parent.exists()]
     with directory_errors(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -329,6 +330,14 @@ def _real_directory(output: Path) -> Path:
     return path
 
 
+def _no_run(path: Path) -> UsageError:
+    siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+    runs = [other.name for other in siblings if other != path and (other / CONFIG).is_file()]
+    near = [str(path.parent / name) for name in nearest_names(path.name, runs)]
+    meant = f"did you mean {' or '.join(near)}? To begin a new run, " if near else ""
+    return UsageError(f"there is no run in {path}", where="output", next_step=f"{meant}leave out --resume")
+
+
 def _check_contents(path: Path, *, resume: bool, overwrite: bool) -> None:
     with directory_errors(path):
         names = sorted(child.name for child in path.iterdir())
@@ -342,7 +351,7 @@ def _check_contents(path: Path, *, resume: bool, overwrite: bool) -> None:
             next_step="remove the link, or give another directory",
         )
     if resume and not (path / CONFIG).exists() and not replaced:
-        raise UsageError(f"there is no run in {path}", where="output", next_step="leave out --resume")
+        raise _no_run(path)
     if children and not resume and not overwrite:
         run = replaced or any(name in OWNED for name in children)
         raise UsageError(
