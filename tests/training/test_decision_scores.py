@@ -100,7 +100,7 @@ def test_the_calibration_error_of_rows_that_are_all_right_has_an_interval() -> N
 
 
 def test_the_calibration_error_of_other_rows_has_their_confidence() -> None:
-    """Of 1,000 right rows, the accuracy is known to 0.004, but the mean confidence only to 0.009."""
+    """The interval of 1,000 right rows contains the error of their mean confidence, about 0.009."""
     outcomes = [one for one in drawn(4000, 1.0) if one.probabilities(1.0).argmax() == one.targets.argmax()][:1000]
     score = score_questions(outcomes, {})["team"]
     half = 1.96 * float(np.std([one.probabilities(1.0).max() for one in outcomes])) / 1000**0.5

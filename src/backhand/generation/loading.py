@@ -27,7 +27,7 @@ from backhand.nn.families.family import DecoderConfig
 from backhand.nn.model_options import BaseModelOptions
 
 _PURPOSES = {"generate": "answer prompts", "embed": "compute vectors", "rank": "rank documents"}
-"""What a command does with any adapter."""
+"""The purpose of a command that can use the adapters of every objective."""
 _COMMANDS = ("classify", "decide", "embed", "rank")
 """Objectives with a command of the same name. Adapters of the others answer prompts."""
 
