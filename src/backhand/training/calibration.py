@@ -1,7 +1,8 @@
 """Predict the duration of a run on this machine from a measurement of a few blocks, which takes seconds.
 
 The short model, with and without one more block of each kind (`short_decoder`), takes passes on a micro-batch of the
-run's size, and the time of all blocks is extrapolated. A frozen block below the adapted ones takes half as long,
+run's size, and the time of all blocks is extrapolated. If the run's documents are longer than those of the measured
+passes, attention is measured by itself (`attention_time`). A frozen block below the adapted ones takes half as long,
 because it has no backward pass. It takes no time if its hidden states are cached from an earlier epoch. A first pass
 over few tokens determines how many tokens fit into the available time.
 
@@ -22,6 +23,7 @@ import torch
 from backhand.data.held_out import neutral_prompts
 from backhand.data.packing import RowPacker
 from backhand.distributed.gradient_sums import assign
+from backhand.engines.decoder_engine import DecoderEngine
 from backhand.engines.engine import ShortModel, Trainable
 from backhand.engines.machine import Machine
 from backhand.engines.memory_probe import trial_pass
@@ -39,6 +41,7 @@ from backhand.options.config import OptimizationOptions
 from backhand.options.objectives import DISTILLED
 from backhand.printing import going_on
 from backhand.runs.records import MAX_NEW_TOKENS
+from backhand.training.attention_time import Attention
 from backhand.training.plan import RunPlan
 
 BUDGET_S = 10.0
@@ -72,6 +75,7 @@ class Seconds(NamedTuple):
     below: float  # of a token in the frozen blocks below them
     update: float  # of an update of the adapter
     decode: float  # of the next token of a few answers
+    pair: float = 0.0  # of a pair of a query and a key (`attention_time`), in tokens of `trained`
 
 
 def calibrate(plan: RunPlan, machine: Machine, *, budget_s: float = BUDGET_S) -> Speed:
@@ -94,9 +98,9 @@ def calibrate(plan: RunPlan, machine: Machine, *, budget_s: float = BUDGET_S) ->
     evaluations = _evaluations_s(plan, machine, seconds)
     kept = 0.0
     if plan.hidden_states.where != "off":
-        positions = sum(total for total, _ in _positions(plan, machine, counted)) / len(counted)
+        positions = sum(total for total, _ in _work_of(plan, machine, counted, seconds.pair)) / len(counted)
         later_steps = max(0, steps - inputs.sampler.steps_before_repeats)
-        kept = positions * later_steps + _held_out_positions(plan) * (len(evaluations) - 1.0)
+        kept = positions * later_steps + _held_out_work(plan, seconds) * (len(evaluations) - 1.0)
     return Speed(
         tokens_per_s=tokens / sum(predicted.steps_s),
         train_s=sum(predicted.steps_s),
@@ -124,7 +128,7 @@ def _forecast(plan: RunPlan, machine: Machine, seconds: Seconds) -> Forecast:
     inputs, config = plan.inputs, plan.inputs.config
     total, sampled = inputs.total_steps, config.objective.trains_on_samples
     counted = [inputs.sampler.rows_of(step) for step in range(min(total, _STEPS_COUNTED))]
-    busiest: list[float] = [largest for _, largest in _positions(plan, machine, counted)]
+    busiest = [largest for _, largest in _work_of(plan, machine, counted, seconds.pair)]
     busiest += [sum(busiest) / len(busiest)] * (total - len(busiest))
     cached_from = inputs.sampler.steps_before_repeats if plan.hidden_states.where != "off" else total
     sampling_s = 0.0
@@ -136,8 +140,8 @@ def _forecast(plan: RunPlan, machine: Machine, seconds: Seconds) -> Forecast:
     if config.objective.purpose == "embeddings" and plan.memory.micro_batch_rows < config.optimization.batch_rows:
         trained *= 1 + _FORWARD_SHARE  # vectors of several micro-batches are computed before the loss
     steps_s = [
-        positions * (trained + (seconds.below if step < cached_from else 0.0)) + seconds.update + sampling_s
-        for step, positions in enumerate(busiest)
+        work * (trained + (seconds.below if step < cached_from else 0.0)) + seconds.update + sampling_s
+        for step, work in enumerate(busiest)
     ]
     save_every = config.run.save_every or five_times(total)
     saves = {*range(save_every, total, save_every), total}
@@ -151,11 +155,15 @@ _SAVED_BYTES, _WRITTEN_PER_S = 16, 1e8
 """Bytes per trained number in a checkpoint (values, two moments, the adapter's file), and bytes written per second."""
 
 
-def _held_out_positions(plan: RunPlan) -> int:
-    """Return the number of positions that an evaluation computes, with shared prefixes once."""
+def _held_out_work(plan: RunPlan, seconds: Seconds) -> float:
+    """Return the work of an evaluation in tokens, with shared prefixes once."""
     packer = RowPacker(plan.inputs.held_out_examples, share_prefixes=plan.inputs.engine.shares_prefixes)
-    rows = range(len(plan.inputs.held_out_examples))
-    return sum(map(packer.packed_tokens, packer.micro_batches(rows, plan.memory.micro_batch_rows)))
+    groups = packer.micro_batches(range(len(plan.inputs.held_out_examples)), plan.memory.micro_batch_rows)
+    return sum(_works(plan, packer, groups, _FORWARD_PAIR * seconds.pair))
+
+
+_FORWARD_PAIR = 4 / 7
+"""Forward share of attention, which has two of its seven products there, by that of all else (`_FORWARD_SHARE`)."""
 
 
 def _evaluations_s(plan: RunPlan, machine: Machine, seconds: Seconds) -> dict[int, float]:
@@ -163,9 +171,9 @@ def _evaluations_s(plan: RunPlan, machine: Machine, seconds: Seconds) -> dict[in
     inputs, config = plan.inputs, plan.inputs.config
     total, rows = inputs.total_steps, len(inputs.held_out_examples)
     every = config.run.eval_every or five_times(total)
-    positions, forward = _held_out_positions(plan), _FORWARD_SHARE * seconds.trained
-    first = positions * (forward + seconds.below)
-    later = positions * (forward + (0.0 if plan.hidden_states.where != "off" else seconds.below))
+    work, forward = _held_out_work(plan, seconds), _FORWARD_SHARE * seconds.trained
+    first = work * (forward + seconds.below)
+    later = work * (forward + (0.0 if plan.hidden_states.where != "off" else seconds.below))
     if config.objective.purpose == "prompts":
         first = later = math.ceil(rows / ROWS_AT_ONCE) * config.rewards.max_new_tokens * seconds.decode
     if config.optimization.average_share:
@@ -187,7 +195,7 @@ def _end_s(plan: RunPlan, seconds: Seconds) -> float:
     objective, report_s = config.objective, _REPORT_PER_MODULE_S * len(inputs.layout.slots)
     if not held_out:
         return report_s
-    evaluation_s = _held_out_positions(plan) * (_FORWARD_SHARE * seconds.trained + seconds.below)
+    evaluation_s = _held_out_work(plan, seconds) * (_FORWARD_SHARE * seconds.trained + seconds.below)
     if objective.purpose in ("embeddings", "rankings", "classes"):
         return report_s + 2 * evaluation_s  # of base and adapter
     if not config.run.answers:
@@ -221,14 +229,25 @@ _REPORT_PER_MODULE_S = 0.002
 """Seconds for reading, measuring and drawing one module's factors."""
 
 
-def _positions(plan: RunPlan, machine: Machine, steps: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
-    """Yield per step the number of positions that all processes compute, and that the busiest process computes."""
+def _work_of(
+    plan: RunPlan, machine: Machine, steps: Sequence[Sequence[int]], pair: float
+) -> Iterator[tuple[float, float]]:
+    """Yield per step the work of all processes, and of the busiest one, in tokens. Shared prefixes count once."""
     packer = plan.inputs.packer
     for rows in steps:
         groups = packer.micro_batches(rows, plan.memory.micro_batch_rows)
-        positions = [packer.packed_tokens(group) for group in groups]
-        shares = assign(positions, machine.world_size)
-        yield sum(positions), max(sum(positions[number] for number in share) for share in shares)
+        works = _works(plan, packer, groups, pair)
+        shares = assign([packer.packed_tokens(group) for group in groups], machine.world_size)
+        yield sum(works), max(sum(works[number] for number in share) for share in shares)
+
+
+def _works(plan: RunPlan, packer: RowPacker, groups: Sequence[Sequence[int]], pair: float) -> list[float]:
+    """Return the work of micro-batches in tokens. A pair of a query and a visible key has the work of `pair` tokens."""
+    engine = plan.inputs.engine
+    if not pair or not isinstance(engine, DecoderEngine):
+        return [float(packer.packed_tokens(group)) for group in groups]
+    attention, forests = Attention(engine, plan.inputs.layout), map(packer.forest, groups)
+    return [sum(forest.lengths) + pair * attention.pairs(forest.lengths, forest.parents) for forest in forests]
 
 
 def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float) -> Seconds:
@@ -250,11 +269,19 @@ def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float
     if affordable > tokens:
         tokens, seconds = timed(affordable, deadline)
     block = _FORWARD_SHARE / memory.recompute_cost * mean_block(short, seconds)
+    engine, pair_s, trained_s = plan.inputs.engine, 0.0, whole(short, seconds)
+    if tokens < memory.shape.tokens and isinstance(engine, DecoderEngine):
+        attention, shape = Attention(engine, plan.inputs.layout), memory.shape.cut(tokens)
+        pair_s = attention.pair_seconds(
+            short.model.dtype, machine.device, recompute=memory.recompute, deadline=deadline
+        )
+        trained_s = max(trained_s / 2, trained_s - pair_s * attention.pairs(shape.lengths, shape.parents))
     return Seconds(
-        trained=whole(short, seconds) / tokens,
+        trained=trained_s / tokens,
         below=short.below * block / tokens,
         update=_update_s(plan.inputs.layout, machine),
         decode=whole(short, few_s),
+        pair=pair_s * tokens / trained_s,
     )
 
 
