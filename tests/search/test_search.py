@@ -123,13 +123,19 @@ def test_the_plan_counts_starts_and_the_end_of_each_run(
     monkeypatch.setattr(command, "calibrate", lambda plan, *_, **_options: (plans.append(plan), speed)[1])
     made = search_config(tiny, tmp_path / "search", {"trials": 2}, quiet=False, eval_every=None)
     search_command(made)
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("search: "))
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = (line for line in lines if line.startswith("search: "))
+    *earlier, last = (line for line in lines if line.startswith("trial "))
+    assert all(line.endswith(" left") for line in earlier) and not last.endswith(" left")
     schedule = Schedule(made.search, made.search.dimensions, {}, seed=0)
     start_s = 36 / (EVALUATIONS + 1)
-    most_s = schedule.runs() * 120 + schedule.starts() * start_s
-    least_s = most_s - 7 / 8 * 120 - 2 * start_s  # the options as given are the best, and need no comparison
-    between = f"{duration(least_s)} to {duration(most_s)}"
-    assert line.endswith(f"steps of {schedule.runs():.1f} runs, about {between}")
+    ends = [0, 1, 3, 6]  # steps at which the stages of six steps end
+    most, least = (schedule.left(first_best=best) for best in (False, True))
+    runs = sum(ends[after] - ends[before] for before, after in most) / 6
+    most_s = runs * 120 + len(most) * start_s
+    least_s = most_s - 5 / 6 * 120 - start_s  # the options as given are the best, and need no comparison
+    assert len(most) - len(least) == 1
+    assert line.endswith(f"steps of {runs:.1f} runs, about {duration(least_s)} to {duration(most_s)}")
     assert plans[0].inputs.config.run.eval_every == 1, "six steps are evaluated up to eight times"
 
 

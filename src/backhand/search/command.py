@@ -226,13 +226,9 @@ class Search:
         """Print trials, time, memory and rows of the search."""
         options, schedule = self.config.search, self.schedule
         varied = ", ".join(word.partition("=")[0] for word in options.over) or "learning_rate"
-        runs = schedule.runs()
-        # If the options as given turn out best, they are not trained once more for the comparison.
-        saved_runs, saved_starts = 1 - schedule.stages[0].share, schedule.last - 1
-        least_s = self._seconds(runs - saved_runs, schedule.starts() - saved_starts)
-        total_s = self._seconds(runs, schedule.starts())
-        between = duration(total_s) if least_s == total_s else f"{duration(least_s)} to {duration(total_s)}"
-        time_s = f", about {between}" if total_s else ""
+        runs, _ = self._left(())
+        between = self._time_left(())
+        time_s = f", about {between}" if between else ""
         trials = f"search: {varied}; {count_of(schedule.count, 'trial')}, {options.sampler}, pruning: {options.prune}"
         lines = [
             f"{trials}; steps of {runs:.1f} runs{time_s}",
@@ -354,8 +350,24 @@ class Search:
         runs = sum(one.steps / self.steps(self.trial_config(one)) for one in trials)
         return runs, sum(one.done for one in trials)
 
+    def _left(self, trials: Sequence[Trial], *, first_best: bool = False) -> tuple[float, int]:
+        """Return the training that remains in complete runs, and the number of starts: see `Schedule.left`."""
+        config = self.config.run_config
+        config = replace(config, run=replace(config.run, eval_every=self._eval_every(config)))
+        ends = [0, *(self.step_of(config, stage) for stage in range(1, self.schedule.last + 1))]
+        left = self.schedule.left(trials, first_best=first_best)
+        return sum(ends[after] - ends[before] for before, after in left) / ends[-1], len(left)
+
+    def _time_left(self, trials: Sequence[Trial]) -> str:
+        """Return the time that remains, as a range while it depends on the rank of the options as given, or ""."""
+        least_s, most_s = (self._seconds(*self._left(trials, first_best=best)) for best in (True, False))
+        if not most_s:
+            return ""
+        least, most = duration(least_s), duration(most_s)
+        return most if least == most else f"{least} to {most}"
+
     def _seconds(self, runs: float, starts: int) -> float:
-        return max(0.0, runs * (self.run_s or 0.0) + starts * self.start_s)
+        return runs * (self.run_s or 0.0) + starts * self.start_s
 
     def _correct(self, trials: Sequence[Trial]) -> None:
         """Scale the estimated seconds to the measured ones of the trials so far."""
@@ -382,9 +394,7 @@ class Search:
             self._console.print(f"{self.describe(trial)}: failed: {trial.failed}")
             return
         at = "to the end" if trial.done == self.schedule.last else f"to step {trial.steps} of {self.steps(config)}"
-        runs, starts = self._trained(trials)
-        left_s = self._seconds(self.schedule.runs() - runs, self.schedule.starts() - starts)
-        left = f"  about {duration(left_s)} left" if left_s > 0 else ""
+        left = f"  about {left} left" if (left := self._time_left(trials)) else ""
         self._console.print(f"{self.describe(trial)}, {at}: held-out loss {trial.losses[-1]:.4f}{left}")
 
     def describe(self, trial: Trial) -> str:

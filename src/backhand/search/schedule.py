@@ -80,24 +80,39 @@ class Schedule:
         """Return how many of `count` trials are promoted from a stage."""
         return min(count, max(1, math.ceil(self.stages[stage - 1].promoted * count)))
 
-    def runs(self) -> float:
-        """Return the predicted training of the whole search, in complete runs."""
-        count = self.count
-        total = count * self.stages[0].share
-        for stage in range(1, self.last):
-            count = self.promoted(stage, count)
-            total += count * (self.stages[stage].share - self.stages[stage - 1].share)
-        if self.last > 1:  # the first trial is trained to the end, for the comparison
-            total += 1 - self.stages[0].share
-        return total + 2 * (self.options.seeds - 1)
+    def left(self, trials: Sequence[Trial] = (), *, first_best: bool = False) -> list[tuple[int, int]]:
+        """Return what remains to train of the whole search: per start or resumption, the stages before and after it.
 
-    def starts(self) -> int:
-        """Return how often trials of the whole search are started or resumed, like `runs`."""
-        count = total = self.count
+        Args:
+            trials: the trials so far.
+            first_best: whether the options as given are the best wherever losses are still unknown. Otherwise they are
+                never promoted, and are trained to the end in addition, for the comparison.
+        """
+        starts = [(trial.done, trial.goal) for trial in trials if trial.due]
+        firsts = [trial for trial in trials if trial.repeats is None]
+        reached = {trial.number: trial.goal for trial in firsts if trial.failed is None}
+        new = range(len(firsts), max(self.count, len(firsts)))
+        starts += [(0, 1)] * len(new)
+        reached |= dict.fromkeys(new, 1)
+
+        def ranks(stage: int) -> list[int]:
+            losses = {trial.number: trial.loss_at(stage) for trial in firsts}
+            arrived = [number for number, goal in reached.items() if goal >= stage]
+            if any(losses.get(number, math.inf) == math.inf for number in arrived):
+                losses[0] = -math.inf if first_best else math.inf
+            return sorted(arrived, key=lambda number: (losses.get(number, math.inf), -number))
+
         for stage in range(1, self.last):
-            count = self.promoted(stage, count)
-            total += count
-        return total + self.last - 1 + 2 * (self.options.seeds - 1)
+            ranked = ranks(stage)
+            for number in ranked[: self.promoted(stage, len(ranked))]:
+                if reached[number] == stage:
+                    starts.append((stage, stage + 1))
+                    reached[number] = stage + 1
+        pairs = 1 if ranks(self.last)[:1] == [0] else 2
+        if reached.get(0, self.last) < self.last:
+            starts.append((reached[0], self.last))
+        repeats = pairs * (self.options.seeds - 1) - (len(trials) - len(firsts))
+        return starts + [(0, self.last)] * max(0, repeats)
 
     def next(self, study: Study, *, may_start: bool) -> Trial | Wait | None:
         """Return the next trial to train, claimed for this process.
