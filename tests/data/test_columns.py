@@ -535,3 +535,48 @@ def test_a_column_that_was_named_is_not_another_column(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no column 'headlin'") as wrong:
         prepare(DataOptions(data=(str(tmp_path / "t.csv"),), prompt="headlin", completion="lead"), byte_level())
     assert "did you mean headline" in str(wrong.value.next_step) and "brace" not in str(wrong.value.next_step)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("body", "body"), ("{body}", "body"), ("Text: {body}", "Text: {body}")]
+)
+def test_one_text_as_prompt_and_as_completion_is_refused(prompt: str, completion: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.csv", "body,team\nthe mail,billing\nthe parcel,delivery\n")
+    with pytest.raises(UsageError, match="prompt and completion are the same text") as refused:
+        asked(path, prompt=prompt, completion=completion)
+    assert refused.value.where == "completion" and "rows.csv:2 has body, team" in str(refused.value)
+    _, _, typed = str(refused.value.next_step).partition("instead of both: --train-on text --columns ")
+    (column,) = shlex.split(typed)
+    prepared, _ = prepare(DataOptions(data=(str(path),), train_on="text", columns=parse_columns(column)), byte_level())
+    assert prepared.report.rows == 2, "the advice reads whole texts"
+
+
+@pytest.mark.parametrize(
+    ("purpose", "columns"),
+    [
+        ("classes", {"prompt": "body", "completion": "body"}),
+        ("classes", {"columns": ("text=body", "label=body")}),
+        ("embeddings", {"prompt": "body", "completion": "body"}),
+        ("embeddings", {"columns": ("sentence1=body", "sentence2=body", "score=n")}),
+        ("pairs", {"prompt": "n", "columns": ("chosen=body", "rejected=body")}),
+    ],
+)
+def test_one_text_for_two_columns_of_a_form_is_refused(purpose: Purpose, columns: Any, tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.csv", "body,team,n\nthe mail,billing,1\nthe parcel,delivery,0\n")
+    columns = {**columns, "columns": parse_columns(columns.get("columns", ()))}
+    with pytest.raises(UsageError, match="are the same text, 'body'") as refused:
+        lint(DataOptions(data=(str(path),), **columns), byte_level(), purpose=purpose)
+    assert "rows.csv:2 has body, team, n" in str(refused.value) and "--train-on" not in str(refused.value)
+
+
+def test_an_answer_inside_the_prompt_or_the_state_is_noted(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.csv", "body,team\nthe mail,billing\nthe parcel,delivery\n")
+    _, notes = asked(path, prompt="{body} {team}", completion="team")
+    assert any("--prompt contains team, which --completion names as the answer" in note for note in notes)
+    _, notes = asked(path, prompt="{body}", completion="{body}: {team}")
+    assert not any("before it answers" in note for note in notes)
+    decides = {"purpose": "decisions", "question": {"team": "Which?"}}
+    _, notes = asked(path, state="{body} {team}", **decides)
+    assert any("--state contains team, which --question names as the answer" in note for note in notes)
+    with pytest.raises(UsageError, match="state and question are the same text, 'team'"):
+        asked(path, state="team", **decides)

@@ -137,6 +137,23 @@ def test_a_table_becomes_a_question_per_column(tmp_path: Path) -> None:
     assert answers == ["a team", "b team", "c team"], "choices are also answered by name"
     notes = " ".join(data.report.notes)
     assert "team is a choice of a team, b team, c team" in notes and "mood is a score" in notes
+    assert notes.endswith("; 11 of 12 rows to train on answer it") and notes.count("answer it") == 1
+
+
+def test_the_counts_of_rows_add_up(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}", "team": "ab"[n % 2], "when": ("soon", "late", "")[n % 3]} for n in range(80)]
+    path = table(tmp_path / "rows.csv", rows)
+    options = DataOptions(data=(path,), state="text", question={"team": "", "when": ""}, eval_fraction=0.1)
+    train, held_out = prepare(options, tiny_tokenizer(), purpose="decisions")
+    assert held_out is not None
+    assert "8 of these 80 rows, of which the other 72 are trained on" in held_out.report.notes
+    first, *_ = (note for note in train.report.notes if "were added" in note)
+    assert first.startswith("16 of these 88 rows were added") and first.endswith("the other 72 are from the data")
+    answered = sum(len(row.asked) > 1 for row in train.examples.facts(DecisionRow))
+    assert (
+        f"the question when is a choice of late, soon; {answered} of 72 rows to train on answer it"
+        in train.report.notes
+    )
 
 
 def test_each_document_ends_in_the_label_of_its_option(tmp_path: Path) -> None:
@@ -295,6 +312,13 @@ def test_one_answer_only_is_an_error(tmp_path: Path) -> None:
         read(lines(tmp_path / "rows.jsonl", [{"text": "words", "label": "a"}] * 3))
 
 
+def test_an_unknown_key_of_a_question_is_an_error(tmp_path: Path) -> None:
+    row = {"state": "a", "questions": {"team": TEAM | {"criterion": "?"}}, "answers": {"team": "sales"}}
+    with pytest.raises(DataError, match="the question 'team' has the unknown key 'criterion'") as refused:
+        read(lines(tmp_path / "rows.jsonl", [row]))
+    assert refused.value.next_step == "did you mean criteria?"
+
+
 def test_an_unknown_column_is_named(tmp_path: Path) -> None:
     data = table(tmp_path / "rows.csv", [{"text": "words", "team": "a"}, {"text": "words", "team": "b"}])
     with pytest.raises(UsageError, match="there is no column 'tea'"):
@@ -347,9 +371,23 @@ def test_lint_finds_problems_of_questions(tmp_path: Path) -> None:
     assert found.keys() == {"unused_option", "alike_options", "contradiction", "duplicate"}
     assert found["duplicate"].count == 1 and found["duplicate"].where[0].endswith("rows.jsonl:3")
     assert found["unused_option"].what.startswith("2 rows with options")
-    assert "legal" in found["unused_option"].what and "sales" in found["alike_options"].what
+    assert "legal" in found["unused_option"].what and "(team: Sales  next to sales)" in found["alike_options"].what
     (where,) = found["contradiction"].where
     assert where.endswith("rows.jsonl:7 ≠ " + where.split(" ≠ ")[1]) and where.endswith("rows.jsonl:2")
+
+
+def test_options_named_alike_have_the_places_of_the_rare_one(tmp_path: Path) -> None:
+    rows = [{"text": f"words {n}", "label": "EXIM4" if n in (4, 7) else ("exim4", "apt")[n % 2]} for n in range(20)]
+    alike = findings(lines(tmp_path / "rows.jsonl", rows))["alike_options"]
+    assert [place.rpartition(":")[2] for place in alike.where] == ["5", "8"]
+    assert alike.what.startswith("2 rows with options named alike (label: EXIM4 next to exim4)")
+
+
+def test_a_question_whose_answers_are_numbers_is_a_regression(tmp_path: Path) -> None:
+    rows = [{"text": f"words {n}", "label": f"{n},5"} for n in range(40)]
+    with pytest.raises(DataError, match="label has 40 options") as refused:
+        findings(lines(tmp_path / "rows.jsonl", rows))
+    assert "--objective classify" in str(refused.value.next_step)
 
 
 def test_lint_names_a_frequent_answer_and_malformed_rows(tmp_path: Path) -> None:

@@ -86,10 +86,19 @@ def test_each_finding_names_the_line_and_a_remedy(
 
 
 def test_bad_rows_are_each_a_finding_up_to_a_number(tmp_path: Path) -> None:
-    report = linted(tmp_path, [row("q", "a"), *["{"] * 30])
+    report = linted(tmp_path, [row("q", "a"), *[f"{{{number}" for number in range(30)]])
     assert report.errors == 30
     assert len([finding for finding in report.findings if finding.kind == "malformed"]) == 21
     assert report.findings[0].severity == "error"
+
+
+def test_one_fault_of_many_lines_is_one_finding(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"prompt;completion\nq;a\n" + b"f\xfcr;a\n" * 30 + b"a;b;c\n")
+    report, _ = lint(DataOptions(data=(str(path),)), byte_level())
+    many, one = report.findings
+    assert (many.count, len(many.where), many.where[0]) == (30, 5, f"{path}:3") and "iconv" in many.remedy
+    assert (one.count, one.what) == (1, "1 more malformed rows after this one")
 
 
 def test_repetitions_name_both_places(tmp_path: Path) -> None:
@@ -194,7 +203,7 @@ def test_tokens_for_eyes(tmp_path: Path) -> None:
     viewed = view_tokens(example, tokenizer)
     assert [token.input_id for token in viewed] == example.input_ids.tolist()
     assert "".join(token.text for token in viewed if token.supervised) == "yes\n<|im_end|>"
-    lines = token_lines(example, tokenizer)
+    lines = token_lines(example, "", tokenizer)
     assert lines[0] == f"{path}:1"
     assert lines[-1].startswith("*") and lines[-1].endswith("'<|im_end|>'")
     assert lines[1].startswith(" ")

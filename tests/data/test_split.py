@@ -49,7 +49,7 @@ def test_each_side_counts_its_own_rows_and_left_out_rows_are_reported_once() -> 
     assert (train.report.truncated, train.report.skipped_bad) == (3, 1)
     assert held.report.lines() == [
         "4 documents of 2 rows with 12 tokens, 4 of them supervised, the longest 3",
-        "2 of these 10 rows",
+        "2 of these 10 rows, of which the other 8 are trained on",
     ]
 
 

@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from backhand.data.raw_rows import RawRow, RowErrors
+from backhand.data.class_examples import ClassFormat
+from backhand.data.options import DataOptions, NamedColumns
+from backhand.data.prepare import prepare
+from backhand.data.raw_rows import RawRow, RowErrors, number_of
 from backhand.data.sources import read_rows
 from backhand.errors import DataError
+from backhand.loop.embed import rows_of
+from support.tokenizer_kinds import byte_level
 
 
 def read(path: Path, *, skip_bad: bool = False) -> list[RawRow]:
@@ -227,7 +232,54 @@ def test_csv_with_quotes_line_breaks_and_a_byte_order_mark(tmp_path: Path) -> No
     rows = read(path)
     assert rows[0].values == {"prompt": 'a, "b"', "completion": "two\nlines"}
     assert rows[1].values == {"prompt": "plain", "completion": "é"}
-    assert [row.source for row in rows] == [f"{path}:2", f"{path}:5"]
+    assert [row.source for row in rows] == [f"{path}:2", f"{path}:5 (row 4)"], "a spreadsheet counts the blank row"
+
+
+def test_a_first_line_of_excel_is_the_delimiter(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", "\ufeffsep=;\r\nEntry;Effort, in hours, days\r\na;1,21\r\n")
+    (row,) = read(path)
+    assert row.values == {"Entry": "a", "Effort, in hours, days": "1,21"}
+    assert row.source == f"{path}:3 (row 2)"
+
+
+def test_rows_of_empty_cells_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", "text;label\na;x\n;\nb;y\n ; \n;;;;\n")
+    bad = RowErrors()
+    assert [row.values["text"] for row in read_rows(str(path), bad)] == ["a", "b"]
+    assert (bad.empty_rows, bad.count) == (3, 0)
+    options = DataOptions(data=(str(path),))
+    prepared, _ = prepare(options, byte_level(), purpose="classes", text_format=ClassFormat("last"))
+    assert "3 rows without a value left out" in prepared.report.left_out()
+
+
+def test_rows_of_empty_cells_are_named_where_each_row_has_an_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "rows.csv", "text;label\na;x\n;\nb;y\n")
+    rows = rows_of(DataOptions(data=(str(path),)), NamedColumns(), "texts")
+    assert len(rows) == 2
+    assert "1 row without a value left out" in capsys.readouterr().err
+
+
+def test_an_integer_too_large_for_a_float_is_no_number() -> None:
+    assert number_of(10**400) is None
+
+
+@pytest.mark.parametrize(
+    ("head", "what"),
+    [
+        ("Products;;\nEntry;Effort;Team\na;1;x\n", "2 columns of the header have no name"),
+        ("Products\nEntry;Effort\na;1\n", "fit no form of row: Products"),
+        ("Products;\nEntry;Effort\na;1\n", "fit no form of row: , Products"),
+        ("Products\nEntry,Effort\na,1\n", "this row has 2 cells, the header has 1"),
+    ],
+)
+def test_a_title_above_the_column_names_is_answered(head: str, what: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", head)
+    with pytest.raises(DataError) as caught:
+        prepare(DataOptions(data=(str(path),)), byte_level())
+    assert what in caught.value.what
+    assert "line 1 must have the column names" in str(caught.value.next_step)
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
@@ -264,6 +316,7 @@ def test_an_unclosed_quote_and_a_repeated_header_are_named(tmp_path: Path) -> No
     assert "CSV" in failure(write(tmp_path / "a.csv", 'prompt,completion\n"a,b\nc,d\n')).what
     error = failure(write(tmp_path / "b.csv", "text,text\na,b\n"), skip_bad=True)
     assert "'text' twice" in error.what
+    assert "rename one of both columns" in str(error.next_step)
     assert error.where == f"{tmp_path / 'b.csv'}:1"
 
 

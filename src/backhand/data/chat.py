@@ -32,6 +32,8 @@ from backhand.reading import MAX_SETTINGS_BYTES, read_plain
 from backhand.words import begin_alike, shorten
 
 NO_TEMPLATE = "none"
+OWN_TEMPLATE = "default"
+"""Value of `chat_template` for the tokenizer's own, also where none would be used."""
 OptionsT = TypeVar("OptionsT", bound=TemplateOptions)
 
 RenderingCounts = Counter[str | tuple[str, str]]
@@ -58,7 +60,7 @@ def read_template(option: str | None, tokenizer: Any) -> str | None:
     Raises:
         UsageError: the option is neither a file nor a template.
     """
-    if option is None:
+    if option is None or option.strip().lower() == OWN_TEMPLATE:
         templates: Any = tokenizer.chat_template
         if templates is None or isinstance(templates, str):
             return templates
@@ -76,7 +78,7 @@ def read_template(option: str | None, tokenizer: Any) -> str | None:
             f"{shorten(option)!r} is neither a readable file nor a Jinja template",
             where="chat_template",
             why=str(error),
-            next_step=f"name a file, give the template itself, or {NO_TEMPLATE!r}",
+            next_step=f"name a file, give the template itself, {NO_TEMPLATE!r} or {OWN_TEMPLATE!r}",
         ) from None
 
 

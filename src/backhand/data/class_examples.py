@@ -12,11 +12,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from backhand.data.data_report import TruncationStats
 from backhand.data.embedding_examples import pooled_document
 from backhand.data.examples import Example
+from backhand.data.raw_rows import number_of
 from backhand.data.rows import ClassLabel, ClassRow, PoolingName, ProblemType
 from backhand.data.text_encoder import LONGEST_TEXT, TextEncoder, TokenIds, too_long
 from backhand.errors import DataError
@@ -84,7 +84,7 @@ def problem_of(labels: Iterable[ClassLabel]) -> ProblemType:
     values = [label.value for label in labels]
     if any(isinstance(value, tuple) for value in values):
         return MULTI
-    numbers = [_number(value) for value in values]
+    numbers = [number_of(value) for value in values]
     if None not in numbers and any(isinstance(value, float) or not is_integer(str(value)) for value in values):
         return NUMBER
     return SINGLE
@@ -106,12 +106,16 @@ def target_of(label: ClassLabel, problem: ProblemType, names: Sequence[str], sou
         DataError: the label is none of the names, or does not fit the kind of problem.
     """
     if problem == NUMBER:
-        number = _number(label.value)
+        number = number_of(label.value)
         if number is None:
+            either = isinstance(label.value, str) and re.fullmatch(r"[-+]?[0-9]+,[0-9]{3}", label.value.strip())
             raise DataError(
                 f"the label is {label.value!r}, not a number",
                 where=source,
-                next_step="give a number, or --problem-type single_label_classification",
+                why="the comma may be a decimal comma, or separate thousands" if either else None,
+                next_step="write all numbers with a decimal point and without separators of thousands"
+                if either
+                else "give a number, or --problem-type single_label_classification",
             )
         return [number]
     if problem == SINGLE and isinstance(label.value, tuple):
@@ -130,12 +134,43 @@ def target_of(label: ClassLabel, problem: ProblemType, names: Sequence[str], sou
     return [float(name in label.names) for name in names]
 
 
-def _number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
+_LIKE_NUMBER = re.compile(r"[-+]?[0-9]+(?:[.,][0-9]+)?")
+_MOSTLY = 0.9
+"""Share of labels like numbers from which the others are probably mistakes."""
+
+
+def not_numbers(labels: Sequence[ClassLabel]) -> list[int]:
+    """Return the indices of labels that prevent a regression although nearly all labels look like fractions."""
+    texts = [str(label.value).strip() for label in labels]
+    alike = [text for text in texts if _LIKE_NUMBER.fullmatch(text)]
+    if len(alike) < _MOSTLY * len(texts) or all(map(is_integer, alike)):
+        return []
+    return [place for place, text in enumerate(texts) if number_of(text) is None]
+
+
+def decimal_comma_note(labels: Iterable[tuple[ClassLabel, str]]) -> str | None:
+    """Return a sentence on decimal commas of labels that are numbers, or None if they have none.
+
+    Args:
+        labels: the label and the location of each row.
+
+    Raises:
+        DataError: some labels have a decimal comma, and others a point, which may separate thousands.
+    """
+    numbers = ((label.value, source) for label, source in labels if number_of(label.value) is not None)
+    texts = [(value.strip(), source) for value, source in numbers if isinstance(value, str)]
+    comma = next((text for text, _ in texts if "," in text), None)
+    point = next((one for one in texts if "." in one[0]), None)
+    if comma is None:
         return None
-    return number if number - number == 0 else None
+    if point is not None:
+        raise DataError(
+            f"the label is {point[0]!r}, and other rows have a decimal comma, as in {comma!r}",
+            where=point[1],
+            why="the point may separate thousands",
+            next_step="write all numbers with a decimal point and without separators of thousands",
+        )
+    return f"the labels are read as numbers with a decimal comma, such as {comma}"
 
 
 def is_integer(text: str) -> bool:

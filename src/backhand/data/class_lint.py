@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from backhand.data.class_examples import NUMBER, SINGLE, problem_of, target_of
+from backhand.data.class_examples import NUMBER, SINGLE, not_numbers, problem_of, target_of
 from backhand.data.decision_lint import MOST_FREQUENT
 from backhand.data.examples import Example
 from backhand.data.rows import ClassLabel
@@ -24,6 +24,9 @@ def problems_of_classes(examples: Iterable[Example]) -> tuple[list[tuple[Any, ..
     problem = problem_of(label for _, label, _ in rows)
     if problem == NUMBER:
         return _of_numbers([(source, label) for source, label, _ in rows]), {}
+    if others := not_numbers([label for _, label, _ in rows]):
+        texts = dict.fromkeys(shorten(str(rows[place][1].value)) for place in others)
+        return [("not_numbers", [rows[place][0] for place in others], name_list(texts, limit=5))], {}
     label_of: dict[bytes, ClassLabel] = {}
     contradicting = [source for source, label, ids in rows if label_of.setdefault(ids, label) != label]
     counts = Counter(name for _, label, _ in rows for name in label.names)

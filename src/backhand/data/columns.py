@@ -11,10 +11,11 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from itertools import chain
+from itertools import chain, combinations
 from typing import Any
 
 from backhand.data.column_hints import COUNTING, state_option
+from backhand.data.decision_rows import ANSWERS, LABEL
 from backhand.data.forms import fits
 from backhand.data.options import (
     PIECES,
@@ -37,6 +38,8 @@ _PROMPTS = frozenset(("prompt", "question", "query", "instruction", "input", "re
 _ANSWERS = frozenset(("completion", "answer", "response", "output", "reply", "assistant"))
 """Common names of prompts and answers, in lower case. They are used if a file has one of each and no other columns but
 row numbers and the like."""
+AS_TRAINED = "the columns are read as in the adapter's training"
+"""Start of the note about columns of an adapter's record."""
 
 
 class ColumnReader:
@@ -79,6 +82,7 @@ class ColumnReader:
         self._guess = guess and not self.given and not self._columns
         self._recorded = None if self.given or self._columns else recorded
         self._needs_answers = answers
+        self._for_answers = guess
         self.used: frozenset[str] = frozenset()
         self.note: str | None = None
 
@@ -98,6 +102,7 @@ class ColumnReader:
         columns = [("columns", text) for text in self._columns.values()]
         for option, text in [*self.given.items(), *columns, *(("question", name) for name in self._answers)]:
             self._check(option, text, first)
+        self._check_answers(first)
         texts = (*self.given.values(), *self._columns.values(), self._system or "", *self._answers)
         self.used = frozenset(name for text in texts for name in columns_named(text))
         for raw in chain([first], raws):
@@ -143,12 +148,55 @@ class ColumnReader:
                     next_step=" ".join(steps) or "name a column that the rows have",
                 )
 
+    def _check_answers(self, row: RawRow) -> None:
+        """Refuse an answer that is the whole prompt or state, and note one that these contain.
+
+        Raises:
+            UsageError: both name the same text.
+        """
+        named = {name: text for name, text in {**self.given, **self._columns}.items() if name in _DIFFERENT}
+        for (one, text), (other, again) in combinations(named.items(), 2):
+            if _alone(text) == _alone(again) and (one, other) != ("prompt", "completion"):
+                raise UsageError(
+                    f"{one} and {other} are the same text, {_alone(text)!r}",
+                    where=other,
+                    why="both texts of every row would be equal, which teaches nothing",
+                    next_step=f"name another column as {other}; {row.source} has {name_list(row.values)}",
+                )
+        pairs = [("state", "question", name) for name in self._answers]
+        if "completion" in self.given:
+            pairs.append(("prompt", "completion", self.given["completion"]))
+        for option, answer, text in pairs:
+            asked = self.given.get(option, "")
+            inside = {*columns_named(text)} <= {*columns_named(asked)}
+            if inside and _alone(text) == _alone(asked):
+                steps = [f"name another column as --{answer}; {row.source} has {name_list(row.values)}"]
+                if option == "prompt" and self._for_answers and {"prompt", "completion"}.isdisjoint(row.values):
+                    column = "" if _alone(asked) == "text" else f" --columns {shell_quoted(f'text={_alone(asked)}')}"
+                    steps.append(f"to learn whole texts, give these instead of both: --train-on text{column}")
+                raise UsageError(
+                    f"{option} and {answer} are the same text, {_alone(text)!r}",
+                    where=answer,
+                    why="the model would see every answer, and learn to repeat it"
+                    if self._for_answers or option == "state"
+                    else "both texts of every row would be equal, which teaches nothing",
+                    next_step="; ".join(steps),
+                )
+            if inside:
+                self.note = (
+                    f"--{option} contains {name_list(columns_named(text))}, which --{answer} names as the answer: "
+                    "the model sees it before it answers"
+                )
+
     def _not_as_trained(self, option: str, text: str, name: str, row: RawRow) -> UsageError:
         """Return the error for a column of the adapter's record that the rows do not have."""
         others = (column for column in row.values if column not in self._questions)
+        other = "give --question with other questions"
+        if self._questions == {LABEL}:
+            other = "name the columns with --prompt and --completion instead of --state"
         next_steps = {
             "state": f"name columns of these rows: {state_option(others) or '--state COLUMN'}",
-            "question": f"rename the column of these answers to {name}, or give --question with other questions",
+            "question": f"rename the column of these answers to {name}, or {other}",
         }
         return UsageError(
             f"there is no column {name!r}, and the adapter was trained with --{option} {shell_quoted(text)}",
@@ -163,7 +211,7 @@ class ColumnReader:
 
         given, columns = present(_by_option(recorded)), present(_others(recorded))
         complete = given == _by_option(recorded) and columns == _others(recorded)
-        if not complete and (self._needs_answers or not given.keys() & {"prompt", "messages"}):
+        if not complete and (self._needs_answers or (given | columns).keys().isdisjoint(_ASKING)):
             return
         if not given and not columns:
             return
@@ -171,7 +219,7 @@ class ColumnReader:
         self._columns = columns
         options = [f" --{option} {shell_quoted(text)}" for option, text in given.items()]
         options += [f" --columns {shell_quoted(f'{name}={text}')}" for name, text in columns.items()]
-        self.note = f"the columns are read as in the adapter's training:{''.join(options)}"
+        self.note = f"{AS_TRAINED}:{''.join(options)}"
 
     def _guess_from(self, row: RawRow) -> None:
         names = common_names(row.values)
@@ -188,6 +236,8 @@ class ColumnReader:
 _FIRST = ("prompt", "anchor", "query", "question", "sentence1", "text")
 _SECOND = ("completion", "positive", "answer", "document", "passage", "sentence2", "text")
 """Names of the first and of the second text of a row, and of the only one."""
+_ASKING = frozenset((*_FIRST, "messages", "instruction", "state"))
+"""Names that suffice where no answers are needed."""
 
 
 def column_of_texts(recorded: NamedColumns | None, *, second: bool = False) -> NamedColumns | None:
@@ -214,6 +264,14 @@ def columns_of_prompts(recorded: NamedColumns | None) -> NamedColumns | None:
     given.pop("messages", None)
     answer = {REFERENCES[-1]: given.pop("completion")} if "completion" in given else {}
     return NamedColumns(**given, columns=answer | _others(recorded))
+
+
+def columns_of_states(recorded: NamedColumns) -> NamedColumns:
+    """Return the columns of states for an adapter that was trained on these columns: those that are no answers."""
+    given = _by_option(recorded)
+    given.pop("completion", None)
+    others = {name: text for name, text in _others(recorded).items() if name not in (LABEL, ANSWERS)}
+    return NamedColumns(**given, columns=others)
 
 
 def common_names(columns: Iterable[str]) -> tuple[str, str] | None:
@@ -245,13 +303,24 @@ def _others(named: NamedColumns) -> dict[str, str]:
     return {name: text for name, text in named.columns.items() if name not in _OPTIONS}
 
 
+_DIFFERENT = {"prompt", "completion", "label", "labels", "text", "score", "chosen", "rejected", "negative", "positive"}
+_DIFFERENT |= {"anchor", "sentence1", "sentence2", "query", "document", "passage"}
+"""Columns of which no two are the same text."""
+
+
+def _alone(text: str) -> str:
+    """Return the column of a template that is one column and nothing else, and any other template unchanged."""
+    names = columns_named(text)
+    return names[0] if text == f"{{{names[0]}}}" else text
+
+
 def _filled(option: str, text: str, raw: RawRow) -> Any:
     names = columns_named(text)
     if missing := [name for name in names if name not in raw.values]:
         raise DataError(f"there is no {missing[0]} in this row", where=raw.source)
     if all(_is_empty(raw.values[name]) for name in names):
         raise DataError(f"{name_list(names)} {'is' if len(names) == 1 else 'are'} empty: no {option}", where=raw.source)
-    if text in (names[0], f"{{{names[0]}}}"):
+    if _alone(text) == names[0]:
         value = raw.values[names[0]]
         return value if isinstance(value, list) else _as_text(value, raw.source)
     return PIECES.sub(partial(_piece, raw=raw), text)

@@ -25,7 +25,8 @@ class DataReport:
         sources: the form detected in each file.
         rows: valid rows that were read.
         documents: documents in use. They outnumber the rows if a conversation became several documents.
-        tokens, supervised_tokens: totals of the documents in use.
+        tokens, supervised_tokens: totals of the documents in use. No token of vectors, rankings and classes counts as
+            supervised, since their loss is not one of tokens.
         longest: number of tokens of the longest document in use.
         truncated, dropped_long: documents cut to `max_length`, or left out because of it.
         dropped_unsupervised: documents left out because they have no supervised token.
@@ -34,6 +35,7 @@ class DataReport:
         empty_answers: rows with an answer of only white space.
         skipped_bad: malformed rows left out under `skip_bad`.
         system: the system message, if all rows have the same one; else None.
+        bare: True if all rows were texts without a chat template and without control tokens.
         notes: other information for the user, one sentence each.
     """
 
@@ -52,12 +54,15 @@ class DataReport:
     skipped_bad: int = 0
     bad_rows: tuple[DataError, ...] = ()
     system: str | None = None
+    bare: bool = False
+    empty_rows: int = 0
     notes: tuple[str, ...] = ()
 
     def lines(self, unit: str = "document") -> list[str]:
-        """Return the report as text, one fact per line. Only documents have a count of supervised tokens."""
+        """Return the report as text, one fact per line. Documents without targets have no supervised tokens."""
         lines = [f"{form.source}: {form.form}, {count_of(form.rows, 'row')}" for form in self.sources]
-        supervised = "" if unit != "document" else f"{self.supervised_tokens:,} of them supervised, "
+        counts = unit == "document" and self.supervised_tokens
+        supervised = "" if not counts else f"{self.supervised_tokens:,} of them supervised, "
         lines.append(
             f"{self.size(unit)} with {count_of(self.tokens, 'token')}, {supervised}the longest {self.longest:,}"
         )
@@ -85,6 +90,8 @@ class DataReport:
             lines.append(
                 f"{count_of(self.skipped_bad, 'malformed row')} left out, the first: {self.bad_rows[0].one_line}"
             )
+        if self.empty_rows:
+            lines.append(f"{count_of(self.empty_rows, 'row')} without a value left out")
         return lines
 
 

@@ -32,6 +32,7 @@ def problems_of_decisions(rows: Iterable[DecisionRow]) -> list[tuple[Any, ...]]:
 def _of_question(name: str, answers: list[tuple[DecisionRow, Asked]]) -> Iterable[tuple[Any, ...]]:
     counts: Counter[str] = Counter()
     options: dict[str, str] = {}  # option → location of the first row that has it
+    places: dict[str, list[str]] = defaultdict(list)  # option → locations of the rows with this answer
     answers_of: dict[str, tuple[str, str]] = {}  # state → the first answer with its location
     contradictions: list[str] = []
     for row, asked in answers:
@@ -40,6 +41,7 @@ def _of_question(name: str, answers: list[tuple[DecisionRow, Asked]]) -> Iterabl
             options.setdefault(key, row.source)
             counts[key] += target > 0
         answer = keys[targets.index(max(targets))]
+        places[answer].append(row.source)
         first, where = answers_of.setdefault(row.state, (answer, row.source))
         if first != answer:
             contradictions.append(f"{row.source} ≠ {where}")
@@ -50,14 +52,16 @@ def _of_question(name: str, answers: list[tuple[DecisionRow, Asked]]) -> Iterabl
     for key in options:
         alike[" ".join(key.split()).casefold()].append(key)
     for keys_alike in alike.values():
-        if len(keys_alike) > 1:
-            yield "alike_options", [options[key] for key in keys_alike], _listed(name, keys_alike)
+        usual, *others = sorted(keys_alike, key=lambda key: -counts[key])
+        if others:
+            rows = [place for key in others for place in places[key] or [options[key]]]
+            yield "alike_options", rows, f"{_listed(name, others)} next to {shorten(usual)}"
     if contradictions:
         yield "contradiction", contradictions, name
     ((most, count),) = counts.most_common(1)
     if count >= MOST_FREQUENT * len(answers):
-        places = [row.source for row, _ in answers[:1]]
-        yield "one_answer", places, f"{shorten(most)} in {count / len(answers):.0%} of the rows of {name}"
+        first_row = [row.source for row, _ in answers[:1]]
+        yield "one_answer", first_row, f"{shorten(most)} in {count / len(answers):.0%} of the rows of {name}"
 
 
 def _listed(name: str, keys: list[str]) -> str:

@@ -18,13 +18,14 @@ from backhand.data.decisions import (
     Question,
     as_key,
     inferred_question,
-    question_of,
+    questions_of,
     state_text,
 )
 from backhand.data.forms import Form
+from backhand.data.options import shell_quoted
 from backhand.data.raw_rows import RawRow, RowErrors, describe
 from backhand.errors import DataError
-from backhand.words import name_list
+from backhand.words import count_of, name_list
 
 ANSWERS, QUESTIONS, LABEL = "answers", "questions", "label"
 
@@ -48,14 +49,19 @@ def read_decision(
     answers = _answers(form, raw)
     own = raw.values.get(QUESTIONS) if form.columns[0] == "state" else None
     if own is not None:
-        if not isinstance(own, Mapping) or not own:
-            raise DataError(f"questions is {describe(own)}, not a table of questions by name", where=raw.source)
-        questions = {str(name): question_of(str(name), spec, raw.source) for name, spec in own.items()}
+        questions = questions_of(own, raw.source)
     if other := [name for name in answers if name not in questions]:
+        next_step = None
+        if other[0] in raw.values:  # a column that --question names
+            next_step = f"rename the column {other[0]} to the question that it answers"
+            if [*questions] == [LABEL]:
+                options = f"--prompt COLUMN --completion {shell_quoted(other[0])}"
+                next_step += f", or give {options} instead of --state and --question"
         raise DataError(
             f"there is an answer to {other[0]!r}, which is no question",
             where=raw.source,
             why=f"the questions are {name_list(questions) or 'none'}",
+            next_step=next_step,
         )
     asked = tuple(
         Asked(question, question.targets(answers[name], raw.source) if name in answers else None)
@@ -165,12 +171,20 @@ def find_questions(
     return finder.questions()
 
 
-def question_notes(questions: Mapping[str, Question]) -> list[str]:
-    """Return one sentence on the documents of a row, and one per question about its type and its options."""
+def question_notes(questions: Mapping[str, Question], answered: Mapping[str, int], rows: int) -> list[str]:
+    """Return one sentence on the documents of a row, and one per question about its type, options and answers.
+
+    Args:
+        questions: the questions by name.
+        answered: per question, the number of rows with an answer to it.
+        rows: the number of rows.
+    """
     types = {"choice": "a choice of {}", "noul": "yes or no", "score": "a score with the levels {}"}
     shown = {name: one.descriptions if one.type == "score" else one.keys for name, one in questions.items()}
     several = "each row has one document per label of its questions; choices also have one per name of an option"
     return [several] + [
         f"the question {name} is {types[one.type].format(name_list(map(str, shown[name])))}"
+        + f"; {answered.get(name, 0):,} of {count_of(rows, 'row')} to train on answer it"
+        * (answered.get(name, 0) < rows)
         for name, one in questions.items()
     ]

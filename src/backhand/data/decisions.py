@@ -31,8 +31,10 @@ from functools import cached_property
 from string import ascii_uppercase, digits
 from typing import Any, Literal, get_args
 
+from backhand.data.raw_rows import describe, number_of
 from backhand.errors import DataError
-from backhand.words import begin_alike, name_list, shorten
+from backhand.other_names import value_suggestion
+from backhand.words import begin_alike, name_list, nearest_names, shorten
 
 PROMPT_VERSION = 1
 """Version of the prompt's wording and labels, as SGLang counts them."""
@@ -54,6 +56,12 @@ CLOSINGS: dict[QuestionType, str] = {
 }
 TRUE, FALSE = "true", "false"
 _YES = {"true": TRUE, "yes": TRUE, "1": TRUE, "false": FALSE, "no": FALSE, "0": FALSE}
+_QUESTION_KEYS = ("type", "instructions", "criteria")
+_OTHER_KEYS = {
+    **dict.fromkeys(("question", "text", "prompt"), "instructions"),
+    **dict.fromkeys(("options", "choices", "labels", "levels"), "criteria"),
+}
+"""Keys of a question by names that are not similar to them."""
 _SUM_ERROR = 1e-3
 """Largest difference of the sum of given probabilities from 1."""
 
@@ -196,17 +204,48 @@ class Question:
         return tuple(float(p) / sum(values) for p in values)
 
 
+def questions_of(specs: Any, source: str) -> dict[str, Question]:
+    """Read a table of questions by name in the protocol's form.
+
+    Raises:
+        DataError: it is no table or empty, or a question is malformed; see `question_of`.
+    """
+    if not isinstance(specs, Mapping) or not specs:
+        wrong = "empty" if specs == {} else f"{describe(specs)}, not a table of questions by name"
+        raise DataError(f"questions is {wrong}", where=source)
+    return {str(name): question_of(str(name), spec, source) for name, spec in specs.items()}
+
+
 def question_of(name: str, spec: Any, source: str) -> Question:
     """Read a question in the protocol's form.
 
     Raises:
-        DataError: the question is malformed, or has more options than there are labels.
+        DataError: the question is malformed, has an unknown key, or has more options than there are labels.
     """
-    if not isinstance(spec, Mapping) or spec.get("type") not in get_args(QuestionType):
+    if not isinstance(spec, Mapping):
+        form = {"type": "choice", "instructions": "Which?", "criteria": {"a": "…", "b": "…"}}
         raise DataError(
-            f"the question {name!r} has no type", where=source, why="a type is choice, noul (yes or no) or score"
+            f"the question {name!r} is {describe(spec)}, not a table of {name_list(_QUESTION_KEYS)}",
+            where=source,
+            next_step=f"write it as {json.dumps({name: form}, ensure_ascii=False)}",
         )
-    kind: QuestionType = spec["type"]
+    if unknown := [str(key) for key in spec if key not in _QUESTION_KEYS]:
+        near = _OTHER_KEYS.get(unknown[0]) or next(iter(nearest_names(unknown[0], _QUESTION_KEYS, cutoff=0.6)), None)
+        raise DataError(
+            f"the question {name!r} has the unknown key {shorten(unknown[0])!r}",
+            where=source,
+            why=f"the keys of a question are {name_list(_QUESTION_KEYS)}",
+            next_step=f"did you mean {near}?" if near else None,
+        )
+    kind: Any = spec.get("type")
+    if kind not in (types := get_args(QuestionType)):
+        wrong = "no type" if kind is None else f"the unknown type {shorten(str(kind))!r}"
+        raise DataError(
+            f"the question {name!r} has {wrong}",
+            where=source,
+            why="a type is choice, noul (yes or no) or score",
+            next_step=value_suggestion(kind, types),
+        )
     criteria, instructions = spec.get("criteria"), spec.get("instructions")
     if kind == "score" and isinstance(criteria, list):
         options = {str(level): text for level, text in enumerate(criteria)}
@@ -255,7 +294,9 @@ def _checked(question: Question, source: str) -> Question:
             f"{question.name} has {len(question.keys):,} options, but there are labels for {len(labels)}",
             where=source,
             why=f"the labels {labels[0]} to {labels[-1]} are one token each, as servers read them",
-            next_step="merge rare options, or ask two questions",
+            next_step="train them as numbers with --objective classify"
+            if all(number_of(key) is not None for key in question.keys)
+            else "merge rare options, or ask two questions",
         )
     if len(question.keys) < 2:
         only = shorten(question.keys[0]) if question.keys else "none"

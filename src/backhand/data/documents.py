@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from backhand.data.bounded_template import exceeded
-from backhand.data.chat import NO_TEMPLATE, ChatRenderer, Document, RenderingCounts, read_template
+from backhand.data.chat import NO_TEMPLATE, OWN_TEMPLATE, ChatRenderer, Document, RenderingCounts, read_template
 from backhand.data.examples import encode_document
 from backhand.data.options import TemplateOptions
 from backhand.data.rows import Completion, Conversation, Message, OneText, PlainText
@@ -92,10 +92,10 @@ class RowRenderer:
         Raises:
             DataError: the chat template is missing or refuses the row.
         """
-        if isinstance(row, PlainText):
-            return [self._plain(row)]
-        if isinstance(row, Completion) and self._chat is None:
-            return [self._joined(row)]
+        if isinstance(row, PlainText) or (isinstance(row, Completion) and self._chat is None):
+            document = self._plain(row) if isinstance(row, PlainText) else self._joined(row)
+            self._seen["bare"] += not self._has_control_tokens(document)
+            return [document]
         documents = self._renderer(row).documents(_as_conversation(row), train_on_all=self._train_on_all)
         self._seen["protected"] += any(one.mark is not None and one.mark in one.text for one in documents)
         self._seen["eos"] += any(document.append_eos for document in documents)
@@ -147,6 +147,11 @@ class RowRenderer:
         self._seen.clear()
         return counts
 
+    @property
+    def bare_rows(self) -> int:
+        """Number of rows that became a document without a chat template and without control tokens."""
+        return self._seen["bare"]
+
     def add_counts(self, counts: RenderingCounts) -> None:
         """Add the counts of a worker's renderer."""
         self._seen.update(counts)
@@ -174,11 +179,12 @@ class RowRenderer:
     def _renderer(self, row: OneText) -> ChatRenderer:
         if self._chat is not None:
             return self._chat
+        own = f" or {OWN_TEMPLATE}" if self._rendered_already else ""
         raise DataError(
             "this row is a conversation, but there is no chat template",
             where=row.source,
             why="--chat-template none" if self._rendered_already else "the model's tokenizer has none",
-            next_step="use the Instruct variant of the model, give --chat-template FILE, or write the rows as "
+            next_step=f"use the Instruct variant of the model, give --chat-template FILE{own}, or write the rows as "
             "prompt and completion",
         )
 
@@ -209,6 +215,11 @@ class RowRenderer:
         mark = None if self._rendered_already else self.encoder.mark_for(prompt, completion)
         protect = self.encoder.protect
         return protect(prompt, mark, template_tokens=False), protect(completion, mark, template_tokens=False), mark
+
+    def _has_control_tokens(self, document: Document) -> bool:
+        """Return True if control tokens in the text count, other than the end-of-sequence token at its end."""
+        text = document.text.rstrip().removesuffix(self.encoder.eos or "")
+        return document.mark is None and self.encoder.special.search(text) is not None
 
     def _ends_with_eos(self, text: str) -> bool:
         eos = self.encoder.eos

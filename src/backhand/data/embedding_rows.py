@@ -10,11 +10,10 @@ Rows of rankings have a query instead of the anchor, and one or several document
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from backhand.data.forms import LABELLED_TEXT, LISTED_SCORES, SCORES, Form, negative_columns
-from backhand.data.raw_rows import TRUTH, RawRow, describe
+from backhand.data.raw_rows import TRUTH, RawRow, describe, number_of
 from backhand.data.rows import EmbeddingRow, RankingRow
 from backhand.errors import DataError
 
@@ -107,11 +106,8 @@ def _label(name: str, value: Any, source: str) -> str:
 def _score(name: str, value: Any, source: str) -> float:
     if isinstance(value, bool | str) and (truth := TRUTH.get(str(value).strip().lower())) is not None:
         return float(truth)
-    try:
-        score = float(value)
-    except (TypeError, ValueError):
-        score = math.nan
-    if not math.isfinite(score):
+    score = number_of(value)
+    if score is None:
         raise DataError(
             f"{name} is {describe(value)}, not a number",
             where=source,

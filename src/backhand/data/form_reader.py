@@ -46,8 +46,10 @@ class FormReader:
         columns: Iterable[str] = (),
     ) -> None:
         self._purpose: Purpose | None = purpose
-        self._detect = partial(detect, allow_prompts=allow_prompts, purpose=purpose, named=named)
         self._questions = questions or {}
+        self._detect = partial(
+            detect, allow_prompts=allow_prompts, purpose=purpose, named=named, questions=[*self._questions]
+        )
         self._context_column = context_column
         self._misspelt = [(name, near) for name in columns if (near := nearest_known(name)) != [name]]
         self.form: Form | None = None

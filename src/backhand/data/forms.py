@@ -10,12 +10,20 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from backhand.data.column_hints import ClassColumns, class_of, decision_options, naming_advice, pair_options, suggestion
+from backhand.data.column_hints import (
+    ClassColumns,
+    class_of,
+    decision_options,
+    naming_advice,
+    pair_options,
+    state_option,
+    suggestion,
+)
 from backhand.data.options import columns_named, shell_quoted
-from backhand.data.raw_rows import RawRow
+from backhand.data.raw_rows import NO_TITLE, RawRow
 from backhand.data.rows import Purpose
 from backhand.errors import DataError
-from backhand.words import name_list, nearest_names
+from backhand.words import name_list, nearest_names, shorten
 
 
 @dataclass(frozen=True)
@@ -207,6 +215,7 @@ def detect(
     allow_prompts: bool = False,
     purpose: Purpose | None = "answers",
     named: Mapping[str, str] | None = None,
+    questions: Collection[str] = (),
     following: Iterable[RawRow] = (),
 ) -> Form:
     """Return the form of a row, from the names of its columns that are not null.
@@ -215,6 +224,7 @@ def detect(
         allow_prompts: also accept rows without an answer.
         purpose: use of the rows; None for pairs if the columns are those of pairs, else answers.
         named: columns or templates by option; the form must read each of these options' columns.
+        questions: names of the questions of decisions, if they are known; advice names columns of their answers.
         following: the rows after this one. If it fits no form, some of them are consumed for the values of columns.
 
     Raises:
@@ -238,7 +248,10 @@ def detect(
             f"these columns do not fit {purpose}: {', '.join(sorted(present)) or 'none'}",
             where=raw.source,
             why=needed,
-            next_step=columns.with_class(purpose) or columns.with_pair(purpose) or next_step,
+            next_step=columns.with_questions(purpose, questions)
+            or columns.with_class(purpose)
+            or columns.with_pair(purpose)
+            or f"{columns.without_title}{next_step}",
         )
     raise columns.preference_pair() or columns.without_answer() or columns.null() or columns.unknown()
 
@@ -254,6 +267,7 @@ _ADD_ANSWERS = (
     "add a column with the right answers and name it (--completion COLUMN), "
     "or write answers first: backhand generate --data FILE --as-rows"
 )
+_TABLE_PLACE = re.compile(r"\.[ct]sv(\.gz)?:\d+( \(row \d+\))?$", re.IGNORECASE)
 MOST_FOLLOWING = 200
 """Largest number of following rows that are read for the values of columns."""
 _USUAL_FORMS = ["messages", "prompt/completion", "instruction/input/output", "question/answer", "text"]
@@ -293,6 +307,27 @@ class _Columns:
             given = {"completion": class_of(classes)} if classes else {}
             options = suggestion((), filled, given, values.uninformative(rows)) if given else None
         return None if options is None else f"add {options}{more}"
+
+    def with_questions(self, purpose: Purpose | None, questions: Collection[str]) -> str | None:
+        """Return the options that read states and the answers to known questions, or None without such questions.
+
+        A single question that has the usual name is that of a prompt and its completion.
+        """
+        if self.given or not questions or purpose not in ("decisions", "states"):
+            return None
+        values, rows = self._values
+        classes = values.names(rows)
+        filled = [name for name in self.raw.values if values.filled(name)]
+        answers = [name for name in filled if name in questions]
+        if purpose == "decisions" and not answers and [*questions] == [*LABELLED_TEXT[1:]]:
+            return self.with_class("classes") or _NEEDED["classes"][1]
+        without = {*values.constant(rows), *(answers or ([class_of(classes)] if classes else []))}
+        state = state_option(name for name in filled if name not in without)
+        if purpose == "states":
+            return state and f"name the columns of the states, for example {state}"
+        if not answers:
+            return f"rename the columns of the answers to the questions that they answer: {name_list(questions)}"
+        return state and f"add {state}" + "".join(f" --question {shell_quoted(name)}" for name in answers)
 
     def with_pair(self, purpose: Purpose | None) -> str | None:
         """Return the options that read two columns of texts as chosen and rejected answers, or None."""
@@ -380,7 +415,14 @@ class _Columns:
             by_name = naming_advice((), filled, self.given, *self._values, with_answer=self.answers)
             how = f"a row has {' or '.join(near)}" + (f"; or name the columns: {by_name}" if by_name else "")
         what = f"{self._half_named}; its columns" if self._half_named else "the columns fit no form of row"
-        return DataError(f"{what}: {columns}", where=self.raw.source, next_step=how)
+        return DataError(f"{what}: {columns}", where=self.raw.source, next_step=f"{self.without_title}{how}")
+
+    @property
+    def without_title(self) -> str:
+        """The first step if a table has one column with a name, which may be a title, or ""."""
+        names = [name for name in self.raw.values if name]
+        one = len(names) == 1 and _TABLE_PLACE.search(self.raw.source)
+        return f"if {shorten(names[0])!r} is a title, {NO_TITLE}; otherwise " if one else ""
 
     @property
     def _half_named(self) -> str:

@@ -46,7 +46,9 @@ def split(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedData,
     sides = [examples.take(side) for side in (~held, held)]
     trained_on, held_out = (len(np.unique(side.column("source_digest"))) for side in sides)
     # Rows that were left out or cut are reported once, with the training data.
-    drawn = DataReport(rows=held_out, notes=(f"{held_out:,} of these {count_of(trained_on + held_out, 'row')}",))
+    both = count_of(trained_on + held_out, "row")
+    note = f"{held_out:,} of these {both}, of which the other {trained_on:,} are trained on"
+    drawn = DataReport(rows=held_out, notes=(note,))
     train = replace(with_totals(sides[0], replace(data.report, rows=trained_on)), held_out_share=fraction)
     return train, with_totals(sides[1], drawn)
 

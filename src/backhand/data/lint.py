@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from backhand.data.class_examples import ClassFormat
+from backhand.data.class_examples import ClassFormat, decimal_comma_note
 from backhand.data.class_lint import problems_of_classes
 from backhand.data.data_report import DataReport, TruncationStats
 from backhand.data.decision_lint import problems_of_decisions
@@ -27,7 +27,7 @@ from backhand.data.ranking_examples import RankingFormat
 from backhand.data.ranking_lint import problems_of_rankings
 from backhand.data.raw_rows import RowErrors
 from backhand.data.row_encoder import TextFormat
-from backhand.data.rows import Purpose
+from backhand.data.rows import ClassLabel, Purpose
 from backhand.data.stored_examples import PreparedData, StoredExamples
 from backhand.data.template_report import describe_template
 from backhand.data.text_encoder import TokenIds
@@ -156,6 +156,12 @@ CHECKS = {
         "labels of few rows",
         "with a label of fewer than {} rows ({})",
         "add rows with these labels, or give them another label",
+        form="classes",
+    ),
+    "not_numbers": Check(
+        "labels next to numbers",
+        "with a label that is not read as a number ({}), although nearly all labels look like numbers with fractions",
+        "write these labels as numbers with a decimal point, or remove the rows: the others are learned as numbers",
         form="classes",
     ),
     "one_class": Check(
@@ -294,6 +300,10 @@ def lint(
     elif purpose == "classes":
         found, labels = problems_of_classes(train.examples)
         problems += [*found, ("duplicate", _repeated(train.examples))]
+        if not labels and (
+            note := decimal_comma_note((one.facts_as(ClassLabel), one.source) for one in train.examples)
+        ):
+            train = train.with_note(note)
     elif purpose == "decisions":
         problems += problems_of_decisions(train.examples.facts(DecisionRow))
     else:
@@ -316,12 +326,12 @@ def lint(
     malformed = _malformed(bad, "warning" if options.skip_bad else "error")
     unit = "row" if purpose in ("embeddings", "decisions", "rankings") else "document"
     findings = [*malformed, *(_finding(unit, *one) for one in problems if one[1])]
-    columns = {"tokens": "tokens", "supervised tokens": "supervised"}
+    columns = {"tokens": "tokens"} | ({"supervised tokens": "supervised"} if train.report.supervised_tokens else {})
     report = LintReport(
         train=train.report,
         held_out=None if held_out is None else held_out.report,
         lengths={name: _quantiles(documents.column(column)) for name, column in columns.items()},
-        template=tuple(describe_template(tokenizer, options)),
+        template=() if purpose in _TEXT_FORMATS else tuple(describe_template(tokenizer, options)),
         findings=tuple(sorted(findings, key=lambda finding: finding.severity)),
         not_checked=not_checked,
         checked=tuple(kind for kind, check in CHECKS.items() if check.form in forms),
@@ -339,13 +349,15 @@ def _row_forms(examples: StoredExamples) -> set[str]:
 
 def _malformed(bad: RowErrors, severity: Severity) -> list[Finding]:
     findings = []
-    for error in bad.errors:
-        what = error.what + (f": {error.why}" if error.why else "")
-        remedy = error.next_step or "correct the row, or leave bad rows out with --skip-bad"
-        findings.append(Finding("malformed", severity, 1, what, (str(error.where),), remedy))
-    if unseen := bad.count - len(findings):
-        what = f"{unseen:,} more malformed rows after this one"
-        findings.append(Finding("malformed", severity, unseen, what, findings[-1].where, findings[-1].remedy))
+    for what, count in bad.alike.items():
+        errors = [error for error in bad.errors if error.what == what]
+        said = what + (f": {errors[0].why}" if errors[0].why else "")
+        places = tuple(str(error.where) for error in errors[:SHOWN_PLACES])
+        remedy = errors[0].next_step or "correct the row, or leave bad rows out with --skip-bad"
+        findings.append(Finding("malformed", severity, count, said, places, remedy))
+    if unseen := bad.count - bad.alike.total():
+        what, last = f"{unseen:,} more malformed rows after this one", bad.errors[-1]
+        findings.append(Finding("malformed", severity, unseen, what, (str(last.where),), findings[-1].remedy))
     return findings
 
 

@@ -13,12 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from backhand.data.data_report import DataReport
-from backhand.data.examples import Example
 from backhand.data.lint import CHECKS, Finding, LintReport, lint
 from backhand.data.options import LintOptions
 from backhand.data.pair_examples import PairFormat
 from backhand.data.rows import Purpose
-from backhand.data.token_view import documents_to_show, token_lines, view_tokens
+from backhand.data.token_view import ShownDocument, documents_to_show, token_lines, view_tokens
 from backhand.errors import DataError
 from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family_parsing import decoder_config
@@ -42,7 +41,7 @@ def lint_command(options: LintOptions) -> LintReport:
     else:
         print_lint(console_for_tables(), report)
         for example in shown:
-            say("", *token_lines(example, tokenizer), file=sys.stdout)
+            say("", *token_lines(*example, tokenizer), file=sys.stdout)
     if report.errors:
         stops = [finding for finding in report.findings if finding.severity == "error"]
         raise DataError(
@@ -62,17 +61,18 @@ def lint_as_json(options: LintOptions) -> dict[str, Any]:
     return _as_json(*_checked(options))
 
 
-def _as_json(report: LintReport, shown: Sequence[Example], tokenizer: Any) -> dict[str, Any]:
+def _as_json(report: LintReport, shown: Sequence[ShownDocument], tokenizer: Any) -> dict[str, Any]:
     values = report.to_json()
     if shown:
         values["shown"] = [
             {"source": example.source, "tokens": [vars(token) for token in view_tokens(example, tokenizer)]}
-            for example in shown
+            | ({"label": label} if label else {})
+            for example, label in shown
         ]
     return values
 
 
-def _checked(options: LintOptions) -> tuple[LintReport, Sequence[Example], Any]:
+def _checked(options: LintOptions) -> tuple[LintReport, Sequence[ShownDocument], Any]:
     """Check the rows, and return the report, the documents to show, and the tokenizer."""
     options.validate()
     source = open_model(options.lint.model)
@@ -122,10 +122,8 @@ def print_lint(console: Console, report: LintReport) -> None:
             sources.add_row(source.source, source.form, f"{source.rows:,}", use)
     console.print(sources)
     held = "" if held_out is None else f"; {held_out.size('held-out document')}"
-    console.print(
-        f"{train.size('training document')} with {count_of(train.tokens, 'token')}, "
-        f"{train.supervised_tokens:,} of them supervised{held}"
-    )
+    supervised = f", {train.supervised_tokens:,} of them supervised" if train.supervised_tokens else ""
+    console.print(f"{train.size('training document')} with {count_of(train.tokens, 'token')}{supervised}{held}")
     columns = tuple(dict.fromkeys(name for quantiles in report.lengths.values() for name in quantiles))
     lengths = table_of("per document", *columns, right=columns)
     for name, quantiles in report.lengths.items():

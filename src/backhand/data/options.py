@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from backhand.bounds import (
-    BaseModel,
     Bound,
     Check,
     Convert,
     Count,
     CountFromZero,
+    GivenBaseModel,
     Options,
     Seed,
     Share,
@@ -288,8 +288,9 @@ class TemplateOptions:
 
     chat_template: Text | None = None
     """A Jinja chat template to use instead of the tokenizer's own: a file, or the template itself. `none` is for rows
-    that are already rendered: prompt and completion are then joined unchanged, control tokens included. With it,
-    `generate` continues a text, as an adapter that was trained on rows of a column `text` does."""
+    that are already rendered: prompt and completion are then joined unchanged, control tokens included. `default` is
+    the tokenizer's own. Not given: the tokenizer's own, but none in `generate` with an adapter that was trained on
+    texts without one, unless `template_args` or `system` is given."""
 
     template_args: Annotated[Mapping[str, Any], Check(_check_names), Words(parse_template_args)] = field(
         default_factory=dict
@@ -365,7 +366,7 @@ class DataOptions(TemplateOptions, DecisionColumns, NamedColumns, RowSources, Op
 class LintRunOptions:
     """Model and output of the check."""
 
-    model: BaseModel = "smollm2-135m"
+    model: GivenBaseModel = "smollm2-135m"  # type: ignore[assignment]
     """The base model whose tokenizer and chat template read the rows: a Hugging Face directory, a GGUF file, a hub id,
     or `smollm2-135m`. Its weights are not read."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from backhand.data.context import TeacherPrompts
 from backhand.data.data_report import DataReport, TruncationStats
 from backhand.data.decision_examples import DecisionEncoder
 from backhand.data.decision_rows import find_questions, question_notes
-from backhand.data.decisions import Question
+from backhand.data.decisions import DecisionRow, Question
 from backhand.data.documents import RowRenderer
 from backhand.data.forms import Form, detect
 from backhand.data.held_out import default_held_out_share, overlap, split
@@ -120,6 +121,8 @@ def prepare(
     if purpose == "embeddings":
         train, held_out = with_pairs(train), None if held_out is None else with_pairs(held_out, held_out=True)
     if purpose == "decisions":
+        answered = Counter(one.question.name for row in train.examples.facts(DecisionRow) for one in row.asked)
+        about = question_notes(found, answered, train.report.rows)
         if questions is None:
             encoder = DecisionEncoder(RowRenderer(tokenizer, thoughts_off(options, tokenizer)), options.max_length)
             draws: list[tuple[int, ...]] = [()]
@@ -131,10 +134,12 @@ def prepare(
             rows = train.report.rows + added
             first = with_totals(of_one_epoch, replace(train.report, rows=rows, option_rows=added))
             if added:
-                note = f"{added:,} of these rows were added: the text is the name of an option (--option-rows)"
-                first = first.with_note(note)
+                first = first.with_note(
+                    f"{added:,} of these {rows:,} rows were added: the text is the name of an option (--option-rows); "
+                    f"the other {train.report.rows:,} are from the data"
+                )
             train = replace(train, examples=first.examples, report=first.report, by_epoch=by_epoch)
-        notes = (*train.report.notes, *question_notes(found))
+        notes = (*train.report.notes, *about)
         train = replace(train, questions=found, report=replace(train.report, notes=notes))
     return train, held_out
 
@@ -228,6 +233,7 @@ def read_examples(
         dropped_unsupervised=len(stats.dropped_unsupervised),
         first_cut=stats.firsts,
         system=report.system if renderer.has_template else None,
+        bare=renderer.bare_rows == report.rows,
         notes=(*notes, *report.notes),
     )
     if truncation is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +17,8 @@ TABLE = (dict, Mapping)
 _LISTS = (list, tuple)
 IN_MEMORY = "python:"
 """Start of the names of rows that a program gives."""
+NO_TITLE = "remove it: line 1 must have the column names"
+"""Next step if a table begins with a title."""
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 """Values of columns that say whether something is so, in lower case."""
 
@@ -23,7 +28,8 @@ class RawRow:
     """One row of a file as read."""
 
     values: Mapping[str, Any]  # column name to value, of JSON types
-    # Unique location: `file:line`, `name row N` for files without lines, or both if several rows share a line.
+    # Unique location: `file:line`, `name row N` for files without lines, or both if several rows share a line or
+    # some rows have several lines.
     source: str
 
 
@@ -34,8 +40,10 @@ class RowErrors:
     skip_bad: bool = False  # count errors instead of raising them
     count: int = 0
     empty_lines: int = 0  # lines of only white space so far
+    empty_rows: int = 0  # rows of several cells so far of which none has a value
     errors: list[DataError] = field(default_factory=list)  # the first `keep` errors
     keep: int = 5
+    alike: Counter[str] = field(default_factory=Counter)  # number of counted errors by the `what` of these first ones
     # first error in the current file; the reader of the next file resets it to None
     first_of_file: DataError | None = None
     # list to which errors are appended instead, if they are counted later, in the order of the rows
@@ -59,6 +67,9 @@ class RowErrors:
         self.first_of_file = self.first_of_file or error
         if len(self.errors) < self.keep:
             self.errors.append(error)
+            self.alike[error.what] += 1
+        elif error.what in self.alike:
+            self.alike[error.what] += 1
 
 
 def checked_row(values: object, source: str, *, not_utf8: bool = False, surrogates: bool = True) -> RawRow:
@@ -129,6 +140,23 @@ def describe(value: object) -> str:
     if isinstance(value, Mapping):
         return "a table"
     return f"a value of type {type(value).__name__}"
+
+
+_DECIMAL_COMMA = re.compile(r"[-+]?(?:0|[0-9]{4,}|[0-9]+(?=,(?:[0-9]{1,2}|[0-9]{4,})$)),[0-9]+")
+
+
+def number_of(value: Any) -> float | None:
+    """Return a finite number or the number in a text, also with a decimal comma; None for anything else.
+
+    Texts such as `1,234` are None, because they may be 1.234 or 1234.
+    """
+    if isinstance(value, str) and _DECIMAL_COMMA.fullmatch(value.strip()):
+        value = value.replace(",", ".")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def without_padding(value: Any) -> Any:

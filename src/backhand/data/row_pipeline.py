@@ -84,6 +84,7 @@ class RowPipeline:
         systems: set[str | None] = set()
         notes: list[str] = []
         skipped_before, kept_before, empty_lines_before = bad.count, len(bad.errors), bad.empty_lines
+        empty_rows_before = bad.empty_rows
         for name in expand(names):
             if total == most:
                 break
@@ -138,6 +139,7 @@ class RowPipeline:
             empty_answers=empty,
             skipped_bad=bad.count - skipped_before,
             bad_rows=tuple(bad.errors[kept_before:]),
+            empty_rows=bad.empty_rows - empty_rows_before,
             system=systems.pop() if len(systems) == 1 else None,
             notes=tuple(notes),
         )

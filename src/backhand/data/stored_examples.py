@@ -28,7 +28,7 @@ import numpy.typing as npt
 from backhand.data.data_report import DataReport
 from backhand.data.decisions import Question
 from backhand.data.examples import Example
-from backhand.data.rows import RowFacts
+from backhand.data.rows import WITHOUT_TARGETS, RowFacts
 from backhand.data.text_encoder import TokenIds
 from backhand.errors import ResourceError
 from backhand.files import reason
@@ -372,13 +372,14 @@ def with_totals(examples: Iterable[Example], report: DataReport) -> PreparedData
     examples = stored(examples)
     documents = examples.documents
     tokens = documents.column("tokens")
+    has_targets = not (len(examples) and isinstance(examples[0].facts, WITHOUT_TARGETS))
     return PreparedData(
         examples,
         replace(
             report,
             documents=len(documents),
             tokens=int(tokens.sum(dtype=np.int64)),
-            supervised_tokens=int(documents.column("supervised").sum(dtype=np.int64)),
+            supervised_tokens=int(documents.column("supervised").sum(dtype=np.int64)) if has_targets else 0,
             longest=int(tokens.max(initial=0)),
         ),
     )

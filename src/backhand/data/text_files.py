@@ -8,16 +8,18 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from backhand.data.raw_rows import RawRow, RowErrors, checked_row, latin1_error
+from backhand.data.raw_rows import NO_TITLE, RawRow, RowErrors, checked_row, latin1_error
 from backhand.errors import DataError
 from backhand.printing import going_on
 from backhand.words import in_words, shorten
 
 _DELIMITERS = ",;\t|"
 _TABLE_LINES = 4
+_SEPARATOR_LINE = re.compile(r'"?sep=([^\w\s"]|\t)"?\r?', re.IGNORECASE)
 LONGEST_LINE_BYTES = 2**28
 LONGEST_LIST_BYTES = 2**30
 _SPACE = re.compile(r"[ \t\r\n]+")
@@ -218,6 +220,8 @@ def read_csv(
 ) -> Iterator[RawRow]:
     """Yield rows of comma-separated values with a header line (RFC 4180). Every value is text.
 
+    Rows without a value are skipped. The first line may be `sep=` with the delimiter, as Excel writes it.
+
     Args:
         delimiter: separator of the cells; detected from the header line if None (`,`, `;`, tab or `|`).
 
@@ -226,13 +230,17 @@ def read_csv(
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     header_text = reader.peek(1 << 16).split(b"\n", 1)[0].decode("utf-8", "replace")
+    stated = _SEPARATOR_LINE.fullmatch(header_text)
+    if stated is not None:
+        delimiter = stated[1]
+        reader.readline()
     if delimiter is None:
         delimiter = max(_DELIMITERS, key=lambda candidate: (header_text.count(candidate), candidate == ","))
     lines = io.TextIOWrapper(reader, encoding="utf-8", errors="surrogateescape", newline="")
     cells = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         with going_on(lambda: f"reading {path}, line {cells.line_num:,}"):
-            yield from _csv_rows(cells, path, bad)
+            yield from _csv_rows(cells, path, bad, lines_before=stated is not None)
     finally:
         lines.detach()
 
@@ -245,10 +253,12 @@ def is_table(head: bytes) -> bool:
     return any(len(found) > 1 and {len(row) for row in found} == {len(found[0])} != {1} for found in rows)
 
 
-def _csv_rows(cells: Any, path: str | Path, bad: RowErrors) -> Iterator[RawRow]:
+def _csv_rows(cells: Any, path: str | Path, bad: RowErrors, *, lines_before: int) -> Iterator[RawRow]:
+    """Yield the rows. If a row's number, as a spreadsheet counts it, is not that of its line, its source has both."""
     header: list[str] | None = None
-    while True:
-        source = f"{path}:{cells.line_num + 1}"
+    for number in count(1):
+        line = cells.line_num + 1 + lines_before
+        source = f"{path}:{line}" if line == number else f"{path}:{line} (row {number})"
         try:
             row = next(cells, None)
         except csv.Error as error:
@@ -259,8 +269,9 @@ def _csv_rows(cells: Any, path: str | Path, bad: RowErrors) -> Iterator[RawRow]:
             continue
         if row is None:
             break
-        if not row or row == [""]:
-            bad.empty_lines += 1
+        if not any(map(str.strip, row)):
+            bad.empty_lines += len(row) < 2
+            bad.empty_rows += len(row) > 1
             continue
         if header is None:
             header = _checked_header(row, source)
@@ -271,6 +282,7 @@ def _csv_rows(cells: Any, path: str | Path, bad: RowErrors) -> Iterator[RawRow]:
                     f"this row has {len(row)} cells, the header has {len(header)}",
                     where=source,
                     why="a cell that contains the delimiter, a quote or a line break must be in double quotes",
+                    next_step=None if len(header) > 1 else f"if {shorten(header[0])!r} is a title, {NO_TITLE}",
                 )
             yield checked_row(dict(zip(header, row, strict=True)), source, not_utf8=True)
         except DataError as error:
@@ -280,7 +292,18 @@ def _csv_rows(cells: Any, path: str | Path, bad: RowErrors) -> Iterator[RawRow]:
 def _checked_header(row: list[str], source: str) -> list[str]:
     header = [name.strip() for name in row]
     twice = sorted({name for name in header if header.count(name) > 1})
+    if twice == [""]:
+        raise DataError(
+            f"{header.count('')} columns of the header have no name",
+            where=source,
+            next_step=f"if it is a title, {NO_TITLE}; otherwise name these columns, or delete them",
+        )
     if twice:
-        raise DataError(f"the header names {twice[0]!r} twice", where=source)
+        raise DataError(
+            f"the header names {twice[-1]!r} twice",
+            where=source,
+            why="it is unknown which of both columns is meant",
+            next_step="rename one of both columns, or delete it",
+        )
     checked_row(dict.fromkeys(header), source, not_utf8=True)
     return header

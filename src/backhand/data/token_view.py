@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from backhand.data.decisions import DecisionRow
 from backhand.data.examples import Example
+from backhand.data.rows import WITHOUT_TARGETS, ClassLabel, RankedTexts, TextIdentities
 from backhand.data.stored_examples import StoredExamples
 
 
@@ -20,11 +24,41 @@ class ViewedToken:
     supervised: bool  # True if it is a target
 
 
-def documents_to_show(examples: StoredExamples, count: int) -> list[Example]:
-    """Return the first documents. Of the labels of a decision, only the row's own answer is among them."""
-    if not (len(examples) and isinstance(examples[0].facts, DecisionRow)):
-        return list(examples.documents[:count])
-    return [document for example in examples[:count] for document in example.answered_questions][:count]
+class ShownDocument(NamedTuple):
+    """A document for display."""
+
+    example: Example
+    label: str = ""  # the label, score or relevance that its row learns if no token is a target; "" if there is none
+
+
+def documents_to_show(examples: StoredExamples, count: int) -> list[ShownDocument]:
+    """Return the first documents. Of the labels of a decision, only the row's own answer is among them.
+
+    Of rows whose loss is not one of tokens, these are the texts as the model reads them, without a supervised token.
+    """
+    facts = examples[0].facts if len(examples) else None
+    if isinstance(facts, DecisionRow):
+        answered = (document for example in examples[:count] for document in example.answered_questions)
+        return [ShownDocument(document) for document in islice(answered, count)]
+    if isinstance(facts, WITHOUT_TARGETS):
+        return list(islice((shown for example in examples[:count] for shown in _texts(example)), count))
+    return [ShownDocument(document) for document in examples.documents[:count]]
+
+
+def _texts(example: Example) -> Iterator[ShownDocument]:
+    """Yield the texts of a row without the placeholder at their end, or without the answers yes and no."""
+    facts, documents, labels = example.facts, example.documents, [""]
+    answered = isinstance(facts, RankedTexts) and len(documents) == 2 * len(facts.targets)
+    if isinstance(facts, RankedTexts):
+        labels, documents = [f"relevance {target:g}" for target in facts.targets], documents[:: 1 + answered]
+    elif isinstance(facts, ClassLabel):
+        labels = [", ".join(facts.names) or "no label"]
+    elif isinstance(facts, TextIdentities) and facts.score is not None:
+        labels = [f"score {facts.score:g}"]
+    for number, document in enumerate(documents):
+        label = labels[min(number, len(labels) - 1)]
+        ids = document.input_ids[: document.prompt_tokens if answered else -1]
+        yield ShownDocument(replace(document, input_ids=ids, supervised=np.zeros(len(ids), dtype=np.bool_)), label)
 
 
 def view_tokens(example: Example, tokenizer: Any) -> list[ViewedToken]:
@@ -59,11 +93,11 @@ _PART = "\ufffd"
 _MOST_TOKENS = 8
 
 
-def token_lines(example: Example, tokenizer: Any) -> list[str]:
+def token_lines(example: Example, label: str, tokenizer: Any) -> list[str]:
     """Return one line per token: `*` if it is supervised, its id, and its text with escaped control characters."""
     tokens = view_tokens(example, tokenizer)
     return [
-        example.source,
+        f"{example.source}{': ' if label else ''}{label}",
         *(
             f"{'*' if token.supervised else ' '} {token.input_id:>7} {repr(token.text) if token.text else _CONTINUED}"
             for token in tokens
