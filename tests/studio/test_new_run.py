@@ -28,7 +28,7 @@ from backhand.nn.loading.stores import MINILM, SMOLLM2
 from backhand.report.run_record import read_run
 from backhand.studio import commands, draft, queue
 from backhand.studio.commands import Commands, Outcome
-from backhand.studio.draft import Draft, more_for
+from backhand.studio.draft import MORE, Draft, more_for, on_page
 from backhand.studio.first_rows import first_rows
 from backhand.studio.runs import STATES, all_runs, run_of
 from backhand.studio.workspace import Workspace
@@ -82,6 +82,17 @@ def test_rows_are_shown_as_the_model_reads_them(client: Client, tiny: TinyRun) -
     assert status == 409 and "there is no column &#39;nothing&#39;" in text and "next:" in text
 
 
+def test_problems_of_rows_are_under_the_name_of_the_uploaded_file(client: Client, tiny: TinyRun) -> None:
+    client.post("upload?name=Orders%202026.csv", body=b"text;label\nf\xfcr;a\nf\xe4r;b\n" + b"list;a\none;b\n" * 4)
+    draft = {"typed_model": str(tiny.model), "data": "rows-1.csv", "objective": "classify"}
+    _, text, _ = client.get(f"part/lint?{urlencode(draft)}")
+    page = part(text)
+    finding = page.every("div", class_="finding")[0]
+    assert finding.text.count("iconv") == 1 and "Orders 2026.csv:2, Orders 2026.csv:3: this line" in finding.text
+    assert "Documents per answer: a 4, b 4." in text
+    assert "error: Orders 2026.csv:2: training would stop" in text
+
+
 def test_a_run_is_stopped_continued_and_tried_again(
     client: Client, space: Workspace, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +128,41 @@ def test_a_run_is_stopped_continued_and_tried_again(
     address = client.post("runs/one/again")[2]["location"]
     assert address.endswith("/new/start?data=rows-1.csv&objective=sft&more.learning_rate=0.01")
     assert client.post("runs/one/stop")[0] == 409  # it does not train
+
+
+def test_rows_of_a_stopped_run_are_not_lost_silently_and_can_be_given_again(
+    client: Client, space: Workspace, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.post("upload?name=faq.csv", body=TABLE)
+    finished.rename(space.run("one"))
+    config, status = space.run("one") / "config.toml", space.run("one") / "status.json"
+    rows = f"data = {json.dumps([str(space.rows / 'rows-1.csv')])}"
+    config.write_text(re.sub(r"(?m)^data = .*", rows, config.read_text()))
+    status.write_text(status.read_text().replace('"finished"', '"interrupted"'))
+    code, text, _ = client.post("delete-rows", data="rows-1.csv")
+    assert code == 409 and "one can be continued, and needs these rows" in text
+    assert client.post("delete-rows", data="rows-1.csv", sure="yes")[0] == 303
+    client.post("upload?name=other.csv", body=b"a,b\n1,2\n")
+    started: list[list[str]] = []
+    monkeypatch.setattr(queue, "enqueue", lambda _, name, words, form="": started.append(words))
+    page = part(client.get("runs/one")[1])
+    assert "The rows of this run were deleted (rows-1.csv)" in page.one("div", id="state").text
+    code, text, _ = client.post("runs/one/resume")
+    assert code == 409 and "rows of this run were deleted" in text and "did you mean" not in text and not started
+    client.post("upload?name=faq.csv", body=TABLE)
+    assert client.post("runs/one/resume", data="rows-3.csv")[0] == 303
+    assert started == [["train", "--resume", f"--output={space.run('one')}", f"--data={space.rows / 'rows-3.csv'}"]]
+
+
+def test_the_error_of_a_continuation_is_shown_at_its_button(client: Client, space: Workspace, finished: Path) -> None:
+    finished.rename(space.run("one"))
+    status = space.run("one") / "status.json"
+    status.write_text(status.read_text().replace('"finished"', '"interrupted"'))
+    space.job_file("one").write_text('{"words": ["train", "--resume"], "process": 1, "exit_code": 3}')
+    space.log_file("one").write_text("reading\nerror: the rows have changed\n  next: give the same ones\n")
+    state = part(client.get("runs/one")[1]).one("div", id="state")
+    assert "did not start again" in state.text and "error: the rows have changed" in state.text
+    assert "reading" not in state.text and "Continue the run" in state.text
 
 
 def test_the_list_has_every_state(client: Client, space: Workspace, finished: Path) -> None:
@@ -225,7 +271,71 @@ def test_the_options_on_the_screen_are_those_of_the_start(client: Client) -> Non
     assert "--eval-fraction=0.2 " in shown and "--learning-rate=0.001 " in shown and "faq.csv" in page.one("main").text
     for wrong in ({"eval_fraction": "a fifth"}, {"more.epochs": "twelve"}, {"more.epochs": "1,000"}):
         status, text, _ = client.get(f"new/start?{urlencode(draft | wrong)}")
-        assert status == 409 and "is not a number" in text and "lint" not in text
+        assert status == 409 and "is not a number" in text and "part/lint" not in text
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("more.epochs", "drei", "epochs is not a number: drei: write it in digits, such as 12"),
+        ("more.rank", "0", "rank 0 is not an integer of at least 1: write one such as 12"),
+        ("more.average_share", "60", "average share is a share of 1, and 60 is more: write 60% or 0.6"),
+    ],
+)
+def test_a_wrong_option_is_shown_next_to_its_field_and_the_others_stay(
+    field: str, value: str, told: str, client: Client
+) -> None:
+    client.post("upload?name=faq.csv", body=TABLE)
+    draft = {"data": "rows-1.csv", "objective": "sft", "more.system": "be brief", field: value}
+    status, text, _ = client.get(f"new/start?{urlencode(draft)}")
+    page = part(text)
+    assert status == 409 and page.one("span", id=f"{field}-error").text == told
+    fields = {one.attributes.get("name"): one.attributes.get("value") for one in page.every("input")}
+    assert (fields["more.system"], fields[field]) == ("be brief", value)
+    (start,) = (one for one in page.every("button") if "data-after" in one.attributes)
+    (why,) = (one for one in page.every("p") if "data-why" in one.attributes)
+    assert "disabled" in start.attributes and told in why.text and "part/plan" not in text
+
+
+@pytest.mark.parametrize(
+    ("place", "fields", "title", "told"),
+    [
+        ("new/learn", {"eval_fraction": "20"}, "What shall it learn?", "20 is more: write 20% or 0.2"),
+        ("new/start", {"eval_fraction": "abc"}, "What shall it learn?", "in digits, such as 20% or 0.2"),
+        ("new/start", {"data": "rows-9.csv"}, "From which rows shall it learn?", "no such file of rows any more"),
+        (
+            "new/learn",
+            {"typed_data": "/etc/x.csv"},
+            "From which rows shall it learn?",
+            "folder that this page may read",
+        ),
+        ("new/rows", {"typed_model": "/etc/model"}, "Which model shall learn?", "folder that this page may read"),
+    ],
+)
+def test_a_wrong_field_is_shown_at_its_step(
+    place: str, fields: dict[str, str], title: str, told: str, client: Client
+) -> None:
+    client.post("upload?name=faq.csv", body=TABLE)
+    draft = {"data": "rows-1.csv", "objective": "sft", "prompt": "question", "completion": "answer"} | fields
+    _, text, _ = client.get(f"{place}?{urlencode(draft)}")
+    assert title in text and told in html.unescape(text) and "lint" not in text and "To the list" not in text
+    if "eval_fraction" in fields:
+        page = part(client.get(f"part/rows?{urlencode(draft)}")[1])
+        assert told in page.one("span", id="eval_fraction-error").text
+        assert page.one("input", id="eval_fraction").attributes["value"] == fields["eval_fraction"]
+    status, text, _ = client.get(f"part/lint?{urlencode(draft)}", X_Part="1")
+    assert status == 409 and "Change it at the step" in text
+
+
+def test_options_of_the_adapter_that_the_page_once_left_out_are_fields(space: Workspace) -> None:
+    (space.rows / "rows-1.csv").write_bytes(TABLE)
+    given = {"layers": "last:2", "average_share": "0.5", "lora_bias": "True", "modules_to_save": "lm_head"}
+    given |= {"cache_frozen": "off"}
+    assert {*given} <= {field.name for fields in more_for("sft").values() for field in fields}
+    words = Draft({"data": "rows-1.csv", **{f"more.{name}": value for name, value in given.items()}}).run_words(
+        space, []
+    )
+    assert {f"--{name.replace('_', '-')}={value}" for name, value in given.items()} <= {*words}
 
 
 @pytest.mark.parametrize(
@@ -452,6 +562,7 @@ def test_a_renamed_run_starts_again_in_its_own_directory(
             {"objective": "embed", "prompt": "Title A", "completion": "Title B", "score": "Duplicate"},
         ),
         ("text,label", "the text of {n},{n}.5", {"objective": "classify", "prompt": "text", "completion": "label"}),
+        ("Entry;Effort", "the text of {n};{n},5", {"objective": "classify", "prompt": "Entry", "completion": "Effort"}),
         ("text,topics", 'the text of {n},"[""{k}""]"', {"objective": "classify", "completion": "topics"}),
         (
             "title,text,section",
@@ -475,7 +586,7 @@ def test_columns_suggest_what_to_learn(header: str, row: str, suggested: dict[st
     (tmp_path / "rows.csv").write_text("\n".join([header, *rows]))
     first = first_rows(str(tmp_path / "rows.csv"))
     assert {name: first[name] for name in suggested} == suggested and len(first["rows"]) == 5
-    assert first["columns"] == header.split(",")
+    assert first["columns"] == re.split("[,;]", header)
 
 
 def test_the_first_rows_of_a_table_with_dates_are_shown(tmp_path: Path) -> None:
@@ -505,7 +616,8 @@ LINTED = {
     "train": {"rows": 1, "documents": 1, "tokens": 2, "supervised_tokens": 1, "notes": [ATTACK]},
     "held_out": None,
     "errors": 1,
-    "findings": [{"severity": "error", "where": [ATTACK], "what": ATTACK, "remedy": ATTACK}],
+    "findings": [{"severity": "error", "count": 9, "where": [ATTACK], "what": ATTACK, "remedy": ATTACK}],
+    "labels": {ATTACK: 1},
     "template": [ATTACK],
     "shown": [{"source": ATTACK, "tokens": [{"text": ATTACK, "supervised": True}]}],
 }
@@ -560,3 +672,27 @@ def test_attacks_in_what_commands_answer_stay_text(
         assert all(one.attributes.get("src") for one in page.every("script"))
         assert not [one for one in page.root.all() if any(name.startswith("on") for name in one.attributes)]
     assert not part(client.get("new/rows")[1]).every("img")
+
+
+def test_messages_name_fields_instead_of_options() -> None:
+    for option in (f"--{name.replace('_', '-')}" for names in MORE.values() for name in names):
+        assert "--" not in on_page(f"leave out {option}, or give {option} 3")
+    assert on_page("if whole texts are meant, add: --train-on text") == (
+        "if whole texts are meant, set “train on” under More options to text"
+    )
+    assert on_page("leave them out with --skip-bad") == "leave them out with “skip bad” under More options"
+    assert on_page("error: x\n  next: backhand plan --help explains every option") == "error: x"
+    saved = on_page("continue with backhand train --resume --output /x/y")
+    assert saved == "choose “Continue the run”" and on_page("start it with --allow /x") == "start it with --allow /x"
+
+
+def test_an_error_of_the_check_has_a_way_to_the_options(client: Client, tiny: TinyRun) -> None:
+    rows = b"text,label\n" + b"".join(
+        b"the user asks for %d names,%s\n" % (n, b"ab"[n % 2 : n % 2 + 1]) for n in range(40)
+    )
+    client.post("upload?name=x.csv", body=rows)
+    draft = {"typed_model": str(tiny.model), "data": "rows-1.csv", "objective": "sft"}
+    status, text, _ = client.get(f"part/lint?{urlencode(draft)}", X_Part="1")
+    error = part(text).one("pre", class_="error").text
+    assert status == 409 and "set “train on” under More options to text" in error and "--" not in error
+    assert "new/start?" in text

@@ -125,6 +125,13 @@ def test_base_and_adapter_answer_with_the_newest_checkpoint(watched: Client, fin
     ]
     assert status == 200 and [base, adapted] == expected and base != adapted
     assert "&lt;b&gt;" in text and "backhand generate" in page.one("pre").text
+    record = finished / "adapter" / "backhand.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"bare": True}))  # as after training on texts
+    _, text, _ = watched.post("runs/run/try", prompt="the user asks")
+    asked = {"model": model, "prompt": "the user asks", "greedy": True, "max_new_tokens": 128}
+    (_, adapted) = (element.text for element in Page(text.encode()).every("div", class_="text"))
+    assert adapted == generate(adapter=finished / "adapter", chat_template="none", **asked)
+    assert adapted != generate(adapter=finished / "adapter", chat_template="default", **asked)
     shutil.rmtree(finished / "adapter")
     shutil.rmtree(finished / "checkpoints")
     for prompt, message in (("  ", "the prompt is empty"), ("x", "there is no checkpoint yet")):
@@ -151,6 +158,7 @@ def test_decisions_and_labels_have_probabilities(
     _, text, _ = watched.post("runs/run/try", prompt="--state")
     cells = [[cell.text for cell in row.children if cell.text] for row in Page(text.encode()).every("tr")]
     assert cells == [["<b>", "75.0%"], ["sales", "25.0%"], ["yes", "90.0%"]]
+    assert "One of the options is always chosen" in text
     words, rows = asked[0]
     assert words[0] == "decide" and words[-2:] == ["--data=-", "--state=state"] and rows == '{"state": "--state"}\n'
     (finished / "config.toml").write_text(config)
@@ -160,6 +168,7 @@ def test_decisions_and_labels_have_probabilities(
     monkeypatch.setattr(Outcome, "json", lambda _: answers)
     _, text, _ = watched.post("runs/run/try", prompt="a")
     assert [cell.text for cell in Page(text.encode()).every("td", class_="number")] == ["60.0%", "60.0%"]
+    assert "One of the labels is always chosen" in text
 
 
 @pytest.mark.parametrize(
@@ -184,6 +193,7 @@ def test_the_head_of_a_run_with_labels_answers(
     _, text, _ = watched.post("runs/run/try", prompt="--text")
     page = Page(text.encode())
     assert [cell.text for row in page.every("tr") for cell in row.children if cell.text] == cells
+    assert ("One of the labels is always chosen" in text) is bool(cells)
     assert cells or "2.5" in page.one("div", class_="text").text
     words, rows = asked[0]
     assert words[0] == "classify" and words[-2:] == ["--data=-", "--prompt=text"] and rows == '{"text": "--text"}\n'

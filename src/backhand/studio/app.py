@@ -7,7 +7,7 @@ import os
 import shlex
 import tempfile
 import zipfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import wraps
 from http import HTTPStatus
 from operator import mul
@@ -29,8 +29,31 @@ from backhand.report.run_record import read_run
 from backhand.runs.directory import CONFIG, REPORT
 from backhand.studio import queue
 from backhand.studio.access import SANDBOX_POLICY, Refused, refusal
-from backhand.studio.draft import CHECKS, MORE, OBJECTIVES, ROLES, Draft, changed_run, choices_of, default_of, more_for
-from backhand.studio.runs import adapter_of, all_runs, asking_words, log_of, page_of, result_of, stop, version_of
+from backhand.studio.commands import CommandError
+from backhand.studio.draft import (
+    CHECKS,
+    MORE,
+    OBJECTIVES,
+    ROLES,
+    Draft,
+    FieldError,
+    changed_run,
+    choices_of,
+    default_of,
+    more_for,
+)
+from backhand.studio.runs import (
+    ListedRun,
+    adapter_of,
+    all_runs,
+    asking_words,
+    error_of,
+    log_of,
+    page_of,
+    result_of,
+    stop,
+    version_of,
+)
 from backhand.studio.site import Site, static
 from backhand.studio.workspace import checked_name
 
@@ -110,6 +133,8 @@ def _route(site: Site, path: str, answer: Answer, method: str = "GET") -> Route:
             return await answer(site, request)
         except (HTTPException, Refused):
             raise
+        except FieldError as error:
+            return await _step_with(site, request, error)
         except Exception as error:  # noqa: BLE001 - a browser gets an answer, whatever goes wrong
             return site.failure(request, error)
 
@@ -143,6 +168,8 @@ async def _run_page(site: Site, request: Request) -> Response:
             "title": run.name,
             "listed": run,
             "log": "" if log is None else log_of(log),
+            "start_error": error_of(log_of(log)) if log is not None and run.start_failed else "",
+            **_rows_to_give_again(site, run),
             "exports": {kind: one.text for kind, one in EXPORTS.items() if (one.to, one.options) in usable},
             "objective": "" if record is None else record.objective,
             "made": site.space.exported(run.name) if site.workspace is not None else [],
@@ -153,6 +180,12 @@ async def _run_page(site: Site, request: Request) -> Response:
         return site.page("run_page.html.j2", shared | (values or {}))
 
     return _unless_known(request, version_of(run, log), page)
+
+
+def _rows_to_give_again(site: Site, run: ListedRun) -> dict[str, Any]:
+    """Return the deleted rows that a run needs to be continued, and the uploads among which they may be."""
+    gone = run.can_continue and site.workspace is not None and queue.deleted_rows(site.space, run.name, [])
+    return {"gone": [path.name for path in gone or ()], "uploads": site.space.uploads() if gone else {}}
 
 
 def _unless_known(request: Request, version: str, page: Callable[[], Response]) -> Response:
@@ -207,9 +240,29 @@ async def _try(site: Site, request: Request) -> Response:
 # ---- a new run ---------------------------------------------------------------------------------------------------
 
 
+Errors = Mapping[str, str]
+"""Errors of the fields of a step, by the name of the field."""
+
+
+async def _step_with(site: Site, request: Request, error: FieldError) -> Response:
+    """Return the step that has the field of an error; in a part of a page, the error with the way to this step."""
+    given = await request.form() if request.method == "POST" else request.query_params
+    draft = Draft.of((name, value) for name, value in given.items() if isinstance(value, str))
+    (place, name), page = next(one for start, one in _STEP_OF.items() if error.field.startswith(start))
+    if request.headers.get("x-part") == "1":
+        return site.failure(request, error, (name, f"{place}?{draft.query()}"))
+    text = f"{error.what}: {error.next_step}" if error.next_step else error.what
+    response = page(site, draft, draft.errors() | {error.field: text})
+    response.status_code = HTTPStatus.CONFLICT
+    return response
+
+
 async def _model_step(site: Site, request: Request) -> Response:
-    draft = Draft.of(request.query_params.items())
-    return site.page("new_model.html.j2", {"title": "New run: the model", "draft": draft})
+    return _model_page(site, Draft.of(request.query_params.items()), {})
+
+
+def _model_page(site: Site, draft: Draft, errors: Errors) -> Response:
+    return site.page("new_model.html.j2", {"title": "New run: the model", "draft": draft, "errors": errors})
 
 
 async def _models_part(site: Site, request: Request) -> Response:
@@ -225,7 +278,13 @@ async def _models_part(site: Site, request: Request) -> Response:
 
 async def _rows_step(site: Site, request: Request) -> Response:
     draft = Draft.of(request.query_params.items())
-    values = {"title": "New run: the rows", "draft": draft, "uploads": site.space.uploads()}
+    await _with_models(site, request, draft)
+    draft.model_words(site.space, site.model_names)
+    return _rows_page(site, draft, {})
+
+
+def _rows_page(site: Site, draft: Draft, errors: Errors) -> Response:
+    values = {"title": "New run: the rows", "draft": draft, "uploads": site.space.uploads(), "errors": errors}
     values["unreadable"] = site.space.unreadable()
     return site.page("new_rows.html.j2", values)
 
@@ -243,14 +302,25 @@ async def _delete_rows(site: Site, request: Request) -> Response:
             f"these rows are needed by {', '.join(users)}",
             next_step="wait for the end of the run, or stop it",
         )
+    stopped = [run.name for run in all_runs(site.space) if run.can_continue and queue.names(site.space, run.name, rows)]
+    if stopped and form.get("sure") != "yes":
+        raise UsageError(
+            f"{', '.join(stopped)} can be continued, and needs these rows",
+            next_step="continue the run first, or mark the box which says that it need not be continued",
+        )
     site.space.delete_upload(rows.name)
     return site.go(f"new/rows?{form.get('query', '')}")
 
 
 async def _learn_step(site: Site, request: Request) -> Response:
     draft = Draft.of(request.query_params.items())
-    draft.data_words(site.space)
-    return site.page("new_learn.html.j2", {"title": "New run: what to learn", "draft": draft})
+    draft.rows_path(site.space)
+    return _learn_page(site, draft, draft.errors())
+
+
+def _learn_page(site: Site, draft: Draft, errors: Errors) -> Response:
+    errors = {name: text for name, text in errors.items() if not name.startswith("more.")}
+    return site.page("new_learn.html.j2", {"title": "New run: what to learn", "draft": draft, "errors": errors})
 
 
 async def _learn(site: Site, request: Request) -> Response:
@@ -264,8 +334,8 @@ async def _learn(site: Site, request: Request) -> Response:
 
 async def _first_rows_part(site: Site, request: Request) -> Response:
     draft = Draft.of(request.query_params.items())
-    path = draft.data_words(site.space)[0].partition("=")[2]
-    outcome = await site.commands.run([path], request.is_disconnected, module="backhand.studio.first_rows")
+    path = draft.rows_path(site.space)
+    outcome = await site.commands.run([str(path)], request.is_disconnected, module="backhand.studio.first_rows")
     if not draft.get("typed_data"):
         site.space.mark_unreadable(draft.get("data"), unreadable=outcome.code != 0)
     first = outcome.json()
@@ -273,6 +343,7 @@ async def _first_rows_part(site: Site, request: Request) -> Response:
         first |= {"objective": "classify", "prompt": first["state"], "completion": first["question"]}
     context = site.space.context(draft.get("context")).read_text("utf-8") if draft.get("context") else ""
     values = {"first": first, "draft": draft, "objectives": OBJECTIVES, "roles": ROLES, "checks": CHECKS}
+    values["errors"] = draft.errors()
     return site.part("rows", **values, context=context)
 
 
@@ -307,7 +378,10 @@ async def _lint_part(site: Site, request: Request) -> Response:
     outcome = await site.commands.run(
         [*words, "--json", f"--show={_SHOWN_ROWS}"], request.is_disconnected, work=_work(request)
     )
-    report = outcome.json()
+    try:
+        report = outcome.json()
+    except CommandError as error:  # the options that correct it may be fields of the start
+        return site.failure(request, error, ("Start", f"new/start?{draft.query()}"))
     values = {"report": report, "messages": outcome.messages if outcome.code else "", "most": _MAX_SHOWN_TOKENS}
     leave_out = draft.query(**{"more.skip_bad": "True"})
     return site.part("lint", **values, words=words, leave_out=leave_out, decisions=draft.objective == "decide")
@@ -315,12 +389,17 @@ async def _lint_part(site: Site, request: Request) -> Response:
 
 async def _start_step(site: Site, request: Request) -> Response:
     draft = await _draft(site, request)
-    words = draft.train_words(site.space, site.model_names, site.space.run("NAME"))
+    draft.train_words(site.space, site.model_names, site.space.run("NAME"))
+    return _start_page(site, draft, {})
+
+
+def _start_page(site: Site, draft: Draft, errors: Errors) -> Response:
     label = draft.get("typed_data") or site.space.uploads()[draft.get("data")].label
     values = {
         "title": "New run: start",
         "draft": draft,
-        "words": words,
+        "errors": errors,
+        "words": [] if errors else draft.train_words(site.space, site.model_names, site.space.run("NAME")),
         "more": more_for(draft.objective),
         "titles": MORE,
         "choices": choices_of,
@@ -329,6 +408,15 @@ async def _start_step(site: Site, request: Request) -> Response:
         "busy": any(run.at_work or run.state == "waiting" for run in all_runs(site.space)),
     }
     return site.page("new_start.html.j2", values)
+
+
+_STEP_OF: dict[str, tuple[tuple[str, str], Callable[[Site, Draft, Errors], Response]]] = {
+    "more.": (("new/start", "Start"), _start_page),
+    **dict.fromkeys(("data", "typed_data"), (("new/rows", "Rows"), _rows_page)),
+    **dict.fromkeys(("model", "typed_model"), (("new", "Model"), _model_page)),
+    "": (("new/learn", "What to learn"), _learn_page),
+}
+"""Address, name and page of the step that has a field, by the beginning of its name."""
 
 
 async def _plan_part(site: Site, request: Request) -> Response:
@@ -367,7 +455,16 @@ async def _stop(site: Site, request: Request) -> Response:
 async def _resume(site: Site, request: Request) -> Response:
     run = site.run(request)
     form = run.job.form if run.job is not None else ""
-    queue.enqueue(site.space, run.name, ["train", "--resume", f"--output={run.path}"], form)
+    words = ["train", "--resume", f"--output={run.path}"]
+    if gone := queue.deleted_rows(site.space, run.name, []):
+        given = str((await request.form()).get("data", ""))
+        if not given or len(gone) > 1:
+            raise UsageError(
+                f"the rows of this run were deleted: {', '.join(path.name for path in gone)}",
+                next_step="upload the same file again at New run, Rows, and choose it here",
+            )
+        words.append(f"--data={site.space.upload(given)}")
+    queue.enqueue(site.space, run.name, words, form)
     return site.go_to_run(run.name)
 
 
@@ -376,6 +473,11 @@ async def _restart(site: Site, request: Request) -> Response:
     if not run.can_restart or run.job is None:
         raise UsageError(f"the run {run.name} cannot be started again", next_step="continue it, or start another one")
     words = queue.with_output([word for word in run.job.words if word != "--overwrite"], run.path)
+    if gone := queue.deleted_rows(site.space, run.name, words):
+        raise UsageError(
+            f"the rows of this run were deleted: {', '.join(path.name for path in gone)}",
+            next_step="choose Change the settings, and upload them again",
+        )
     queue.enqueue(site.space, run.name, [*words, *["--overwrite"] * run.path.exists()], run.job.form)
     return site.go_to_run(run.name)
 

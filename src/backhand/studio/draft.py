@@ -6,14 +6,15 @@ The fields are in the address of each step, so that a reloaded page, or a link t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 from urllib.parse import urlencode
 
-from backhand.bounds import union_members
+from backhand.bounds import Bound, check_value, hints_of, split_hint, union_members
 from backhand.cli.option_fields import OptionField, option_fields
 from backhand.errors import UsageError
 from backhand.options.config import TrainConfig
@@ -67,6 +68,8 @@ ROLES: Mapping[str, tuple[Role, ...]] = {
     "bake": (_QUESTION,),
 }
 """Columns of each objective other than `decide`, by the names of the objectives that have the same."""
+_LABELS = {"eval_fraction": "the share of held-out rows", "reward_length": "the length of answers"}
+"""Names of numbers outside "more"."""
 _OWN_OPTIONS = ("prompt", "completion")
 _OF_SCORED_TEXTS = {"prompt": "sentence1", "completion": "sentence2"}
 """Names of the texts of a row of vectors that has a score."""
@@ -77,14 +80,17 @@ CHECKS = {
 """Built-in rewards without an argument. Rewards that are code or name a file are not offered."""
 
 MORE = {
-    "adapter": ("rank", "alpha", "dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules"),
+    "adapter": (
+        *("rank", "alpha", "dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules"),
+        *("layers", "modules_to_save", "lora_bias"),
+    ),
     "optimization": (
         *("epochs", "max_steps", "learning_rate", "schedule", "warmup_steps", "weight_decay", "max_grad_norm"),
-        *("batch_rows", "micro_batch_rows"),
+        *("batch_rows", "micro_batch_rows", "average_share"),
     ),
     "data": ("max_length", "long_rows", "skip_bad", "train_on", "system", "option_order", "option_rows"),
     "run": ("eval_every", "save_every", "keep", "early_stopping", "max_forgetting", "answers", "seed"),
-    "model": ("dtype", "engine", "base", "memory", "recompute"),
+    "model": ("dtype", "engine", "base", "memory", "recompute", "cache_frozen"),
     "rewards": ("group", "max_new_tokens", "temperature"),
     "objective": ("beta", "loss_type", "label_smoothing", "pooling", "query_prompt", "document_prompt", "problem_type"),
 }
@@ -144,6 +150,43 @@ _WORDS = ("auto", "none")
 """Words that an option may take instead of a number."""
 
 
+class FieldError(UsageError):
+    """A field of the form with a value that is not possible. The step that has the field shows it there."""
+
+    def __init__(self, field: str, what: str, **parts: str | None) -> None:
+        super().__init__(what, **parts)
+        self.field = field
+
+
+@contextmanager
+def _at(field: str) -> Iterator[None]:
+    """Turn an error into one of a field."""
+    try:
+        yield
+    except UsageError as error:
+        raise FieldError(field, error.what, why=error.why, next_step=error.next_step) from None
+
+
+@cache
+def _rules(options: type = TrainConfig) -> Mapping[str, Any]:
+    """Return the annotation of each option, with its range."""
+    rules: dict[str, Any] = {}
+    for name, hint in hints_of(options).items():
+        rules |= _rules(hint) if is_dataclass(hint) and isinstance(hint, type) else {name: hint}
+    return rules
+
+
+def _parts_of(hint: Any) -> tuple[set[Any], list[Bound]]:
+    """Return the types of an annotation, also within a union, and the ranges of its numbers."""
+    plain, rules = split_hint(hint)
+    kinds: set[Any] = set()
+    bounds = [rule for rule in rules if isinstance(rule, Bound)]
+    for member in union_members(plain):
+        inner = _parts_of(member) if member is not plain else ({plain}, [])
+        kinds, bounds = kinds | inner[0], bounds + inner[1]
+    return kinds, bounds
+
+
 @dataclass(frozen=True)
 class Draft:
     """The fields of the form, by name. Empty fields are left out."""
@@ -185,15 +228,12 @@ class Draft:
         """
         name = self.get("typed_model") or self.get("model")
         known = name in ("", *PACKAGED, *listed) or _HUB_NAME.fullmatch(name) or _STORED_NAME.fullmatch(name)
-        return [f"--model={name if known else workspace.allowed(name)}"] if name else []
+        with _at("typed_model"):
+            return [f"--model={name if known else workspace.allowed(name)}"] if name else []
 
     def data_words(self, workspace: Workspace) -> list[str]:
-        """Return the options of the rows. Raises UsageError: there are none, or this page may not read them."""
-        name = self.get("typed_data") or self.get("data")
-        if not name:
-            raise UsageError("no rows are chosen", next_step="go back to the rows, and choose or upload a file")
-        path = workspace.allowed(name) if self.get("typed_data") else workspace.upload(name)
-        words = [f"--data={path}"]
+        """Return the options of the rows. Raises FieldError: there are none, or this page may not read them."""
+        words = [f"--data={self.rows_path(workspace)}"]
         if self.objective == "decide":
             words += self._options("state")
             for number in range(_QUESTIONS):
@@ -203,8 +243,16 @@ class Draft:
         else:
             words += self._column_words()
         if self.get("eval_fraction"):
-            words.append(f"--eval-fraction={self._number('eval_fraction', 'the share of held-out rows')}")
+            words.append(f"--eval-fraction={self._number('eval_fraction')}")
         return words
+
+    def rows_path(self, workspace: Workspace) -> Path:
+        """Return the path of the rows. Raises FieldError: there are none, or this page may not read them."""
+        name = self.get("typed_data") or self.get("data")
+        if not name:
+            raise FieldError("data", "no rows are chosen", next_step="choose or upload a file")
+        with _at("typed_data" if self.get("typed_data") else "data"):
+            return workspace.allowed(name) if self.get("typed_data") else workspace.upload(name)
 
     def _column_words(self) -> list[str]:
         """Return the options of the columns."""
@@ -225,20 +273,46 @@ class Draft:
         if self.objective == "grpo":
             rewards = [name for name in CHECKS if self.get(f"reward_{name}")]
             if self.get("reward_length"):
-                rewards.append(f"length:{self._number('reward_length', 'the length of answers', whole=True)}")
+                rewards.append(f"length:{self._number('reward_length')}")
             if pattern := self.get("reward_regex"):
                 rewards.append(f"regex:{pattern}")
             if not rewards:
-                raise UsageError("no check is chosen", next_step="go back to What to learn, and choose a check")
+                raise FieldError("reward_exact", "no check is chosen", next_step="choose a check")
             words += [f"--reward={name}" for name in rewards]
         if self.objective == "bake":
             if not self.get("context"):
-                raise UsageError("there is no prompt", next_step="go back to What to learn, and write or paste it")
+                raise FieldError("context_text", "there is no prompt", next_step="write or paste it")
             words.append(f"--context={workspace.context(self.get('context'))}")
         return words
 
-    def _number(self, name: str, label: str, *, whole: bool = False) -> str:
-        """Return a number as the command line reads it: `20%` and `0,2` are 0.2. Raises UsageError: it is none."""
+    def errors(self) -> dict[str, str]:
+        """Return the errors of all numbers, by their field."""
+        errors = {}
+        for name in ("eval_fraction", *(["reward_length"] if self.objective == "grpo" else []), *self._numbers()):
+            try:
+                if self.get(name) and self.get(name) not in _WORDS:
+                    self._number(name)
+            except FieldError as error:
+                errors[name] = f"{error.what}: {error.next_step}"
+        return errors
+
+    def _numbers(self) -> list[str]:
+        """Return the fields under "more" that are numbers."""
+        shown = (field for fields in more_for(self.objective).values() for field in fields)
+        return [f"more.{field.name}" for field in shown if {int, float} & {*union_members(field.hint)}]
+
+    def _number(self, name: str) -> str:
+        """Return a number as the command line reads it: `20%` and `0,2` are 0.2.
+
+        Raises:
+            FieldError: it is none, or out of the option's range.
+        """
+        option = name.removeprefix("more.")
+        hint = _rules().get(option, int)  # the length of answers is no option
+        kinds, bounds = _parts_of(hint)
+        whole, label = float not in kinds, _LABELS.get(option, option.replace("_", " "))
+        of_one = not whole and any(1 in (bound.at_most, bound.below) for bound in bounds)
+        example = "12" if whole else "20% or 0.2" if of_one else "0.2"
         text = self.get(name).replace(" ", "").replace("\u00a0", "")
         share, text = text.endswith("%"), text.removesuffix("%")
         if not whole and re.fullmatch(r"-?\d*,\d+", text):
@@ -246,10 +320,19 @@ class Draft:
         try:
             number = float(text)
         except ValueError:
-            raise UsageError(
-                f"{label} is not a number: {self.get(name)}", next_step="write it in digits, such as 12, 0.2 or 20%"
-            ) from None
-        return f"{number / 100:g}" if share else text
+            step = f"write it in digits, such as {example}"
+            raise FieldError(name, f"{label} is not a number: {self.get(name)}", next_step=step) from None
+        if share:
+            number, text = number / 100, f"{number / 100:g}"
+        if of_one and 1 < number <= 100:
+            step = f"write {number:g}% or {number / 100:g}"
+            raise FieldError(name, f"{label} is a share of 1, and {self.get(name)} is more", next_step=step)
+        try:
+            check_value(option, int(number) if int in kinds and number.is_integer() else number, hint)
+        except UsageError as error:
+            what = error.what.replace(f"{option} ", f"{label} ", 1)
+            raise FieldError(name, what, next_step=error.next_step or f"write one such as {example}") from None
+        return text
 
     def lint_words(self, workspace: Workspace, listed: Iterable[str]) -> list[str]:
         """Return the words of `lint`. Raises UsageError as `model_words` and `data_words`."""
@@ -275,9 +358,8 @@ class Draft:
             value, field = self.get(f"more.{name}"), by_name[name]
             # An earlier choice of the objective may have left options that the page no longer shows.
             if value and value != default_of(field) and _is_for(self.objective, name):
-                kinds = {int, float} & {*union_members(field.hint)}
-                if kinds and value not in _WORDS:
-                    value = self._number(f"more.{name}", name.replace("_", " "), whole=kinds == {int})
+                if {int, float} & {*union_members(field.hint)} and value not in _WORDS:
+                    value = self._number(f"more.{name}")
                 words.append(f"{field.option}={value}")
         return words
 
@@ -298,3 +380,63 @@ def changed_run(words: list[str], config: Path, output: Path) -> list[str]:
     if words[:2] != ["backhand", "train"] or not values or len(names) != len(values) or not offered.issuperset(names):
         raise UsageError("this suggestion cannot be started from the page", next_step="copy the command to a terminal")
     return ["train", str(config), *map("{}={}".format, names, values), f"--output={output}"]
+
+
+_OPTION = re.compile(r"(add: )?--([a-z][a-z0-9-]*[a-z0-9])(?:[ =]((?!-)(?:'[^']*'|[\w./:%]*[\w%])))?")
+_COMMAND = re.compile(r"`?\bbackhand [a-z]+\b(?: --help explains every option)?")
+_COMMANDS = {
+    "evaluate": "the command that evaluates an adapter, in a terminal",
+    "train": "the page",
+    "lint": "the check of the rows",
+    "plan": "the prediction",
+}
+_PLACES = {
+    "model": "the model",
+    "data": "the file of rows",
+    "prompt": "the first column",
+    "completion": "the column of the answer",
+    "columns": "the columns",
+    "messages": "the columns",
+    "state": "“The text to decide about”",
+    "question": "“Column with the answers”",
+    "eval-data": "the share of held-out rows",
+    "eval-fraction": "the share of held-out rows",
+    "objective": "“What to learn”",
+    "reward": "the checks of answers",
+    "context": "the long prompt",
+    "output": "the name of the run",
+    "resume": "“Continue the run”",
+    "help": "the fields",
+}
+"""Fields and buttons of options outside "more", by the option's name."""
+
+
+def on_page(text: object) -> str:
+    """Return a message of a command in the words of the page: an option has the name of its field.
+
+    `add: --train-on text` becomes `set “train on” under More options to text`. An option without a field stays.
+    """
+    more = {field.option[2:]: field for fields in more_fields().values() for field in fields}
+
+    def named(match: re.Match[str]) -> str:
+        add, option, word = match[1], match[2], match[3] or ""
+        field = more.get(option)
+        if field is None and option not in _PLACES:
+            return match[0]
+        place = _PLACES.get(option) or f"“{option.replace('-', ' ')}” under More options"
+        if field is not None and field.hint is bool:
+            return f"set {place} to yes{f' {word}' if word else ''}" if add else f"{place}{f' {word}' if word else ''}"
+        is_value = add or word.startswith("'") or word.isupper() or word[:1].isdigit() or word in OBJECTIVES
+        end = ", " if match.string.startswith(" --", match.end()) else ""
+        if word == "COLUMN":
+            return place + end
+        if is_value or (field is not None and word in choices_of(field)):
+            value = OBJECTIVES.get(word, word).partition(":")[0] if option == "objective" else word
+            return f"{'set ' if add else ''}{place} {'to ' if add or field is None else ''}{value}{end}"
+        return f"{place}{f' {word}' if word else ''}"
+
+    text = re.sub(r"\n  next: backhand [a-z]+ --help[^\n]*", "", str(text))
+    resume = r"(?:continue|go on) with:? (?:backhand train )?--resume(?: --output (?:'[^']*'|\S+))?"
+    text = re.sub(resume, "choose “Continue the run”", text)
+    text = _OPTION.sub(named, text)
+    return _COMMAND.sub(lambda match: _COMMANDS.get(match[0].split()[1], match[0]), text)

@@ -15,7 +15,7 @@ from typing import Any
 from backhand.data.column_hints import CLASSES, COUNTING, ClassColumns
 from backhand.data.columns import common_names
 from backhand.data.forms import SCORES
-from backhand.data.raw_rows import TRUTH, RowErrors
+from backhand.data.raw_rows import TRUTH, RowErrors, number_of
 from backhand.data.sources import expand, read_rows
 from backhand.errors import BackhandError
 from backhand.words import shorten
@@ -131,7 +131,7 @@ def _compared(columns: Sequence[str], texts: Sequence[str], rows: Sequence[Mappi
 
 def _is_score(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:
     """Return True if the values of a column are numbers, or yes and no."""
-    return all(_number(value) is not None or str(value).strip().lower() in TRUTH for value in _values(column, rows))
+    return all(number_of(value) is not None or str(value).strip().lower() in TRUTH for value in _values(column, rows))
 
 
 def _is_target(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -139,20 +139,15 @@ def _is_target(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:
     values = _values(column, rows)
     if values and all(isinstance(value, list) or re.fullmatch(r"\[.*\]", str(value).strip()) for value in values):
         return True
-    numbers = [_number(value) for value in values]
-    named = column.strip().lower() in (*CLASSES, *SCORES, "rating")
-    return named and None not in numbers and any(number is not None and number % 1 for number in numbers)
+    numbers = [number_of(value) for value in values]
+    others = {name for name in rows[0] if name != column and name.strip(" .#:").lower() not in COUNTING}
+    named = column.strip().lower() in (*CLASSES, *SCORES, "rating") or len(others) == 1
+    mostly = 10 * numbers.count(None) <= len(numbers)  # a few mistakes, which `lint` names
+    return named and mostly and any(number is not None and number % 1 for number in numbers)
 
 
 def _values(column: str, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
     return [row[column] for row in rows if row.get(column) not in (None, "")]
-
-
-def _number(value: Any) -> float | None:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
 
 
 def _texts(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:

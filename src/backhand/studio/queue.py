@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -105,13 +106,29 @@ def with_output(words: list[str], output: Path) -> list[str]:
     return [*(word for word in words if not word.startswith("--output=")), f"--output={output}"]
 
 
+def deleted_rows(workspace: Workspace, name: str, words: list[str]) -> list[Path]:
+    """Return the uploads that a start of this run would read and that were deleted.
+
+    Args:
+        words: the words of the start.
+    """
+    pattern = re.compile(re.escape(str(workspace.rows)) + r"/rows-\d+[\w.]*\w")
+    named = {Path(path) for text in _texts(workspace, name, Job(words)) for path in pattern.findall(text)}
+    return sorted(path for path in named if not path.exists())
+
+
 def users_of(workspace: Workspace, rows: Path) -> list[str]:
     """Return the runs that wait or train, and whose command or configuration names these rows."""
     jobs = waiting(workspace)
     for path in workspace.jobs.glob("*.json"):
         if (job := _read(path)) is not None and job.running:
             jobs[path.stem] = job
-    return [name for name, job in jobs.items() if any(rows.name in text for text in _texts(workspace, name, job))]
+    return [run for run, job in jobs.items() if names(workspace, run, rows, job)]
+
+
+def names(workspace: Workspace, run: str, rows: Path, job: Job | None = None) -> bool:
+    """Return True if a run's configuration, or the command that starts it, names these rows."""
+    return any(rows.name in text for text in _texts(workspace, run, job or Job([])))
 
 
 def _texts(workspace: Workspace, name: str, job: Job) -> Iterator[str]:

@@ -37,6 +37,8 @@ from backhand.system import terminate
 _SHOWN = (CONFIG, METRICS, PROOFS, ANSWERS, FACTS, SUMMARY, STATUS, ADAPTER, REPORT, f"{CHECKPOINTS}/latest")
 LIVE_SECTIONS = ("answers", "curves", "proofs", "data", "repeat")
 _LOG_BYTES = 20_000
+_METRICS_BYTES = 400_000
+"""Bytes at the end of metrics.jsonl that contain the last steps and the values per row of an evaluation."""
 _RECENT_STEPS = 20
 
 STATES = {
@@ -90,6 +92,13 @@ class ListedRun:
         return self.state in ("interrupted", "failed", "killed") and newest_checkpoint(self.path) is not None
 
     @property
+    def start_failed(self) -> bool:
+        """True if the last start ended with an error, and before it wrote the run's status."""
+        ended = self.job is not None and self.job.exit_code not in (None, 0)
+        status = read_status(self.path) if ended else None
+        return status is not None and self.job is not None and _prepared_by_other(self.job, status)
+
+    @property
     def can_restart(self) -> bool:
         """True if the run ended without a checkpoint, and the command that started it is known."""
         without_start = ("not started", "cancelled", "interrupted", "failed", "killed")
@@ -122,7 +131,12 @@ def listed_run(path: Path, job: Job | None = None, *, waits: bool = False) -> Li
 
 def _prepares(job: Job | None, status: RunStatus) -> bool:
     """Return True if the process of a start has not written the status yet, which an earlier start left."""
-    if job is None or not job.running or status.process == job.process:
+    return job is not None and job.running and _prepared_by_other(job, status)
+
+
+def _prepared_by_other(job: Job, status: RunStatus) -> bool:
+    """Return True if the status was written by another process than that of a start."""
+    if status.process == job.process:
         return False
     # With several processes, the one that was started launches the one that writes.
     return job.process_start is None or job.process_start != status.launcher_start
@@ -254,12 +268,18 @@ def asking_words(run: ListedRun, prompt: str) -> list[str]:
     return ["generate", *words, *labels, "--compare", "--greedy", "--max-new-tokens=128", f"--prompt={prompt}"]
 
 
-def log_of(path: Path) -> str:
-    """Return the end of a run's output."""
+def error_of(log: str) -> str:
+    """Return the error at the end of a command's output, "" if there is none."""
+    start = log.rfind("error: ")
+    return log[start:].strip() if start >= 0 else ""
+
+
+def log_of(path: Path, most: int = _LOG_BYTES) -> str:
+    """Return the last `most` bytes of a run's output."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _LOG_BYTES))
-            return file.read(_LOG_BYTES).decode("utf-8", "replace")
+            file.seek(max(0, path.stat().st_size - most))
+            return file.read(most).decode("utf-8", "replace")
     except OSError:
         return ""
 
@@ -278,7 +298,7 @@ def _progress(path: Path, status: RunStatus | None) -> Progress | None:
 def _last_steps(path: Path) -> list[tuple[int, float]]:
     """Return (step, seconds of training) of the last steps in metrics.jsonl."""
     steps = []
-    for line in log_of(path).split("\n")[-3 * _RECENT_STEPS :]:
+    for line in log_of(path, _METRICS_BYTES).split("\n")[-3 * _RECENT_STEPS :]:
         with suppress(ValueError, KeyError, TypeError):
             values = parse(line)
             steps.append((int(values["step"]), float(values["time_s"])))

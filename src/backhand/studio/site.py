@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from http import HTTPStatus
 from importlib.resources import files
@@ -17,9 +17,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from backhand.errors import BackhandError
-from backhand.report.rendering import environment
+from backhand.report.rendering import environment, place
 from backhand.studio.commands import CommandError, Commands, shown
-from backhand.studio.draft import Draft
+from backhand.studio.draft import Draft, on_page
 from backhand.studio.runs import ListedRun, listed_run, run_of
 from backhand.studio.workspace import Workspace
 from backhand.system import version_of
@@ -51,7 +51,7 @@ class Site:
         # The configuration of a run that was started elsewhere may name the model relative to the current directory.
         self.commands = Commands(shown.root if isinstance(shown, Workspace) else Path.cwd())
         self.models: list[dict[str, Any]] | None = None
-        self._templates = _templates()
+        self._templates = _templates(self._own_names)
 
     @property
     def model_names(self) -> list[str]:
@@ -93,6 +93,9 @@ class Site:
         upload = self.space.uploads().get(draft.get("data"))
         return Path(draft.get("typed_data")).name or (upload.label if upload else "")
 
+    def _own_names(self, text: object) -> str:
+        return self.workspace.own_names(str(text)) if self.workspace else str(text)
+
     def go(self, place: str) -> Response:
         """Return a redirect to a page, after a form."""
         return RedirectResponse(f"{self.root}/{place}", HTTPStatus.SEE_OTHER)
@@ -101,8 +104,12 @@ class Site:
         """Return a redirect to a run's page."""
         return self.go(f"runs/{quote(name)}")
 
-    def failure(self, request: Request, error: Exception) -> Response:
-        """Return the message of an error: as a part of the page, or as a page."""
+    def failure(self, request: Request, error: Exception, step: tuple[str, str] | None = None) -> Response:
+        """Return the message of an error: as a part of the page, or as a page.
+
+        Args:
+            step: name and address of the step of a new run that can mend it.
+        """
         status = HTTPStatus.CONFLICT
         if isinstance(error, HTTPException):
             status, text = HTTPStatus(error.status_code), error.detail
@@ -115,8 +122,11 @@ class Site:
         else:
             status = HTTPStatus.INTERNAL_SERVER_ERROR
             text = f"error: unexpected {type(error).__name__}: {error}\n  why: this is a bug in Backhand"
+        text = self._own_names(text)
         part = request.headers.get("x-part") == "1"
-        return self.page("message.html.j2" if part else "error.html.j2", {"text": text, "title": "Error"}, status)
+        return self.page(
+            "message.html.j2" if part else "error.html.j2", {"text": text, "title": "Error", "step": step}, status
+        )
 
     def part(self, template: str, **values: Any) -> HTMLResponse:
         """Render a part of a page, which a script inserts."""
@@ -142,8 +152,9 @@ def _local_moment(text: object) -> str:
     return f"{when.day} {when:%B %Y, %H:%M}"
 
 
-def _templates() -> Environment:
+def _templates(own_names: Callable[[object], str]) -> Environment:
     loader = ChoiceLoader([PackageLoader("backhand.studio"), PackageLoader("backhand.report")])
     templates = environment().overlay(loader=loader)
-    templates.filters = {**templates.filters, "command": shown, "moment": _local_moment}
+    templates.filters = {**templates.filters, "command": shown, "moment": _local_moment, "on_page": on_page}
+    templates.filters |= {"own_names": own_names, "place": lambda source: own_names(place(source))}
     return templates

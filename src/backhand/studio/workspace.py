@@ -39,6 +39,7 @@ _UNREADABLE = ".unreadable"
 """Ending of an empty file next to an upload that could not be read."""
 _PARTS = ("rows", "runs", "queue", "jobs", "exports")
 _UPLOAD = re.compile(r"rows-([0-9]+)\..*")
+_UPLOAD_IN_TEXT = re.compile(r"\brows-[0-9]+(?:\.[a-z]+)+")
 _CONTEXT = re.compile(r"context-[0-9a-f]{16}\.txt")
 _WORKBOOK, _DOCUMENT = "this is a spreadsheet workbook", "this is a Word document: it needs a table of rows first"
 _OFFICE = {".xlsx": _WORKBOOK, ".xls": _WORKBOOK, ".ods": _WORKBOOK, ".docx": _DOCUMENT, ".doc": _DOCUMENT}
@@ -211,8 +212,18 @@ class Workspace:
     def upload(self, name: str) -> Path:
         """Return the path of an upload. Raises UsageError if there is none of this name."""
         if name not in self.uploads():
-            raise UsageError("there is no such file of rows", next_step="choose another one")
+            raise UsageError(
+                "there is no such file of rows any more", next_step="choose another one, or upload it again"
+            )
         return self.rows / name
+
+    def own_names(self, text: str) -> str:
+        """Return a message with the names that uploads had in the browser, instead of those of their files."""
+
+        def own_name(found: re.Match[str]) -> str:
+            return _text(self.rows / f"{found[0]}.name") or found[0]
+
+        return _UPLOAD_IN_TEXT.sub(own_name, text.replace(f"{self.rows}{os.sep}", ""))
 
     def save_context(self, text: str) -> str:
         """Write a prompt that a run turns into an adapter, under a name made from its text; return the name.

@@ -24,7 +24,15 @@ async function insert(place, address, options = {}, wait = "") {
   cancel.addEventListener("click", () => ended.abort());
   place.replaceChildren(status, cancel);
   const waiting = place.closest("form")?.querySelectorAll("[data-after]") ?? [];
-  for (const button of waiting) button.disabled = true;
+  const allow = (allowed, reason = "") => {
+    for (const button of waiting) button.disabled = !allowed;
+    for (const why of waiting.length ? place.closest("form").querySelectorAll("[data-why]") : []) {
+      why.textContent = reason;
+      why.hidden = !reason;
+    }
+    for (const ready of waiting.length ? place.closest("form").querySelectorAll("[data-ready]") : []) ready.hidden = !!reason;
+  };
+  allow(false);
   try {
     const reply = await fetch(address, { ...options, signal: ended.signal, headers: { "X-Part": "1", "X-Work": work } });
     if (reply.redirected) {
@@ -34,13 +42,13 @@ async function insert(place, address, options = {}, wait = "") {
     const page = new DOMParser().parseFromString(await reply.text(), "text/html");
     place.replaceChildren(...page.body.childNodes);
     prepare(place);
-    for (const button of waiting) button.disabled = !reply.ok;
+    allow(reply.ok, reply.ok ? "" : `Not yet possible. ${place.textContent.trim()}`);
   } catch {
     if (!ended.signal.aborted) status.textContent = "The server does not answer. Start it again with the command in its terminal.";
     else {
       status.textContent = "Cancelled.";
       cancel.remove();
-      for (const button of waiting) button.disabled = false;
+      allow(true);
     }
   } finally {
     clearInterval(timer);
