@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import pandas as pd
@@ -21,11 +21,17 @@ import pytest
 
 import backhand
 from backhand.api_errors import errors_in_python, in_python
-from backhand.cli.option_fields import option_fields
-from backhand.errors import BackhandError, DataError, UsageError
+from backhand.bounds import split_hint, union_members
+from backhand.cli.main import main
+from backhand.cli.option_fields import option_fields, takes_several
+from backhand.data.decisions import question_of
+from backhand.data.options import LintOptions
+from backhand.errors import ArtifactError, BackhandError, DataError, UsageError
 from backhand.generation.options import AnswerOptions, GenerateOptions
-from backhand.interop.options import ExportOptions
+from backhand.interop.options import ExportOptions, MergeOptions
 from backhand.loop.observers import Observers, as_observers
+from backhand.options.command_options import DecideOptions, EmbedOptions, MineOptions, PlanOptions, RankOptions
+from backhand.options.config_file import load_config
 from backhand.printing import say
 from backhand.runs.interruption import Interrupted
 from backhand.runs.status import read_status
@@ -57,6 +63,38 @@ def options(tiny: TinyRun, output: Path, **more: Any) -> dict[str, Any]:
 
 def adapter_bytes(run: Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_an_adapter_of_texts_continues_texts(tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The prompt became a user turn, which training never saw."""
+    rows = [{"text": f"the user asks for {number} names"} for number in range(8)]
+    given = options(tiny, tmp_path / "run", data=rows, eval_data=rows[:2], max_steps=3)
+    summary = backhand.train(**{**given, "learning_rate": 0.05})
+    capsys.readouterr()
+    ask = partial(backhand.generate, "the user", adapter=summary, greedy=True, max_new_tokens=6)
+    several = partial(backhand.generate, adapter=summary, greedy=True, max_new_tokens=6)
+    answer, note = ask(), "note: the adapter was trained on texts without a chat template"
+    assert f'{note}, and prompts get none either; for the tokenizer\'s own: chat_template="default"\n' in (
+        capsys.readouterr().err
+    )
+    assert answer == ask(chat_template="none") == several(prompts=["the user"])[0]
+    turn = ask(chat_template="default")
+    assert turn != answer and ask(system="a") not in (turn, answer)
+    capsys.readouterr()
+    command = ["generate", "--adapter", summary.adapter, "--prompt", "the user", "--greedy", "--max-new-tokens", "6"]
+    for words, text, noted in (([], answer, 1), (["--chat-template", "default"], turn, 0), (["--quiet"], answer, 0)):
+        assert main([*command, *words]) == 0
+        out, error = capsys.readouterr()
+        assert out == f"{text}\n" and error.count(note) == noted
+    (line,) = several(data=[{"prompt": "the user"}])
+    assert (line["completion"], line["prompt"]) == (answer, "the user")
+    with pytest.raises(DataError, match="conversation") as refused:
+        several(data=[{"messages": [{"role": "user", "content": "the user"}]}])
+    assert "default" in str(refused.value.next_step)
+    assert main(["combine", "scale", summary.adapter, "--weights", "1", "--output", str(tmp_path / "half")]) == 0
+    assert ask(adapter=tmp_path / "half") == answer
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "backhand generate" in page and "backhand chat" not in page
 
 
 @pytest.mark.parametrize("make", [pd.DataFrame, pa.Table.from_pylist, iter, list], ids=str)
@@ -223,13 +261,44 @@ def test_values_of_numpy_and_pandas_are_python_s() -> None:
             "evaluate has no option adaptor\n  next: did you mean adapter?",
         ),
         (lambda: backhand.evaluate(lora_r=8), "here it is rank in backhand.train"),
-        (lambda: backhand.generate("a", max_tokens=8), "did you mean max_new_tokens?"),
+        (lambda: backhand.generate("a", max_tokens=8), "here it is max_new_tokens"),
+        (lambda: backhand.train(max_completion_length=3), "next: here it is max_new_tokens"),
+        (lambda: backhand.train(num_generations=3), "next: here it is group"),
+        (
+            lambda: backhand.train(clip=0.2, updates=2),
+            "- clip: here it is epsilon\n    - updates: here it is num_iterations",
+        ),
+        (lambda: backhand.generate("a", max_completion_length=3), "next: here it is max_new_tokens"),
+        (lambda: backhand.RewardOptions(num_generations=3), "next: here it is group"),  # type: ignore[call-arg]
+        (lambda: backhand.OptimizationOptions(num_generations=3), "next: write it in RewardOptions, as group"),  # type: ignore[call-arg]
+        (lambda: backhand.train(max_tokens=3), "here it is max_new_tokens for answers; for rows it is max_length"),
+        (lambda: backhand.evaluate(max_tokens=3), "here it is max_new_tokens for answers; for rows it is max_length"),
+        (lambda: backhand.lint(data=ROWS, max_tokens=3), "here it is max_length"),
+        (lambda: backhand.train(eval_split=0.2), "here it is eval_fraction"),
+        (lambda: backhand.lint(data=ROWS, objective="embed"), "next: here it is embeddings=True"),
+        (lambda: backhand.evaluate(data=ROWS, objective="embed"), "next: here it is vectors=True"),
+        (lambda: backhand.lint(data=ROWS, objective="classify"), "next: here it is classes=True"),
+        (lambda: backhand.lint(data=ROWS, objective="decide"), "next: here it is decisions=True"),
+        (lambda: backhand.lint(data=ROWS, objective="rank"), "next: here it is rankings=True"),
+        (lambda: backhand.lint(data=ROWS, objective="kto"), "next: here it is labels=True"),
+        (lambda: backhand.lint(data=ROWS, objective="grpo"), "next: here it is prompts=True"),
+        (lambda: backhand.lint(data=ROWS, objective="dpo"), "leave it out: it is an option of backhand.train"),
         (lambda: backhand.generate("a", temp=0), "did you mean temperature?"),
         (lambda: backhand.train(prompt_column="a"), "did you mean prompt?"),
         (lambda: backhand.export("a", to="gguf", output="b", merged=True), "did you mean merge?"),
         (lambda: backhand.train("rows.jsonl"), "next: give rows and options by name, such as data=…"),  # type: ignore[arg-type]
         (lambda: backhand.generate(prompts="a"), "prompts is one text"),  # type: ignore[call-overload]
-        (lambda: backhand.generate(), "give either prompt or prompts"),  # type: ignore[call-overload]
+        (lambda: backhand.generate(), "give either prompt, prompts or data"),  # type: ignore[call-overload]
+        (
+            lambda: backhand.generate(prompts=["a"], data=ROWS),  # type: ignore[call-overload]
+            "give either prompt, prompts or data\n  next: backhand.generate('…') for one prompt",
+        ),
+        (lambda: backhand.classify("a", adapter="b", compare=True), "compare: backhand.classify returns the prob"),
+        (
+            lambda: backhand.classify(data=ROWS, adapter="b", as_rows=True),
+            "next: leave as_rows out, or call backhand.generate(data=…, labels=…, as_rows=True)",
+        ),
+        (lambda: backhand.embed([]), "texts: there are no texts\n  next: backhand.embed(['…', '…'])"),
         (lambda: backhand.train(data=3), "3 is not a list of file names or hub ids"),  # type: ignore[arg-type]
         (lambda: backhand.train(data={"prompt": ["a"]}), "next: give a list of dicts with one dict per row, or a data"),
         (
@@ -274,12 +343,85 @@ def test_values_of_numpy_and_pandas_are_python_s() -> None:
         (lambda: backhand.rank("a", ["b"], top=1), "top: backhand.rank returns the scores of all documents"),
         (lambda: backhand.rank("a", ["b"], output="o"), "backhand.rank returns the scores\n  next: leave output out"),
         (lambda: backhand.decide("a", adapter="b", output="o"), "backhand.decide returns the answers"),
+        (lambda: backhand.decide(text="a", adapter="b"), "decide has no option text\n  next: here it is state"),  # type: ignore[call-overload]
+        (lambda: backhand.decide(texts=["a"], adapter="b"), "has no option texts\n  next: here it is states"),  # type: ignore[call-overload]
+        (
+            lambda: backhand.decide(text="a"),
+            "no option text, and needs the argument adapter\n  next: here it is state;",
+        ),  # type: ignore[call-overload]
+        (lambda: backhand.decide("a", adapter="b", question={}), "did you mean questions?"),
+        (lambda: backhand.generate(text="a"), "next: here it is prompt"),  # type: ignore[call-overload]
+        (lambda: backhand.classify(texts=["a"]), "next: here it is prompts"),  # type: ignore[call-overload]
+        (lambda: backhand.embed(prompts=["a"]), "next: here it is texts"),
+        (lambda: backhand.rank(text="a", documents=["b"]), "and needs the argument query\n  next: here it is query"),  # type: ignore[call-arg]
+        (lambda: backhand.train(data=ROWS, learning_rate="atuo"), "did you mean auto?"),
+        (lambda: backhand.train(data=ROWS, reward="exat", objective="grpo"), "did you mean exact?"),
+        (lambda: backhand.merge("a", output="b", dtype="half"), "next: here it is float16"),
+        (lambda: backhand.train(data=ROWS, quantize="q4"), "next: here it is q4_0"),
     ],
 )
 def test_wrong_names_are_answered_with_the_right_ones(call: Callable[[], object], said: str) -> None:
     with pytest.raises(UsageError) as refused:
         call()
     assert said in str(refused.value)
+
+
+def test_a_misspelt_choice_is_answered_with_the_near_one_once() -> None:
+    """Every option that is a choice, of every function."""
+    required: dict[str, dict[str, Any]] = {
+        "export": {"adapter": "a", "to": "gguf", "output": "b"},
+        "merge": {"adapter": "a", "output": "b"},
+        "generate": {"prompt": "a"},
+        "decide": {"state": "a", "adapter": "b"},
+        "embed": {"texts": "a"},
+        "rank": {"query": "a", "documents": ["b"]},
+        **{function: {"data": ROWS} for function in ("lint", "mine", "evaluate", "plan", "train")},
+    }
+    kinds: dict[str, type] = {"train": backhand.TrainConfig, "export": ExportOptions, "merge": MergeOptions}
+    kinds |= {"generate": GenerateOptions, "decide": DecideOptions, "embed": EmbedOptions, "rank": RankOptions}
+    kinds |= {"lint": LintOptions, "mine": MineOptions, "evaluate": backhand.EvaluateOptions, "plan": PlanOptions}
+    assert required.keys() == kinds.keys()
+    for function, kind in kinds.items():
+        for field in option_fields(kind):
+            members = union_members(split_hint(field.hint)[0])
+            choices = [word for one in members if get_origin(one) is Literal for word in get_args(one)]
+            words = [word for word in choices if len(word) > 3 and word[-1].isalpha()]
+            if not words or takes_several(field.hint):
+                continue
+            typed = words[-1] + words[-1][-1]  # the last letter is doubled
+            with pytest.raises(UsageError) as refused:
+                getattr(backhand, function)(**required[function] | {field.name: typed})
+            said = str(refused.value)
+            assert said.startswith(f"{field.name} {typed!r} is not "), said
+            assert said.endswith(f"did you mean {words[-1]}?"), said
+    with pytest.raises(UsageError, match="did you mean tensorboard"):
+        backhand.train(report_to=["wandb", "tensorbord"])
+
+
+def test_a_misspelt_choice_in_a_file_or_a_question_is_answered_too(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('[optimization]\nschedule = "cosin"\n')
+    with pytest.raises(UsageError, match=r"optimization\.schedule: 'cosin' is not one of") as refused:
+        load_config(tmp_path / "run.toml")
+    assert refused.value.next_step == "did you mean cosine?"
+    with pytest.raises(DataError, match="the question 'a' has the unknown type 'chioce'") as malformed:
+        question_of("a", {"type": "chioce"}, "row 1")
+    assert malformed.value.next_step == "did you mean choice?"
+
+
+def test_malformed_questions_are_named_with_the_form_to_write(tmp_path: Path) -> None:
+    choice = {"type": "choice", "criteria": {"A": None, "B": None}}
+    for key, meant in (("question", "instructions"), ("instruction", "instructions"), ("options", "criteria")):
+        with pytest.raises(DataError, match=f"'lang' has the unknown key '{key}'") as refused:
+            backhand.decide("a", adapter="b", questions={"lang": choice | {key: "Which letter?"}})
+        assert (refused.value.where, refused.value.next_step) == ("questions", f"did you mean {meant}?")
+    with pytest.raises(DataError, match="the keys of a question are type, instructions, criteria"):
+        backhand.decide(states=["a"], adapter="b", questions={"lang": choice | {"zzz": 1}})
+    with pytest.raises(DataError, match="the question 'label' is the text 'Which") as refused:
+        backhand.decide("a", adapter="b", questions={"label": "Which?"})
+    example = str(refused.value.next_step).removeprefix("write it as ")
+    assert refused.value.where == "questions"
+    with pytest.raises(ArtifactError, match="no such directory"):  # the questions are accepted
+        backhand.decide("a", adapter=tmp_path / "b", questions=json.loads(example))
 
 
 def test_a_missing_file_of_rewards_is_answered_with_the_files_there(tmp_path: Path) -> None:
@@ -314,7 +456,12 @@ def test_a_missing_file_of_rewards_is_answered_with_the_files_there(tmp_path: Pa
         ("--prompt and --completion name others", "prompt and completion name others"),
         ("give --prompt or --completion", "give prompt or completion"),
         ("--chat-template none, --objective dpo", 'chat_template="none", objective="dpo"'),
-        ("`backhand lint --data FILE` lists them", "`backhand lint --data FILE` lists them"),
+        ("`backhand lint --data FILE` lists them", "`backhand.lint(data=…)` lists them"),
+        (
+            "leave it out with --skip-bad; `backhand lint` lists all",
+            "leave it out with skip_bad=True; `backhand.lint` lists all",
+        ),
+        ("--prompt a --model b; `backhand report --page x`", 'prompt="a", model="b"; `backhand report --page x`'),
         ("labels: backhand generate --labels auto", 'labels: backhand.generate(…, labels="auto")'),
         ("use backhand rank, or give --adapter A", "use backhand.rank, or give --adapter A"),
         ("continue with backhand train --resume", "continue with backhand.train(…, resume=True)"),
@@ -347,6 +494,16 @@ def test_results_and_files_name_options_as_the_call_does(tiny: TinyRun, tmp_path
     )
     assert linted["findings"][0]["where"][0] == "data row 13 = data row 1"
     assert "skip_bad=True" in backhand.lint(data=[*ROWS, {}], model=tiny.model)["findings"][0]["remedy"]
+    planned: dict[str, Any] = {"model": tiny.model, "calibrate": False, "threads": 1}
+    (assumed,) = (note for note in backhand.plan(**planned)["notes"] if "assumed" in note)
+    assert assumed.startswith("no data: rows of") and "(max_length)" in assumed
+    many = [{"prompt": f"asks {number}", "completion": "yes"} for number in range(60)]
+    first, *others = backhand.plan(data=many, **planned)["notes"]
+    assert first == "data: prompt/completion, 60 rows"
+    held_out = (
+        "6 of these 60 rows, of which the other 54 are trained on; drawn at random with the seed; eval_fraction=0 "
+    )
+    assert any(note.startswith("held out: 6 documents") and held_out in note for note in others)
     made = options(tiny, tmp_path / "run", data=ROWS, learning_rate=0.1, epochs=3, eval_every=1)
     assert "eval_data=…" in str(backhand.train(**made).advice)
     assert "eval_data=…" in json.loads((tmp_path / "run" / "summary.json").read_text())["advice"]
@@ -381,11 +538,12 @@ def test_only_notes_are_written_as_python(capsys: pytest.CaptureFixture[str]) ->
     def printing() -> None:
         say(line)
         console().print(line, soft_wrap=True)
-        show_notes(["add: --pooling mean"])
+        show_notes(["add: --pooling mean", "for vectors: use backhand embed"])
 
     printing()
     out, err = capsys.readouterr()
-    assert out == f"{line}\n" and err == f'{line}\nnote: add: pooling="mean"\n'
+    assert out == f"{line}\n"
+    assert err == f'{line}\nnote: add: pooling="mean"\nnote: for vectors: use backhand.embed\n'
 
 
 def test_one_text_or_callback_is_taken_for_a_list(tiny: TinyRun, tmp_path: Path) -> None:
@@ -460,6 +618,13 @@ def test_labels_are_decided_with_probabilities(trained: Any, tiny: TinyRun) -> N
     several = backhand.classify(prompts=["the user asks 3", "a"], labels="b,c", **common)  # type: ignore[call-overload]
     assert [set(row) for row in several] == [{"b", "c"}] * 2
     assert backhand.generate("the user asks 3", labels="auto", **common) == next(iter(one))
+    rows = [{"name": "the user asks 3"}, {"name": "a list"}]
+    of_texts = backhand.classify(prompts=[row["name"] for row in rows], **common)
+    assert backhand.classify("name", data=rows, **common) == of_texts
+    with pytest.raises(DataError, match=r"absent.jsonl: there is no such file"):
+        backhand.classify("name", data="absent.jsonl", **common)
+    with pytest.raises(BackhandError, match="there is no column"):
+        backhand.classify("nmae", data=rows, **common)
 
 
 def test_evaluate_takes_options_by_name_and_returns_what_json_prints(

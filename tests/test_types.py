@@ -26,21 +26,30 @@ def stop(record: Mapping[str, Any]) -> bool:
     return bool(record["loss"] > 0.1)
 
 
+def watch(record: dict[str, Any]) -> None:
+    print(record["step"])
+
+
 config = backhand.TrainConfig(
+    model=backhand.ModelOptions(model=Path("base")),
+    rewards=backhand.RewardOptions(reward=["exact", "number"]),
     data=backhand.DataOptions(data="rows.jsonl", eval_data=[{"text": "a"}]),
-    adapter=backhand.LoRAConfig(rank=8, target_modules=("q_proj",)),
+    adapter=backhand.LoRAConfig(rank=8, target_modules=["q_proj"]),
     run=backhand.RunOptions(output="runs/x"),
 )
 assert_type(config.run.output, Path)
-summary = backhand.train(config, callbacks=[Progress(), stop, print])
+assert_type(config.model.model, str)
+summary = backhand.train(config, callbacks=[Progress(), stop, watch, print])
 summary = backhand.train(data=[{"prompt": "a", "completion": "b"}], output=Path("runs/y"), model="base", rank=8)
 assert_type(summary.losses, dict[int, float])
 assert_type(summary.best_eval_loss, float | None)
 assert_type(backhand.generate("a", adapter=summary.adapter), str)
 assert_type(backhand.generate(prompts=["a"], adapter=Path("a")), list[str])
 assert_type(backhand.generate(data="rows.jsonl"), list[dict[str, Any]])
+assert_type(backhand.generate(data="rows.jsonl", prompt="{a}"), list[dict[str, Any]])
 assert_type(backhand.classify("a", labels=["yes", "no"]), dict[str, float])
 assert_type(backhand.classify(prompts=["a"]), list[dict[str, float]])
+assert_type(backhand.classify("{a}", data="rows.jsonl"), list[dict[str, float]])
 result = backhand.evaluate(data=["a.jsonl", Path("b.jsonl")], adapter="a")
 assert_type(result, backhand.Evaluation | backhand.VectorEvaluation)
 if isinstance(result, backhand.Evaluation) and result.adapted is not None:

@@ -8,7 +8,6 @@ Options are checked as on the command line. An unknown name is answered with the
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -19,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backhand.api_errors import errors_in_python, in_python, name_rows
-from backhand.bounds import Options, check_kind, check_names
+from backhand.bounds import Options, check_kind
 from backhand.cli.option_fields import build, option_fields
+from backhand.data.decisions import questions_of
 from backhand.data.given_rows import GivenRows, Rows, list_of_texts
 from backhand.data.lint_command import lint_as_json
 from backhand.data.options import LintOptions
@@ -62,7 +62,7 @@ State = str | Mapping[str, Any] | Sequence[Any]
 T = TypeVar("T", bound=Options)
 
 
-def _options(function: str, kind: type[T], values: Mapping[str, Any], base: T | None = None) -> T:
+def _options(kind: type[T], values: Mapping[str, Any], base: T | None = None) -> T:
     """Return the options of a function. Texts are parsed as on the command line where the option has a parser.
 
     Args:
@@ -72,10 +72,6 @@ def _options(function: str, kind: type[T], values: Mapping[str, Any], base: T | 
     if base is not None:
         base.validate()
     fields = {field.name: field for field in option_fields(kind)}
-    of_train = {field.name: "backhand.train" for field in option_fields(TrainConfig)}
-    parameters = inspect.signature(globals()[function]).parameters.values()
-    by_name = [one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY]
-    check_names(f"backhand.{function}", values, dict.fromkeys((*fields, *by_name)), of_train)
     parsed = {
         name: parse(value) if isinstance(value, str) and (parse := fields[name].parse) else value
         for name, value in values.items()
@@ -122,7 +118,7 @@ def train(
     if config is not None:
         check_kind("config", config, TrainConfig)
     given = _named(data=data, output=output, model=model) | options
-    built = _options("train", TrainConfig, given, config)
+    built = _options(TrainConfig, given, config)
     summary = train_with_report(built, callbacks=callbacks, typed=frozenset(given))
     hints = {field.option: field.hint for field in option_fields(TrainConfig)}
     return replace(summary, advice=summary.advice and in_python(summary.advice, hints))
@@ -215,20 +211,20 @@ def evaluate(
     if options is not None:
         check_kind("options", options, EvaluateOptions)
     given = _named(data=data, adapter=adapter, model=model) | further
-    built = _options("evaluate", EvaluateOptions, given, options)
+    built = _options(EvaluateOptions, given, options)
     return evaluate_rewards(built.validate()) if built.run.reward else evaluation.evaluate(built)
 
 
+@overload
+def generate(
+    prompt: str = ..., *, data: Rows, adapter: Place | None = None, model: Place | None = None, **options: Any
+) -> list[dict[str, Any]]: ...
 @overload
 def generate(prompt: str, *, adapter: Place | None = None, model: Place | None = None, **options: Any) -> str: ...
 @overload
 def generate(
     *, prompts: Sequence[str], adapter: Place | None = None, model: Place | None = None, **options: Any
 ) -> list[str]: ...
-@overload
-def generate(
-    *, data: Rows, prompt: str = ..., adapter: Place | None = None, model: Place | None = None, **options: Any
-) -> list[dict[str, Any]]: ...
 @errors_in_python(GenerateOptions)
 def generate(
     prompt: str | None = None,
@@ -256,18 +252,29 @@ def generate(
     Raises:
         UsageError, DataError, ArtifactError: an option, a prompt, the model or the adapter cannot be used.
     """
+    rows = _prompts("generate", prompt, prompts, data)
     given = _named(adapter=adapter, model=model) | options
     if data is not None:
-        return _answers("generate", data, given | _named(prompt=prompt))
+        return _answers("generate", rows, given | _named(prompt=prompt))
     if given.get("compare"):
         raise UsageError(
             "compare is for rows", where="compare", next_step="give data=…, or call it without the adapter as well"
         )
-    lines = _answers("generate", _prompts("generate", prompt, prompts), given)
+    lines = _answers("generate", rows, given)
     answers = [str(line["completion"]) for line in lines]
     return answers if prompt is None else answers[0]
 
 
+@overload
+def classify(
+    prompt: str = ...,
+    *,
+    data: Rows,
+    labels: Sequence[str] = ...,
+    adapter: Place | None = None,
+    model: Place | None = None,
+    **options: Any,
+) -> list[dict[str, float]]: ...
 @overload
 def classify(
     prompt: str,
@@ -291,6 +298,7 @@ def classify(
     prompt: str | None = None,
     *,
     prompts: Sequence[str] | None = None,
+    data: Rows | None = None,
     labels: Sequence[str] = ("auto",),
     adapter: Place | None = None,
     model: Place | None = None,
@@ -301,8 +309,9 @@ def classify(
     If the adapter has a classification head, the prompt is the text to classify.
 
     Args:
-        prompt: one prompt.
+        prompt: one prompt; with `data`, a column or a text with columns in braces.
         prompts: several prompts.
+        data: rows to classify: a file, several files, a list of dicts or a data frame.
         labels: the labels; those that the adapter was trained on unless given.
         adapter: directory of an adapter, or a GGUF file.
         model: the base model.
@@ -312,9 +321,17 @@ def classify(
         UsageError, DataError, ArtifactError: an option, a prompt, the model or the adapter cannot be used.
     """
     given = _named(labels=labels, adapter=adapter, model=model) | options
-    lines = _answers("classify", _prompts("classify", prompt, prompts), given)
+    rows = _prompts("classify", prompt, prompts, data)
+    for option in ("compare", "as_rows"):
+        if given.get(option):
+            raise UsageError(
+                "backhand.classify returns the probabilities of labels",
+                where=option,
+                next_step=f"leave {option} out, or call backhand.generate(data=…, labels=…, {option}=True)",
+            )
+    lines = _answers("classify", rows, given if data is None else given | _named(prompt=prompt))
     probabilities = [dict(line["probabilities"]) for line in lines]
-    return probabilities if prompt is None else probabilities[0]
+    return probabilities if prompt is None or data is not None else probabilities[0]
 
 
 @overload
@@ -377,6 +394,8 @@ def decide(
         raise UsageError("give either state, states or data", where="states", next_step=next_step)
     given = _named(adapter=adapter, model=model) | options
     own = {} if questions is None else {"questions": questions}
+    if "data" not in options and questions is not None:
+        questions_of(questions, "questions")  # an error of the row would not name the argument
     if "data" in options:
         given |= own | _named(state=state)
     else:
@@ -385,7 +404,7 @@ def decide(
         if not texts:
             return []
         given |= {"data": GivenRows.of([{"state": one, **own} for one in texts], option=option), "state": "state"}
-    built = _options("decide", DecideOptions, given)
+    built = _options(DecideOptions, given)
     _check_returned("decide", "answers", built.run.output)
     answers = [line["answers"] for line in decide_states(built)]
     return answers if state is None or "data" in options else answers[0]
@@ -416,7 +435,7 @@ def rank(
     list_of_texts("query", query, next_step, several=False)
     texts = list_of_texts("documents", documents, next_step)
     rows = GivenRows.of([{"query": query, "documents": texts}], option="documents")
-    built = _options("rank", RankOptions, _named(adapter=adapter, model=model) | options | {"data": rows})
+    built = _options(RankOptions, _named(adapter=adapter, model=model) | options | {"data": rows})
     _check_returned("rank", "scores", built.run.output)
     if built.run.top is not None:
         raise UsageError(
@@ -457,7 +476,9 @@ def embed(
         raise UsageError("give either texts or data", where="texts", next_step=next_step)
     several = not isinstance(texts, str)
     rows = _rows("texts", texts, "text", next_step, several=several) if data is None else data
-    built = _options("embed", EmbedOptions, _named(adapter=adapter, model=model) | options | {"data": rows})
+    if data is None and rows == ():
+        raise UsageError("there are no texts", where="texts", next_step=next_step)
+    built = _options(EmbedOptions, _named(adapter=adapter, model=model) | options | {"data": rows})
     _check_returned("embed", "vectors", built.run.output)
     vectors: NDArray[np.float32] = embed_texts(built).numpy()
     return vectors if several else vectors[0]
@@ -469,13 +490,20 @@ def _check_returned(function: str, what: str, output: Path | None) -> None:
         raise UsageError(f"backhand.{function} returns the {what}", where="output", next_step="leave output out")
 
 
-def _prompts(function: str, prompt: str | None, prompts: Sequence[str] | None) -> Rows:
-    """Return the rows of one prompt or of several. Raises UsageError unless exactly one of the two is given."""
-    next_step = f"backhand.{function}('…') for one prompt, backhand.{function}(prompts=['…', '…']) for several"
-    if function == "generate":
-        next_step += ", backhand.generate(data=FILE) for rows"
-    if (prompt is None) == (prompts is None):
-        raise UsageError("give either prompt or prompts", where="prompts", next_step=next_step)
+def _prompts(function: str, prompt: str | None, prompts: Sequence[str] | None, data: Rows | None) -> Rows:
+    """Return `data`, whose column `prompt` may name, or the rows of one prompt or of several.
+
+    Raises:
+        UsageError: none of them is given, or `prompts` and another.
+    """
+    next_step = (
+        f"backhand.{function}('…') for one prompt, backhand.{function}(prompts=['…', '…']) for several, "
+        f"backhand.{function}(data=FILE) for rows"
+    )
+    if (prompt is not None or data is not None) + (prompts is not None) != 1:
+        raise UsageError("give either prompt, prompts or data", where="prompts", next_step=next_step)
+    if data is not None:
+        return data
     if prompts is None:
         return _rows("prompt", prompt, "prompt", next_step, several=False)
     return _rows("prompts", prompts, "prompt", next_step)
@@ -490,7 +518,7 @@ def _rows(option: str, given: Any, column: str, next_step: str, **how: bool) -> 
 def _answers(function: str, data: Any, given: Mapping[str, Any]) -> list[dict[str, Any]]:
     if isinstance(data, list | tuple) and not data:
         return []
-    options = _options(function, GenerateOptions, {**given, "data": data}).validate()
+    options = _options(GenerateOptions, {**given, "data": data}).validate()
     _check_returned(function, "answers", options.answer.output)
     expand(options.rows.data, text_option="prompt")
     rows = [row for name in options.rows.data if isinstance(name, GivenRows) for row in name.rows]
@@ -500,6 +528,7 @@ def _answers(function: str, data: Any, given: Mapping[str, Any]) -> list[dict[st
         template=options.template,
         one_at_a_time=len(rows) == 1,
         takes_heads=function == "classify",
+        as_trained=True,
     ) as loaded:
         if not options.answer.quiet:
             show_notes([*loaded.notes, *([] if loaded.classification else loaded.purpose_notes())])
@@ -511,8 +540,8 @@ def _answers(function: str, data: Any, given: Mapping[str, Any]) -> list[dict[st
                     why=f"it knows {name_list(map(shorten, loaded.classification['labels']), limit=8)}",
                     next_step="leave labels out",
                 )
-            texts = [(row["prompt"], f"{options.rows.data[0]} row {number}") for number, row in enumerate(rows, 1)]
-            answers = Classifier.of(loaded, options.answer.batch_rows).answers(texts)
+            column = "prompt" if isinstance(data, GivenRows) else options.answer.prompt
+            answers = Classifier.of(loaded, options.answer.batch_rows).answers_to_rows(options.rows, column)
             return [{"probabilities": one.get("scores") or {"value": one["value"]}} for one in answers]
         return answer_rows(options, loaded)
 
@@ -537,7 +566,7 @@ def export(adapter: Place, *, to: Format, output: Place, model: Place | None = N
         CheckError: the written files do not compute what the adapter does; they are removed.
     """
     given = _named(adapter=adapter, to=to, output=output, model=model) | options
-    return export_command(_options("export", ExportOptions, given))
+    return export_command(_options(ExportOptions, given))
 
 
 @errors_in_python(MergeOptions)
@@ -558,7 +587,7 @@ def merge(adapter: Place, *, output: Place, model: Place | None = None, **option
         ResourceError: the output cannot be written.
         CheckError: the written model differs from base plus adapter; it is removed.
     """
-    return merge_command(_options("merge", MergeOptions, _named(adapter=adapter, output=output, model=model) | options))
+    return merge_command(_options(MergeOptions, _named(adapter=adapter, output=output, model=model) | options))
 
 
 @errors_in_python(LintOptions)
@@ -576,7 +605,7 @@ def lint(*, data: Rows, model: Place | None = None, **options: Any) -> dict[str,
     Raises:
         UsageError, DataError, ArtifactError: an option, the data as a whole or the tokenizer is unusable.
     """
-    return lint_as_json(_options("lint", LintOptions, _named(data=data, model=model) | options))
+    return lint_as_json(_options(LintOptions, _named(data=data, model=model) | options))
 
 
 @errors_in_python(PlanOptions)
@@ -595,7 +624,7 @@ def plan(*, data: Rows | None = None, model: Place | None = None, **options: Any
         UsageError, DataError, ArtifactError: for the same reasons as `train`.
         ResourceError: the run does not fit into memory.
     """
-    return plan_of_run(_options("plan", PlanOptions, _named(data=data, model=model) | options)).to_json()
+    return plan_of_run(_options(PlanOptions, _named(data=data, model=model) | options)).to_json()
 
 
 @errors_in_python(MineOptions)
@@ -613,6 +642,6 @@ def mine(
     Raises:
         UsageError, DataError, ArtifactError: an option, the rows, the model or the adapter cannot be used.
     """
-    built = _options("mine", MineOptions, _named(data=data, adapter=adapter, model=model) | options)
+    built = _options(MineOptions, _named(data=data, adapter=adapter, model=model) | options)
     _check_returned("mine", "rows", built.run.output)
     return mine_negatives(built)

@@ -4,8 +4,10 @@
     add: --prompt '{a}' --completion b         →      add: prompt="{a}", completion="b"
     use backhand generate --labels auto        →      use backhand.generate(…, labels="auto")
 
-Messages are written for the command line, where most of them are read. A part stays as it is if it names a command in
-backquotes, one that is no function, or an option that the function does not have.
+    give --skip-bad, or use `backhand lint`    →      give skip_bad=True, or use `backhand.lint`
+
+Messages are written for the command line, where most of them are read. A command that is no function, or has
+options that the function does not have, stays as it is: alone if it is in backquotes, else with the whole part.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ _ROWS = ("data", "eval_data")
 """Options that take rows."""
 _ROWS_MEANT = " (a path, a list of dicts or a data frame)"
 """Explanation of rows. A call in a sentence leaves it out."""
+_TEXT_ARGUMENTS = {"classify": "prompt", "decide": "state", "embed": "texts", "generate": "prompt", "rank": "query"}
+"""The argument that takes one text, by function."""
 _HINTS: dict[str, dict[str, Any]] = {}
 """The type of each option by its name with dashes, by function."""
 
@@ -65,7 +69,7 @@ def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]
                 _check_arguments(function, args, kwargs, kinds)
                 return function(*map(plain_value, args), **plain_value(kwargs))
             except BackhandError as error:
-                error.reword(words.in_error)
+                error.reword(words)
                 raise
             finally:
                 wording.reset(token)
@@ -86,19 +90,10 @@ class _Words:
         self._hints = hints
         self.names: dict[str, str] = {}
 
-    def __call__(self, line: str) -> str:
-        """Change a note. Commands in it are for a shell, and stay."""
-        return self._with_names(line if _COMMAND.search(line) else self._with_arguments(line))
-
-    def in_error(self, text: str) -> str:
-        """Change a part of an error."""
-        return self._with_names(self._with_arguments(text))
-
-    def _with_arguments(self, text: str) -> str:
-        # Messages about an adapter name options of its training.
-        return in_python(text, _HINTS["train"] | self._hints) if "--" in text or "backhand " in text else text
-
-    def _with_names(self, text: str) -> str:
+    def __call__(self, text: str) -> str:
+        """Change a note or a part of an error."""
+        if "--" in text or "backhand " in text:
+            text = in_python(text, _HINTS["train"] | self._hints)  # messages about an adapter name training's options
         for rows, option in self.names.items():
             text = text.replace(rows, option)
         return text
@@ -120,7 +115,7 @@ def name_rows(options: Any) -> None:
 def _check_arguments(
     function: Callable[..., Any], args: Collection[Any], kwargs: Mapping[str, Any], kinds: tuple[type, ...]
 ) -> None:
-    """Raise UsageError if a required argument is missing or there are too many, also with names that do not exist."""
+    """Raise UsageError if a name does not exist, a required argument is missing, or there are too many."""
     name, signature = f"backhand.{function.__name__}", inspect.signature(function)
     named = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
     try:
@@ -129,22 +124,34 @@ def _check_arguments(
         by_name = ", ".join(one.name for one in named if one.kind is inspect.Parameter.KEYWORD_ONLY)
         raise UsageError(f"{name}: {error}", next_step=f"give these by name: {by_name}") from None
     missing = [one.name for one in named if one.default is inspect.Parameter.empty and one.name not in given]
+    hints = {field.name: field.hint for kind in kinds for field in option_fields(kind)}
+    known = {**dict.fromkeys(one.name for one in named), **hints}
+    of_train = {option[2:].replace("-", "_"): "backhand.train" for option in _HINTS.get("train", {})}
+    unknown = None
+    try:
+        check_names(name, kwargs, known, of_train, text=_TEXT_ARGUMENTS.get(function.__name__), shown=as_option)
+    except UsageError as error:
+        if not missing:
+            raise
+        unknown = error
     if not missing:
         return
-    hints = {field.name: field.hint for kind in kinds for field in option_fields(kind)}
     choices = {one: _choices(hints.get(one)) for one in missing}
     needs = f"needs the argument{'s' * (len(missing) > 1)} {', '.join(missing)}"
-    steps = [f"give {one}=…" + (f", one of {', '.join(words)}" if words else "") for one, words in choices.items()]
+    answer = str(unknown.next_step) if unknown else ""
+    steps = [
+        f"give {one}=…" + (f", one of {', '.join(words)}" if words else "")
+        for one, words in choices.items()
+        if one not in answer
+    ]
     texts = {key: value for key, value in kwargs.items() if isinstance(value, str)}
     meant = {one: (key, value) for key, value in texts.items() for one, words in choices.items() if value in words}
     if meant:
         steps = [f'give {one}="{value}" instead of {key}' for one, (key, value) in meant.items()]
-    try:
-        check_names(name, kwargs, {**dict.fromkeys(one.name for one in named), **hints}, {})
-    except UsageError as unknown:
-        steps = steps if meant else [str(unknown.next_step), *steps]
-        raise UsageError(f"{unknown.what}, and {needs}", next_step="; ".join(steps)) from None
-    raise UsageError(f"{name} {needs}", next_step="; ".join(steps))
+    if unknown is not None:
+        steps = steps if meant else [answer, *steps]
+        needs = f"{unknown.what}, and {needs}"
+    raise UsageError(needs if unknown else f"{name} {needs}", next_step="; ".join(steps))
 
 
 def in_python(text: str, hints: dict[str, Any]) -> str:
@@ -154,23 +161,26 @@ def in_python(text: str, hints: dict[str, Any]) -> str:
         text: a part of an error.
         hints: the type of each option, by its name with dashes. Other words that look like options stay as they are.
     """
-    if any(quote or command not in _HINTS for quote, command in _COMMAND.findall(text)):
-        return text
     pieces: list[str] = []
     end = 0
     for match in re.finditer(rf"{_COMMAND.pattern}|{_OPTION.pattern}", text):
         if match.start() < end:
             continue
-        command = match[2]
+        quote, command = match[1] or "", match[2]
         start = match.end() if command else match.start()
-        arguments, after = _arguments(text, start, _HINTS[command] if command else hints)
+        arguments, after = _arguments(text, start, _HINTS.get(command, {}) if command else hints)
+        if command and (command not in _HINTS or text.startswith(" --", after)):  # a command for a shell
+            if not quote:
+                return text
+            after = text.find(quote, match.end()) + 1 or len(text)
+            pieces.append(text[end:after])
+            end = after
+            continue
         written = ", ".join(arguments)
         if command:
             written = written.replace(_ROWS_MEANT, "")
-            if text.startswith(" --", after):
-                return text  # the function has no such option
             others = "" if written.startswith("data=…") else "…, "
-            written = f"backhand.{command}({others}{written})" if arguments else f"backhand.{command}"
+            written = quote + (f"backhand.{command}({others}{written})" if arguments else f"backhand.{command}")
         if written:
             pieces += [text[end : match.start()], written]
             end = after

@@ -17,13 +17,13 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypeVar, get_args, get_origin
 
 from backhand.errors import UsageError
-from backhand.other_names import suggestion
+from backhand.other_names import suggestion, value_suggestion
 from backhand.words import shown
 
 Parse = Callable[[Sequence[str]], Any]
@@ -190,8 +190,12 @@ if TYPE_CHECKING:
 
     GivenPath = Given[Path, str | os.PathLike[str]]
     OptionalPath = Given[Path | None, str | os.PathLike[str] | None]
+    GivenBaseModel = Given[str, str | os.PathLike[str]]
+    GivenTexts = Given[tuple[str, ...], str | Sequence[str]]
+    TextOrTexts = Given[str | tuple[str, ...], str | Sequence[str]]
 else:
     GivenPath, OptionalPath = Path, Path | None
+    GivenBaseModel, GivenTexts, TextOrTexts = BaseModel, tuple[str, ...], str | tuple[str, ...]
 
 
 class Options:
@@ -230,7 +234,15 @@ class Options:
         """Raise UsageError if the values of several fields contradict one another."""
 
 
-def check_names(owner: str, given: Mapping[str, Any], known: Collection[str], homes: Mapping[str, str]) -> None:
+def check_names(
+    owner: str,
+    given: Mapping[str, Any],
+    known: Collection[str],
+    homes: Mapping[str, str],
+    *,
+    text: str | None = None,
+    shown: Callable[[str], str] = str,
+) -> None:
     """Raise UsageError for names that a class or function does not have, with the names to write instead.
 
     Args:
@@ -238,11 +250,17 @@ def check_names(owner: str, given: Mapping[str, Any], known: Collection[str], ho
         given: values by the names that were given.
         known: names that it has.
         homes: other names, with the class that has each.
+        text: the one of `known` that takes a single text, if there is one.
+        shown: formats the equivalent of another tool's option.
     """
     unknown = [name for name in given if name not in known]
     if not unknown:
         return
-    said = [suggestion(name, known, homes, value=given[name]) or f"it has {', '.join(known)}" for name in unknown]
+    aliases = also_names(_option_classes())
+    near = [
+        suggestion(name, known, homes, value=given[name], text=text, shown=shown, aliases=aliases) for name in unknown
+    ]
+    said = [one or f"it has {', '.join(known)}" for one in near]
     several = [f"{name}: {text}" for name, text in zip(unknown, said, strict=True)]
     raise UsageError(
         f"{owner} has no option {' and no option '.join(unknown)}",
@@ -250,8 +268,19 @@ def check_names(owner: str, given: Mapping[str, Any], known: Collection[str], ho
     )
 
 
-def _homes() -> dict[str, str]:
-    """Return the name of the class that has each option, of all classes of options that are imported."""
+def also_names(classes: Iterable[type]) -> dict[str, str]:
+    """Map the alternative names of options on the command line to the options of these dataclasses."""
+    return {
+        rule.name: option
+        for cls in classes
+        for option, hint in hints_of(cls).items()
+        for rule in split_hint(hint)[1]
+        if isinstance(rule, Also)
+    }
+
+
+def _option_classes() -> list[type]:
+    """Return all classes of options that are imported, without their base classes."""
 
     def below(cls: type) -> Iterator[type]:
         subclasses: list[type] = cls.__subclasses__()
@@ -259,8 +288,12 @@ def _homes() -> dict[str, str]:
             yield subclass
             yield from below(subclass)
 
-    leaves = [cls for cls in below(Options) if not cls.__subclasses__()]
-    return {field.name: cls.__name__ for cls in reversed(leaves) for field in dataclasses.fields(cls)}
+    return [cls for cls in below(Options) if not cls.__subclasses__()]
+
+
+def _homes() -> dict[str, str]:
+    """Return the name of the class that has each option, of all classes of options that are imported."""
+    return {field.name: cls.__name__ for cls in reversed(_option_classes()) for field in dataclasses.fields(cls)}
 
 
 def plain_value(value: Any) -> Any:
@@ -332,7 +365,13 @@ def check_value(where: str, value: Any, hint: Any) -> None:
     if isinstance(value, str) and any(value in get_args(member) for member in words):
         return
     if len(others) == 1 and others[0] is not plain:
-        check_value(where, value, others[0])
+        try:
+            check_value(where, value, others[0])
+        except UsageError as error:
+            error.next_step = value_suggestion(value, [word for member in words for word in get_args(member)]) or (
+                error.next_step
+            )
+            raise
         return
     for rule in rules:
         if isinstance(rule, Check):
@@ -350,7 +389,11 @@ def check_value(where: str, value: Any, hint: Any) -> None:
             kind = "an integer" if plain is int else "a finite number"
             raise UsageError(f"{where} {shown(value)} is not {kind}", where=where)
     elif origin is Literal and value not in (choices := get_args(plain)):
-        raise UsageError(f"{where} {shown(value)} is not one of {', '.join(map(str, choices))}", where=where)
+        raise UsageError(
+            f"{where} {shown(value)} is not one of {', '.join(map(str, choices))}",
+            where=where,
+            next_step=value_suggestion(value, choices),
+        )
     elif origin is tuple and _is_checked(element := get_args(plain)[0]):
         if not isinstance(value, tuple | list):
             raise UsageError(f"{where} {shown(value)} is not a list", where=where)

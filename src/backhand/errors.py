@@ -65,7 +65,10 @@ class BackhandError(Exception):
         self.args = (self.what,)
 
     def _said(self) -> str:
-        return f"{bounded(self.where)}: {bounded(self.what)}" if self.where else bounded(self.what)
+        # In Python, `where` is often the first word of the sentence: "dtype 'x' is not one of auto, float32".
+        if self.where is None or self.what.startswith(f"{self.where} "):
+            return bounded(self.what)
+        return f"{bounded(self.where)}: {bounded(self.what)}"
 
     @property
     def one_line(self) -> str:

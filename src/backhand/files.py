@@ -322,15 +322,36 @@ def made_directory(directory: Path) -> Iterator[None]:
         UsageError: the path, or a parent, is a file.
         ResourceError: it cannot be created.
     """
-    missing = [place for place in (directory, *directory.parents) if not place.exists()]
-    make_directory(directory)
+    missing = _missing(directory)
     try:
+        make_directory(directory)
         yield
     except BaseException:
-        with suppress(OSError):
-            for place in missing:
-                place.rmdir()
+        _remove_empty(missing)
         raise
+
+
+def check_directory(directory: Path) -> None:
+    """Check that a directory exists or can be created. It is created for a moment, since only that is certain.
+
+    Raises:
+        UsageError: the path, or a parent, is a file.
+        ResourceError: it cannot be created.
+    """
+    missing = _missing(directory)
+    with made_directory(directory):
+        _remove_empty(missing)
+
+
+def _missing(directory: Path) -> list[Path]:
+    """Return the directory and its parents that do not exist, the innermost first."""
+    return [place for place in (directory, *directory.parents) if not place.exists()]
+
+
+def _remove_empty(directories: Iterable[Path]) -> None:
+    for place in directories:
+        with suppress(OSError):
+            place.rmdir()
 
 
 def replaceable_mode(path: Path) -> int | None:

@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from importlib import resources
+from types import MappingProxyType
 
 from backhand.words import nearest_names
 
@@ -60,9 +61,12 @@ def translate_option(
     if text is None:
         return None
     begins = text.startswith("`")
-    if known is not None and begins and text.split("`")[1] not in known:
-        last = text.split("`")[-2]  # the option of other commands, if the answer ends with it
-        return f"{HERE}{shown(last)}" if text.endswith(f"`{last}`") and last in known else None
+    if known is not None and begins:
+        first, last = text.split("`")[1], text.split("`")[-2]  # `last`: of other commands, if the answer ends with it
+        if first not in known:
+            return f"{HERE}{shown(last)}" if text.endswith(f"`{last}`") and last in known else None
+        if text.endswith(f"`{last}`") and last not in known:
+            return f"{HERE}{shown(first)}"
     said = re.sub(r"`(\w+)`", lambda match: shown(match[1]), text)
     return f"{HERE}{said}" if begins else said
 
@@ -78,7 +82,33 @@ def _longer_or_shorter(name: str, known: Collection[str]) -> list[str]:
     return sorted(longer, key=len)[:1] or sorted(shorter, key=len)[-1:]
 
 
-def suggestion(name: str, known: Collection[str], homes: Mapping[str, str], *, value: object = "") -> str | None:
+_TEXTS = ("input", "prompt", "query", "state", "text")
+"""Names of a single text. Each is also known with an `s` at its end, for several."""
+
+
+def text_meant(name: str, text: str | None, known: Collection[str]) -> str | None:
+    """Return the name of the option for texts if `name` is a name that others have for it.
+
+    Args:
+        name: the name as written, with dashes or underscores.
+        text: the option that takes a single text where it was written, if there is one.
+        known: the names that are allowed there.
+    """
+    if text is None or name.strip("-").removesuffix("s") not in _TEXTS:
+        return None
+    return f"{text}s" if name.endswith("s") and f"{text}s" in known else text
+
+
+def suggestion(
+    name: str,
+    known: Collection[str],
+    homes: Mapping[str, str],
+    *,
+    value: object = "",
+    text: str | None = None,
+    shown: Callable[[str], str] = str,
+    aliases: Mapping[str, str] = MappingProxyType({}),
+) -> str | None:
     """Return what to write instead of an unknown name, or None if no name is near.
 
     Args:
@@ -86,22 +116,47 @@ def suggestion(name: str, known: Collection[str], homes: Mapping[str, str], *, v
         known: the names that are allowed where it was written.
         homes: names that are allowed elsewhere, with a noun phrase for the place.
         value: the value given: the meaning of some names depends on it.
+        text: the option that takes a single text where the name was written, if there is one.
+        shown: formats the equivalent of another tool's option.
+        aliases: our own options by their other names on the command line.
     """
     field = name.replace("-", "_")
+    if aliases.get(field) in known:
+        return f"{HERE}{aliases[field]}"
+    field = aliases.get(field, field)
+    if (same := text_meant(name, text, known)) is not None:
+        return f"{HERE}{same}"
+    for near in nearest_names(field, known, count=1, cutoff=0.9):
+        if near != field:  # the name of a table of options may be written as an option
+            return f"did you mean {near}?"
+
+    def placed(option: str) -> str:
+        return shown(option) + ("" if option in known or option not in homes else f" in {homes[option]}")
+
+    # Before the place of our own options: the value of one can be the name of another, as `objective` of `lint`.
+    if (meant := translate_option(name, placed, known, value=value)) is not None:
+        return meant
     if field in homes and field not in known and homes[field].startswith("backhand."):
         return f"leave it out: it is an option of {homes[field]}"
     if field in homes and field not in known:
         return f"write it in {homes[field]}" + (f", as {field}" if field != name else "")
-
-    def placed(option: str) -> str:
-        return option if option in known or option not in homes else f"{option} in {homes[option]}"
-
-    if (meant := translate_option(name, placed, known, value=value)) is not None:
-        return meant
     for near in _longer_or_shorter(field, known) or nearest_names(field, known, count=1, cutoff=0.6):
         return f"did you mean {near}?"
     if (meant := translate_option(name, placed, value=value)) is not None:
         return meant
     for near in nearest_names(field, homes, count=1, cutoff=0.6):
         return f"did you mean {near}, in {homes[near]}?"
+    return None
+
+
+def value_suggestion(value: object, choices: Collection[object]) -> str | None:
+    """Return which choice to give instead of a value, or None if no choice is near."""
+    if not isinstance(value, str):
+        return None
+    known = [choice for choice in choices if isinstance(choice, str)]
+    if (same := value_answers().get(value.lower())) in known:
+        return f"{HERE}{same}"
+    # Choices are often short words, in which two swapped letters weigh more than in names of options.
+    for near in nearest_names(value.lower(), known, count=1):
+        return f"did you mean {near}?"
     return None

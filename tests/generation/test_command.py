@@ -219,6 +219,23 @@ def test_an_output_that_may_not_be_replaced_is_reported_before_the_work(
         assert "will not be replaced" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["generate", "rank", "embed", "decide", "classify"])
+def test_a_wrong_adapter_leaves_no_directory(
+    name: str, base: list[str], rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The directory of the output was created before the model was loaded."""
+    output, model = tmp_path / "new" / "dir" / "answers", base[1:3]
+    words = [name, *model, "--data", str(rows_file), "--output", str(output)]
+    assert main([*words, "--adapter", "nowhere"]) == 4
+    assert "there is no such directory" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    (tmp_path / "new").write_text("")
+    assert main([*words, "--adapter", "nowhere"]) == 2
+    assert "this is a file, not a directory" in capsys.readouterr().err
+    if name == "generate":
+        (tmp_path / "new").unlink()
+        assert main([*base, *words[3:]]) == 0 and output.read_text().count("\n") == 3
+
+
 def test_a_prompt_names_a_column_of_the_rows(
     base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

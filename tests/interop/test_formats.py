@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from backhand.adapters.module_factors import ModuleFactors
@@ -289,7 +291,11 @@ def test_where_it_lies_and_what_to_type_next_is_printed(
 ) -> None:
     options = ExportOptions(adapter=tiny.adapters["plain"], to="peft", model=str(tiny.directory))
     export_command(replace(options, output=tmp_path / "my adapter"))
-    assert f"written: '{tmp_path / 'my adapter'}'" in capsys.readouterr().out
+    written, _, code = capsys.readouterr().out.partition("next: ")
+    assert f"written: '{tmp_path / 'my adapter'}'" in written and code.count("\n") == 2
+    names = {"AutoModelForCausalLM": transformers.AutoModelForCausalLM, "PeftModel": peft.PeftModel}
+    exec(textwrap.dedent(f"      {code}"), names)
+    assert isinstance(names["model"], peft.PeftModel)
     export_command(replace(options, to="gguf", output=tmp_path / "a.gguf"))
     assert f"next: llama-cli -m BASE.gguf --lora {tmp_path / 'a.gguf'}" in capsys.readouterr().out
 

@@ -26,10 +26,11 @@ from backhand.interop.merged_weights import MergedWeights, merged_weight
 from backhand.interop.merging import merge_command
 from backhand.interop.opened_adapter import open_adapter
 from backhand.interop.options import ExportOptions, MergedType, MergeOptions
-from backhand.interop.proving import Prover, run_of
+from backhand.interop.proving import Prover
 from backhand.nn.families.family import split_layer
 from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_file import GGUFFile
+from backhand.runs.directory import run_of
 from support.tiny_adapters import SCALINGS, adapted, save_tiny_adapter
 from support.tiny_encoders import ENCODERS, states_of, tiny_encoder
 from support.tiny_gguf import write_tiny_gguf

@@ -64,10 +64,10 @@ def test_the_result_in_one_sentence(finished: Path) -> None:
     decided = {"accuracy": 0.4, "majority": 0.4, "rows": 100}
     values = {"base_decisions": {"team": decided}, "adapted_decisions": {"team": decided | {"accuracy": 0.9}}}
     sentences = {
-        "right answers 40% → 90%: it helped.": values,
-        "right answers 25% → 50%: it helped.": {
+        "right answers 40% → 90% (95 % interval 83–94 %): it helped.": values,
+        "right answers 25% → 50% (95 % interval 40–60 %): it helped.": {
             "base_classes": {"accuracy": 0.25},
-            "adapted_classes": {"accuracy": 0.5},
+            "adapted_classes": {"accuracy": 0.5, "rows": 100},
         },
         "ndcg@10 0.250 → 0.500: it helped.": _rankings((0.25, 0.15, 0.35), (0.5, 0.4, 0.6)),
         "ndcg@10 0.500 → 0.250: it did not help.": _rankings((0.5, 0.4, 0.6), (0.25, 0.15, 0.35)),
@@ -80,7 +80,9 @@ def test_the_result_in_one_sentence(finished: Path) -> None:
     assert (
         headline(unclear)
         .split(" (embed)")[1]
-        .startswith(", and ndcg@10 from 0.972 to 0.972; it is not clear whether it helped;")
+        .startswith(
+            ", and ndcg@10 from 0.972 to 0.972; nDCG@10 changed by +0.000 (95 % interval -0.100 to +0.100): too"
+        )
     )
     assert "held-out loss: not clear whether it helped" in Page(run_page(unclear)).one("section", id="result").text
     pairs = replace(
@@ -115,13 +117,27 @@ def test_the_sentence_at_the_top(finished: Path, tiny: TinyRun) -> None:
 
 
 def test_a_run_that_did_not_help_says_so(finished: Path) -> None:
-    base = lines(finished / "metrics.jsonl")[0]["eval_loss"]
-    worse = [
-        line | ({"eval_loss": base + line["step"] / 100} if "eval_loss" in line else {})
-        for line in lines(finished / "metrics.jsonl")
+    first = lines(finished / "metrics.jsonl")[0]
+
+    def lead(*rises: float) -> str:
+        def line_of(line: dict[str, Any]) -> dict[str, Any]:
+            if "eval_loss" not in line:
+                return line
+            nats = [old + rise * line["step"] for old, rise in zip(first["row_nats"], rises, strict=True)]
+            return line | {"row_nats": nats, "eval_loss": sum(nats) / sum(first["row_tokens"])}
+
+        changed = [line_of(line) for line in lines(finished / "metrics.jsonl")]
+        (finished / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+        return Page(run_page(read_run(finished))).one("p", class_="lead").text
+
+    assert "so it did not help" in lead(1.0, 1.1, 0.9, 1.0)
+    for few in (lead(1.0, -3.0, 0.5, 0.1), lead(-1.0, 3.0, -0.5, -3.0)):
+        assert "too few rows to tell the change from chance" in few and "so it" not in few
+    older = [
+        {name: one for name, one in line.items() if name != "row_nats"} for line in lines(finished / "metrics.jsonl")
     ]
-    (finished / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in worse))
-    assert "so it did not help" in Page(run_page(read_run(finished))).one("p", class_="lead").text
+    (finished / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in older))
+    assert "it is not clear whether it helped" in Page(run_page(read_run(finished))).one("p", class_="lead").text
 
 
 def test_commands_for_other_programs_name_adapter_and_base(finished: Path, tiny: TinyRun) -> None:
@@ -152,7 +168,7 @@ def test_forgetting_is_a_share_in_words(finished: Path) -> None:
     run = read_run(finished)
     page = Page(run_page(replace(run, summary=run.summary | {"forgotten_nats": 0.9})))
     result = page.one("section", id="result").text
-    assert "41%" in result and "of the former probability of a word in unrelated texts" in result
+    assert "41%" in result and "of the former probability of a word in given unrelated texts" in result
 
 
 def test_answers_of_base_and_adapter_side_by_side(finished: Path, tiny: TinyRun) -> None:

@@ -66,7 +66,7 @@ def test_the_newest_of_equal_statements_counts_and_failures_are_marked(finished:
     ],
 )
 def test_lines_without_a_kind_go_by_their_command(line: dict[str, str], kind: str) -> None:
-    tables = proof_tables([{"proof": "x", **line}], run="r", adapter="a")
+    tables = proof_tables([{"proof": "x", **line}], run="r", export="")
     assert [table.kind for table in tables] == list(KINDS)
     assert [table.kind for table in tables if table.lines] == [kind]
 

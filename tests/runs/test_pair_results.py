@@ -10,9 +10,10 @@ import pytest
 from backhand.options.config import DataOptions, TrainConfig
 from backhand.options.config_file import dump_config
 from backhand.options.objectives import ObjectiveOptions
-from backhand.runs.pair_results import answers_got_worse, held_out_pairs, pair_clauses
+from backhand.runs.pair_results import answers_got_worse, chosen_change, held_out_pairs, pair_clauses
 from backhand.runs.summary import AnswerLengths, RunSummary
 from backhand.training.advice import answer_advice
+from backhand.words import mean_interval
 from support.tiny_run import with_options
 
 PAIRS = {
@@ -45,6 +46,39 @@ def test_the_words_name_order_margin_probabilities_and_lengths() -> None:
     assert free.startswith("the model's own answers to 8 held-out prompts have a mean of 6 → 55 tokens")
     assert "(0% → 100% of them cut off at 64), chosen answers 3 and rejected answers 40" in free
     assert free.endswith("they got worse")
+
+
+def test_changes_have_their_interval_over_the_rows() -> None:
+    """Student's interval; where it contains 0, the words name no direction, and no advice follows."""
+
+    def line(step: int, chosen: list[float], rejected: list[float]) -> dict[str, object]:
+        means = {"eval_logps/chosen": sum(chosen) / 4, "eval_logps/rejected": sum(rejected) / 4}
+        rows = {"row_chosen": chosen, "row_rejected": rejected}
+        return {"step": step, "eval_loss": 1.0, "eval_rewards/margins": 1.0, **means, **rows}
+
+    records = [
+        line(0, [-9.0, -8.0, -7.0, -6.0], [-9.0] * 4),
+        line(2, [-9.5, -9.0, -6.0, -7.0], [-13.0, -14.0, -13.0, -14.0]),
+    ]
+    figures = held_out_pairs(records, 2)
+    assert figures is not None and chosen_change(figures) is None
+    _, low, high = mean_interval([-0.5, -1.0, 1.0, -1.0])
+    (_, words) = pair_clauses(figures, 4, "dpo", None)
+    assert words == (
+        f"the log-probability of chosen answers changed by -0.375 nats per answer (95 % interval {low:+.3g} to "
+        f"{high:+.3g}: too few rows to tell whether it rose or fell), that of rejected ones fell by 4.5 (95 % interval "
+        "-5.42 to -3.58)"
+    )
+    assert chosen_change(PAIRS) == -12.0, "as earlier versions recorded it"
+
+
+def test_lengths_that_may_have_changed_by_chance_got_no_worse() -> None:
+    moved = lengths(6, 55) | {"length_change": (49.0, -4.0, 102.0)}
+    assert not answers_got_worse(moved)
+    assert answers_got_worse(lengths(6, 55) | {"length_change": (49.0, 20.0, 78.0)})
+    *_, free = pair_clauses(PAIRS, 12, "dpo", moved)
+    assert "6 → 55 tokens (95 % interval of the change -4 to +102)" in free
+    assert free.endswith(": too few to tell whether they got worse")
 
 
 def test_without_an_order_the_margin_is_named() -> None:
@@ -101,6 +135,12 @@ def test_the_next_step_learns_the_chosen_answers_with_the_pairs(summary: RunSumm
     assert shaped is not None
     options = " --rank 8 --target-modules q_proj up_proj --rank-pattern q_proj=4 --use-rslora"
     assert f"{options} --layers-to-transform 28 29 --epochs 3 --output runs/short-again" in shaped[1]
+    computed = {"quantize": "q8_0", "memory": "6GB", "dtype": "bfloat16", "base": "quantized", "tune_allocator": False}
+    same = advised(summary, lengths(6, 55), **computed, schedule="cosine", eval_every=5, seed=3, from_adapter=None)
+    assert same is not None
+    options = "--dtype bfloat16 --base quantized --quantize q8_0 --no-tune-allocator --memory 6GB"
+    further = "--epochs 3 --schedule cosine --eval-every 5 --seed 3"
+    assert f"--objective orpo {options} {further} --output runs/short-again" in same[1]
     read = {"prompt": "{a}\n{b}", "columns": {"chosen": "short", "rejected": "long", "system": "rules"}}
     named = advised(summary, lengths(6, 55), **read, max_rows=60, eval_fraction=0.2, skip_bad=True)
     assert named is not None

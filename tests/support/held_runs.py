@@ -62,7 +62,7 @@ def hold(place: str, wait: Callable[[], None]) -> None:
         case "publish":
             before(FileLayer, "rename", lambda _, source, target: _is_second_adapter(source, target) and wait())
         case "evaluation":
-            before(Decoder, "loss", _on_call(3, wait))  # an evaluation has two batches, and the base had one
+            before(Decoder, "token_losses", _on_call(3, wait))  # an evaluation has two batches, and the base had one
         case "exchange":
             before(ProcessGroup, "all_gather", lambda _, __, sent: sent.is_floating_point() and third_sum())
         case "end":

@@ -16,7 +16,7 @@ import transformers
 import backhand
 from backhand.cli.main import main
 from backhand.data.class_examples import MULTI, NUMBER, SINGLE, names_of, problem_of, target_of
-from backhand.data.lint import lint
+from backhand.data.lint import LintReport, lint
 from backhand.data.options import DataOptions
 from backhand.data.rows import ClassLabel, ProblemType
 from backhand.engines.machine import resolve_machine
@@ -33,7 +33,8 @@ from backhand.nn.model_options import BaseModelOptions
 from backhand.options.command_options import ClassifyOptions, ClassifyRunOptions, EvaluateOptions, EvaluateRunOptions
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
-from backhand.report.page import run_page
+from backhand.report.headline import base_and_best, headline, verdict
+from backhand.report.page import live_values, run_page
 from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
 from backhand.training.advice import Curves
@@ -127,6 +128,17 @@ def test_a_run_learns_labels(straight: TrainConfig) -> None:
     assert "nats per row |" in card and "nats per row on 12 rows" in loss
 
 
+def test_a_run_of_labels_without_an_end_is_compared_with_the_constant_answer(straight: TrainConfig) -> None:
+    finished = read_run(straight.run.output)
+    stopped = replace(finished, summary={})
+    assert verdict(stopped) == verdict(finished) and base_and_best(stopped) == pytest.approx(base_and_best(finished))
+    (tile,) = (tile for tile in live_values(stopped)["tiles"] if "held-out loss" in tile[1])
+    assert "–" not in tile[0] and "not measured" not in tile[1]
+    share = finished.summary["adapted_classes"]["accuracy"]
+    for run in (stopped, finished):
+        assert f" to {share:.3f} ({interval_text(share, 12)})" in headline(run)
+
+
 def test_a_random_head_is_no_baseline_for_advice() -> None:
     records = [{"step": step, "eval_loss": loss} for step, loss in enumerate((2.4, 1.2, 1.09))]
     assert Curves.of(records).held_out[0] == (0, 2.4)
@@ -203,7 +215,11 @@ def test_evaluation_scores_the_adapter_against_a_constant_answer(
     scores = found["adapted"]["classes"]
     assert scores["accuracy_interval"] == share_interval(scores["values"]["accuracy"], 12)
     interval = interval_text(scores["values"]["accuracy"], 12)
-    assert f"adapted: accuracy {interval}" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    of_constant = found["base"]["classes"]["values"]["accuracy"]
+    for name in ("right", "macro F1", "loss (nats per row)", f"({interval})", f"({interval_text(of_constant, 12)})"):
+        assert name in table
+    assert "nll" not in table and "f1_macro" not in table
     assert f"({interval})" in Page(run_page(read_run(straight.run.output))).one("section", id="answers").text
     assert found["adapted"]["classes"]["values"]["nll"] == pytest.approx(summary.adapted_classes["nll"], rel=1e-5)
     assert found["base"]["classes"]["values"]["nll"] == pytest.approx(summary.base_eval_loss)
@@ -214,13 +230,45 @@ def test_the_page_shows_the_scores_and_commands_that_accept_a_head(straight: Tra
     uses = page.one("section", id="result").text
     assert "backhand classify --model" in uses and "AutoModelForSequenceClassification" in uses
     assert not [name for name in ("chat", "AutoModelForCausalLM", "export", "vllm", "ollama", "llama-") if name in uses]
+    offered = page.one("section", id="proofs").text
+    assert f"adapter {straight.run.output / 'adapter'} --to peft --output …" in offered and "gguf" not in offered
     text = page.one("section", id="answers").text
     assert "best constant answer" in text and "Rows with the largest losses" in text
     assert "answered before and after" not in text
     summary = read_summary(straight.run.output / "summary.json")
     assert summary is not None
+    surprises = not_none(summary.adapted_classes)["surprises"]
+    assert surprises and all(row["text"] and row["text"] in text for row in surprises)
     assert f"went from {summary.base_eval_loss:.3f} to" in page.one("section", id="result").text
     assert "accuracy from" in page.one("section", id="result").text and "perplexity" not in page.one("body").text
+
+
+def test_no_token_of_a_text_with_a_label_is_shown_as_a_target(
+    straight: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokens that select hidden states were marked as learned, and the placeholder after a text was shown."""
+    page = Page(run_page(read_run(straight.run.output)))
+    rows = page.one("section", id="data")
+    assert "supervised" not in rows.text and "carry loss" not in rows.text and "supervised" not in page.charts
+    assert not list(page.every("span", class_="on"))
+    first = json.loads(Path(straight.data.data[0]).read_text().splitlines()[0])
+    assert page.every("p", class_="tokens")[0].text.strip().endswith(first["text"])
+    assert f", line 1: {first['label']}" in rows.text
+    summary = not_none(read_summary(straight.run.output / "summary.json"))
+    assert "supervised" not in "".join(closing_lines(summary))
+    command = [
+        "lint",
+        "--classes",
+        "--show",
+        "1",
+        "--model",
+        str(straight.model.model),
+        "--data",
+        straight.data.data[0],
+    ]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "of them supervised" not in shown and f":1: {first['label']}\n" in shown and "\n*" not in shown
 
 
 def test_an_adapter_with_a_head_answers_no_prompts(straight: TrainConfig, tiny: TinyRun) -> None:
@@ -229,7 +277,11 @@ def test_an_adapter_with_a_head_answers_no_prompts(straight: TrainConfig, tiny: 
 
 
 def test_merged_models_have_the_head(
-    straight: TrainConfig, of_bert: tuple[TrainConfig, Path], tiny: TinyRun, tmp_path: Path
+    straight: TrainConfig,
+    of_bert: tuple[TrainConfig, Path],
+    tiny: TinyRun,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for number, (run, model) in enumerate(((straight, tiny.model), of_bert)):
         adapter, output = run.run.output / "adapter", tmp_path / str(number)
@@ -245,11 +297,16 @@ def test_merged_models_have_the_head(
         ids = torch.tensor([[5, 9, 11, 7]])
         with torch.no_grad():
             assert torch.allclose(merged.eval()(ids).logits, adapted(ids).logits, atol=1e-5)
-        export_command(ExportOptions(adapter, tmp_path / f"peft-{number}", str(model), to="peft", quiet=True))
+        export_command(ExportOptions(adapter, tmp_path / f"peft-{number}", str(model), to="peft"))
+        assert f"next: the code in {tmp_path / f'peft-{number}'}/README.md loads it" in capsys.readouterr().out
         for name in ("adapter_model.safetensors", "config.json"):
             assert (tmp_path / f"peft-{number}" / name).read_bytes() == (adapter / name).read_bytes()
     with pytest.raises(ArtifactError, match="head for classification, for which a GGUF file has no place"):
         merge_command(MergeOptions(adapter, tmp_path / "model.gguf", str(model), quiet=True))
+    for to in ("gguf", "mlx"):
+        with pytest.raises(ArtifactError) as refused:
+            export_command(ExportOptions(adapter, tmp_path / to, str(model), to=to, quiet=True))
+        assert refused.value.next_step == "give --to peft, or use backhand merge"
 
 
 def test_verify_proves_the_gradients_of_a_decoders_head(straight: TrainConfig) -> None:
@@ -342,6 +399,19 @@ def test_rows_without_any_label_are_refused(tiny: TinyRun, tmp_path: Path) -> No
         train(config(tiny, tmp_path, tmp_path / "run", data=(rows,), eval_data=()))
 
 
+def test_a_head_classifies_the_rows_of_a_program(straight: TrainConfig, tiny: TinyRun, tmp_path: Path) -> None:
+    texts = ["user asks a list", "json"]
+    rows = [{"name": text} for text in texts]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {"adapter": straight.run.output / "adapter", "model": tiny.model}
+    of_texts = backhand.classify(prompts=texts, **common)
+    for data in (rows, path):
+        assert backhand.classify("name", data=data, **common) == of_texts
+    # Without a name, the column of training.
+    assert backhand.classify(data=[{"text": text} for text in texts], **common) == of_texts
+
+
 def test_a_head_takes_no_other_labels(straight: TrainConfig, tiny: TinyRun) -> None:
     with pytest.raises(UsageError, match="its own labels") as caught:
         backhand.classify("user", labels=["a", "b"], adapter=straight.run.output / "adapter", model=tiny.model)
@@ -383,6 +453,8 @@ def test_a_run_learns_numbers_on_a_quantized_base(tiny: TinyRun, tmp_path: Path)
         ([0.5, "1"], NUMBER, ("LABEL_0",)),
         (["0.5", "1"], NUMBER, ("LABEL_0",)),
         (["0.5", "x"], SINGLE, ("0.5", "x")),
+        (["0,5", "1", "12,25", "0,125"], NUMBER, ("LABEL_0",)),
+        (["1,234", "2,5"], SINGLE, ("1,234", "2,5")),
         ([("b",), ()], MULTI, ("b",)),
     ],
 )
@@ -482,4 +554,28 @@ def test_lint_reports_labels_that_contradict_and_labels_of_few_rows(tiny: TinyRu
         "rare_label": (f"{path}:1",),
         "duplicate": (f"{path}:2 = {path}:1",),
     }
-    assert report.labels == {"b": 4, "a": 1}
+    assert report.labels == {"b": 4, "a": 1} and report.template == (), "no template is used"
+
+
+def test_decimal_commas_are_read_as_numbers_or_answered(tiny: TinyRun, tmp_path: Path) -> None:
+    path, tokenizer = tmp_path / "rows.csv", open_model(str(tiny.model)).tokenizer()
+
+    def linted(*labels: str) -> LintReport:
+        path.write_text("Entry;Effort\n" + "".join(f"text {n};{label}\n" for n, label in enumerate(labels)))
+        options = DataOptions(data=(str(path),), prompt="Entry", completion="Effort")
+        return lint(options, tokenizer, purpose="classes")[0]
+
+    numbers = [f"{n},{n % 10}5" for n in range(20)]
+    report = linted(*numbers)
+    assert not report.findings and not report.labels
+    assert "the labels are read as numbers with a decimal comma, such as 0,05" in report.train.notes
+    (finding,) = linted(*numbers, "n/a", "1,250").findings
+    assert finding.kind == "not_numbers" and "(n/a, 1,250)" in finding.what
+    assert finding.where == (f"{path}:22", f"{path}:23")
+    (finding,) = linted(*(one.replace(",", ".") for one in numbers), "n/a").findings
+    assert finding.kind == "not_numbers"
+    with pytest.raises(DataError, match="other rows have a decimal comma"):
+        linted(*numbers, "1.250")
+    with pytest.raises(DataError, match="'1,250', not a number") as refused:
+        target_of(ClassLabel("1,250"), NUMBER, (), "here")
+    assert "with a decimal point" in str(refused.value.next_step)

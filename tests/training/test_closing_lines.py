@@ -27,11 +27,12 @@ from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.config import ModelOptions
 from backhand.options.config_file import load_config
 from backhand.options.objectives import ObjectiveOptions
-from backhand.report.headline import headline
+from backhand.report.comparison import comparison_page
+from backhand.report.headline import headline, verdict
 from backhand.report.page import VERDICTS, result_sentence, run_page
 from backhand.report.run_record import RunRecord, read_run
 from backhand.runs.records import RowFacts
-from backhand.runs.reward_results import gain_words, recorded_gain, reward_gain
+from backhand.runs.row_changes import gain_words, mean_gain, recorded_gain
 from backhand.runs.summary import LabelFigures, LabelRow, NeutralAnswer, RunSummary, forgotten_nats
 from backhand.terminal import _Now, console, working
 from backhand.training.advice import answer_advice
@@ -47,6 +48,14 @@ from support.tiny_run import TinyRun, write_pairs
 @pytest.fixture(scope="module")
 def ended(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> RunSummary:
     return train(tiny.config(tmp_path_factory.mktemp("ended") / "run", max_steps=2, eval_every=1))
+
+
+def test_labels_of_a_run_without_an_end_are_not_judged_by_their_loss(ended: RunSummary) -> None:
+    run = read_run(Path(ended.output))
+    assert run.facts["labels"] == []
+    stopped = replace(run, summary={}, facts=run.facts | {"labels": ["no", "yes"]})
+    assert verdict(replace(run, summary={})) == "helped" and verdict(stopped) == "unclear"
+    assert "right answers are counted at the end of the run" in headline(stopped)
 
 
 def test_the_share_by_which_the_loss_fell_stands_next_to_the_loss(ended: RunSummary) -> None:
@@ -82,7 +91,13 @@ def test_no_evaluation_better_than_the_base(ended: RunSummary) -> None:
 
 def with_forgetting(run: RunRecord, *nats: float | None) -> RunRecord:
     lines = [
-        {"step": step, "eval_loss": loss, "forgetting_nats": rise}
+        {
+            "step": step,
+            "eval_loss": loss,
+            "forgetting_nats": rise,
+            "row_nats": [10 * loss + row for row in range(4)],
+            "row_tokens": [10] * 4,
+        }
         for step, (loss, rise) in enumerate(zip((3.0, 1.0, 2.0), nats, strict=True))
     ]
     return replace(run, metrics=lines)
@@ -114,11 +129,85 @@ def test_the_result_that_helped_and_forgot_says_both(ended: RunSummary) -> None:
     assert result_sentence(with_forgetting(run, 0.0, 0.4, 0.9)).endswith(": it helped.")
 
 
+def test_the_change_of_the_loss_has_its_interval_over_the_rows(ended: RunSummary) -> None:
+    change = ended.loss_change
+    assert change is not None and ended.first_eval_loss is not None and ended.best_eval_loss is not None
+    assert change[0] == pytest.approx(ended.best_eval_loss - ended.first_eval_loss, rel=1e-6)
+    clear, unclear = (replace(ended, loss_change=one) for one in ((-0.2, -0.3, -0.1), (-0.2, -0.5, 0.1)))
+    assert "Loss changed by -0.2000 nats per token (95 % interval -0.3000 to -0.1000)." in closing_lines(clear)
+    assert any(
+        line.endswith("+0.1000): too few rows to tell the change from chance.") for line in closing_lines(unclear)
+    )
+    evaluated = evaluate(
+        EvaluateOptions(
+            model=ModelOptions(model=ended.model, dtype="float32", threads=1),
+            data=DataOptions(data=load_config(Path(ended.output) / "config.toml").data.eval_data),
+            run=EvaluateRunOptions(adapter=Path(ended.adapter), completions=False),
+        )
+    )
+    assert isinstance(evaluated, evaluation.Evaluation)
+    assert evaluated.loss_change == pytest.approx(change, rel=1e-3)
+
+
+def test_no_exact_match_of_free_texts_is_said(ended: RunSummary) -> None:
+    """No answer repeats a style word by word, so 0 % says nothing about the run."""
+    measured = replace(ended, base_exact_match=0.0, adapted_exact_match=0.0, exact_match_rows=25)
+    record = read_run(Path(ended.output))
+
+    def shown(summary: RunSummary) -> str:
+        page = run_page(replace(record, summary=record.summary | vars(summary))).decode()
+        return "\n".join([*closing_lines(summary), page]).lower()
+
+    assert shown(replace(measured, free_texts=False)).count("exactly right") == 2
+    assert "exactly right" not in shown(replace(measured, free_texts=True))
+    assert shown(replace(measured, adapted_exact_match=0.04, free_texts=True)).count("exactly right") == 2
+
+
+@pytest.mark.parametrize(
+    ("answers", "free"),
+    [
+        ([f"the {number} is here" for number in range(16)], True),
+        ([str(number) for number in range(16)], False),
+        (["good one", "bad one"] * 8, False),
+        ([f"{'very ' * 12}good"] * 16, True),
+    ],
+)
+def test_free_texts_are_long_or_differ_in_several_words(
+    answers: list[str], free: bool, tiny: TinyRun, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"say {number}", "completion": answer} for number, answer in enumerate(answers)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = train(tiny.config(tmp_path / "run", data=(str(path),), eval_data=(str(path),), max_steps=1, answers=1))
+    assert summary.exact_match_rows == 16 and summary.free_texts is free
+
+
+def test_answers_of_a_run_from_an_adapter_are_compared_with_its_answers(tiny: TinyRun, tmp_path: Path) -> None:
+    options = {"max_steps": 1, "learning_rate": 1e-9, "answers": 4}
+    train(tiny.config(tmp_path / "fresh", **options))
+    train(tiny.config(tmp_path / "first", epochs=40, learning_rate=1e-2, answers=0, eval_every=120))
+    again = train(tiny.config(tmp_path / "again", from_adapter=str(tmp_path / "first" / "adapter"), **options))
+    record = read_run(tmp_path / "again")
+    assert again.compared_with_start and all(line["base"] == line["adapted"] for line in record.answers)
+    assert all(one["base"] == one["adapted"] for one in again.neutral_answers)
+    of_base = {line["source"]: line["base"] for line in read_run(tmp_path / "fresh").answers}
+    assert len(record.answers) == 4 and all(of_base[line["source"]] != line["base"] for line in record.answers)
+    for page in (run_page(record), comparison_page([record, record])):
+        section = Page(page).one("section", id="answers").text
+        assert "start adapter" in section and "base model" not in section
+
+
 def test_neutral_prompts_are_answered_before_and_after(finished: Path) -> None:
     stored = json.loads((finished / "summary.json").read_text())
     assert [one["prompt"] for one in stored["neutral_answers"]] == neutral_prompts()
     assert any(one["base"] != one["adapted"] for one in stored["neutral_answers"])
     section = Page(run_page(read_run(finished))).one("section", id="answers").text
+    changed = sum(one["base"] != one["adapted"] for one in stored["neutral_answers"])
+    count = len(stored["neutral_answers"])
+    result = Page(run_page(read_run(finished))).one("section", id="result").text
+    assert f"given unrelated texts is left; {changed} of {count} free answers to unrelated prompts changed" in result
+    none = replace(read_run(finished), summary=stored | {"neutral_answers": []})
+    assert "is left; free answers were not compared" in Page(run_page(none)).one("section", id="result").text
     assert "Unrelated prompts" in section and "What is the capital of France?" in section
 
 
@@ -222,7 +311,7 @@ def test_few_rows_do_not_tell_a_higher_accuracy_from_chance(ended: RunSummary) -
     run = replace(read_run(Path(ended.output)), summary=json.loads(measured.to_json()))
     result = Page(run_page(run)).one("section", id="result").text
     assert words in result and "not clear whether it helped" in result and "it helped;" not in result
-    assert result_sentence(run) == "right answers 50% → 100%: not clear whether it helped."
+    assert result_sentence(run) == "right answers 50% → 100% (95 % interval 61–100 %): not clear whether it helped."
     line = next(line for line in run_page(run).decode().splitlines() if "<tr><th>other</th>" in line)
     assert line.count('<td class="number">–</td>') == 2, "neither recall nor F1 without rows"
     assert (
@@ -279,13 +368,13 @@ def test_rewards_of_a_short_run_are_not_compared(ended: RunSummary) -> None:
 
 def test_a_gain_of_reward_has_an_interval() -> None:
     base = [0.5] * 4
-    unclear = gain_words(reward_gain(base, [0.8, 0.3, 0.6, 0.4]))
+    unclear = gain_words(mean_gain(base, [0.8, 0.3, 0.6, 0.4]))
     assert unclear.startswith("reward gained per row +0.025 (95 % interval -0.3278 to +0.3778)")
     assert unclear.endswith("too few rows to tell the change from chance")
-    assert "too few" not in gain_words(reward_gain(base, [0.6] * 4))
-    assert "too few" in gain_words(reward_gain(base[:1], base[:1]))
-    assert gain_words(reward_gain(base, base)) == "the reward of no held-out row changed"
-    two = reward_gain(base[:2], [0.6] * 2)
+    assert "too few" not in gain_words(mean_gain(base, [0.6] * 4))
+    assert "too few" in gain_words(mean_gain(base[:1], base[:1]))
+    assert gain_words(mean_gain(base, base)) == "the reward of no held-out row changed"
+    two = mean_gain(base[:2], [0.6] * 2)
     assert two is not None and two[1] < 0 < two[2] == pytest.approx(0.1), "two equal gains prove nothing"
     assert "too few" in gain_words(two)
 
@@ -295,7 +384,7 @@ def test_the_interval_of_a_gain_is_that_of_student(rows: int) -> None:
     """With 1.96 deviations, gains of 0.1 and 0.3 seemed to prove a gain."""
     gains = [0.1 + 0.2 * (row % 2) for row in range(rows)]
     half = float(scipy.stats.t.ppf(0.975, rows - 1)) * statistics.stdev(gains) / math.sqrt(rows)
-    gain = reward_gain([0.0] * rows, gains)
+    gain = mean_gain([0.0] * rows, gains)
     assert gain is not None and gain[1:] == pytest.approx((gain[0] - half, gain[0] + half), abs=2e-3 * half)
     assert ("too few" in gain_words(gain)) == (rows < 4)
 

@@ -146,14 +146,14 @@ def test_options_are_frozen() -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: backhand.train({"data": "rows.jsonl"}), "config: config is a dict, not a TrainConfig"),
-        (lambda: backhand.train(TrainConfig(data="rows.jsonl")), "data: data is a str, not a DataOptions"),
+        (lambda: backhand.train({"data": "rows.jsonl"}), "config is a dict, not a TrainConfig"),
+        (lambda: backhand.train(TrainConfig(data="rows.jsonl")), "data is a str, not a DataOptions"),
         (
             lambda: backhand.train(TrainConfig(adapter=peft.LoraConfig(r=4))),
             "adapter is a LoraConfig, not a LoRAConfig",
         ),
-        (lambda: backhand.evaluate("rows.jsonl"), "options: options is a str, not a EvaluateOptions"),
-        (lambda: backhand.evaluate(backhand.EvaluateOptions(run={})), "run: run is a dict, not a EvaluateRunOptions"),
+        (lambda: backhand.evaluate("rows.jsonl"), "options is a str, not a EvaluateOptions"),
+        (lambda: backhand.evaluate(backhand.EvaluateOptions(run={})), "run is a dict, not a EvaluateRunOptions"),
     ],
 )
 def test_something_else_than_the_dataclass_is_named(call: Any, said: str) -> None:

@@ -203,6 +203,7 @@ def test_a_run_learns_and_shows_its_scores(straight: TrainConfig) -> None:
     assert summary.base_retrieval is None and summary.adapted_retrieval is not None
     shown = closing_lines(summary)
     assert any(line.startswith("Held-out rows: nDCG@10") and "→" not in line for line in shown)
+    assert any(line.startswith("nDCG@10 differs from that of a random order by ") for line in shown)
     assert not any("gguf" in line for line in shown)
     assert any(line.startswith("Held-out loss 0.6931 (equal scores) → ") for line in shown)
     assert "| held-out loss | 0.6931 (equal scores) → " in (straight.run.output / "adapter" / "README.md").read_text()

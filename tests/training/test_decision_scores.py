@@ -109,6 +109,14 @@ def test_the_calibration_error_of_other_rows_has_their_confidence() -> None:
     assert low == pytest.approx(score.ece - half, rel=0.02)
 
 
+@pytest.mark.parametrize(("rows", "temperature", "calibrated"), [(21, 1.0, True), (400, 1.0, True), (400, 0.3, False)])
+def test_the_interval_of_the_calibration_error_contains_it(rows: int, temperature: float, calibrated: bool) -> None:
+    """The errors of resampled rows are larger than those of the rows, whose own error is itself too large."""
+    score = score_questions(drawn(rows, 1.0), {"choice": temperature})["team"]
+    low, high = score.ece_interval
+    assert 0 < score.accuracy < 1 and low <= score.ece <= high and (low == 0) is calibrated
+
+
 def test_the_calibration_error_of_calibrated_rows_is_small() -> None:
     outcomes = drawn(20_000, 1.0)
     scores = {temperature: score_questions(outcomes, {"choice": temperature})["team"] for temperature in (1.0, 0.4)}

@@ -19,11 +19,12 @@ import backhand
 from backhand.adapters.loading import read_adapter
 from backhand.data.decisions import Asked, DecisionRow, Question
 from backhand.data.examples import Example
+from backhand.data.given_rows import GivenRows
 from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import prepare
 from backhand.distributed.communicator import Communicator
-from backhand.errors import DataError, UsageError, not_none
+from backhand.errors import BackhandError, DataError, UsageError, not_none
 from backhand.loop.classify import classify
 from backhand.loop.decide import about_score, decide, decide_command
 from backhand.loop.decision_scores import Outcome, score_questions
@@ -45,9 +46,10 @@ from backhand.options.command_options import (
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
 from backhand.printing import now
+from backhand.report.comparison import comparison_page
 from backhand.report.headline import headline, verdict
-from backhand.report.page import run_page
-from backhand.report.run_record import read_run
+from backhand.report.page import result_sentence, run_page
+from backhand.report.run_record import RunRecord, read_run
 from backhand.runs.interruption import Interrupted
 from backhand.runs.summary import read_summary
 from backhand.training.advice import Curves, answer_advice
@@ -367,6 +369,55 @@ def test_a_lower_loss_of_decisions_is_no_help_alone(
     assert "backhand chat" not in page and "llama-cli" not in page
 
 
+def test_a_run_without_an_end_is_judged_by_its_right_answers(straight: TrainConfig) -> None:
+    """Its loss fell while its right answers did."""
+    finished = read_run(straight.run.output)
+    best = next(line for line in finished.evaluations if line["step"] == finished.summary["best_step"])
+    for name, one in finished.summary["adapted_decisions"].items():
+        recorded = [best[f"eval_{figure}/{name}"] for figure in ("answers", "accuracy", "majority")]
+        assert recorded == pytest.approx([one["rows"], one["accuracy"], one["majority"]])
+
+    def stopped(before: float, after: float, **more: float) -> RunRecord:
+        lines = [
+            {"step": step, "eval_loss": loss, "eval_answers/team": 21, "eval_majority/team": 0.3, **more}
+            | {"eval_accuracy/team": right}
+            for step, loss, right in ((0, 1.358, before), (4, 1.277, after))
+        ]
+        return replace(finished, summary={}, metrics=lines)
+
+    fewer = stopped(0.429, 0.286)
+    assert verdict(fewer) == "unclear" and "per token" not in headline(fewer) and "so it helped" not in headline(fewer)
+    assert "team: 42.9% → 28.6% of 21 held-out answers right (95 % interval 14–50 %; 30.0%" in headline(fewer)
+    assert result_sentence(fewer) == "right answers 43% → 29% (95 % interval 14–50 %): not clear whether it helped."
+    assert verdict(stopped(0.95, 0.286)) == "hurt" and verdict(stopped(0.286, 0.95)) == "helped"
+    running = replace(fewer, status=replace(not_none(finished.status), state="running"))
+    assert verdict(running) == "open" and "team: 42.9% → 28.6%" in headline(running)
+    older = replace(fewer, metrics=[{"step": line["step"], "eval_loss": line["eval_loss"]} for line in fewer.metrics])
+    assert verdict(older) == "unclear" and "per token" not in headline(older)
+
+
+def test_runs_are_compared_by_right_answers(straight: TrainConfig) -> None:
+    run = read_run(straight.run.output)
+    figures = run.summary["adapted_decisions"]["team"] | {"rows": 21}
+
+    def lead(*shares: float) -> str:
+        made = [
+            replace(run, path=run.path / name, summary=run.summary | {"adapted_decisions": {"team": figures | one}})
+            for name, share in zip("ab", shares, strict=True)
+            for one in [{"accuracy": share}]
+        ]
+        page = Page(comparison_page(made))
+        assert "right held-out answers" in page.one("section", id="result").text
+        return page.one("p", class_="lead").text
+
+    near = lead(14 / 21, 15 / 21)
+    assert near.startswith("No run has clearly the most right answers on the same 21 held-out answers: b 71.4% (95 %")
+    assert "a 66.7% (95 %" in near and "lowest loss" not in near
+    assert lead(20 / 21, 0.2).startswith(
+        "a has clearly the most right answers on the same 21 held-out answers: a 95.2%"
+    )
+
+
 def test_the_page_has_a_reliability_plot_and_thresholds(straight: TrainConfig) -> None:
     page = Page(run_page(read_run(straight.run.output)))
     assert {"decisions", "reliability-0", "reliability-1"} <= set(page.charts)
@@ -653,6 +704,62 @@ def test_a_file_without_the_columns_of_training_is_answered_with_its_own(straigh
         backhand.evaluate(**given, state="about")
     assert "rename the column of these answers to mood" in not_none(refused.value.next_step)
     assert backhand.evaluate(**given, state="about", question={"team": ""}).rows == 1
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"prompt": "{about}", "completion": "kind"},
+        {"columns": {"prompt": "about", "completion": "kind"}, "question": {"label": "Which?"}},
+        {"columns": {"text": "about", "label": "kind"}},
+        {"state": "about", "question": {"kind": "Which?"}},
+    ],
+)
+def test_the_columns_of_training_are_found_again(named: dict[str, Any], tiny: TinyRun, tmp_path: Path) -> None:
+    rows = [{"id": n, "about": f"user asks {word}", "kind": word} for n, word in enumerate(["json", "list"] * 4)]
+    made = tiny.config(tmp_path / "run", data=GivenRows.of(rows), eval_data=(), max_steps=1, epochs=None, **named)
+    train(replace(made, objective=ObjectiveOptions(objective="decide")))
+    given: dict[str, Any] = {"adapter": tmp_path / "run" / "adapter", "model": tiny.model, "dtype": "float32"}
+    assert backhand.evaluate(data=rows, **given).rows == 8
+    states = [{"about": row["about"]} for row in rows[:2]]
+    answers = backhand.decide(data=states, **given)
+    assert backhand.decide(data=[row | {"kind": ""} for row in states], **given) == answers
+    assert backhand.decide(data=states, state="about", **given) == answers
+    others = [{"title": row["about"], "team": row["kind"]} for row in rows]
+    with pytest.raises(BackhandError, match=r"next: name .* state=\"\{title\}"):
+        backhand.decide(data=others, **given)
+    assert backhand.decide(data=others[:2], state="{title}", **given) == answers
+    if "state" in named:
+        return
+    with pytest.raises(DataError, match=r'next: add prompt="\{title\}", completion="team"$'):
+        backhand.evaluate(data=others, **given)
+    assert backhand.evaluate(data=others, prompt="{title}", completion="team", **given).rows == 8
+    with pytest.raises(DataError, match=r'or give prompt=COLUMN, completion="team" instead of state and question$'):
+        backhand.evaluate(data=others, state="title", question={"team": ""}, **given)
+
+
+def test_printed_probabilities_have_six_digits_and_equal_ones_are_noted(
+    straight: TrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = decide_options(straight, {"state": STATE})
+    (line,) = decide_command(command)
+    out, err = capsys.readouterr()
+    printed, exact = (one["answers"]["team"]["probabilities"] for one in (json.loads(out), line))
+    assert printed == {name: float(f"{p:.6g}") for name, p in exact.items()} != exact and "equal" not in err
+    monkeypatch.setattr(Outcome, "probabilities", lambda self, temperature: np.full(len(self.scores), 1 / 3))
+    decide(command)
+    assert (
+        "note: the two most probable answers are equal: team in 1 state; the first one is given\n"
+        in capsys.readouterr().err
+    )
+    low: dict[str, Any] = {
+        "adapter": straight.run.output / "adapter",
+        "model": straight.model.model,
+        "dtype": "bfloat16",
+    }
+    backhand.decide(states=[STATE, "json"], **low)
+    said = 'team in 2 states; the first one is given; bfloat16 rounds the scores, and dtype="float32" tells them apart'
+    assert said in capsys.readouterr().err
 
 
 def test_a_state_that_is_too_long_is_an_error(straight: TrainConfig) -> None:

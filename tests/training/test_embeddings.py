@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses as theirs
@@ -36,14 +37,14 @@ from backhand.data.text_encoder import TextEncoder
 from backhand.distributed.communicator import Communicator
 from backhand.engines.machine import resolve_machine
 from backhand.engines.memory_probe import TensorBytes
-from backhand.errors import BackhandError, CheckError, DataError, UsageError
+from backhand.errors import BackhandError, CheckError, DataError, UsageError, not_none
 from backhand.interop.command import export_command
 from backhand.interop.options import ExportOptions
-from backhand.loop.embed import embed, embed_command, hardest, mine_command
+from backhand.loop.embed import VectorEvaluation, embed, embed_command, hardest, mine_command, print_vectors
 from backhand.loop.evaluate import evaluate_command
 from backhand.loop.held_out_vectors import HeldOutEmbeddings
 from backhand.loop.objectives.embed import EmbedObjective, embed_batch, embed_rows, excluded_pairs
-from backhand.loop.retrieval_scores import score_vectors, spearman
+from backhand.loop.retrieval_scores import score_vectors, scores_text, spearman
 from backhand.loop.step import StepWork
 from backhand.loop.vector_changes import BINS, cosine_histogram, drift, nearest_texts
 from backhand.nn.decoder.decoder import Decoder
@@ -60,7 +61,7 @@ from backhand.options.command_options import (
 )
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
-from backhand.report.headline import verdict
+from backhand.report.headline import headline, verdict
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
@@ -312,6 +313,24 @@ def test_retrieval_scores_are_those_of_sentence_transformers() -> None:
     assert scores.mean_cosine == pytest.approx(np.mean(cosines))
 
 
+@pytest.mark.parametrize("labelled", [False, True])
+def test_scores_are_compared_with_those_of_a_random_order(labelled: bool) -> None:
+    """The expected scores are the means over vectors that mean nothing, also where an anchor is its own candidate."""
+    draw = np.random.default_rng(5)
+    rows = [TextIdentities((number % 6, 4 + number), None, number % 3 if labelled else None) for number in range(14)]
+    found = []
+    for _ in range(600):
+        vectors = {text: draw.normal(size=20) for row in rows for text in row.texts}
+        embeddings = torch.tensor(np.array([vectors[text] for row in rows for text in row.texts]))
+        found.append(score_vectors(rows, embeddings))
+    chance = found[0].chance
+    assert chance.keys() == found[0].values.keys() and found[0].to_json()["chance"] == chance
+    for name, value in chance.items():
+        assert value == pytest.approx(np.mean([one.values[name] for one in found]), abs=0.02), name
+    shown = scores_text(found[0].to_json())
+    assert f"; {chance['ndcg@10']:.3f} in random order)" in shown and f"; {chance['recall@1']:.3f} in random" in shown
+
+
 def test_a_text_in_two_roles_has_the_vector_of_each_role() -> None:
     rows = [TextIdentities((1, 2), None), TextIdentities((2, 3), None)]
     # Text 2 as a candidate is near text 1, and as a query near text 3.
@@ -470,6 +489,52 @@ def test_a_run_whose_held_out_loss_rose_has_not_helped(straight: TrainConfig) ->
     assert verdict(replace(run, summary=summary, metrics=losses)) == "unclear"
 
 
+def test_base_and_adapter_are_compared_by_the_changes_of_each_query(
+    straight: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A gain in nearly every query was not clear, because the scores of the queries differ by more than the gain."""
+    draw, rows = np.random.default_rng(3), [TextIdentities((2 * one, 2 * one + 1), None) for one in range(100)]
+    anchors, noise = draw.normal(size=(2, 100, 12))
+    near = draw.uniform(0.2, 1.2, (100, 1))
+    before, after = (
+        score_vectors(rows, torch.tensor(np.stack((anchors, (near + more) * anchors + noise), 1).reshape(200, 12)))
+        for more in (0.0, 0.06)
+    )
+    assert after.intervals["ndcg@10"][0] < before.values["ndcg@10"]
+    scores = after.to_json(before)
+    change, low, high = scores["change"]["ndcg@10"]
+    assert change == pytest.approx(after.values["ndcg@10"] - before.values["ndcg@10"]) and 0 < low < change < high
+    words = f"nDCG@10 changed by {change:+.3f} (95 % interval {low:+.3f} to {high:+.3f}), so it helped"
+    for base, adapted, shown in ((before, scores, words), (after, before.to_json(after), "so it did not help")):
+        found = {"base_retrieval": base.to_json(), "adapted_retrieval": adapted}
+        run = read_run(straight.run.output)
+        assert shown in headline(replace(run, summary=run.summary | found))
+        summary = not_none(read_summary(straight.run.output / "summary.json"))
+        assert any(shown in line for line in closing_lines(replace(summary, **found)))
+    page = Page(run_page(replace(run, summary=run.summary | {"adapted_retrieval": scores})))
+    assert f"{change:+.3f} ({low:+.3f} to {high:+.3f})" in page.one("section", id="answers").text
+    print_vectors(VectorEvaluation(100, {"retrieval": before.to_json()}, {"retrieval": scores}))
+    assert words.removesuffix(", so it helped") in capsys.readouterr().out
+
+
+def test_correlations_are_compared_on_the_same_resampled_pairs() -> None:
+    draw = np.random.default_rng(4)
+    given, noise = draw.uniform(size=80), draw.normal(size=80)
+    rows = [TextIdentities((2 * one, 2 * one + 1), float(score)) for one, score in enumerate(given)]
+    angles = ((1 - given) + 0.5 * abs(noise), (1 - given) + 0.42 * abs(noise))
+    before, after = (
+        score_vectors(
+            rows,
+            torch.tensor(np.stack((np.eye(2)[[0] * 80], np.stack((np.cos(one), np.sin(one)), 1)), 1).reshape(160, 2)),
+        )
+        for one in angles
+    )
+    change, low, high = after.to_json(before)["change"]["spearman"]
+    assert change == pytest.approx(after.values["spearman"] - before.values["spearman"]) and 0 < low < change < high
+    assert after.intervals["spearman"][0] < before.values["spearman"]
+    assert before.to_json(before)["change"] == {"spearman": [0.0, 0.0, 0.0]}
+
+
 def test_no_step_is_a_single_row(straight: TrainConfig) -> None:
     made = with_options(straight, batch_rows=11)
     sampler = plan_run(made, resolve_machine(made)).inputs.sampler
@@ -554,6 +619,10 @@ def test_an_encoder_trains_on_vectors_alone_and_is_exported(
     proofs = [json.loads(line) for line in (made.run.output / "proofs.jsonl").read_text().splitlines()]
     exported = [proof for proof in proofs if proof["command"] == "export"]
     assert len(exported) == 3 and all(proof["passed"] for proof in exported)
+    merged, loading = transformers.AutoModel.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    base = transformers.AutoModel.from_pretrained(model)  # whose pooler no vector depends on
+    assert torch.equal(merged.pooler.dense.weight, base.pooler.dense.weight)
     assert "LOAD REPORT" not in logged.getvalue()
     adapter, unmerged = made.run.output / "adapter", tmp_path / "unmerged"
     export_command(ExportOptions(adapter, unmerged, str(model), to="sentence-transformers", quiet=True))
@@ -774,8 +843,10 @@ def test_evaluating_vectors_gives_the_scores_of_the_run(
         assert expected is not None
         assert shown[name]["retrieval"]["ndcg@10"] == pytest.approx(expected["ndcg@10"])
         assert shown[name]["retrieval"]["mean_cosine"] == pytest.approx(expected["mean_cosine"], rel=0.05)
+    assert "change" not in shown["base"]["retrieval"] and len(shown["adapted"]["retrieval"]["change"]["ndcg@10"]) == 3
     evaluate_command(replace(options, run=replace(options.run, json=False)))
-    assert "6 anchors among 12 candidates" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "6 anchors among 12 candidates" in printed and "nDCG@10 changed by " in printed
 
 
 def test_the_vectors_of_a_base_model_are_scored_with_the_pooling_that_is_given(straight: TrainConfig) -> None:
@@ -786,7 +857,7 @@ def test_the_vectors_of_a_base_model_are_scored_with_the_pooling_that_is_given(s
     assert result.base["retrieval"]["ndcg@10"] == pytest.approx(summary.base_retrieval["ndcg@10"])
     other = backhand.evaluate(data=rows, vectors=True, pooling="mean", **model)
     assert other.base["retrieval"]["mean_cosine"] != result.base["retrieval"]["mean_cosine"]
-    refused = "pooling: pooling is given, but no vectors are measured\n  next: give vectors=True as well, or"
+    refused = "pooling is given, but no vectors are measured\n  next: give vectors=True as well, or"
     for measured in ({}, {"rankings": True}, {"reward": "exact"}):
         with pytest.raises(UsageError) as raised:
             backhand.evaluate(data=rows, pooling="mean", **measured, **model)

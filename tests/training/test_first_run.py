@@ -62,6 +62,9 @@ def test_the_next_command_continues_texts_as_they_were_trained_on(tiny: TinyRun,
     options: dict[str, Any] = {"data": (str(rows),), "eval_data": (), "max_steps": 1}
     (following,) = (line for line in closing_lines(train(tiny.config(tmp_path / "run", **options))) if "Next: " in line)
     assert following.endswith(" --prompt '…' --chat-template none")
+    rows.write_text('{"text": "<|im_start|>user\\nfor a name<|im_end|>"}\n' * 4)
+    (rendered,) = (line for line in closing_lines(train(tiny.config(tmp_path / "c", **options))) if "Next: " in line)
+    assert rendered.endswith(" --prompt '…'")
     write_rows(rows, 4, seed=2, words=(8, 12))
     (asking,) = (line for line in closing_lines(train(tiny.config(tmp_path / "two", **options))) if "Next: " in line)
     assert asking.endswith(" --prompt '…'")
@@ -256,6 +259,13 @@ def test_few_held_out_rows_and_rows_not_seen_change_the_advice(tmp_path: Path) -
     assert few[0].endswith(": more rows are needed, for example as --eval-data FILE."), "0.3 of few rows are few"
     many = said([2.0, 1.0, 0.6, 0.7, 0.8, 0.85], few_rows=5, all_rows=60)
     assert many is not None and "--eval-fraction 0.3" in many[0]
+    still, worse = [2.0, 1.999, 1.998, 1.997, 1.996, 1.995], [2.0, 1.99, 2.1, 2.2, 2.3, 2.4]
+    for losses in (still, worse):
+        for rows, chance in ((0, False), (5, True)):
+            found = said(losses, few_rows=rows)
+            assert found is not None and (found[1] is None and "held out, too few" in found[0]) is chance
+    diverged = said([2.0, 2.9, 3.5, 4.0, 4.0, 4.0], few_rows=5)
+    assert diverged is not None and "--learning-rate" in str(diverged[1]), "six rows do not fail so by chance"
     assert too_few_rows(DataReport(rows=5, documents=25, supervised_tokens=25)) == 5
     assert too_few_rows(DataReport(rows=5, documents=5, supervised_tokens=9000)) == 0
     unseen = said(FALLING, unseen_rows=116)
@@ -269,6 +279,14 @@ def test_few_held_out_rows_and_rows_not_seen_change_the_advice(tmp_path: Path) -
     fell = said([-0.5, -0.4], "grpo")
     assert fell is not None and "did not rise" in fell[0]
     assert said([*FALLING[:-1], 0.481], few_rows=5, stopped=True) is not None, "which says nothing of more steps"
+
+
+@pytest.mark.parametrize(("steps", "rate", "changes"), [(4, 1e-3, "--max-steps 8"), (4, 1e-4, "--learning-rate 0.001")])
+def test_few_steps_say_little_about_a_usual_rate(steps: int, rate: float, changes: str, tmp_path: Path) -> None:
+    config = with_options(TrainConfig(), max_steps=steps, learning_rate=rate)
+    curves = Curves([(step, 2.0 - step / 1000) for step in range(steps + 1)], [])
+    found = advice(config, curves, steps, 1e-3, tmp_path)
+    assert found is not None and found[0].startswith("It hardly moved") and f" {changes} " in str(found[1])
 
 
 def test_curves_of_a_run_that_forgot_are_not_called_fine(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import pytest
 
 from backhand.cli.main import main
 from backhand.cli.option_fields import option_fields
+from backhand.data.options import LintOptions
+from backhand.options.command_options import EvaluateOptions
 from backhand.options.config import TrainConfig
 from backhand.other_names import _table, option_answers, translate_option
 
@@ -102,7 +104,9 @@ def test_no_name_is_one_of_ours_and_every_answer_names_fields_that_there_are() -
         len(names.split()) for section in list(_table().values())[:2] for names in section.values()
     )
     assert not FIELDS.intersection(answers)
-    assert set(re.findall(r"`(\w+)`", " ".join(answers.values()))) <= FIELDS
+    assert set(re.findall(r"`(\w+)`", " ".join(answers.values()))) <= FIELDS.union(
+        field.name for kind in (EvaluateOptions, LintOptions) for field in option_fields(kind)
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,6 +117,10 @@ def test_no_name_is_one_of_ours_and_every_answer_names_fields_that_there_are() -
         (["train", "--grad-accumulation-steps", "3"], "Here it is --batch-rows, the rows of a whole step"),
         (["train", "--packing"], "--packing; no option is needed"),
         (["evaluate", "--lora-r", "8"], "It is an option of `backhand train`: --rank."),
+        (["evaluate", "--objective", "dpo"], "It is an option of `backhand train`."),
+        (["evaluate", "--objective", "grpo"], "It is an option of `backhand train`."),
+        (["lint", "--objective", "embed"], "Did you mean --embeddings?"),
+        (["generate", "--max-tokens", "8"], "Did you mean --max-new-tokens?"),
         (["dpo"], "Its equivalent is backhand train --data rows.jsonl --output runs/mine --objective dpo."),
         (["serve"], "vllm serve --enable-lora"),
         (["mlx_lm.lora"], "Its equivalent is backhand train --data rows.jsonl --output runs/mine."),

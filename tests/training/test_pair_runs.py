@@ -114,12 +114,22 @@ def test_answers_are_next_to_both_sides(straight: TrainConfig, rows: dict[str, P
 def test_neither_page_nor_console_says_that_pairs_helped(straight: TrainConfig, tmp_path: Path) -> None:
     run = Path(shutil.copytree(straight.run.output, tmp_path / "run"))
     stored = json.loads((run / "summary.json").read_text())
-    cut_off = {"base": 6.0, "adapted": 55.0, "chosen": 3.0, "base_cut_off": 0.0, "adapted_cut_off": 1.0}
+    cut_off: dict[str, object] = {
+        "base": 6.0,
+        "adapted": 55.0,
+        "chosen": 3.0,
+        "base_cut_off": 0.0,
+        "adapted_cut_off": 1.0,
+    }
+    cut_off["length_change"] = [49.0, 30.0, 68.0]
     stored["free_answers"] |= cut_off
     (run / "summary.json").write_text(json.dumps(stored))
     result = Page(run_page(read_run(run))).one("section", id="result").text
     assert "helped" not in result and "free answers got worse" in result
-    assert "6 → 55 tokens (0% → 100% of them cut off" in result and "are ordered rightly" in result
+    assert (
+        "6 → 55 tokens (95 % interval of the change +30 to +68) (0% → 100% of them cut off" in result
+        and "are ordered rightly" in result
+    )
     summary = read_summary(run / "summary.json")
     assert summary is not None and "they got worse" in "\n".join(closing_lines(summary))
 
@@ -326,8 +336,9 @@ def test_the_advice_for_pairs_of_message_lists_reads_them(tiny: TinyRun, tmp_pat
     made = tiny.config(tmp_path / "run", data=(str(path),), eval_data=(), eval_fraction=0.2, answers=1, max_steps=1)
     summary = train(replace(made, objective=ObjectiveOptions(objective="dpo")))
     assert summary.try_next is not None and "--objective orpo" in summary.try_next
+    assert "--dtype float32 --threads 1 --max-steps 1 --batch-rows 4 --eval-every 6 --answers 1" in summary.try_next
     words = shlex.split(summary.try_next)[1:]
-    assert main([*words, "--quiet", "--dtype", "float32", "--answers", "0"]) == 0
+    assert main([*words, "--quiet"]) == 0
     again = read_summary(tmp_path / "run-again" / "summary.json")
     assert again is not None and again.objective == "orpo" and again.held_out_pairs is not None
 

@@ -44,6 +44,7 @@ from backhand.options.objectives import ObjectiveOptions
 from backhand.report.headline import headline, verdict
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
+from backhand.runs.row_changes import score_words
 from backhand.runs.summary import read_summary
 from backhand.training.console import closing_lines
 from backhand.training.plan import plan_run
@@ -429,7 +430,7 @@ def test_scores_are_compared_with_a_random_order_and_the_base_rate(straight: Tra
     assert "in random order" in shown and f"the best equal scores have {measured['loss']:.4f}" in shown
     run = read_run(straight.run.output)
     assert "in random order" in headline(run)
-    assert b"In random order" in run_page(run)
+    assert b"in random order" in run_page(run)
     base = {"ndcg@10": 0.2, "intervals": {"ndcg@10": [0.1, 0.3]}}
     adapted = {"ndcg@10": 0.55, "intervals": {"ndcg@10": [0.45, 0.65]}, "chance": {"ndcg@10": 0.59}}
     below = {**run.summary, "base_retrieval": base, "adapted_retrieval": adapted}
@@ -562,9 +563,9 @@ def test_rank_and_evaluate_read_rows_as_training_did(straight: TrainConfig, tmp_
 @pytest.mark.parametrize(
     ("trained", "said"),
     [
-        ("rank", {"embed": "vectors: use backhand rank", "rewards": "prompts: use backhand rank"}),
-        ("embed", dict.fromkeys(("rank", "rankings", "rewards"), ": use backhand embed")),
-        ("grpo", {"rank": "use backhand generate", "embed": "use backhand generate", "rankings": "use backhand gen"}),
+        ("rank", {"embed": "vectors: use backhand.rank", "rewards": "prompts: use backhand.rank"}),
+        ("embed", dict.fromkeys(("rank", "rankings", "rewards"), ": use backhand.embed")),
+        ("grpo", {"rank": "use backhand.generate", "embed": "use backhand.generate", "rankings": "use backhand.gen"}),
     ],
 )
 def test_an_adapter_for_another_command_is_named(
@@ -588,7 +589,7 @@ def test_an_adapter_for_another_command_is_named(
         capsys.readouterr()
         call()
         shown = capsys.readouterr().err
-        assert shown.count("was trained with --objective") == (name in said)
+        assert shown.count("was trained with objective=") == (name in said)
         assert said.get(name, "") in shown
 
 
@@ -613,6 +614,13 @@ def test_evaluate_scores_base_and_adapter(straight: TrainConfig, capsys: pytest.
         assert expected is not None
         assert result[name]["retrieval"]["ndcg@10"] == pytest.approx(expected["ndcg@10"], rel=1e-5)
     assert result["adapted"]["loss"] == pytest.approx(summary.best_eval_loss, rel=1e-4)
+    change = result["adapted"]["retrieval"]["change"]["ndcg@10"]
+    assert change == pytest.approx(summary.adapted_retrieval["change"]["ndcg@10"], abs=1e-5)
+    words = score_words(summary.base_retrieval, summary.adapted_retrieval, "ndcg@10")
+    assert any(line.startswith(words) for line in closing_lines(summary))
+    assert words in headline(read_run(straight.run.output))
+    evaluate_command(replace(options, run=replace(run, json=False)))
+    assert words in capsys.readouterr().out
     evaluate_command(replace(options, run=replace(run, json=False, adapter=None, rankings=True)))
     assert "base: nDCG@10" in capsys.readouterr().out
 

@@ -34,7 +34,7 @@ from backhand.options.objectives import ObjectiveOptions
 from backhand.options.rewards import RewardOptions
 from backhand.report.page import page_values, run_page
 from backhand.report.run_record import read_run
-from backhand.runs.reward_results import recorded_gain
+from backhand.runs.row_changes import recorded_gain
 from backhand.runs.summary import read_summary
 from backhand.training import loaded_run
 from backhand.training import plan as run_plan

@@ -244,12 +244,24 @@ def test_forgetting_beyond_the_limit_stops_with_the_adapter_before(
 ) -> None:
     rises = iter([0.02, 0.05, 0.06])  # an adapter that changes nothing yet is not measured
     monkeypatch.setattr(ForgettingMeter, "measure", lambda *_: Forgetting(next(rises), 0.1))
-    with pytest.raises(CheckError, match=r"risen by 0\.060 nats per token, above the limit of 0\.05"):
+    with pytest.raises(CheckError, match=r"risen by 0\.060 nats per token, above the limit of 0\.05") as stopped:
         train(tiny.config(tmp_path / "run", eval_every=1, max_forgetting=0.05))
+    assert "counts from the base model, also in a run from an adapter" in str(stopped.value)
     evaluations = [line for line in metrics(tmp_path / "run") if "forgetting_nats" in line]
     assert [line["forgetting_nats"] for line in evaluations] == [0.0, 0.02, 0.05, 0.06]
     before = tmp_path / "run" / "checkpoints" / "step-2" / "adapter_model.safetensors"
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == before.read_bytes()
+
+
+def test_a_start_adapter_above_the_limit_of_forgetting_is_named(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny.config(tmp_path / "first", max_steps=1))
+    monkeypatch.setattr(ForgettingMeter, "measure", lambda *_: Forgetting(0.6, 0.1))
+    start = str(tmp_path / "first" / "adapter")
+    with pytest.raises(CheckError, match=r"risen by 0\.600") as stopped:
+        train(tiny.config(tmp_path / "second", from_adapter=start, max_forgetting=0.5))
+    assert "start from another adapter: this one is above the limit already" in str(stopped.value)
 
 
 def test_threads_and_precision_are_put_back(tiny: TinyRun, tmp_path: Path) -> None:

@@ -357,6 +357,9 @@ def test_the_end_of_a_run_compares_answers_with_the_teacher(tiny: TinyRun, tmp_p
     )
     lines = " ".join(closing_lines(summary))
     assert f"{figures['tokens']} held-out tokens" in lines and "to the first token instead of" in lines
+    from_adapter = " ".join(closing_lines(replace(summary, compared_with_start=True)))
+    assert lines.count("the adapter it started from") == 0
+    assert "points), compared with the adapter it started from; the divergence" in from_adapter
     shown = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
     assert len(shown) == 2 and all(isinstance(line["prompted"], str) for line in shown)
     page = run_page(read_run(output)).decode()

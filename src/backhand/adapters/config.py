@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated
 
-from backhand.bounds import Bound, Check, Options, Words
+from backhand.bounds import Bound, Check, GivenTexts, Options, TextOrTexts, Words
 from backhand.errors import UsageError
 
 ALL_LINEAR = "all-linear"
@@ -115,8 +115,8 @@ Rank = Annotated[int, Bound(at_least=1, noun="rank")]
 # Products with it must stay finite in float32.
 Alpha = Annotated[float, Bound(above=0, below=1e30, noun="alpha")]
 Dropout = Annotated[float, Bound(at_least=0, below=1, noun="dropout")]
-Modules = Annotated[str | tuple[str, ...], Check(_check_modules), Words(parse_modules)]
-ModuleNames = Annotated[tuple[str, ...], Check(_check_names), Words(parse_names)]
+Modules = Annotated[TextOrTexts, Check(_check_modules), Words(parse_modules)]
+ModuleNames = Annotated[GivenTexts, Check(_check_names), Words(parse_names)]
 TokenIds = Annotated[tuple[int, ...], Check(_check_tokens)]
 
 
@@ -137,16 +137,16 @@ class LoRAConfig(Options):
     dropout: Dropout = 0.0
     """Probability that an input element of the low-rank branch is dropped in training."""
 
-    target_modules: Modules = ALL_LINEAR
+    target_modules: Modules = ALL_LINEAR  # type: ignore[assignment]
     """Modules to adapt: `all-linear` (every linear layer but the output head), names such as `q_proj,v_proj`
     (matched against the end of the module path, on whole path parts), or one regular expression for the whole path."""
 
-    target_parameters: ModuleNames = ()
+    target_parameters: ModuleNames = ()  # type: ignore[assignment]
     """Parameters with the matrices of all experts of a layer, to adapt in addition to the modules, such as
     `mlp.experts.gate_up_proj,mlp.experts.down_proj`: names matched against the end of the path. Each expert gets
     factors of its own. Without dropout, DoRA and bias."""
 
-    exclude_modules: Modules = ()
+    exclude_modules: Modules = ()  # type: ignore[assignment]
     """Modules to exclude although `target_modules` matches them: names, or one regular expression."""
 
     rank_pattern: Annotated[Mapping[str, Rank], Words(partial(parse_pattern, where="rank_pattern"))] = field(
@@ -170,7 +170,7 @@ class LoRAConfig(Options):
     lora_bias: bool = False
     """Give lora_B a trained bias. Not with `use_dora`, and not for embeddings."""
 
-    modules_to_save: ModuleNames = ()
+    modules_to_save: ModuleNames = ()  # type: ignore[assignment]
     """Modules to train in full in addition to the adapter, such as `lm_head`, `embed_tokens` or `model.norm`: names
     matched against the end of the module path. A weight that is tied to another module's is untied from it."""
 
@@ -186,7 +186,7 @@ class LoRAConfig(Options):
     """Adapt only these layers, counted from 0: the first number in the module path. Not with a regular expression in
     `target_modules`."""
 
-    layers_pattern: ModuleNames = ()
+    layers_pattern: ModuleNames = ()  # type: ignore[assignment]
     """Names of the layer list in which `layers_to_transform` counts, if it is not the first numbered one."""
 
     def _check_together(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -141,15 +141,18 @@ def model_card(
     }
     rows = (f"| {name} | {value} |" for name, value in table.items())
     parts = ("---", *header, "---\n", "# LoRA adapter\n", "Written by Backhand; the files are in PEFT's format.\n")
-    return "\n".join((*parts, "| | |", "|---|---|", *rows, "", _usage(described, wrapper)))
+    code = loading_code(described, wrapper, "path/to/this/directory", json.dumps)
+    return "\n".join((*parts, "| | |", "|---|---|", *rows, "", f"```python\n{code}\n```\n"))
 
 
-def _usage(described: PEFTConfig, wrapper: Wrapper | None) -> str:
+def loading_code(
+    described: PEFTConfig, wrapper: Wrapper | None, adapter: str, quoted: Callable[[str], str] = repr
+) -> str:
+    """Return Python code that loads an adapter's directory with PEFT. The arguments are those of `peft_code`."""
     auto_class = _AUTO_CLASSES.get(described.task_type or "")
     if wrapper is not None and described.task_type != CLASS_TASK:
         auto_class = "AutoModelForImageTextToText"
-    code = peft_code(auto_class, described.base_model or None, "path/to/this/directory", json.dumps)
-    return f"```python\n{code}\n```\n"
+    return peft_code(auto_class, described.base_model or None, adapter, quoted)
 
 
 def _range(values: Iterable[float]) -> str:

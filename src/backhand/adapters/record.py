@@ -28,7 +28,8 @@ _PACKAGES = ("backhand", "torch", "transformers", "tokenizers", "safetensors", "
 
 
 _LATER: Mapping[str, Any] = {
-    "labels": {}, "system": None, "model_config": {}, "decisions": {}, "embedding": {}, "classification": {}
+    "labels": {}, "system": None, "model_config": {}, "decisions": {}, "embedding": {}, "classification": {},
+    "bare": False,
 }  # fmt: skip
 """Fields that the first files of this format lack, and that are omitted if they have their default."""
 
@@ -54,6 +55,7 @@ class AdapterRecord:
     # token ids of each label, including the final token, if the rows' answers are labels
     labels: Mapping[str, Sequence[int]] = field(default_factory=dict)
     system: str | None = None  # the system message that all training rows have
+    bare: bool = False  # True if all training rows were texts without a chat template, see `data.data_report`
     # of an adapter that decides: `prompt_version`, `questions` in the protocol's form, and the fitted `temperatures`
     decisions: Mapping[str, Any] = field(default_factory=dict)
     # of an adapter for vectors of texts: `pooling`, `query_prompt`, `document_prompt`, `max_length`, `matryoshka_dims`
@@ -114,6 +116,8 @@ def _well_typed(name: str, raw: Mapping[str, Any]) -> bool:
     value = raw.get(name)
     if name in ("config", "model_config", "decisions", "embedding", "classification"):
         return isinstance(value, dict)
+    if name == "bare":
+        return isinstance(value, bool)
     if name == "labels":
         lists = list(value.values()) if isinstance(value, dict) else [None]
         return all(isinstance(ids, list) and ids and all(isinstance(one, int) for one in ids) for ids in lists)

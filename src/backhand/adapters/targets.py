@@ -292,7 +292,7 @@ def _unmatched(
             next_step="leave out target_parameters, and name linear modules in target_modules",
         )
     parts = _last_parts(names)
-    near = nearest_names(wanted, names)
+    near = nearest_names(wanted, [ALL_LINEAR, *names] if where == "target_modules" else names)
     if regex and names:
         hint = f"a regular expression must match the whole path, such as {names[0]}; for the end of a path give a list"
     elif near:

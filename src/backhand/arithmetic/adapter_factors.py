@@ -179,7 +179,7 @@ _DIGESTS = {
     "tokenizer_digest": "tokenizer: their tokens or merges are not the same",
     "chat_template_digest": "chat template: it is not the same",
 }
-_COPIED_FIELDS = (*_DIGESTS, "labels", "system", "model_config")
+_COPIED_FIELDS = (*_DIGESTS, "labels", "system", "model_config", "bare")
 """Fields that are copied into the new record if they are equal in all records."""
 
 
@@ -262,7 +262,7 @@ def common_record(
         origin = source.origin
     elif agreed["base_digest"] is None and any(record.base_digest for record in records):
         notes.append("the new adapter does not know its base model's digest: give --model to record it")
-    agreed["model_config"] = agreed["model_config"] or {}
+    agreed |= {"model_config": agreed["model_config"] or {}, "bare": agreed["bare"] or False}
     tokenizers = {agreed["tokenizer_digest"], *(record.tokenizer_digest for record in records)}
     if agreed["labels"] is None or len(tokenizers) > 1 or None in tokenizers:  # labels are tokens
         agreed["labels"] = {}

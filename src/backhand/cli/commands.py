@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _run_of_adapter(options: Any) -> Path | None:
-    from backhand.interop.proving import run_of
+    from backhand.runs.directory import run_of
 
     return run_of(options.adapter)
 

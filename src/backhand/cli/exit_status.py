@@ -143,8 +143,8 @@ def _usage(error: cyclopts.CycloptsError, arguments: Sequence[str]) -> str:
     from backhand.other_names import command_answers, value_answers
 
     words = list(error.unused_tokens or ())
+    command = next(iter(error.command_chain or ()), "")
     if isinstance(error, UnusedCliTokensError):
-        command = next(iter(error.command_chain or ()), "")
         ways = _by_option(words, command, arguments)
         return f"Unexpected {' '.join(map(repr, words))}: no argument is expected here.{ways}"
     if isinstance(error, UnknownCommandError) and words and words[0].startswith("-"):
@@ -164,7 +164,7 @@ def _usage(error: cyclopts.CycloptsError, arguments: Sequence[str]) -> str:
         options = {name for argument in error.argument_collection if argument.parse for name in argument.names}
         known = {*options, "--debug", "--help", "--version"}
         unknown = [name for name in values if name == first or name.replace("_", "-") not in known]
-        messages = [_unknown_option(name, values[name], known) for name in unknown]
+        messages = [_unknown_option(name, values[name], known, command) for name in unknown]
         several = (text.removeprefix("Unknown option: ") for text in messages)
         return messages[0] if len(messages) == 1 else "\n    - ".join(["Unknown options:", *several])
     message = str(error).strip()
@@ -203,28 +203,30 @@ def _by_option(words: Sequence[str], command: str, arguments: Sequence[str]) -> 
     return f" Give {', or '.join(ways)}" if ways else ""
 
 
-def _unknown_option(typed: str, value: str, options: Set[str]) -> str:
+def _unknown_option(typed: str, value: str, options: Set[str], command: str) -> str:
     """Explain an unknown option: by its equivalent if it is another tool's, otherwise by the nearest name."""
     from backhand.cli.option_fields import as_option, option_fields
     from backhand.options.config import TrainConfig
-    from backhand.other_names import HERE, NOT_NEEDED, translate_option
+    from backhand.other_names import HERE, NOT_NEEDED, text_meant, translate_option
     from backhand.words import nearest_names
 
     known = {name[2:].replace("-", "_") for name in options}
     # The dashes are left out, since they make any two short options similar.
     plain = typed.strip("-").replace("-", "_")
+    if text := text_meant(typed, _TEXT_OPTIONS.get(command), known):
+        return f"Unknown option: {typed}. Did you mean {as_option(text)}?"
     if nearest := nearest_names(plain, known, count=1, cutoff=0.9):
         return f"Unknown option: {typed}. Did you mean {as_option(nearest[0])}?"
     if meant := translate_option(typed, as_option, known, value=value):
         near = meant.removeprefix(HERE)
         suggestion = f"Did you mean {near}?" if near in options else f"{meant[0].upper()}{meant[1:]}."
         return f"Unknown option: {typed}" + (f"; {meant}" if meant.startswith(NOT_NEEDED) else f". {suggestion}")
-    if meant := translate_option(typed, as_option, value=value):
-        return f"Unknown option: {typed}. It is an option of `backhand train`: {meant.removeprefix(HERE)}."
     if plain in {field.name for field in option_fields(TrainConfig)}:
         lint = plain == "objective" and "labels" in known
         advice = " `lint` detects the form of the rows from their columns." if lint else ""
         return f"Unknown option: {typed}. It is an option of `backhand train`.{advice}"
+    if meant := translate_option(typed, as_option, value=value):
+        return f"Unknown option: {typed}. It is an option of `backhand train`: {meant.removeprefix(HERE)}."
     nearest = nearest_names(plain, known, count=1, cutoff=0.6)
     return f"Unknown option: {typed}." + "".join(f" Did you mean {as_option(name)}?" for name in nearest)
 

@@ -19,7 +19,7 @@ from backhand.data.row_encoder import Prompt
 from backhand.data.rows import with_answer
 from backhand.data.sources import expand
 from backhand.errors import DataError, UsageError
-from backhand.files import make_directory, replaceable_mode, write_atomically
+from backhand.files import check_directory, made_directory, replaceable_mode, write_atomically
 from backhand.generation.labels import (
     AUTO,
     NONE,
@@ -66,7 +66,9 @@ def generate_command(options: GenerateOptions) -> None:
         # A character that the terminal's encoding does not have must not end the answer.
         sys.stdout.reconfigure(errors="replace")
     one = prompt is not None
-    with loaded_model(options.model, answer.adapter, template=options.template, one_at_a_time=one) as loaded:
+    with loaded_model(
+        options.model, answer.adapter, template=options.template, one_at_a_time=one, as_trained=True
+    ) as loaded:
         if not answer.quiet:
             show_notes([*loaded.notes, *loaded.purpose_notes()])
         if prompt is None:
@@ -76,9 +78,9 @@ def generate_command(options: GenerateOptions) -> None:
 
 
 def _answer_prompt(options: GenerateOptions, loaded: LoadedModel, prompt: str) -> None:
-    session = GenerationSession(loaded, options.template)
+    session = GenerationSession(loaded, loaded.template)
     if session.has_template and not options.answer.quiet:
-        show_notes(loaded.missing_system(options.template.system))
+        show_notes(loaded.missing_system(loaded.template.system))
     prompt_ids = session.prompt_ids(prompt)
     labels = _labels(options, loaded, session)
     if not options.answer.compare:
@@ -158,7 +160,7 @@ def _answer_one(
 
 
 def check_output(output: Path | None, *, overwrite: bool) -> None:
-    """Check that `output` can be written, before anything is loaded, and create its directory.
+    """Check that `output` can be written, before anything is loaded. See `write_output`.
 
     Raises:
         UsageError: it exists and --overwrite is not given, or it is not a plain file.
@@ -173,7 +175,13 @@ def check_output(output: Path | None, *, overwrite: bool) -> None:
             f"{output} exists", where="output", next_step="name another file, or replace this one with --overwrite"
         )
     replaceable_mode(output)  # raises now instead of after all answers
-    make_directory(output.parent)
+    check_directory(output.parent)
+
+
+def write_output(output: Path, data: bytes) -> None:
+    """Write the output of a command, and create its directory. Raises as `files.write_atomically`."""
+    with made_directory(output.parent):
+        write_atomically(output, data)
 
 
 def _write_answers(options: GenerateOptions, loaded: LoadedModel) -> None:
@@ -183,7 +191,7 @@ def _write_answers(options: GenerateOptions, loaded: LoadedModel) -> None:
     if options.answer.output is None:
         write_answer(_json_lines(lines))
         return
-    write_atomically(options.answer.output, _json_lines(lines).encode("utf-8"))
+    write_output(options.answer.output, _json_lines(lines).encode("utf-8"))
     if not options.answer.quiet:
         took_s = time.perf_counter() - started
         say(
@@ -198,7 +206,7 @@ def write_lines(lines: Sequence[Mapping[str, Any]], output: Path | None, noun: s
     if output is None:
         sys.stdout.write(text)
         return
-    write_atomically(output, text.encode("utf-8"))
+    write_output(output, text.encode("utf-8"))
     say(f"{count_of(len(lines), noun)} written to {output}")
 
 
@@ -217,7 +225,7 @@ def _keep_answers(lines: Sequence[Mapping[str, Any]], whole: int, rows: int, out
         write_answer(_json_lines(lines))
     elif lines:
         partial = output.with_name(f"{output.name}.partial")
-        write_atomically(partial, _json_lines(lines).encode("utf-8"))
+        write_output(partial, _json_lines(lines).encode("utf-8"))
         say(f"{whole:,} of {count_of(rows, 'row')} were answered: {shlex.quote(str(partial))}")
 
 
@@ -247,10 +255,10 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> list[dict[str,
     context = options.answer.context
     teacher = None if context is None else TeacherPrompts(context_text(context))
     read, report = prepare_prompts(
-        *(options.rows, options.template, loaded.tokenizer, NamedColumns(prompt=options.answer.prompt), teacher),
+        *(options.rows, loaded.template, loaded.tokenizer, NamedColumns(prompt=options.answer.prompt), teacher),
         recorded=loaded.columns,
     )
-    session = GenerationSession(loaded, options.template)
+    session = GenerationSession(loaded, loaded.template)
     labels = _labels(options, loaded, session)
     # A prompt without room for an answer counts as a bad row, like a malformed one.
     bad = RowErrors(options.rows.skip_bad)

@@ -13,7 +13,7 @@ from backhand.adapters.classifier_config import padding_id
 from backhand.adapters.loading import LoadedAdapter, check_source, load_adapter_for, read_adapter
 from backhand.adapters.peft_saving import CLASS_TASK
 from backhand.adapters.record import AdapterRecord
-from backhand.data.chat import read_template, stopping_role_ids
+from backhand.data.chat import NO_TEMPLATE, OWN_TEMPLATE, read_template, stopping_role_ids
 from backhand.data.class_examples import NUMBER, SINGLE
 from backhand.data.options import NamedColumns, TemplateOptions, system_option
 from backhand.errors import UsageError
@@ -25,6 +25,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family import DecoderConfig
 from backhand.nn.model_options import BaseModelOptions
+from backhand.runs.status import unfinished
 
 _PURPOSES = {"generate": "answer prompts", "embed": "compute vectors", "rank": "rank documents"}
 """The purpose of a command that can use the adapters of every objective."""
@@ -55,6 +56,7 @@ class LoadedModel:
     base: str = ""  # name of the base model, as given or from its source
     columns: NamedColumns | None = None  # columns that the adapter was trained on, from its record
     objective: str | None = None  # objective that the adapter was trained with, from its record
+    template: TemplateOptions = field(default_factory=TemplateOptions)  # chat template and system message in use
 
     def purpose_notes(self, command: str = "generate") -> list[str]:
         """Return a note if the adapter was trained for another command than this one; else an empty list."""
@@ -89,6 +91,7 @@ def loaded_model(
     template: TemplateOptions | None = None,
     one_at_a_time: bool = False,
     takes_heads: bool = False,
+    as_trained: bool = False,
 ) -> Iterator[LoadedModel]:
     """Load a model, and compute with the options' threads inside the block.
 
@@ -98,6 +101,8 @@ def loaded_model(
         template: chat template and system message, which are compared with the adapter's record; None if no template
             is used.
         one_at_a_time: prompts are completed one by one, so a quantized base stays quantized.
+        as_trained: with an adapter that was trained on texts without a chat template, none is used either, unless
+            `template` gives one, its variables or a system message.
         takes_heads: an adapter with a head can be used. Such an adapter answers no prompts.
 
     Raises:
@@ -155,7 +160,14 @@ def loaded_model(
             model, notes, record = by_transformers()
             reason = error.problems[0] if error.problems else error.what
             notes = (f"transformers computes this model, more slowly than the engine would: {reason}", *notes)
+        if as_trained and record is not None and record.bare and used_template == TemplateOptions():
+            used_template = TemplateOptions(chat_template=NO_TEMPLATE)
+            if checks["chat_template"] is not None:
+                said = "the adapter was trained on texts without a chat template, and prompts get none either"
+                notes = (*notes, f"{said}; for the tokenizer's own: --chat-template {OWN_TEMPLATE}")
         stop_ids = (*source.stop_token_ids(), *stopping_role_ids(tokenizer, used_template))
+        if (left := unfinished(adapter)) is not None:
+            notes = (left.note, *notes)
         labels = {} if record is None else record.labels
         known = all(0 <= token < model.vocab_size for ids in labels.values() for token in ids)
         system = None if record is None else record.system
@@ -170,6 +182,7 @@ def loaded_model(
             base=options.model or source.origin,
             columns=columns,
             objective=None if record is None else record.config.get("objective.objective"),
+            template=used_template,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from backhand.adapters import classifier_config
 from backhand.adapters.contents import read_adapter_directory
 from backhand.adapters.loading import match_linear_adapter, read_adapter
 from backhand.adapters.module_factors import Factors, factors_of
+from backhand.adapters.peft_saving import loading_code
 from backhand.adapters.record import AdapterRecord
 from backhand.data.template_report import default_system
 from backhand.errors import ArtifactError, BackhandError, ResourceError, UsageError, short_reason
@@ -26,6 +28,7 @@ from backhand.interop.options import ExportOptions, given
 from backhand.interop.other_formats import (
     ADAPTER_FILE,
     MODEL_FILE,
+    described_for_peft,
     factors_for_kohya,
     kohya_bytes,
     mlx_files,
@@ -102,8 +105,13 @@ def _check_ollama(opened: OpenedAdapter, *, merge: bool) -> None:
 
 
 def _how_to_use(options: ExportOptions, opened: OpenedAdapter, output: str) -> tuple[str, ...]:
-    """Return the commands to run next in other programs than Python, or a note that these need another export."""
+    """Return the commands to run next or the code that loads the output, or a note that they need another export."""
     objective = opened.objective
+    if options.to == "peft" and not options.merged:
+        described, wrapper = described_for_peft(opened, text_model=options.text_model)
+        code = loading_code(described, wrapper, str(options.output)).rpartition("\n\n")[2].split("\n")
+        longer = f"the code in {output}/README.md loads it with PEFT"
+        return _next(*code) if len(code) == 2 else _next(longer)
     if options.to == "ollama":
         return _next(*ollama_commands(output, objective))
     if options.to != "gguf":
@@ -171,8 +179,10 @@ def _export_adapter(options: ExportOptions, opened: OpenedAdapter, output: Path,
     prover.say_notes(opened.loaded)
     # PEFT's files could contain more than factors, but the proofs here cover factors alone.
     head = {one.name for one in opened.loaded.trained} & {*opened.config.class_head.parameters.values()}
-    # GGUF files have no place for a head, even of a merged model.
-    refuse(str(options.to), _more_than_factors(options, opened), merge=options.to == "peft" or not head)
+    refused = _more_than_factors(options, opened)
+    if head and options.to != "peft":  # GGUF files have no place for a head, even of a merged model
+        refuse(str(options.to), refused, _formats_with_head(options, opened))
+    refuse(str(options.to), refused)
     opened = for_gguf(opened) if options.to in ("gguf", "ollama") else opened
     architecture = gguf_architecture(opened.source.config)
     if options.to in ("gguf", "ollama") and architecture:
@@ -213,6 +223,14 @@ def _more_than_factors(options: ExportOptions, opened: OpenedAdapter) -> dict[st
             if (shape.embedding or shape.experts) and shape.magnitude is None and shape.lora_bias is None:
                 del refused[shape.name]
     return refused
+
+
+def _formats_with_head(options: ExportOptions, opened: OpenedAdapter) -> str:
+    """Return the commands that can express an adapter with a head."""
+    if _more_than_factors(replace(options, to="peft"), opened):
+        return "use backhand merge"
+    other = " or --to sentence-transformers" if opened.objective == "rank" else ""
+    return f"give --to peft{other}, or use backhand merge"
 
 
 def _write(options: ExportOptions, opened: OpenedAdapter, path: Path) -> Factors:

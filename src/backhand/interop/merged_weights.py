@@ -63,6 +63,8 @@ class MergedWeights:
     digests: dict[str, str] = field(default_factory=dict)
     losses: list[ModuleLoss] = field(default_factory=list)  # of the modules merged so far
     head: MergedHead | None = None  # the head of an adapter that has one
+    # tensors of the base that are written unchanged, and that no state depends on: BERT's pooler, by name
+    outside: Mapping[str, Tensor] = field(default_factory=dict)
     # pass through the base's blocks that also computes the probes' logits; its tensors are not read a second time
     walk: BlockWalk | None = None
 
@@ -78,7 +80,7 @@ class MergedWeights:
 
         The tensors of a head come last.
         """
-        of_head = {} if self.head is None else self.head.parameters
+        of_head = self._of_heads
         stated = [name for name in self.source.tensor_names() if name not in of_head]
         stated += [*([HEAD_WEIGHT] if self.unties_head else []), *of_head]
         layers = [layer_of(name) for name in stated]
@@ -137,8 +139,12 @@ class MergedWeights:
         return weight[list(token_ids)]
 
     def _of_head(self, name: str) -> Tensor | None:
-        """Return a parameter of the head, or None for the base's tensors."""
-        return None if self.head is None else self.head.parameters.get(name)
+        """Return a parameter of the head or a tensor of `outside`, or None for the base's other tensors."""
+        return self._of_heads.get(name)
+
+    @property
+    def _of_heads(self) -> Mapping[str, Tensor]:
+        return self.outside if self.head is None else self.head.parameters
 
     def _change(self, name: str) -> ModuleFactors | Tensor:
         return self.trained[name] if name in self.trained else self.factors[name.removesuffix(".weight")]
@@ -165,8 +171,7 @@ class MergedWeights:
             walked = walk.tensor(name)
             return written.load_in_pieces(name) if walked is None else walked
 
-        of_head = () if self.head is None else self.head.parameters
-        heads = {name: tensor for name in of_head if (tensor := written.head_tensor(name)) is not None}
+        heads = {name: tensor for name in self._of_heads if (tensor := written.head_tensor(name)) is not None}
         there = {*written.tensor_names(), *heads}
         both = [name for name in self.digests if name in there]
         wrong = []

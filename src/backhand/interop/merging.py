@@ -130,6 +130,9 @@ def merge_adapter(
     else:
         if options.dtype not in ("auto", *_DTYPES):
             raise ArtifactError(f"{options.dtype} is a type of GGUF files", where="dtype")
+        stated = (f"{module}.{part}" for module in opened.config.outside for part in ("weight", "bias"))
+        of_source = ((name, opened.source.head_tensor(name)) for name in stated)
+        weights.outside = {name: tensor for name, tensor in of_source if tensor is not None}
         write_huggingface(
             path,
             weights,
@@ -159,7 +162,7 @@ def merged_weights(opened: OpenedAdapter) -> MergedWeights:
             reasons[shape.name] = "lora_B has a bias, for which the module has no parameter"
         elif shape.embedding and shape.magnitude is not None:
             reasons[shape.name] = "DoRA of an embedding is not merged here"
-    refuse("a merged model", reasons, merge=False)
+    refuse("a merged model", reasons, "use the adapter with PEFT, which opens its directory as it is")
     of_base = [tensor for tensor in loaded.trained if head is None or tensor.name not in head.parameters]
     trained = {tensor.name: loaded.factors[tensor.name] for tensor in of_base if tensor.token_ids is None}
     rows = [tensor for tensor in of_base if tensor.token_ids is not None]

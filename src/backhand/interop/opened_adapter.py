@@ -112,12 +112,15 @@ def probe_documents(source: ModelSource, config: DecoderConfig) -> list[list[int
 _SHOWN = 12
 
 
-def refuse(target: str, reasons: Mapping[str, str], *, merge: bool = True) -> None:
+_MERGE = "give --merge: a merged model can contain any update"
+
+
+def refuse(target: str, reasons: Mapping[str, str], next_step: str = _MERGE) -> None:
     """Raise if there are reasons to refuse modules.
 
     Args:
         target: the format, as `--to` names it.
-        merge: True if `--merge` would help.
+        next_step: the formats that can express them.
 
     Raises:
         ArtifactError: names the modules, the reasons, and the next step.
@@ -131,5 +134,5 @@ def refuse(target: str, reasons: Mapping[str, str], *, merge: bool = True) -> No
         f"{len(reasons)} adapted module{'s' if len(reasons) > 1 else ''} cannot be expressed in this format",
         where=f"to {target}",
         why="".join(f"\n    - {name_list(those, limit=_SHOWN)}: {reason}" for reason, those in by_reason.items()),
-        next_step="give --merge: a merged model can contain any update" if merge else "export to another format",
+        next_step=next_step,
     )

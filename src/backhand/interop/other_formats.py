@@ -38,8 +38,9 @@ from backhand.generation.loading import classification_of
 from backhand.interop.opened_adapter import OpenedAdapter, refuse
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.stores import OLLAMA
-from backhand.nn.loading.wrappers import EncoderWrapper
+from backhand.nn.loading.wrappers import EncoderWrapper, Wrapper
 from backhand.nn.lora_parameters import LoRASlot
+from backhand.runs.status import unfinished
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapters.safetensors"
@@ -161,26 +162,35 @@ def write_modelfile(directory: Path, base: str, *, adapter: str | None = None, s
 # form needs neither: every rank is padded with zeros to the largest, and every other scaling is folded into lora_B.
 
 
+def described_for_peft(opened: OpenedAdapter, *, text_model: bool = False) -> tuple[PEFTConfig, Wrapper | None]:
+    """Return the adapter's configuration in PEFT's files, and the model whose names they use, as `adapter_files`."""
+    described, prefix = opened.loaded.described, opened.config.class_head.prefix
+    wrapper: Wrapper | None = None if text_model else opened.source.wrapper
+    if classification_of(opened.loaded, opened.config) and prefix:
+        wrapper = EncoderWrapper("", prefix)
+    headless = None if opened.config.has_head else HEADLESS_TASK
+    named = replace(
+        described,
+        base_model=described.base_model or opened.base_name,
+        task_type=described.task_type or headless,
+    )
+    return named, wrapper
+
+
 def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False, text_model: bool = False) -> dict[str, bytes]:
     """Return the files by name in the order in which to write them; see `peft_saving.adapter_files`.
 
     Args:
         text_model: use the names of the text model alone, if the base's files contain an image model around it.
     """
-    loaded, prefix = opened.loaded, opened.config.class_head.prefix
+    loaded, names = opened.loaded, list(opened.shapes)
     classification = classification_of(loaded, opened.config)
-    described = replace(
-        loaded.described,
-        base_model=loaded.described.base_model or opened.base_name,
-        task_type=loaded.described.task_type or (None if opened.config.has_head else HEADLESS_TASK),
-    )
-    names = list(opened.shapes)
-    wrapper = None if text_model else opened.source.wrapper
-    if classification and prefix:
-        wrapper = EncoderWrapper("", prefix)
+    described, wrapper = described_for_peft(opened, text_model=text_model)
+    left = unfinished(loaded.directory)
+    card = None if left is None else {"training": f"the run {left.fact}"}
     if not uniform:
         parts = AdapterParts(described, loaded.targets, loaded.shapes, loaded.factors, loaded.trained)
-        files = adapter_files(parts, record=loaded.record, module_names=names, wrapper=wrapper)
+        files = adapter_files(parts, record=loaded.record, card=card, module_names=names, wrapper=wrapper)
         if classification:
             files = {classifier_config.NAME: classifier_config.config_bytes(opened.source, classification), **files}
         return files
@@ -195,7 +205,7 @@ def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False, text_m
     tensors |= {f"{name}.lora_B": one.lora_B for name, one in factors.items()}
     described = PEFTConfig(config, described.base_model, described.task_type, described.revision)
     parts = AdapterParts(described, targets, slot_shapes(slots), tensors)
-    return adapter_files(parts, record=loaded.record, module_names=names, wrapper=wrapper)
+    return adapter_files(parts, record=loaded.record, card=card, module_names=names, wrapper=wrapper)
 
 
 # kohya: an adapter of a diffusion model, in the format that A1111, ComfyUI and diffusers load.
@@ -235,7 +245,7 @@ def kohya_bytes(factors: Factors) -> bytes:
     """Return the bytes of the file. Raises ArtifactError with the modules that have no name in the format."""
     keys = {module: kohya_name(module) for module in factors}
     reason = "only modules of Stable Diffusion's U-Net and CLIP text encoder have names in this format"
-    refuse("kohya", {module: reason for module, key in keys.items() if key is None}, merge=False)
+    refuse("kohya", {module: reason for module, key in keys.items() if key is None}, "give --to peft")
     if len(set(keys.values())) < len(keys):
         raise ArtifactError("two modules would have the same name in this format", where="to kohya")
     tensors: dict[str, Tensor] = {}

@@ -33,7 +33,8 @@ from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.source import ModelSource, fill
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.printing import counting
-from backhand.runs.directory import ADAPTER, CONFIG, Proof, opened, proof_log
+from backhand.runs.directory import Proof, opened, proof_log, run_of
+from backhand.runs.status import unfinished
 from backhand.words import labelled, show_notes
 
 
@@ -58,7 +59,8 @@ class Prover:
     def say_notes(self, loaded: LoadedAdapter) -> None:
         """Print the notes of an adapter; forced actions are printed in any case."""
         show_notes(loaded.forced)
-        for note in loaded.notes[len(loaded.forced) :]:
+        left = unfinished(loaded.directory)
+        for note in (*([] if left is None else [left.note]), *loaded.notes[len(loaded.forced) :]):
             self.say(labelled(note))
 
     def check(self, statement: str, value: float, bound: float, next_step: str, *, holds: bool | None = None) -> None:
@@ -89,18 +91,6 @@ class Prover:
                     log(proof)
         except (UsageError, ResourceError) as error:
             self.say(f"note: not written to {self._run}: {error.one_line}")
-
-
-def run_of(adapter: Path | None) -> Path | None:
-    """Return the run directory that contains this adapter, or None."""
-    if adapter is None:
-        return None
-    try:
-        path = adapter.resolve()
-    except (OSError, RuntimeError, ValueError):  # a loop of links or a NUL character: reading raises the error
-        return None
-    parents = (path, *path.parents)[:4]
-    return next((one for one in parents if (one / CONFIG).is_file() and (one / ADAPTER).is_dir()), None)
 
 
 FACTOR_BOUND = 1e-6

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from statistics import median
 from types import MappingProxyType
 from typing import Any
 
@@ -40,6 +41,7 @@ from backhand.options.config import TrainConfig
 from backhand.printing import counting
 from backhand.runs.records import MAX_NEW_TOKENS
 from backhand.runs.summary import AnswerLengths, NeutralAnswer
+from backhand.words import mean_interval
 
 _LONGEST_PROMPT = 1024
 
@@ -52,7 +54,8 @@ class HeldOutAnswer:
     prompt: str  # the prompt including control tokens
     prompt_parts: tuple[tuple[str, bool], ...]  # the prompt in parts of (text, True for control tokens)
     reference: str  # the row's own answer, truncated to the largest number of new tokens
-    # base, adapted: greedy answers without control tokens
+    # base, adapted: greedy answers without control tokens, of the model before the run (the base model or the adapter
+    # that the run started from) and with the adapter
     base: str
     adapted: str
     rejected: str | None = None  # the rejected answer of a pair; None for other rows
@@ -64,7 +67,7 @@ class HeldOutAnswer:
 
 @dataclass(frozen=True)
 class FreeAnswers:
-    """Greedy answers at the end of a run, of the base model and with the adapter."""
+    """Greedy answers at the end of a run, of the model before the run and with the adapter."""
 
     held_out: tuple[HeldOutAnswer, ...]
     lengths: AnswerLengths | None  # None if the rows are no pairs
@@ -86,7 +89,7 @@ _MEASURED_PAIRS = 8
 
 
 def answered_rows(examples: Sequence[Example], config: TrainConfig, *, fixed: bool = False) -> tuple[int, int]:
-    """Return the largest number of rows that `free_answers` answers with the adapter, and with the base model.
+    """Return the largest number of rows that `free_answers` answers with the adapter, and with the model before it.
 
     Args:
         examples: the held-out rows.
@@ -126,7 +129,8 @@ def free_answers(
         examples: the held-out rows.
         config: the configuration of the run, with the number of rows that the report shows.
         prompted: answers of the teacher in distillation, by row.
-        start: values of the adapter that the run started from, whose answers to pairs are measured; None without one.
+        start: values of the adapter that the run started from, whose answers come first; None for the base model. Of
+            pairs, the base model's answers are measured as well.
     """
     model, tokenizer, stops = bound.completer(), source.tokenizer(), stop_ids(source, config.data)
     new_tokens = max(1, min(MAX_NEW_TOKENS, model.context_tokens // 2))
@@ -158,24 +162,26 @@ def free_answers(
             adapted = [*(adapted[number] for number in numbers), *adapted[len(parts) :]]
             parts = [parts[number] for number in numbers]
         started = None
-        if pairs and start is not None:
+        if start is not None:
             with computing_with(bound.model, start):
-                started = completions(adapter=True, who="adapter that the run started from", others=False)
-        base = completions(adapter=False)
+                started = completions(adapter=True, who="adapter that the run started from")
+        base = completions(adapter=False, others=start is None) if pairs or start is None else []
+        before = base if started is None else started
     finally:
         bound.model.attach(bound.lora)
     held_out = [
-        _held_out_answer(tokenizer, example, prompt, [reference[:new_tokens].tolist(), of_base, of_adapted], new_tokens)
-        for (example, prompt, reference), of_base, of_adapted in zip(parts, base, adapted, strict=False)
+        _held_out_answer(tokenizer, example, prompt, [reference[:new_tokens].tolist(), old, new], new_tokens)
+        for (example, prompt, reference), old, new in zip(parts, before, adapted, strict=False)
     ]
     held_out = [replace(answer, prompted=of_teacher[answer.source]) for answer in held_out]
     first = len(parts)
     neutral = [
-        NeutralAnswer(prompt=question, base=_decoded(tokenizer, of_base), adapted=_decoded(tokenizer, of_adapted))
-        for (question, _), of_base, of_adapted in zip(questions, base[first:], adapted[first:], strict=True)
+        NeutralAnswer(prompt=question, base=_decoded(tokenizer, old), adapted=_decoded(tokenizer, new))
+        for (question, _), old, new in zip(questions, before[first:], adapted[first:], strict=True)
     ]
     paired = [example for example, _, _ in parts] if pairs else []
-    lengths = _lengths(paired, base[:first], adapted[:first], started, frozenset(stops), new_tokens)
+    own = None if started is None else started[:first]
+    lengths = _lengths(paired, base[:first], adapted[:first], own, frozenset(stops), new_tokens)
     return FreeAnswers(tuple(held_out), lengths, tuple(neutral))
 
 
@@ -302,6 +308,9 @@ def _lengths(
     )
     if started is not None:
         lengths |= {"start": mean(map(len, started)), "start_cut_off": cut_off(started)}
+    before = base if started is None else started
+    changes = [len(new) - len(old) for old, new in zip(before, adapted, strict=True)]
+    lengths["length_change"] = mean_interval(changes) if len(changes) > 1 else None
     return lengths
 
 
@@ -377,11 +386,24 @@ def measured_answers(
         bound.model.attach(bound.lora)
     return {
         "exact_match_rows": len(chosen),
+        "free_texts": _are_free_texts(prompts, [end - begin for begin, end in _spans(chosen)]),
         "base_exact_match": base.exact_match,
         "adapted_exact_match": adapted.exact_match,
         "base_labels": asdict(base.labels) if base.labels else None,
         "adapted_labels": asdict(adapted.labels) if adapted.labels else None,
     }
+
+
+def _are_free_texts(prompts: Sequence[Prompt], tokens: Sequence[int]) -> bool:
+    """Return True if hardly any answer can equal the row's own: these are long, or each has several words of its own.
+
+    Args:
+        prompts: the rows with their replies.
+        tokens: number of tokens of each reply.
+    """
+    replies = [one.reply or "" for one in prompts]
+    several_words = median(len(reply.split()) for reply in replies) > 1
+    return median(tokens) > _LABEL_TOKENS or (several_words and len({*replies}) == len(replies))
 
 
 def _parts(example: Example, longest: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -12,7 +12,7 @@ A model that is not better has learned nothing from the texts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from backhand.data.class_examples import MULTI, NUMBER
+from backhand.data.examples import Example
 from backhand.data.rows import ProblemType
 from backhand.loop.label_scores import label_score
 from backhand.loop.retrieval_scores import spearman
 from backhand.ops.binary_cross_entropy import binary_cross_entropy_forward
 from backhand.ops.cross_entropy import cross_entropy_forward
-from backhand.words import share_interval
+from backhand.words import share_interval, shorten
 
 _SURPRISES = 5
 
@@ -41,7 +42,8 @@ class ClassScores:
     constant: bool  # True if the model gives the same answer to all rows, although their answers differ
     # number of rows by label, then by answer; empty unless a row has one label
     confusion: dict[str, dict[str, int]]
-    surprises: list[dict[str, Any]]  # rows with the largest losses: source, answer, given, loss
+    # rows with the largest losses: source, answer, given, loss; also text, see `add_texts`
+    surprises: list[dict[str, Any]]
     accuracy_interval: tuple[float, float] | None  # 95 % interval of the accuracy; None for numbers
 
     def to_json(self) -> dict[str, Any]:
@@ -105,6 +107,24 @@ def score_classes(
     constant = len({*given}) == 1 and len({*right}) > 1
     interval = None if problem == NUMBER else share_interval(values["accuracy"], len(targets))
     return ClassScores(len(targets), problem, float(losses.mean()), values, constant, confusion, surprises, interval)
+
+
+def add_texts(scores: Mapping[str, Any], examples: Iterable[Example], tokenizer: Any) -> None:
+    """Add the beginning of its text to each row with a large loss.
+
+    Args:
+        scores: results of `ClassScores.to_json`.
+        examples: all rows.
+    """
+    rows = [row for one in scores.values() for row in one["surprises"]]
+    places = {row["source"] for row in rows}
+    texts = {
+        one.source: shorten(tokenizer.decode(one.input_ids, skip_special_tokens=True))
+        for one in examples
+        if one.source in places
+    }
+    for row in rows:
+        row["text"] = texts[row["source"]]
 
 
 def _decided(logits: Tensor, problem: ProblemType) -> Tensor:

@@ -14,7 +14,7 @@ from backhand.data.class_examples import MULTI, NUMBER, ClassEncoder, ClassForma
 from backhand.data.columns import column_of_texts
 from backhand.data.data_report import TruncationStats
 from backhand.data.examples import Example, check_vocabulary
-from backhand.data.options import DataOptions, NamedColumns
+from backhand.data.options import DataOptions, NamedColumns, RowSources
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import prepare
 from backhand.data.rows import ClassRow, ProblemType
@@ -32,6 +32,7 @@ from backhand.loop.objectives.classify import targets_of
 from backhand.loop.objectives.head import head_logits
 from backhand.options.command_options import ClassifyOptions
 from backhand.printing import counting
+from backhand.runs.summary import CLASS_SCORES, loss_unit
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import count_of, interval_text, shorten, show_notes
 
@@ -113,6 +114,16 @@ class Classifier:
         if stats.truncated:
             show_notes([f"{count_of(len(stats.truncated), 'text')} cut to {self.max_length:,} tokens"])
 
+    def answers_to_rows(self, data: RowSources, prompt: str | None) -> list[dict[str, Any]]:
+        """Return the answers to the texts of rows, as `answers`. `prompt` names their column.
+
+        Raises:
+            UsageError, DataError: as `loop.embed.texts_of`, and as `answers`.
+        """
+        recorded = column_of_texts(self.loaded.columns)
+        rows = texts_of(data, NamedColumns(prompt=prompt), "texts", recorded)
+        return list(self.answers([(row.texts[0], row.source) for row in rows]))
+
     def answer(self, logits: Tensor) -> dict[str, Any]:
         """Return the answer with these logits, (outputs,)."""
         if self.problem == NUMBER:
@@ -144,9 +155,7 @@ def classify(options: ClassifyOptions) -> list[dict[str, Any]]:
         classifier = Classifier.of(loaded, run.micro_batch_rows)
         if run.text is not None:
             return list(classifier.answers([(run.text, "text")]))
-        recorded = column_of_texts(loaded.columns)
-        rows = texts_of(options.data, NamedColumns(prompt=run.prompt), "texts", recorded)
-        return list(classifier.answers([(row.texts[0], row.source) for row in rows]))
+        return classifier.answers_to_rows(options.data, run.prompt)
 
 
 def classify_command(options: ClassifyOptions) -> list[dict[str, Any]]:
@@ -185,20 +194,20 @@ def evaluate_classes(
 
 
 def print_classes(scores: Mapping[str, ClassScores]) -> None:
-    """Print a table with a line per model, and of the last one the accuracy's interval and the largest loss.
+    """Print a table with a line per model, with the intervals of the accuracies, and the largest loss of the last one.
 
     Args:
         scores: by the model's name.
     """
-    names = list(next(iter(scores.values())).values)
-    shown = table_of("model", *names, right=names, title=f"{next(iter(scores.values())).rows:,} rows")
+    last = list(scores.values())[-1]
+    names = [name for name in CLASS_SCORES if name in last.values]
+    unit = loss_unit("classify", {"problem_type": last.problem_type})
+    columns = [CLASS_SCORES[name] + (f" ({unit})" if name == "nll" else "") for name in names]
+    shown = table_of("model", *columns, right=columns, title=count_of(last.rows, "row"))
     for name, one in scores.items():
-        shown.add_row(name, *(f"{one.values[score]:.4f}" for score in names))
+        shown.add_row(name, *(_cell(one, score) for score in names))
     console = console_for_tables()
     console.print(shown)
-    who, last = list(scores.items())[-1]
-    if last.accuracy_interval is not None:
-        console.print(f"{who}: accuracy {interval_text(last.values['accuracy'], last.rows)}", soft_wrap=True)
     if last.constant:
         console.print("the model gives the same answer to all rows", soft_wrap=True)
     for row in (one for one in last.surprises[:1] if one["answer"] != one["given"]):
@@ -207,3 +216,8 @@ def print_classes(scores: Mapping[str, ClassScores]) -> None:
             f"{shorten(row['given'])}",
             soft_wrap=True,
         )
+
+
+def _cell(scores: ClassScores, name: str) -> str:
+    value = scores.values[name]
+    return f"{value:.1%} ({interval_text(value, scores.rows)})" if name == "accuracy" else f"{value:.4f}"

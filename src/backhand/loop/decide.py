@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import Any
 
 from backhand.bounds import check_kind
 from backhand.data.chat import thoughts_off
+from backhand.data.columns import AS_TRAINED, columns_of_states
 from backhand.data.decision_examples import DecisionEncoder
 from backhand.data.decisions import PROMPT_VERSION, Asked, DecisionRow, Question, QuestionType, question_of
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, check_vocabulary
-from backhand.data.options import DataOptions, TemplateOptions
+from backhand.data.options import DataOptions, NamedColumns, TemplateOptions
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import prepare
 from backhand.data.rows import Purpose
@@ -23,17 +23,17 @@ from backhand.data.sources import expand
 from backhand.data.stored_examples import stored
 from backhand.distributed.communicator import Communicator
 from backhand.errors import ArtifactError, DataError, UsageError, not_none
-from backhand.files import write_atomically
-from backhand.generation.command import check_output
+from backhand.generation.command import check_output, write_lines
 from backhand.generation.completer import require_finite
 from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.loop.decision_scores import DecisionScore, Outcome, outcomes_of, score_questions
 from backhand.loop.objectives.objective import document_sums
+from backhand.nn.compute import resolve_device, resolve_dtype
 from backhand.options.command_options import DecideOptions
 from backhand.printing import counting
 from backhand.reading import read_plain
 from backhand.terminal import console_for_tables, table_of, working
-from backhand.words import count_of, shorten, show_notes
+from backhand.words import count_of, name_list, shorten, show_notes
 
 _ROWS_AT_ONCE = 256
 RANDOM_ORDERS = 2
@@ -165,11 +165,17 @@ def decided_rows(
     Raises:
         UsageError, DataError: see `data.prepare`. DataError also for rows that are too long.
     """
-    recorded = DataOptions(state=decider.state, question=dict.fromkeys(decider.questions, ""))
+    named = decider.loaded.columns or NamedColumns()
+    recorded = DataOptions(
+        state=decider.state,
+        question=dict.fromkeys(decider.questions, ""),
+        **vars(named if answered else columns_of_states(named)),
+    )
     data = replace(data, eval_data=(), eval_fraction=0.0)
     purpose: Purpose = "decisions" if answered else "states"
     prepared, _ = prepare(data, decider.loaded.tokenizer, purpose=purpose, questions=questions, recorded=recorded)
-    show_notes(prepared.report.left_out())
+    as_trained = (note for note in prepared.report.notes if note.startswith(AS_TRAINED))
+    show_notes([*prepared.report.left_out(), *as_trained])
     if prepared.report.dropped_long and not answered:
         raise DataError(
             f"a state with its question is longer than {data.max_length:,} tokens",
@@ -283,7 +289,35 @@ def decide(options: DecideOptions) -> list[dict[str, Any]]:
             rows = [DecisionRow(not_none(given.state), asked, "state")]
         with counting("decisions", len(rows)) as done:
             answers = list(decider.answers(rows, on_row=done))
+        dtype = resolve_dtype(options.model, resolve_device(options.model))
+        show_notes(_tie_notes(answers, "" if dtype.itemsize >= 4 else str(dtype).removeprefix("torch.")))
     return answers
+
+
+_DIGITS = 6
+"""Number of significant digits of a printed probability."""
+
+
+def _rounded(answers: Any) -> Any:
+    """Return answers with printed digits. In bfloat16, about two digits of a probability are known."""
+    return json.loads(json.dumps(answers), parse_float=lambda digits: float(f"{float(digits):.{_DIGITS}g}"))
+
+
+def _tie_notes(lines: Sequence[Mapping[str, Any]], rounding: str) -> list[str]:
+    """Return a note if the most probable options of a choice, or yes and no, have the same printed probability.
+
+    Args:
+        lines: the answers to each state.
+        rounding: name of a compute dtype in which different scores become equal; "" for float32.
+    """
+    ties: dict[str, int] = {}
+    for name, answer in (one for line in _rounded(lines) for one in line["answers"].items()):
+        p = answer["probabilities"].values() if "choice" in answer else [answer.get("noul", 0.0), 0.5]
+        first, second, *_ = sorted(p, reverse=True)
+        ties[name] = ties.get(name, 0) + (first == second)
+    tied = name_list(f"{name} in {count_of(count, 'state')}" for name, count in ties.items() if count)
+    more = f"; {rounding} rounds the scores, and --dtype float32 tells them apart" if rounding else ""
+    return [f"the two most probable answers are equal: {tied}; the first one is given{more}"] if tied else []
 
 
 def decide_command(options: DecideOptions) -> list[dict[str, Any]]:
@@ -291,11 +325,7 @@ def decide_command(options: DecideOptions) -> list[dict[str, Any]]:
     check_output(options.run.output, overwrite=options.run.overwrite)
     with working("deciding"):
         answers = decide(options)
-    text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-    if options.run.output is None:
-        sys.stdout.write(text)
-    else:
-        write_atomically(options.run.output, text.encode())
+    write_lines(_rounded(answers), options.run.output, "answer")
     return answers
 
 

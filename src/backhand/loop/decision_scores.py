@@ -17,8 +17,7 @@ for support vector machines, 1999, §2.2]:
     NLL        mean -Σ_k t_k log p_k;   Brier score: mean Σ_k (p_k - t_k)²
     ECE        Σ_bins (rows in the bin / rows) |mean confidence - accuracy|, bins with equal numbers of rows
 
-The confidence is the largest probability. The interval of the ECE contains 95 % of the values of resampled rows
-(`_ece_interval`).
+The confidence is the largest probability. The interval of the ECE is that of the basic bootstrap (`_ece_interval`).
 Thresholds are of those who decide the most confident rows themselves, and pass the others on to a person.
 """
 
@@ -148,11 +147,29 @@ def score_questions(
         temperatures: of each type; 1 for types without one.
         flips: share of decisions that change under random orders, by question.
     """
+    groups = _by_question(outcomes).items()
+    return {name: _score(group, temperatures, (flips or {}).get(name)) for name, group in groups}
+
+
+def question_shares(outcomes: Iterable[Outcome]) -> dict[str, float]:
+    """Return the metrics by which a run is judged: answers, accuracy and majority of each question, `NAME/QUESTION`."""
+    shares: dict[str, float] = {}
+    for name, group in _by_question(outcomes).items():
+        right = [int(one.targets.argmax()) for one in group]
+        hits = [one.targets[one.scores.argmax()] / one.targets.sum() for one in group]
+        shares[f"answers/{name}"] = len(group)
+        shares[f"accuracy/{name}"] = float(np.mean(hits))
+        shares[f"majority/{name}"] = max(map(right.count, {*right})) / len(right)
+    return shares
+
+
+def _by_question(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
+    """Return the outcomes that have an answer, by the name of their question."""
     by_name: dict[str, list[Outcome]] = {}
     for one in outcomes:
         if one.targets.any():
             by_name.setdefault(one.question.name, []).append(one)
-    return {name: _score(group, temperatures, (flips or {}).get(name)) for name, group in by_name.items()}
+    return by_name
 
 
 def _score(
@@ -205,7 +222,13 @@ def expected_calibration_error(confidence: Floats, hits: Floats) -> float:
 
 
 def _ece_interval(confidence: Floats, hits: Floats) -> tuple[float, float]:
-    """Return the 95 % interval of the ECE: the values of resampled rows.
+    """Return a 95 % interval of the ECE, which contains the measured one.
+
+    Every bin adds the size of its chance error to the ECE, and resampled rows add theirs once more. Their values are
+    therefore too large. The basic bootstrap reflects them at the measured ECE: 2 ECE minus each quantile, at least 0
+    [Davison and Hinkley, Bootstrap methods and their application, 1997, §5.2.1]. The interval begins at 0 if rows whose
+    answers are right with exactly their confidence have such an ECE in 95 % of draws [consistency resampling, Bröcker
+    and Smith, doi:10.1175/WAF993.1]. For 21 to 400 drawn rows it contains the true value in 74 to 98 % of draws.
 
     If all rows are right, or none is, resampled rows are too, and say nothing about other rows. The error is then the
     difference of mean confidence and accuracy, and the accuracy can be anything in its Wilson interval. The interval
@@ -213,12 +236,18 @@ def _ece_interval(confidence: Floats, hits: Floats) -> tuple[float, float]:
     """
     draw = np.random.Generator(np.random.Philox(0))
     picks = (draw.integers(len(hits), size=len(hits)) for _ in range(RESAMPLES))
-    low, high = np.quantile(
+    measured = expected_calibration_error(confidence, hits)
+    least, most = np.quantile(
         [expected_calibration_error(confidence[pick], hits[pick]) for pick in picks], [0.025, 0.975]
     )
+    low, high = min(measured, max(0.0, 2 * measured - most)), max(measured, 2 * measured - least)
     if np.ptp(hits) == 0:
         mean, (least, most) = float(confidence.mean()), share_interval(float(hits.mean()), len(hits))
         low, high = min(low, max(0.0, least - mean, mean - most)), max(high, most - mean, mean - least)
+    elif set(hits.tolist()) == {0.0, 1.0}:
+        drawn = (np.asarray(draw.random(len(hits)) < confidence, np.float64) for _ in range(RESAMPLES))
+        calibrated = [expected_calibration_error(confidence, one) for one in drawn]
+        low = 0.0 if measured <= np.quantile(calibrated, 0.95) else low
     return float(low), float(high)
 
 

@@ -31,17 +31,17 @@ from backhand.data.stored_examples import ExampleWriter
 from backhand.data.text_encoder import TextEncoder
 from backhand.distributed.communicator import Communicator
 from backhand.errors import DataError, UsageError, not_none
-from backhand.files import write_atomically
-from backhand.generation.command import check_output, write_lines
+from backhand.generation.command import check_output, write_lines, write_output
 from backhand.generation.completer import EngineCompleter, require_finite
 from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.loop.objectives.embed import check_pooling, embed_rows
-from backhand.loop.retrieval_scores import score_vectors
+from backhand.loop.retrieval_scores import VectorScores, score_vectors
 from backhand.nn.loading.sentence_transformers import read_embedding_files
 from backhand.ops.info_nce import BLOCK_SCORES
 from backhand.ops.normalize import normalize_forward
 from backhand.options.command_options import EmbedOptions, EvaluateRunOptions, MineOptions, VectorOptions
 from backhand.printing import counting, say
+from backhand.runs.row_changes import main_score, score_words
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import count_of, shorten, show_notes
 
@@ -199,7 +199,7 @@ def embed_command(options: EmbedOptions) -> Tensor:
     if output is not None and output.suffix == ".npy":
         buffer = io.BytesIO()
         np.save(buffer, vectors.numpy(), allow_pickle=False)
-        write_atomically(output, buffer.getvalue())
+        write_output(output, buffer.getvalue())
         say(f"{count_of(len(vectors), 'vector')} written to {output}")
         return vectors
     write_lines([{"embedding": vector} for vector in vectors.tolist()], output, "vector")
@@ -225,6 +225,8 @@ def rows_of(data: RowSources, named: NamedColumns, purpose: Purpose, recorded: N
             show_notes([columns.note])
     if bad.count:
         show_notes([f"{count_of(bad.count, 'malformed row')} left out, the first: {bad.errors[0].one_line}"])
+    if bad.empty_rows:
+        show_notes([f"{count_of(bad.empty_rows, 'row')} without a value left out"])
     if not rows:
         raise DataError("there is no row", where=", ".join(data.data))
     return rows
@@ -277,6 +279,7 @@ def evaluate_vectors(loaded: LoadedModel, data: DataOptions, run: EvaluateRunOpt
     options = VectorOptions(run.pooling, run.query_prompt, run.document_prompt, run.micro_batch_rows)
     embedder = Embedder.of(loaded, options)
     measured: list[dict[str, Any]] = []
+    before: VectorScores | None = None
     for adapter in (False,) if run.adapter is None else (False, True):
         loaded.model.use_adapter(adapter)
         name = "adapted" if adapter else "base"
@@ -287,7 +290,9 @@ def evaluate_vectors(loaded: LoadedModel, data: DataOptions, run: EvaluateRunOpt
             for row in rows
             for place, text in enumerate(row.texts)
         ]
-        measured.append({"retrieval": score_vectors(identities, torch.stack(vectors)).to_json()})
+        scores = score_vectors(identities, torch.stack(vectors))
+        measured.append({"retrieval": scores.to_json(before)})
+        before = scores
     return VectorEvaluation(len(rows), *measured)
 
 
@@ -312,7 +317,12 @@ def print_vectors(result: VectorEvaluation) -> None:
             low, high = scores["intervals"][score]
             cells.append(f"{scores[score]:.3f} ({low:.3f} to {high:.3f})")
         shown.add_row(name, *cells)
+    if chance := measured["base"].get("chance"):
+        shown.add_row("random order", *(f"{chance[score]:.3f}" for score in names))
     console_for_tables().print(shown)
+    if "adapted" in measured and (main := main_score(measured["adapted"])) is not None:
+        words = score_words(measured["base"], measured["adapted"], main)
+        console_for_tables().print(words, soft_wrap=True)
 
 
 def mine(options: MineOptions) -> list[dict[str, str]]:

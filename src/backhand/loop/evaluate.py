@@ -16,7 +16,7 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -64,13 +64,13 @@ from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.objectives import ObjectiveOptions
 from backhand.printing import counting
 from backhand.runs.label_results import constant_answer, verdict_words
-from backhand.runs.pair_results import pair_clauses
+from backhand.runs.pair_results import ROW_ANSWERS, change_bounds, pair_clauses
+from backhand.runs.row_changes import loss_change, loss_words, main_score, score_words
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import (
     capitalized,
     count_of,
     interval_text,
-    mean_interval,
     name_list,
     share_interval,
     shorten,
@@ -114,18 +114,12 @@ class Evaluation:
 
     @property
     def loss_change(self) -> tuple[float, float, float] | None:
-        """Change of the loss by the adapter and the ends of its 95 % interval; None if not measured on several rows.
-
-        The loss is a mean of tokens, and rows are the independent samples. The interval is that of a ratio: the change
-        of a row's nats, less its tokens times the mean change.
-        """
+        """Change of the loss by the adapter and the ends of its 95 % interval; None if not measured on several rows."""
         if self.adapted is None or len(self.base.row_losses) < 2:
             return None
         pairs = [(self.base.row_losses[place], after) for place, after in self.adapted.row_losses.items()]
-        mean = self.adapted.loss - self.base.loss
-        per_row = self.base.supervised_tokens / len(pairs)
-        changes = [nats - before - tokens * mean for (before, _), (nats, tokens) in pairs]
-        return mean_interval([mean + change / per_row for change in changes])
+        base, adapted, tokens = zip(*((before, nats, count) for (before, _), (nats, count) in pairs), strict=True)
+        return loss_change(base, adapted, tokens)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `evaluate --json` prints, without labels, pairs, decisions and rankings if there are none."""
@@ -247,6 +241,7 @@ def compared(
     packer = RowPacker(rows.pairs, share_prefixes=loaded.model.shares_prefixes)
     with_pairs: list[Score] = []
     reference: Tensor | None = None
+    by_row: list[Mapping[str, Tensor]] = []
     for number, one in enumerate(scores):
         loaded.model.use_adapter(bool(number))
         every = range(len(rows.pairs))
@@ -255,9 +250,15 @@ def compared(
                 document_sums(loaded.model, packer, every, run.micro_batch_rows, Communicator(), on_row=done)
             )
         objective = PairObjective(packer, sums if reference is None else reference, options=ObjectiveOptions("dpo"))
-        measured = means([objective.of_sums(every, sums).measured])
+        result = objective.of_sums(every, sums)
+        measured = means([result.measured])
+        by_row.append(result.by_row)
         shown = {name: value for name, value in measured.items() if number or name.startswith("logps/")}
-        interval = share_interval(shown["rewards/accuracies"], len(rows.pairs)) if number else None
+        interval = None
+        if number:
+            interval = share_interval(shown["rewards/accuracies"], len(rows.pairs))
+            before, after = by_row
+            shown |= change_bounds([(before[name].tolist(), after[name].tolist()) for name in ROW_ANSWERS])
         with_pairs.append(replace(one, pairs=shown, pairs_interval=interval))
         reference = sums if reference is None else reference
     return with_pairs
@@ -491,11 +492,7 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | RewardEvaluation 
         if known:
             console_for_tables().print(f"{name}: {', '.join(known)}", soft_wrap=True)
     if (change := result.loss_change) is not None:
-        mean, low, high = change
-        unclear = ": too few rows to tell the change from chance" if low <= 0 <= high else ""
-        words = f"loss changed by {mean:+.4f} nats per token (95 % interval {low:+.4f} to {high:+.4f}){unclear}"
-        words = words if any(change) else "the loss of no row changed"
-        console_for_tables().print(words, soft_wrap=True)
+        console_for_tables().print(loss_words(change, "nats per token"), soft_wrap=True)
     name, last = measured[-1]
     if last.labels:
         print_labels(name, last.labels)
@@ -509,6 +506,9 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | RewardEvaluation 
             console_for_tables().print(capitalized(clause), soft_wrap=True)
         if one.retrieval is not None:
             console_for_tables().print(f"{name}: {scores_text(one.retrieval)}", soft_wrap=True)
+            if one is not base and (main := main_score(one.retrieval)) is not None:
+                words = score_words(base.retrieval or {}, one.retrieval, main)
+                console_for_tables().print(words, soft_wrap=True)
         if one.decisions is not None:
             print_decisions(name, one.decisions)
     return result

@@ -19,7 +19,7 @@ from backhand.loop.rewards.steps import HeldOutRewards
 from backhand.loop.sampled_answers import check_context, prompt_of
 from backhand.options.command_options import EvaluateOptions
 from backhand.options.rewards import RewardOptions
-from backhand.runs.reward_results import gain_words, reward_gain
+from backhand.runs.row_changes import ROW_REWARDS, gain_words, mean_gain
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import show_notes
 
@@ -31,7 +31,7 @@ class RewardEvaluation:
     rows: int  # number of rows
     base: dict[str, float]  # measured values by name
     adapted: dict[str, float] | None  # None without an adapter
-    gain: tuple[float, float, float] | None  # see `reward_gain`; None without an adapter
+    gain: tuple[float, float, float] | None  # see `mean_gain`; None without an adapter
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `evaluate --reward --json` prints."""
@@ -70,11 +70,11 @@ def evaluate_rewards(options: EvaluateOptions) -> RewardEvaluation:
         for adapter in (False, True)[: 1 if run.adapter is None else 2]:
             loaded.model.use_adapter(adapter)
             held_out.loss(loaded.model, Communicator(), interruptible=False)
-            rewards_of.append(held_out.row_rewards)
+            rewards_of.append(held_out.by_row[ROW_REWARDS])
             measured.append({name.removeprefix("eval_"): value for name, value in held_out.measured.items()})
     base, adapted = (*measured, None)[:2]
     assert base is not None
-    return RewardEvaluation(len(rewards_of[0]), base, adapted, None if adapted is None else reward_gain(*rewards_of))
+    return RewardEvaluation(len(rewards_of[0]), base, adapted, None if adapted is None else mean_gain(*rewards_of))
 
 
 def evaluate_rewards_command(options: EvaluateOptions) -> RewardEvaluation:

@@ -33,10 +33,13 @@ from backhand.loop.step import StepResult
 from backhand.loop.step_plan import StepPlan
 from backhand.loop.value_average import saved_values
 from backhand.printing import going_on
-from backhand.runs.reward_results import ROW_REWARDS
+from backhand.runs.row_changes import ROW_REWARDS
 from backhand.runs.summary import REMEMBERING, forgetting
 from backhand.system import rss_bytes
 from backhand.words import finite_or_none, name_list
+
+_MOST_RECORDED = 2000
+"""Number of held-out rows up to which metrics.jsonl has their losses; the intervals of more rows are narrow."""
 
 
 class SaveCheckpoint(Protocol):
@@ -199,8 +202,9 @@ class Evaluator:
             record |= {name: finite_or_none(value) for name, value in self.held_out.measured.items()}
             if self.held_out.said:
                 record["answers"] = self.held_out.said
-            if self.held_out.row_rewards:
-                record[ROW_REWARDS] = self.held_out.row_rewards
+            for name, row in self.held_out.by_row.items():
+                if (name == ROW_REWARDS or len(row) <= _MOST_RECORDED) and all(map(math.isfinite, row)):
+                    record[name] = row
         if self.meter is not None:
             as_base = progress.step == 0 and self._is_fresh()
             with saved_values(self.state.optimizer.average):
@@ -276,10 +280,14 @@ class Evaluator:
             return
         self.save_checkpoint(is_best=False)
         risen = "is no longer finite" if rise is None else f"has risen by {rise:.3f} nats per token"
+        next_step = "use the adapter saved before, or start again with a lower --learning-rate or fewer steps"
+        if record["step"] == 0:
+            next_step = "give a higher limit, or start from another adapter: this one is above the limit already"
         raise CheckError(
             f"the loss on neutral texts {risen}, above the limit of {limit}",
             where="max_forgetting",
-            next_step="use the adapter saved before, or start again with a lower --learning-rate or fewer steps",
+            why="the limit counts from the base model, also in a run from an adapter",
+            next_step=next_step,
         )
 
     def finish_if_done(self) -> bool:

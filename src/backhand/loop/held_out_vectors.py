@@ -117,6 +117,7 @@ class HeldOutEmbeddings(HeldOut):
         of_rows = [*dict.fromkeys(np.linspace(0, len(examples) - 1, max(1, shown)).astype(int).tolist())][:shown]
         result: dict[str, Any] = {}
         nearest, of_neutral = [], []
+        before: VectorScores | None = None
         for name in ("base", "adapted"):
             objective, rows = self._objective, self._micro_batch_rows
             with computing_with(bound.model, start) if name == "base" else nullcontext():
@@ -125,13 +126,15 @@ class HeldOutEmbeddings(HeldOut):
                     for packer in (objective.packer, neutral)
                 )
             histogram = cosine_histogram(embeddings, counts)
-            result[f"{name}_retrieval"] = {**self._scores(embeddings).to_json(), "histogram": histogram}
+            scores = self._scores(embeddings)
+            result[f"{name}_retrieval"] = {**scores.to_json(before), "histogram": histogram}
+            before = scores
             nearest.append(nearest_texts(identities, embeddings, texts, of_rows))
             of_neutral.append(neutral_vectors)
         first = first_documents(counts).tolist()
         result["neighbours"] = [
-            {"anchor": texts[first[row]][:SHOWN_LETTERS], "base": before, "adapted": after}
-            for row, before, after in zip(of_rows, *nearest, strict=True)
+            {"anchor": texts[first[row]][:SHOWN_LETTERS], "base": of_base, "adapted": of_adapted}
+            for row, of_base, of_adapted in zip(of_rows, *nearest, strict=True)
         ]
         return {**result, "neutral_drift": drift(*of_neutral)}
 

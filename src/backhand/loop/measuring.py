@@ -19,6 +19,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading.quantizing import QuantizingSource
 from backhand.nn.loading.source import ModelSource
 from backhand.printing import counting
+from backhand.runs.row_changes import ROW_NATS, ROW_TOKENS
 
 
 class _Packed(NamedTuple):
@@ -42,7 +43,7 @@ class HeldOut:
         measured: further values of the most recent `loss`, with the names of metrics.jsonl.
         said: sampled answers of a few rows in the most recent `loss`, by the row's source; empty unless rewards are
             measured.
-        row_rewards: the reward of each row in the most recent `loss`; empty unless rewards are measured.
+        by_row: values of each row in the most recent `loss`, with the names of metrics.jsonl.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class HeldOut:
         self.supervised_tokens = sum(example.supervised_tokens for example in examples)
         self.measured: dict[str, float] = {}
         self.said: dict[str, str] = {}
-        self.row_rewards: list[float] = []
+        self.by_row: dict[str, list[float]] = {}
         self._examples = examples
         self._micro_batch_rows = micro_batch_rows
         self._hidden_states = hidden_states
@@ -73,27 +74,44 @@ class HeldOut:
         """
         batches = self._packed(model.shares_prefixes)
 
-        def nats(number: int) -> float:
-            rows, _, batch = batches[number]
+        def nats(number: int) -> tuple[float, list[float]]:
+            rows, examples, batch = batches[number]
             cache = self._hidden_states
-            loss = float(model.loss(batch.to(model.device) if cache is None else cache.packed(rows)))
+            losses = model.token_losses(batch.to(model.device) if cache is None else cache.packed(rows)).double().cpu()
+            documents = losses.split([example.supervised_tokens for example in examples])
             done()
-            return loss
+            return float(losses.sum()), [float(of_document.sum()) for of_document in documents]
 
         tokens = [packed.batch.input_ids.shape[0] for packed in batches]
         share = len(processes.assign(tokens)[processes.rank])
         with counting("held-out loss", share, "batches") as done:
-            losses = processes.parallel_map(tokens, nats, interruptible=interruptible)
-        return None if losses is None else sequential_sum(losses) / self.supervised_tokens
+            found = processes.parallel_map(tokens, nats, interruptible=interruptible)
+        if found is None:
+            return None
+        self.by_row = self._by_row([of_documents for _, of_documents in found])
+        return sequential_sum([loss for loss, _ in found]) / self.supervised_tokens
+
+    def _by_row(self, nats: Iterable[Iterable[float]]) -> dict[str, list[float]]:
+        """Return the nats and tokens of each row of the files, whose documents may be several."""
+        documents = [
+            (row, example, of_document)
+            for packed, of_batch in zip(self._batches, nats, strict=True)
+            for row, example, of_document in zip(packed.rows, packed.examples, of_batch, strict=True)
+        ]
+        sums: dict[str, tuple[float, int]] = {}
+        for _, example, of_document in sorted(documents, key=lambda one: one[0]):
+            before, tokens = sums.get(example.source, (0.0, 0))
+            sums[example.source] = before + of_document, tokens + example.supervised_tokens
+        return {ROW_NATS: [one for one, _ in sums.values()], ROW_TOKENS: [tokens for _, tokens in sums.values()]}
 
     @property
     def results(self) -> tuple[Any, ...]:
         """All values of the most recent `loss` except the loss. They can be set to those of an earlier one."""
-        return self.measured, self.said, self.row_rewards
+        return self.measured, self.said, self.by_row
 
     @results.setter
     def results(self, results: tuple[Any, ...]) -> None:
-        self.measured, self.said, self.row_rewards = results
+        self.measured, self.said, self.by_row = results
 
     def token_losses(self, model: LanguageModel) -> Iterator[tuple[Example, Tensor]]:
         """Yield every document with the losses of its supervised tokens, (supervised,) in nats, float32 or wider.

@@ -71,19 +71,19 @@ class Observers(Observer):
         return all(plain_value(result) is not False for result in results)
 
 
-Callback = Observer | Callable[[Mapping[str, Any]], object]
+Callback = Observer | Callable[[dict[str, Any]], object]
 
 
 class _RecordFunction(Observer):
     """Calls a function with each record. Each has a loss: that of an evaluation is the newest step's."""
 
-    def __init__(self, function: Callable[[Mapping[str, Any]], object]) -> None:
+    def __init__(self, function: Callable[[dict[str, Any]], object]) -> None:
         self._function = function
         self._loss: dict[str, Any] = {}  # empty before the first step
 
     def stepped(self, record: Mapping[str, Any]) -> Any:
         self._loss = {"loss": record["loss"]}
-        return self._function(record)
+        return self._function(dict(record))
 
     def evaluated(self, record: Mapping[str, Any]) -> Any:
         return self._function({**self._loss, **record}) if self._loss else None

@@ -34,6 +34,7 @@ from backhand.loop.embed import rows_of, texts_of
 from backhand.loop.objectives.head import head_logits
 from backhand.loop.objectives.objective import document_sums
 from backhand.loop.objectives.rank import RankingLoss, check_targets, pair_format, scores_of
+from backhand.loop.ranking_scores import RankingScores
 from backhand.nn.decoder.class_head import has_score_head
 from backhand.nn.decoder.decoder import Decoder
 from backhand.options.command_options import RankOptions
@@ -225,6 +226,7 @@ def evaluate_rankings(
     examples = stored(reranker.encoded(rows, TruncationStats()))
     check_targets(options, examples)
     ranking_loss, every, results = RankingLoss(examples, options), range(len(rows)), []
+    before: RankingScores | None = None
     for adapter in (False, True) if adapted else (False,):
         loaded.model.use_adapter(adapter)
         scores = torch.zeros(sum(len(row.documents) for row in rows), dtype=torch.float64)
@@ -232,8 +234,9 @@ def evaluate_rankings(
             by_row = reranker.scores(rows, f"{'adapted' if adapter else 'base'} model: rankings")
             scores = torch.tensor([score for row in by_row for score in row], dtype=torch.float64)
         loss = float(ranking_loss.of_scores(every, scores).losses.mean())
-        scored = None if reranker.is_blank else ranking_loss.scored(every, scores).to_json()
-        results.append((loss, len(scores), scored))
+        scored = None if reranker.is_blank else ranking_loss.scored(every, scores)
+        results.append((loss, len(scores), None if scored is None else scored.to_json(before)))
+        before = scored
     return len(rows), results
 
 

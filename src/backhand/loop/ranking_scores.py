@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from backhand.data.rows import RankedTexts
-from backhand.loop.retrieval_scores import DEPTH, Floats, resampled_mean, resampled_spearman, spearman
+from backhand.loop.retrieval_scores import DEPTH, Floats, changes, resampled_mean, resampled_spearman, spearman
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,14 @@ class RankingScores:
     spread: float  # mean over queries of the largest difference of two scores, in nats
     # what no order needs: ndcg@10 of a random order, and loss of the best equal scores; empty if not known
     chance: dict[str, float] = field(default_factory=dict)
+    of_queries: dict[str, Floats] = field(default_factory=dict, repr=False)  # see `retrieval_scores.changes`
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the scores as JSON values."""
+    def to_json(self, base: RankingScores | None = None) -> dict[str, Any]:
+        """Return the scores as JSON values, with their changes from those of the base model if it is given."""
         intervals = {name: list(interval) for name, interval in self.intervals.items()}
         counts = {"queries": self.queries, "candidates": self.candidates, "spread": self.spread, "chance": self.chance}
-        return {**self.values, **counts, "intervals": intervals}
+        change = {} if base is None else {"change": changes(base.of_queries, self.of_queries)}
+        return {**self.values, **counts, "intervals": intervals, **change}
 
 
 def score_rankings(rows: Sequence[RankedTexts], scores: Sequence[float]) -> RankingScores:
@@ -64,7 +66,9 @@ def score_rankings(rows: Sequence[RankedTexts], scores: Sequence[float]) -> Rank
         return RankingScores({}, {}, len(every), 0, spread)
     if not counted:
         value, interval = spearman(*every.T), resampled_spearman(*every.T)
-        return RankingScores({"spearman": value}, {"spearman": interval}, len(every), 0, spread)
+        return RankingScores(
+            {"spearman": value}, {"spearman": interval}, len(every), 0, spread, of_queries={"spearman": every.T}
+        )
     ranked = [one[np.lexsort((one[:, 1], -one[:, 0])), 1] for one in counted]  # targets in the order of the scores
     of_each = {
         "mrr@10": np.array([_reciprocal_rank(targets) for targets in ranked]),
@@ -77,6 +81,7 @@ def score_rankings(rows: Sequence[RankedTexts], scores: Sequence[float]) -> Rank
         sum(map(len, counted)) / len(counted),
         spread,
         {"ndcg@10": float(np.mean([_random_ndcg(targets) for targets in ranked]))},
+        of_each,
     )
 
 

@@ -8,15 +8,23 @@ anchor. The relevant candidates of an anchor are its positives in all rows, or a
 
 MRR@10 is 0 if no relevant candidate is among the first 10. Each score is a mean over anchors. These are the definitions
 of InformationRetrievalEvaluator of sentence-transformers. Spearman's correlation is that of the ranks of cosines and
-scores, where equal values have their mean rank. The intervals contain 95 % of the values of resampled rows, or are
-Wilson's where resampling cannot show how much other rows differ (`resampled_mean`).
+scores, where equal values have their mean rank.
+
+A random order of the N candidates of an anchor, R of which are relevant, has on average (`_chance`)
+
+    recall@k   min(k, N) / N                      MRR@10   Σ_{r ≤ 10} 1 / r · P(the first relevant one has rank r)
+    nDCG@10    R / N · Σ_{r ≤ min(10, N)} 1 / log2(r + 1), divided by the largest possible sum
+
+The intervals contain 95 % of the values of resampled rows, or are
+Wilson's where resampling cannot show how much other rows differ (`resampled_mean`). Two models are compared by the
+changes of each query (`changes`), which differ less than the queries do.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,15 +35,9 @@ from torch import Tensor
 from backhand.data.rows import TextIdentities
 from backhand.ops.info_nce import BLOCK_SCORES
 from backhand.ops.normalize import normalize_forward
+from backhand.runs.row_changes import SCORE_NAMES, mean_gain
 from backhand.words import count_of, share_interval
 
-SCORE_NAMES = {
-    "ndcg@10": "nDCG@10",
-    "mrr@10": "MRR@10",
-    "recall@1": "recall@1",
-    "recall@10": "recall@10",
-    "spearman": "Spearman",
-}
 Floats = npt.NDArray[np.float64]
 RESAMPLES, DEPTH = 1000, 10
 
@@ -49,12 +51,15 @@ class VectorScores:
     queries: int  # number of different anchors, or of scored pairs
     candidates: int  # number of different candidates; 0 for scored pairs
     mean_cosine: float  # of different texts
+    chance: dict[str, float] = field(default_factory=dict)  # of each value, in a random order; empty for scored pairs
+    of_queries: dict[str, Floats] = field(default_factory=dict, repr=False)  # by name, see `changes`
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the scores as JSON values."""
+    def to_json(self, base: VectorScores | None = None) -> dict[str, Any]:
+        """Return the scores as JSON values, with their `changes` from those of the base model if it is given."""
         intervals = {name: list(interval) for name, interval in self.intervals.items()}
         counts = {"queries": self.queries, "candidates": self.candidates, "mean_cosine": self.mean_cosine}
-        return {**self.values, **counts, "intervals": intervals}
+        change = {} if base is None else {"change": changes(base.of_queries, self.of_queries)}
+        return {**self.values, **counts, "intervals": intervals, "chance": self.chance, **change}
 
 
 def score_vectors(rows: Sequence[TextIdentities], embeddings: Tensor) -> VectorScores:
@@ -75,21 +80,28 @@ def score_vectors(rows: Sequence[TextIdentities], embeddings: Tensor) -> VectorS
         cosines = (units[::2] * units[1::2]).sum(1).double().numpy()
         given = np.array([row.score for row in rows], dtype=np.float64)
         value, interval = spearman(cosines, given), resampled_spearman(cosines, given)
-        return VectorScores({"spearman": value}, {"spearman": interval}, len(rows), 0, mean_cosine(of_texts))
+        pairs = {"spearman": np.stack((cosines, given))}
+        return VectorScores(
+            {"spearman": value}, {"spearman": interval}, len(rows), 0, mean_cosine(of_texts), of_queries=pairs
+        )
     corpus = list(firsts[1])
     column_of = {text: column for column, text in enumerate(corpus)}
     queries, candidates = (units[list(first.values())] for first in firsts)
     own = {number: column_of[text] for number, text in enumerate(firsts[0]) if text in column_of}
     relevant, labelled = _relevant_columns(rows, column_of), rows[0].label is not None
-    ranked = _ranks(queries, candidates, relevant, own, labelled=labelled)
-    of_each = np.array([[score(ranks) for score in _SCORES.values()] for ranks in ranked])
+    ranked = list(_ranks(queries, candidates, relevant, own, labelled=labelled))
+    of_each = np.array([[score(ranks) for score in _SCORES.values()] for ranks, _ in ranked])
     of_queries = dict(zip(_SCORES, of_each.T, strict=True))
+    sizes = Counter((len(ranks), count) for ranks, count in ranked)
+    chance = np.sum([_chance(*size) * times for size, times in sizes.items()], axis=0) / len(ranked)
     return VectorScores(
         {name: float(scores.mean()) for name, scores in of_queries.items()},
         {name: resampled_mean(scores) for name, scores in of_queries.items()},
         len(firsts[0]),
         len(corpus),
         mean_cosine(of_texts),
+        dict(zip(_SCORES, chance.tolist(), strict=True)),
+        of_queries,
     )
 
 
@@ -131,8 +143,8 @@ def _relevant_columns(rows: Sequence[TextIdentities], column_of: Mapping[int, in
 
 def _ranks(
     queries: Tensor, candidates: Tensor, relevant: Sequence[Tensor], own: Mapping[int, int], *, labelled: bool
-) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield the ranks of the relevant candidates of each query, ascending from 1, in blocks of queries.
+) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
+    """Yield the ranks of the relevant candidates of each query, ascending from 1, and the number of ranked candidates.
 
     Ranks after `DEPTH` are all `DEPTH` + 1, since no score tells them apart. A candidate with the text of the query
     itself is not ranked, unless the text is its own positive.
@@ -144,17 +156,18 @@ def _ranks(
     """
     size = max(1, BLOCK_SCORES // max(1, len(candidates)))
     for start in range(0, len(queries), size):
-        scores, found = queries[start : start + size] @ candidates.T, []
+        scores, found, counts = queries[start : start + size] @ candidates.T, [], []
         for number, of_query in enumerate(scores, start):
-            columns, mine = relevant[number], own.get(number)
+            columns, mine, count = relevant[number], own.get(number), len(candidates)
             if mine is not None and (labelled or not (columns == mine).any()):
-                columns, of_query[mine] = columns[columns != mine], -torch.inf
+                columns, of_query[mine], count = columns[columns != mine], -torch.inf, count - 1
             found.append(of_query[columns])
+            counts.append(count)
         best = scores.topk(min(DEPTH, len(candidates)), dim=1).values
-        for of_relevant, highest in zip(found, best, strict=True):
+        for of_relevant, highest, count in zip(found, best, counts, strict=True):
             above = (highest[None] > of_relevant[:, None]).sum(1)
             ranks = torch.where(of_relevant >= highest[-1], above + 1, DEPTH + 1)
-            yield np.sort(ranks.numpy())
+            yield np.sort(ranks.numpy()), count
 
 
 def _recall(depth: int) -> Any:
@@ -168,6 +181,19 @@ def _reciprocal_rank(ranks: npt.NDArray[np.int64]) -> float:
 def _ndcg(ranks: npt.NDArray[np.int64]) -> float:
     best = 1 / np.log2(np.arange(min(len(ranks), DEPTH)) + 2)
     return float((1 / np.log2(ranks[ranks <= DEPTH] + 1)).sum() / best.sum())
+
+
+def _chance(relevant: int, candidates: int) -> Floats:
+    """Return the mean of each of `_SCORES` over all orders of the candidates."""
+    depth = min(DEPTH, candidates)
+    discounts = 1 / np.log2(np.arange(depth) + 2)
+    none_before, reciprocal = 1.0, 0.0  # probability that no relevant candidate has a lower rank
+    for before in range(depth):
+        first = none_before * relevant / (candidates - before)
+        none_before -= first
+        reciprocal += first / (before + 1)
+    gain = relevant / candidates * float(discounts.sum() / discounts[: min(relevant, DEPTH)].sum())
+    return np.array([1 / candidates, depth / candidates, reciprocal, gain])
 
 
 _SCORES = {"recall@1": _recall(1), "recall@10": _recall(DEPTH), "mrr@10": _reciprocal_rank, "ndcg@10": _ndcg}
@@ -231,3 +257,26 @@ def resampled_spearman(one: Floats, other: Floats) -> tuple[float, float]:
         return low, high
     low, high = share_interval((1 + spearman(one, other)) / 2, len(one) // 2)
     return 2 * low - 1, 2 * high - 1
+
+
+def changes(base: Mapping[str, Floats], adapted: Mapping[str, Floats]) -> dict[str, list[float]]:
+    """Return the change of each score and its 95 % interval over the queries, which are the same for both models.
+
+    Args:
+        base, adapted: the values of a score, (queries,); of `spearman`, both sides of the pairs, (2, pairs).
+
+    Returns:
+        by name change, low and high; empty for a single query. A correlation is no mean of pairs, so that the interval
+        contains 95 % of its changes in resampled pairs.
+    """
+    found: dict[str, list[float]] = {}
+    for name, after in adapted.items():
+        before = base[name]
+        if name == "spearman" and after.shape[1] < 2:
+            continue
+        if name == "spearman":
+            draws = (spearman(*after[:, pick]) - spearman(*before[:, pick]) for pick in _draws(after.shape[1]))
+            found[name] = [spearman(*after) - spearman(*before), *_interval([*draws])]
+        elif (gain := mean_gain(before.tolist(), after.tolist())) is not None:
+            found[name] = list(gain)
+    return found

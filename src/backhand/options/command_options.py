@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from backhand.bounds import Check, Count, CountFromZero, OptionalPath, Options, Share, Text
+from backhand.bounds import Check, Count, CountFromZero, GivenTexts, OptionalPath, Options, Share, Text
 from backhand.data.options import DataOptions, RowSources, Sources, TemplateOptions, no_data
 from backhand.data.rows import PoolingName
 from backhand.errors import UsageError
@@ -30,7 +30,7 @@ class EvaluateRunOptions(Options):
     max_new_tokens: Count = 256
     """Longest greedy completion, in tokens, that is compared with the row's last one or rewarded."""
 
-    reward: Annotated[tuple[str, ...], Check(check_names)] = ()
+    reward: Annotated[GivenTexts, Check(check_names)] = ()  # type: ignore[assignment]
     """Reward functions for greedy answers, measured instead of losses (as in training with `--objective grpo`)."""
 
     vectors: bool = False

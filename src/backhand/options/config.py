@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 
 from backhand.adapters.config import LoRAConfig
 from backhand.bounds import (
-    BaseModel,
     Bound,
     Check,
     Count,
     CountFromZero,
+    GivenBaseModel,
     GivenPath,
     NotNegative,
     Options,
@@ -76,7 +76,7 @@ def _check_memory(where: str, memory: Any) -> None:
 class ModelOptions(BaseModelOptions):
     """The base model and how it is computed, and in how much memory."""
 
-    model: BaseModel = "smollm2-135m"
+    model: GivenBaseModel = "smollm2-135m"  # type: ignore[assignment]
     """Base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`."""
 
     memory: Annotated[str, Check(_check_memory)] | None = None
@@ -218,8 +218,8 @@ class RunOptions(Options):
     """Stop after this many consecutive steps with a non-finite loss or gradient. Each such step is skipped."""
 
     max_forgetting: Positive | None = None
-    """Stop when the loss on neutral texts has risen by more than this many nats per token, as measured at each
-    evaluation."""
+    """Stop when the loss on neutral texts is more than this many nats per token above that of the base model, as
+    measured at each evaluation. What an adapter to start from has forgotten counts as well."""
 
     prove_resume: Count | None = None
     """Number of steps to repeat from a checkpoint at the end of the run. Every bit of the result is compared."""

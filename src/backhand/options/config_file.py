@@ -24,10 +24,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from backhand.bounds import Also, split_hint
+from backhand.bounds import also_names
 from backhand.errors import UsageError
 from backhand.options.config import TrainConfig
-from backhand.other_names import suggestion, translate_option
+from backhand.other_names import suggestion, translate_option, value_suggestion
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
 from backhand.words import name_list
 
@@ -216,13 +216,7 @@ def _places() -> dict[str, str]:
 @functools.cache
 def _other_names() -> dict[str, str]:
     """Map the alternative names of options on the command line to the options."""
-    return {
-        rule.name: option
-        for part in typing.get_type_hints(TrainConfig).values()
-        for option, said in typing.get_type_hints(part, include_extras=True).items()
-        for rule in split_hint(said)[1]
-        if isinstance(rule, Also)
-    }
+    return also_names(typing.get_type_hints(TrainConfig).values())
 
 
 def _by_first_names(table: Table) -> dict[str, Any]:
@@ -348,7 +342,8 @@ def typed_value(value: Any, hint: Any, where: str) -> Any:
                 continue
         if get_origin(options[-1]) is Literal and value not in get_args(options[-1]):
             allowed = [*(_KINDS.get(option, str(option)) for option in options[:-1]), *get_args(options[-1])]
-            raise UsageError(f"{value!r} is not {' or '.join(allowed)}", where=where)
+            near = value_suggestion(value, get_args(options[-1]))
+            raise UsageError(f"{value!r} is not {' or '.join(allowed)}", where=where, next_step=near)
         return typed_value(value, options[-1], where)
     if origin is Literal:
         if value in get_args(hint) and isinstance(value, str):
@@ -356,7 +351,9 @@ def typed_value(value: Any, hint: Any, where: str) -> Any:
         raise UsageError(
             f"{value!r} is not one of {', '.join(map(str, get_args(hint)))}",
             where=where,
-            next_step=_NO_TRACKER if where.endswith("report_to") and str(value).lower() == "none" else None,
+            next_step=_NO_TRACKER
+            if where.endswith("report_to") and str(value).lower() == "none"
+            else value_suggestion(value, get_args(hint)),
         )
     if origin is tuple and isinstance(value, list):
         return tuple(typed_value(element, get_args(hint)[0], where) for element in value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, get_args
 
-from backhand.bounds import Bound, Check, Options, Text
+from backhand.bounds import Bound, Check, GivenTexts, Options, Text
 from backhand.data.rows import INSTRUCTION, TEMPLATE_PLACES, PoolingName, ProblemType, Purpose
 from backhand.errors import UsageError
 from backhand.words import shown
@@ -25,6 +25,8 @@ RankingLoss = Literal["pointwise", "listwise", "listnet"]
 DivergenceKind = Literal["forward", "reverse", "jensen-shannon"]
 AnswersFrom = Literal["teacher", "student", "rows"]
 DISTILLED = ("bake", "sdft")
+WITHOUT_TARGETS = ("embed", "rank", "classify")
+"""Objectives whose loss is one of vectors or scores of texts, so that no token is a target."""
 DEMONSTRATION_TEMPLATE = """{prompt}
 
 This is an example for a response to the question:
@@ -204,7 +206,7 @@ class ObjectiveOptions(Options):
     labels of a list (binary cross-entropy), or a number (squared error). Default: several labels if a row has a list,
     a number if all labels are numbers and some are fractions, else one label."""
 
-    class_labels: Annotated[tuple[str, ...], Check(_check_labels)] = ()
+    class_labels: Annotated[GivenTexts, Check(_check_labels)] = ()  # type: ignore[assignment]
     """Labels of `classify` in the order of the logits. Default: the labels of all rows, sorted."""
 
     def _check_together(self) -> None:

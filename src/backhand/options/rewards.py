@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import regex
 
-from backhand.bounds import Also, Bound, Check, Count, Options, Positive
+from backhand.bounds import Also, Bound, Check, Count, GivenTexts, Options, Positive
 from backhand.errors import UsageError
 from backhand.words import name_list, nearest_names, shorten
 
@@ -84,6 +84,7 @@ def check_name(where: str, name: object) -> None:
         near = [str(place.parent / file) for file in closest or files]
     elif found.kind in ("file", "module") and not (found.place and found.function.isidentifier()):
         problem = f"{name!r} is neither a built-in reward nor of the form MODULE:FUNCTION or FILE.py:FUNCTION"
+        near = closest = nearest_names(name.partition(":")[0], (*PLAIN, *WITH_ARGUMENT), count=1, cutoff=0.7)
     if problem is not None:
         raise UsageError(
             problem,
@@ -125,7 +126,7 @@ def check_names(where: str, names: Any) -> None:
 class RewardOptions(Options):
     """Answers that the model samples and their rewards (objectives `grpo`, `bake` and `sdft`)."""
 
-    reward: Annotated[tuple[str, ...], Check(check_names)] = ()
+    reward: Annotated[GivenTexts, Check(check_names)] = ()  # type: ignore[assignment]
     """Reward functions: functions with TRL's signature as `module:function` or `file.py:function`, or `exact`,
     `number`, `regex:PATTERN`, `json:SCHEMA.json`, `length:TOKENS`, `reasoning_gym:TASK`. See docs/rewards.md."""
 

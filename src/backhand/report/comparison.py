@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from backhand.report import charts
-from backhand.report.headline import base_and_best, forgot, forgotten, headline
+from backhand.report.headline import base_and_best, best_step, forgot, forgotten, headline, right_answers
 from backhand.report.page import differences, expected, prompt_parts
 from backhand.report.proof_tables import proof_tables
 from backhand.report.rendering import NOT_KNOWN, figure, render, size, time_taken
 from backhand.report.run_record import RunRecord, is_number
+from backhand.runs.label_results import clearly_better
+from backhand.runs.row_changes import ROW_NATS, ROW_TOKENS, first_and_best, loss_change, loss_words
 from backhand.runs.summary import loss_unit
+from backhand.words import count_of, interval_text
 
 # Options that do not affect a run's result.
 _IRRELEVANT_OPTIONS = frozenset({"run.output", "run.resume", "run.overwrite", "run.quiet", "run.debug"})
@@ -64,14 +67,41 @@ def _best(named: Sequence[tuple[str, RunRecord]]) -> str:
         return "The runs have different objectives: their held-out losses cannot be compared."
     if len(_loss_types([run for _, run in named])) > 1:
         return "The runs have different values of --loss-type: their held-out losses cannot be compared."
+    if (of_answers := _most_right(named)) is not None:
+        return of_answers
     loss, name = min(losses)
+    best = dict(named)[name]
     (objective,) = objectives
     if objective == "grpo":
         return f"{name} has the highest reward on the same held-out rows: {-loss:.4f}."
-    unit = _unit(dict(named)[name])
-    but = forgot(dict(named)[name]).removeprefix("; ")
+    unit = _unit(best)
+    but = forgot(best).removeprefix("; ")
     lost = f". But {but}" if but else ""
-    return f"{name} has the lowest loss on the same held-out rows: {loss:.4f} {unit}{lost}."
+    second = min((one for one in losses if one[1] != name), default=None)
+    lead = "" if second is None else _lead(best, dict(named)[second[1]], second[1], unit)
+    return f"{name} has the lowest loss on the same held-out rows: {loss:.4f} {unit}{lead}{lost}."
+
+
+def _most_right(named: Sequence[tuple[str, RunRecord]]) -> str | None:
+    """Return a sentence about the most right answers, or None unless all runs have as many answers."""
+    shares = [(right[1], right[2], name) for name, run in named if (right := right_answers(run)) is not None]
+    if len(shares) < max(2, len(named)) or len({rows for _, rows, _ in shares}) > 1:
+        return None
+    (best, rows, name), (second, _, other) = sorted(shares, key=lambda one: -one[0])[:2]
+    but = forgot(dict(named)[name]).removeprefix("; ")
+    figures = f"{best:.1%} ({interval_text(best, rows)}), {other} {second:.1%} ({interval_text(second, rows)})"
+    of_rows = f"on the same {count_of(rows, 'held-out answer')}: {name} {figures}"
+    if clearly_better(second, best, rows):
+        return f"{name} has clearly the most right answers {of_rows}." + (f" But {but}." if but else "")
+    return f"No run has clearly the most right answers {of_rows}."
+
+
+def _lead(best: RunRecord, second: RunRecord, name: str, unit: str) -> str:
+    """Return a clause on how much lower the loss is than that of the second run, if the losses of rows are recorded."""
+    tokens = first_and_best(best.evaluations, ROW_TOKENS, best_step(best))[1]
+    before, after = (first_and_best(run.evaluations, ROW_NATS, best_step(run))[1] for run in (second, best))
+    change = loss_change(before, after, tokens)
+    return "" if change is None else f"; compared with {name}, {loss_words(change, unit)}"
 
 
 def _unit(run: RunRecord) -> str:
@@ -87,8 +117,16 @@ def _loss(run: RunRecord) -> str:
     return f"{figure(base)} → {figure(best)}"
 
 
+def _right(run: RunRecord) -> str:
+    """Return the shares of right answers before and after training, with the interval of the second."""
+    if (right := right_answers(run)) is None:
+        return NOT_KNOWN
+    before, after, rows = right
+    return ("" if before is None else f"{before:.1%} → ") + f"{after:.1%} ({interval_text(after, rows)})"
+
+
 def _proofs(run: RunRecord) -> str:
-    tables = proof_tables(run.proofs, run="", adapter="")
+    tables = proof_tables(run.proofs, run="", export="")
     lines, failed = sum(len(table.lines) for table in tables), sum(table.failed for table in tables)
     missing = [table.kind for table in tables if not table.lines]
     return f"{lines - failed} of {lines}" + (f"; not run: {', '.join(missing)}" if missing else "")
@@ -97,6 +135,7 @@ def _proofs(run: RunRecord) -> str:
 _FIGURES: Mapping[str, Callable[[RunRecord], str]] = {
     "state": lambda run: run.status.state if run.status else NOT_KNOWN,
     "held-out loss, base → best": _loss,
+    "right held-out answers, base → best": _right,
     "forgotten on neutral texts, nats per token": lambda run: figure(forgotten(run)),
     "best step": lambda run: figure(run.summary.get("best_step")),
     "steps": lambda run: figure(run.summary.get("steps", max((line["step"] for line in run.metrics), default=0))),
@@ -137,6 +176,7 @@ def _answers(named: Sequence[tuple[str, RunRecord]]) -> list[dict[str, Any]]:
                     "reference": first.get("reference", ""),
                     "expected": "chosen" if first.get("rejected") else expected(named[0][1]),
                     "prompted": first.get("prompted"),
+                    "before_it": "start adapter" if named[0][1].summary.get("compared_with_start") else "base model",
                     "base": first.get("base", ""),
                     "by_run": [(name, parts) for (name, _), parts in zip(named, marked, strict=True)],
                 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from backhand.options.objectives import DISTILLED
 from backhand.report.run_record import RunRecord, is_number
@@ -17,11 +17,35 @@ from backhand.runs.label_results import (
     figures_verdict,
     label_clause,
     label_verdict,
+    recorded_decisions,
 )
 from backhand.runs.pair_results import PAIR_OBJECTIVES, held_out_pairs, pair_clauses
-from backhand.runs.reward_results import gain_verdict, gain_words, training_reward_words
-from backhand.runs.summary import LabelFigures, before_name, forgetting, forgotten_nats, loss_unit, rows_trained_on
-from backhand.words import count_of
+from backhand.runs.row_changes import (
+    FEWEST_ROWS,
+    UNCLEAR_RISE,
+    Verdict,
+    effect,
+    gain_verdict,
+    gain_words,
+    has_risen,
+    loss_verdict,
+    loss_words,
+    main_score,
+    recorded_loss_change,
+    score_verdict,
+    score_words,
+    training_reward_words,
+)
+from backhand.runs.summary import (
+    LabelFigures,
+    before_name,
+    forgetting,
+    forgotten_nats,
+    loss_unit,
+    rows_trained_on,
+    since_start,
+)
+from backhand.words import count_of, interval_text
 
 
 def verdict(run: RunRecord) -> str:
@@ -34,21 +58,21 @@ def verdict(run: RunRecord) -> str:
     """
     if run.is_running:
         return "open"
-    judged, (base, best) = _verdict_of_scores(run), base_and_best(run)
-    rose = base is not None and best is not None and best > base + RISEN * abs(base)
-    return "unclear" if judged == "helped" and rose and run.objective != "grpo" else judged
-
-
-RISEN = 0.03
-"""A rise of the held-out loss above this share of it is more than noise. Better scores are then no clear success."""
+    judged = _verdict_of_scores(run)
+    rose = has_risen(*base_and_best(run)) and run.objective != "grpo"
+    return "unclear" if judged == "helped" and rose else judged
 
 
 def _verdict_of_scores(run: RunRecord) -> str:
     base, best = base_and_best(run)
     if (labels := _labels(run)) is not None:
         return figures_verdict(*labels)
-    if (of_decisions := decisions_verdict(*_decisions(run))) is not None:
-        return of_decisions
+    if run.objective == "decide" or run.summary.get("adapted_decisions"):
+        of_base, of_adapter = decisions_of(run)
+        nothing: LabelVerdict | Literal["unknown"] = "unknown" if best is None else "unclear"
+        return decisions_verdict(of_base, of_adapter) or nothing
+    if _judged_at_the_end(run):
+        return "unclear"
     if (of_classes := _class_verdict(run)) is not None:
         return of_classes
     if (of_rankings := _ranking_verdict(run)) is not None:
@@ -59,6 +83,10 @@ def _verdict_of_scores(run: RunRecord) -> str:
         return "unknown"
     if run.objective in DISTILLED:
         return gain_verdict(_gain((run.summary.get("distilled") or {}).get("top_1_gain")))
+    if (change := recorded_loss_change(run.evaluations, best_step(run))) is not None:
+        return loss_verdict(change)
+    if 0 < _held_out_rows(run) < FEWEST_ROWS:
+        return "unclear"
     return "helped" if best < base else "hurt"
 
 
@@ -71,39 +99,48 @@ def _labels(run: RunRecord) -> tuple[Any, Any, int] | None:
 
 def _class_verdict(run: RunRecord) -> LabelVerdict | None:
     """Return the verdict on a head's classes, or None if it gives numbers. Its base is the best constant answer."""
-    base, adapted = (run.summary.get(f"{name}_classes") or {} for name in ("base", "adapted"))
+    base, adapted = classes_of(run)
     constant, right, rows = base.get("accuracy"), adapted.get("accuracy"), adapted.get("rows")
     if not (is_number(constant) and is_number(right) and is_number(rows)):
         return None
     return label_verdict(constant, right, constant, int(rows))
 
 
+def classes_of(run: RunRecord) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return the scores of the best constant answer and of the head; before the end, those of the best evaluation."""
+    base, adapted = (run.summary.get(f"{name}_classes") or {} for name in ("base", "adapted"))
+    line = _evaluation(run, best_step(run))
+    if adapted or "eval_constant_accuracy" not in line:
+        return base, adapted
+    right = {"accuracy": line["eval_accuracy"], "rows": _held_out_rows(run)}
+    return {"accuracy": line["eval_constant_accuracy"]}, right
+
+
+def _evaluation(run: RunRecord, step: int | None) -> Mapping[str, Any]:
+    """Return the newest line of metrics.jsonl about the evaluation after this step, or {}."""
+    return next((line for line in reversed(run.evaluations) if line["step"] == step), {})
+
+
+def _judged_at_the_end(run: RunRecord) -> bool:
+    """Return True if the answers are labels and the run has no end, at which the right ones are counted."""
+    return bool(run.facts.get("labels")) and not run.summary
+
+
 def ranking_scores(run: RunRecord) -> tuple[str, Mapping[str, Any], Mapping[str, Any]] | None:
     """Return the name of the main score of held-out rankings or vectors, and all scores of base and adapter."""
     base, adapted = (run.summary.get(f"{name}_retrieval") or {} for name in ("base", "adapted"))
-    score = next((name for name in ("ndcg@10", "spearman") if is_number(adapted.get(name))), None)
-    return None if score is None else (score, base, adapted)
+    score = main_score(adapted)
+    return (score, base, adapted) if score is not None and is_number(adapted[score]) else None
 
 
-def _ranking_verdict(run: RunRecord) -> LabelVerdict | None:
-    """Return the verdict on rankings, or None without those of the base.
-
-    It is clear only if the score of each model is outside the interval of the other one. A run has helped only if its
-    score is clearly above that of a random order as well.
-    """
+def _ranking_verdict(run: RunRecord) -> Verdict | None:
+    """Return the verdict on vectors or rankings, or None if the base has none and a random order no score."""
     scores = ranking_scores(run)
     if scores is None:
         return "unclear" if run.summary.get("adapted_retrieval") else None  # there is nothing to rank
     name, base, adapted = scores
-    after, (new_low, new_high) = adapted[name], adapted["intervals"][name]
-    chance = adapted.get("chance", {}).get(name)
-    if not base and chance is None:
-        return None
-    # A base without scores of its own ranks in random order.
-    before, (low, high) = (base[name], base["intervals"][name]) if base else (chance, (chance, chance))
-    if max(before, before if chance is None else chance) < new_low and high < after:
-        return "helped"
-    return "hurt" if after < low and new_high < before else "unclear"
+    known = base or adapted.get("chance", {}).get(name) is not None
+    return score_verdict(base, adapted, name) if known else None
 
 
 def _reward_gain(run: RunRecord) -> Sequence[float] | None:
@@ -115,10 +152,38 @@ def _gain(gain: object) -> Sequence[float] | None:
     return gain if isinstance(gain, list) and len(gain) == 3 and all(map(is_number, gain)) else None
 
 
-def _decisions(run: RunRecord) -> tuple[Any, Any]:
-    """Return the scores of decisions of base and adapter by question, empty for other objectives."""
+def decisions_of(run: RunRecord) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return the scores of decisions of base and adapter by question, empty for other objectives.
+
+    Before the end of the run, they are the shares in the first and in the best evaluation.
+    """
     base, adapted = (run.summary.get(f"{name}_decisions") or {} for name in ("base", "adapted"))
-    return base, adapted
+    if adapted:
+        return base, adapted
+    return recorded_decisions(_evaluation(run, 0)), recorded_decisions(_evaluation(run, best_step(run)))
+
+
+def right_answers(run: RunRecord) -> tuple[float | None, float, int] | None:
+    """Return the share of right held-out answers before the run and now, and their number, or None for other rows.
+
+    Decisions, labels and classes have right answers. Without training, those of classes are a constant answer's.
+    """
+    if (labels := _labels(run)) is not None:
+        return labels[0]["accuracy"], labels[1]["accuracy"], labels[2]
+    base, adapted = decisions_of(run)
+    if adapted:
+        after, rows = _mean_accuracy(adapted)
+        return (_mean_accuracy(base)[0] if base else None), after, rows
+    of_constant, of_head = classes_of(run)
+    if is_number(right := of_head.get("accuracy")) and is_number(count := of_head.get("rows")):
+        return of_constant.get("accuracy"), right, int(count)
+    return None
+
+
+def _mean_accuracy(decisions: Mapping[str, Mapping[str, Any]]) -> tuple[float, int]:
+    """Return the share of right answers to all questions, and the number of answers."""
+    rows = sum(int(one["rows"]) for one in decisions.values())
+    return sum(one["accuracy"] * one["rows"] for one in decisions.values()) / max(1, rows), rows
 
 
 def base_and_best(run: RunRecord) -> tuple[float | None, float | None]:
@@ -128,7 +193,8 @@ def base_and_best(run: RunRecord) -> tuple[float | None, float | None]:
     random. Its loss says nothing, and that of a constant answer replaces it, which is known at the end.
     """
     losses = run.held_out_losses()
-    base = run.summary.get("base_eval_loss")
+    recorded = next((line["eval_constant_loss"] for line in run.evaluations if "eval_constant_loss" in line), None)
+    base = run.summary.get("base_eval_loss", recorded)
     if not run.fresh_head:
         base = next((loss for step, loss in losses if step == 0), base)
     return base, min((loss for step, loss in losses if step > 0), default=None)
@@ -149,10 +215,10 @@ def forgot(run: RunRecord) -> str:
 
 def forgotten(run: RunRecord) -> float | None:
     """Return the rise of the loss on neutral texts at the best step, or None if it was not measured."""
-    return forgotten_nats(run.evaluations, _best_step(run))
+    return forgotten_nats(run.evaluations, best_step(run))
 
 
-def _best_step(run: RunRecord) -> int | None:
+def best_step(run: RunRecord) -> int | None:
     """Return the step with the lowest held-out loss, or None if no step was evaluated."""
     return min(((loss, step) for step, loss in run.held_out_losses() if step > 0), default=(0.0, None))[1]
 
@@ -209,25 +275,31 @@ def _outcome(run: RunRecord) -> str:
         if run.is_running:
             return f"{change} so far{reward}"
         return f"{change}; {gain_words(_reward_gain(run))}{_effect(run, unclear='')}{reward}"
-    if run.is_running:
+    base_decisions, decisions = decisions_of(run)
+    if run.is_running and not decisions:
         return f": the loss on {rows} went from {base:.3f} to {best:.3f} so far"
     of_start = f" ({before_name(run.summary)})" if run.summary.get("compared_with_start") else ""
     change = f": the loss on {rows} went from {base:.3f}{of_start} to {best:.3f}"
     if (labels := _labels(run)) is not None:
         return f"{change}; {label_clause(*labels, before_name(run.summary))}"
-    base_decisions, decisions = _decisions(run)
+    if _judged_at_the_end(run):
+        return f"{change} nats per token; right answers are counted at the end of the run, which it did not reach"
+    if run.objective == "decide" and not decisions:
+        return f"{change} nats per answer{_effect(run)}"
     if decisions:
-        before_it = before_name(run.summary)
+        from_adapter = run.config.get("run", {}).get("from_adapter")
+        before_it = before_name(run.summary or {"compared_with_start": from_adapter})
         clauses = [decision_clause(name, base_decisions.get(name), one, before_it) for name, one in decisions.items()]
-        return "; ".join([f"{change} nats per answer", *clauses])
+        return "; ".join([f"{change} nats per answer{' so far' * run.is_running}", *clauses])
     if run.objective in PAIR_OBJECTIVES:
-        pairs = held_out_pairs(run.evaluations, _best_step(run))
+        pairs = held_out_pairs(run.evaluations, best_step(run))
         answers = run.summary.get("free_answers")
         clauses = [] if pairs is None else pair_clauses(pairs, _held_out_rows(run), run.objective, answers)
         return "; ".join([f"{change} {loss_unit(run.objective)}", *clauses])
     if run.objective in DISTILLED:
         figures = run.summary.get("distilled")
-        agreed = f", and the most probable token is the teacher's in {agreement_words(figures)}" if figures else ""
+        words = f"{agreement_words(figures)}{since_start(run.summary)}" if figures else ""
+        agreed = f", and the most probable token is the teacher's in {words}" if figures else ""
         return f"{change} {loss_unit(run.objective)}{agreed}{_effect(run)}"
     if run.objective in ("embed", "rank"):
         scores = ""
@@ -238,15 +310,24 @@ def _outcome(run: RunRecord) -> str:
                 scores = f", and {name} from {before[name]:.3f} to {after[name]:.3f}"
             if (chance := after.get("chance", {}).get(name)) is not None:
                 scores += f" ({chance:.3f} in random order)"
+            if (judged := _ranking_verdict(run)) is not None:
+                ending = effect(verdict(run), UNCLEAR_RISE if judged == "helped" else "")
+                return f"{change} {loss_unit(run.objective)}{scores}; {score_words(before, after, name)}{ending}"
         return f"{change} {loss_unit(run.objective)}{scores}{_effect(run)}"
     if run.objective == "classify":
-        before, after = (run.summary.get(f"{name}_classes") or {} for name in ("base", "adapted"))
+        before, after = classes_of(run)
         score = next((name for name in ("accuracy", "mse") if is_number(after.get(name))), None)
         scores = "" if score is None else f", and {score} from {before[score]:.3f} to {after[score]:.3f}"
+        if (right := right_answers(run)) is not None:
+            scores += f" ({interval_text(*right[1:])})"
         constant = " (the first figures are those of the best constant answer)"
         return f"{change} {loss_unit(run.objective, after)}{scores}{constant}{_effect(run)}"
     nats = f"nats per token (perplexity {perplexity(base)} to {perplexity(best)})"
-    return f"{change} {nats}{_effect(run)}{_by_how_much(run, base, best)}"
+    by_row = recorded_loss_change(run.evaluations, best_step(run))
+    if by_row is None:
+        return f"{change} {nats}{_effect(run)}{_by_how_much(run, base, best)}"
+    changed = loss_words(by_row, loss_unit(run.objective))
+    return f"{change} {nats}; {changed}{_effect(run, unclear='')}{_by_how_much(run, base, best)}"
 
 
 def _held_out_rows(run: RunRecord) -> int:
@@ -255,12 +336,12 @@ def _held_out_rows(run: RunRecord) -> int:
 
 
 def _effect(run: RunRecord, unclear: str = "; it is not clear whether it helped") -> str:
-    return {"helped": ", so it helped", "hurt": ", so it did not help"}.get(verdict(run), unclear)
+    return effect(verdict(run), unclear)
 
 
 def _by_how_much(run: RunRecord, base: float, best: float) -> str:
     """Return the improvement in the measure for the kind of rows: answers or plain text."""
-    if best >= base:
+    if verdict(run) != "helped":
         return ""
     if all(part["form"] == "text" for part in run.rows.get("sources", ())):
         return f": the perplexity is {1 - math.exp(best - base):.0%} lower"

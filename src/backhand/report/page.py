@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from backhand.options.objectives import DISTILLED
 from backhand.report import charts
-from backhand.report.headline import base_and_best, forgot, headline, ranking_scores, verdict
+from backhand.report.headline import base_and_best, forgot, headline, ranking_scores, right_answers, verdict
 from backhand.report.proof_tables import ProofTable, proof_tables
 from backhand.report.rendering import NOT_KNOWN, known, render, size, time_taken
 from backhand.report.run_record import RunRecord, is_number
 from backhand.runs.distilled_results import distilled_sentences
 from backhand.runs.pair_results import PAIR_OBJECTIVES, answers_got_worse
 from backhand.runs.records import MAX_NEW_TOKENS
-from backhand.runs.summary import chosen_by, forgetting, no_label_fits
+from backhand.runs.summary import CLASS_SCORES, chosen_by, exact_match_says, forgetting, no_label_fits, since_start
 from backhand.runs.uses import TrainedAdapter
 from backhand.words import count_of, interval_text
 
@@ -67,13 +67,15 @@ def trained_adapter(run: RunRecord) -> TrainedAdapter:
         summary.get("adapter_form", "factors"),
         rank=max((module.get("rank") or 0 for module in modules), default=0),
         uniform=len({(module.get("rank"), module.get("scaling")) for module in modules}) <= 1,
-        has_template=run.facts.get("digests", {}).get("chat_template_digest", "") is not None,
+        has_template=run.facts.get("digests", {}).get("chat_template_digest", "") is not None
+        and not run.rows.get("bare", False),
     )
 
 
 def live_values(run: RunRecord) -> dict[str, Any]:
     """Return the values of all sections but that of the adapter, which needs its tensors."""
-    tables = proof_tables(run.proofs, run=str(run.path), adapter=str(run.adapter))
+    adapter = trained_adapter(run)
+    tables = proof_tables(run.proofs, run=str(run.path), export=adapter.export())
     drawn = charts.run_charts(run)
     has_curves = bool(drawn)
     drawn |= _data_charts(run) | _decision_charts(run) | _vector_charts(run)
@@ -82,12 +84,13 @@ def live_values(run: RunRecord) -> dict[str, Any]:
         "run": run,
         "sections": [(name, "repeat it" if name == "repeat" else name) for name in SECTIONS[1:]],
         "headline": headline(run),
-        "uses": trained_adapter(run).programs(),
+        "uses": adapter.programs(),
         "remarks": _remarks(run),
         "tiles": _tiles(run, tables),
         "answers": [_answer(line) | {"over_time": _over_time(run, line)} for line in run.answers],
         "expected": expected(run),
         "max_new_tokens": MAX_NEW_TOKENS,
+        "class_scores": CLASS_SCORES,
         "has_curves": has_curves,
         "processes": _processes(run),
         "proofs": tables,
@@ -99,7 +102,7 @@ def _remarks(run: RunRecord) -> list[str]:
     """Return sentences that qualify the result."""
     remarks = [chosen_by(run.summary.get("reading", ""))] if (run.summary.get("evaluations") or 0) > 1 else []
     if (figures := run.summary.get("distilled")) is not None:
-        remarks = [*distilled_sentences(figures, run.objective), *remarks]
+        remarks = [*distilled_sentences(figures, run.objective, since_start(run.summary)), *remarks]
     return [*remarks, no_label_fits(labels)] if (labels := run.summary.get("labels")) else remarks
 
 
@@ -120,16 +123,25 @@ def _tiles(run: RunRecord, tables: Sequence[ProofTable]) -> list[tuple[str, str,
         (size(peak), of_memory, ""),
         (f"{proved - failed} of {proved}", "checks hold", "bad" if failed else "good" if proved else ""),
     ]
-    if is_number(after := summary.get("adapted_exact_match")):
+    if is_number(after := summary.get("adapted_exact_match")) and exact_match_says(summary):
         interval = interval_text(after, summary.get("exact_match_rows") or 0)
         change = f"{known(summary.get('base_exact_match'), _SHARE)} → {_SHARE(after)}"
         tiles.insert(1, (change, f"answers exactly right, {interval}", ""))
     if is_number(nats := summary.get("forgotten_nats")):
         # The loss of a token is -log of its probability.
         left = f"{min(1.0, math.exp(-nats)):.0%}"
-        of_texts = "of the former probability of a word in unrelated texts is left: the rest is forgotten"
+        of_texts = f"of the former probability of a word in given unrelated texts is left; {_changed_answers(run)}"
         tiles.append((left, of_texts, "bad" if forgetting(nats) else ""))
     return tiles
+
+
+def _changed_answers(run: RunRecord) -> str:
+    """Return a clause about free answers, which the probability of single words does not tell."""
+    answers = run.summary.get("neutral_answers") or ()
+    if not answers:
+        return "free answers were not compared"
+    changed = sum(one["base"] != one["adapted"] for one in answers)
+    return f"{changed} of {count_of(len(answers), 'free answer')} to unrelated prompts changed"
 
 
 def _result_tile(run: RunRecord) -> tuple[str, str, str]:
@@ -163,6 +175,8 @@ def result_sentence(run: RunRecord) -> str:
     if not is_number(after):
         return ""
     change = f"{words(before)} → {words(after)}" if is_number(before) else words(after)
+    if (right := right_answers(run)) is not None:
+        change += f" ({interval_text(*right[1:])})"
     judged = verdict(run)
     end = {"open": " so far", "unknown": ""}.get(judged, f": {_verdict_words(run)[0]}")
     return f"{what} {change}{end}."
@@ -170,13 +184,8 @@ def result_sentence(run: RunRecord) -> str:
 
 def _clearest_figure(run: RunRecord) -> tuple[str, Any, Any, Callable[[float], str]]:
     """Return a name, the figure before and after training, and the function that formats it."""
-    kinds = ("labels", "decisions", "classes")
-    base, adapted = ({kind: run.summary.get(f"{side}_{kind}") or {} for kind in kinds} for side in ("base", "adapted"))
-    for kind in ("labels", "classes"):
-        if "accuracy" in adapted[kind]:
-            return "right answers", base[kind].get("accuracy"), adapted[kind]["accuracy"], _SHARE
-    if adapted["decisions"]:
-        return "right answers", _mean_accuracy(base["decisions"]), _mean_accuracy(adapted["decisions"]), _SHARE
+    if (right := right_answers(run)) is not None:
+        return "right answers", *right[:2], _SHARE
     if (ranked := ranking_scores(run)) is not None:
         score, before, after = ranked
         return score, before.get(score), after[score], _short
@@ -193,12 +202,6 @@ def _loss_figure(run: RunRecord) -> tuple[str, Any, Any, Callable[[float], str]]
         before, after = (None if one is None else -one for one in (before, after))
         return "held-out reward", before, after, _short
     return "held-out loss", before, after, _short
-
-
-def _mean_accuracy(decisions: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """Return the share of right answers to all questions, or None if there are none."""
-    rows = sum(one["rows"] for one in decisions.values())
-    return sum(one["accuracy"] * one["rows"] for one in decisions.values()) / rows if rows else None
 
 
 VERDICTS = {

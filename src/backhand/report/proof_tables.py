@@ -15,7 +15,7 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "invariances": ("What must not change the result", "backhand verify --run {run}"),
     "resume": ("Interrupted and resumed, the same bits", "backhand train … --prove-resume 5"),
     "merge": ("Merged into the base, the same model", "backhand verify --run {run}"),
-    "export": ("The adapter in other programs", "backhand export --adapter {adapter} --to gguf --output …"),
+    "export": ("The adapter in other programs", "{export}"),
 }
 """Title of each table, and the command that fills it."""
 
@@ -28,7 +28,7 @@ class ProofTable:
 
     kind: str  # key in KINDS
     title: str
-    command: str
+    command: str  # "" if no command fills the table
     lines: tuple[Mapping[str, Any], ...]  # fields of `Proof`, missing ones filled in; empty if nothing was proved
 
     @property
@@ -37,11 +37,13 @@ class ProofTable:
         return sum(line["passed"] is not True for line in self.lines)
 
 
-def proof_tables(proofs: Iterable[Mapping[str, Any]], *, run: str, adapter: str) -> list[ProofTable]:
+def proof_tables(proofs: Iterable[Mapping[str, Any]], *, run: str, export: str) -> list[ProofTable]:
     """Return a table for every kind, including kinds without proofs.
 
     Args:
         proofs: lines of proofs.jsonl, oldest first.
+        run: the run directory.
+        export: the command that exports the adapter, "" if there is none.
     """
     newest: dict[tuple[str, str], Mapping[str, Any]] = {}
     for line in proofs:
@@ -52,7 +54,7 @@ def proof_tables(proofs: Iterable[Mapping[str, Any]], *, run: str, adapter: str)
         ProofTable(
             kind,
             title,
-            command.format(run=shlex.quote(run), adapter=shlex.quote(adapter)),
+            command.format(run=shlex.quote(run), export=export),
             tuple({**_EMPTY, **line} for (of_kind, _), line in newest.items() if of_kind == kind),
         )
         for kind, (title, command) in KINDS.items()

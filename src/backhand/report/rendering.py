@@ -122,6 +122,7 @@ def moment(text: object) -> str:
 
 
 def place(source: object) -> str:
-    """Format `/data/valid.jsonl:3` as `valid.jsonl, line 3`; return any other text unchanged."""
+    """Format `/data/valid.jsonl:3` as `valid.jsonl, line 3`; return any other text unchanged, also the row after it."""
     file, colon, number = str(source).rpartition(":")
-    return f"{PurePath(file).name}, line {number}" if colon and number.isdecimal() and file else str(source)
+    line, space, row = number.partition(" ")
+    return f"{PurePath(file).name}, line {line}{space}{row}" if colon and line.isdecimal() and file else str(source)

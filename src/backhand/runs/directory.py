@@ -363,6 +363,18 @@ def _check_contents(path: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
+def run_of(adapter: Path | None) -> Path | None:
+    """Return the run directory that contains this adapter, or None."""
+    if adapter is None:
+        return None
+    try:
+        path = adapter.resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop of links or a NUL character: reading raises the error
+        return None
+    parents = (path, *path.parents)[:4]
+    return next((one for one in parents if (one / CONFIG).is_file() and (one / ADAPTER).is_dir()), None)
+
+
 def free_name(path: Path) -> str:
     """Return the first of `NAME-2`, `NAME-3` and so on that does not exist, as a word of a shell."""
     free = next(name for number in count(2) if not (name := path.with_name(f"{path.name}-{number}")).exists())

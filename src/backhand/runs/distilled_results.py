@@ -39,24 +39,25 @@ def agreement_words(figures: DistilledFigures) -> str:
     return f"{shares} (95 % interval of the change {100 * low:+.1f} to {100 * high:+.1f} points)"
 
 
-def distilled_sentences(figures: DistilledFigures, objective: str) -> list[str]:
+def distilled_sentences(figures: DistilledFigures, objective: str, since: str = "") -> list[str]:
     """Return sentences about the agreement with the teacher, equal answers, and the tokens and seconds of a call.
 
     Args:
         figures: from summary.json.
         objective: value of `--objective`.
+        since: from `runs.summary.since_start`.
     """
     teacher = f"the model with the {'prompt' if objective == 'bake' else 'demonstration'}"
     agreement = (
         f"On {figures['tokens']:,} held-out tokens, the most probable token is that of {teacher} in "
-        f"{agreement_words(figures)}; the divergence KL(teacher ‖ model) is "
+        f"{agreement_words(figures)}{since}; the divergence KL(teacher ‖ model) is "
         f"{figures['base_kl']:.4f} → {figures['adapted_kl']:.4f} nats per token."
     )
     sentences = [agreement]
     if (base := figures["base_equal"]) is not None and (adapted := figures["adapted_equal"]) is not None:
         sentences.append(
             f"Greedy answers equal to those of {teacher}: {base:.1%} → {adapted:.1%} of {figures['rows']:,} held-out "
-            "prompts."
+            f"prompts{since}."
         )
     if objective == "bake":
         sentences.append(

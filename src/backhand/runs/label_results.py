@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from backhand.runs.summary import DecisionFigures, LabelFigures
+from backhand.runs.summary import LabelFigures
 from backhand.words import changes_separate, count_of, gain_interval, interval_text, shorten
 
 
@@ -41,12 +41,13 @@ def label_verdict(base: float, adapted: float, constant: float, rows: int) -> La
     Returns:
         `helped` or `hurt` only if the 95 % interval of the difference does not contain 0, and enough rows changed.
     """
-    if _clearly_better(adapted, base, rows):
+    if clearly_better(adapted, base, rows):
         return "hurt"
-    return "helped" if _clearly_better(max(base, constant), adapted, rows) else "unclear"
+    return "helped" if clearly_better(max(base, constant), adapted, rows) else "unclear"
 
 
-def _clearly_better(before: float, after: float, rows: int) -> bool:
+def clearly_better(before: float, after: float, rows: int) -> bool:
+    """Return True if a share is larger than another one of the same rows by more than chance explains."""
     return gain_interval(before, after, rows)[0] > 0 and changes_separate(before, after, rows)
 
 
@@ -67,7 +68,7 @@ def verdict_words(base: float, adapted: float, constant: float, rows: int, befor
     if verdict == "hurt":
         return f"{before} is better"
     compared = {before: base, "a constant answer": constant}
-    unclear = " or ".join(name for name, share in compared.items() if not _clearly_better(share, adapted, rows))
+    unclear = " or ".join(name for name, share in compared.items() if not clearly_better(share, adapted, rows))
     too_few = f"; {count_of(rows, 'row')} {'is' if rows == 1 else 'are'} too few to tell the change from chance"
     return f"that is not clearly better than {unclear}{too_few if adapted > max(base, constant) else ''}"
 
@@ -100,7 +101,7 @@ def label_clause(base: LabelFigures, adapted: LabelFigures, rows: int, before_it
 
 
 def decisions_verdict(
-    base: Mapping[str, DecisionFigures], adapted: Mapping[str, DecisionFigures]
+    base: Mapping[str, Mapping[str, Any]], adapted: Mapping[str, Mapping[str, Any]]
 ) -> LabelVerdict | None:
     """Return the verdict on the answers to all questions, or None if no question was measured with both models.
 
@@ -113,32 +114,45 @@ def decisions_verdict(
     return clear.pop() if len(clear) == 1 else "unclear"
 
 
+def recorded_decisions(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return rows, accuracy and majority of each question from a line of metrics.jsonl; empty in older files."""
+    names = [key.removeprefix("eval_majority/") for key in evaluation if key.startswith("eval_majority/")]
+    keys = {"rows": "answers", "accuracy": "accuracy", "majority": "majority"}
+    return {name: {key: evaluation[f"eval_{kind}/{name}"] for key, kind in keys.items()} for name in names}
+
+
 def decision_shares(
-    base: Mapping[str, DecisionFigures], adapted: Mapping[str, DecisionFigures]
+    base: Mapping[str, Mapping[str, Any]], adapted: Mapping[str, Mapping[str, Any]]
 ) -> list[tuple[float, float, float, int]]:
     """Return the arguments of `label_verdict` for each question that was measured with both models."""
     return [
-        (base[name]["accuracy"], one["accuracy"], one["majority"], one["rows"])
+        (base[name]["accuracy"], one["accuracy"], one["majority"], int(one["rows"]))
         for name, one in adapted.items()
         if name in base
     ]
 
 
 def decision_clause(
-    name: str, base: DecisionFigures | None, adapted: DecisionFigures, before_it: str = "the base model"
+    name: str, base: Mapping[str, Any] | None, adapted: Mapping[str, Any], before_it: str = "the base model"
 ) -> str:
-    """Return a clause about the held-out answers to a question: accuracy, verdict and calibration."""
-    rows, right = adapted["rows"], adapted["accuracy"]
-    if adapted["constant"]:
-        return f"{name}: the adapter gives the same answer to all {rows:,} held-out rows; it decides nothing"
+    """Return a clause about the held-out answers to a question: accuracy, verdict and, at the end, calibration."""
+    rows, right = int(adapted["rows"]), adapted["accuracy"]
+    if adapted.get("constant"):
+        answered = f"{rows:,} held-out rows with a known one"
+        return f"{name}: the adapter gives the same answer to all {answered}; it decides nothing"
     before = "" if base is None else f"{base['accuracy']:.1%} → "
     verdict = ""
     if base is not None:
         verdict = f": {verdict_words(base['accuracy'], right, adapted['majority'], rows, before_it)}"
+    clause = (
+        f"{name}: {before}{right:.1%} of {count_of(rows, 'held-out answer')} right ({interval_text(right, rows)}; "
+        f"{adapted['majority']:.1%} by the most frequent answer){verdict}"
+    )
+    if "ece" not in adapted:
+        return clause
     low, high = adapted["ece_interval"]
     return (
-        f"{name}: {before}{right:.1%} of {count_of(rows, 'held-out answer')} right ({interval_text(right, rows)}; "
-        f"{adapted['majority']:.1%} by the most frequent answer){verdict}; calibration error {adapted['ece']:.3f} "
+        f"{clause}; calibration error {adapted['ece']:.3f} "
         f"(95 % interval {low:.3f} to {high:.3f}) on these {rows:,}, which also fitted the temperature "
         f"{adapted['temperature']:.2f}"
     )

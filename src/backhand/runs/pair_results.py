@@ -8,15 +8,19 @@ measurements: the order of held-out pairs, the change of the answers' log-probab
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from backhand.runs.row_changes import first_and_best
 from backhand.runs.summary import AnswerLengths
-from backhand.words import count_of, interval_text
+from backhand.words import count_of, interval_text, mean_interval
 
 PAIR_OBJECTIVES = frozenset(("dpo", "ipo", "orpo", "simpo", "kto"))
 """Objectives that compare answers, whose loss does not measure how good a free answer is."""
 
+ROW_ANSWERS = ("row_chosen", "row_rejected")
+"""Keys in metrics.jsonl of the log-probabilities of held-out answers, one per row."""
+_SIDES = ("chosen", "rejected")
 _PAIR_FIGURES = ("rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 
 
@@ -29,23 +33,62 @@ def held_out_pairs(records: Iterable[Mapping[str, Any]], best_step: int | None) 
 
     Returns:
         TRL's names of the figures. The two log-probabilities are also given before the first step, as
-        `logps/chosen_before` and `logps/rejected_before`.
+        `logps/chosen_before` and `logps/rejected_before`, and their changes with `change_bounds`.
     """
+    records = list(records)
     at = {line["step"]: line for line in records if "eval_loss" in line}
     figures = {name: at.get(best_step, {}).get(f"eval_{name}") for name in _PAIR_FIGURES}
     figures |= {f"{name}_before": at.get(0, {}).get(f"eval_{name}") for name in _PAIR_FIGURES[2:]}
+    if figures["rewards/margins"] is None:
+        return None
     known = {name: value for name, value in figures.items() if value is not None}
-    return known if figures["rewards/margins"] is not None else None
+    return known | change_bounds([first_and_best(records, name, best_step) for name in ROW_ANSWERS])
+
+
+def change_bounds(answers: Sequence[tuple[Sequence[float], Sequence[float]]]) -> dict[str, float]:
+    """Return the bounds of the 95 % intervals of the changes of log-probabilities, such as `logps/chosen_change_low`.
+
+    Args:
+        answers: log-probabilities of the chosen answers before and after training, and those of the rejected ones.
+            A side with fewer than two has no interval.
+    """
+    bounds: dict[str, float] = {}
+    for side, (before, after) in zip(_SIDES, answers, strict=True):
+        if len(before) == len(after) > 1:
+            _, low, high = mean_interval([new - old for old, new in zip(before, after, strict=True)])
+            bounds |= {f"logps/{side}_change_low": low, f"logps/{side}_change_high": high}
+    return bounds
 
 
 def chosen_change(pairs: Mapping[str, float]) -> float | None:
-    """Return the change of the chosen answers' mean log-probability since the first step; None if not measured."""
-    return _change(pairs, "chosen")
+    """Return the change of the chosen answers' mean log-probability since the first step.
+
+    It is None if it was not measured, or if its interval contains 0.
+    """
+    bounds = _bounds(pairs, "chosen")
+    return None if bounds and bounds[0] <= 0 <= bounds[1] else _change(pairs, "chosen")
 
 
 def _change(pairs: Mapping[str, float], side: str) -> float | None:
     after, before = pairs.get(f"logps/{side}"), pairs.get(f"logps/{side}_before")
     return None if after is None or before is None else after - before
+
+
+def _bounds(pairs: Mapping[str, float], side: str) -> tuple[float, float] | None:
+    """Return the interval of `_change`, or None if it is not known."""
+    low, high = (pairs.get(f"logps/{side}_change_{end}") for end in ("low", "high"))
+    return None if low is None or high is None else (low, high)
+
+
+def _moved(pairs: Mapping[str, float], side: str, change: float, unit: str) -> str:
+    """Return the change of a log-probability in words, with its interval if it is known."""
+    moved = f"{'rose' if change > 0 else 'fell'} by {abs(change):.3g}{unit}"
+    if (bounds := _bounds(pairs, side)) is None:
+        return moved
+    interval = f"95 % interval {bounds[0]:+.3g} to {bounds[1]:+.3g}"
+    if bounds[0] <= 0 <= bounds[1]:
+        return f"changed by {change:+.3g}{unit} ({interval}: too few rows to tell whether it rose or fell)"
+    return f"{moved} ({interval})"
 
 
 def pair_clauses(pairs: Mapping[str, float], rows: int, objective: str, answers: AnswerLengths | None) -> list[str]:
@@ -64,25 +107,27 @@ def pair_clauses(pairs: Mapping[str, float], rows: int, objective: str, answers:
             f"{ordered} ({interval_text(accuracy, rows)}), with a mean margin of {pairs['rewards/margins']:.3g}"
         )
     since = "" if answers is None or "start" not in answers else " since the adapter that the run started from"
-    chosen, rejected = (_change(pairs, side) for side in ("chosen", "rejected"))
+    chosen, rejected = (_change(pairs, side) for side in _SIDES)
     if chosen is not None and rejected is not None:
         unit = "nats per token" if objective in ("simpo", "orpo") else "nats per answer"
-        verbs = ["rose" if change > 0 else "fell" for change in (chosen, rejected)]
         clauses.append(
-            f"the log-probability of chosen answers {verbs[0]} by {abs(chosen):.3g} {unit}, that of rejected ones "
-            f"{verbs[1]} by {abs(rejected):.3g}{since}"
+            f"the log-probability of chosen answers {_moved(pairs, 'chosen', chosen, f' {unit}')}, that of rejected "
+            f"ones {_moved(pairs, 'rejected', rejected, '')}{since}"
         )
     if answers is not None:
         worse = ": they got worse" if answers_got_worse(answers) else ""
+        if not worse and _moved_away(answers):
+            worse = ": too few to tell whether they got worse"
         before, cut_before = _before(answers)
         cut = ""
         if cut_before or answers["adapted_cut_off"]:
             shares = f"{cut_before:.0%} → {answers['adapted_cut_off']:.0%}"
             cut = f" ({shares} of them cut off at {answers['limit']})"
         base = f" (those of the base model {answers['base']:.0f})" if since else ""
+        changed = f"{before:.0f} → {answers['adapted']:.0f} tokens{since}{_length_interval(answers)}"
         clauses.append(
             f"the model's own answers to {count_of(answers['rows'], 'held-out prompt')} have a mean of "
-            f"{before:.0f} → {answers['adapted']:.0f} tokens{since}{cut}{base}, chosen answers "
+            f"{changed}{cut}{base}, chosen answers "
             f"{answers['chosen']:.0f} and rejected answers {answers['rejected']:.0f}{worse}"
         )
     return clauses
@@ -97,7 +142,22 @@ _MORE_CUT_OFF = 0.25
 
 
 def answers_got_worse(answers: AnswerLengths) -> bool:
-    """Return True if training moved free answers away from the length of chosen ones, or if they no longer end."""
+    """Return True if training moved free answers away from the length of chosen ones, or if they no longer end.
+
+    The 95 % interval of the change of their lengths must not contain 0.
+    """
+    change = answers.get("length_change")
+    return _moved_away(answers) and not (change is not None and change[1] <= 0 <= change[2])
+
+
+def _length_interval(answers: AnswerLengths) -> str:
+    """Return the interval of the change of the lengths in brackets, or "" if it is not known."""
+    if (change := answers.get("length_change")) is None:
+        return ""
+    return f" (95 % interval of the change {change[1]:+.0f} to {change[2]:+.0f})"
+
+
+def _moved_away(answers: AnswerLengths) -> bool:
     before, cut_before = _before(answers)
     farther = _distance(answers, answers["adapted"]) > _distance(answers, before) + math.log(_FARTHER)
     more_cut_off = answers["adapted_cut_off"] > cut_before + _MORE_CUT_OFF

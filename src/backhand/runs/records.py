@@ -23,7 +23,12 @@ class MetricsLine(_Step, total=False):
     waited_s: list[float]
     computed_tokens: list[int]
     answers: dict[str, str]  # sampled answers of held-out rows, by the row's source
-    row_rewards: list[float]  # rewards of the held-out rows, in their order
+    # one value per held-out row, see `runs.row_changes` and `runs.pair_results`
+    row_rewards: list[float]
+    row_nats: list[float]
+    row_tokens: list[int]
+    row_chosen: list[float]
+    row_rejected: list[float]
 
 
 def metrics_line(value: object) -> dict[str, Any]:
@@ -42,7 +47,7 @@ MAX_NEW_TOKENS = 64
 
 
 class AnswerLine(TypedDict, total=False):
-    """A held-out row with the answers of base model and adapter."""
+    """A held-out row with the answers of the model before the run (base model or start adapter) and of the adapter."""
 
     source: str
     prompt: str
@@ -106,7 +111,11 @@ class SourceFacts(TypedDict):
     rows: int
 
 
-class ShownRow(TypedDict):
+class _Label(TypedDict, total=False):
+    label: str  # that a text learns as a whole, if no token is a target
+
+
+class ShownRow(_Label):
     """The first tokens of a document, each with its supervision."""
 
     source: str
@@ -134,6 +143,7 @@ class RowFacts(TypedDict, total=False):
     shown: list[ShownRow]
     notes: list[str]
     system: str | None
+    bare: bool
 
 
 class MachineFacts(TypedDict, total=False):
@@ -155,6 +165,7 @@ class RunFacts(TypedDict, total=False):
     modules: list[ModuleFacts]
     memory: MemoryFacts
     data: dict[str, RowFacts | None]
+    labels: list[str]  # of the training rows of `sft`; empty if their answers are not labels
     digests: dict[str, Any]
     packages: dict[str, str]
     machine: MachineFacts

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -15,11 +17,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from backhand.data.raw_rows import IN_MEMORY
 from backhand.errors import BackhandError
 from backhand.printing import reworded
-from backhand.reading import read_json
-from backhand.runs.directory import STATUS, RunDirectory
+from backhand.reading import read_json, read_plain, read_settings
+from backhand.runs.checkpoint import newest_checkpoint
+from backhand.runs.directory import ADAPTER, CHECKPOINTS, CONFIG, STATUS, SUMMARY, RunDirectory, run_of
 from backhand.runs.interruption import Interrupted
+from backhand.runs.summary import read_summary
 from backhand.system import exists, process_start
 
 State = Literal["running", "finished", "interrupted", "failed", "killed"]
@@ -103,6 +108,89 @@ def read_status(run: Path) -> RunStatus | None:
     if status.state == "running" and here and not is_running(status.process, status.process_start):
         return replace(status, state="killed", reason="its process ended without a message")
     return status
+
+
+def resume_command(run: str, *, in_memory: bool) -> str:
+    """Return the command that continues a run, or the call if a program gave its rows."""
+    if in_memory:
+        return f"backhand.train(data=rows, output={run!r}, resume=True)"
+    return f"backhand train --resume --output {shlex.quote(run)}"
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """An adapter of a run that has not taken all its steps."""
+
+    run: str  # the run directory, as the adapter's path names it
+    status: RunStatus
+    step: int | None  # the step whose adapter it is; None if no checkpoint has the same adapter
+    in_memory: bool  # a program gave the rows of the run
+
+    @property
+    def fact(self) -> str:
+        """A clause about the run and the adapter, without the name of the run."""
+        state, total = self.status.state, self.status.total_steps
+        adapter = "" if self.step is None else f", and this adapter is that of step {self.step}"
+        if state in ("running", "killed"):
+            ended = "has not ended yet" if state == "running" else "was killed"
+            return f"{ended}{adapter} of {total}" if adapter else ended
+        return f"{'failed' if state == 'failed' else 'stopped'} after step {self.status.step} of {total}{adapter}"
+
+    @property
+    def note(self) -> str:
+        """A note for the user, with the command that continues the run."""
+        said = f"{self.run} {self.fact}"
+        if self.status.state == "running":
+            return said
+        command, _, options = (again := resume_command(self.run, in_memory=self.in_memory)).partition(" --")
+        in_python = reworded(f"--{options}")  # notes keep commands, but a call has another form
+        if options and in_python != f"--{options}":
+            again = f"{command.replace(' ', '.')}({in_python})"
+        return f"{said}; continue with {again}"
+
+
+def unfinished(adapter: Path | str | None) -> Unfinished | None:
+    """Return the state of the run that an adapter belongs to, or None if it has ended or there is none.
+
+    Args:
+        adapter: a run, its `adapter/`, or one of its checkpoints. Any other directory is no adapter of a run.
+    """
+    given = None if adapter is None else Path(adapter)
+    run = run_of(given)
+    status = None if run is None else read_status(run)
+    if given is None or run is None or status is None or status.state == "finished":
+        return None
+    place = given.resolve()
+    place = run / ADAPTER if place == run else place
+    newest, summary = newest_checkpoint(run), read_summary(run / SUMMARY)
+    if place != run / ADAPTER and place.parent != run / CHECKPOINTS:
+        return None
+    if newest is not None and summary is not None and newest.name == f"step-{summary.steps}":
+        return None  # the last step is done, and only a proof or the answers for the report are missing
+    named = next((one for one in (given, *given.parents) if one.name and one.resolve() == run), run)
+    return Unfinished(str(named), status, _step_of(place, run), _has_rows_in_memory(run))
+
+
+def _step_of(adapter: Path, run: Path) -> int | None:
+    """Return the newest step whose checkpoint has the same record, which contains the digest of the tensors."""
+    from backhand.adapters.contents import RECORD_FILE
+
+    steps = []
+    with suppress(OSError):
+        record = read_plain(adapter / RECORD_FILE)
+        for checkpoint in (run / CHECKPOINTS).glob("step-*"):
+            _, _, step = checkpoint.name.partition("-")
+            if step.isdecimal() and read_plain(checkpoint / RECORD_FILE) == record:
+                steps.append(int(step))
+    return max(steps, default=None)
+
+
+def _has_rows_in_memory(run: Path) -> bool:
+    """Return True if a program gave the rows of a run, by its config.toml."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        data = tomllib.loads(read_settings(run / CONFIG))["data"]
+        return any(str(name).startswith(IN_MEMORY) for name in (*data["data"], *data.get("eval_data", ())))
+    return False
 
 
 def is_running(process: int, start: str | None) -> bool:

@@ -57,14 +57,17 @@ class DecisionFigures(TypedDict):
     surprises: list[dict[str, Any]]
 
 
-class _StartLengths(TypedDict, total=False):
-    """The figures of a run that started from an adapter: those of its free answers."""
+class _FurtherLengths(TypedDict, total=False):
+    """The figures that not all runs have."""
 
+    # start, start_cut_off: figures of the adapter that the run started from
     start: float
     start_cut_off: float
+    # mean change of the number of tokens of an answer and its 95 % interval over the prompts; None for a single prompt
+    length_change: tuple[float, float, float] | None
 
 
-class AnswerLengths(_StartLengths):
+class AnswerLengths(_FurtherLengths):
     """Mean numbers of tokens of free answers to held-out prompts, and of the answers in these pairs."""
 
     rows: int  # number of prompts answered
@@ -111,7 +114,7 @@ class NeutralAnswer(TypedDict):
     """Greedy answers to a prompt that is unrelated to the rows."""
 
     prompt: str
-    base: str
+    base: str  # of the model before the run: the base model, or the adapter that the run started from
     adapted: str
 
 
@@ -168,10 +171,11 @@ class RunSummary:
     # a classification head are always those of the best constant answer
     compared_with_start: bool = False
     # base_exact_match, adapted_exact_match: share of the `exact_match_rows` held-out rows that the base model and the
-    # adapter answer exactly right; None if answers are long, or no rows are held out
+    # adapter answer exactly right; None if an answer is long, or no rows are held out
     base_exact_match: float | None = None
     adapted_exact_match: float | None = None
     exact_match_rows: int | None = None
+    free_texts: bool = False  # most of these answers are texts that hardly any answer repeats, see `exact_match_says`
     # base_labels, adapted_labels: scores of these rows; None if their answers are not labels
     base_labels: LabelFigures | None = None
     adapted_labels: LabelFigures | None = None
@@ -195,6 +199,9 @@ class RunSummary:
     # figures of held-out pairs, see `runs.pair_results`; None for other rows
     held_out_pairs: dict[str, float] | None = None
     free_answers: AnswerLengths | None = None  # of pairs; None for other rows, or if no answers were generated
+    # change of the held-out loss per token until the best step and the ends of its 95 % interval over the rows; None if
+    # the loss is not that of tokens, or on fewer than two rows
+    loss_change: tuple[float, float, float] | None = None
     # first_reward, last_reward: mean reward of sampled answers in the first and in the last tenth of the logged steps.
     # base_eval_reward, best_eval_reward: mean reward of greedy answers to held-out prompts. None without rewards
     first_reward: float | None = None
@@ -275,6 +282,17 @@ def loss_unit(objective: str, classes: Mapping[str, Any] | None = None) -> str:
     return special.get(kind or "", _LOSS_UNITS.get(objective, f"per pair ({objective})"))
 
 
+CLASS_SCORES = {
+    "accuracy": "right",
+    "f1_macro": "macro F1",
+    "nll": "loss",
+    "mse": "squared error",
+    "r2": "R²",
+    "spearman": "Spearman",
+}
+"""Names of the scores of a classification head, in the order of tables."""
+
+
 def constant_name(objective: str) -> str:
     """Return the name of the best constant answer, whose loss a new head is compared with: it gives equal scores."""
     return "equal scores" if objective == "rank" else "constant answer"
@@ -300,6 +318,20 @@ def forgotten_nats(records: Iterable[Mapping[str, Any]], best_step: int | None) 
 def before_name(summary: Mapping[str, Any]) -> str:
     """Return the name of the model that the scores of summary.json before the run are those of."""
     return "the adapter it started from" if summary.get("compared_with_start") else "the base model"
+
+
+def since_start(summary: Mapping[str, Any]) -> str:
+    """Return a clause that names the adapter whose scores come first, or "" if they are those of the base model."""
+    return f", compared with {before_name(summary)}" if summary.get("compared_with_start") else ""
+
+
+def exact_match_says(summary: Mapping[str, Any]) -> bool:
+    """Return True if the exact match of summary.json says something about the run.
+
+    No answer to rows that ask for a style repeats the row's own words, whatever the run has learnt.
+    """
+    before, after = summary.get("base_exact_match"), summary.get("adapted_exact_match")
+    return after is not None and bool(before or after or not summary.get("free_texts"))
 
 
 def rows_trained_on(rows: float, seen: float | None, option_rows: float = 0, files: str = "") -> str:

@@ -55,7 +55,7 @@ class TrainedAdapter:
     form: str = "factors"  # other programs than PEFT read its `factors`, only a `merged` model, or (empty) nothing
     rank: int = 0  # the largest one
     uniform: bool = True  # all modules have one rank and one scaling
-    has_template: bool = True  # the base has a chat template
+    has_template: bool = True  # the base has a chat template, and the adapter was trained with it
 
     @property
     def given(self) -> str:
@@ -95,6 +95,14 @@ class TrainedAdapter:
         if self.form == "factors" and self.objective != "embed":
             exports += [("gguf", ()), ("ollama", ())]
         return [*exports, ("gguf", merge), ("ollama", merge)]
+
+    def export(self) -> str:
+        """Return the command of one export, for llama.cpp if it reads the adapter; "" if PEFT alone does, as it is."""
+        exports = sorted(self.exports(), key=lambda one: one[0] != "gguf")
+        if not exports:
+            return f"backhand merge {self.given} --output …" if self.form else ""
+        to, options = exports[0]
+        return " ".join(("backhand export", self.given, *options, f"--to {to} --output …"))
 
     def llama_cpp(self) -> list[str]:
         """Return the commands that export the adapter for llama.cpp and run it there; empty if there are none."""

@@ -31,9 +31,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from backhand.adapters.config import LoRAConfig
+from backhand.bounds import Options
 from backhand.data.data_report import DataReport
-from backhand.data.options import DataOptions, shell_quoted
+from backhand.data.options import shell_quoted
 from backhand.data.raw_rows import IN_MEMORY
 from backhand.errors import not_none
 from backhand.loop.step import LearningRate
@@ -48,6 +48,7 @@ from backhand.runs.label_results import (
     most_frequent,
 )
 from backhand.runs.pair_results import answers_far_from_chosen, answers_got_worse, chosen_change
+from backhand.runs.row_changes import FEWEST_ROWS
 from backhand.runs.summary import AnswerLengths, RunSummary, forgetting, forgotten_nats
 from backhand.training.resume import original_adapter
 from backhand.words import count_of, name_list
@@ -74,8 +75,10 @@ MOST = 0.9
 """If the best evaluation is after this share of the steps, a shorter run is not worth trying."""
 SAVED = 3
 """A run that is shorter by fewer steps is not worth trying either."""
-FEWEST_ROWS, FEWEST_TOKENS = 16, 1000
-"""If fewer rows with fewer supervised tokens are held out, the course of their loss is mostly chance."""
+FEWEST_STEPS = 10
+"""A run of fewer steps that hardly moved says little about its learning rate, unless the rate is far below `auto`'s."""
+FEWEST_TOKENS = 1000
+"""If fewer than `FEWEST_ROWS` rows are held out, but with this many supervised tokens, their loss is no mere chance."""
 FLAT, FEWEST_RIGHT = 0.9, 0.05
 """Rewards teach nothing if more than this share of the groups has equal ones. Below this share of right answers the
 remedy is to train on right answers first."""
@@ -235,7 +238,7 @@ def advice(
     finding = first_finding(curves, until, relative)
     if finding is None:
         return None
-    if few_rows and finding in ("rose", "low", "still falling", "fine"):
+    if few_rows and _may_be_chance(finding, curves, relative):
         what = f"Only {count_of(few_rows, 'row')} {'is' if few_rows == 1 else 'are'} held out"
         enough = LARGEST_SHARE * all_rows >= FEWEST_ROWS
         return f"{what}, too few for advice from their loss: {_holding_out_more(enough)}.", None
@@ -255,13 +258,16 @@ def advice(
         why, instead = "the learning rate is high", lower
     elif fewer > MOST * total_steps or total_steps - fewer < SAVED:
         why, instead = "nearly all of its steps were needed", ""
+    hardly = "It hardly moved: the learning rate is too low, or the steps are too few.", higher
+    if total_steps < FEWEST_STEPS and relative >= LOW:
+        hardly = f"It hardly moved: {count_of(total_steps, 'step')} say little about the learning rate.", twice
     sentence, changes = {
         "unsteady": ("The loss rose for a while, on held-out rows as well: the learning rate is too high.", lower),
         "not better": (
             "Other rows are answered no better than before: the rate is too high, or they are of another kind.",
             lower,
         ),
-        "hardly moved": ("It hardly moved: the learning rate is too low, or the steps are too few.", higher),
+        "hardly moved": hardly,
         "rose": (f"The held-out loss rose after step {step}, whose adapter is kept: {why}.", instead),
         "still falling": ("The held-out loss was still falling at the end.", twice),
         "forgot": (
@@ -274,6 +280,19 @@ def advice(
     if not changes:
         return sentence, None
     return sentence, _again(config, run, changes)
+
+
+def _may_be_chance(finding: Finding, curves: Curves, share: float) -> bool:
+    """Return True if a finding may be chance on few held-out rows.
+
+    Args:
+        share: the learning rate relative to `auto`'s rate. A rate far from it is another reason for its finding.
+    """
+    if finding == "hardly moved":
+        return share >= LOW
+    if finding == "not better":
+        return share <= HIGH and max(loss for _, loss in curves.held_out) <= SPIKE * abs(curves.held_out[0][1])
+    return finding != "unsteady" and finding != "forgot"
 
 
 def _holding_out_more(a_share: bool) -> str:
@@ -290,7 +309,12 @@ def too_few_rows(held_out: DataReport) -> int:
 
 
 def answer_advice(
-    config: TrainConfig, summary: RunSummary, run: Path, curves: Curves | None = None
+    config: TrainConfig,
+    summary: RunSummary,
+    run: Path,
+    curves: Curves | None = None,
+    *,
+    given: TrainConfig | None = None,
 ) -> tuple[str, str | None] | None:
     """Return a sentence and a command if the answers of held-out rows ask for another run, or None for either.
 
@@ -301,9 +325,10 @@ def answer_advice(
         summary: its results, with the measurements of the answers.
         run: the run directory.
         curves: the losses of the run; None if they are not known.
+        given: the configuration before the automatic choices; None for the resolved one.
     """
     if summary.free_answers is not None:
-        return _pair_advice(config, summary, summary.free_answers, run)
+        return _pair_advice(config, summary, summary.free_answers, run, given or config)
     base, adapted, rows = summary.base_labels, summary.adapted_labels, summary.exact_match_rows
     decided = summary.base_decisions or {}, summary.adapted_decisions or {}
     verdict, what, shares = decisions_verdict(*decided), "decisions", decision_shares(*decided)
@@ -340,7 +365,9 @@ def answer_advice(
     return sentence, _again(config, run, _twice_as_long(config, summary.steps))
 
 
-def _pair_advice(config: TrainConfig, summary: RunSummary, answers: AnswerLengths, run: Path) -> tuple[str, str] | None:
+def _pair_advice(
+    config: TrainConfig, summary: RunSummary, answers: AnswerLengths, run: Path, given: TrainConfig
+) -> tuple[str, str] | None:
     start = original_adapter(run) if config.run.resume else config.run.from_adapter
     rate = float(config.optimization.learning_rate)
     worse, far = answers_got_worse(answers), answers_far_from_chosen(answers)
@@ -358,24 +385,40 @@ def _pair_advice(config: TrainConfig, summary: RunSummary, answers: AnswerLength
             sentence = "The answers are not yet like the chosen ones: more steps teach them."
             return sentence, _again(config, run, _twice_as_long(config, summary.steps))
         sentence = "Pairs alone teach which answer is better, not what to say: orpo learns the chosen answers as well."
-        return sentence, _with_orpo(config, run)
+        return sentence, _with_orpo(config, run, given)
     if start is not None or not separated:
         return None
     fewer = max((config.optimization.warmup_steps or 0) + 1, summary.steps // 2)
     return f"{ordered}: fewer steps change them less.", _again(config, run, f"--max-steps {fewer}")
 
 
-def _with_orpo(config: TrainConfig, run: Path) -> str:
+_OF_ONE_RUN = {"output", "resume", "overwrite", "from_adapter", "quiet", "debug"}
+"""Options of a run that its repetition does not have."""
+_CHOSEN = {
+    *("engine", "dtype", "base", "device", "threads", "recompute", "cache_frozen"),
+    *("micro_batch_rows", "warmup_steps", "eval_every", "save_every"),
+}
+"""Options that a run chooses where none are given. The configuration of a resumed run does not tell who chose them."""
+
+
+def _with_orpo(config: TrainConfig, run: Path, typed: TrainConfig) -> str:
     """Return the command, or the call for rows that a program gave, that trains on the same pairs with `orpo`.
 
     It does not start from the configuration of the run, whose `loss_type` and learning rate are not those of `orpo`.
+
+    Args:
+        typed: the configuration before the automatic choices.
     """
     data, options = config.data, config.optimization
     share = None if data.eval_data else data.eval_fraction  # the configuration of a run has 0.0 next to eval_data
     length = {"max_steps": options.max_steps} if options.max_steps else {"epochs": options.epochs}
-    if options.batch_rows != OptimizationOptions().batch_rows:
-        length["batch_rows"] = options.batch_rows
-    given = _not_default(replace(data, data=(), eval_fraction=share)) | _not_default(config.adapter) | length
+    further = _not_default(replace(typed.optimization, epochs=None, max_steps=None, learning_rate="auto"))
+    further |= {name: value for name, value in _not_default(typed.run).items() if name not in _OF_ONE_RUN}
+    computed = {name: value for name, value in _not_default(typed.model).items() if name != "model"}
+    given = _not_default(replace(data, data=(), eval_fraction=share)) | _not_default(config.adapter)
+    given |= computed | length | further
+    if config.run.resume:
+        given = {name: value for name, value in given.items() if name not in _CHOSEN}
     given = {"objective": "orpo", **given, "output": _next_output(run)}
     if not has_rows_in_memory(config):
         given = {"model": config.model.model, "data": data.data} | given
@@ -386,7 +429,7 @@ def _with_orpo(config: TrainConfig, run: Path) -> str:
     return f"backhand.train(data=…, {', '.join(shown)})"
 
 
-def _not_default(options: DataOptions | LoRAConfig) -> dict[str, Any]:
+def _not_default(options: Options) -> dict[str, Any]:
     """Return the options by name that do not have their default value."""
     default = vars(type(options)())
     return {name: value for name, value in vars(options).items() if value != default[name]}
@@ -397,6 +440,8 @@ def _typed(name: str, value: Any) -> str:
     words = value
     if isinstance(value, Mapping):
         words = [f"{key}={one if isinstance(one, str) else json.dumps(one)}" for key, one in value.items()]
+    if value is False:
+        return f"--no-{name.replace('_', '-')}"
     words = [] if value is True else [words] if isinstance(words, str | int | float) else words
     return " ".join([f"--{name.replace('_', '-')}", *(shell_quoted(str(word)) for word in words)])
 

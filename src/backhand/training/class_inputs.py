@@ -6,7 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from backhand.adapters.classifier_config import padding_id
-from backhand.data.class_examples import NUMBER, SINGLE, ClassFormat, is_integer, names_of, problem_of, target_of
+from backhand.data.class_examples import (
+    NUMBER,
+    SINGLE,
+    ClassFormat,
+    decimal_comma_note,
+    is_integer,
+    names_of,
+    not_numbers,
+    problem_of,
+    target_of,
+)
 from backhand.data.rows import INSTRUCTION, ClassLabel, ProblemType
 from backhand.data.stored_examples import PreparedData
 from backhand.engines.decoder_engine import DecoderEngine, with_hidden_states
@@ -116,7 +126,9 @@ def with_labels(
         for row in rows:
             target_of(row.facts_as(ClassLabel), problem, labels, row.source)
     if problem == NUMBER:
+        commas = decimal_comma_note((row.facts_as(ClassLabel), row.source) for row in train.examples)
         said = [f"a number is learned from {count_of(len(learned), 'row')}, with squared error"]
+        said += [commas] if commas else []
         return replace(options, problem_type=problem, class_labels=()), tuple(said)
     trained = names_of(learned, problem)
     if not trained:
@@ -137,6 +149,11 @@ def with_labels(
     said = [f"{kind}: {name_list(map(shorten, labels), limit=8)}"]
     if start is None and (untrained := [name for name in labels if name not in set(trained)]):
         said.append(f"labels of no training row, which are not learned: {name_list(map(shorten, untrained), limit=8)}")
+    if problem == SINGLE and not chosen and (others := not_numbers(learned)):
+        texts = name_list([shorten(str(learned[place].value)) for place in others], limit=5)
+        said.append(
+            f"warning: nearly all labels look like numbers, but not {texts}: without these, numbers are learned"
+        )
     if problem == SINGLE and len(labels) > _MOST_INTEGERS and all(map(is_integer, labels)):
         said.append(f"the {len(labels)} integers are read as names; --problem-type regression learns them as numbers")
     return replace(options, problem_type=problem, class_labels=labels), tuple(said)

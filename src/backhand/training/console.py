@@ -24,21 +24,34 @@ from backhand.loop.forecast import FULL_LENGTH, Forecast
 from backhand.loop.observers import Observer, RunStart
 from backhand.loop.retrieval_scores import scores_text
 from backhand.loop.rewards.guards import BOUNDS
+from backhand.options.objectives import WITHOUT_TARGETS
 from backhand.printing import duration, going_on, line_due, may_be_silent, now, reworded, say, visible
 from backhand.runs.distilled_results import distilled_sentences
 from backhand.runs.label_results import decision_clause, label_clause
 from backhand.runs.pair_results import PAIR_OBJECTIVES, pair_clauses
-from backhand.runs.reward_results import gain_words, training_reward_words
+from backhand.runs.row_changes import (
+    UNCLEAR_RISE,
+    effect,
+    gain_words,
+    has_risen,
+    loss_words,
+    main_score,
+    score_verdict,
+    score_words,
+    training_reward_words,
+)
 from backhand.runs.summary import (
     REMEMBERING,
     RunSummary,
     before_name,
     chosen_by,
     constant_name,
+    exact_match_says,
     forgetting,
     loss_unit,
     no_label_fits,
     rows_trained_on,
+    since_start,
 )
 from backhand.runs.uses import TrainedAdapter
 from backhand.terminal import console
@@ -220,11 +233,11 @@ def closing_lines(summary: RunSummary) -> list[str]:
     """Return the closing summary, one line per fact."""
     own = "its own answers to prompts of " if summary.objective in ("grpo", "sdft") else ""
     trained_on = own + rows_trained_on(summary.rows, summary.rows_seen, summary.option_rows)
+    supervised = "" if summary.objective in WITHOUT_TARGETS else f" ({summary.supervised_tokens:,} supervised)"
     what = (
         f"Trained {summary.trained_parameters:,} parameters in {summary.adapted_modules} modules of {summary.model} "
-        f"on {trained_on}: {count_of(summary.steps, 'step')}, {summary.tokens:,} tokens "
-        f"({summary.supervised_tokens:,} supervised) in {duration(summary.train_s)}, "
-        f"{summary.tokens_per_s:,.0f} tokens/s ({summary.dtype}, {summary.engine} engine)."
+        f"on {trained_on}: {count_of(summary.steps, 'step')}, {summary.tokens:,} tokens{supervised} in "
+        f"{duration(summary.train_s)}, {summary.tokens_per_s:,.0f} tokens/s ({summary.dtype}, {summary.engine} engine)."
     )
     lines = [what, *([f"SLOWER: {summary.engine_note}"] if summary.engine_note else [])]
     lines += _improvement(summary)
@@ -233,13 +246,13 @@ def closing_lines(summary: RunSummary) -> list[str]:
         lines += map(capitalized, clauses)
     if summary.adapted_retrieval:
         scores = scores_text(summary.adapted_retrieval, summary.base_retrieval)
-        lines.append(f"Held-out rows{_since_start(summary)}: {scores}.")
+        lines += [f"Held-out rows{since_start(vars(summary))}: {scores}.", *_scores_verdict(summary)]
     if summary.neutral_drift is not None:
         lines.append(f"Cosines of neutral texts changed by {summary.neutral_drift:.3f} on average.")
     if summary.base_classes and summary.adapted_classes:
         lines.append(_class_line(summary.base_classes, summary.adapted_classes))
     if summary.distilled is not None:
-        lines += distilled_sentences(summary.distilled, summary.objective)
+        lines += distilled_sentences(summary.distilled, summary.objective, since_start(vars(summary)))
     for name, one in (summary.adapted_decisions or {}).items():
         clause = decision_clause(name, (summary.base_decisions or {}).get(name), one, before_name(vars(summary)))
         lines.append(f"{clause}.")
@@ -283,13 +296,31 @@ def closing_lines(summary: RunSummary) -> list[str]:
     return [*lines, *(f"{'      ' if number else 'Next: '}{one}" for number, one in enumerate(commands))]
 
 
+def _scores_verdict(summary: RunSummary) -> list[str]:
+    """Return the line on the change of the main score of vectors or rankings, if there is one."""
+    base, adapted = summary.base_retrieval or {}, summary.adapted_retrieval or {}
+    if (name := main_score(adapted)) is None:
+        return []
+    judged = score_verdict(base, adapted, name)
+    rose = judged == "helped" and has_risen(_start_loss(summary), summary.best_eval_loss)
+    return [f"{score_words(base, adapted, name)}{UNCLEAR_RISE if rose else effect(judged)}."]
+
+
+def _has_fresh_head(summary: RunSummary) -> bool:
+    """Return True if the adapter has a head that the model before the run does not have."""
+    return summary.trains_head and summary.base_retrieval is None and not summary.compared_with_start
+
+
+def _start_loss(summary: RunSummary) -> float | None:
+    """Return the held-out loss before the first step; of a constant answer for a new head, which knows nothing."""
+    unknown = _has_fresh_head(summary) or summary.first_eval_loss is None
+    return summary.base_eval_loss if unknown else summary.first_eval_loss
+
+
 def _improvement(summary: RunSummary) -> list[str]:
     """Return the lines on loss and reward."""
-    base, best = summary.base_eval_loss, summary.best_eval_loss
-    start = base if summary.first_eval_loss is None else summary.first_eval_loss
-    constant = constant_name(summary.objective)
-    fresh_head = summary.trains_head and summary.base_retrieval is None and not summary.compared_with_start
-    start = base if fresh_head else start  # of a constant answer, since a new head knows nothing
+    base, best, start = summary.base_eval_loss, summary.best_eval_loss, _start_loss(summary)
+    constant, fresh_head = constant_name(summary.objective), _has_fresh_head(summary)
     lines = []
     if summary.first_reward is not None and summary.last_reward is not None:
         lines = [capitalized(training_reward_words(summary.first_reward, summary.last_reward, summary.steps))]
@@ -324,14 +355,11 @@ def _improvement(summary: RunSummary) -> list[str]:
         return [*lines, capitalized(gain_words(summary.reward_gain))]
     change = "not better" if best >= start else f"{1 - best / start:.0%} lower" if start > 0 else "better"
     nats = f"nats per token, {change} (perplexity {_exp(start)} → {_exp(best)})"
-    loss = nats if summary.objective == "sft" else loss_unit(summary.objective, summary.adapted_classes)
+    unit = loss_unit(summary.objective, summary.adapted_classes)
+    loss = nats if summary.objective == "sft" else unit
     before = f"{start:.4f} ({constant})" if fresh_head else f"{start:.4f}"
-    return [f"Held-out loss {before} → {best:.4f} {loss} {of_rows}"]
-
-
-def _since_start(summary: RunSummary) -> str:
-    """Return a clause that names the adapter whose scores come first, or "" if they are those of the base model."""
-    return f", compared with {before_name(vars(summary))}" if summary.compared_with_start else ""
+    changed = [] if summary.loss_change is None else [capitalized(loss_words(summary.loss_change, unit))]
+    return [f"Held-out loss {before} → {best:.4f} {loss} {of_rows}", *changed]
 
 
 def _not_known(objective: str) -> str:
@@ -374,10 +402,10 @@ def _class_line(base: Mapping[str, Any], adapted: Mapping[str, Any]) -> str:
 def _right(summary: RunSummary) -> list[str]:
     """Return the lines on the exact match of held-out answers and on their labels, if measured."""
     base, adapted, rows = summary.base_exact_match, summary.adapted_exact_match, summary.exact_match_rows
-    if base is None or adapted is None or rows is None:
+    if base is None or adapted is None or rows is None or not exact_match_says(vars(summary)):
         return []
     right = f"{base:.1%} → {adapted:.1%} ({interval_text(adapted, rows)})"
-    lines = [f"Exactly right answers {right} of {count_of(rows, 'held-out row')}{_since_start(summary)}."]
+    lines = [f"Exactly right answers {right} of {count_of(rows, 'held-out row')}{since_start(vars(summary))}."]
     if summary.base_labels and summary.adapted_labels:
         lines.append(
             capitalized(label_clause(summary.base_labels, summary.adapted_labels, rows, before_name(vars(summary))))
@@ -446,7 +474,7 @@ def opening_facts(
         f"adapter: {lora.element_count:,} parameters in {len(dict(lora.named_tensors()))} tensors of {len(lora.slots)} "
         f"modules, rank {rank}"
         + f"; {report.supervised_tokens / max(1, report.documents):,.1f} supervised tokens a document"
-        * (unit == "document")
+        * (unit == "document" and report.supervised_tokens > 0)
     )
     remaining = (
         "" if continued is None else f" for the remaining {count_of(run.inputs.total_steps - continued, 'step')}"

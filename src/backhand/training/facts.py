@@ -37,7 +37,7 @@ from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import METRICS, RunDirectory
 from backhand.runs.pair_results import held_out_pairs
-from backhand.runs.reward_results import recorded_gain
+from backhand.runs.row_changes import recorded_gain, recorded_loss_change
 from backhand.runs.summary import RunSummary, constant_name, forgotten_nats, loss_unit
 from backhand.system import memory_bytes, peak_rss_bytes
 from backhand.training.advice import too_few_rows
@@ -76,6 +76,7 @@ def run_facts(run: LoadedRun) -> dict[str, Any]:
             "train": _rows(run.inputs.train, tokenizer, shown=SHOWN_ROWS),
             "held_out": None if run.inputs.held_out is None else _rows(run.inputs.held_out, tokenizer, shown=0),
         },
+        "labels": list(run.identity.labels),
         "digests": run.identity.facts,
         "packages": installed_packages(),
         "machine": machine(),
@@ -156,8 +157,8 @@ def _rows(data: PreparedData, tokenizer: Any, *, shown: int) -> dict[str, Any]:
         "examples": len(data.examples),
         "sources": [asdict(form) for form in data.report.sources],
         "lengths": _histogram(documents.column("tokens")),
-        "supervised": _histogram(documents.column("supervised")),
-        "shown": [_token_by_token(example, tokenizer) for example in documents_to_show(data.examples, shown)],
+        "supervised": _histogram(documents.column("supervised")) if data.report.supervised_tokens else [],
+        "shown": [_token_by_token(*one, tokenizer) for one in documents_to_show(data.examples, shown)],
     }
 
 
@@ -172,7 +173,7 @@ def _histogram(counts: npt.NDArray[np.int32]) -> list[dict[str, int]]:
     ]
 
 
-def _token_by_token(example: Example, tokenizer: Any) -> dict[str, Any]:
+def _token_by_token(example: Example, label: str, tokenizer: Any) -> dict[str, Any]:
     """Return the first tokens of a document as [text, True if supervised], and the number of other tokens."""
     ids = example.input_ids[:SHOWN_TOKENS].tolist()
     texts = token_texts(ids, tokenizer)
@@ -180,6 +181,7 @@ def _token_by_token(example: Example, tokenizer: Any) -> dict[str, Any]:
         "source": example.source,
         "tokens": [[text, bool(marked)] for text, marked in zip(texts, example.supervised, strict=False)],
         "left_out": len(example) - len(ids),
+        **({"label": label} if label else {}),
     }
 
 
@@ -225,12 +227,13 @@ def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_si
         adapter_form=_form(state.lora),
         evaluations=len({line["step"] for line in evaluations}),
         held_out_pairs=held_out_pairs(lines, progress.best_step),
+        loss_change=recorded_loss_change(lines, progress.best_step),
         **_rewards(lines, progress),
         forgotten_nats=forgotten_nats(lines, progress.best_step),
         reading=_reading(run),
         asking=asking_options(
             *(run.config.data, run.inputs.train.report.system),
-            plain_text={one.form for one in run.inputs.train.report.sources} == {"text"},
+            plain_text=run.inputs.train.report.bare,
         ),
         system=run.inputs.train.report.system,
         labels=tuple(run.identity.labels),

@@ -89,6 +89,7 @@ class Identity:
             config=facts["settings"],
             labels=self.labels,
             system=self.train.report.system,
+            bare=self.train.report.bare,
             decisions=self._decisions(temperatures),
             embedding=self._embedding,
             classification=self._classification,

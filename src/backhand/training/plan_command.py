@@ -22,13 +22,15 @@ from backhand.loop.forecast import FULL_LENGTH
 from backhand.loop.rewards.process import RewardProcess
 from backhand.nn.compute import compute_settings
 from backhand.options.command_options import PlanOptions
-from backhand.printing import duration
+from backhand.printing import duration, reworded
 from backhand.terminal import console, table_of, working
 from backhand.training.calibration import Speed, calibrate
 from backhand.training.plan import RunPlan, plan_run
 from backhand.words import count_of, in_words
 
 _ASSUMED = "no --data: rows of {length:,} tokens (--max-length) are assumed, every token of them a target"
+
+_HELD_OUT = "held out: "
 
 _ESTIMATED = "kept activations and workspace are estimated from the model's sizes, not measured"
 
@@ -81,9 +83,9 @@ class PlanReport:
                 "bytes": plan.hidden_states.bytes,
             },
             **(asdict(self.speed) if self.speed else dict.fromkeys(Speed.__dataclass_fields__)),
-            "notes": list(self.notes),
+            "notes": list(map(reworded, self.notes)),
             "longest": [
-                {"where": one.source, "tokens": len(one), "supervised_tokens": int(one.supervised.sum())}
+                {"where": reworded(one.source), "tokens": len(one), "supervised_tokens": int(one.supervised.sum())}
                 for one in self.longest
             ],
         }
@@ -122,6 +124,9 @@ def plan(options: PlanOptions) -> PlanReport:
             notes[-1] += f"; a row has {texts} texts, and each further negative adds one"
     else:
         notes += run_plan.inputs.train.report.lines(config.objective.unit)
+        if run_plan.inputs.held_out is not None:
+            held_out = run_plan.inputs.held_out.report.lines(config.objective.unit)
+            notes.append(_HELD_OUT + "; ".join(held_out))
     if not run_plan.size.measured:
         notes.append(_ESTIMATED)
     inputs = run_plan.inputs
@@ -182,7 +187,7 @@ def _print(console: Console, report: PlanReport) -> None:
     cut = f"{memory.micro_batch_rows} at a time, recompute {memory.recompute}"
     facts = (
         f"model: {config.model.model}, {dtype}, {plan.inputs.engine.name} engine, {threads} on {machine.device}",
-        *(f"data: {note}" for note in report.notes),
+        *(note if note.startswith(_HELD_OUT) else f"data: {note}" for note in report.notes),
         f"adapter: {plan.size.adapter_elements:,} parameters in {len(plan.inputs.layout.slots)} modules",
         f"base: {_bases(plan)}",
         f"step: {config.optimization.batch_rows} rows, {cut}",

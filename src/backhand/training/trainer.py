@@ -6,7 +6,6 @@ directory → guards → loop with evaluations and checkpoints → summary → p
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from backhand.engines.machine import MemoryKeeper, crowded_note
 from backhand.errors import ArtifactError, not_none
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.loop.answers import decided_answers, free_answers, measured_answers, stop_ids
+from backhand.loop.class_scores import add_texts
 from backhand.loop.distillation import DistilledPacker
 from backhand.loop.distilled_figures import distilled_figures
 from backhand.loop.evaluator import Evaluator
@@ -33,6 +33,7 @@ from backhand.loop.held_out_vectors import HeldOutEmbeddings
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.loop import SampledSteps, TrainingLoop
 from backhand.loop.measuring import HeldOut
+from backhand.loop.objectives.classify import ClassifyObjective
 from backhand.loop.objectives.decide import DecideObjective, decision_figures
 from backhand.loop.objectives.embed import EmbedObjective
 from backhand.loop.objectives.head import HeadObjective, HeldOutHead
@@ -54,7 +55,7 @@ from backhand.printing import going_on, reworded
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import ANSWERS, CONFIG, FACTS, METRICS, SUMMARY, Proof, ProofLog, RunDirectory, proof_log
 from backhand.runs.interruption import Interrupted, Interruption
-from backhand.runs.status import status_kept
+from backhand.runs.status import resume_command, status_kept
 from backhand.runs.summary import RunSummary, read_summary
 from backhand.system import available_bytes
 from backhand.training.advice import Curves, advice, answer_advice, has_rows_in_memory, too_few_rows
@@ -256,6 +257,8 @@ class Trainer:
                 scores = vectors.scores(run.bound, tokenizer, run.config.run.answers, self._started)
             else:
                 scores = objective.held_out_scores(run.bound, run.plan.memory.micro_batch_rows, self._started)
+            if isinstance(objective, ClassifyObjective):
+                add_texts(scores, objective.packer.examples, run.inputs.source.tokenizer())
             summary = replace(summary, **scores)
             self.directory.write(SUMMARY, summary.to_json())
             return summary
@@ -277,7 +280,7 @@ class Trainer:
         if isinstance(objective, DecideObjective):
             decisions = objective.held_out_outcomes(run.bound, run.plan.memory.micro_batch_rows, self._started)
             summary = replace(summary, **decision_figures(decisions))
-            answers = free_answers(run.bound, run.inputs.source, (), run.config)
+            answers = free_answers(run.bound, run.inputs.source, (), run.config, start=self._started)
             answers = replace(answers, held_out=decided_answers(*decisions, run.config.run.answers))
         else:
             answers = free_answers(*arguments, prompted, self._started)
@@ -287,7 +290,9 @@ class Trainer:
             labels, stopped = run.identity.labels, lambda: self.processes.stop_requested
             summary = replace(summary, **measured_answers(*arguments, labels, summary.tokens, stopped, self._started))
         curves = Curves.of(self.directory.lines(METRICS), summary.constant_loss)
-        if (suggestion := answer_advice(run.config, summary, self.directory.path, curves)) is not None:
+        given = run.inputs.config
+        suggestion = answer_advice(run.config, summary, self.directory.path, curves, given=given)
+        if suggestion is not None:
             summary = replace(summary, advice=reworded(suggestion[0]), try_next=suggestion[1])
         self.directory.write(SUMMARY, summary.to_json())
         return summary
@@ -476,7 +481,7 @@ class Trainer:
             "base as trained": f"{base}, {form}, computed in {model.dtype}",
             "data": name_list(map(_published_name, self.run.config.data.data)),
             "training rows": f"{len(self.run.inputs.train.examples):,}",
-            "steps": f"{progress.step:,}",
+            "steps": f"{progress.step:,} of {self.run.inputs.total_steps:,}",
         }
         if system := self.run.inputs.train.report.system:
             card["system message of every row"] = f"{len(system):,} characters, see backhand.json"
@@ -496,10 +501,7 @@ class Trainer:
         return f"stopped at once, {after} with {self._resume_command()}"
 
     def _resume_command(self) -> str:
-        path = str(self.directory.path)
-        if has_rows_in_memory(self.run.config):
-            return f"backhand.train(data=rows, output={path!r}, resume=True)"
-        return f"backhand train --resume --output {shlex.quote(path)}"
+        return resume_command(str(self.directory.path), in_memory=has_rows_in_memory(self.run.config))
 
 
 def _published_name(name: str) -> str:

@@ -64,7 +64,11 @@ class ClassifyObjective(HeadObjective):
         return row_losses(logits, self.targets, self.problem)
 
     def evaluated(self, logits: Tensor) -> dict[str, float]:
-        return self.score(logits).values
+        constant = self.score(constant_logits(self.targets, self.problem))
+        found = self.score(logits).values | {"constant_loss": constant.loss}
+        if (accuracy := constant.values.get("accuracy")) is not None:
+            found["constant_accuracy"] = accuracy
+        return found
 
     def score(self, logits: Tensor) -> ClassScores:
         """Return the scores of these logits of all rows, (rows, outputs) float64."""

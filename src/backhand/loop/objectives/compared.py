@@ -35,6 +35,7 @@ from backhand.errors import DataError, not_none
 from backhand.loop.objectives.objective import AnswerObjective, Documents, Measured, RowLosses, document_sums
 from backhand.ops.preference import PreferenceRule, log_odds, preference_backward, preference_forward
 from backhand.options.objectives import SORTED, ObjectiveOptions
+from backhand.runs.pair_results import ROW_ANSWERS
 
 AVERAGED = frozenset({"ipo", "sigmoid_norm"})
 """Forms of DPO that compare means over an answer's tokens, not sums."""
@@ -77,7 +78,8 @@ class PairObjective(AnswerObjective):
             losses, d_chosen, d_rejected = _loss(options, *_sides(seen))
         d_sums = torch.stack((d_chosen, d_rejected), dim=1).flatten() / divisor
         rewards = options.strength * (seen if reference is None else sums - reference)
-        return RowLosses(losses, d_sums, _measured(options, rewards, shown))
+        by_row = dict(zip(ROW_ANSWERS, _sides(shown), strict=True))
+        return RowLosses(losses, d_sums, _measured(options, rewards, shown), by_row)
 
 
 def _sides(of_documents: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,4 +216,5 @@ class KTOObjective(AnswerObjective):
         for name, which in (("chosen", desirable), ("rejected", ~desirable)):
             measured[f"rewards/{name}"] = (float(options.strength * ratios[which].sum()), int(which.sum()))
             measured[f"logps/{name}"] = (float(documents.sums[which].sum()), int(which.sum()))
-        return RowLosses(weights * losses, d_sums, measured)
+        by_row = dict(zip(ROW_ANSWERS, (documents.sums[desirable], documents.sums[~desirable]), strict=True))
+        return RowLosses(weights * losses, d_sums, measured, by_row)

@@ -26,7 +26,7 @@ from backhand.data.decisions import Asked, DecisionRow
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import BoundModel
 from backhand.errors import not_none
-from backhand.loop.decision_scores import Outcome, fit_temperatures, outcomes_of, score_questions
+from backhand.loop.decision_scores import Outcome, fit_temperatures, outcomes_of, question_shares, score_questions
 from backhand.loop.distillation import computing_with
 from backhand.loop.objectives.objective import AnswerObjective, Documents, RowLosses, document_sums
 from backhand.ops.decide import decide_backward, decide_forward
@@ -114,13 +114,14 @@ class DecideObjective(AnswerObjective):
         return HeldOutDecisions(rows, base, outcomes())
 
     def evaluated(self, rows: Sequence[int], sums: Tensor, losses: Tensor) -> tuple[Tensor, Mapping[str, float]]:
-        """Fit the temperatures to the held-out rows, and return the calibrated losses and the mean loss without them.
+        """Fit the temperatures to the held-out rows, and return the calibrated losses and further metrics.
 
         The adapter is used with its temperatures. Without them, the loss of a model that decides better, but too
         confidently, would be higher.
         """
         decisions = self.decisions(rows)
-        self.temperatures = fit_temperatures(outcomes_of(decisions, sums.tolist()))
+        outcomes = outcomes_of(decisions, sums.tolist())
+        self.temperatures = fit_temperatures(outcomes)
         of_documents = [
             self.temperatures.get(asked.question.type, 1.0)
             for row in decisions
@@ -128,7 +129,7 @@ class DecideObjective(AnswerObjective):
             for _ in range(size)
         ]
         calibrated = self.of_sums(rows, sums / torch.tensor(of_documents, dtype=sums.dtype)).losses
-        return calibrated, {"uncalibrated_loss": float(losses.mean())}
+        return calibrated, {"uncalibrated_loss": float(losses.mean()), **question_shares(outcomes)}
 
 
 def _even(asked: Asked) -> list[float]:

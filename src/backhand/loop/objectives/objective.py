@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,7 @@ class RowLosses(NamedTuple):
     losses: Tensor  # (rows,) float64
     d_sums: Tensor  # ∂Σ losses / ∂s, (documents,) float64
     measured: Measured
+    by_row: Mapping[str, Tensor] = MappingProxyType({})  # values of the rows under names of metrics.jsonl
 
 
 class Documents(NamedTuple):
@@ -202,11 +204,11 @@ class HeldOutObjective(HeldOut):
 
     @property
     def results(self) -> tuple[Any, ...]:
-        return self.measured, self.said, self._objective.temperatures
+        return self.measured, self.said, self.by_row, self._objective.temperatures
 
     @results.setter
     def results(self, results: tuple[Any, ...]) -> None:
-        self.measured, self.said, self._objective.temperatures = results
+        self.measured, self.said, self.by_row, self._objective.temperatures = results
 
     def loss(self, model: Trainable, processes: Communicator, *, interruptible: bool = True) -> float | None:
         """Return the mean loss of a row, or None if the evaluation was interrupted."""
@@ -226,6 +228,7 @@ class HeldOutObjective(HeldOut):
         result = objective.of_sums(rows, sums)
         losses, further = objective.evaluated(rows, sums, result.losses)
         self.measured = {f"eval_{name}": value for name, value in {**means([result.measured]), **further}.items()}
+        self.by_row = {name: values.tolist() for name, values in result.by_row.items()}
         return sequential_sum(losses.tolist()) / len(rows)
 
 

@@ -147,10 +147,13 @@ class RankObjective(AnswerObjective):
             start: values of the adapter that the run started from; None for the base model.
         """
         every, scores = range(len(self.packer.examples)), {}
+        before: RankingScores | None = None
         for name in ("base", "adapted"):
             with computing_with(bound.model, start) if name == "base" else nullcontext():
                 sums = not_none(document_sums(bound.model, self.packer, every, micro_batch_rows, Communicator()))
-            scores[f"{name}_retrieval"] = self.loss.scored(every, scores_of(sums)).to_json()
+            scored = self.loss.scored(every, scores_of(sums))
+            scores[f"{name}_retrieval"] = scored.to_json(before)
+            before = scored
         return scores
 
 
@@ -170,8 +173,8 @@ class CrossEncoderObjective(HeadObjective):
         return range(len(self.packer.examples))
 
     def loss_of(self, rows: Sequence[int], logits: Tensor) -> HeadLoss:
-        losses, d_scores, measured = self.loss.of_scores(rows, logits.squeeze(1))
-        return HeadLoss(losses.sum(), d_scores.unsqueeze(1), measured)
+        of_scores = self.loss.of_scores(rows, logits.squeeze(1))
+        return HeadLoss(of_scores.losses.sum(), of_scores.d_sums.unsqueeze(1), of_scores.measured)
 
     def base_logits(self, model: Trainable) -> Tensor | None:
         """Return equal scores, since a base without a score head ranks nothing; None for a cross-encoder."""
@@ -191,12 +194,15 @@ class CrossEncoderObjective(HeadObjective):
     def held_out_scores(self, bound: BoundModel, micro_batch_rows: int, start: Tensor | None = None) -> dict[str, Any]:
         """Return the fields of summary.json, those of the base only if it is a cross-encoder itself."""
         every, scores = self._every, {}
+        before: RankingScores | None = None
         for name in ("base", "adapted"):
             with computing_with(bound.model, start) if name == "base" else nullcontext():
                 if name == "base" and start is None and self.base_logits(bound.model) is not None:
                     continue
                 logits = not_none(head_logits(bound.model, self.packer, micro_batch_rows, Communicator()))
-                scores[f"{name}_retrieval"] = self.loss.scored(every, logits.squeeze(1)).to_json()
+                scored = self.loss.scored(every, logits.squeeze(1))
+                scores[f"{name}_retrieval"] = scored.to_json(before)
+                before = scored
         return scores
 
 

@@ -39,6 +39,7 @@ from backhand.nn.batch import TokenLoss
 from backhand.nn.decoder.decoder import Decoder
 from backhand.ops.grpo import GRPORule, answer_weights, group_advantages, grpo_backward, grpo_forward
 from backhand.printing import counting
+from backhand.runs.row_changes import ROW_REWARDS
 
 _LARGEST_ADVANTAGE = 1e15
 """Gradients are multiples of the advantages, and their squares must stay below the largest float32, 3.4e38."""
@@ -290,6 +291,6 @@ class HeldOutRewards(HeldOut):
         answers = [Sampled(ids, stopped=len(ids) < options.max_new_tokens) for part in by_part for ids in part]
         judged = rollout.judged(answers, self._examples)
         self.said = {self._examples[row].source: judged.texts[row] for row in self._shown}
-        self.row_rewards = judged.totals.tolist()
+        self.by_row = {ROW_REWARDS: judged.totals.tolist()}
         self.measured = {f"eval_{name}": value for name, value in rollout.measured(judged).items()}
         return -self.measured["eval_reward"]

@@ -1,0 +1,203 @@
+"""Changes on held-out rows between two evaluations: reward, loss and scores, with their intervals and in words.
+
+An evaluation records its values per row in metrics.jsonl, always in the same order. The changes are therefore paired.
+So are those of the scores of vectors and rankings, whose values per query are compared at the end of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from backhand.words import mean_interval
+
+ROW_REWARDS, ROW_NATS, ROW_TOKENS = "row_rewards", "row_nats", "row_tokens"
+"""Keys in metrics.jsonl of the values of an evaluation, one per held-out row: the reward; the sum of the losses of the
+row's supervised tokens, and their number."""
+FEWEST_ROWS = 16
+"""On fewer held-out rows, the course of a loss is mostly chance, unless they have many tokens."""
+_TOO_FEW = ": too few rows to tell the change from chance"
+
+
+def mean_gain(base: Sequence[float], adapted: Sequence[float]) -> tuple[float, float, float] | None:
+    """Return the mean gain per row or query and its 95 % interval, or None for fewer than two of them."""
+    if len(base) < 2 or len(base) != len(adapted):
+        return None
+    return mean_interval([after - before for before, after in zip(base, adapted, strict=True)])
+
+
+def recorded_gain(records: Iterable[Mapping[str, Any]], best_step: int | None) -> tuple[float, float, float] | None:
+    """Return the `mean_gain` of reward from the first evaluation to the best one, or None if either was not recorded.
+
+    Args:
+        records: lines of metrics.jsonl.
+        best_step: the step whose adapter is kept.
+    """
+    first, best = first_and_best(records, ROW_REWARDS, best_step)
+    return mean_gain(first, best)
+
+
+def first_and_best(
+    records: Iterable[Mapping[str, Any]], key: str, best_step: int | None
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Return the values per row before the first step and at the best one; empty where they were not recorded."""
+    values = {line["step"]: line[key] for line in records if key in line}
+    return values.get(0, ()), () if best_step is None else values.get(best_step, ())
+
+
+def loss_change(
+    base: Sequence[float], adapted: Sequence[float], tokens: Sequence[float]
+) -> tuple[float, float, float] | None:
+    """Return the change of the loss per token and its 95 % interval, or None for fewer than two rows.
+
+    The loss is a mean of tokens, and rows are the independent samples. The interval is that of a ratio: the change of a
+    row's nats, less its tokens times the mean change.
+
+    Args:
+        base, adapted: sum of the losses of each row's supervised tokens.
+        tokens: number of supervised tokens of each row.
+    """
+    if len(base) < 2 or not len(base) == len(adapted) == len(tokens):
+        return None
+    mean, per_row = (sum(adapted) - sum(base)) / sum(tokens), sum(tokens) / len(tokens)
+    rows = zip(base, adapted, tokens, strict=True)
+    return mean_interval([mean + (after - before - count * mean) / per_row for before, after, count in rows])
+
+
+def recorded_loss_change(
+    records: Sequence[Mapping[str, Any]], best_step: int | None
+) -> tuple[float, float, float] | None:
+    """Return the `loss_change` from the first evaluation to the best one, see `recorded_gain`."""
+    return loss_change(*first_and_best(records, ROW_NATS, best_step), first_and_best(records, ROW_TOKENS, best_step)[1])
+
+
+Verdict = Literal["helped", "hurt", "unclear"]
+
+
+def effect(verdict: str, unclear: str = "") -> str:
+    """Return a verdict as the end of a clause about a change. One that is not clear has the words `unclear`."""
+    return {"helped": ", so it helped", "hurt": ", so it did not help"}.get(verdict, unclear)
+
+
+_RISEN = 0.03
+"""A rise of the held-out loss above this share of it is more than noise. Better scores are then no clear success."""
+UNCLEAR_RISE = "; the held-out loss rose, so it is not clear whether it helped"
+
+
+def has_risen(before: float | None, after: float | None) -> bool:
+    """Return True if the held-out loss rose so much that better scores are no clear success."""
+    return before is not None and after is not None and after > before + _RISEN * abs(before)
+
+
+def loss_verdict(change: Sequence[float]) -> Verdict:
+    """Judge a `loss_change`: `helped` or `hurt` only if its interval does not contain 0."""
+    mean, low, high = change
+    return gain_verdict((-mean, -high, -low))
+
+
+def loss_words(change: Sequence[float], unit: str) -> str:
+    """Return a clause about a `loss_change`."""
+    if not any(change):
+        return "the loss of no row changed"
+    mean, low, high = change
+    unclear = _TOO_FEW if loss_verdict(change) == "unclear" else ""
+    return f"loss changed by {mean:+.4f} {unit} (95 % interval {low:+.4f} to {high:+.4f}){unclear}"
+
+
+def gain_verdict(gain: Sequence[float] | None) -> Verdict:
+    """Judge a `mean_gain`: `helped` or `hurt` only if its interval does not contain 0."""
+    if gain is None or gain[1] <= 0 <= gain[2]:
+        return "unclear"
+    return "helped" if gain[1] > 0 else "hurt"
+
+
+def gain_words(gain: Sequence[float] | None) -> str:
+    """Return a clause about a `mean_gain` of reward."""
+    if gain is None:
+        return "too few rows to compare the rewards"
+    if not any(gain):
+        return "the reward of no held-out row changed"
+    mean, low, high = gain
+    verdict = _TOO_FEW if gain_verdict(gain) == "unclear" else ""
+    return f"reward gained per row {mean:+.4g} (95 % interval {low:+.4g} to {high:+.4g}){verdict}"
+
+
+SCORE_NAMES = {
+    "ndcg@10": "nDCG@10",
+    "mrr@10": "MRR@10",
+    "recall@1": "recall@1",
+    "recall@10": "recall@10",
+    "spearman": "Spearman",
+}
+"""Scores of vectors and rankings, in the order of tables."""
+
+
+def main_score(scores: Mapping[str, Any]) -> str | None:
+    """Return the name of the score that decides whether vectors or rankings are better, None if there is none."""
+    return next((name for name in ("ndcg@10", "spearman") if name in scores), None)
+
+
+def score_gain(base: Mapping[str, Any], adapted: Mapping[str, Any], name: str) -> tuple[float, float, float] | None:
+    """Return the gain in a score of vectors or rankings and its 95 % interval over the queries of both models.
+
+    A base without scores of its own ranks in random order. Earlier versions recorded no changes: their gains have the
+    difference of both intervals.
+
+    Args:
+        base, adapted: the scores in summary.json; base is empty if it has none.
+
+    Returns:
+        None if neither the base's score nor that of a random order is known, or on a single query.
+    """
+    if "change" in adapted:
+        gain = adapted["change"].get(name)
+        return None if gain is None else tuple(gain)
+    after, (low, high) = adapted[name], adapted["intervals"][name]
+    before = base.get(name, adapted.get("chance", {}).get(name))
+    if before is None:
+        return None
+    old_low, old_high = base["intervals"][name] if base else (before, before)
+    return after - before, low - old_high, high - old_low
+
+
+def score_verdict(base: Mapping[str, Any], adapted: Mapping[str, Any], name: str) -> Verdict:
+    """Judge a `score_gain`. `helped` only if the score is clearly above that of a random order as well."""
+    verdict = gain_verdict(score_gain(base, adapted, name))
+    return "unclear" if verdict == "helped" and _may_be_random(adapted, name) else verdict
+
+
+def _may_be_random(scores: Mapping[str, Any], name: str) -> bool:
+    chance = scores.get("chance", {}).get(name)
+    return chance is not None and scores["intervals"][name][0] <= chance
+
+
+def score_words(base: Mapping[str, Any], adapted: Mapping[str, Any], name: str) -> str:
+    """Return a clause about a `score_gain`."""
+    shown, gain = SCORE_NAMES[name], score_gain(base, adapted, name)
+    if gain is None:
+        return f"too few queries to compare {shown}" if base else f"there is no {shown} before training"
+    if not any(gain):
+        return f"{shown} of no query changed"
+    mean, low, high = gain
+    unclear = _TOO_FEW if gain_verdict(gain) == "unclear" else ""
+    if not unclear and score_verdict(base, adapted, name) == "unclear":
+        unclear = ": not clearly better than a random order"
+    of_what = "changed by" if base else "differs from that of a random order by"
+    return f"{shown} {of_what} {mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f}){unclear}"
+
+
+_FEWEST_COMPARED_STEPS = 20
+"""In a shorter run, the first and last tenth are one step each, whose rewards depend on their few prompts."""
+
+
+def training_reward_words(first: float, last: float, steps: int) -> str:
+    """Return a clause about the rewards of sampled answers at the beginning and at the end of a run.
+
+    Args:
+        first, last: mean reward in the first and in the last tenth of the steps.
+        steps: number of steps of the run.
+    """
+    compared = "first and last tenth of the steps, whose prompts differ"
+    if steps < _FEWEST_COMPARED_STEPS:
+        compared = "first and last step, whose prompts differ: too few to tell a change from chance"
+    return f"reward of its own answers to training rows {first:.4f} → {last:.4f} ({compared})"
