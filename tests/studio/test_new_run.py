@@ -26,7 +26,7 @@ from backhand.cli.main import main
 from backhand.errors import UsageError
 from backhand.nn.loading.stores import MINILM, SMOLLM2
 from backhand.report.run_record import read_run
-from backhand.studio import commands, draft, queue
+from backhand.studio import commands, draft, named_model, queue
 from backhand.studio.commands import Commands, Outcome
 from backhand.studio.draft import MORE, Draft, more_for, on_page
 from backhand.studio.first_rows import first_rows
@@ -143,15 +143,17 @@ def test_rows_of_a_stopped_run_are_not_lost_silently_and_can_be_given_again(
     assert code == 409 and "one can be continued, and needs these rows" in text
     assert client.post("delete-rows", data="rows-1.csv", sure="yes")[0] == 303
     client.post("upload?name=other.csv", body=b"a,b\n1,2\n")
-    started: list[list[str]] = []
-    monkeypatch.setattr(queue, "enqueue", lambda _, name, words, form="": started.append(words))
+    space.job_file("one").write_text('{"words": ["train"], "form": "data=rows-1.csv&objective=sft", "exit_code": 0}')
+    started: list[tuple[list[str], str]] = []
+    monkeypatch.setattr(queue, "enqueue", lambda _, name, words, form="": started.append((words, form)))
     page = part(client.get("runs/one")[1])
     assert "The rows of this run were deleted (rows-1.csv)" in page.one("div", id="state").text
     code, text, _ = client.post("runs/one/resume")
     assert code == 409 and "rows of this run were deleted" in text and "did you mean" not in text and not started
     client.post("upload?name=faq.csv", body=TABLE)
     assert client.post("runs/one/resume", data="rows-3.csv")[0] == 303
-    assert started == [["train", "--resume", f"--output={space.run('one')}", f"--data={space.rows / 'rows-3.csv'}"]]
+    words = ["train", "--resume", f"--output={space.run('one')}", f"--data={space.rows / 'rows-3.csv'}"]
+    assert started == [(words, "data=rows-3.csv&objective=sft")]
 
 
 def test_the_error_of_a_continuation_is_shown_at_its_button(client: Client, space: Workspace, finished: Path) -> None:
@@ -325,6 +327,18 @@ def test_a_wrong_field_is_shown_at_its_step(
         assert page.one("input", id="eval_fraction").attributes["value"] == fields["eval_fraction"]
     status, text, _ = client.get(f"part/lint?{urlencode(draft)}", X_Part="1")
     assert status == 409 and "Change it at the step" in text
+
+
+def test_a_misspelt_model_is_shown_next_to_its_field(client: Client, tiny: TinyRun) -> None:
+    (tiny.model.parent / "small.gguf").touch()
+    near = {"smolm2-135m": SMOLLM2, "sentence-transformers/all-MiniLM-L6-v3": MINILM}
+    for typed, meant in (near | {f"{tiny.model.parent}/smal.gguf": f"{tiny.model.parent}/small.gguf"}).items():
+        assert f"did you mean {meant}" in str(named_model.error_of(typed)["next_step"])
+    assert not named_model.error_of("owner/model", offline=False) and not named_model.error_of(str(tiny.model))
+    status, text, _ = client.get("new/rows?typed_model=smolm2-135m")
+    error = part(text).one("span", id="typed_model-error").text
+    assert status == 409 and error.startswith(f"there is no model smolm2-135m: did you mean {SMOLLM2}?")
+    assert "backhand models" not in error and part(text).one("input", id="typed_model").attributes["value"]
 
 
 def test_options_of_the_adapter_that_the_page_once_left_out_are_fields(space: Workspace) -> None:

@@ -368,13 +368,17 @@ def test_a_default_that_is_typed_counts_as_given(
 
 
 def test_what_may_change_on_resuming(tiny: TinyRun, tmp_path: Path) -> None:
-    config = tiny.config(tmp_path / "straight", eval_every=2)
+    rows, moved = tmp_path / "rows.jsonl", tmp_path / "moved.jsonl"
+    shutil.copy(tiny.rows, rows)
+    config = tiny.config(tmp_path / "straight", eval_every=2, data=(str(rows),))
     train(config)
-    moved = tmp_path / "moved.jsonl"
-    shutil.copy(tiny.rows, moved)
     stopped(with_options(config, output=tmp_path / "before"), 3)
     (tmp_path / "before").rename(tmp_path / "run")
-    resumed(tmp_path / "run", data=(str(moved),), keep=1, save_every=1, log_every=1, memory="8GB")
+    rows.rename(moved)
+    changed = {"keep": 1, "save_every": 1, "log_every": 1, "memory": "8GB"}
+    given = with_options(TrainConfig(), output=tmp_path / "run", resume=True, quiet=True, data=(str(moved),), **changed)
+    stopped(given, 5)
+    resumed(tmp_path / "run", **changed)  # reads the rows that were given last
     found, expected = final_bits(tmp_path / "run"), final_bits(tmp_path / "straight")
     assert found.pop("README.md") != expected.pop("README.md")  # it names the rows' file
     assert found == expected

@@ -280,6 +280,10 @@ async def _rows_step(site: Site, request: Request) -> Response:
     draft = Draft.of(request.query_params.items())
     await _with_models(site, request, draft)
     draft.model_words(site.space, site.model_names)
+    if (name := draft.model) not in site.model_names:
+        outcome = await site.commands.run([name], request.is_disconnected, module="backhand.studio.named_model")
+        if error := outcome.json():
+            raise FieldError("typed_model" if draft.get("typed_model") else "model", **error)
     return _rows_page(site, draft, {})
 
 
@@ -464,6 +468,7 @@ async def _resume(site: Site, request: Request) -> Response:
                 next_step="upload the same file again at New run, Rows, and choose it here",
             )
         words.append(f"--data={site.space.upload(given)}")
+        form = form and Draft.of(parse_qsl(form)).query(data=given)
     queue.enqueue(site.space, run.name, words, form)
     return site.go_to_run(run.name)
 

@@ -208,10 +208,14 @@ class Draft:
         return self.get("objective")
 
     @property
+    def model(self) -> str:
+        """Name or path of the model."""
+        return self.get("typed_model") or self.get("model") or PACKAGED[0]
+
+    @property
     def model_name(self) -> str:
         """Name of the model, without the folders of a path."""
-        name = self.get("typed_model") or self.get("model") or PACKAGED[0]
-        return Path(name).name if name.startswith(("/", "~", ".")) else name
+        return Path(self.model).name if self.model.startswith(("/", "~", ".")) else self.model
 
     def query(self, **changes: str) -> str:
         """Return the fields as the query of an address, with changes."""
@@ -383,12 +387,13 @@ def changed_run(words: list[str], config: Path, output: Path) -> list[str]:
 
 
 _OPTION = re.compile(r"(add: )?--([a-z][a-z0-9-]*[a-z0-9])(?:[ =]((?!-)(?:'[^']*'|[\w./:%]*[\w%])))?")
-_COMMAND = re.compile(r"`?\bbackhand [a-z]+\b(?: --help explains every option)?")
+_COMMAND = re.compile(r"`?\bbackhand ([a-z]+)\b(?: --help explains every option)?`?")
 _COMMANDS = {
     "evaluate": "the command that evaluates an adapter, in a terminal",
     "train": "the page",
     "lint": "the check of the rows",
     "plan": "the prediction",
+    "models": "the step “Model”",
 }
 _PLACES = {
     "model": "the model",
@@ -439,4 +444,4 @@ def on_page(text: object) -> str:
     resume = r"(?:continue|go on) with:? (?:backhand train )?--resume(?: --output (?:'[^']*'|\S+))?"
     text = re.sub(resume, "choose “Continue the run”", text)
     text = _OPTION.sub(named, text)
-    return _COMMAND.sub(lambda match: _COMMANDS.get(match[0].split()[1], match[0]), text)
+    return _COMMAND.sub(lambda match: _COMMANDS.get(match[1], match[0]), text)

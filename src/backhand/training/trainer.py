@@ -49,7 +49,7 @@ from backhand.loop.step import AdapterOptimizer
 from backhand.loop.step_plan import StepPlan, derived_seed
 from backhand.nn.compute import gc_frozen
 from backhand.nn.decoder.decoder import Decoder
-from backhand.options.config_file import config_table, dump_config
+from backhand.options.config_file import config_table, dump_config, load_config
 from backhand.options.objectives import DISTILLED
 from backhand.printing import going_on, reworded
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
@@ -314,6 +314,7 @@ class Trainer:
             if self.checkpoint is not None:
                 self._refuse(run_differences(self.checkpoint.facts, run.identity))
             self.directory.mend()
+            self._store_sources()
         self.directory.make_checkpoints()
         self.directory.write(FACTS, json.dumps(run_facts(run), indent=1) + "\n")
         if not config.run.resume:
@@ -326,6 +327,14 @@ class Trainer:
         state.restore(self.checkpoint, run.bound.model.dtype)
         saver.restored(self.checkpoint.contents)
         self.directory.forget_after(self.checkpoint.step, evaluates_again=state.progress.evaluation_outstanding)
+
+    def _store_sources(self) -> None:
+        """Write the model and the rows that a resumed run reads to its configuration, for the next resumption."""
+        stored, read = load_config(self.directory.path / CONFIG), self.run.config
+        data = replace(stored.data, data=read.data.data, eval_data=read.data.eval_data)
+        written = replace(stored, data=data, model=replace(stored.model, model=read.model.model))
+        if written != stored:
+            self.directory.write(CONFIG, dump_config(written))
 
     def _run_loop(self, loop: TrainingLoop, proof_start: int | None) -> bool:
         """Run the loop, with a checkpoint at the step from which the proof of resuming starts.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from backhand.errors import ArtifactError, first_line
 from backhand.nn.loading.huggingface import CONFIG_FILE, HuggingFaceDirectory
-from backhand.nn.loading.stores import SMOLLM2
+from backhand.nn.loading.stores import PACKAGED, SMOLLM2, models_on_this_machine
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
@@ -19,8 +19,9 @@ _IN_FOLDERS = "*/*"
 
 
 def is_hub_id(name: str) -> bool:
-    """Return True if a name has the form `owner/model` or `model`."""
-    return _HUB_ID.fullmatch(name) is not None and ".." not in name
+    """Return True if a name has the form `owner/model` or `model`, and is not that of a file."""
+    is_file = ".." in name or name.endswith((".gguf", ".safetensors", ".json"))
+    return _HUB_ID.fullmatch(name) is not None and not is_file
 
 
 def open_hub_model(hub_id: str, revision: str | None, *, fetch: bool = True) -> HuggingFaceDirectory:
@@ -58,14 +59,16 @@ def _opened(path: Path, hub_id: str) -> HuggingFaceDirectory:
 
 
 def suggest_name(name: str) -> str:
-    """Return "did you mean …? Else " if a model in the same directory has a similar name, otherwise ""."""
-    candidates = {SMOLLM2: SMOLLM2}
+    """Return "did you mean …? Else " with the similar names of models on this machine, otherwise ""."""
+    stored = {one.name: one.name for one in models_on_this_machine(note=lambda _: None)}
+    packaged = PACKAGED | dict(zip(PACKAGED.values(), PACKAGED.values(), strict=True))
+    candidates = {Path(one).name: meant for one, meant in (packaged | stored).items()}
     with suppress(OSError, ValueError, RuntimeError):  # a NUL character in the name, or `~` of an unknown user
         siblings = Path(name).expanduser().parent.iterdir()
         models = (path for path in siblings if path.suffix == ".gguf" or (path / CONFIG_FILE).is_file())
         candidates |= {path.name: str(path) for path in models}
-    matches = difflib.get_close_matches(Path(name).name, candidates, n=1, cutoff=0.75)
-    return f"did you mean {candidates[matches[0]]}? Else " if matches else ""
+    near = difflib.get_close_matches(Path(name).name, candidates, cutoff=0.75)
+    return f"did you mean {' or '.join(dict.fromkeys(map(candidates.__getitem__, near)))}? Else " if near else ""
 
 
 def _snapshot(hub_id: str, revision: str | None, *, local_files_only: bool) -> Path:

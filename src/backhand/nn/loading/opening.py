@@ -79,7 +79,7 @@ def _opened(name_or_path: str | Path, revision: str | None, *, fetch: bool) -> M
                 f"{path} is only one file of a model", next_step=f"give the model's directory, {path.parent}"
             )
         return GGUFModel(path)
-    if isinstance(name_or_path, str) and is_hub_id(name) and not name.endswith((".gguf", ".safetensors", ".json")):
+    if isinstance(name_or_path, str) and is_hub_id(name):
         return open_hub_model(name, revision, fetch=fetch)
     raise ArtifactError(
         f"there is no model {name or 'without a name'}",
