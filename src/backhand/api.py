@@ -528,7 +528,6 @@ def _answers(function: str, data: Any, given: Mapping[str, Any]) -> list[dict[st
         template=options.template,
         one_at_a_time=len(rows) == 1,
         takes_heads=function == "classify",
-        as_trained=True,
     ) as loaded:
         if not options.answer.quiet:
             show_notes([*loaded.notes, *([] if loaded.classification else loaded.purpose_notes())])

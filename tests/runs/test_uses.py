@@ -86,3 +86,9 @@ def test_a_chat_needs_a_template_and_free_answers() -> None:
     assert trained.backhand()[1] == "backhand chat --model m --adapter a --system 'Be kind.'"
     for facts in ({"labelled": True}, {"has_template": False}):
         assert len(TrainedAdapter("sft", "m", "a", **facts).backhand()) == 1
+
+
+def test_a_text_is_completed_without_a_template() -> None:
+    trained = TrainedAdapter("sft", "m", "a", file="b.gguf", has_template=False)
+    assert trained.llama_cpp()[1] == "llama-completion -no-cnv -m b.gguf --lora adapter.gguf -p '…'"
+    assert trained.programs()[-1].text.endswith("\nollama run mine '…'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+import backhand
 from backhand.adapters.base_facts import BaseFacts
+from backhand.cli.main import main
 from backhand.data.data_report import DataReport
 from backhand.data.options import DataOptions
 from backhand.errors import UsageError
@@ -68,6 +71,35 @@ def test_the_next_command_continues_texts_as_they_were_trained_on(tiny: TinyRun,
     write_rows(rows, 4, seed=2, words=(8, 12))
     (asking,) = (line for line in closing_lines(train(tiny.config(tmp_path / "two", **options))) if "Next: " in line)
     assert asking.endswith(" --prompt '…'")
+
+
+def test_an_adapter_of_bare_texts_is_evaluated_talked_to_and_exported_without_a_template(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, rows = tmp_path / "texts.jsonl", write_rows(tmp_path / "rows.jsonl", 3, seed=2, words=(8, 12))
+    texts.write_text('{"text": "the user asks for a name"}\n' * 4)
+    train(tiny.config(tmp_path / "run", data=(str(texts),), eval_data=(), max_steps=1))
+    adapter, model = tmp_path / "run" / "adapter", str(tiny.model)
+
+    def loss(**template: str) -> float:
+        scores = backhand.evaluate(adapter=adapter, model=model, data=rows, **template).adapted
+        assert scores is not None
+        return scores.loss
+
+    assert loss() == loss(chat_template="none") != loss(chat_template="default")
+    chat = ["chat", "--model", model, "--adapter", str(adapter)]
+    capsys.readouterr()
+    assert main(chat) == 2
+    said = capsys.readouterr().err
+    assert "completes texts" in said and f"backhand generate --model {model} --adapter {adapter} --prompt" in said
+    monkeypatch.setattr("sys.stdin", io.StringIO("name"))
+    assert main([*chat, "--chat-template", "default", "--max-new-tokens", "1"]) == 0
+    capsys.readouterr()
+    for to, use in (("gguf", "llama-completion -no-cnv -m BASE.gguf --lora"), ("ollama", "ollama run mine '…'")):
+        backhand.export(adapter, model=model, to=to, output=tmp_path / to)
+        assert use in capsys.readouterr().out
+    lines = (tmp_path / "ollama" / "Modelfile").read_text().splitlines()
+    assert lines[1:] == ["ADAPTER ./adapter.gguf", 'TEMPLATE """{{ .Prompt }}"""']
 
 
 def test_few_rows_are_all_trained_on_and_many_lose_no_more_than_500(tiny: TinyRun, tmp_path: Path) -> None:

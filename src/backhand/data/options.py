@@ -289,8 +289,8 @@ class TemplateOptions:
     chat_template: Text | None = None
     """A Jinja chat template to use instead of the tokenizer's own: a file, or the template itself. `none` is for rows
     that are already rendered: prompt and completion are then joined unchanged, control tokens included. `default` is
-    the tokenizer's own. Not given: the tokenizer's own, but none in `generate` with an adapter that was trained on
-    texts without one, unless `template_args` or `system` is given."""
+    the tokenizer's own. Not given: the tokenizer's own, but none in `generate` and `evaluate` with an adapter that was
+    trained on texts without one, unless `template_args` or `system` is given."""
 
     template_args: Annotated[Mapping[str, Any], Check(_check_names), Words(parse_template_args)] = field(
         default_factory=dict

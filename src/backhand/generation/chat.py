@@ -9,13 +9,15 @@ from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 
+from backhand.data.chat import OWN_TEMPLATE, read_template
 from backhand.data.rows import Message
 from backhand.errors import BackhandError, DataError, UsageError
 from backhand.generation.command import read_text
-from backhand.generation.loading import loaded_model
+from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.generation.options import ChatOptions, SamplingOptions, compared_labels
 from backhand.generation.session import GenerationSession
 from backhand.printing import may_be_silent, say, write_answer
+from backhand.runs.uses import TrainedAdapter
 from backhand.words import show_notes
 
 ASK = ">>> "
@@ -39,14 +41,10 @@ def chat_command(options: ChatOptions) -> None:
     """
     options.validate()
     with loaded_model(options.model, options.chat.adapter, template=options.template, one_at_a_time=True) as loaded:
-        show_notes([*loaded.notes, *loaded.purpose_notes()])
-        session = GenerationSession(loaded, options.template)
+        session = GenerationSession(loaded, loaded.template)
         if not session.has_template:
-            raise UsageError(
-                f"{loaded.base} has no chat template, so it cannot hold a conversation",
-                where="chat_template",
-                next_step="take the Instruct variant of the model, give --chat-template FILE, or use backhand generate",
-            )
+            raise _completes_texts(loaded, options)
+        show_notes([*loaded.notes, *loaded.purpose_notes()])
         show_notes(loaded.missing_system(options.template.system))
         interactive = sys.stdin.isatty()
         if interactive:
@@ -65,6 +63,24 @@ def chat_command(options: ChatOptions) -> None:
                 say(f"{ASK}{options.chat.prompt}", file=sys.stdout)
             conversation.say(options.chat.prompt)
         _talk(conversation, interactive)
+
+
+def _completes_texts(loaded: LoadedModel, options: ChatOptions) -> UsageError:
+    """Return the error for a model without a chat template, or an adapter that was trained without one."""
+    if loaded.template == options.template:
+        return UsageError(
+            f"{loaded.base} has no chat template, so it cannot hold a conversation",
+            where="chat_template",
+            next_step="take the Instruct variant of the model, give --chat-template FILE, or use backhand generate",
+        )
+    given = TrainedAdapter("sft", loaded.base, str(options.chat.adapter)).given
+    own = read_template(None, loaded.tokenizer)
+    talk = "" if own is None else f"; for a conversation all the same: --chat-template {OWN_TEMPLATE}"
+    return UsageError(
+        "the adapter was trained on texts without a chat template: it completes texts, and holds no conversation",
+        where="adapter",
+        next_step=f"backhand generate {given} --prompt '…'{talk}",
+    )
 
 
 def _talk(conversation: Conversation, interactive: bool) -> None:

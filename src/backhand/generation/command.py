@@ -66,9 +66,7 @@ def generate_command(options: GenerateOptions) -> None:
         # A character that the terminal's encoding does not have must not end the answer.
         sys.stdout.reconfigure(errors="replace")
     one = prompt is not None
-    with loaded_model(
-        options.model, answer.adapter, template=options.template, one_at_a_time=one, as_trained=True
-    ) as loaded:
+    with loaded_model(options.model, answer.adapter, template=options.template, one_at_a_time=one) as loaded:
         if not answer.quiet:
             show_notes([*loaded.notes, *loaded.purpose_notes()])
         if prompt is None:

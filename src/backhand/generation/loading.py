@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,6 @@ def loaded_model(
     template: TemplateOptions | None = None,
     one_at_a_time: bool = False,
     takes_heads: bool = False,
-    as_trained: bool = False,
 ) -> Iterator[LoadedModel]:
     """Load a model, and compute with the options' threads inside the block.
 
@@ -99,10 +98,8 @@ def loaded_model(
         options: the base model, device and dtype.
         adapter: directory of an adapter, or a GGUF file.
         template: chat template and system message, which are compared with the adapter's record; None if no template
-            is used.
+            is used. Without any, an adapter that was trained on texts without a chat template gets none either.
         one_at_a_time: prompts are completed one by one, so a quantized base stays quantized.
-        as_trained: with an adapter that was trained on texts without a chat template, none is used either, unless
-            `template` gives one, its variables or a system message.
         takes_heads: an adapter with a head can be used. Such an adapter answers no prompts.
 
     Raises:
@@ -160,8 +157,9 @@ def loaded_model(
             model, notes, record = by_transformers()
             reason = error.problems[0] if error.problems else error.what
             notes = (f"transformers computes this model, more slowly than the engine would: {reason}", *notes)
-        if as_trained and record is not None and record.bare and used_template == TemplateOptions():
-            used_template = TemplateOptions(chat_template=NO_TEMPLATE)
+        given = used_template.chat_template, used_template.template_args, used_template.system
+        if template is not None and record is not None and record.bare and not any(given):
+            used_template = replace(used_template, chat_template=NO_TEMPLATE)
             if checks["chat_template"] is not None:
                 said = "the adapter was trained on texts without a chat template, and prompts get none either"
                 notes = (*notes, f"{said}; for the tokenizer's own: --chat-template {OWN_TEMPLATE}")

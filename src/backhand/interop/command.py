@@ -15,6 +15,7 @@ from backhand.adapters.loading import match_linear_adapter, read_adapter
 from backhand.adapters.module_factors import Factors, factors_of
 from backhand.adapters.peft_saving import loading_code
 from backhand.adapters.record import AdapterRecord
+from backhand.data.chat import read_template
 from backhand.data.template_report import default_system
 from backhand.errors import ArtifactError, BackhandError, ResourceError, UsageError, short_reason
 from backhand.files import staged, write_atomically
@@ -50,7 +51,7 @@ from backhand.nn.loading.gguf_layouts import stored_sizes
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.gguf_tensors import gguf_architecture
 from backhand.nn.loading.source import ModelSource
-from backhand.runs.uses import TrainedAdapter, llama_cpp_program, ollama_commands
+from backhand.runs.uses import TrainedAdapter
 from backhand.terminal import console
 from backhand.words import labelled
 
@@ -93,7 +94,7 @@ def _check_ollama(opened: OpenedAdapter, *, merge: bool) -> None:
         "rank": ("it computes no scores of documents", "use backhand rank, or export to another format"),
         "embed": ("it takes the pooling of vectors from the file of the model", "give --merge"),
     }
-    trained = TrainedAdapter(opened.objective or "sft", opened.base_name, str(opened.loaded.directory))
+    trained = _trained(opened)
     if ("ollama", ("--merge",) if merge else ()) not in trained.exports():
         why, next_step = reasons[trained.objective]
         raise ArtifactError(
@@ -102,6 +103,14 @@ def _check_ollama(opened: OpenedAdapter, *, merge: bool) -> None:
             why=why,
             next_step=next_step,
         )
+
+
+def _trained(opened: OpenedAdapter) -> TrainedAdapter:
+    """Return the adapter for the commands that use it."""
+    return TrainedAdapter(
+        *(opened.objective or "sft", opened.base_name, str(opened.loaded.directory)),
+        has_template=not _completes_texts(opened),
+    )
 
 
 def _how_to_use(options: ExportOptions, opened: OpenedAdapter, output: str) -> tuple[str, ...]:
@@ -113,7 +122,7 @@ def _how_to_use(options: ExportOptions, opened: OpenedAdapter, output: str) -> t
         longer = f"the code in {output}/README.md loads it with PEFT"
         return _next(*code) if len(code) == 2 else _next(longer)
     if options.to == "ollama":
-        return _next(*ollama_commands(output, objective))
+        return _next(*_trained(opened).in_ollama(output))
     if options.to != "gguf":
         return ()
     if objective == "decide" and not options.decision:
@@ -127,12 +136,12 @@ def _how_to_use(options: ExportOptions, opened: OpenedAdapter, output: str) -> t
         return (
             labelled("the base's tokenizer does not end texts as in training, and a merged model's does: add --merge"),
         )
-    program = llama_cpp_program(objective)
+    trained = _trained(opened)
     if options.merged:
-        return _next(f"{program} -m {output}", *(["then POST /v1/systemone"] if options.decision else []))
+        return _next(trained.in_llama_cpp(f"-m {output}"), *(["then POST /v1/systemone"] if options.decision else []))
     base = shlex.quote(str(opened.source.path)) if isinstance(opened.source, GGUFModel) else "BASE.gguf"
-    pooling = f" --pooling {embedding_of(opened)['pooling']}" if objective == "embed" else ""
-    return _next(f"{program}{pooling} -m {base} --lora {output}")
+    pooling = f"--pooling {embedding_of(opened)['pooling']} " if objective == "embed" else ""
+    return _next(trained.in_llama_cpp(f"{pooling}-m {base} --lora {output}"))
 
 
 def _next(*commands: str) -> tuple[str, ...]:
@@ -241,8 +250,7 @@ def _write(options: ExportOptions, opened: OpenedAdapter, path: Path) -> Factors
     path.mkdir()
     if options.to == "ollama":
         _write_gguf(opened, path / ADAPTER_FILE)
-        system = _system(opened.loaded.record, opened.source)
-        write_modelfile(path, ollama_base(opened.source, path), adapter=ADAPTER_FILE, system=system)
+        _write_modelfile(opened, path, ollama_base(opened.source, path), adapter=ADAPTER_FILE)
         return _read(opened, path / ADAPTER_FILE)
     if options.to == "mlx":
         files = mlx_files(opened)
@@ -258,6 +266,21 @@ def _write(options: ExportOptions, opened: OpenedAdapter, path: Path) -> Factors
         write_tokenizer(path, opened.source)
         write_files(path, opened)
     return read_mlx_files(path) if options.to == "mlx" else _read(opened, path)
+
+
+def _completes_texts(opened: OpenedAdapter) -> bool:
+    """Return True if prompts have no chat template, since the adapter's rows or the base had none."""
+    if opened.loaded.record is not None and opened.loaded.record.bare:
+        return True
+    with suppress(BackhandError):  # no tokenizer, or no usable one
+        return read_template(None, opened.source.tokenizer()) is None
+    return False
+
+
+def _write_modelfile(opened: OpenedAdapter, path: Path, base: str, *, adapter: str | None = None) -> None:
+    texts = _completes_texts(opened)
+    system = None if texts else _system(opened.loaded.record, opened.source)
+    write_modelfile(path, base, adapter=adapter, system=system, bare_prompt=texts)
 
 
 def _system(record: AdapterRecord | None, source: ModelSource) -> str | None:
@@ -307,7 +330,7 @@ def _export_merged(options: ExportOptions, opened: OpenedAdapter, output: Path, 
         if options.to == "ollama":
             path.mkdir()
             merge_adapter(opened, options, path / MODEL_FILE, prover, gguf=True)
-            write_modelfile(path, f"./{MODEL_FILE}", system=_system(opened.loaded.record, opened.source))
+            _write_modelfile(opened, path, f"./{MODEL_FILE}")
         else:
             vectors, gguf = options.to == "sentence-transformers", options.to == "gguf"
             merge_adapter(opened, options, path, prover, gguf=gguf, decision=options.decision, vectors=vectors)

@@ -136,12 +136,15 @@ def ollama_base(source: ModelSource, directory: Path) -> str:
     return f"./{BASE_FILE}"
 
 
-def write_modelfile(directory: Path, base: str, *, adapter: str | None = None, system: str | None = None) -> None:
+def write_modelfile(
+    directory: Path, base: str, *, adapter: str | None = None, system: str | None = None, bare_prompt: bool = False
+) -> None:
     """Write `Modelfile` into a directory.
 
     Args:
         base: the operand of FROM.
         system: the system message; left out if it contains quotes that would end it.
+        bare_prompt: give the model the prompt without the base's chat template.
 
     Raises:
         UsageError: if the base's name has several lines, of which the second would be another instruction.
@@ -151,6 +154,8 @@ def write_modelfile(directory: Path, base: str, *, adapter: str | None = None, s
     lines = [f"FROM {base}"]
     if adapter is not None:
         lines.append(f"ADAPTER ./{adapter}")
+    if bare_prompt:
+        lines.append('TEMPLATE """{{ .Prompt }}"""')
     if system is not None and '"""' not in system and not system.endswith('"'):
         lines.append(f'SYSTEM """{system}"""')
     write_atomically(directory / MODELFILE, ("\n".join(lines) + "\n").encode("utf-8"))

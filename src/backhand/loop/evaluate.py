@@ -152,7 +152,8 @@ def evaluation_rows(data: DataOptions, loaded: LoadedModel, run: EvaluateRunOpti
     Raises:
         UsageError, DataError: see `data.prepare`. DataError also for a token that the model does not have.
     """
-    data = replace(data, eval_data=(), eval_fraction=0.0)  # evaluate every given row and hold none out
+    # every given row is evaluated and none held out
+    data = replace(data, eval_data=(), eval_fraction=0.0, chat_template=loaded.template.chat_template)
     all_prompts: list[Prompt] = []
     prompts_of_rows = all_prompts if run.completions else None
     try:

@@ -52,6 +52,7 @@ def evaluate_rewards(options: EvaluateOptions) -> RewardEvaluation:
         loaded_model(options.model, run.adapter, template=data) as loaded,
     ):
         show_notes([*loaded.notes, *loaded.purpose_notes()])
+        data = replace(data, chat_template=loaded.template.chat_template)
         prepared = prepare(data, loaded.tokenizer, purpose="prompts", recorded=columns_of_prompts(loaded.columns))[0]
         show_notes(prepared.report.left_out())
         examples = prepared.examples

@@ -111,13 +111,27 @@ class TrainedAdapter:
         if not exports:
             return []
         if self.file is not None and () in exports:
-            commands = f"{export} --to gguf --output adapter.gguf", f"llama-cli -m {shlex.quote(self.file)}"
-            return [commands[0], f"{commands[1]} --lora adapter.gguf"]
+            files = f"-m {shlex.quote(self.file)} --lora adapter.gguf"
+            return [f"{export} --to gguf --output adapter.gguf", self.in_llama_cpp(files)]
         if self.objective == "decide":
             options, file = "--to gguf --decision", "decision.gguf"
         else:
             options, file = "--merge --to gguf", "merged.gguf"
-        return [f"{export} {options} --output {file}", f"{llama_cpp_program(self.objective)} -m {file}"]
+        return [f"{export} {options} --output {file}", self.in_llama_cpp(f"-m {file}")]
+
+    def in_llama_cpp(self, files: str) -> str:
+        """Return the command of llama.cpp that runs these files, given as its options."""
+        if self.objective in _LLAMA_CPP:
+            return f"{_LLAMA_CPP[self.objective]} {files}"
+        # llama-cli always opens a conversation, and llama-completion does so where the model has a chat template.
+        return f"llama-cli {files}" if self.has_template else f"llama-completion -no-cnv {files} -p '…'"
+
+    def in_ollama(self, directory: str) -> tuple[str, str]:
+        """Return the commands that create a model from an exported directory, quoted for a shell, and that use it."""
+        use = "ollama run mine" + ("" if self.has_template else " '…'")
+        if self.objective == "embed":
+            use = """curl http://localhost:11434/api/embed -d '{"model": "mine", "input": "…"}'"""
+        return f"ollama create mine -f {directory}/Modelfile", use
 
     def programs(self) -> list[Use]:
         """Return the uses in all programs, Backhand first."""
@@ -145,18 +159,5 @@ class TrainedAdapter:
             uses.append(Use("vLLM", f"backhand merge {self.given} --output merged\nvllm serve merged"))
         if of_ollama := [options for to, options in exports if to == "ollama"]:
             export = " ".join(("backhand export", self.given, *of_ollama[0], "--to ollama --output ollama"))
-            uses.append(Use("Ollama", "\n".join((export, *ollama_commands("ollama", self.objective)))))
+            uses.append(Use("Ollama", "\n".join((export, *self.in_ollama("ollama")))))
         return uses
-
-
-def llama_cpp_program(objective: str | None) -> str:
-    """Return the program of llama.cpp that runs a model of this objective, with its options."""
-    return _LLAMA_CPP.get(objective or "", "llama-cli")
-
-
-def ollama_commands(directory: str, objective: str | None) -> tuple[str, str]:
-    """Return the commands that create a model from an exported directory, quoted for a shell, and that use it."""
-    use = "ollama run mine"
-    if objective == "embed":
-        use = """curl http://localhost:11434/api/embed -d '{"model": "mine", "input": "…"}'"""
-    return f"ollama create mine -f {directory}/Modelfile", use
