@@ -243,6 +243,7 @@ def test_generate_answers_with_a_label_and_its_probability(
     assert sum(line["completion"] == line["reference"] for line in lines) >= 30
     for line in lines:
         assert sum(line["probabilities"].values()) == pytest.approx(1) and set(line["probabilities"]) == set(LABELS)
+        assert all(p == float(f"{p:.6g}") for p in line["probabilities"].values())
         assert line["probability"] == max(line["probabilities"].values()) == line["probabilities"][line["completion"]]
     generate(prompt="json", labels=("one", "for"))
     assert capsys.readouterr().out.strip() in ("one", "for")

@@ -186,6 +186,7 @@ def _write_answers(options: GenerateOptions, loaded: LoadedModel) -> None:
     """Write a line of JSON for every row, after the last answer."""
     started = time.perf_counter()
     lines = answer_rows(options, loaded)
+    lines = lines if options.answer.as_rows else rounded(lines)  # rows have numbers of their own
     if options.answer.output is None:
         write_answer(_json_lines(lines))
         return
@@ -196,6 +197,15 @@ def _write_answers(options: GenerateOptions, loaded: LoadedModel) -> None:
             f"{len(lines)} rows answered in {took_s:.1f} s: {shlex.quote(str(options.answer.output))}",
             *_exactly_right(lines, options.answer.compare),
         )
+
+
+_DIGITS = 6
+"""Number of significant digits of a printed probability."""
+
+
+def rounded(answers: Any) -> Any:
+    """Return answers with printed digits. In bfloat16, about two digits of a probability are known."""
+    return json.loads(json.dumps(answers), parse_float=lambda digits: float(f"{float(digits):.{_DIGITS}g}"))
 
 
 def write_lines(lines: Sequence[Mapping[str, Any]], output: Path | None, noun: str) -> None:
@@ -308,6 +318,7 @@ def _lines(
     except KeyboardInterrupt:
         answered = [lines[number] for number in sorted(lines)]
         whole = sum("adapted" in line for line in answered) if options.answer.compare else len(answered)
+        answered = answered if options.answer.as_rows else rounded(answered)
         _keep_answers(answered, whole, len(prompts), options.answer.output)
         raise
     return [lines[number] for number in range(len(prompts))]

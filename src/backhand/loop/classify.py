@@ -23,7 +23,7 @@ from backhand.data.stored_examples import StoredExamples, stored
 from backhand.data.text_encoder import TextEncoder
 from backhand.distributed.communicator import Communicator
 from backhand.errors import UsageError, not_none
-from backhand.generation.command import check_output, write_lines
+from backhand.generation.command import check_output, rounded, write_lines
 from backhand.generation.completer import EngineCompleter, require_finite
 from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.loop.class_scores import ClassScores, constant_logits, score_classes
@@ -163,7 +163,7 @@ def classify_command(options: ClassifyOptions) -> list[dict[str, Any]]:
     check_output(options.run.output, overwrite=options.run.overwrite)
     with working("classifying"):
         answers = classify(options)
-    write_lines(answers, options.run.output, "answer")
+    write_lines(rounded(answers), options.run.output, "answer")
     return answers
 
 

@@ -23,7 +23,7 @@ from backhand.data.sources import expand
 from backhand.data.stored_examples import stored
 from backhand.distributed.communicator import Communicator
 from backhand.errors import ArtifactError, DataError, UsageError, not_none
-from backhand.generation.command import check_output, write_lines
+from backhand.generation.command import check_output, rounded, write_lines
 from backhand.generation.completer import require_finite
 from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.loop.decision_scores import DecisionScore, Outcome, outcomes_of, score_questions
@@ -294,15 +294,6 @@ def decide(options: DecideOptions) -> list[dict[str, Any]]:
     return answers
 
 
-_DIGITS = 6
-"""Number of significant digits of a printed probability."""
-
-
-def _rounded(answers: Any) -> Any:
-    """Return answers with printed digits. In bfloat16, about two digits of a probability are known."""
-    return json.loads(json.dumps(answers), parse_float=lambda digits: float(f"{float(digits):.{_DIGITS}g}"))
-
-
 def _tie_notes(lines: Sequence[Mapping[str, Any]], rounding: str) -> list[str]:
     """Return a note if the most probable options of a choice, or yes and no, have the same printed probability.
 
@@ -311,7 +302,7 @@ def _tie_notes(lines: Sequence[Mapping[str, Any]], rounding: str) -> list[str]:
         rounding: name of a compute dtype in which different scores become equal; "" for float32.
     """
     ties: dict[str, int] = {}
-    for name, answer in (one for line in _rounded(lines) for one in line["answers"].items()):
+    for name, answer in (one for line in rounded(lines) for one in line["answers"].items()):
         p = answer["probabilities"].values() if "choice" in answer else [answer.get("noul", 0.0), 0.5]
         first, second, *_ = sorted(p, reverse=True)
         ties[name] = ties.get(name, 0) + (first == second)
@@ -325,7 +316,7 @@ def decide_command(options: DecideOptions) -> list[dict[str, Any]]:
     check_output(options.run.output, overwrite=options.run.overwrite)
     with working("deciding"):
         answers = decide(options)
-    write_lines(_rounded(answers), options.run.output, "answer")
+    write_lines(rounded(answers), options.run.output, "answer")
     return answers
 
 
