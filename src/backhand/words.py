@@ -53,18 +53,6 @@ _Z = 1.96
 """A standard normal variable is within ±1.96 with a probability of 95 %."""
 
 
-def gain_interval(before: float, after: float, rows: int) -> tuple[float, float]:
-    """Return Newcombe's 95 % interval of the difference of two shares that were each measured on `rows` rows.
-
-    With the Wilson intervals (l, u) of both shares:
-
-    low = d - √((p₂ - l₂)² + (u₁ - p₁)²),   high = d + √((u₂ - p₂)² + (p₁ - l₁)²),   d = p₂ - p₁
-    """
-    (low_1, high_1), (low_2, high_2) = share_interval(before, rows), share_interval(after, rows)
-    gain = after - before
-    return gain - math.hypot(after - low_2, high_1 - before), gain + math.hypot(high_2 - after, before - low_1)
-
-
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the mean of at least two values and its 95 % interval, mean ± t · deviation / √n.
 
@@ -96,20 +84,6 @@ def _student_quantile(freedom: int) -> float:
 
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """The quantile of 97.5 % of Student's distribution with 1, 2, … degrees of freedom."""
-
-
-_LARGEST_P = 0.05
-
-
-def changes_separate(before: float, after: float, rows: int) -> bool:
-    """Return True if the difference of two shares of the same rows can be more than chance by McNemar's exact test.
-
-    Let b rows only become right, and c rows only become wrong. The two-sided p is the probability that b + c throws of
-    a fair coin show a difference of at least |b - c|. It is lowest if b or c is 0: 2 · 0.5^|b - c|. Only this lower
-    bound is used, because it needs the difference b - c alone. Fewer than 6 rows never separate.
-    """
-    net = math.floor(abs(after - before) * rows + 1e-6)
-    return 2 * 0.5**net <= _LARGEST_P
 
 
 def interval_text(share: float, rows: int) -> str:

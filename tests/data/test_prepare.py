@@ -193,6 +193,7 @@ def test_held_out_rows_from_a_file_with_a_warning_for_those_that_were_trained_on
     assert (
         f"1 of 3 held-out documents also occur in the training data, for example {held}:1" in held_out.report.notes[0]
     )
+    assert held_out.report.repeated == 1 and train.report.repeated == 0
 
 
 def test_held_out_rows_from_a_fraction_or_from_the_neighbouring_file(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from backhand.cli.main import main
+from backhand.runs.row_changes import MOST_RECORDED
 from backhand.studio import app
 from backhand.studio.command import serving
 from backhand.studio.commands import Commands, Outcome
@@ -76,6 +77,10 @@ def test_time_left_and_a_killed_run_are_shown(watched: Client, finished: Path) -
     status = json.loads((finished / "status.json").read_text())
     start = status | {"state": "running", "process": os.getpid(), "process_start": None, "total_steps": 24}
     (finished / "status.json").write_text(json.dumps(start))
+    # The newest line is an evaluation with as many values per row as a run of pairs records.
+    pairs = {name: [-17.123456789012345] * MOST_RECORDED for name in ("row_chosen", "row_rejected", "row_nats")}
+    with (finished / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 12, "eval_loss": 0.25, "row_tokens": [4096] * MOST_RECORDED} | pairs) + "\n")
     text = shown(watched).one("div", id="state").text
     assert "trains" in text and "step 12 of 24, about" in text
     done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)

@@ -22,6 +22,7 @@ from backhand.generation.options import AnswerOptions, GenerateOptions
 from backhand.loop import evaluate as evaluation
 from backhand.loop.answers import rows_to_show
 from backhand.loop.evaluate import evaluate
+from backhand.loop.label_scores import label_score
 from backhand.nn.model_options import BaseModelOptions, pretrained_arguments
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.config import ModelOptions
@@ -32,13 +33,13 @@ from backhand.report.headline import headline, verdict
 from backhand.report.page import VERDICTS, result_sentence, run_page
 from backhand.report.run_record import RunRecord, read_run
 from backhand.runs.records import RowFacts
-from backhand.runs.row_changes import gain_words, mean_gain, recorded_gain
+from backhand.runs.row_changes import gain_words, mean_gain, recorded_gain, share_gain, unpaired_gain
 from backhand.runs.summary import LabelFigures, LabelRow, NeutralAnswer, RunSummary, forgotten_nats
 from backhand.terminal import _Now, console, working
 from backhand.training.advice import answer_advice
 from backhand.training.console import closing_lines
 from backhand.training.run import train
-from backhand.words import changes_separate, gain_interval, share_interval
+from backhand.words import share_interval
 from support.page import Page
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import tiny_model
@@ -56,6 +57,19 @@ def test_labels_of_a_run_without_an_end_are_not_judged_by_their_loss(ended: RunS
     stopped = replace(run, summary={}, facts=run.facts | {"labels": ["no", "yes"]})
     assert verdict(replace(run, summary={})) == "helped" and verdict(stopped) == "unclear"
     assert "right answers are counted at the end of the run" in headline(stopped)
+
+
+def test_held_out_rows_of_the_training_data_are_counted_next_to_the_figures(tiny: TinyRun, tmp_path: Path) -> None:
+    given = tiny.config(tmp_path / "run", max_steps=1, answers=0)
+    (held_out,) = given.data.eval_data
+    told = "also occur in the training data, so the figures of held-out rows are too good."
+    summary = train(replace(given, data=replace(given.data, data=(*given.data.data, held_out))))
+    assert summary.repeated_rows == summary.held_out_rows == 4
+    lines = closing_lines(summary)
+    assert lines[lines.index(f"4 held-out rows {told}") - 1].startswith(("Held-out loss", "Loss changed"))
+    assert f"4 held-out rows {told}" in Page(run_page(read_run(tmp_path / "run"))).one("section", id="result").text
+    alone = train(replace(given, run=replace(given.run, output=tmp_path / "alone")))
+    assert alone.repeated_rows == 0 and not any(told in line for line in closing_lines(alone))
 
 
 def test_the_share_by_which_the_loss_fell_stands_next_to_the_loss(ended: RunSummary) -> None:
@@ -116,6 +130,7 @@ def test_forgetting_is_said_in_words(ended: RunSummary) -> None:
     (line,) = (line for line in closing_lines(forgetful) if line.startswith(f"It forgot: {forgot}."))
     assert "--learning-rate" in line and "--max-forgetting" in line
     assert "  What is the capital of France?  “It is Paris.” → “politics”" in closing_lines(forgetful)
+    assert "1 of 1 free answer to unrelated prompts changed:" in closing_lines(forgetful)
     assert not any("capital" in line for line in closing_lines(replace(forgetful, forgotten_nats=0.1)))
     records: list[dict[str, Any]] = [{"step": step, "forgetting_nats": step / 4} for step in range(5)]
     assert (forgotten_nats(records, 2), forgotten_nats(records, None), forgotten_nats([], 2)) == (0.5, 1.0, None)
@@ -206,6 +221,8 @@ def test_neutral_prompts_are_answered_before_and_after(finished: Path) -> None:
     count = len(stored["neutral_answers"])
     result = Page(run_page(read_run(finished))).one("section", id="result").text
     assert f"given unrelated texts is left; {changed} of {count} free answers to unrelated prompts changed" in result
+    cut = [sum(one[f"{name}_cut_off"] for one in stored["neutral_answers"]) for name in ("base", "adapted")]
+    assert f"prompts changed ({cut[0]} → {cut[1]} of them cut off at their limit of tokens)" in result and any(cut)
     none = replace(read_run(finished), summary=stored | {"neutral_answers": []})
     assert "is left; free answers were not compared" in Page(run_page(none)).one("section", id="result").text
     assert "Unrelated prompts" in section and "What is the capital of France?" in section
@@ -292,6 +309,7 @@ def test_too_few_held_out_labels_ask_for_more_of_them(ended: RunSummary) -> None
     assert answer_advice(drawn, measured, Path("runs/one")) == (f"{separate}{share}", None)
     # 9 → 14 of 21 rows, of which one label has 5: clear with more held-out rows, and already better than a constant.
     before, after = (label_figures(right / 21, animals=5, sport=5, sad=5, happy=6) for right in (9, 14))
+    after["gain_over_constant"] = 8 / 21, 0.05, 0.6
     risen = {"base_exact_match": 0.0, "adapted_exact_match": 14 / 21, "exact_match_rows": 21}
     measured = replace(measured, held_out_rows=21, base_labels=before, adapted_labels=after, **risen)  # type: ignore[arg-type]
     suggested = answer_advice(config, measured, Path("runs/one"))
@@ -300,9 +318,9 @@ def test_too_few_held_out_labels_ask_for_more_of_them(ended: RunSummary) -> None
 
 
 def test_few_rows_do_not_tell_a_higher_accuracy_from_chance(ended: RunSummary) -> None:
-    """With 3 of 6 rows that became right, McNemar's exact test has p = 0.25, although the intervals differ."""
-    assert gain_interval(0.5, 1.0, 6)[0] > 0 and not changes_separate(0.5, 1.0, 6)
-    assert [changes_separate(0.0, 1.0, rows) for rows in (5, 6)] == [False, True]
+    """With 3 of 6 rows that became right, McNemar's exact test has p = 0.25."""
+    assert share_gain([1.0, 1.0, 1.0, 0.0, 0.0, 0.0], [1.0] * 6)[1] < 0
+    assert [share_gain([0.0] * rows, [1.0] * rows)[1] > 0 for rows in (4, 6)] == [False, True]
     before, after = label_figures(0.5, spam=3, ham=3), label_figures(1.0, spam=3, ham=3, other=0)
     right = {"base_exact_match": 0.0, "adapted_exact_match": 1.0, "exact_match_rows": 6}
     measured = replace(ended, base_labels=before, adapted_labels=after, **right)  # type: ignore[arg-type]
@@ -434,9 +452,35 @@ def test_the_interval_is_wilsons(share: float, rows: int, low: float, high: floa
     assert share_interval(share, rows) == pytest.approx((low, high), abs=5e-5)
 
 
-def test_the_interval_of_a_difference_is_newcombes() -> None:
-    assert gain_interval(48 / 80, 56 / 80, 80) == pytest.approx((-0.0470, 0.2400), abs=5e-3)
-    assert gain_interval(0.3, 0.3, 50)[0] == pytest.approx(-gain_interval(0.3, 0.3, 50)[1])
+def test_the_interval_of_a_gain_is_that_of_the_changed_rows() -> None:
+    """Bonett and Price: with b rows only right before and c only after, of n, p = (b + 1, c + 1) / (n + 2)."""
+    rows = [(0.0, 1.0)] * 12 + [(1.0, 0.0)] * 2 + [(1.0, 1.0)] * 386
+    before, after = (list(side) for side in zip(*rows, strict=True))
+    lost, won = 3 / 402, 13 / 402
+    half = 1.96 * math.sqrt((lost + won - (won - lost) ** 2) / 402)
+    assert share_gain(before, after) == pytest.approx((10 / 400, won - lost - half, won - lost + half), abs=2e-4)
+    apart = unpaired_gain(388 / 400, share_interval(388 / 400, 400), 398 / 400, share_interval(398 / 400, 400))
+    assert apart[1] < 0 < share_gain(before, after)[1], "the same accuracies of different rows say less"
+    for same in ([1.0] * 9, [0.0] * 9, [0.0, 1.0, 0.4] * 3):
+        gain, low, high = share_gain(same, same)
+        assert gain == 0 and low == pytest.approx(-high) and 0.1 < high < 0.7
+    assert share_gain([1.0] * 9, [0.0] * 9)[:2] == (-1, -1) and share_gain([1.0] * 9, [0.0] * 9)[2] < -0.4
+
+
+def test_the_same_accuracies_are_clear_if_few_rows_changed(ended: RunSummary) -> None:
+    """29 → 39 of 60 rows, none of which became wrong: the intervals of both accuracies overlap."""
+    right = ["a", "b", "c"] * 20
+    base = label_score(right, right[:29] + ["d"] * 31, "abcd", right)
+    nested, other = right[:39] + ["d"] * 21, ["d"] * 21 + right[21:]
+    for given, words in (
+        (nested, "better than the base model and"),
+        (other, "not clearly better than the base model;"),
+    ):
+        adapted = label_score(right, given, "abcd", right).to_json(base)
+        assert json.loads(json.dumps(adapted))["accuracy"] == 0.65 and "right_rows" not in adapted
+        measured = {"base_labels": base.to_json(), "adapted_labels": adapted, "exact_match_rows": 60}
+        stated = replace(ended, base_exact_match=0.0, adapted_exact_match=0.65, **measured)  # type: ignore[arg-type]
+        assert any(words in line for line in closing_lines(stated))
 
 
 def test_labels_come_with_what_they_lack(ended: RunSummary) -> None:

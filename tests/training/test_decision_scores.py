@@ -8,6 +8,7 @@ from sklearn.metrics import brier_score_loss, f1_score, log_loss
 
 from backhand.data.decisions import Question
 from backhand.loop.decision_scores import (
+    RESAMPLES,
     Outcome,
     expected_calibration_error,
     fit_temperatures,
@@ -115,6 +116,23 @@ def test_the_interval_of_the_calibration_error_contains_it(rows: int, temperatur
     score = score_questions(drawn(rows, 1.0), {"choice": temperature})["team"]
     low, high = score.ece_interval
     assert 0 < score.accuracy < 1 and low <= score.ece <= high and (low == 0) is calibrated
+
+
+def test_the_interval_of_the_calibration_error_is_that_of_resampled_rows() -> None:
+    """Resampled rows may end a bin between two copies of a row, and the numbers of rows per bin differ by one."""
+    outcomes = [one._replace(targets=np.roll(one.targets, number % 3)) for number, one in enumerate(drawn(57, 1.0))]
+    score = score_questions(outcomes, {})["team"]
+    p = np.stack([one.probabilities(1.0) for one in outcomes])
+    order = np.argsort(p.max(1), kind="stable")
+    confidence = p.max(1)[order]
+    hits = np.array([one.targets[one.scores.argmax()] for one in outcomes])[order]
+    draw = np.random.Generator(np.random.Philox(0))
+    picks = [draw.integers(57, size=57) for _ in range(RESAMPLES)]
+    errors = [expected_calibration_error(confidence[pick], hits[pick]) for pick in picks]
+    least, most = np.quantile(errors, [0.025, 0.975])
+    parts = [np.abs(confidence[part].sum() - hits[part].sum()) for part in np.array_split(np.arange(57), 10)]
+    assert score.ece == pytest.approx(sum(parts) / 57)
+    assert score.ece_interval == pytest.approx((2 * score.ece - most, 2 * score.ece - least))
 
 
 def test_the_calibration_error_of_calibrated_rows_is_small() -> None:

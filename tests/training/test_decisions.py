@@ -340,7 +340,8 @@ def test_a_lower_loss_of_decisions_is_no_help_alone(
 ) -> None:
     summary = not_none(read_summary(straight.run.output / "summary.json"))
     figures = next(iter(not_none(summary.adapted_decisions).values()))
-    common = figures | {"rows": 12, "majority": 0.33, "constant": False}
+    of_earlier = {name: value for name, value in figures.items() if not name.startswith("gain")}
+    common = of_earlier | {"rows": 12, "majority": 0.33, "constant": False}
     before, after = ({"team": common | {"accuracy": share}} for share in (base, adapted))
     measured = replace(summary, base_decisions=before, adapted_decisions=after, try_next=None)  # type: ignore[arg-type]
     assert any(words in line for line in closing_lines(measured))
@@ -390,6 +391,15 @@ def test_a_run_without_an_end_is_judged_by_its_right_answers(straight: TrainConf
     assert "team: 42.9% → 28.6% of 21 held-out answers right (95 % interval 14–50 %; 30.0%" in headline(fewer)
     assert result_sentence(fewer) == "right answers 43% → 29% (95 % interval 14–50 %): not clear whether it helped."
     assert verdict(stopped(0.95, 0.286)) == "hurt" and verdict(stopped(0.286, 0.95)) == "helped"
+    # A run without an end is compared with the adapter that it started from, whatever it learns.
+    worse = stopped(0.95, 0.286)
+    for given, name, loss in ((None, "base model", "1.358"), ("a", "adapter it started from", "1.358 (the adapter it")):
+        config = finished.config | {"run": {"from_adapter": given}}
+        assert f": the {name} is better" in headline(replace(worse, config=config))
+        answers = config | {"objective": {"objective": "sft"}}
+        for run in (replace(worse, config=config), replace(worse, config=answers)):
+            assert f"the loss on 6 held-out rows went from {loss}" in headline(run)
+            assert ("start adapter" in run_page(run).decode()) is (given is not None)
     running = replace(fewer, status=replace(not_none(finished.status), state="running"))
     assert verdict(running) == "open" and "team: 42.9% → 28.6%" in headline(running)
     older = replace(fewer, metrics=[{"step": line["step"], "eval_loss": line["eval_loss"]} for line in fewer.metrics])
@@ -400,14 +410,14 @@ def test_runs_are_compared_by_right_answers(straight: TrainConfig) -> None:
     run = read_run(straight.run.output)
     figures = run.summary["adapted_decisions"]["team"] | {"rows": 21}
 
-    def lead(*shares: float) -> str:
+    def lead(*shares: float, rows: Sequence[Sequence[float]] = ((), ())) -> str:
         made = [
-            replace(run, path=run.path / name, summary=run.summary | {"adapted_decisions": {"team": figures | one}})
-            for name, share in zip("ab", shares, strict=True)
-            for one in [{"accuracy": share}]
+            replace(run, path=run.path / name, summary=run.summary | {"adapted_decisions": made, "row_scores": of_rows})
+            for name, share, of_rows in zip("ab", shares, rows, strict=True)
+            for made in [{"team": figures | {"accuracy": share}}]
         ]
         page = Page(comparison_page(made))
-        assert "right held-out answers" in page.one("section", id="result").text
+        assert "held-out score, base → best" in page.one("section", id="result").text
         return page.one("p", class_="lead").text
 
     near = lead(14 / 21, 15 / 21)
@@ -416,6 +426,14 @@ def test_runs_are_compared_by_right_answers(straight: TrainConfig) -> None:
     assert lead(20 / 21, 0.2).startswith(
         "a has clearly the most right answers on the same 21 held-out answers: a 95.2%"
     )
+    # The same shares of overlapping intervals are clear if b answers every row right that a does, and seven more.
+    nine, sixteen = [1.0] * 9 + [0.0] * 12, [1.0] * 16 + [0.0] * 5
+    assert lead(9 / 21, 16 / 21).startswith("No run has clearly")
+    nested = lead(9 / 21, 16 / 21, rows=(nine, sixteen))
+    assert (
+        nested.startswith("b has clearly the most right answers") and "they differ by +33.3 points (95 % int" in nested
+    )
+    assert lead(9 / 21, 16 / 21, rows=(nine[::-1], sixteen)).startswith("No run has clearly")
 
 
 def test_the_page_has_a_reliability_plot_and_thresholds(straight: TrainConfig) -> None:

@@ -61,6 +61,7 @@ from backhand.options.command_options import (
 )
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
+from backhand.report.comparison import comparison_page
 from backhand.report.headline import headline, verdict
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
@@ -431,6 +432,7 @@ def test_a_run_learns_and_scores_retrieval(straight: TrainConfig) -> None:
     assert summary.adapted_retrieval["queries"] == 6
     shown = closing_lines(summary)
     assert any("6 anchors among 12 candidates" in line for line in shown)
+    assert sum(summary.row_scores) / 6 == pytest.approx(summary.adapted_retrieval["ndcg@10"], abs=1e-6)
     assert any(line.startswith("Next: backhand embed") for line in shown)
 
 
@@ -515,6 +517,31 @@ def test_base_and_adapter_are_compared_by_the_changes_of_each_query(
     assert f"{change:+.3f} ({low:+.3f} to {high:+.3f})" in page.one("section", id="answers").text
     print_vectors(VectorEvaluation(100, {"retrieval": before.to_json()}, {"retrieval": scores}))
     assert words.removesuffix(", so it helped") in capsys.readouterr().out
+
+
+def test_runs_of_vectors_are_compared_by_the_scores_of_each_query(straight: TrainConfig) -> None:
+    """A lower loss, which depends on the loss type and on the temperature, said that a run was better."""
+    run = read_run(straight.run.output)
+    rows = np.linspace(0.2, 0.7, 20)
+
+    def lead(name: str, *shifts: float, of_rows: bool = True, spread: float = 0.0) -> str:
+        made = []
+        for number, shift in enumerate(shifts):
+            each = rows + shift + spread * (-1) ** np.arange(20) * number
+            value, interval = float(each.mean()), [float(each.mean()) + side for side in (-0.1, 0.1)]
+            one = {name: value, "queries": 20, "intervals": {name: interval}, "chance": {}}
+            found = {"base_retrieval": {}, "adapted_retrieval": one, "row_scores": each.tolist() if of_rows else []}
+            objective = run.config["objective"] | {"loss_type": ("info_nce", "triplet")[number]}
+            summary, config = run.summary | found, run.config | {"objective": objective}
+            made.append(replace(run, path=run.path / "ab"[number], summary=summary, config=config))
+        return Page(comparison_page(made)).one("p", class_="lead").text
+
+    clear = lead("ndcg@10", 0.0, 0.05, spread=0.01)
+    assert clear.startswith("b has clearly the highest nDCG@10 on the same held-out rows: b 0.500 (95 % interval 0.400")
+    assert "a 0.450 (95 % interval 0.350 to 0.550); they differ by +0.050 (95 % interval +0.045 to +0.055)" in clear
+    assert lead("ndcg@10", 0.0, 0.05, spread=0.2).startswith("No run has clearly the highest nDCG@10")
+    assert lead("ndcg@10", 0.0, 0.05, of_rows=False).startswith("No run has clearly"), "the intervals overlap"
+    assert lead("spearman", 0.25, 0.0, of_rows=False).startswith("a has clearly the highest Spearman")
 
 
 def test_correlations_are_compared_on_the_same_resampled_pairs() -> None:

@@ -21,6 +21,7 @@ from backhand.loop.value_average import saved_values
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.options.config import OptimizationOptions
 from backhand.runs.checkpoint import Checkpoint
+from backhand.runs.row_changes import MOST_RECORDED, ROW_NATS, ROW_REWARDS, row_scores
 
 
 @pytest.mark.parametrize("elements", [0, 1, 16_384, 16_385, 20_000_003])
@@ -120,6 +121,21 @@ def test_a_rise_on_neutral_texts_is_noted_once() -> None:
         evaluator.evaluate()
     (note,) = (call.args[0] for call in observer.noted.call_args_list)
     assert note.startswith("step 1: it forgot: on neutral texts the loss rose by 0.67 nats per token. A lower")
+
+
+@pytest.mark.parametrize(("rows", "recorded"), [(MOST_RECORDED, True), (MOST_RECORDED + 1, False)])
+def test_the_values_of_few_held_out_rows_are_recorded(rows: int, recorded: bool) -> None:
+    """The rewards of all rows are, since a gain in reward has no other figures."""
+    lora = LoRAParameters([LoRASlot("layers.0.proj", 30, 20, 4, 1.7)])
+    state = RunState(lora, AdapterOptimizer(lora, OptimizationOptions()), Progress(step=1))
+    held_out, observer = _Sum(lora, 1.0), Mock()
+    observer.evaluated.return_value = None
+    held_out.by_row = {ROW_NATS: [0.5] * rows, ROW_REWARDS: [0.5] * rows}
+    plan = cast("Any", SimpleNamespace(run=SimpleNamespace(max_forgetting=None)))
+    Evaluator(Mock(), state, plan, held_out=held_out, observer=observer).evaluate()
+    ((line,), _) = observer.evaluated.call_args
+    assert (ROW_NATS in line) is recorded and len(line[ROW_REWARDS]) == rows
+    assert len(row_scores([0.5] * rows)) == rows * recorded
 
 
 def _norm(values: Tensor) -> float:

@@ -34,6 +34,7 @@ class DataReport:
         option_rows: rows added to those of decisions, whose text is the name of an option. They count in `rows`.
         empty_answers: rows with an answer of only white space.
         skipped_bad: malformed rows left out under `skip_bad`.
+        repeated: held-out rows that also occur in the training data.
         system: the system message, if all rows have the same one; else None.
         bare: True if all rows were texts without a chat template and without control tokens.
         notes: other information for the user, one sentence each.
@@ -56,6 +57,7 @@ class DataReport:
     system: str | None = None
     bare: bool = False
     empty_rows: int = 0
+    repeated: int = 0
     notes: tuple[str, ...] = ()
 
     def lines(self, unit: str = "document") -> list[str]:

@@ -114,7 +114,7 @@ def prepare(
     if held_out is not None:
         shared = overlap(train.examples, held_out.examples)
         if shared:
-            held_out = held_out.with_note(
+            held_out = replace(held_out, report=replace(held_out.report, repeated=len(shared))).with_note(
                 f"warning: {len(shared):,} of {len(held_out.examples):,} held-out documents also occur in the training "
                 f"data, for example {shared[0].source}; the held-out loss will be too low"
             )

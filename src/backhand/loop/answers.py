@@ -40,6 +40,7 @@ from backhand.options.command_options import EvaluateRunOptions
 from backhand.options.config import TrainConfig
 from backhand.printing import counting
 from backhand.runs.records import MAX_NEW_TOKENS
+from backhand.runs.row_changes import row_scores
 from backhand.runs.summary import AnswerLengths, NeutralAnswer
 from backhand.words import mean_interval
 
@@ -176,7 +177,13 @@ def free_answers(
     held_out = [replace(answer, prompted=of_teacher[answer.source]) for answer in held_out]
     first = len(parts)
     neutral = [
-        NeutralAnswer(prompt=question, base=_decoded(tokenizer, old), adapted=_decoded(tokenizer, new))
+        NeutralAnswer(
+            prompt=question,
+            base=_decoded(tokenizer, old),
+            adapted=_decoded(tokenizer, new),
+            base_cut_off=len(old) >= new_tokens,
+            adapted_cut_off=len(new) >= new_tokens,
+        )
         for (question, _), old, new in zip(questions, before[first:], adapted[first:], strict=True)
     ]
     paired = [example for example, _, _ in parts] if pairs else []
@@ -389,8 +396,9 @@ def measured_answers(
         "free_texts": _are_free_texts(prompts, [end - begin for begin, end in _spans(chosen)]),
         "base_exact_match": base.exact_match,
         "adapted_exact_match": adapted.exact_match,
-        "base_labels": asdict(base.labels) if base.labels else None,
-        "adapted_labels": asdict(adapted.labels) if adapted.labels else None,
+        "base_labels": base.labels.to_json() if base.labels else None,
+        "adapted_labels": adapted.labels.to_json(base.labels) if adapted.labels else None,
+        "row_scores": row_scores(adapted.labels.right_rows) if adapted.labels else (),
     }
 
 

@@ -13,7 +13,7 @@ A model that is not better has learned nothing from the texts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from backhand.data.class_examples import MULTI, NUMBER
 from backhand.data.examples import Example
 from backhand.data.rows import ProblemType
-from backhand.loop.label_scores import label_score
+from backhand.loop.label_scores import RightRows, label_score
 from backhand.loop.retrieval_scores import spearman
 from backhand.ops.binary_cross_entropy import binary_cross_entropy_forward
 from backhand.ops.cross_entropy import cross_entropy_forward
@@ -32,7 +32,7 @@ _SURPRISES = 5
 
 
 @dataclass(frozen=True)
-class ClassScores:
+class ClassScores(RightRows):
     """Scores of one model on the same rows."""
 
     rows: int
@@ -46,9 +46,9 @@ class ClassScores:
     surprises: list[dict[str, Any]]
     accuracy_interval: tuple[float, float] | None  # 95 % interval of the accuracy; None for numbers
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the scores as JSON values."""
-        fields = asdict(self)
+    def figures(self, base: ClassScores | None = None) -> dict[str, Any]:
+        """Return `to_json` in the form of summary.json, where the values have no name of their own."""
+        fields = self.to_json(base)
         return {**fields.pop("values"), **fields}
 
 
@@ -87,13 +87,14 @@ def score_classes(
     """
     losses = row_losses(logits, targets, problem)
     confusion: dict[str, dict[str, int]] = {}
+    hits: list[float] = []
     right, given = ([_shown(row, problem, labels) for row in each] for each in (targets, _decided(logits, problem)))
     if problem == NUMBER:
         mse, spread = float(losses.mean()), float(targets.var(unbiased=False))
         ranks = spearman(logits[:, 0].numpy(), targets[:, 0].numpy())
         values = {"mse": mse, "r2": 1 - mse / spread if spread else 0.0, "spearman": ranks}
     else:
-        hits = [one == other for one, other in zip(right, given, strict=True)]
+        hits = [float(one == other) for one, other in zip(right, given, strict=True)]
         values = {"accuracy": sum(hits) / len(hits), "nll": float(losses.mean())}
         if problem == MULTI:
             values["f1_macro"] = _macro_f1(_decided(logits, problem), targets)
@@ -106,17 +107,20 @@ def score_classes(
     ]
     constant = len({*given}) == 1 and len({*right}) > 1
     interval = None if problem == NUMBER else share_interval(values["accuracy"], len(targets))
-    return ClassScores(len(targets), problem, float(losses.mean()), values, constant, confusion, surprises, interval)
+    return ClassScores(
+        *(len(targets), problem, float(losses.mean()), values, constant, confusion, surprises, interval),
+        right_rows=hits,
+    )
 
 
 def add_texts(scores: Mapping[str, Any], examples: Iterable[Example], tokenizer: Any) -> None:
     """Add the beginning of its text to each row with a large loss.
 
     Args:
-        scores: results of `ClassScores.to_json`.
+        scores: `base_classes` and `adapted_classes` of summary.json.
         examples: all rows.
     """
-    rows = [row for one in scores.values() for row in one["surprises"]]
+    rows = [row for name in ("base_classes", "adapted_classes") for row in scores[name]["surprises"]]
     places = {row["source"] for row in rows}
     texts = {
         one.source: shorten(tokenizer.decode(one.input_ids, skip_special_tokens=True))

@@ -25,14 +25,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from backhand.data.decisions import DecisionRow, Question, QuestionType
-from backhand.loop.label_scores import label_score
+from backhand.loop.label_scores import RightRows, label_score
 from backhand.words import share_interval
 
 Floats = npt.NDArray[np.float64]
@@ -106,7 +106,7 @@ def _slope(outcome: Outcome, temperature: float) -> float:
 
 
 @dataclass(frozen=True)
-class DecisionScore:
+class DecisionScore(RightRows):
     """The scores of one model on the answers to one question."""
 
     rows: int
@@ -129,11 +129,6 @@ class DecisionScore:
     confusion: dict[str, dict[str, int]]  # number of rows by answer, then by decision
     surprises: list[dict[str, Any]]  # the least probable answers: source, answer, decision, probability of the answer
     flips: float | None = None  # share of decisions that change if the options come in a random order
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the scores as JSON values."""
-        intervals = {"accuracy_interval": list(self.accuracy_interval), "ece_interval": list(self.ece_interval)}
-        return asdict(self) | intervals
 
 
 def score_questions(
@@ -206,6 +201,8 @@ def _score(
         confusion=labels.confusion,
         surprises=_surprises(outcomes, p, right, given),
         flips=flips,
+        right_rows=hits.tolist(),
+        right_by_constant=labels.right_by_constant,
     )
 
 
@@ -217,8 +214,18 @@ def _bins(confidence: Floats) -> list[npt.NDArray[np.int64]]:
 
 def expected_calibration_error(confidence: Floats, hits: Floats) -> float:
     """Return the ECE with bins of equal numbers of rows."""
-    gaps = [len(part) * abs(confidence[part].mean() - hits[part].mean()) for part in _bins(confidence)]
-    return float(sum(gaps) / len(confidence))
+    gaps = (confidence - hits)[np.argsort(confidence, kind="stable")]
+    return _error_of(np.cumsum(gaps)[_ends(len(gaps)) - 1], len(gaps))
+
+
+def _ends(rows: int) -> npt.NDArray[np.int64]:
+    """Return the number of rows up to the end of each bin."""
+    return np.cumsum([len(part) for part in np.array_split(np.arange(rows), min(BINS, rows))])
+
+
+def _error_of(sums: Floats, rows: int) -> float:
+    """Return the ECE of the sums of confidence minus hits over all rows up to the end of each bin."""
+    return float(np.abs(np.diff(sums, prepend=0.0)).sum() / rows)
 
 
 def _ece_interval(confidence: Floats, hits: Floats) -> tuple[float, float]:
@@ -234,20 +241,28 @@ def _ece_interval(confidence: Floats, hits: Floats) -> tuple[float, float]:
     difference of mean confidence and accuracy, and the accuracy can be anything in its Wilson interval. The interval
     contains these errors as well.
     """
-    draw = np.random.Generator(np.random.Philox(0))
-    picks = (draw.integers(len(hits), size=len(hits)) for _ in range(RESAMPLES))
-    measured = expected_calibration_error(confidence, hits)
-    least, most = np.quantile(
-        [expected_calibration_error(confidence[pick], hits[pick]) for pick in picks], [0.025, 0.975]
-    )
+    rows, draw = len(hits), np.random.Generator(np.random.Philox(0))
+    order, ends = np.argsort(confidence, kind="stable"), _ends(rows)
+    confidence, hits = confidence[order], hits[order]
+    gaps, measured = confidence - hits, expected_calibration_error(confidence, hits)
+
+    def resampled() -> float:
+        # Rows are drawn as counts, which keeps their order. A bin may end between two copies of the same row.
+        counts = np.bincount(draw.integers(rows, size=rows), minlength=rows)
+        drawn, sums = np.cumsum(counts), np.cumsum(counts * gaps)
+        last = np.searchsorted(drawn, ends)
+        return _error_of(sums[last] - (drawn[last] - ends) * gaps[last], rows)
+
+    def calibrated() -> float:
+        return _error_of(np.cumsum(confidence - (draw.random(rows) < confidence))[ends - 1], rows)
+
+    least, most = np.quantile([resampled() for _ in range(RESAMPLES)], [0.025, 0.975])
     low, high = min(measured, max(0.0, 2 * measured - most)), max(measured, 2 * measured - least)
     if np.ptp(hits) == 0:
-        mean, (least, most) = float(confidence.mean()), share_interval(float(hits.mean()), len(hits))
+        mean, (least, most) = float(confidence.mean()), share_interval(float(hits.mean()), rows)
         low, high = min(low, max(0.0, least - mean, mean - most)), max(high, most - mean, mean - least)
     elif set(hits.tolist()) == {0.0, 1.0}:
-        drawn = (np.asarray(draw.random(len(hits)) < confidence, np.float64) for _ in range(RESAMPLES))
-        calibrated = [expected_calibration_error(confidence, one) for one in drawn]
-        low = 0.0 if measured <= np.quantile(calibrated, 0.95) else low
+        low = 0.0 if measured <= np.quantile([calibrated() for _ in range(RESAMPLES)], 0.95) else low
     return float(low), float(high)
 
 

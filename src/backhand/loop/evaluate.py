@@ -63,7 +63,7 @@ from backhand.loop.retrieval_scores import scores_text
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.objectives import ObjectiveOptions
 from backhand.printing import counting
-from backhand.runs.label_results import constant_answer, verdict_words
+from backhand.runs.label_results import Accuracies, constant_answer, verdict_words
 from backhand.runs.pair_results import ROW_ANSWERS, change_bounds, pair_clauses
 from backhand.runs.row_changes import loss_change, loss_words, main_score, score_words
 from backhand.terminal import console_for_tables, table_of, working
@@ -123,15 +123,25 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `evaluate --json` prints, without labels, pairs, decisions and rankings if there are none."""
-        values = asdict(self)
+        adapted = None if self.adapted is None else _json_values(self.adapted, self.base)
+        values = {"rows": self.rows, "base": _json_values(self.base), "adapted": adapted}
         if self.loss_change is not None:
             values["loss_change"], *values["loss_change_interval"] = self.loss_change
-        for scores in filter(None, (values["base"], values["adapted"])):
-            del scores["row_losses"]
-            for name in ("labels", "pairs", "pairs_interval", "decisions", "retrieval", "classes"):
-                if scores[name] is None:
-                    del scores[name]
         return values
+
+
+def _json_values(score: Score, base: Score | None = None) -> dict[str, Any]:
+    """Return scores as JSON values without the parts that they lack, with the gains over `base` if it is given."""
+    values = asdict(score)
+    del values["row_losses"]
+    for name in ("labels", "classes"):
+        if (one := getattr(score, name)) is not None:
+            values[name] = one.to_json(base and getattr(base, name))
+    if score.decisions is not None:
+        before = {} if base is None else base.decisions or {}
+        values["decisions"] = {name: one.to_json(before.get(name)) for name, one in score.decisions.items()}
+    optional = ("labels", "pairs", "pairs_interval", "decisions", "retrieval", "classes")
+    return {name: value for name, value in values.items() if value is not None or name not in optional}
 
 
 @dataclass(frozen=True)
@@ -500,7 +510,8 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | RewardEvaluation 
         before = None if last is base else base.labels
         line = constant_answer(last.labels.per_label)
         if before is not None:
-            line += f": {verdict_words(before.accuracy, last.labels.accuracy, last.labels.majority, result.rows)}"
+            figures, majority = last.labels.to_json(before), last.labels.majority
+            line += f": {verdict_words(Accuracies.of(before.accuracy, figures, majority, result.rows))}"
         console_for_tables().print(capitalized(line), soft_wrap=True)
     for name, one in measured:
         for clause in _pair_clauses(result) if one is last and one.pairs else ():

@@ -33,13 +33,10 @@ from backhand.loop.step import StepResult
 from backhand.loop.step_plan import StepPlan
 from backhand.loop.value_average import saved_values
 from backhand.printing import going_on
-from backhand.runs.row_changes import ROW_REWARDS
+from backhand.runs.row_changes import MOST_RECORDED, ROW_REWARDS
 from backhand.runs.summary import REMEMBERING, forgetting
 from backhand.system import rss_bytes
 from backhand.words import finite_or_none, name_list
-
-_MOST_RECORDED = 2000
-"""Number of held-out rows up to which metrics.jsonl has their losses; the intervals of more rows are narrow."""
 
 
 class SaveCheckpoint(Protocol):
@@ -203,7 +200,7 @@ class Evaluator:
             if self.held_out.said:
                 record["answers"] = self.held_out.said
             for name, row in self.held_out.by_row.items():
-                if (name == ROW_REWARDS or len(row) <= _MOST_RECORDED) and all(map(math.isfinite, row)):
+                if (name == ROW_REWARDS or len(row) <= MOST_RECORDED) and all(map(math.isfinite, row)):
                     record[name] = row
         if self.meter is not None:
             as_base = progress.step == 0 and self._is_fresh()

@@ -29,6 +29,7 @@ from backhand.loop.vector_changes import (
     neutral_packer,
 )
 from backhand.nn.decoder.decoder import Decoder
+from backhand.runs.row_changes import row_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -136,6 +137,7 @@ class HeldOutEmbeddings(HeldOut):
             {"anchor": texts[first[row]][:SHOWN_LETTERS], "base": of_base, "adapted": of_adapted}
             for row, of_base, of_adapted in zip(of_rows, *nearest, strict=True)
         ]
+        result["row_scores"] = row_scores(scores.of_queries.get("ndcg@10", ()))
         return {**result, "neutral_drift": drift(*of_neutral)}
 
     def _losses(self, rows: Sequence[int], embeddings: Tensor) -> list[float]:

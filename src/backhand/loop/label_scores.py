@@ -16,15 +16,35 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+from backhand.runs.row_changes import share_gain
 from backhand.runs.summary import LabelRow
 from backhand.terminal import console_for_tables, table_of
 from backhand.words import share_interval
 
 
+@dataclass(frozen=True, kw_only=True)
+class RightRows:
+    """The rows that a model answers right, and those that the most frequent answer does.
+
+    A value is 1 for a right row and 0 for a wrong one, or the answer's share of a soft target.
+    """
+
+    right_rows: Sequence[float] = field(repr=False)  # empty if the answers are numbers
+    right_by_constant: Sequence[float] = field(default=(), repr=False)  # empty if the base is a constant answer
+
+    def to_json(self, base: RightRows | None = None) -> dict[str, Any]:
+        """Return the scores as JSON values, with the gains over `base` and over a constant answer if it is given."""
+        values = asdict(self)
+        del values["right_rows"], values["right_by_constant"]
+        compared = {"gain": base and base.right_rows, "gain_over_constant": base and self.right_by_constant}
+        return values | {name: share_gain(before, self.right_rows) for name, before in compared.items() if before}
+
+
 @dataclass(frozen=True)
-class LabelScore:
+class LabelScore(RightRows):
     """The scores of one model on rows whose answers are labels."""
 
     accuracy: float
@@ -65,6 +85,7 @@ def label_score(right: Sequence[str], given: Sequence[str], labels: Iterable[str
     confusion = {one: {other: pairs[one, other] for other in labels if pairs[one, other]} for one in labels if has[one]}
     inventions = Counter(answer for answer in free if answer not in per_label)
     accuracy = sum(pairs[label, label] for label in labels) / len(right)
+    most_frequent = max(has, key=has.__getitem__)
     return LabelScore(
         accuracy,
         share_interval(accuracy, len(right)),
@@ -74,6 +95,8 @@ def label_score(right: Sequence[str], given: Sequence[str], labels: Iterable[str
         confusion,
         inventions.total(),
         dict(inventions.most_common(_INVENTIONS)),
+        right_rows=[float(one == other) for one, other in zip(right, given, strict=True)],
+        right_by_constant=[float(one == most_frequent) for one in right],
     )
 
 

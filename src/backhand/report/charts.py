@@ -283,11 +283,11 @@ def reliability(bins: Sequence[Mapping[str, Any]]) -> Spec:
     }
 
 
-def similarities(base: Mapping[str, Sequence[float]], adapted: Mapping[str, Sequence[float]]) -> Spec:
-    """Return the distributions of cosines of pairs and of other texts, of the base model and of the adapted one."""
+def similarities(before: str, base: Mapping[str, Sequence[float]], adapted: Mapping[str, Sequence[float]]) -> Spec:
+    """Return the distributions of cosines of pairs and of other texts, of the model `before` and of the adapted one."""
     rows = [
         {"cosine": (2 * place + 1) / len(shares) - 1, "share": share, "series": f"{kind}, {model}"}
-        for model, histogram in (("base model", base), ("adapter", adapted))
+        for model, histogram in ((before, base), ("adapter", adapted))
         for kind, shares in histogram.items()
         for place, share in enumerate(shares)
     ]

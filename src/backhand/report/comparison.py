@@ -5,18 +5,36 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from backhand.report import charts
-from backhand.report.headline import base_and_best, best_step, forgot, forgotten, headline, right_answers
+from backhand.report.headline import (
+    base_and_best,
+    best_step,
+    forgot,
+    forgotten,
+    headline,
+    ranking_scores,
+    right_answers,
+)
 from backhand.report.page import differences, expected, prompt_parts
 from backhand.report.proof_tables import proof_tables
 from backhand.report.rendering import NOT_KNOWN, figure, render, size, time_taken
 from backhand.report.run_record import RunRecord, is_number
-from backhand.runs.label_results import clearly_better
-from backhand.runs.row_changes import ROW_NATS, ROW_TOKENS, first_and_best, loss_change, loss_words
+from backhand.runs.row_changes import (
+    ROW_NATS,
+    ROW_TOKENS,
+    SCORE_NAMES,
+    first_and_best,
+    gain_verdict,
+    loss_change,
+    loss_words,
+    mean_gain,
+    share_gain,
+    unpaired_gain,
+)
 from backhand.runs.summary import loss_unit
-from backhand.words import count_of, interval_text
+from backhand.words import count_of, interval_text, share_interval
 
 # Options that do not affect a run's result.
 _IRRELEVANT_OPTIONS = frozenset({"run.output", "run.resume", "run.overwrite", "run.quiet", "run.debug"})
@@ -65,10 +83,10 @@ def _best(named: Sequence[tuple[str, RunRecord]]) -> str:
         return "The runs held out different rows: their held-out losses cannot be compared."
     if len(objectives) > 1:
         return "The runs have different objectives: their held-out losses cannot be compared."
+    if (of_scores := _by_scores(named)) is not None:
+        return of_scores
     if len(_loss_types([run for _, run in named])) > 1:
         return "The runs have different values of --loss-type: their held-out losses cannot be compared."
-    if (of_answers := _most_right(named)) is not None:
-        return of_answers
     loss, name = min(losses)
     best = dict(named)[name]
     (objective,) = objectives
@@ -82,18 +100,66 @@ def _best(named: Sequence[tuple[str, RunRecord]]) -> str:
     return f"{name} has the lowest loss on the same held-out rows: {loss:.4f} {unit}{lead}{lost}."
 
 
-def _most_right(named: Sequence[tuple[str, RunRecord]]) -> str | None:
-    """Return a sentence about the most right answers, or None unless all runs have as many answers."""
-    shares = [(right[1], right[2], name) for name, run in named if (right := right_answers(run)) is not None]
-    if len(shares) < max(2, len(named)) or len({rows for _, rows, _ in shares}) > 1:
+class _HeldOutScore(NamedTuple):
+    """The score of held-out rows by which runs are compared: the share of right answers, or one of rankings."""
+
+    name: str
+    before: float | None  # before training
+    value: float
+    interval: Sequence[float]  # 95 % interval of the value
+    rows: int  # number of answers, or of queries
+    of_rows: Sequence[float]  # the score of each of them; empty if they are not recorded
+    is_share: bool  # True for right answers
+
+    def lead(self, second: _HeldOutScore) -> Sequence[float]:
+        """Return how much higher the score is than another one of the same rows, and its 95 % interval."""
+        paired = None
+        if len(second.of_rows) == len(self.of_rows) == self.rows:
+            paired = (share_gain if self.is_share else mean_gain)(second.of_rows, self.of_rows)
+        return paired or unpaired_gain(second.value, second.interval, self.value, self.interval)
+
+    def shown(self, value: float, sign: str = "") -> str:
+        return f"{100 * value:{sign}.1f}" if self.is_share else f"{value:{sign}.3f}"
+
+    def figures(self) -> str:
+        """Return the value with its interval."""
+        if self.is_share:
+            return f"{self.value:.1%} ({interval_text(self.value, self.rows)})"
+        low, high = map(self.shown, self.interval)
+        return f"{self.shown(self.value)} (95 % interval {low} to {high})"
+
+
+def _held_out_score(run: RunRecord) -> _HeldOutScore | None:
+    of_rows = run.summary.get("row_scores") or ()
+    if (right := right_answers(run)) is not None:
+        before, share, rows = right
+        interval = share_interval(share, rows)
+        return _HeldOutScore("right answers", before, share, interval, rows, of_rows, is_share=True)
+    if (ranked := ranking_scores(run)) is None:
         return None
-    (best, rows, name), (second, _, other) = sorted(shares, key=lambda one: -one[0])[:2]
+    name, base, scores = ranked
+    interval, rows = scores["intervals"][name], scores["queries"]
+    return _HeldOutScore(SCORE_NAMES[name], base.get(name), scores[name], interval, rows, of_rows, is_share=False)
+
+
+def _by_scores(named: Sequence[tuple[str, RunRecord]]) -> str | None:
+    """Return a sentence about the best answers or rankings, or None unless all runs have a score of as many rows."""
+    scores = [(score, name) for name, run in named if (score := _held_out_score(run)) is not None]
+    if len(scores) < max(2, len(named)) or len({(one.name, one.rows) for one, _ in scores}) > 1:
+        return None
+    (best, name), (second, other) = sorted(scores, key=lambda one: -one[0].value)[:2]
+    lead = best.lead(second)
+    what = "the most right answers" if best.is_share else f"the highest {best.name}"
+    of_rows = count_of(best.rows, "held-out answer") if best.is_share else "held-out rows"
+    mean, low, high = (best.shown(one, "+") for one in lead)
+    figures = (
+        f"on the same {of_rows}: {name} {best.figures()}, {other} {second.figures()}; they differ by "
+        f"{mean}{' points' * best.is_share} (95 % interval {low} to {high})"
+    )
+    if gain_verdict(lead) != "helped":
+        return f"No run has clearly {what} {figures}."
     but = forgot(dict(named)[name]).removeprefix("; ")
-    figures = f"{best:.1%} ({interval_text(best, rows)}), {other} {second:.1%} ({interval_text(second, rows)})"
-    of_rows = f"on the same {count_of(rows, 'held-out answer')}: {name} {figures}"
-    if clearly_better(second, best, rows):
-        return f"{name} has clearly the most right answers {of_rows}." + (f" But {but}." if but else "")
-    return f"No run has clearly the most right answers {of_rows}."
+    return f"{name} has clearly {what} {figures}." + (f" But {but}." if but else "")
 
 
 def _lead(best: RunRecord, second: RunRecord, name: str, unit: str) -> str:
@@ -117,12 +183,12 @@ def _loss(run: RunRecord) -> str:
     return f"{figure(base)} → {figure(best)}"
 
 
-def _right(run: RunRecord) -> str:
-    """Return the shares of right answers before and after training, with the interval of the second."""
-    if (right := right_answers(run)) is None:
+def _score(run: RunRecord) -> str:
+    """Return the score of held-out rows before and after training, with the interval of the second."""
+    if (score := _held_out_score(run)) is None:
         return NOT_KNOWN
-    before, after, rows = right
-    return ("" if before is None else f"{before:.1%} → ") + f"{after:.1%} ({interval_text(after, rows)})"
+    before = "" if score.before is None else f"{score.shown(score.before)}{'%' * score.is_share} → "
+    return f"{score.name} {before}{score.figures()}"
 
 
 def _proofs(run: RunRecord) -> str:
@@ -135,7 +201,7 @@ def _proofs(run: RunRecord) -> str:
 _FIGURES: Mapping[str, Callable[[RunRecord], str]] = {
     "state": lambda run: run.status.state if run.status else NOT_KNOWN,
     "held-out loss, base → best": _loss,
-    "right held-out answers, base → best": _right,
+    "held-out score, base → best": _score,
     "forgotten on neutral texts, nats per token": lambda run: figure(forgotten(run)),
     "best step": lambda run: figure(run.summary.get("best_step")),
     "steps": lambda run: figure(run.summary.get("steps", max((line["step"] for line in run.metrics), default=0))),
@@ -176,7 +242,7 @@ def _answers(named: Sequence[tuple[str, RunRecord]]) -> list[dict[str, Any]]:
                     "reference": first.get("reference", ""),
                     "expected": "chosen" if first.get("rejected") else expected(named[0][1]),
                     "prompted": first.get("prompted"),
-                    "before_it": "start adapter" if named[0][1].summary.get("compared_with_start") else "base model",
+                    "before_it": "start adapter" if named[0][1].compared_with_start else "base model",
                     "base": first.get("base", ""),
                     "by_run": [(name, parts) for (name, _), parts in zip(named, marked, strict=True)],
                 }

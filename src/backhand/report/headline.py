@@ -11,10 +11,10 @@ from backhand.options.objectives import DISTILLED
 from backhand.report.run_record import RunRecord, is_number
 from backhand.runs.distilled_results import agreement_words
 from backhand.runs.label_results import (
-    LabelVerdict,
+    Accuracies,
+    accuracies_of_labels,
     decision_clause,
     decisions_verdict,
-    figures_verdict,
     label_clause,
     label_verdict,
     recorded_decisions,
@@ -66,10 +66,10 @@ def verdict(run: RunRecord) -> str:
 def _verdict_of_scores(run: RunRecord) -> str:
     base, best = base_and_best(run)
     if (labels := _labels(run)) is not None:
-        return figures_verdict(*labels)
+        return label_verdict(accuracies_of_labels(*labels))
     if run.objective == "decide" or run.summary.get("adapted_decisions"):
         of_base, of_adapter = decisions_of(run)
-        nothing: LabelVerdict | Literal["unknown"] = "unknown" if best is None else "unclear"
+        nothing: Verdict | Literal["unknown"] = "unknown" if best is None else "unclear"
         return decisions_verdict(of_base, of_adapter) or nothing
     if _judged_at_the_end(run):
         return "unclear"
@@ -97,13 +97,13 @@ def _labels(run: RunRecord) -> tuple[Any, Any, int] | None:
     return (base, adapted, int(rows)) if complete and is_number(rows) else None
 
 
-def _class_verdict(run: RunRecord) -> LabelVerdict | None:
+def _class_verdict(run: RunRecord) -> Verdict | None:
     """Return the verdict on a head's classes, or None if it gives numbers. Its base is the best constant answer."""
     base, adapted = classes_of(run)
     constant, right, rows = base.get("accuracy"), adapted.get("accuracy"), adapted.get("rows")
     if not (is_number(constant) and is_number(right) and is_number(rows)):
         return None
-    return label_verdict(constant, right, constant, int(rows))
+    return gain_verdict(Accuracies.of(constant, adapted, constant, int(rows)).gain)
 
 
 def classes_of(run: RunRecord) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -276,19 +276,18 @@ def _outcome(run: RunRecord) -> str:
             return f"{change} so far{reward}"
         return f"{change}; {gain_words(_reward_gain(run))}{_effect(run, unclear='')}{reward}"
     base_decisions, decisions = decisions_of(run)
+    before_it = before_name(run.compared_with_start)
+    of_start = f" ({before_it})" if run.compared_with_start else ""
     if run.is_running and not decisions:
-        return f": the loss on {rows} went from {base:.3f} to {best:.3f} so far"
-    of_start = f" ({before_name(run.summary)})" if run.summary.get("compared_with_start") else ""
+        return f": the loss on {rows} went from {base:.3f}{of_start} to {best:.3f} so far"
     change = f": the loss on {rows} went from {base:.3f}{of_start} to {best:.3f}"
     if (labels := _labels(run)) is not None:
-        return f"{change}; {label_clause(*labels, before_name(run.summary))}"
+        return f"{change}; {label_clause(*labels, before_it)}"
     if _judged_at_the_end(run):
         return f"{change} nats per token; right answers are counted at the end of the run, which it did not reach"
     if run.objective == "decide" and not decisions:
         return f"{change} nats per answer{_effect(run)}"
     if decisions:
-        from_adapter = run.config.get("run", {}).get("from_adapter")
-        before_it = before_name(run.summary or {"compared_with_start": from_adapter})
         clauses = [decision_clause(name, base_decisions.get(name), one, before_it) for name, one in decisions.items()]
         return "; ".join([f"{change} nats per answer{' so far' * run.is_running}", *clauses])
     if run.objective in PAIR_OBJECTIVES:
@@ -298,7 +297,7 @@ def _outcome(run: RunRecord) -> str:
         return "; ".join([f"{change} {loss_unit(run.objective)}", *clauses])
     if run.objective in DISTILLED:
         figures = run.summary.get("distilled")
-        words = f"{agreement_words(figures)}{since_start(run.summary)}" if figures else ""
+        words = f"{agreement_words(figures)}{since_start(run.compared_with_start)}" if figures else ""
         agreed = f", and the most probable token is the teacher's in {words}" if figures else ""
         return f"{change} {loss_unit(run.objective)}{agreed}{_effect(run)}"
     if run.objective in ("embed", "rank"):

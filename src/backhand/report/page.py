@@ -17,7 +17,16 @@ from backhand.report.run_record import RunRecord, is_number
 from backhand.runs.distilled_results import distilled_sentences
 from backhand.runs.pair_results import PAIR_OBJECTIVES, answers_got_worse
 from backhand.runs.records import MAX_NEW_TOKENS
-from backhand.runs.summary import CLASS_SCORES, chosen_by, exact_match_says, forgetting, no_label_fits, since_start
+from backhand.runs.summary import (
+    CLASS_SCORES,
+    changed_answers,
+    chosen_by,
+    exact_match_says,
+    forgetting,
+    no_label_fits,
+    repeated_rows,
+    since_start,
+)
 from backhand.runs.uses import TrainedAdapter
 from backhand.words import count_of, interval_text
 
@@ -100,9 +109,11 @@ def live_values(run: RunRecord) -> dict[str, Any]:
 
 def _remarks(run: RunRecord) -> list[str]:
     """Return sentences that qualify the result."""
-    remarks = [chosen_by(run.summary.get("reading", ""))] if (run.summary.get("evaluations") or 0) > 1 else []
+    repeated = (run.facts.get("data", {}).get("held_out") or {}).get("repeated", 0)
+    remarks = [repeated_rows(repeated)] if repeated else []
+    remarks += [chosen_by(run.summary.get("reading", ""))] if (run.summary.get("evaluations") or 0) > 1 else []
     if (figures := run.summary.get("distilled")) is not None:
-        remarks = [*distilled_sentences(figures, run.objective, since_start(run.summary)), *remarks]
+        remarks = [*distilled_sentences(figures, run.objective, since_start(run.compared_with_start)), *remarks]
     return [*remarks, no_label_fits(labels)] if (labels := run.summary.get("labels")) else remarks
 
 
@@ -137,11 +148,8 @@ def _tiles(run: RunRecord, tables: Sequence[ProofTable]) -> list[tuple[str, str,
 
 def _changed_answers(run: RunRecord) -> str:
     """Return a clause about free answers, which the probability of single words does not tell."""
-    answers = run.summary.get("neutral_answers") or ()
-    if not answers:
-        return "free answers were not compared"
-    changed = sum(one["base"] != one["adapted"] for one in answers)
-    return f"{changed} of {count_of(len(answers), 'free answer')} to unrelated prompts changed"
+    answers = run.summary.get("neutral_answers")
+    return changed_answers(answers) if answers else "free answers were not compared"
 
 
 def _result_tile(run: RunRecord) -> tuple[str, str, str]:
@@ -294,7 +302,8 @@ def _decision_charts(run: RunRecord) -> dict[str, charts.Spec]:
 
 def _vector_charts(run: RunRecord) -> dict[str, charts.Spec]:
     base, adapted = ((run.summary.get(f"{name}_retrieval") or {}).get("histogram") for name in ("base", "adapted"))
-    return {"similarities": charts.similarities(base, adapted)} if base and adapted else {}
+    before = "start adapter" if run.compared_with_start else "base model"
+    return {"similarities": charts.similarities(before, base, adapted)} if base and adapted else {}
 
 
 def _data_charts(run: RunRecord) -> dict[str, charts.Spec]:

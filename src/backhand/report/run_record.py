@@ -92,8 +92,14 @@ class RunRecord:
     @property
     def fresh_head(self) -> bool:
         """True if the adapter has a head that the model before the run does not have."""
-        known = self.summary.get("base_retrieval") or self.summary.get("compared_with_start")
-        return self.trains_head and not known
+        return self.trains_head and not (self.summary.get("base_retrieval") or self.compared_with_start)
+
+    @property
+    def compared_with_start(self) -> bool:
+        """True if the figures before the run are those of the adapter that it started from."""
+        if self.summary:
+            return bool(self.summary.get("compared_with_start"))
+        return bool(self.config.get("run", {}).get("from_adapter"))  # the run has no end yet
 
     @property
     def steps(self) -> list[dict[str, Any]]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from backhand.runs.row_changes import share_gain
 from backhand.runs.summary import DistilledFigures
-from backhand.words import gain_interval, mean_interval
+from backhand.words import mean_interval
 
 
 def top_1_gain(base: Sequence[int], adapted: Sequence[int], tokens: int) -> tuple[float, float, float] | None:
     """Return the gain in agreement with the teacher and its 95 % interval, or None for fewer than two rows.
 
     The interval is that of the rows, since the tokens of an answer depend on each other. If all rows gained equally, it
-    is Newcombe's of the two shares, as if each row was one token. Both are cut to the changes that are possible.
+    is that of `share_gain`, as if each row was one token. Both are cut to the changes that are possible.
 
     Args:
         base: number of tokens of each row at which the most probable token is the teacher's, of the base model.
@@ -23,10 +24,8 @@ def top_1_gain(base: Sequence[int], adapted: Sequence[int], tokens: int) -> tupl
         return None
     per_row = tokens / len(base)
     gains = [(after - before) / per_row for before, after in zip(base, adapted, strict=True)]
-    before, after = sum(base) / tokens, sum(adapted) / tokens
-    gain, low, high = mean_interval(gains)
-    if len({*gains}) == 1:
-        low, high = gain_interval(before, after, len(base))
+    before = sum(base) / tokens
+    gain, low, high = mean_interval(gains) if len({*gains}) > 1 else share_gain([0.0] * len(gains), gains)
     return gain, max(low, 0.0 - before), min(high, 1.0 - before)
 
 

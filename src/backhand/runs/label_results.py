@@ -6,11 +6,13 @@ better than those of the base model and than one constant answer, by more than c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+from backhand.runs.row_changes import Verdict, gain_verdict, share_gain, unpaired_gain
 from backhand.runs.summary import LabelFigures
-from backhand.words import changes_separate, count_of, gain_interval, interval_text, shorten
+from backhand.words import count_of, interval_text, share_interval, shorten
 
 
 def most_frequent(per_label: Mapping[str, Mapping[str, Any]]) -> tuple[str, float]:
@@ -26,73 +28,90 @@ def constant_answer(per_label: Mapping[str, Mapping[str, Any]]) -> str:
     return f"always answering {shorten(label)!r} is right in {share:.1%}"
 
 
-LabelVerdict = Literal["helped", "hurt", "unclear"]
+class Accuracies(NamedTuple):
+    """Shares of right answers to the same rows, and the adapter's gains with their 95 % intervals."""
+
+    base: float
+    adapted: float
+    constant: float  # of the most frequent answer
+    rows: int
+    # gains over the base and over the most frequent answer, see `row_changes.share_gain`
+    gain: Sequence[float]
+    gain_over_constant: Sequence[float]
+
+    @classmethod
+    def of(cls, base: float, adapted: Mapping[str, Any], constant: float, rows: int) -> Accuracies:
+        """Return the shares. Figures without gains, as of earlier versions, have the difference of both intervals.
+
+        Args:
+            base: accuracy of the base model.
+            adapted: the figures of the adapter.
+            constant: accuracy of the most frequent answer.
+            rows: number of rows measured.
+        """
+        after = adapted["accuracy"]
+        gains = (
+            adapted.get(name) or unpaired_gain(before, share_interval(before, rows), after, share_interval(after, rows))
+            for name, before in (("gain", base), ("gain_over_constant", constant))
+        )
+        return cls(base, after, constant, rows, *gains)
 
 
-def label_verdict(base: float, adapted: float, constant: float, rows: int) -> LabelVerdict:
+def accuracies_of_labels(base: LabelFigures, adapted: LabelFigures, rows: int) -> Accuracies:
+    """Return the shares of the scores in summary.json."""
+    return Accuracies.of(base["accuracy"], adapted, most_frequent(adapted["per_label"])[1], rows)
+
+
+def label_verdict(shares: Accuracies) -> Verdict:
     """Judge whether an adapter's labels are better than the base model's and than a constant answer.
 
-    Args:
-        base: accuracy of the base model.
-        adapted: accuracy with the adapter.
-        constant: accuracy of the most frequent label.
-        rows: number of rows measured.
-
-    Returns:
-        `helped` or `hurt` only if the 95 % interval of the difference does not contain 0, and enough rows changed.
+    `helped` or `hurt` only if the 95 % intervals of the gains do not contain 0.
     """
-    if clearly_better(adapted, base, rows):
-        return "hurt"
-    return "helped" if clearly_better(max(base, constant), adapted, rows) else "unclear"
+    verdict = gain_verdict(shares.gain)
+    return "unclear" if verdict == "helped" and gain_verdict(shares.gain_over_constant) != "helped" else verdict
 
 
-def clearly_better(before: float, after: float, rows: int) -> bool:
-    """Return True if a share is larger than another one of the same rows by more than chance explains."""
-    return gain_interval(before, after, rows)[0] > 0 and changes_separate(before, after, rows)
-
-
-def figures_verdict(base: LabelFigures, adapted: LabelFigures, rows: int) -> LabelVerdict:
-    """Return the verdict on the scores in summary.json."""
-    return label_verdict(base["accuracy"], adapted["accuracy"], most_frequent(adapted["per_label"])[1], rows)
-
-
-def verdict_words(base: float, adapted: float, constant: float, rows: int, before: str = "the base model") -> str:
+def verdict_words(shares: Accuracies, before: str = "the base model") -> str:
     """Return `label_verdict` in words. A higher accuracy that may be chance is said to be from too few rows.
 
     Args:
-        before: name of the model that `base` is the accuracy of.
+        before: name of the model that `shares.base` is the accuracy of.
     """
-    verdict = label_verdict(base, adapted, constant, rows)
+    verdict = label_verdict(shares)
     if verdict == "helped":
         return f"that is better than {before} and a constant answer"
     if verdict == "hurt":
         return f"{before} is better"
-    compared = {before: base, "a constant answer": constant}
-    unclear = " or ".join(name for name, share in compared.items() if not clearly_better(share, adapted, rows))
+    compared = {before: shares.gain, "a constant answer": shares.gain_over_constant}
+    unclear = " or ".join(name for name, gain in compared.items() if gain_verdict(gain) != "helped")
+    rows = shares.rows
     too_few = f"; {count_of(rows, 'row')} {'is' if rows == 1 else 'are'} too few to tell the change from chance"
-    return f"that is not clearly better than {unclear}{too_few if adapted > max(base, constant) else ''}"
+    higher = shares.adapted > max(shares.base, shares.constant)
+    return f"that is not clearly better than {unclear}{too_few if higher else ''}"
 
 
 _MORE_ROWS = 4
 """Factor of held-out rows that a user can still be asked for."""
 
 
-def lacks_held_out_rows(base: float, adapted: float, constant: float, rows: int) -> bool:
+def lacks_held_out_rows(shares: Accuracies) -> bool:
     """Return True if only the number of held-out rows prevents a clear verdict on an adapter's labels.
 
-    Either no adapter could be clearly better on these rows, or the same accuracies would be clear on more rows.
+    Either no adapter could be clearly better on these rows, or the same accuracies would be clear on more rows. The
+    intervals of more rows are narrower by the root of their factor.
     """
-    if label_verdict(base, adapted, constant, rows) != "unclear":
+    if label_verdict(shares) != "unclear":
         return False
-    at_best = label_verdict(base, 1.0, constant, rows)
-    return at_best == "unclear" or label_verdict(base, adapted, constant, _MORE_ROWS * rows) == "helped"
+    before = round(max(shares.base, shares.constant) * shares.rows)
+    at_best = share_gain([1.0] * before + [0.0] * (shares.rows - before), [1.0] * shares.rows)
+    root, gains = math.sqrt(_MORE_ROWS), (shares.gain, shares.gain_over_constant)
+    return at_best[1] <= 0 or all(gain - (gain - low) / root > 0 for gain, low, _ in gains)
 
 
 def label_clause(base: LabelFigures, adapted: LabelFigures, rows: int, before_it: str = "the base model") -> str:
     """Return a clause about the accuracy of both models, their intervals, and a constant answer."""
     before, after = (f"{one['accuracy']:.1%} ({interval_text(one['accuracy'], rows)})" for one in (base, adapted))
-    constant = most_frequent(adapted["per_label"])[1]
-    verdict = verdict_words(base["accuracy"], adapted["accuracy"], constant, rows, before_it)
+    verdict = verdict_words(accuracies_of_labels(base, adapted, rows), before_it)
     return (
         f"the accuracy by the most probable of {len(adapted['per_label'])} labels went from {before} to {after}, "
         f"macro F1 from {base['f1_macro']:.3f} to {adapted['f1_macro']:.3f}; "
@@ -102,12 +121,12 @@ def label_clause(base: LabelFigures, adapted: LabelFigures, rows: int, before_it
 
 def decisions_verdict(
     base: Mapping[str, Mapping[str, Any]], adapted: Mapping[str, Mapping[str, Any]]
-) -> LabelVerdict | None:
+) -> Verdict | None:
     """Return the verdict on the answers to all questions, or None if no question was measured with both models.
 
     A run that helped with one question and hurt another one is `unclear`.
     """
-    verdicts = {label_verdict(*figures) for figures in decision_shares(base, adapted)}
+    verdicts = {label_verdict(shares) for shares in decision_shares(base, adapted)}
     if not verdicts:
         return None
     clear = verdicts - {"unclear"}
@@ -123,10 +142,10 @@ def recorded_decisions(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any
 
 def decision_shares(
     base: Mapping[str, Mapping[str, Any]], adapted: Mapping[str, Mapping[str, Any]]
-) -> list[tuple[float, float, float, int]]:
-    """Return the arguments of `label_verdict` for each question that was measured with both models."""
+) -> list[Accuracies]:
+    """Return the shares of each question that was measured with both models."""
     return [
-        (base[name]["accuracy"], one["accuracy"], one["majority"], int(one["rows"]))
+        Accuracies.of(base[name]["accuracy"], one, one["majority"], int(one["rows"]))
         for name, one in adapted.items()
         if name in base
     ]
@@ -143,7 +162,8 @@ def decision_clause(
     before = "" if base is None else f"{base['accuracy']:.1%} → "
     verdict = ""
     if base is not None:
-        verdict = f": {verdict_words(base['accuracy'], right, adapted['majority'], rows, before_it)}"
+        (shares,) = decision_shares({name: base}, {name: adapted})
+        verdict = f": {verdict_words(shares, before_it)}"
     clause = (
         f"{name}: {before}{right:.1%} of {count_of(rows, 'held-out answer')} right ({interval_text(right, rows)}; "
         f"{adapted['majority']:.1%} by the most frequent answer){verdict}"

@@ -137,6 +137,7 @@ class RowFacts(TypedDict, total=False):
     dropped_long: int
     dropped_unsupervised: int
     skipped_bad: int
+    repeated: int
     sources: list[SourceFacts]
     lengths: list[LengthBin]
     supervised: list[LengthBin]

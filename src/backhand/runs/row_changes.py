@@ -1,12 +1,13 @@
 """Changes on held-out rows between two evaluations: reward, loss and scores, with their intervals and in words.
 
 An evaluation records its values per row in metrics.jsonl, always in the same order. The changes are therefore paired.
-So are those of the scores of vectors and rankings, whose values per query are compared at the end of a run.
+So are those of right answers and of the scores of vectors and rankings, which are compared at the end of a run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any, Literal
 
 from backhand.words import mean_interval
@@ -16,6 +17,8 @@ ROW_REWARDS, ROW_NATS, ROW_TOKENS = "row_rewards", "row_nats", "row_tokens"
 row's supervised tokens, and their number."""
 FEWEST_ROWS = 16
 """On fewer held-out rows, the course of a loss is mostly chance, unless they have many tokens."""
+MOST_RECORDED = 2000
+"""Number of held-out rows up to which a run records their values; the intervals of more rows are narrow."""
 _TOO_FEW = ": too few rows to tell the change from chance"
 
 
@@ -24,6 +27,36 @@ def mean_gain(base: Sequence[float], adapted: Sequence[float]) -> tuple[float, f
     if len(base) < 2 or len(base) != len(adapted):
         return None
     return mean_interval([after - before for before, after in zip(base, adapted, strict=True)])
+
+
+def share_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """Return the gain in the share of right answers to the same rows, and its 95 % interval.
+
+    Two rows are added, one that only became right and one that only became wrong. The interval is the `mean_interval`
+    of all changes, cut to those that are possible. These are the limits of Bonett and Price, with Student's quantile
+    instead of the normal one [Adjusted Wald confidence interval for a difference of binomial proportions based on
+    paired data, doi:10.3102/1076998611411915]. They are proper limits even if no row changed, or if all of them did.
+    For 3 to 100 rows, they contain the true gain in at least 93 % of draws.
+
+    Args:
+        before, after: a value from 0 (wrong) to 1 (right) for each row, at least one.
+    """
+    changes = [new - old for old, new in zip(before, after, strict=True)]
+    _, low, high = mean_interval([*changes, 1.0, -1.0])
+    return fmean(changes), max(-1.0, low), min(1.0, high)
+
+
+def row_scores(values: Iterable[float]) -> tuple[float, ...]:
+    """Return the scores by which two runs are compared as summary.json has them: none of more than `MOST_RECORDED`."""
+    scores = tuple(round(float(value), 6) for value in values)
+    return scores if len(scores) <= MOST_RECORDED else ()
+
+
+def unpaired_gain(
+    before: float, of_before: Sequence[float], after: float, of_after: Sequence[float]
+) -> tuple[float, float, float]:
+    """Return the gain in a score and the difference of both 95 % intervals, for rows whose values are not recorded."""
+    return after - before, of_after[0] - of_before[1], of_after[1] - of_before[0]
 
 
 def recorded_gain(records: Iterable[Mapping[str, Any]], best_step: int | None) -> tuple[float, float, float] | None:
@@ -152,12 +185,11 @@ def score_gain(base: Mapping[str, Any], adapted: Mapping[str, Any], name: str) -
     if "change" in adapted:
         gain = adapted["change"].get(name)
         return None if gain is None else tuple(gain)
-    after, (low, high) = adapted[name], adapted["intervals"][name]
     before = base.get(name, adapted.get("chance", {}).get(name))
     if before is None:
         return None
-    old_low, old_high = base["intervals"][name] if base else (before, before)
-    return after - before, low - old_high, high - old_low
+    of_before = base["intervals"][name] if base else (before, before)
+    return unpaired_gain(before, of_before, adapted[name], adapted["intervals"][name])
 
 
 def score_verdict(base: Mapping[str, Any], adapted: Mapping[str, Any], name: str) -> Verdict:

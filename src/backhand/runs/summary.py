@@ -27,7 +27,15 @@ class LabelRow(TypedDict):
     support: int
 
 
-class LabelFigures(TypedDict):
+class _Gains(TypedDict, total=False):
+    """The figures that the model before the run and summaries of earlier versions lack."""
+
+    # gains in accuracy over the model before the run and over the most frequent answer, with their 95 % intervals
+    gain: tuple[float, float, float]
+    gain_over_constant: tuple[float, float, float]
+
+
+class LabelFigures(_Gains):
     """Scores of rows whose answers are labels, as `evaluate --json` has them."""
 
     accuracy: float
@@ -37,7 +45,7 @@ class LabelFigures(TypedDict):
     invented: int
 
 
-class DecisionFigures(TypedDict):
+class DecisionFigures(_Gains):
     """Scores of the answers to one question, as `evaluate --json` has them."""
 
     rows: int
@@ -110,7 +118,15 @@ class DistilledFigures(_AgreementGain):
     prompted_first_token_s: float
 
 
-class NeutralAnswer(TypedDict):
+class _CutOff(TypedDict, total=False):
+    """The entries that summaries of earlier versions lack."""
+
+    # base_cut_off, adapted_cut_off: True if the answer reached the limit of tokens
+    base_cut_off: bool
+    adapted_cut_off: bool
+
+
+class NeutralAnswer(_CutOff):
     """Greedy answers to a prompt that is unrelated to the rows."""
 
     prompt: str
@@ -164,6 +180,7 @@ class RunSummary:
     base_architecture: str | None = ""  # of the base model in GGUF files, see `TrainedAdapter`; empty in older files
     adapter_form: str = "factors"  # in which other programs than PEFT read the adapter, see `TrainedAdapter`
     option_rows: int = 0  # number of `rows` that were added, whose text is the name of an option
+    repeated_rows: int = 0  # number of held-out rows that also occur in the training data
     rows_seen: int | None = None  # number of different `rows` in the steps done; None in older files
     # held-out loss before the first step; differs from base_eval_loss if the run started from an adapter
     first_eval_loss: float | None = None
@@ -194,6 +211,9 @@ class RunSummary:
     # the best constant answer. None for other objectives
     base_classes: dict[str, Any] | None = None
     adapted_classes: dict[str, Any] | None = None
+    # with the adapter, by which runs are compared: 1 for each right and 0 for each wrong answer, or nDCG@10 of each
+    # query; empty for other rows, and for more of them than `row_changes.MOST_RECORDED`
+    row_scores: tuple[float, ...] = ()
     distilled: DistilledFigures | None = None  # None for other objectives, or if no answers were generated
     evaluations: int = 0  # number of evaluations after the first step, the best of which chose the adapter
     # figures of held-out pairs, see `runs.pair_results`; None for other rows
@@ -315,14 +335,23 @@ def forgotten_nats(records: Iterable[Mapping[str, Any]], best_step: int | None) 
     return None if after is None else after - before
 
 
-def before_name(summary: Mapping[str, Any]) -> str:
-    """Return the name of the model that the scores of summary.json before the run are those of."""
-    return "the adapter it started from" if summary.get("compared_with_start") else "the base model"
+def before_name(compared_with_start: bool) -> str:
+    """Return the name of the model that the scores before the run are those of."""
+    return "the adapter it started from" if compared_with_start else "the base model"
 
 
-def since_start(summary: Mapping[str, Any]) -> str:
+def since_start(compared_with_start: bool) -> str:
     """Return a clause that names the adapter whose scores come first, or "" if they are those of the base model."""
-    return f", compared with {before_name(summary)}" if summary.get("compared_with_start") else ""
+    return f", compared with {before_name(compared_with_start)}" if compared_with_start else ""
+
+
+def changed_answers(answers: Sequence[NeutralAnswer]) -> str:
+    """Return a clause about the answers to neutral prompts that changed, and about those that were cut off, if any."""
+    changed = sum(one["base"] != one["adapted"] for one in answers)
+    before = sum(one.get("base_cut_off", False) for one in answers)
+    after = sum(one.get("adapted_cut_off", False) for one in answers)
+    cut_off = f" ({before} → {after} of them cut off at their limit of tokens)" if before or after else ""
+    return f"{changed} of {count_of(len(answers), 'free answer')} to unrelated prompts changed{cut_off}"
 
 
 def exact_match_says(summary: Mapping[str, Any]) -> bool:
@@ -361,6 +390,12 @@ def forgetting(nats: float | None) -> str:
 REMEMBERING = (
     "A lower --learning-rate or fewer --epochs forget less, and --max-forgetting 0.5 stops a run that forgets more."
 )
+
+
+def repeated_rows(rows: int) -> str:
+    """Return a sentence about held-out rows that also occur in the training data, of which there is at least one."""
+    which = f"{count_of(rows, 'held-out row')} also {'occurs' if rows == 1 else 'occur'} in the training data"
+    return f"{which}, so the figures of held-out rows are too good."
 
 
 def chosen_by(reading: str | None) -> str:

@@ -41,11 +41,11 @@ from backhand.loop.step_plan import SUPERVISED, five_times, short_run_factor
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.runs.directory import CONFIG
 from backhand.runs.label_results import (
+    accuracies_of_labels,
     decision_shares,
     decisions_verdict,
-    figures_verdict,
+    label_verdict,
     lacks_held_out_rows,
-    most_frequent,
 )
 from backhand.runs.pair_results import answers_far_from_chosen, answers_got_worse, chosen_change
 from backhand.runs.row_changes import FEWEST_ROWS
@@ -333,8 +333,8 @@ def answer_advice(
     decided = summary.base_decisions or {}, summary.adapted_decisions or {}
     verdict, what, shares = decisions_verdict(*decided), "decisions", decision_shares(*decided)
     if base and adapted and rows:
-        verdict, what = figures_verdict(base, adapted, rows), "labels"
-        shares = [(base["accuracy"], adapted["accuracy"], most_frequent(adapted["per_label"])[1], rows)]
+        of_labels = accuracies_of_labels(base, adapted, rows)
+        verdict, what, shares = label_verdict(of_labels), "labels", [of_labels]
     if verdict in (None, "helped"):
         return None
     if constant := {name: one["majority"] for name, one in decided[1].items() if one["constant"]}:
@@ -354,8 +354,8 @@ def answer_advice(
     if summary.stopped_because is not None:
         steps = count_of(summary.steps, "step")
         return f"The {what} themselves are not clearly learnt after the {steps} until the run was stopped.", None
-    if verdict == "unclear" and any(lacks_held_out_rows(*one) for one in shares):
-        measured = max(one[-1] for one in shares)
+    if verdict == "unclear" and any(map(lacks_held_out_rows, shares)):
+        measured = max(one.rows for one in shares)
         held_out = f"{count_of(measured, 'held-out row')} {'is' if measured == 1 else 'are'} too few"
         all_rows = summary.rows - summary.option_rows + summary.held_out_rows
         enough = 2 * summary.held_out_rows <= LARGEST_SHARE * all_rows

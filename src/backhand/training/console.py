@@ -44,12 +44,14 @@ from backhand.runs.summary import (
     REMEMBERING,
     RunSummary,
     before_name,
+    changed_answers,
     chosen_by,
     constant_name,
     exact_match_says,
     forgetting,
     loss_unit,
     no_label_fits,
+    repeated_rows,
     rows_trained_on,
     since_start,
 )
@@ -241,24 +243,28 @@ def closing_lines(summary: RunSummary) -> list[str]:
     )
     lines = [what, *([f"SLOWER: {summary.engine_note}"] if summary.engine_note else [])]
     lines += _improvement(summary)
+    before_it, since = before_name(summary.compared_with_start), since_start(summary.compared_with_start)
+    if summary.repeated_rows:
+        lines.append(repeated_rows(summary.repeated_rows))
     if (pairs := summary.held_out_pairs) is not None:
         clauses = pair_clauses(pairs, summary.held_out_rows, summary.objective, summary.free_answers)
         lines += map(capitalized, clauses)
     if summary.adapted_retrieval:
         scores = scores_text(summary.adapted_retrieval, summary.base_retrieval)
-        lines += [f"Held-out rows{since_start(vars(summary))}: {scores}.", *_scores_verdict(summary)]
+        lines += [f"Held-out rows{since}: {scores}.", *_scores_verdict(summary)]
     if summary.neutral_drift is not None:
         lines.append(f"Cosines of neutral texts changed by {summary.neutral_drift:.3f} on average.")
     if summary.base_classes and summary.adapted_classes:
         lines.append(_class_line(summary.base_classes, summary.adapted_classes))
     if summary.distilled is not None:
-        lines += distilled_sentences(summary.distilled, summary.objective, since_start(vars(summary)))
+        lines += distilled_sentences(summary.distilled, summary.objective, since)
     for name, one in (summary.adapted_decisions or {}).items():
-        clause = decision_clause(name, (summary.base_decisions or {}).get(name), one, before_name(vars(summary)))
+        clause = decision_clause(name, (summary.base_decisions or {}).get(name), one, before_it)
         lines.append(f"{clause}.")
     if forgot := forgetting(summary.forgotten_nats):
         if not (summary.advice or "").startswith("It forgot"):
             lines.append(f"{capitalized(forgot)} {reworded(REMEMBERING)}")
+        lines += [f"{capitalized(changed_answers(summary.neutral_answers))[:-1]}:"] if summary.neutral_answers else []
         lines += [
             f"  {one['prompt']}  {_quoted(one['base'])} → {_quoted(one['adapted'])}" for one in summary.neutral_answers
         ]
@@ -267,7 +273,7 @@ def closing_lines(summary: RunSummary) -> list[str]:
         change = summary.peak_rss_bytes / summary.predicted_rss_bytes - 1
         predicted = f", {abs(change):.0%} {'more' if change > 0 else 'less'} than the predicted "
         predicted += in_words(summary.predicted_rss_bytes)
-    lines += _right(summary)
+    lines += _right(summary, before_it, since)
     if summary.evaluations > 1:
         lines.append(chosen_by(summary.reading))
     lines.append(f"Peak memory {in_words(summary.peak_rss_bytes)}{predicted}.")
@@ -399,17 +405,15 @@ def _class_line(base: Mapping[str, Any], adapted: Mapping[str, Any]) -> str:
     )
 
 
-def _right(summary: RunSummary) -> list[str]:
+def _right(summary: RunSummary, before_it: str, since: str) -> list[str]:
     """Return the lines on the exact match of held-out answers and on their labels, if measured."""
     base, adapted, rows = summary.base_exact_match, summary.adapted_exact_match, summary.exact_match_rows
     if base is None or adapted is None or rows is None or not exact_match_says(vars(summary)):
         return []
     right = f"{base:.1%} → {adapted:.1%} ({interval_text(adapted, rows)})"
-    lines = [f"Exactly right answers {right} of {count_of(rows, 'held-out row')}{since_start(vars(summary))}."]
+    lines = [f"Exactly right answers {right} of {count_of(rows, 'held-out row')}{since}."]
     if summary.base_labels and summary.adapted_labels:
-        lines.append(
-            capitalized(label_clause(summary.base_labels, summary.adapted_labels, rows, before_name(vars(summary))))
-        )
+        lines.append(capitalized(label_clause(summary.base_labels, summary.adapted_labels, rows, before_it)))
     return lines
 
 

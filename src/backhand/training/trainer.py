@@ -249,7 +249,6 @@ class Trainer:
             the summary with the measurements of the answers.
         """
         run, objective = self.run, self._held_out_objective
-        summary = replace(summary, compared_with_start=self._started is not None)
         if isinstance(objective, EmbedObjective | RankObjective | HeadObjective) and self.processes.is_main_process:
             run.bound.fill(str(self.directory.adapter))
             if isinstance(objective, EmbedObjective):
@@ -375,10 +374,11 @@ class Trainer:
 
     def _summary(self, state: RunState, *, keep: bool) -> RunSummary:
         """Write and return the summary. Keep the stored one of a run that was already finished."""
-        path = self.directory.path / SUMMARY
+        path, with_start = self.directory.path / SUMMARY, self._started is not None
         if keep and (stored := read_summary(path)) is not None:
-            return stored
+            return replace(stored, compared_with_start=with_start)
         summary = summarise(self.run, state, self.directory, self.processes.world_size)
+        summary = replace(summary, compared_with_start=with_start)
         if self.processes.is_main_process:
             curves = Curves.of(self.directory.lines(METRICS), summary.constant_loss)
             rate, _ = self.run.inputs.learning_rate(replace(self.run.config.optimization, learning_rate="auto"))

@@ -30,6 +30,7 @@ from backhand.ops.binary_cross_entropy import binary_cross_entropy_backward, bin
 from backhand.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from backhand.ops.mse import mse_backward, mse_forward
 from backhand.options.objectives import ObjectiveOptions
+from backhand.runs.row_changes import row_scores
 
 
 @dataclass
@@ -84,8 +85,9 @@ class ClassifyObjective(HeadObjective):
     ) -> dict[str, Any]:
         """Return the fields of summary.json, of the best constant answer and of the adapted model."""
         logits = not_none(head_logits(bound.model, self.packer, micro_batch_rows, Communicator()))
-        found = {"base": self.base_logits(bound.model), "adapted": logits}
-        return {f"{name}_classes": self.score(one).to_json() for name, one in found.items()}
+        base, adapted = (self.score(one) for one in (self.base_logits(bound.model), logits))
+        scores = {"base_classes": base.figures(), "adapted_classes": adapted.figures(base)}
+        return {**scores, "row_scores": row_scores(adapted.right_rows)}
 
 
 def targets_of(packer: RowPacker, problem: ProblemType, labels: Sequence[str]) -> Tensor:

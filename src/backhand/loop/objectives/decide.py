@@ -30,6 +30,7 @@ from backhand.loop.decision_scores import Outcome, fit_temperatures, outcomes_of
 from backhand.loop.distillation import computing_with
 from backhand.loop.objectives.objective import AnswerObjective, Documents, RowLosses, document_sums
 from backhand.ops.decide import decide_backward, decide_forward
+from backhand.runs.row_changes import row_scores
 
 
 class HeldOutDecisions(NamedTuple):
@@ -138,8 +139,10 @@ def _even(asked: Asked) -> list[float]:
 
 def decision_figures(decisions: HeldOutDecisions) -> dict[str, Any]:
     """Return the fields of summary.json. The temperatures are fitted to these rows, and are 1 for the base model."""
-    scored = {
-        "base_decisions": score_questions(decisions.base, {}),
-        "adapted_decisions": score_questions(decisions.adapted, fit_temperatures(decisions.adapted)),
+    base = score_questions(decisions.base, {})
+    adapted = score_questions(decisions.adapted, fit_temperatures(decisions.adapted))
+    return {
+        "base_decisions": {name: one.to_json() for name, one in base.items()},
+        "adapted_decisions": {name: one.to_json(base[name]) for name, one in adapted.items()},
+        "row_scores": row_scores([right for one in adapted.values() for right in one.right_rows]),
     }
-    return {name: {question: one.to_json() for question, one in scores.items()} for name, scores in scored.items()}

@@ -40,6 +40,7 @@ from backhand.nn.families.family import DecoderConfig
 from backhand.ops.binary_cross_entropy import binary_cross_entropy_backward, binary_cross_entropy_forward
 from backhand.ops.decide import decide_backward, decide_forward
 from backhand.options.objectives import ObjectiveOptions
+from backhand.runs.row_changes import row_scores
 
 CONSTANT = 1e-5
 """Largest difference in nats between the scores of a query's documents that no longer ranks them."""
@@ -154,7 +155,7 @@ class RankObjective(AnswerObjective):
             scored = self.loss.scored(every, scores_of(sums))
             scores[f"{name}_retrieval"] = scored.to_json(before)
             before = scored
-        return scores
+        return {**scores, "row_scores": row_scores(scored.of_queries.get("ndcg@10", ()))}
 
 
 @dataclass
@@ -203,7 +204,7 @@ class CrossEncoderObjective(HeadObjective):
                 scored = self.loss.scored(every, logits.squeeze(1))
                 scores[f"{name}_retrieval"] = scored.to_json(before)
                 before = scored
-        return scores
+        return {**scores, "row_scores": row_scores(scored.of_queries.get("ndcg@10", ()))}
 
 
 def pair_format(config: DecoderConfig, padding_id: int | None) -> PairFormat:
