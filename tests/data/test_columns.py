@@ -556,7 +556,7 @@ def test_one_text_as_prompt_and_as_completion_is_refused(prompt: str, completion
     [
         ("classes", {"prompt": "body", "completion": "body"}),
         ("classes", {"columns": ("text=body", "label=body")}),
-        ("embeddings", {"prompt": "body", "completion": "body"}),
+        ("embeddings", {"columns": ("anchor=team", "positive=body", "negative=body")}),
         ("embeddings", {"columns": ("sentence1=body", "sentence2=body", "score=n")}),
         ("pairs", {"prompt": "n", "columns": ("chosen=body", "rejected=body")}),
     ],

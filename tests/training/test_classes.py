@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -560,9 +561,14 @@ def test_lint_reports_labels_that_contradict_and_labels_of_few_rows(tiny: TinyRu
 def test_decimal_commas_are_read_as_numbers_or_answered(tiny: TinyRun, tmp_path: Path) -> None:
     path, tokenizer = tmp_path / "rows.csv", open_model(str(tiny.model)).tokenizer()
 
-    def linted(*labels: str) -> LintReport:
+    def rows(path: Path, labels: Sequence[str]) -> tuple[str]:
         path.write_text("Entry;Effort\n" + "".join(f"text {n};{label}\n" for n, label in enumerate(labels)))
-        options = DataOptions(data=(str(path),), prompt="Entry", completion="Effort")
+        return (str(path),)
+
+    def linted(*labels: str, held_out: Sequence[str] = ()) -> LintReport:
+        options = DataOptions(data=rows(path, labels), prompt="Entry", completion="Effort")
+        if held_out:
+            options = replace(options, eval_data=rows(tmp_path / "held_out.csv", held_out))
         return lint(options, tokenizer, purpose="classes")[0]
 
     numbers = [f"{n},{n % 10}5" for n in range(20)]
@@ -576,6 +582,9 @@ def test_decimal_commas_are_read_as_numbers_or_answered(tiny: TinyRun, tmp_path:
     assert finding.kind == "not_numbers"
     with pytest.raises(DataError, match="other rows have a decimal comma"):
         linted(*numbers, "1.250")
+    with pytest.raises(DataError, match="other rows have a decimal comma") as mixed:
+        linted(*numbers, held_out=["1.250", "2.5"])
+    assert mixed.value.where == f"{tmp_path / 'held_out.csv'}:2"
     with pytest.raises(DataError, match="'1,250', not a number") as refused:
         target_of(ClassLabel("1,250"), NUMBER, (), "here")
     assert "with a decimal point" in str(refused.value.next_step)

@@ -752,6 +752,18 @@ def test_columns_by_name_and_negatives_are_read_and_others_are_named(tiny: TinyR
     assert words == [["user", "asks json", "is", "for"], ["list", "a name", "one"]]
 
 
+def test_equal_texts_are_a_pair_by_the_masks_of_dropout(tiny: TinyRun, tmp_path: Path) -> None:
+    made = config(tiny, tmp_path, tmp_path / "run", max_steps=4, eval_data=(), eval_fraction=0.0)
+    columns = {"anchor": "anchor", "positive": "anchor"}
+    made = with_options(made, columns=columns, query_prompt="", learning_rate=0.05)
+    with pytest.raises(DataError, match="every positive is its anchor") as refused:
+        train(made)
+    assert "--dropout 0.1" in str(refused.value.next_step)
+    train(with_options(made, dropout=0.3))
+    cosines = [line["cosine/pairs"] for line in lines(tmp_path / "run", "loss")]
+    assert cosines[0] == pytest.approx(1) and cosines[-1] < 0.999, "lora_B is 0 in the first step only"
+
+
 def test_lint_reports_texts_that_teach_nothing_or_the_wrong_thing(tiny: TinyRun, tmp_path: Path) -> None:
     rows = [
         {"anchor": "user asks", "positive": "user asks"},

@@ -51,6 +51,7 @@ class ColumnReader:
         recorded: columns that an adapter was trained on. They are read if no option names others and the file has them.
             A state and answers to questions must be there.
         answers: the rows need answers, so `recorded` columns of answers must be there too.
+        may_be_equal: anchor and positive may be the same text, whose vectors differ by dropout.
 
     Attributes:
         given: column or template by option, without `columns`.
@@ -66,6 +67,7 @@ class ColumnReader:
         guess: bool = False,
         recorded: NamedColumns | None = None,
         answers: bool = True,
+        may_be_equal: bool = False,
     ) -> None:
         self.given = _by_option(named)
         self._columns: Mapping[str, str] = _others(named)
@@ -83,6 +85,7 @@ class ColumnReader:
         self._recorded = None if self.given or self._columns else recorded
         self._needs_answers = answers
         self._for_answers = guess
+        self._may_be_equal = may_be_equal
         self.used: frozenset[str] = frozenset()
         self.note: str | None = None
 
@@ -149,42 +152,33 @@ class ColumnReader:
                 )
 
     def _check_answers(self, row: RawRow) -> None:
-        """Refuse an answer that is the whole prompt or state, and note one that these contain.
+        """Refuse columns that are one text, and note an answer that the prompt or the state contains.
 
         Raises:
             UsageError: both name the same text.
         """
         named = {name: text for name, text in {**self.given, **self._columns}.items() if name in _DIFFERENT}
-        for (one, text), (other, again) in combinations(named.items(), 2):
-            if _alone(text) == _alone(again) and (one, other) != ("prompt", "completion"):
+        pairs = [(*one, *other) for one, other in combinations(named.items(), 2)]
+        pairs += [("state", self.given.get("state", ""), "question", name) for name in self._answers]
+        for one, text, other, again in pairs:
+            has_answer = (one, other) in (("prompt", "completion"), ("state", "question"))
+            if _alone(text) == _alone(again) and not (self._may_be_equal and (one, other) in _VIEWS):
+                shown = f"--{other}" if has_answer else other
+                steps = [f"name another column as {shown}; {row.source} has {name_list(row.values)}"]
+                if one == "prompt" and self._for_answers and {"prompt", "completion"}.isdisjoint(row.values):
+                    column = "" if _alone(text) == "text" else f" --columns {shell_quoted(f'text={_alone(text)}')}"
+                    steps.append(f"to learn whole texts, give these instead of both: --train-on text{column}")
                 raise UsageError(
                     f"{one} and {other} are the same text, {_alone(text)!r}",
                     where=other,
-                    why="both texts of every row would be equal, which teaches nothing",
-                    next_step=f"name another column as {other}; {row.source} has {name_list(row.values)}",
-                )
-        pairs = [("state", "question", name) for name in self._answers]
-        if "completion" in self.given:
-            pairs.append(("prompt", "completion", self.given["completion"]))
-        for option, answer, text in pairs:
-            asked = self.given.get(option, "")
-            inside = {*columns_named(text)} <= {*columns_named(asked)}
-            if inside and _alone(text) == _alone(asked):
-                steps = [f"name another column as --{answer}; {row.source} has {name_list(row.values)}"]
-                if option == "prompt" and self._for_answers and {"prompt", "completion"}.isdisjoint(row.values):
-                    column = "" if _alone(asked) == "text" else f" --columns {shell_quoted(f'text={_alone(asked)}')}"
-                    steps.append(f"to learn whole texts, give these instead of both: --train-on text{column}")
-                raise UsageError(
-                    f"{option} and {answer} are the same text, {_alone(text)!r}",
-                    where=answer,
                     why="the model would see every answer, and learn to repeat it"
-                    if self._for_answers or option == "state"
+                    if has_answer and (self._for_answers or one == "state")
                     else "both texts of every row would be equal, which teaches nothing",
                     next_step="; ".join(steps),
                 )
-            if inside:
+            if has_answer and {*columns_named(again)} <= {*columns_named(text)} and not self._may_be_equal:
                 self.note = (
-                    f"--{option} contains {name_list(columns_named(text))}, which --{answer} names as the answer: "
+                    f"--{one} contains {name_list(columns_named(again))}, which --{other} names as the answer: "
                     "the model sees it before it answers"
                 )
 
@@ -291,8 +285,8 @@ _OPTIONS = ("prompt", "completion", "messages")
 
 def _by_option(named: NamedColumns) -> dict[str, str]:
     columns = {option: named.columns[option] for option in _OPTIONS if option in named.columns}
-    given = {option: getattr(named, option) for option in _OPTIONS}
-    return columns | {option: text for option, text in given.items() if text is not None}
+    texts = columns | {option: text for option in _OPTIONS if (text := getattr(named, option)) is not None}
+    return {option: texts[option] for option in _OPTIONS if option in texts}
 
 
 def _of_decisions(named: object) -> DecisionColumns:
@@ -306,6 +300,8 @@ def _others(named: NamedColumns) -> dict[str, str]:
 _DIFFERENT = {"prompt", "completion", "label", "labels", "text", "score", "chosen", "rejected", "negative", "positive"}
 _DIFFERENT |= {"anchor", "sentence1", "sentence2", "query", "document", "passage"}
 """Columns of which no two are the same text."""
+_VIEWS = (("prompt", "completion"), ("anchor", "positive"))
+"""Columns of pairs of embeddings."""
 
 
 def _alone(text: str) -> str:

@@ -112,8 +112,8 @@ CHECKS = {
     ),
     "equal_positive": Check(
         "positives equal to their anchor",
-        "whose positive is the anchor, which teaches nothing",
-        "remove the rows",
+        "whose positive is the anchor, which teaches nothing without dropout",
+        "remove the rows, or train with --dropout 0.1",
         form="embeddings",
     ),
     "positive_negative": Check(
@@ -300,9 +300,8 @@ def lint(
     elif purpose == "classes":
         found, labels = problems_of_classes(train.examples)
         problems += [*found, ("duplicate", _repeated(train.examples))]
-        if not labels and (
-            note := decimal_comma_note((one.facts_as(ClassLabel), one.source) for one in train.examples)
-        ):
+        rows = chain(train.examples, () if held_out is None else held_out.examples)
+        if not labels and (note := decimal_comma_note((one.facts_as(ClassLabel), one.source) for one in rows)):
             train = train.with_note(note)
     elif purpose == "decisions":
         problems += problems_of_decisions(train.examples.facts(DecisionRow))

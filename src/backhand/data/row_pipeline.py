@@ -61,6 +61,7 @@ class RowPipeline:
             guess=self.purpose in ("answers", None),
             recorded=self.recorded,
             answers=not self.allow_prompts and self.purpose not in ("states", "prompts"),
+            may_be_equal=self.purpose == "embeddings",
         )
         reader = FormReader(
             allow_prompts=self.allow_prompts,

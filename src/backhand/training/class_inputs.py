@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from backhand.adapters.classifier_config import padding_id
 from backhand.data.class_examples import (
@@ -126,7 +127,8 @@ def with_labels(
         for row in rows:
             target_of(row.facts_as(ClassLabel), problem, labels, row.source)
     if problem == NUMBER:
-        commas = decimal_comma_note((row.facts_as(ClassLabel), row.source) for row in train.examples)
+        rows = chain(train.examples, () if held_out is None else held_out.examples)
+        commas = decimal_comma_note((row.facts_as(ClassLabel), row.source) for row in rows)
         said = [f"a number is learned from {count_of(len(learned), 'row')}, with squared error"]
         said += [commas] if commas else []
         return replace(options, problem_type=problem, class_labels=()), tuple(said)

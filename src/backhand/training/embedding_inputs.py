@@ -80,6 +80,30 @@ def ranking_notes(train: PreparedData) -> tuple[str, ...]:
     return (f"{what}: a model that says yes to everything has a loss of 0. Add negatives (backhand mine finds them)",)
 
 
+def equal_text_notes(options: ObjectiveOptions, train: PreparedData, *, has_dropout: bool) -> tuple[str, ...]:
+    """Return a note if every positive is its anchor, whose vectors then differ by dropout alone.
+
+    Args:
+        options: with the prompts, which distinguish both if they differ.
+
+    Raises:
+        DataError: there is no dropout.
+    """
+    rows = train.examples.facts(TextIdentities)
+    alike = all(row.score is None and row.texts[0] == row.texts[1] for row in rows)
+    if not alike or options.query_prompt != options.document_prompt:
+        return ()
+    if not has_dropout:
+        raise DataError(
+            "every positive is its anchor",
+            where=train.report.sources[0].source,
+            why="without dropout both have the same vector, and nothing is learned from the pair",
+            next_step="give --dropout 0.1, which draws other masks for the positive than for the anchor (SimCSE), "
+            "or other positives",
+        )
+    return ("every positive is its anchor: their vectors differ by the masks of dropout, as in SimCSE",)
+
+
 def format_of(options: ObjectiveOptions) -> TextFormat | None:
     """Return the way from texts to tokens of a run on vectors or rankings; None for other objectives."""
     if options.objective == "rank":

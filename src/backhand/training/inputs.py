@@ -49,7 +49,14 @@ from backhand.training.class_inputs import (
     with_labels,
 )
 from backhand.training.contexts import count_contexts, with_context_text
-from backhand.training.embedding_inputs import check_positions, format_of, ranking_notes, with_loss, with_pooling
+from backhand.training.embedding_inputs import (
+    check_positions,
+    equal_text_notes,
+    format_of,
+    ranking_notes,
+    with_loss,
+    with_pooling,
+)
 from backhand.training.starting_adapter import StartingAdapter
 from backhand.words import name_list
 
@@ -151,6 +158,8 @@ def read_inputs(
             config = replace(config, objective=with_loss(config.objective, train, held_out))
         if purpose == "rankings":
             notes = (*notes, *ranking_notes(train))
+        if purpose == "embeddings":
+            notes = (*notes, *equal_text_notes(config.objective, train, has_dropout=_has_dropout(layout)))
         head = None
         if has_head and start is not None and isinstance(engine, DecoderEngine):
             head = start.head(engine, objective.objective)
@@ -268,11 +277,15 @@ def scaled_matrices(source: ModelSource, layout: AdapterLayout) -> dict[str, int
     return dict(inputs[first : first + _MATRICES_IN_SCALE])
 
 
+def _has_dropout(layout: AdapterLayout) -> bool:
+    return any(slot.dropout > 0 for slot in layout.slots)
+
+
 def _packers(
     config: TrainConfig, train: PreparedData, held_out: PreparedData | None, engine: Engine, layout: AdapterLayout
 ) -> tuple[RowPacker, RowPacker | None]:
     """Return the packers of training and held-out rows."""
-    has_dropout = any(slot.dropout > 0 for slot in layout.slots)
+    has_dropout = _has_dropout(layout)
     objective, options, shares = config.objective, config.rewards, engine.shares_prefixes
     lesson = None
     if objective.objective in DISTILLED and config.data.data:
