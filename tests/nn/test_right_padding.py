@@ -150,7 +150,7 @@ def test_padded_rows_have_the_losses_and_gradients_of_rows_alone(kind: str) -> N
     together = model.loss_and_gradients(batch, 0.7)
     assert float(together) == pytest.approx(float(alone), rel=1e-6)
     assert _close(model.lora.gradients, expected, 1e-5)
-    assert float(model.loss(batch)) == pytest.approx(float(alone), rel=1e-6)
+    assert float(model.token_losses(batch).sum()) == pytest.approx(float(alone), rel=1e-6)
     losses = torch.cat([model.token_losses(part) for part in _one_by_one(batch)])
     assert _close(model.token_losses(batch), losses, 1e-5)
 
@@ -162,17 +162,17 @@ def test_models_that_look_ahead_are_found_and_keep_to_equal_lengths(kind: str) -
     assert model.padding_obstacle is not None
     assert re.search(reason, model.padding_obstacle)
     batch = _batch()
-    alone = sum(float(model.loss(part)) for part in _one_by_one(batch))
-    assert float(model.loss(batch)) == pytest.approx(alone, rel=1e-6)
+    alone = sum(float(model.token_losses(part).sum()) for part in _one_by_one(batch))
+    assert float(model.token_losses(batch).sum()) == pytest.approx(alone, rel=1e-6)
 
 
 def test_without_the_finding_the_losses_would_differ() -> None:
     """So the finding matters, and the test above could fail."""
     model = TransformersModel(LOOK_AHEAD["both directions"][0]())
     batch = _batch()
-    alone = sum(float(model.loss(part)) for part in _one_by_one(batch))
+    alone = sum(float(model.token_losses(part).sum()) for part in _one_by_one(batch))
     model.__dict__["padding_obstacle"] = None
-    assert float(model.loss(batch)) != pytest.approx(alone, rel=1e-3)
+    assert float(model.token_losses(batch).sum()) != pytest.approx(alone, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -198,7 +198,7 @@ def test_documents_without_a_label_are_not_computed() -> None:
     assert [ids.shape for ids, _ in padded_groups(batch, padded=True)] == [(2, 9)]
     batch.labels[:] = IGNORE_INDEX
     assert list(padded_groups(batch, padded=True)) == []
-    assert float(TransformersModel(tiny_model("llama")).loss(batch)) == 0.0
+    assert float(TransformersModel(tiny_model("llama")).token_losses(batch).sum()) == 0.0
 
 
 def test_the_head_sees_the_supervised_positions_alone() -> None:
@@ -206,7 +206,7 @@ def test_the_head_sees_the_supervised_positions_alone() -> None:
     seen: list[tuple[int, ...]] = []
     model.lm_head.register_forward_hook(lambda _module, _inputs, output: seen.append(tuple(output.shape)))
     batch = _batch()
-    TransformersModel(model).loss(batch)
+    TransformersModel(model).token_losses(batch).sum()
     assert seen[-1] == (1, batch.supervised_tokens, model.config.vocab_size)
 
 
@@ -227,8 +227,8 @@ def test_a_head_that_is_no_module_gives_every_position() -> None:
 
     model = tiny_model("llama")
     batch = _batch()
-    assert float(TransformersModel(Bare(model)).loss(batch)) == pytest.approx(
-        float(TransformersModel(model).loss(batch))
+    assert float(TransformersModel(Bare(model)).token_losses(batch).sum()) == pytest.approx(
+        float(TransformersModel(model).token_losses(batch).sum())
     )
     with head_on_positions(None, torch.ones(1, 1, dtype=torch.bool)):
         pass

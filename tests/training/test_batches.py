@@ -73,7 +73,7 @@ def test_loss_and_gradients_of_a_shared_prefix_equal_pefts_of_whole_rows(variant
 def test_transformers_refuses_a_shared_prefix() -> None:
     model = TransformersModel(tiny_model("llama"))
     with pytest.raises(ValueError, match="must not share tokens"):
-        model.loss(packed(share_prefixes=True))
+        model.token_losses(packed(share_prefixes=True)).sum()
 
 
 def test_a_filler_is_no_document_and_carries_no_loss() -> None:

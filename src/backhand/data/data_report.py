@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from backhand.errors import DataError
@@ -88,13 +89,17 @@ class DataReport:
             for (count, what), place in zip(counted, self.first_cut, strict=True)
             if count
         ]
-        if self.skipped_bad:
-            lines.append(
-                f"{count_of(self.skipped_bad, 'malformed row')} left out, the first: {self.bad_rows[0].one_line}"
-            )
-        if self.empty_rows:
-            lines.append(f"{count_of(self.empty_rows, 'row')} without a value left out")
-        return lines
+        return lines + rows_left_out(self.skipped_bad, self.bad_rows, self.empty_rows)
+
+
+def rows_left_out(malformed: int, errors: Sequence[DataError], empty: int) -> list[str]:
+    """Return a line on malformed rows, of which `errors` are the first, and one on rows without a value."""
+    lines = []
+    if malformed:
+        lines.append(f"{count_of(malformed, 'malformed row')} left out, the first: {errors[0].one_line}")
+    if empty:
+        lines.append(f"{count_of(empty, 'row')} without a value left out")
+    return lines
 
 
 @dataclass

@@ -66,9 +66,6 @@ class Trainable(LanguageModel, Protocol):
                 cross-entropy, the sum of nats.
         """
 
-    def loss(self, batch: PackedBatch) -> Tensor:
-        """Return the sum of nats over the supervised positions, 0-d float64, without gradients and dropout."""
-
     def logits(self, input_ids: Tensor) -> Tensor:
         """Return the logits of every position of a document, (tokens, vocab), without dropout."""
 

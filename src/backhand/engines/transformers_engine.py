@@ -145,13 +145,6 @@ class TransformersModel:
         return total
 
     @torch.no_grad()
-    def loss(self, batch: PackedBatch) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64)
-        for losses in self._losses(batch):
-            total += losses.sum().double().cpu()
-        return total
-
-    @torch.no_grad()
     def token_losses(self, batch: PackedBatch) -> Tensor:
         return batch.per_document(concat_losses(self._losses(batch), self.device))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from backhand.bounds import check_kind
 from backhand.data.columns import column_of_texts
-from backhand.data.data_report import TruncationStats
+from backhand.data.data_report import TruncationStats, rows_left_out
 from backhand.data.embedding_examples import EmbeddingEncoder, EmbeddingFormat, identity
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.label_pairs import paired_rows
@@ -223,10 +223,7 @@ def rows_of(data: RowSources, named: NamedColumns, purpose: Purpose, recorded: N
             rows.append(row)
         if columns.note is not None:
             show_notes([columns.note])
-    if bad.count:
-        show_notes([f"{count_of(bad.count, 'malformed row')} left out, the first: {bad.errors[0].one_line}"])
-    if bad.empty_rows:
-        show_notes([f"{count_of(bad.empty_rows, 'row')} without a value left out"])
+    show_notes(rows_left_out(bad.count, bad.errors, bad.empty_rows))
     if not rows:
         raise DataError("there is no row", where=", ".join(data.data))
     return rows

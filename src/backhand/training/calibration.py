@@ -91,16 +91,17 @@ def calibrate(plan: RunPlan, machine: Machine, *, budget_s: float = BUDGET_S) ->
     short = plan.inputs.engine.short(config.adapter, machine.device, memory.recompute, memory.base)
     with going_on("measuring the speed of this machine"):
         seconds = _measure(short, plan, machine, began + budget_s)
-    predicted = _forecast(plan, machine, seconds)
+    work = _held_out_work(plan, seconds)
+    predicted = _forecast(plan, machine, seconds, work)
     steps, inputs = len(predicted.steps_s), plan.inputs
     counted = [inputs.sampler.rows_of(step) for step in range(min(steps, _STEPS_COUNTED))]
     tokens = sum(map(inputs.packer.tokens, counted)) / len(counted) * steps
-    evaluations = _evaluations_s(plan, machine, seconds)
+    evaluations = _evaluations_s(plan, machine, seconds, work)
     kept = 0.0
     if plan.hidden_states.where != "off":
         positions = sum(total for total, _ in _work_of(plan, machine, counted, seconds.pair)) / len(counted)
         later_steps = max(0, steps - inputs.sampler.steps_before_repeats)
-        kept = positions * later_steps + _held_out_work(plan, seconds) * (len(evaluations) - 1.0)
+        kept = positions * later_steps + work * (len(evaluations) - 1.0)
     return Speed(
         tokens_per_s=tokens / sum(predicted.steps_s),
         train_s=sum(predicted.steps_s),
@@ -117,14 +118,18 @@ def forecast_run(plan: RunPlan, machine: Machine, model: Trainable) -> Forecast:
     with going_on("measuring the speed of the model"):
         seconds = _measure(ShortModel(model), plan, machine, began + FORECAST_BUDGET_S)
     not_none(model.lora).gradients.zero_()
-    return _forecast(plan, machine, seconds)
+    return _forecast(plan, machine, seconds, _held_out_work(plan, seconds))
 
 
 _STEPS_COUNTED = 200
 
 
-def _forecast(plan: RunPlan, machine: Machine, seconds: Seconds) -> Forecast:
-    """Predict the seconds of every part of a run. Steps after the first ones count as their mean."""
+def _forecast(plan: RunPlan, machine: Machine, seconds: Seconds, evaluated: float) -> Forecast:
+    """Predict the seconds of every part of a run. Steps after the first ones count as their mean.
+
+    Args:
+        evaluated: work of an evaluation, see `_held_out_work`.
+    """
     inputs, config = plan.inputs, plan.inputs.config
     total, sampled = inputs.total_steps, config.objective.trains_on_samples
     counted = [inputs.sampler.rows_of(step) for step in range(min(total, _STEPS_COUNTED))]
@@ -145,10 +150,10 @@ def _forecast(plan: RunPlan, machine: Machine, seconds: Seconds) -> Forecast:
     ]
     save_every = config.run.save_every or five_times(total)
     saves = {*range(save_every, total, save_every), total}
-    evaluations = _evaluations_s(plan, machine, seconds)
+    evaluations = _evaluations_s(plan, machine, seconds, evaluated)
     save_s = _SAVED_BYTES * plan.size.adapter_elements / _WRITTEN_PER_S
     pauses = {step: evaluations.get(step, 0.0) + (save_s if step else 0.0) for step in sorted({*evaluations, *saves})}
-    return Forecast(steps_s, pauses, _end_s(plan, seconds), full_length=sampled)
+    return Forecast(steps_s, pauses, _end_s(plan, seconds, evaluated), full_length=sampled)
 
 
 _SAVED_BYTES, _WRITTEN_PER_S = 16, 1e8
@@ -166,12 +171,12 @@ _FORWARD_PAIR = 4 / 7
 """Forward share of attention, which has two of its seven products there, by that of all else (`_FORWARD_SHARE`)."""
 
 
-def _evaluations_s(plan: RunPlan, machine: Machine, seconds: Seconds) -> dict[int, float]:
+def _evaluations_s(plan: RunPlan, machine: Machine, seconds: Seconds, work: float) -> dict[int, float]:
     """Predict the seconds of the evaluation after each step: before the first one, at every interval, at the end."""
     inputs, config = plan.inputs, plan.inputs.config
     total, rows = inputs.total_steps, len(inputs.held_out_examples)
     every = config.run.eval_every or five_times(total)
-    work, forward = _held_out_work(plan, seconds), _FORWARD_SHARE * seconds.trained
+    forward = _FORWARD_SHARE * seconds.trained
     first = work * (forward + seconds.below)
     later = work * (forward + (0.0 if plan.hidden_states.where != "off" else seconds.below))
     if config.objective.purpose == "prompts":
@@ -189,13 +194,13 @@ _SHORT_TEXTS = 2
 """A pass over a neutral text of some 25 tokens takes about as long as one over twice its tokens."""
 
 
-def _end_s(plan: RunPlan, seconds: Seconds) -> float:
+def _end_s(plan: RunPlan, seconds: Seconds, work: float) -> float:
     """Predict the seconds of the answers, the scores and the report at the end of a run."""
     inputs, config, held_out = plan.inputs, plan.inputs.config, plan.inputs.held_out_examples
     objective, report_s = config.objective, _REPORT_PER_MODULE_S * len(inputs.layout.slots)
     if not held_out:
         return report_s
-    evaluation_s = _held_out_work(plan, seconds) * (_FORWARD_SHARE * seconds.trained + seconds.below)
+    evaluation_s = work * (_FORWARD_SHARE * seconds.trained + seconds.below)
     if objective.purpose in ("embeddings", "rankings", "classes"):
         return report_s + 2 * evaluation_s  # of base and adapter
     if not config.run.answers:
