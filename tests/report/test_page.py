@@ -69,10 +69,10 @@ def test_the_result_in_one_sentence(finished: Path) -> None:
             "base_classes": {"accuracy": 0.25},
             "adapted_classes": {"accuracy": 0.5, "rows": 100},
         },
-        "ndcg@10 0.250 → 0.500: it helped.": _rankings((0.25, 0.15, 0.35), (0.5, 0.4, 0.6)),
-        "ndcg@10 0.500 → 0.250: it did not help.": _rankings((0.5, 0.4, 0.6), (0.25, 0.15, 0.35)),
-        "ndcg@10 0.972 → 1.000: not clear whether it helped.": _rankings((0.972, 0.9, 1.0), (1.0, 1.0, 1.0)),
-        "ndcg@10 0.972 → 0.972: not clear whether it helped.": _rankings((0.972, 0.9, 1.0), (0.972, 0.9, 1.0)),
+        "nDCG@10 0.250 → 0.500: it helped.": _rankings((0.25, 0.15, 0.35), (0.5, 0.4, 0.6)),
+        "nDCG@10 0.500 → 0.250: it did not help.": _rankings((0.5, 0.4, 0.6), (0.25, 0.15, 0.35)),
+        "nDCG@10 0.972 → 1.000: not clear whether it helped.": _rankings((0.972, 0.9, 1.0), (1.0, 1.0, 1.0)),
+        "nDCG@10 0.972 → 0.972: not clear whether it helped.": _rankings((0.972, 0.9, 1.0), (0.972, 0.9, 1.0)),
     }
     for sentence, summary in sentences.items():
         assert result_sentence(replace(run, summary=summary)) == sentence

@@ -698,6 +698,62 @@ def test_messages_name_fields_instead_of_options() -> None:
     assert on_page("error: x\n  next: backhand plan --help explains every option") == "error: x"
     saved = on_page("continue with backhand train --resume --output /x/y")
     assert saved == "choose “Continue the run”" and on_page("start it with --allow /x") == "start it with --allow /x"
+    assert on_page("give --eval-fraction 0.3 or --eval-data FILE") == "give the share of held-out rows (0.3)"
+
+
+def test_messages_name_buttons_instead_of_commands_or_mark_them_as_those_of_a_terminal() -> None:
+    for command, shown in {
+        "Next: backhand generate --adapter a --prompt '…'": "Next: “Try a prompt”",
+        "backhand export --adapter a --to gguf --output b": "“Use the adapter elsewhere”",
+        "  backhand evaluate --data FILE": "  in a terminal: backhand evaluate --data FILE",
+        "use backhand merge": "use backhand merge in a terminal",
+        "float32, backhand engine": "float32, backhand engine",
+        "It rose. Try: backhand train c --learning-rate 0.1 --output o": (
+            "It rose. Try: “Try again with the suggested change”"
+        ),
+        "Try: backhand train c --reward x.py:f --output o": (
+            "Try: in a terminal: backhand train c --reward x.py:f --output o"
+        ),
+    }.items():
+        assert on_page(command) == shown
+
+
+def test_what_a_command_printed_is_shown_as_a_person_reads_it(client: Client, space: Workspace, finished: Path) -> None:
+    finished.rename(space.run("one"))
+    client.post("upload?name=faq.csv", body=TABLE)
+    adapter = space.run("one") / "adapter"
+    printed = f"\x1b[1mreading\x1b[0m {space.rows}/rows-1.csv\n 0%|\r 50%|\r100%|\nother by --learning-rate\n"
+    printed += "still at work after 9 s: a\nstill at work after 19 s: b\n"
+    printed += f"Adapter: {adapter}\nbackhand merge --adapter {adapter}\n"
+    space.log_file("one").write_text(printed)
+    shown = part(client.get("runs/one")[1]).one("details", id="log").text.partition("printed")[2]
+    assert shown.splitlines() == [
+        "reading faq.csv",
+        "100%|",
+        "other by “learning rate” under More options",
+        "still at work after 19 s: b",
+        "Adapter: runs/one/adapter",
+        f"in a terminal: backhand merge --adapter {adapter}",
+    ]
+
+
+def test_the_result_names_buttons_and_marks_commands_of_a_terminal(
+    client: Client, space: Workspace, finished: Path
+) -> None:
+    finished.rename(space.run("one"))
+    summary = space.run("one") / "summary.json"
+    before = summary.read_text()
+    for options, allowed in (("--learning-rate 0.01", True), ("--reward x.py:f", False)):
+        suggested = f"backhand train config.toml {options} --output again"
+        summary.write_text(json.dumps(json.loads(before) | {"advice": "It rose.", "try_next": suggested}))
+        page = part(client.get("runs/one")[1])
+        buttons = {one.text for one in page.every("button")}
+        assert ("Try again with the suggested change" in buttons) is allowed
+        result = page.one("div", id="live-result").text
+        assert ("Choose “Try again with the suggested change”, or in a terminal:" in result) is allowed
+        assert allowed or "It rose. In a terminal:" in result
+        assert "On this page: Try a prompt, Use the adapter elsewhere. In a terminal or in Python:" in result
+    assert "In a terminal:" in page.one("div", id="live-repeat").text
 
 
 def test_an_error_of_the_check_has_a_way_to_the_options(client: Client, tiny: TinyRun) -> None:

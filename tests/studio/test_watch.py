@@ -155,7 +155,7 @@ def test_decisions_and_labels_have_probabilities(
 
     async def checked(_: Commands, words: list[str], __: object, *, text: str = "") -> Outcome:
         asked.append((words, text))
-        return Outcome(0, json.dumps({"answers": answers}), "")
+        return Outcome(0, json.dumps({"answers": answers}), "noise\nnote: <i>the run stopped early; --rank 3\n")
 
     monkeypatch.setattr(Commands, "checked", checked)
     config = (finished / "config.toml").read_text()
@@ -163,10 +163,16 @@ def test_decisions_and_labels_have_probabilities(
     _, text, _ = watched.post("runs/run/try", prompt="--state")
     cells = [[cell.text for cell in row.children if cell.text] for row in Page(text.encode()).every("tr")]
     assert cells == [["<b>", "75.0%"], ["sales", "25.0%"], ["yes", "90.0%"]]
-    assert "One of the options is always chosen" in text
+    assert "One of the options is always chosen" in text and "noise" not in text
+    assert "&lt;i&gt;the run stopped early; “rank” under More options 3" in text
     words, rows = asked[0]
     assert words[0] == "decide" and words[-2:] == ["--data=-", "--state=state"] and rows == '{"state": "--state"}\n'
     (finished / "config.toml").write_text(config)
+    answers = {side: {"completion": "x", "finish_reason": "length"} for side in ("base", "adapted")}
+    monkeypatch.setattr(Outcome, "json", lambda _: answers)
+    _, text, _ = watched.post("runs/run/try", prompt="a")
+    assert text.count("cut off: this page asks for at most 128 tokens") == 2 and "--quiet" not in asked[-1][0]
+    assert "the run stopped early" in text
     answers = {
         side: {"completion": "x", "probability": 0.6, "probabilities": {"x": 0.6}} for side in ("base", "adapted")
     }

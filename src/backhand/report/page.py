@@ -17,6 +17,7 @@ from backhand.report.run_record import RunRecord, is_number
 from backhand.runs.distilled_results import distilled_sentences
 from backhand.runs.pair_results import PAIR_OBJECTIVES, answers_got_worse
 from backhand.runs.records import MAX_NEW_TOKENS
+from backhand.runs.row_changes import SCORE_NAMES
 from backhand.runs.summary import (
     CLASS_SCORES,
     changed_answers,
@@ -196,7 +197,7 @@ def _clearest_figure(run: RunRecord) -> tuple[str, Any, Any, Callable[[float], s
         return "right answers", *right[:2], _SHARE
     if (ranked := ranking_scores(run)) is not None:
         score, before, after = ranked
-        return score, before.get(score), after[score], _short
+        return SCORE_NAMES[score], before.get(score), after[score], _short
     if figures := run.summary.get("distilled"):
         return "tokens as the teacher's", figures["base_top_1"], figures["adapted_top_1"], "{:.1%}".format
     if pairs := run.summary.get("held_out_pairs"):

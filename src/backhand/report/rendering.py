@@ -63,6 +63,8 @@ def environment() -> Environment:
     templates.filters |= {"figure": figure, "percent": percent, "place": place, "json": _json, "moment": moment}
     templates.filters |= {"time_taken": time_taken, "size": size, "count_of": count_of}
     templates.filters |= {"interval_text": interval_text, "interval_range": interval_range}
+    templates.filters["worded"] = str  # the studio names its fields instead of commands
+    templates.globals["studio"] = False
     templates.filters["shell"] = lambda value: shlex.quote(str(value))
     return templates
 

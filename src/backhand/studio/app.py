@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import tempfile
 import zipfile
 from collections.abc import Awaitable, Callable, Mapping
@@ -37,12 +36,14 @@ from backhand.studio.draft import (
     ROLES,
     Draft,
     FieldError,
+    can_be_tried,
     changed_run,
     choices_of,
     default_of,
     more_for,
 )
 from backhand.studio.runs import (
+    MAX_NEW_TOKENS,
     ListedRun,
     adapter_of,
     all_runs,
@@ -82,7 +83,7 @@ _ASKED = {
     "classify": ("text", "--prompt=text"),
     "embed": ("text", "--prompt=text"),
 }
-"""Column and option for a prompt from standard input, by command."""
+"""Column and option for a prompt from standard input, by command; `generate` needs no option."""
 _SHOWN_ROWS = 3
 _MAX_SHOWN_TOKENS = 600
 _PLANNED_ROWS = 2000
@@ -172,6 +173,7 @@ async def _run_page(site: Site, request: Request) -> Response:
             **_rows_to_give_again(site, run),
             "exports": {kind: one.text for kind, one in EXPORTS.items() if (one.to, one.options) in usable},
             "objective": "" if record is None else record.objective,
+            "can_try": record is not None and can_be_tried(record.summary.get("try_next") or ""),
             "made": site.space.exported(run.name) if site.workspace is not None else [],
             "charts": {},
             "sections": [],
@@ -228,13 +230,14 @@ async def _try(site: Site, request: Request) -> Response:
     if len(texts) != (2 if words[0] == "embed" else 1):
         raise UsageError("two texts are compared, and one prompt is answered", next_step="reload the page")
     # The prompt goes to standard input, because other users can see the words of a process.
-    column, option = _ASKED.get(words[0], ("prompt", "--quiet"))
+    column, *options = _ASKED.get(words[0], ("prompt",))
     text = "".join(json.dumps({column: one}) + "\n" for one in texts)
-    outcome = await site.commands.checked([*words[:-1], "--data=-", option], request.is_disconnected, text=text)
+    outcome = await site.commands.checked([*words[:-1], "--data=-", *options], request.is_disconnected, text=text)
+    answers: dict[str, Any] = {"words": words, "notes": outcome.notes, "max_new_tokens": MAX_NEW_TOKENS}
     if len(texts) > 1:  # the vectors have length 1
         one, other = (json.loads(line)["embedding"] for line in outcome.output.splitlines())
-        return site.part("answers", cosine=sum(map(mul, one, other)), words=words)
-    return site.part("answers", answer=outcome.json(), words=words)
+        return site.part("answers", **answers, cosine=sum(map(mul, one, other)))
+    return site.part("answers", **answers, answer=outcome.json())
 
 
 # ---- a new run ---------------------------------------------------------------------------------------------------
@@ -342,7 +345,10 @@ async def _first_rows_part(site: Site, request: Request) -> Response:
     outcome = await site.commands.run([str(path)], request.is_disconnected, module="backhand.studio.first_rows")
     if not draft.get("typed_data"):
         site.space.mark_unreadable(draft.get("data"), unreadable=outcome.code != 0)
-    first = outcome.json()
+    try:
+        first = outcome.json()
+    except CommandError as error:
+        return site.failure(request, error, ("Rows", f"new/rows?{draft.query()}"))
     if first["objective"] == "decide" and _is_encoder(site, draft):  # it has no answers to compare, but a head
         first |= {"objective": "classify", "prompt": first["state"], "completion": first["question"]}
     context = site.space.context(draft.get("context")).read_text("utf-8") if draft.get("context") else ""
@@ -489,13 +495,8 @@ async def _restart(site: Site, request: Request) -> Response:
 
 async def _again(site: Site, request: Request) -> Response:
     run = site.run(request)
-    suggested = read_run(run.path).summary.get("try_next") or ""
     name = site.space.free_name(run.name)
-    try:
-        suggestion = shlex.split(suggested)
-    except ValueError:
-        suggestion = []
-    words = changed_run(suggestion, run.path / CONFIG, site.space.run(name))
+    words = changed_run(read_run(run.path).summary.get("try_next") or "", run.path / CONFIG, site.space.run(name))
     if run.job is not None and run.job.form:  # the page of the start shows the change and its plan
         options = (word.removeprefix("--").partition("=") for word in words[2:-1])
         changes = {f"more.{option.replace('-', '_')}": value for option, _, value in options}

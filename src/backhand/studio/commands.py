@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shlex
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -31,6 +32,16 @@ class CommandError(BackhandError):
         self.text = text
 
 
+_CONTROL = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+"""Sequences that colour text or move the cursor, and other control characters than a tab and a line break."""
+
+
+def readable(printed: str) -> str:
+    """Return what a command printed without control codes; of a line that was drawn again, its last state."""
+    printed = re.sub(r"(?m)^still at work after .*\n(?=still at work after )", "", printed)
+    return "\n".join(_CONTROL.sub("", line.rstrip("\r").rpartition("\r")[2]).rstrip() for line in printed.split("\n"))
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The result of a command."""
@@ -45,6 +56,11 @@ class Outcome:
             return json.loads(self.output)
         except ValueError:
             raise CommandError(self.messages.strip() or self.output) from None
+
+    @property
+    def notes(self) -> list[str]:
+        """The notes and warnings on standard error, see `words.show_notes`."""
+        return re.findall(r"(?m)^(?:note|WARNING): (.+)$", self.messages)
 
 
 def shown(words: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ The fields are in the address of each step, so that a reloaded page, or a link t
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, is_dataclass
@@ -15,6 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from urllib.parse import urlencode
 
 from backhand.bounds import Bound, check_value, hints_of, split_hint, union_members
+from backhand.cli.commands import COMMANDS
 from backhand.cli.option_fields import OptionField, option_fields
 from backhand.errors import UsageError
 from backhand.options.config import TrainConfig
@@ -372,13 +374,17 @@ class Draft:
         return [f"--{name}={text}" for name, text in given if text]
 
 
-def changed_run(words: list[str], config: Path, output: Path) -> list[str]:
-    """Return a suggested command with this run's configuration and another output.
+def changed_run(suggested: str, config: Path, output: Path) -> list[str]:
+    """Return the words of a suggested command with this run's configuration and another output.
 
     Raises:
         UsageError: the command contains more than `train` with options that this page offers.
     """
     offered = {field.option for fields in more_fields().values() for field in fields}
+    try:
+        words = shlex.split(suggested)
+    except ValueError:
+        words = []
     options = words[3 : words.index("--output")] if "--output" in words else []
     names, values = options[::2], options[1::2]
     if words[:2] != ["backhand", "train"] or not values or len(names) != len(values) or not offered.issuperset(names):
@@ -386,15 +392,32 @@ def changed_run(words: list[str], config: Path, output: Path) -> list[str]:
     return ["train", str(config), *map("{}={}".format, names, values), f"--output={output}"]
 
 
+def can_be_tried(suggested: str) -> bool:
+    """Return True if the page can start a suggested command."""
+    try:
+        return bool(changed_run(suggested, Path(), Path()))
+    except UsageError:
+        return False
+
+
 _OPTION = re.compile(r"(add: )?--([a-z][a-z0-9-]*[a-z0-9])(?:[ =]((?!-)(?:'[^']*'|[\w./:%]*[\w%])))?")
-_COMMAND = re.compile(r"`?\bbackhand ([a-z]+)\b(?: --help explains every option)?`?")
+_NAMES = "|".join(entry.name for entry in COMMANDS)
+_COMMAND = re.compile(rf"`?\bbackhand ({_NAMES})\b(?: --help explains every option)?`?")
+_TYPED = re.compile(r"(?:(?<=Try: )backhand train|\bbackhand (?!(?:train|lint|plan|models) )[a-z]+(?= --(?!help))).*")
+"""A command with its options, up to the end of the line; one that begins a run is a suggestion."""
 _COMMANDS = {
     "evaluate": "the command that evaluates an adapter, in a terminal",
     "train": "the page",
     "lint": "the check of the rows",
     "plan": "the prediction",
     "models": "the step “Model”",
+    **dict.fromkeys(("generate", "chat", "decide", "classify"), "“Try a prompt”"),
+    "embed": "“Compare two texts”",
+    "export": "“Use the adapter elsewhere”",
 }
+"""Parts of the page that do what a command does, by its name."""
+IN_TERMINAL = "in a terminal: "
+"""Words before a command that the page has no field or button for."""
 _PLACES = {
     "model": "the model",
     "data": "the file of rows",
@@ -404,7 +427,7 @@ _PLACES = {
     "messages": "the columns",
     "state": "“The text to decide about”",
     "question": "“Column with the answers”",
-    "eval-data": "the share of held-out rows",
+    "eval-data": "a larger share of held-out rows",
     "eval-fraction": "the share of held-out rows",
     "objective": "“What to learn”",
     "reward": "the checks of answers",
@@ -419,9 +442,27 @@ _PLACES = {
 def on_page(text: object) -> str:
     """Return a message of a command in the words of the page: an option has the name of its field.
 
-    `add: --train-on text` becomes `set “train on” under More options to text`. An option without a field stays.
+    `add: --train-on text` becomes `set “train on” under More options to text`. An option without a field stays. A
+    command has the name of the part of the page that does the same, or is marked as one for a terminal.
     """
+    text = re.sub(r"\n  next: backhand [a-z]+ --help[^\n]*", "", str(text))
+    resume = r"(?:[Cc]ontinue|go on) with:? (?:backhand train )?--resume(?: --output (?:'[^']*'|\S+))?"
+    text = re.sub(resume, "choose “Continue the run”", text)
+    return "\n".join(map(_line_on_page, text.split("\n")))
+
+
+def _place_of(command: str) -> str:
+    """Return the part of the page that does what a command with its options does, "" if there is none."""
+    if can_be_tried(command):
+        return "“Try again with the suggested change”"
+    name = command.split()[1]
+    return "" if name == "train" or "--data" in command else _COMMANDS.get(name, "")
+
+
+def _line_on_page(line: str) -> str:
     more = {field.option[2:]: field for fields in more_fields().values() for field in fields}
+    if typed := _TYPED.search(line):
+        return f"{_line_on_page(line[: typed.start()])}{_place_of(typed[0]) or IN_TERMINAL + typed[0]}"
 
     def named(match: re.Match[str]) -> str:
         add, option, word = match[1], match[2], match[3] or ""
@@ -433,15 +474,13 @@ def on_page(text: object) -> str:
             return f"set {place} to yes{f' {word}' if word else ''}" if add else f"{place}{f' {word}' if word else ''}"
         is_value = add or word.startswith("'") or word.isupper() or word[:1].isdigit() or word in OBJECTIVES
         end = ", " if match.string.startswith(" --", match.end()) else ""
-        if word == "COLUMN":
+        if word in ("COLUMN", "FILE"):
             return place + end
         if is_value or (field is not None and word in choices_of(field)):
             value = OBJECTIVES.get(word, word).partition(":")[0] if option == "objective" else word
-            return f"{'set ' if add else ''}{place} {'to ' if add or field is None else ''}{value}{end}"
+            shown = f"to {value}" if add else value if field is not None else f"({value})"
+            return f"{'set ' if add else ''}{place} {shown}{end}"
         return f"{place}{f' {word}' if word else ''}"
 
-    text = re.sub(r"\n  next: backhand [a-z]+ --help[^\n]*", "", str(text))
-    resume = r"(?:continue|go on) with:? (?:backhand train )?--resume(?: --output (?:'[^']*'|\S+))?"
-    text = re.sub(resume, "choose “Continue the run”", text)
-    text = _OPTION.sub(named, text)
-    return _COMMAND.sub(lambda match: _COMMANDS.get(match[1], match[0]), text)
+    line = _OPTION.sub(named, line.replace(" or --eval-data FILE", ""))
+    return _COMMAND.sub(lambda match: _COMMANDS.get(match[1], f"{match[0].strip('`')} in a terminal"), line)

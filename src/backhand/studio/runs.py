@@ -40,6 +40,8 @@ _LOG_BYTES = 20_000
 _METRICS_BYTES = 400_000
 """Bytes at the end of metrics.jsonl that contain the last steps and the values per row of an evaluation."""
 _RECENT_STEPS = 20
+MAX_NEW_TOKENS = 128
+"""Limit of an answer on the page."""
 
 STATES = {
     "waiting": "waits in the queue",
@@ -265,7 +267,15 @@ def asking_words(run: ListedRun, prompt: str) -> list[str]:
     if isinstance(system := record.rows.get("system"), str):
         words.append(f"--system={system}")
     labels = ["--labels=auto"] if record.summary.get("labels") else []
-    return ["generate", *words, *labels, "--compare", "--greedy", "--max-new-tokens=128", f"--prompt={prompt}"]
+    return [
+        "generate",
+        *words,
+        *labels,
+        "--compare",
+        "--greedy",
+        f"--max-new-tokens={MAX_NEW_TOKENS}",
+        f"--prompt={prompt}",
+    ]
 
 
 def error_of(log: str) -> str:

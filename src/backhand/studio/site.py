@@ -18,8 +18,8 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from backhand.errors import BackhandError
 from backhand.report.rendering import environment, place
-from backhand.studio.commands import CommandError, Commands, shown
-from backhand.studio.draft import Draft, on_page
+from backhand.studio.commands import CommandError, Commands, readable, shown
+from backhand.studio.draft import IN_TERMINAL, Draft, on_page
 from backhand.studio.runs import ListedRun, listed_run, run_of
 from backhand.studio.workspace import Workspace
 from backhand.system import version_of
@@ -51,7 +51,7 @@ class Site:
         # The configuration of a run that was started elsewhere may name the model relative to the current directory.
         self.commands = Commands(shown.root if isinstance(shown, Workspace) else Path.cwd())
         self.models: list[dict[str, Any]] | None = None
-        self._templates = _templates(self._own_names)
+        self._templates = _templates(self._on_page, in_studio=self.workspace is not None)
 
     @property
     def model_names(self) -> list[str]:
@@ -93,8 +93,11 @@ class Site:
         upload = self.space.uploads().get(draft.get("data"))
         return Path(draft.get("typed_data")).name or (upload.label if upload else "")
 
-    def _own_names(self, text: object) -> str:
-        return self.workspace.own_names(str(text)) if self.workspace else str(text)
+    def _on_page(self, text: object) -> str:
+        """Return what a command printed as a person reads it, with the names of the page and of the uploads."""
+        own_names = self.workspace.own_names if self.workspace else str
+        lines = (line.partition(IN_TERMINAL) for line in on_page(readable(str(text))).split("\n"))
+        return "\n".join(f"{own_names(said)}{mark}{command}" for said, mark, command in lines)
 
     def go(self, place: str) -> Response:
         """Return a redirect to a page, after a form."""
@@ -122,7 +125,6 @@ class Site:
         else:
             status = HTTPStatus.INTERNAL_SERVER_ERROR
             text = f"error: unexpected {type(error).__name__}: {error}\n  why: this is a bug in Backhand"
-        text = self._own_names(text)
         part = request.headers.get("x-part") == "1"
         return self.page(
             "message.html.j2" if part else "error.html.j2", {"text": text, "title": "Error", "step": step}, status
@@ -152,9 +154,11 @@ def _local_moment(text: object) -> str:
     return f"{when.day} {when:%B %Y, %H:%M}"
 
 
-def _templates(own_names: Callable[[object], str]) -> Environment:
+def _templates(on_page: Callable[[object], str], *, in_studio: bool) -> Environment:
     loader = ChoiceLoader([PackageLoader("backhand.studio"), PackageLoader("backhand.report")])
     templates = environment().overlay(loader=loader)
     templates.filters = {**templates.filters, "command": shown, "moment": _local_moment, "on_page": on_page}
-    templates.filters |= {"own_names": own_names, "place": lambda source: own_names(place(source))}
+    templates.filters["place"] = lambda source: on_page(place(source))
+    if in_studio:  # a page of one run has no buttons, so that the report's commands stay
+        templates.filters["worded"] = on_page
     return templates

@@ -218,12 +218,14 @@ class Workspace:
         return self.rows / name
 
     def own_names(self, text: str) -> str:
-        """Return a message with the names that uploads had in the browser, instead of those of their files."""
+        """Return a message with the names that uploads had in the browser, and paths below the studio's directory."""
 
         def own_name(found: re.Match[str]) -> str:
             return _text(self.rows / f"{found[0]}.name") or found[0]
 
-        return _UPLOAD_IN_TEXT.sub(own_name, text.replace(f"{self.rows}{os.sep}", ""))
+        return _UPLOAD_IN_TEXT.sub(
+            own_name, text.replace(f"{self.rows}{os.sep}", "").replace(f"{self.root}{os.sep}", "")
+        )
 
     def save_context(self, text: str) -> str:
         """Write a prompt that a run turns into an adapter, under a name made from its text; return the name.
