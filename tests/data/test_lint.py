@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from backhand.data.lint import LintReport, lint
+from backhand.data.lint import CHECKS, LintReport, lint
 from backhand.data.mojibake import find_mojibake
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare
@@ -210,3 +211,9 @@ def test_tokens_for_eyes(tmp_path: Path) -> None:
     whole = next(number for number, line in enumerate(lines) if line.endswith("'é'"))
     assert lines[whole + 1].endswith("(more of the same character)")
     assert token_texts(tokenizer("aé").input_ids[:2], tokenizer) == ["a", "Ã"], "a truncated one as it is spelt"
+
+
+def test_every_problem_is_in_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    table = page.partition("## `backhand lint`")[2].partition("\n\nOnly problems")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == [*CHECKS]

@@ -115,6 +115,7 @@ def test_no_name_is_one_of_ours_and_every_answer_names_fields_that_there_are() -
         (["train", "--lora-r", "8"], "Unknown option: --lora-r. Did you mean --rank?"),
         (["train", "--num_train_epochs", "3"], "Did you mean --epochs?"),
         (["train", "--grad-accumulation-steps", "3"], "Here it is --batch-rows, the rows of a whole step"),
+        (["train", "--validation", "held_out.jsonl"], "Here it is --eval-data for files, or --eval-fraction"),
         (["train", "--packing"], "--packing; no option is needed"),
         (["evaluate", "--lora-r", "8"], "It is an option of `backhand train`: --rank."),
         (["evaluate", "--objective", "dpo"], "It is an option of `backhand train`."),

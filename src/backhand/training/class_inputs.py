@@ -127,8 +127,8 @@ def with_labels(
         for row in rows:
             target_of(row.facts_as(ClassLabel), problem, labels, row.source)
     if problem == NUMBER:
-        rows = chain(train.examples, () if held_out is None else held_out.examples)
-        commas = decimal_comma_note((row.facts_as(ClassLabel), row.source) for row in rows)
+        both = chain(train.examples, () if held_out is None else held_out.examples)
+        commas = decimal_comma_note((row.facts_as(ClassLabel), row.source) for row in both)
         said = [f"a number is learned from {count_of(len(learned), 'row')}, with squared error"]
         said += [commas] if commas else []
         return replace(options, problem_type=problem, class_labels=()), tuple(said)
