@@ -26,7 +26,7 @@ from backhand.interop.command import export_command
 from backhand.interop.merging import merge_command
 from backhand.interop.options import ExportOptions, MergeOptions
 from backhand.loop.class_scores import constant_logits, row_losses, score_classes
-from backhand.loop.classify import classify
+from backhand.loop.classify import classify, classify_command
 from backhand.loop.evaluate import Evaluation, evaluate_command
 from backhand.loop.objectives.classify import loss_and_gradient
 from backhand.nn.loading.opening import open_model
@@ -180,7 +180,9 @@ def test_transformers_and_peft_classify_padded_texts_alike(
                 assert answer[label] == pytest.approx(row[number], abs=1e-5)
 
 
-def test_texts_are_read_and_proved_as_in_training(straight: TrainConfig, tmp_path: Path) -> None:
+def test_texts_are_read_and_proved_as_in_training(
+    straight: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [json.loads(line) for line in Path(straight.data.eval_data[0]).read_text().splitlines()]
     named = tmp_path / "named.jsonl"
     named.write_text("".join(json.dumps({"review": row["text"], "stars": row["label"]}) + "\n" for row in rows))
@@ -193,7 +195,12 @@ def test_texts_are_read_and_proved_as_in_training(straight: TrainConfig, tmp_pat
         data = replace(ClassifyOptions().data, data=(path,))
         return classify(ClassifyOptions(ClassifyRunOptions(adapter), data, model))
 
-    assert classified(str(named)) == classified(straight.data.eval_data[0])
+    assert (exact := classified(str(named))) == classified(straight.data.eval_data[0])
+    capsys.readouterr()
+    classify_command(ClassifyOptions(ClassifyRunOptions(adapter, text=rows[0]["text"]), ClassifyOptions().data, model))
+    printed = json.loads(capsys.readouterr().out)["scores"]
+    assert printed == pytest.approx(exact[0]["scores"], rel=1e-5)
+    assert all(p == float(f"{p:.6g}") for p in printed.values()) and printed != exact[0]["scores"]
     words = ["verify", "--model", str(straight.model.model), "--dtype", "float32", "--max-tokens", "40"]
     assert main([*words, "--adapter", str(adapter), "--data", str(named)]) == 0
 
@@ -214,6 +221,9 @@ def test_evaluation_scores_the_adapter_against_a_constant_answer(
     assert summary is not None and summary.adapted_classes is not None
     assert found["rows"] == 12
     scores = found["adapted"]["classes"]
+    gain, low, high = scores["gain"]
+    assert gain == pytest.approx(scores["values"]["accuracy"] - found["base"]["classes"]["values"]["accuracy"])
+    assert low < gain < high and "right_rows" not in scores
     assert scores["accuracy_interval"] == share_interval(scores["values"]["accuracy"], 12)
     interval = interval_text(scores["values"]["accuracy"], 12)
     table = capsys.readouterr().out

@@ -202,6 +202,8 @@ def test_answers_of_a_run_from_an_adapter_are_compared_with_its_answers(tiny: Ti
     train(tiny.config(tmp_path / "fresh", **options))
     train(tiny.config(tmp_path / "first", epochs=40, learning_rate=1e-2, answers=0, eval_every=120))
     again = train(tiny.config(tmp_path / "again", from_adapter=str(tmp_path / "first" / "adapter"), **options))
+    train(tiny.config(tmp_path / "mute", from_adapter=str(tmp_path / "first" / "adapter"), max_steps=1, answers=0))
+    assert "(the adapter it started from)" in headline(read_run(tmp_path / "mute"))
     record = read_run(tmp_path / "again")
     assert again.compared_with_start and all(line["base"] == line["adapted"] for line in record.answers)
     assert all(one["base"] == one["adapted"] for one in again.neutral_answers)
