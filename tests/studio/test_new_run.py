@@ -30,7 +30,7 @@ from backhand.studio import commands, draft, named_model, queue
 from backhand.studio.commands import Commands, Outcome
 from backhand.studio.draft import MORE, Draft, more_for, on_page
 from backhand.studio.first_rows import first_rows
-from backhand.studio.runs import STATES, all_runs, run_of
+from backhand.studio.runs import STATES, Progress, all_runs, run_of
 from backhand.studio.workspace import Workspace
 from backhand.system import process_start
 from support.page import Page
@@ -220,6 +220,19 @@ def test_a_run_is_finished_while_its_process_writes_the_report(
         other = {"process": os.getppid(), "launcher_start": launcher}
         (run / "status.json").write_text(json.dumps(status | other))
         assert run_of(space, "one").state == state
+
+
+def test_the_time_left_is_that_of_the_last_steps_also_after_an_evaluation(space: Workspace, finished: Path) -> None:
+    run = space.run("one")
+    finished.rename(run)
+    status = json.loads((run / "status.json").read_text())
+    at_work = {"state": "running", "process": os.getpid(), "process_start": process_start(os.getpid())}
+    (run / "status.json").write_text(json.dumps(status | at_work | {"step": 80, "total_steps": 140}))
+    seconds = [10 * step if step <= 80 else 800 + step - 80 for step in range(1, 101)]  # slow steps, then fast ones
+    lines = [{"step": step, "loss": 1.0, "time_s": time_s} for step, time_s in enumerate(seconds, 1)]
+    evaluation = {"step": 100, "eval_loss": 1.0, "rows": [0.123456] * 30_000}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, evaluation]))
+    assert run_of(space, "one").progress == Progress(100, 140, "40 s")
 
 
 def test_only_the_process_of_the_run_on_this_machine_is_stopped(
