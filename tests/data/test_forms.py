@@ -162,6 +162,7 @@ def test_rows_that_only_ask_are_for_generation() -> None:
     ("values", "said"),
     [
         ({}, "fit no form"),
+        ({"data": [{"prompt": "a", "completion": "b"}], "version": 1}, "the rows are a list under the key data"),
         ({"foo": "a", "bar": "b"}, "bar, foo"),
         ({"messages": None}, "messages is null"),
         ({"prompt": None, "completion": None, "n": 1}, "prompt and completion are null"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -209,6 +210,12 @@ def forms_for(*purposes: Purpose) -> tuple[Form, ...]:
 _ANSWERS, _PROMPTS = forms_for("answers"), forms_for("prompts")
 
 
+def _holds_rows(value: object) -> bool:
+    """Return True for a list of tables that are no messages."""
+    tables = value if isinstance(value, list) else ()
+    return bool(tables) and all(isinstance(one, Mapping) and not {"role", "from"} & one.keys() for one in tables)
+
+
 def detect(
     raw: RawRow,
     *,
@@ -239,6 +246,13 @@ def detect(
     preferred = purpose == "answers" and not allow_prompts and present.issuperset(PREFERENCE)
     if form is not None and not (preferred and len(form.columns) == 1 and not given):
         return form
+    if not given and (keys := [name for name, value in raw.values.items() if _holds_rows(value)]):
+        raise DataError(
+            f"the rows are a list under the key {name_list(keys)}",
+            where=raw.source,
+            why="rows are one list, or one object per line",
+            next_step=f"write the list alone to a file: jq {shell_quoted(f'.[{json.dumps(keys[0])}]')} OLD > NEW.json",
+        )
     columns = _Columns(raw, present, given, following, answers=not allow_prompts)
     if ignored := columns.ignored_option(forms_for(purpose)):
         raise ignored
