@@ -154,6 +154,8 @@ def test_the_counts_of_rows_add_up(tmp_path: Path) -> None:
         f"the question when is a choice of late, soon; {answered} of 72 rows to train on answer it"
         in train.report.notes
     )
+    letters = "the question team is a choice of a, b; llama.cpp cannot ask it, since its options are single letters"
+    assert letters in train.report.notes
 
 
 def test_each_document_ends_in_the_label_of_its_option(tmp_path: Path) -> None:

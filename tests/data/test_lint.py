@@ -102,6 +102,15 @@ def test_one_fault_of_many_lines_is_one_finding(tmp_path: Path) -> None:
     assert (one.count, one.what) == (1, "1 more malformed rows after this one")
 
 
+def test_prompts_have_no_answers_to_check(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "how many?", "answer": "7"}\n' * 2 + '{"prompt": "schÃ¶n", "answer": "7"}\n')
+    report, _ = lint(DataOptions(data=(str(path),)), byte_level(), purpose="prompts")
+    assert [finding.kind for finding in report.findings] == ["mojibake", "duplicate"]
+    assert {"no_end", "empty_reply", "spelling"}.isdisjoint(report.checked)
+    assert (report.train.supervised_tokens, report.labels) == (0, {})
+
+
 def test_repetitions_name_both_places(tmp_path: Path) -> None:
     report = linted(tmp_path, [row("q", "a"), row("p", "b"), row("q", "a"), row("q", "a")])
     (finding,) = report.findings

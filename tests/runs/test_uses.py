@@ -69,6 +69,7 @@ def test_more_than_factors_is_exported_merged() -> None:
         ("sft", {"form": "merged"}, "gguf --merge, ollama --merge"),
         ("sft", {"form": ""}, ""),
         ("decide", {}, "peft, gguf --decision"),
+        ("decide", {"architecture": None}, "peft"),
         ("embed", {}, "peft, sentence-transformers --merge, gguf --merge, ollama --merge"),
         ("rank", {"architecture": "llama"}, "peft"),
         ("rank", {"architecture": "qwen3"}, "peft, gguf --merge"),

@@ -36,7 +36,7 @@ from backhand.runs.records import RowFacts
 from backhand.runs.row_changes import gain_words, mean_gain, recorded_gain, share_gain, unpaired_gain
 from backhand.runs.summary import LabelFigures, LabelRow, NeutralAnswer, RunSummary, forgotten_nats
 from backhand.terminal import _Now, console, working
-from backhand.training.advice import answer_advice
+from backhand.training.advice import Curves, answer_advice
 from backhand.training.console import closing_lines
 from backhand.training.run import train
 from backhand.words import share_interval
@@ -288,6 +288,10 @@ def test_a_lower_loss_helped_only_if_the_labels_are_clearly_better(
     assert (suggested is None) is (verdict == "helped")
     # The sentence of the curves belongs to their command.
     assert answer_advice(config, replace(measured, try_next="backhand train …"), Path("runs/one")) is None
+    rose = Curves([(ended.steps * part // 4, loss) for part, loss in enumerate((1.34, 1.27, 1.3, 1.36, 1.39))], [])
+    suggested = answer_advice(config, replace(measured, try_next=None), Path("runs/one"), rose)
+    assert suggested is None or (suggested[1] is None and "more steps," not in suggested[0])
+    assert verdict != "hurt" or (suggested is not None and "held-out loss was lowest after step" in suggested[0])
     stopped = replace(measured, try_next=None, stopped_because="a callback returned False")
     suggested = answer_advice(config, stopped, Path("runs/one"))
     assert suggested is None or ("more steps" not in suggested[0] and suggested[1] is None)

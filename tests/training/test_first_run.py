@@ -26,9 +26,11 @@ from backhand.nn.lora_parameters import AdapterLayout, LoRASlot
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.options.config_file import config_from_table, load_config
 from backhand.options.objectives import ObjectiveOptions
+from backhand.options.rewards import RewardOptions
 from backhand.report.headline import headline
 from backhand.report.run_record import read_run
 from backhand.runs.interruption import Interrupted
+from backhand.runs.row_changes import training_reward_words
 from backhand.training.advice import Curves, Until, advice, first_finding, rates_until, too_few_rows
 from backhand.training.console import closing_lines
 from backhand.training.inputs import scaled_matrices, weight_scale
@@ -313,6 +315,20 @@ def test_few_held_out_rows_and_rows_not_seen_change_the_advice(tmp_path: Path) -
     assert said([*FALLING[:-1], 0.481], few_rows=5, stopped=True) is not None, "which says nothing of more steps"
 
 
+def test_a_run_on_rewards_without_any_gradient_is_no_question_of_chance(tmp_path: Path) -> None:
+    config = TrainConfig(objective=ObjectiveOptions(objective="grpo"), rewards=RewardOptions(reward=("mine.py:short",)))
+    config = with_options(config, max_steps=3, learning_rate=1e-5)
+    line = {"reward": 0.0, "no_gradient_groups": 1.0, "grad_norm": 0.0, "clipped_answers": 0.9, "loss": 0.0}
+    said = advice(config, Curves.of([line] * 3), 3, 1e-5, tmp_path, stopped=True)
+    assert said is not None and said[1] is None and said[0].startswith("No weight changed")
+    assert "check that mine.py:short gives right" in said[0] and "a larger --max-new-tokens, easier rows" in said[0]
+    said = advice(config, Curves.of([line | {"reward": 1.0}] * 3), 3, 1e-5, tmp_path)
+    assert said is not None and "give harder rows" in said[0]
+    assert advice(config, Curves.of([line, line | {"grad_norm": 0.1}]), 2, 1e-5, tmp_path) is None
+    assert training_reward_words(0.0, 0.0, 3).endswith("0.0000, at first and at last")
+    assert "too few" in training_reward_words(0.0, 0.1, 3)
+
+
 @pytest.mark.parametrize(("steps", "rate", "changes"), [(4, 1e-3, "--max-steps 8"), (4, 1e-4, "--learning-rate 0.001")])
 def test_few_steps_say_little_about_a_usual_rate(steps: int, rate: float, changes: str, tmp_path: Path) -> None:
     config = with_options(TrainConfig(), max_steps=steps, learning_rate=rate)
@@ -331,7 +347,8 @@ def test_curves_of_a_run_that_forgot_are_not_called_fine(tmp_path: Path) -> None
 
 def test_rewards_that_teach_nothing_ask_for_right_answers_first(tmp_path: Path) -> None:
     config = with_options(TrainConfig(objective=ObjectiveOptions(objective="grpo")), epochs=3, learning_rate=1e-3)
-    steps = [{"step": step, "loss": 0.0, "no_gradient_groups": 1.0} for step in range(1, 5)]
+    step = {"loss": 0.0, "no_gradient_groups": 0.95, "grad_norm": 0.1, "reward": 0.0, "clipped_answers": 0.0}
+    steps = [{"step": number, **step} for number in range(1, 5)]
 
     def said(reward: float, steps: list[dict[str, float]] = steps) -> tuple[str, str | None] | None:
         records = [{"step": 0, "eval_loss": -reward}, *steps, {"step": 4, "eval_loss": -reward}]
@@ -339,7 +356,7 @@ def test_rewards_that_teach_nothing_ask_for_right_answers_first(tmp_path: Path) 
 
     none = said(0.0)
     assert none is not None and none[1] is None, "more of the same teaches nothing"
-    assert "the same reward in 100% of the groups" in none[0] and "--objective sft" in none[0]
+    assert "the same reward in 95% of the groups" in none[0] and "--objective sft" in none[0]
     always = said(1.0)
     assert always is not None and always[1] is None and "give other rows" in always[0]
     some = said(0.0, [step | {"no_gradient_groups": 0.5} for step in steps])

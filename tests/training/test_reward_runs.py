@@ -330,12 +330,13 @@ def test_the_guard_takes_a_line_whose_entropy_was_no_number() -> None:
     ],
 )
 def test_the_advice_about_constant_rewards_depends_on_them(rewards: list[float], says: str) -> None:
-    guard, line = RewardGuard(lambda text: None), {"no_gradient_groups": 1.0, "entropy": 0.1, "clipped_answers": 0.0}
+    guard = RewardGuard(lambda text: None, ("mine.py:short",))
+    line = {"no_gradient_groups": 1.0, "entropy": 0.1, "clipped_answers": 0.0}
     for step, reward in enumerate(rewards[:-1], 1):
         guard.judge(step, {**line, "reward": reward})
     with pytest.raises(CheckError, match="nothing can be learnt") as raised:
         guard.judge(len(rewards), {**line, "reward": rewards[-1]})
-    assert says in str(raised.value.next_step)
+    assert says in str(raised.value.next_step) and "check that mine.py:short gives" in str(raised.value.next_step)
 
 
 def _without_times(bits: dict[str, bytes]) -> dict[str, Any]:

@@ -184,6 +184,7 @@ def question_notes(questions: Mapping[str, Question], answered: Mapping[str, int
     several = "each row has one document per label of its questions; choices also have one per name of an option"
     return [several] + [
         f"the question {name} is {types[one.type].format(name_list(map(str, shown[name])))}"
+        + "; llama.cpp cannot ask it, since its options are single letters" * one.has_letters
         + f"; {answered.get(name, 0):,} of {count_of(rows, 'row')} to train on answer it"
         * (answered.get(name, 0) < rows)
         for name, one in questions.items()

@@ -104,6 +104,11 @@ class Question:
         return tuple(f"{key} - {text}" if text else key for key, text in zip(self.keys, described, strict=True))
 
     @property
+    def has_letters(self) -> bool:
+        """True if the options are single letters, which llama.cpp uses as labels in another prompt."""
+        return self.type == "choice" and all(len(key) == 1 and key.isalpha() for key in self.keys)
+
+    @property
     def canonical_order(self) -> tuple[int, ...]:
         """The order in which evaluation and `backhand decide` show the options."""
         return tuple(range(len(self.keys)))

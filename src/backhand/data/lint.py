@@ -46,8 +46,8 @@ class Check(NamedTuple):
     words: str  # label in a table
     what: str = ""  # follows the number of documents
     remedy: str = ""
-    # the rows that it concerns: documents, labels, pairs, unpaired, decisions, embeddings, rankings or classes; "" for
-    # all
+    # the rows that it concerns: documents, answers, labels, pairs, unpaired, decisions, embeddings, rankings or
+    # classes; "" for all
     form: str = ""
 
 
@@ -71,9 +71,9 @@ CHECKS = {
         "no end token carries loss",
         "in which no end token carries loss, so the model does not learn to stop",
         "use a chat template that ends replies (--chat-template)",
-        form="documents",
+        form="answers",
     ),
-    "empty_reply": Check("empty replies", "with an empty reply", "fill it in or remove the rows", form="documents"),
+    "empty_reply": Check("empty replies", "with an empty reply", "fill it in or remove the rows", form="answers"),
     "equal_pair": Check(
         "pairs of equal answers", "with equal answers, which teach nothing", "remove the rows", form="pairs"
     ),
@@ -291,8 +291,10 @@ def lint(
     forms: set[str] = {""}
     if purpose in ("embeddings", "decisions", "rankings", "classes"):
         forms.add(str(purpose))
+    elif purpose == "prompts":
+        forms.add("documents")
     else:
-        forms |= {"documents", *_row_forms(train.examples)}
+        forms |= {"documents", "answers", *_row_forms(train.examples)}
     if purpose == "embeddings":
         problems += problems_of_embeddings(train.examples)
     elif purpose == "rankings":
@@ -305,6 +307,8 @@ def lint(
             train = train.with_note(note)
     elif purpose == "decisions":
         problems += problems_of_decisions(train.examples.facts(DecisionRow))
+    elif purpose == "prompts":
+        problems += [*_in_documents(documents, tokenizer, truncation), ("duplicate", _repeated(train.examples))]
     else:
         problems += [*_in_documents(documents, tokenizer, truncation), *_in_rows(train.examples)]
         spellings = label_spellings(tokenizer, train.examples, held_out.examples if held_out else ())
@@ -324,7 +328,8 @@ def lint(
         problems.append(("context", [document.source for document in long], context_length))
     malformed = _malformed(bad, "warning" if options.skip_bad else "error")
     unit = "row" if purpose in ("embeddings", "decisions", "rankings") else "document"
-    findings = [*malformed, *(_finding(unit, *one) for one in problems if one[1])]
+    checked = tuple(kind for kind, check in CHECKS.items() if check.form in forms)
+    findings = [*malformed, *(_finding(unit, *one) for one in problems if one[1] and one[0] in checked)]
     columns = {"tokens": "tokens"} | ({"supervised tokens": "supervised"} if train.report.supervised_tokens else {})
     report = LintReport(
         train=train.report,
@@ -333,7 +338,7 @@ def lint(
         template=() if purpose in _TEXT_FORMATS else tuple(describe_template(tokenizer, options)),
         findings=tuple(sorted(findings, key=lambda finding: finding.severity)),
         not_checked=not_checked,
-        checked=tuple(kind for kind, check in CHECKS.items() if check.form in forms),
+        checked=checked,
         labels=dict(sorted(labels.items(), key=lambda label: -label[1])),
     )
     return report, train

@@ -145,8 +145,8 @@ class ClassLabel(NamedTuple):
         return (f"{self.value:g}" if isinstance(self.value, float) else self.value,)
 
 
-WITHOUT_TARGETS = (TextIdentities, RankedTexts, ClassLabel)
-"""Facts of rows whose loss is one of vectors or scores of texts. Their supervised tokens only select hidden states."""
+WITHOUT_TARGETS = (PromptRow, TextIdentities, RankedTexts, ClassLabel)
+"""Facts of rows without target tokens. Supervised tokens select hidden states, or are placeholders for answers."""
 RowFacts = PromptRow | DecisionRow | TextIdentities | RankedTexts | ClassLabel
 """Facts of a row that its loss, its rewards or its scores read in addition to the tokens:
 

@@ -84,7 +84,7 @@ def gguf_decision(opened: OpenedAdapter) -> GGUFDecision:
             "this adapter was not trained to decide", where="decision", next_step="train one with --objective decide"
         )
     for question in _questions(record.decisions):
-        if question.type == "choice" and all(len(key) == 1 and key.isalpha() for key in question.keys):
+        if question.has_letters:
             raise UsageError(
                 f"the options of {question.name} are single letters",
                 where="decision",

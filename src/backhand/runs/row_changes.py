@@ -229,6 +229,8 @@ def training_reward_words(first: float, last: float, steps: int) -> str:
         first, last: mean reward in the first and in the last tenth of the steps.
         steps: number of steps of the run.
     """
+    if first == last:
+        return f"reward of its own answers to training rows {first:.4f}, at first and at last"
     compared = "first and last tenth of the steps, whose prompts differ"
     if steps < _FEWEST_COMPARED_STEPS:
         compared = "first and last step, whose prompts differ: too few to tell a change from chance"

@@ -36,6 +36,7 @@ from backhand.data.data_report import DataReport
 from backhand.data.options import shell_quoted
 from backhand.data.raw_rows import IN_MEMORY
 from backhand.errors import not_none
+from backhand.loop.rewards.guards import constant_rewards_remedy
 from backhand.loop.step import LearningRate
 from backhand.loop.step_plan import SUPERVISED, five_times, short_run_factor
 from backhand.options.config import OptimizationOptions, TrainConfig
@@ -105,6 +106,9 @@ class Curves:
     forgotten_nats: float | None = None  # rise on neutral texts at the best evaluation; None if not measured
     # share of the groups of a run on rewards whose answers all had the same reward
     no_gradient_share: float = 0.0
+    without_gradient: bool = False  # every step of a run on rewards had the gradient 0
+    rewards: Sequence[float] = ()  # the mean reward of every logged step of such a run
+    cut_off: float = 0.0  # share of its answers that were cut off at the limit of tokens
 
     @property
     def best(self) -> tuple[int, float]:
@@ -127,9 +131,18 @@ class Curves:
             held_out[0] = held_out[0][0], constant_loss
         best = min(evaluations[1:], key=lambda one: one["eval_loss"], default=None)
         losses = [one["loss"] for one in records if _is_finite(one.get("loss"))]
-        flat = [one["no_gradient_groups"] for one in records if _is_finite(one.get("no_gradient_groups"))]
         forgot = None if best is None else forgotten_nats(records, best["step"])
-        return cls(held_out, losses, forgot, statistics.mean(flat) if flat else 0.0)
+        curves = cls(held_out, losses, forgot)
+        rewarded = [one for one in records if _is_finite(one.get("no_gradient_groups"))]
+        if not rewarded:
+            return curves
+        return replace(
+            curves,
+            no_gradient_share=statistics.mean(one["no_gradient_groups"] for one in rewarded),
+            without_gradient=not any(one["grad_norm"] for one in rewarded),
+            rewards=[one["reward"] for one in rewarded],
+            cut_off=statistics.mean(one["clipped_answers"] for one in rewarded),
+        )
 
 
 def _is_finite(value: float | None) -> bool:
@@ -225,6 +238,10 @@ def advice(
     relative = rate / auto_rate if objective in SUPERVISED else 1.0
     options, twice = config.optimization, _twice_as_long(config, total_steps)
     if objective == "grpo":
+        if curves.without_gradient:
+            means = curves.rewards
+            remedy = constant_rewards_remedy(config.rewards.reward, min(means), max(means), curves.cut_off)
+            return f"No weight changed: in each step, all answers of each group had one reward. Next, {remedy}.", None
         if stopped or len(curves.held_out) < 2 or curves.best[1] < curves.held_out[0][1]:
             return None
         sentence = "The reward of held-out prompts did not rise"
@@ -337,16 +354,15 @@ def answer_advice(
         verdict, what, shares = label_verdict(of_labels), "labels", [of_labels]
     if verdict in (None, "helped"):
         return None
+    finding = None if curves is None else first_finding(curves, rates_until(config.optimization, summary.steps), 1.0)
     if constant := {name: one["majority"] for name, one in decided[1].items() if one["constant"]}:
         same = f"The adapter gives the same answer to all held-out rows of {name_list(constant)}"
-        if curves is not None and summary.stopped_because is None:
-            finding = first_finding(curves, rates_until(config.optimization, summary.steps), 1.0)
-            if finding in ("hardly moved", "still falling"):
-                if summary.try_next is not None:
-                    return None
-                more = _again(config, run, _twice_as_long(config, summary.steps))
-                loss = "hardly moved" if finding == "hardly moved" else "was still falling at the end"
-                return f"{same}, and their loss {loss}: more steps come first.", more
+        if summary.stopped_because is None and finding in ("hardly moved", "still falling"):
+            if summary.try_next is not None:
+                return None
+            more = _again(config, run, _twice_as_long(config, summary.steps))
+            loss = "hardly moved" if finding == "hardly moved" else "was still falling at the end"
+            return f"{same}, and their loss {loss}: more steps come first.", more
         common = name_list(f"{share:.0%}" for share in constant.values())
         return f"{same}, of which {common} have the most frequent one: add training rows with the other answers.", None
     if summary.try_next is not None:  # the curves ask for another run already
@@ -361,6 +377,9 @@ def answer_advice(
         enough = 2 * summary.held_out_rows <= LARGEST_SHARE * all_rows
         more = _holding_out_more(enough and not config.data.eval_data)
         return f"{held_out} to tell whether the {what} are learnt: {more}.", None
+    if curves is not None and finding in ("rose", "not better"):
+        lowest = f"the held-out loss was lowest after step {curves.best[0]} already"
+        return f"The {what} themselves are not clearly learnt, and {lowest}: more rows come before more steps.", None
     sentence = f"The {what} themselves are not clearly learnt: more rows, or more steps, may teach them."
     return sentence, _again(config, run, _twice_as_long(config, summary.steps))
 

@@ -41,6 +41,7 @@ from backhand.runs.row_changes import recorded_gain, recorded_loss_change
 from backhand.runs.summary import RunSummary, constant_name, forgotten_nats, loss_unit
 from backhand.system import memory_bytes, peak_rss_bytes
 from backhand.training.advice import too_few_rows
+from backhand.training.inputs import RunInputs
 from backhand.training.loaded_run import LoadedRun
 
 SHOWN_ROWS = 3
@@ -224,7 +225,7 @@ def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_si
         objective=run.config.objective.objective,
         trains_head=run.inputs.trains_head,
         base_file=_gguf_file(run.inputs.source),
-        base_architecture=_gguf_architecture(run.inputs.source),
+        base_architecture=_gguf_architecture(run.inputs),
         adapter_form=_form(state.lora),
         evaluations=len({line["step"] for line in evaluations}),
         held_out_pairs=held_out_pairs(lines, progress.best_step),
@@ -241,13 +242,15 @@ def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_si
     )
 
 
-def _gguf_architecture(source: ModelSource) -> str | None:
-    """Return the base's architecture in GGUF files, None if `backhand export` knows none or cannot read the base."""
+def _gguf_architecture(inputs: RunInputs) -> str | None:
+    """Return the base's architecture in GGUF files; None if no export has a GGUF file that is used as trained."""
+    if any(question.has_letters for question in inputs.train.questions.values()):
+        return None
     try:
-        decoder_config(source.config)
+        decoder_config(inputs.source.config)
     except UnsupportedModel:
         return None
-    return gguf_architecture(source.config)
+    return gguf_architecture(inputs.source.config)
 
 
 def _form(lora: LoRAParameters) -> str:

@@ -444,7 +444,7 @@ class Trainer:
             functions=self.functions,
             tokenizer=run.inputs.source.tokenizer(),
         )
-        guard = RewardGuard(self.observer.noted)
+        guard = RewardGuard(self.observer.noted, options.reward)
         lines = self.directory.lines(METRICS) if processes.is_main_process else []
         earlier = [line for line in lines if "no_gradient_groups" in line]  # steps of a resumed run
         for measured in processes.broadcast_object(earlier):

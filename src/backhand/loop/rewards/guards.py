@@ -14,7 +14,7 @@ sampled token with the one that the training pass computes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from backhand.distributed.communicator import Communicator, sequential_sum
 from backhand.errors import CheckError
 from backhand.runs.directory import Proof, ProofLog
+from backhand.words import name_list
 
 BOUNDS: dict[torch.dtype, tuple[float, float]] = {
     torch.float64: (1e-9, 1e-9),
@@ -94,10 +95,12 @@ class RewardGuard:
 
     Args:
         notify: receives warnings.
+        functions: the values of `--reward`.
     """
 
-    def __init__(self, notify: Callable[[str], None]) -> None:
+    def __init__(self, notify: Callable[[str], None], functions: Sequence[str] = ()) -> None:
         self._notify = notify
+        self._functions = functions
         self._warned: set[str] = set()
         self._flat = 0
         self._varied = False
@@ -129,7 +132,7 @@ class RewardGuard:
         if self._flat >= FLAT_STEPS:
             flat = f"every group of the last {FLAT_STEPS} steps has answers of one reward, {measured['reward']:g} now"
             if not self._varied:
-                raise self._constant(flat)
+                raise self._constant(flat, measured["clipped_answers"])
             self._once("flat", f"step {step}: {flat}: nothing is left to learn here, stop or give harder rows")
         cut_off, before = measured["clipped_answers"], first["clipped_answers"]
         if cut_off > _MANY_CUT and before < _FEW_CUT:
@@ -159,22 +162,40 @@ class RewardGuard:
                 "--learning-rate, or stop here (--early-stopping)",
             )
 
-    def _constant(self, flat: str) -> CheckError:
+    def _constant(self, flat: str, cut_off: float) -> CheckError:
         """Return the error about rewards that never varied. No easier row raises a reward that all answers get."""
         why = "the model is never rewarded or always: between 5 and 95 % of its answers should be"
-        next_step = (
-            "give easier rows, a reward with steps in between, a larger --group, a higher --temperature, or train on a "
-            "few right answers first (--objective sft, then --from-adapter)"
-        )
-        if self._highest > 0 and math.isclose(self._lowest, self._highest):
+        always = _always_rewarded(self._lowest, self._highest)
+        if always:
             why = "every answer to every row was given this reward, and no answer a higher or a lower one"
-            next_step = (
-                "check that the reward function gives right and wrong answers different rewards; if it does, give "
-                "harder rows, or a reward with steps in between"
-            )
+        next_step = constant_rewards_remedy(self._functions, self._lowest, self._highest, cut_off)
         return CheckError(f"{flat}: nothing can be learnt from them", where="reward", why=why, next_step=next_step)
 
     def _once(self, name: str, text: str) -> None:
         if name not in self._warned:
             self._warned.add(name)
             self._notify(text)
+
+
+def _always_rewarded(lowest: float, highest: float) -> bool:
+    return highest > 0 and math.isclose(lowest, highest)
+
+
+def constant_rewards_remedy(functions: Sequence[str], lowest: float, highest: float, cut_off: float) -> str:
+    """Return what to do if all answers of each group have the same reward.
+
+    Args:
+        functions: the values of `--reward`.
+        lowest, highest: the lowest and the highest mean reward of a step.
+        cut_off: share of the answers that were cut off at the limit of tokens.
+    """
+    checked = (
+        f"check that {name_list(functions) or 'the reward function'} gives right and wrong answers different rewards"
+    )
+    if _always_rewarded(lowest, highest):
+        return f"{checked}; if it does, give harder rows, or a reward with steps in between"
+    room = "a larger --max-new-tokens, " if cut_off > _MANY_CUT else ""
+    return (
+        f"{checked}; if it does, give {room}easier rows, a reward with steps in between, a larger --group, a higher "
+        "--temperature, or train on a few right answers first (--objective sft, then --from-adapter)"
+    )
