@@ -13,7 +13,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from backhand.adapters.module_factors import ModuleFactors
@@ -292,8 +291,8 @@ def test_where_it_lies_and_what_to_type_next_is_printed(
     options = ExportOptions(adapter=tiny.adapters["plain"], to="peft", model=str(tiny.directory))
     export_command(replace(options, output=tmp_path / "my adapter"))
     written, _, code = capsys.readouterr().out.partition("next: ")
-    assert f"written: '{tmp_path / 'my adapter'}'" in written and code.count("\n") == 2
-    names = {"AutoModelForCausalLM": transformers.AutoModelForCausalLM, "PeftModel": peft.PeftModel}
+    assert f"written: '{tmp_path / 'my adapter'}'" in written
+    names: dict[str, Any] = {}
     exec(textwrap.dedent(f"      {code}"), names)
     assert isinstance(names["model"], peft.PeftModel)
     export_command(replace(options, to="gguf", output=tmp_path / "a.gguf"))

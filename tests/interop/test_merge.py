@@ -223,7 +223,7 @@ def test_of_a_quantized_base_what_the_adapter_leaves_alone_keeps_its_bytes(tmp_p
         else:
             assert tensor.type_id == before.tensors[name].type_id
             assert after.bytes_of(tensor).tobytes() == before.bytes_of(before.tensors[name]).tobytes()
-    assert "Q4_1" in after.value("general.description")
+    assert after.value("general.description").startswith("LoRA adapter merged into base.gguf, quantized: Q4_1 (")
     assert after.value("tokenizer.ggml.tokens") == before.value("tokenizer.ggml.tokens")
 
 
@@ -237,7 +237,7 @@ def test_a_quantized_base_is_named_and_its_directory_is_float32(
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert "quantized: Q8_0" in printed and "dequantized" in printed
-    assert "quantized: Q8_0" in (tmp_path / "merged" / "README.md").read_text()
+    assert f"Base: {base.name}, quantized: Q8_0" in (tmp_path / "merged" / "README.md").read_text()
     written = open_model(tmp_path / "merged")
     assert written.config["dtype"] == "float32"
     assert written.load("model.layers.0.mlp.up_proj.weight").dtype == torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -238,7 +239,9 @@ def test_a_stopped_run_ends_in_the_same_bits(straight: TrainConfig, tmp_path: Pa
 QUERY, DOCUMENTS = "json", ["a json", "the list", "a name of the user"]
 
 
-def test_peft_and_sentence_transformers_give_the_same_scores(straight: TrainConfig, model: Path, merged: Path) -> None:
+def test_peft_and_sentence_transformers_give_the_same_scores(
+    straight: TrainConfig, model: Path, merged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     adapter = straight.run.output / "adapter"
     ours = backhand.rank(QUERY, DOCUMENTS, adapter=adapter, model=model, dtype="float32")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
@@ -247,9 +250,11 @@ def test_peft_and_sentence_transformers_give_the_same_scores(straight: TrainConf
         logits = their_model(model, adapter)(**inputs).logits[:, 0]
     assert ours == pytest.approx(torch.sigmoid(logits).tolist(), abs=1e-6)
     pairs, exported = [(QUERY, document) for document in DOCUMENTS], straight.run.output / "exported"
-    export_command(ExportOptions(adapter, exported, str(model), to="sentence-transformers", quiet=True))
-    for directory in (merged, exported):
-        assert ours == pytest.approx(CrossEncoder(str(directory)).predict(pairs).tolist(), abs=1e-6)
+    export_command(ExportOptions(adapter, exported, str(model), to="sentence-transformers"))
+    code: dict[str, Any] = {}
+    exec(textwrap.dedent("      " + capsys.readouterr().out.partition("next: ")[2]), code)
+    for loaded in (CrossEncoder(str(merged)), code["model"]):
+        assert ours == pytest.approx(loaded.predict(pairs).tolist(), abs=1e-6)
     assert ours == pytest.approx(backhand.rank(QUERY, DOCUMENTS, model=merged, dtype="float32"), abs=1e-6)
 
 

@@ -51,7 +51,7 @@ from backhand.nn.loading.gguf_layouts import stored_sizes
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.gguf_tensors import gguf_architecture
 from backhand.nn.loading.source import ModelSource
-from backhand.runs.uses import TrainedAdapter
+from backhand.runs.uses import TrainedAdapter, sentence_transformers_code
 from backhand.terminal import console
 from backhand.words import labelled
 
@@ -118,9 +118,9 @@ def _how_to_use(options: ExportOptions, opened: OpenedAdapter, output: str) -> t
     objective = opened.objective
     if options.to == "peft" and not options.merged:
         described, wrapper = described_for_peft(opened, text_model=options.text_model)
-        code = loading_code(described, wrapper, str(options.output)).rpartition("\n\n")[2].split("\n")
-        longer = f"the code in {output}/README.md loads it with PEFT"
-        return _next(*code) if len(code) == 2 else _next(longer)
+        return _next(*loading_code(described, wrapper, str(options.output)).split("\n"))
+    if options.to == "sentence-transformers":
+        return _next(*sentence_transformers_code(str(options.output), vectors=kind_of(opened) == "vectors").split("\n"))
     if options.to == "ollama":
         return _next(*_trained(opened).in_ollama(output))
     if options.to != "gguf":
@@ -144,9 +144,9 @@ def _how_to_use(options: ExportOptions, opened: OpenedAdapter, output: str) -> t
     return _next(trained.in_llama_cpp(f"{pooling}-m {base} --lora {output}"))
 
 
-def _next(*commands: str) -> tuple[str, ...]:
-    """Return the lines that name the commands to run next."""
-    return tuple(f"{'      ' if number else 'next: '}{command}" for number, command in enumerate(commands))
+def _next(*lines: str) -> tuple[str, ...]:
+    """Return the lines that name the commands to run next, or the lines of code."""
+    return tuple(f"{'      ' if number else 'next: '}{line}".rstrip() for number, line in enumerate(lines))
 
 
 _ANSWER_S = 120.0

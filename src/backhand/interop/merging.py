@@ -103,6 +103,9 @@ def merge_adapter(
     ranking: GGUFRanking | None = None
     base = describe_base(opened.source)
     prover.say(f"base: {base}")
+    base = base.replace(
+        str(opened.source.path), opened.source.path.name
+    )  # files may be published, and paths are private
     weights = merged_weights(opened)
     if gguf and ranks(opened):
         ranking = gguf_ranking(opened, weights)
@@ -121,7 +124,7 @@ def merge_adapter(
     if weights.unties_head:
         prover.say("note: the base's head is its embedding; the merged model has a head of its own")
     if gguf:
-        description = f"{opened.loaded.directory} merged into {base}"
+        description = f"LoRA adapter merged into {base}"
         tensors = None if ranking is None else ranking.tensors
         for note in write_gguf_model(
             path, weights, dtype=options.dtype, description=description, more=more, tensors=tensors

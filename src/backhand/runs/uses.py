@@ -38,6 +38,12 @@ class Use(NamedTuple):
     loads_base: bool = False  # the program loads the base in full precision, even if training used quantized weights
 
 
+def sentence_transformers_code(directory: str, *, vectors: bool) -> str:
+    """Return Python code that loads an exported directory: a model for vectors, or else one for rankings."""
+    kind = "SentenceTransformer" if vectors else "CrossEncoder"
+    return f"from sentence_transformers import {kind}\n\nmodel = {kind}({directory!r})"
+
+
 @dataclass(frozen=True)
 class TrainedAdapter:
     """An adapter and its training, as far as the commands depend on them."""
@@ -138,8 +144,7 @@ class TrainedAdapter:
         uses = [Use("Backhand", "\n".join(self.backhand()))]
         exports = self.exports()
         if any(to == "sentence-transformers" for to, _ in exports):
-            kind = "SentenceTransformer" if self.objective == "embed" else "CrossEncoder"
-            code = f"from sentence_transformers import {kind}\n\nmodel = {kind}('merged')"
+            code = sentence_transformers_code("merged", vectors=self.objective == "embed")
             export = f"backhand export {self.given} --merge --to sentence-transformers --output merged"
             uses.append(Use("sentence-transformers", f"{export}\n\n{code}"))
         base = self.hub_id or self.file or self.model
