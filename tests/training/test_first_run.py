@@ -104,6 +104,25 @@ def test_an_adapter_of_bare_texts_is_evaluated_talked_to_and_exported_without_a_
     assert lines[1:] == ["ADAPTER ./adapter.gguf", 'TEMPLATE """{{ .Prompt }}"""']
 
 
+@pytest.mark.parametrize("objective", ["grpo", "dpo", "sdft", "bake"])
+def test_training_without_a_template_is_recorded_for_all_objectives(
+    objective: str, tiny: TinyRun, tmp_path: Path
+) -> None:
+    answers = {"chosen": "a name", "rejected": "the user"} if objective == "dpo" else {"completion": "a name"}
+    rows, rewards = tmp_path / "rows.jsonl", tmp_path / "rewards.py"
+    rows.write_text(json.dumps({"prompt": "the user asks for ", **answers}) + "\n")
+    rewards.write_text("def size(completions, **_):\n    return [float(len(one)) for one in completions]\n")
+    options: dict[str, Any] = {"context": "be brief"} if objective == "bake" else {}
+    made = tiny.config(tmp_path / "run", data=(str(rows),), eval_data=(), objective=objective, max_steps=1, **options)
+    sampled = RewardOptions() if objective == "dpo" else RewardOptions(max_new_tokens=4)
+    if objective == "grpo":
+        sampled = replace(sampled, reward=(f"{rewards}:size",), group=2)
+    for template, bare in (("none", True), (None, False)):
+        output = tmp_path / str(template)
+        train(replace(with_options(made, chat_template=template, output=output), rewards=sampled))
+        assert json.loads((output / "adapter" / "backhand.json").read_text()).get("bare", False) is bare
+
+
 def test_few_rows_are_all_trained_on_and_many_lose_no_more_than_500(tiny: TinyRun, tmp_path: Path) -> None:
     few = write_rows(tmp_path / "few.jsonl", 49, seed=2, words=(8, 12))
     summary = train(tiny.config(tmp_path / "run", data=(str(few),), eval_data=(), max_steps=1))

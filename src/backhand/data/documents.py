@@ -92,9 +92,10 @@ class RowRenderer:
         Raises:
             DataError: the chat template is missing or refuses the row.
         """
+        self._seen["texts"] += 1
         if isinstance(row, PlainText) or (isinstance(row, Completion) and self._chat is None):
             document = self._plain(row) if isinstance(row, PlainText) else self._joined(row)
-            self._seen["bare"] += not self._has_control_tokens(document)
+            self._count_bare(document)
             return [document]
         documents = self._renderer(row).documents(_as_conversation(row), train_on_all=self._train_on_all)
         self._seen["protected"] += any(one.mark is not None and one.mark in one.text for one in documents)
@@ -111,12 +112,16 @@ class RowRenderer:
         Raises:
             DataError: the chat template is missing or refuses the row.
         """
+        self._seen["texts"] += 1
         if isinstance(row, PlainText):
             document = self._plain(row)
-            return Document(document.text, (), None, False, document.prefix, row.source), None
+            self._count_bare(document)
+            return replace(document, spans=(), append_eos=False), None
         if isinstance(row, Completion) and self._chat is None:
             prompt, _, mark = self._parts(row)
-            return Document(prompt, (), mark, False, not self._starts_with_bos(prompt), row.source), row.completion
+            document = Document(prompt, (), mark, False, not self._starts_with_bos(prompt), row.source)
+            self._count_bare(document)
+            return document, row.completion
         conversation = _as_conversation(row)
         last = max((i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"), default=0)
         if last == 0 or last < len(conversation.messages) - 1:
@@ -148,9 +153,9 @@ class RowRenderer:
         return counts
 
     @property
-    def bare_rows(self) -> int:
-        """Number of rows that became a document without a chat template and without control tokens."""
-        return self._seen["bare"]
+    def all_bare(self) -> bool:
+        """True if all texts became documents and prompts without a chat template and without control tokens."""
+        return 0 < self._seen["texts"] == self._seen["bare"]
 
     def add_counts(self, counts: RenderingCounts) -> None:
         """Add the counts of a worker's renderer."""
@@ -216,10 +221,10 @@ class RowRenderer:
         protect = self.encoder.protect
         return protect(prompt, mark, template_tokens=False), protect(completion, mark, template_tokens=False), mark
 
-    def _has_control_tokens(self, document: Document) -> bool:
-        """Return True if control tokens in the text count, other than the end-of-sequence token at its end."""
+    def _count_bare(self, document: Document) -> None:
+        """Count a document without control tokens that count, other than the end-of-sequence token at its end."""
         text = document.text.rstrip().removesuffix(self.encoder.eos or "")
-        return document.mark is None and self.encoder.special.search(text) is not None
+        self._seen["bare"] += document.mark is not None or self.encoder.special.search(text) is None
 
     def _ends_with_eos(self, text: str) -> bool:
         eos = self.encoder.eos

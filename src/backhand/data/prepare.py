@@ -233,7 +233,7 @@ def read_examples(
         dropped_unsupervised=len(stats.dropped_unsupervised),
         first_cut=stats.firsts,
         system=report.system if renderer.has_template else None,
-        bare=renderer.bare_rows == report.rows,
+        bare=renderer.all_bare,
         notes=(*notes, *report.notes),
     )
     if truncation is not None:

@@ -158,11 +158,11 @@ def loaded_model(
             reason = error.problems[0] if error.problems else error.what
             notes = (f"transformers computes this model, more slowly than the engine would: {reason}", *notes)
         given = used_template.chat_template, used_template.template_args, used_template.system
-        if template is not None and record is not None and record.bare and not any(given):
+        uses_template = template is not None and checks["chat_template"] is not None
+        if uses_template and record is not None and record.bare and not any(given):
             used_template = replace(used_template, chat_template=NO_TEMPLATE)
-            if checks["chat_template"] is not None:
-                said = "the adapter was trained on texts without a chat template, and prompts get none either"
-                notes = (*notes, f"{said}; for the tokenizer's own: --chat-template {OWN_TEMPLATE}")
+            said = "the adapter was trained on texts without a chat template, and prompts get none either"
+            notes = (*notes, f"{said}; for the tokenizer's own: --chat-template {OWN_TEMPLATE}")
         stop_ids = (*source.stop_token_ids(), *stopping_role_ids(tokenizer, used_template))
         if (left := unfinished(adapter)) is not None:
             notes = (left.note, *notes)
