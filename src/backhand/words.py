@@ -30,7 +30,12 @@ def count_of(count: float, what: str) -> str:
 
 def capitalized(clause: str) -> str:
     """Return a clause as a sentence."""
-    return f"{clause[:1].upper()}{clause[1:]}."
+    return f"{upper_first(clause)}."
+
+
+def upper_first(text: str) -> str:
+    """Return a text with an upper-case first letter, unless the second one is upper case, as in nDCG."""
+    return text if text[1:2].isupper() else f"{text[:1].upper()}{text[1:]}"
 
 
 def share_interval(share: float, rows: int) -> tuple[float, float]:

@@ -113,9 +113,21 @@ def test_usual_slips_in_json_have_their_remedy(tmp_path: Path, line: str, remedy
     assert found is None if remedy is None else remedy in str(found)
 
 
-def test_a_spreadsheet_is_called_one(tmp_path: Path) -> None:
-    error = failure(write(tmp_path / "rows.xlsx", b"PK\x03\x04rest"))
-    assert "spreadsheet" in error.what and "CSV" in str(error.next_step)
+_OFFICE_97 = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(16) + b">\0\x03\0\xfe\xff"
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "what"),
+    [
+        ("rows.xlsx", b"PK\x03\x04rest", "spreadsheet"),
+        ("rows.xls", _OFFICE_97, "Excel workbook"),
+        ("rows.csv", _OFFICE_97, "Excel workbook"),
+        ("rows.doc", _OFFICE_97, "Word document"),
+    ],
+)
+def test_a_spreadsheet_is_called_one(name: str, head: bytes, what: str, tmp_path: Path) -> None:
+    error = failure(write(tmp_path / name, head))
+    assert what in error.what and "CSV UTF-8" in str(error.next_step)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +282,7 @@ def test_an_integer_too_large_for_a_float_is_no_number() -> None:
     [
         ("Products;;\nEntry;Effort;Team\na;1;x\n", "2 columns of the header have no name"),
         ("Products\nEntry;Effort\na;1\n", "fit no form of row: Products"),
+        ("sep=;\nProducts\nEntry;Effort\na;1\n", "this row has 2 cells, the header has 1"),
         ("Products;\nEntry;Effort\na;1\n", "fit no form of row: , Products"),
         ("Products\nEntry,Effort\na,1\n", "this row has 2 cells, the header has 1"),
     ],
@@ -279,7 +292,7 @@ def test_a_title_above_the_column_names_is_answered(head: str, what: str, tmp_pa
     with pytest.raises(DataError) as caught:
         prepare(DataOptions(data=(str(path),)), byte_level())
     assert what in caught.value.what
-    assert "line 1 must have the column names" in str(caught.value.next_step)
+    assert "remove it: the first row must have the column names" in str(caught.value.next_step)
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])

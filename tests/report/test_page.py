@@ -21,6 +21,7 @@ from backhand.report.page import SECTIONS, result_sentence, run_page
 from backhand.report.run_record import read_run
 from backhand.report.train import train
 from backhand.runs.interruption import Interrupted
+from backhand.words import upper_first
 from support.page import Page
 from support.tiny_run import TinyRun
 
@@ -76,12 +77,13 @@ def test_the_result_in_one_sentence(finished: Path) -> None:
     }
     for sentence, summary in sentences.items():
         assert result_sentence(replace(run, summary=summary)) == sentence
+        assert upper_first(sentence)[:4] in ("Righ", "nDCG")  # as the list of runs shows it
     unclear = replace(run, summary=summary, config=run.config | {"objective": {"objective": "embed"}})
     assert (
         headline(unclear)
         .split(" (embed)")[1]
         .startswith(
-            ", and ndcg@10 from 0.972 to 0.972; nDCG@10 changed by +0.000 (95 % interval -0.100 to +0.100): too"
+            ", and nDCG@10 from 0.972 to 0.972; nDCG@10 changed by +0.000 (95 % interval -0.100 to +0.100): too"
         )
     )
     assert "held-out loss: not clear whether it helped" in Page(run_page(unclear)).one("section", id="result").text
@@ -114,6 +116,17 @@ def test_the_sentence_at_the_top(finished: Path, tiny: TinyRun) -> None:
     assert f"on 11 rows of {tiny.rows.name}" in lead and "for 12 steps" in lead
     assert f"from {base:.3f} to {best:.3f} nats per token" in lead and "so it helped" in lead
     assert str(finished / "adapter") in lead
+    run = read_run(finished)
+    losses = [(0, 12.0, [119.0, 120.0, 121.0, 120.0]), (6, 9.0, [88.0, 90.0, 92.0, 90.0])]
+    weak = [{"step": step, "eval_loss": loss, "row_nats": nats, "row_tokens": [10] * 4} for step, loss, nats in losses]
+    assert "right answer has a probability of 0.012% instead of 0.00061%" in headline(replace(run, metrics=weak))
+    classes = {"base_classes": {"accuracy": 0.25}, "adapted_classes": {"accuracy": 0.5, "rows": 100}}
+    config = run.config | {"objective": {"objective": "classify"}}
+    both = " (the first figures are those of the best constant answer)"
+    for started, of_score, of_both in ((True, " (the best constant answer)", ""), (False, "", both)):
+        words = f"and accuracy from 0.250{of_score} to 0.500 (95 % interval 40–60 %){of_both}, so it helped"
+        summary = run.summary | classes | {"compared_with_start": started}
+        assert words in headline(replace(run, config=config, summary=summary))
 
 
 def test_a_run_that_did_not_help_says_so(finished: Path) -> None:

@@ -563,6 +563,7 @@ def test_a_renamed_run_starts_again_in_its_own_directory(
         ("anchor,positive,negative", "{n},b,c", {"objective": "embed"}),
         ("prompt,completion,label", "{n},b,true", {"objective": "kto"}),
         ("query,document,label", "{n},b,1", {"objective": "rank"}),
+        ("query,passage", "{n},b", {"objective": "embed", "prompt": "query", "completion": "passage"}),
         (
             "Prompt,Chosen,Rejected",
             "{n},b,c",

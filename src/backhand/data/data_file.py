@@ -26,6 +26,10 @@ _WIDE_BOMS = (
 )
 
 
+_OFFICE_97 = bytes.fromhex("d0cf11e0a1b11ae1")
+"""First bytes of .xls and .doc."""
+
+
 _READ_FAULTS = (OSError, EOFError, zlib.error)
 
 
@@ -71,17 +75,22 @@ def start_text(reader: io.BufferedReader, path: str | Path) -> bytes:
     wide = next((name for mark, name in _WIDE_BOMS if head.startswith(mark)), None) or _wide_without_mark(head)
     zipped, git_lfs = head.startswith(b"PK\x03\x04"), head.startswith(b"version https://git-lfs")
     page = head.lstrip().lower().startswith((b"<!doctype", b"<html"))
-    for holds, kind, remedy in (
+    old, kind = head.startswith(_OFFICE_97), Path(path).suffix.lower()
+    for holds, what, remedy in (
         (wide, f"{wide}, not UTF-8", f"convert it: iconv -f {wide} -t UTF-8 OLD > NEW"),
-        (zipped and b"xl/" in head, "an Excel workbook", "save it as CSV UTF-8"),
-        (zipped and b"word/" in head, "a Word document", "put its rows into a table, and save that as CSV UTF-8"),
-        (zipped and Path(path).suffix.lower() in (".xlsx", ".ods"), "a spreadsheet", "save it as CSV UTF-8"),
+        ((zipped and b"xl/" in head) or (old and kind != ".doc"), "an Excel workbook", "save it as CSV UTF-8"),
+        (
+            (zipped and b"word/" in head) or old,
+            "a Word document",
+            "put its rows into a table, and save that as CSV UTF-8",
+        ),
+        (zipped and kind in (".xlsx", ".ods"), "a spreadsheet", "save it as CSV UTF-8"),
         (zipped, "a zip archive", "unpack it first"),
         (git_lfs, "a Git LFS pointer, not the data itself", "fetch it: git lfs pull"),
         (page, "a web page, not data", "download the raw file instead of its page"),
     ):
         if holds:
-            raise DataError(f"the file is {kind}", where=where, next_step=remedy)
+            raise DataError(f"the file is {what}", where=where, next_step=remedy)
     if b"\0" in head:
         raise DataError(
             "the file is binary, not text",

@@ -17,7 +17,7 @@ TABLE = (dict, Mapping)
 _LISTS = (list, tuple)
 IN_MEMORY = "python:"
 """Start of the names of rows that a program gives."""
-NO_TITLE = "remove it: line 1 must have the column names"
+NO_TITLE = "remove it: the first row must have the column names"
 """Next step if a table begins with a title."""
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 """Values of columns that say whether something is so, in lower case."""

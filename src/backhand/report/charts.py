@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from backhand.arithmetic.findings import kind_of, layer_of
 from backhand.report.run_record import RunRecord, is_number
 from backhand.runs.records import LengthBin
+from backhand.runs.row_changes import SCORE_NAMES
+from backhand.runs.summary import CLASS_SCORES
 
 if TYPE_CHECKING:  # importing it imports torch
     from backhand.arithmetic.inspect import ModuleInspection
@@ -71,8 +73,8 @@ def run_charts(run: RunRecord) -> dict[str, Spec]:
     functions = [name for name in (run.steps or [{}])[0] if name.startswith("rewards/") and name.endswith("/mean")]
     each = [row for name in functions for row in _series(run.steps, name, name.split("/")[1])]
     divergence = _series(run.steps, "kl", "divergence from the base") + _series(run.steps, "entropy", "entropy")
-    names = ("ndcg@10", "mrr@10", "recall@1", "recall@10", "spearman", "f1_macro", "r2")
-    scores = [row for name in names for row in _series(run.evaluations, f"eval_{name}", name)]
+    names = {**SCORE_NAMES, **{name: CLASS_SCORES[name] for name in ("f1_macro", "r2")}}
+    scores = [row for name, shown in names.items() for row in _series(run.evaluations, f"eval_{name}", shown)]
     cosines = _series(run.steps, "cosine/pairs", "pairs") + _series(run.steps, "cosine/all", "all texts of a step")
     relevance = _series(run.steps, "margin", "training rows") + _series(run.evaluations, "eval_margin", "held-out rows")
     charts = {

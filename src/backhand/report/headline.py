@@ -22,6 +22,7 @@ from backhand.runs.label_results import (
 from backhand.runs.pair_results import PAIR_OBJECTIVES, held_out_pairs, pair_clauses
 from backhand.runs.row_changes import (
     FEWEST_ROWS,
+    SCORE_NAMES,
     UNCLEAR_RISE,
     Verdict,
     effect,
@@ -304,9 +305,9 @@ def _outcome(run: RunRecord) -> str:
         scores = ""
         if (ranked := ranking_scores(run)) is not None:
             name, before, after = ranked
-            scores = f" (the first is that of equal scores), and {name} is {after[name]:.3f}"
+            scores = f" (the first is that of equal scores), and {SCORE_NAMES[name]} is {after[name]:.3f}"
             if before:
-                scores = f", and {name} from {before[name]:.3f} to {after[name]:.3f}"
+                scores = f", and {SCORE_NAMES[name]} from {before[name]:.3f} to {after[name]:.3f}"
             if (chance := after.get("chance", {}).get(name)) is not None:
                 scores += f" ({chance:.3f} in random order)"
             if (judged := _ranking_verdict(run)) is not None:
@@ -316,11 +317,12 @@ def _outcome(run: RunRecord) -> str:
     if run.objective == "classify":
         before, after = classes_of(run)
         score = next((name for name in ("accuracy", "mse") if is_number(after.get(name))), None)
-        scores = "" if score is None else f", and {score} from {before[score]:.3f} to {after[score]:.3f}"
+        constant = "" if run.fresh_head else " (the best constant answer)"
+        scores = "" if score is None else f", and {score} from {before[score]:.3f}{constant} to {after[score]:.3f}"
         if (right := right_answers(run)) is not None:
             scores += f" ({interval_text(*right[1:])})"
-        constant = " (the first figures are those of the best constant answer)"
-        return f"{change} {loss_unit(run.objective, after)}{scores}{constant}{_effect(run)}"
+        both = " (the first figures are those of the best constant answer)" if run.fresh_head else ""
+        return f"{change} {loss_unit(run.objective, after)}{scores}{both}{_effect(run)}"
     nats = f"nats per token (perplexity {perplexity(base)} to {perplexity(best)})"
     by_row = recorded_loss_change(run.evaluations, best_step(run))
     if by_row is None:
@@ -344,7 +346,10 @@ def _by_how_much(run: RunRecord, base: float, best: float) -> str:
         return ""
     if all(part["form"] == "text" for part in run.rows.get("sources", ())):
         return f": the perplexity is {1 - math.exp(best - base):.0%} lower"
-    return f": a token of the right answer has a probability of {_exp(-best):.0%} instead of {_exp(-base):.0%}"
+    after, before = _exp(-best), _exp(-base)
+    digits = next((count for count in range(2, 17) if f"{after:.{count}g}" != f"{before:.{count}g}"), 2)
+    shown, former = (f"{float(f'{100 * share:.{digits}g}'):.15g}%" for share in (after, before))
+    return f": a token of the right answer has a probability of {shown} instead of {former}"
 
 
 def _adapter_place(run: RunRecord) -> str:

@@ -63,6 +63,8 @@ def _suggested(
             return {"objective": objective} | ({} if exact else {role: small[name] for name, role in roles.items()})
     if "query" in small and small.keys() & {"documents", "docs"}:
         return {"objective": "rank"}
+    if "query" in small and (document := next((small[name] for name in _DOCUMENTS if name in small), None)):
+        return {"objective": "embed", "prompt": small["query"], "completion": document}
     if small.keys() & {"messages", "conversations"} or {"prompt", "completion"} <= small.keys():
         return {"objective": "sft"}
     if compared := _compared(columns, texts, rows):
@@ -81,11 +83,13 @@ def _suggested(
     return {"objective": "decide", "state": state, "question": classes[-1]} if others else {"objective": "sft"}
 
 
+_DOCUMENTS = ("document", "passage")
+
 _KNOWN: Sequence[tuple[str, Mapping[str, str]]] = (
     *(
-        ("rank", {"query": "prompt", document: "completion"} | dict.fromkeys(scores, "score"))
-        for document in ("document", "passage")
-        for scores in (("score",), ("label",), ())
+        ("rank", {"query": "prompt", document: "completion", score: "score"})
+        for document in _DOCUMENTS
+        for score in ("score", "label")
     ),
     ("embed", {"anchor": "prompt", "positive": "completion", "negative": "negative"}),
     ("embed", {"anchor": "prompt", "positive": "completion"}),

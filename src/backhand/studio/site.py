@@ -23,6 +23,7 @@ from backhand.studio.draft import IN_TERMINAL, Draft, on_page
 from backhand.studio.runs import ListedRun, listed_run, run_of
 from backhand.studio.workspace import Workspace
 from backhand.system import version_of
+from backhand.words import upper_first
 
 STATIC = {
     "page.css": ("backhand.report", "text/css"),
@@ -159,6 +160,7 @@ def _templates(on_page: Callable[[object], str], *, in_studio: bool) -> Environm
     templates = environment().overlay(loader=loader)
     templates.filters = {**templates.filters, "command": shown, "moment": _local_moment, "on_page": on_page}
     templates.filters["place"] = lambda source: on_page(place(source))
+    templates.filters["upper_first"] = upper_first
     if in_studio:  # a page of one run has no buttons, so that the report's commands stay
         templates.filters["worded"] = on_page
     return templates
