@@ -141,9 +141,13 @@ def __getattr__(name: str) -> "Any":
 
 
 def _missing(name: str) -> AttributeError:
-    of_command = import_module("backhand.cli.commands").COMMANDS if name.isalpha() else ()
-    examples = [entry.example for entry in of_command if entry.name == name]
-    run = f": it is a command, which is run in a terminal: {examples[0]}" if examples else ""
+    run = ""
+    if name.isalpha():
+        examples = {entry.name: entry.example for entry in import_module("backhand.cli.commands").COMMANDS}
+        if name in examples:
+            run = f": it is a command, which is run in a terminal: {examples[name]}"
+        elif same := import_module("backhand.other_names").command_answers().get(name):
+            run = f". Its equivalent in a terminal is {same}"
     return AttributeError(f"module 'backhand' has no attribute {name!r}{run}")
 
 

@@ -94,7 +94,8 @@ def test_nothing_in_common_and_nothing_that_fits(
 ) -> None:
     save_with_peft(model, tmp_path / "down", 3, target_modules=["down_proj"])
     assert main(["diff", str(pair[0]), str(tmp_path / "down"), "--plot", "--output", str(tmp_path / "out")]) == 0
-    assert "only in down, rank 3: 3 of down_proj" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "only in down, rank 3: 3 of down_proj" in shown and "no module is in both adapters" in shown
     save_with_peft(tiny_model("llama", hidden_size=48), tmp_path / "narrow", 3)
     with pytest.raises(ArtifactError, match="do not fit each other"):
         diff_adapters(DiffOptions(pair[0], tmp_path / "narrow"))

@@ -149,6 +149,14 @@ def test_a_command_that_is_no_function_is_an_attribute_error_with_the_command(na
         backhand.__getattr__(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "same"), [("status", "backhand watch runs/mine"), ("resume", "backhand train --resume --output runs/mine")]
+)
+def test_another_tool_s_command_is_an_attribute_error_with_its_equivalent(name: str, same: str) -> None:
+    with pytest.raises(AttributeError, match=f"no attribute {name!r}. Its equivalent in a terminal is {same}"):
+        backhand.__getattr__(name)
+
+
 @pytest.mark.parametrize("name", ["report", "search", "studio", "verify"])
 def test_a_command_is_an_attribute_error_after_the_import_of_a_package_of_its_name(name: str) -> None:
     assert importlib.import_module(f"backhand.{name}") is getattr(backhand, name)

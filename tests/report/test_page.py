@@ -324,6 +324,9 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no run in"):
         read_run(tmp_path)
     (tmp_path / "config.toml").write_text("[[")
+    with pytest.raises(UsageError) as refused:
+        read_run(tmp_path / "adapter")
+    assert str(refused.value.next_step).endswith(f", such as {tmp_path}")
     with pytest.raises(ArtifactError, match=r"config\.toml"):
         read_run(tmp_path)
 

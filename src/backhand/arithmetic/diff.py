@@ -25,6 +25,7 @@ from backhand.arithmetic.low_rank import difference_norm, inner_product, princip
 from backhand.arithmetic.options import DiffOptions
 from backhand.errors import CheckError
 from backhand.terminal import console_for_tables
+from backhand.words import labelled
 
 
 def draw_difference(found: AdapterDifference) -> bytes:
@@ -97,8 +98,12 @@ def _print(found: AdapterDifference) -> None:
         "input angles": lambda module: module.input_angles,
     }
     first, second = found.first.label, found.second.label
-    title = f"ΔW of {first}, ΔW′ of {second}, ‖ΔW − ΔW′‖ over the larger norm: least … greatest"
-    print_kinds(console, title, {module.module: module for module in found.modules}, figures, angles="{:.1f}°")
+    if found.modules:
+        title = f"ΔW of {first}, ΔW′ of {second}, ‖ΔW − ΔW′‖ over the larger norm: least … greatest"
+        print_kinds(console, title, {module.module: module for module in found.modules}, figures, angles="{:.1f}°")
+    else:
+        note = "no module is in both adapters, so nothing is compared: give two of the same model and target modules"
+        console.print(labelled(note), soft_wrap=True)
     for label, alone in ((first, found.only_first), (second, found.only_second)):
         for kind, names in by_kind(alone).items():
             norms = spread(alone[name] for name in names)

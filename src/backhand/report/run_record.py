@@ -127,8 +127,9 @@ def read_run(path: Path) -> RunRecord:
         text = read_settings(path / CONFIG)
         config = fitting(fitting(parse_toml(text), dict[str, dict[str, Any]]), _Configuration)
     except (FileNotFoundError, NotADirectoryError):
+        inside = f", such as {path.parent}" if (path.parent / CONFIG).is_file() else ""
         raise UsageError(
-            f"there is no run in {path}", next_step="give a directory that `backhand train` made"
+            f"there is no run in {path}", next_step=f"give a directory that `backhand train` made{inside}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError("the configuration cannot be read", where=str(path / CONFIG), why=str(error)) from None
