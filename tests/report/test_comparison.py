@@ -61,6 +61,8 @@ def test_the_best_run_is_named_in_the_measure_of_its_objective(two: tuple[Path, 
     assert "nats per token; compared with other, loss changed by -" in of_tokens and "(95 % interval -" in of_tokens
     assert "has the highest reward on the same held-out rows: -" in lead("grpo", "grpo")
     assert "different objectives" in lead("sft", "dpo")
+    runs[1].facts["digests"] = {"held_out_digest": "of the same rows as other tokens"}
+    assert "different objectives" in lead("sft", "decide") and "other tokens" in lead("sft", "sft")
 
 
 def test_charts_of_losses_name_the_unit_that_all_runs_have(two: tuple[Path, Path]) -> None:

@@ -79,10 +79,10 @@ def _best(named: Sequence[tuple[str, RunRecord]]) -> str:
     digests = {(run.facts.get("digests") or {}).get("held_out_digest") for _, run in named}
     if not losses:
         return "No run has held-out rows, so which one is better is not known."
-    if len(digests) > 1:
-        return "The runs held out different rows: their held-out losses cannot be compared."
     if len(objectives) > 1:
         return "The runs have different objectives: their held-out losses cannot be compared."
+    if len(digests) > 1:
+        return "The runs held out different rows, or read them as other tokens: their losses cannot be compared."
     if (of_scores := _by_scores(named)) is not None:
         return of_scores
     if len(_loss_types([run for _, run in named])) > 1:

@@ -54,7 +54,7 @@ from backhand.runs.summary import AnswerLengths, RunSummary, forgetting, forgott
 from backhand.training.resume import original_adapter
 from backhand.words import count_of, name_list
 
-Finding = Literal["unsteady", "not better", "hardly moved", "rose", "still falling", "forgot", "low", "fine"]
+Finding = Literal["unsteady", "not better", "hardly moved", "rose", "still falling", "forgot", "low", "late", "fine"]
 
 LITTLE = 0.02
 """A gain below this share of e_0 is small."""
@@ -68,6 +68,8 @@ LAST = 0.2
 """The share of the steps at the end in which `last` is measured. In a shorter part, the rates are too low to matter."""
 SLOWER = 0.5
 """Share of the mean speed of the last fifth below which its last piece counts as no longer falling."""
+LATE = 0.5
+"""A larger share of the gain in the second half of the steps means that the loss fell late."""
 LOW = 1 / 3
 """A rate below this share of `auto`'s rate may have learnt less than possible."""
 HIGH = 1.5
@@ -199,7 +201,8 @@ def first_finding(curves: Curves, until: Until, share: float = 1.0) -> Finding |
         return "still falling"
     if curves.forgotten_nats is not None and curves.forgotten_nats > FORGOTTEN_NATS:
         return "forgot"
-    return "fine"
+    half = max(step for step, _ in curves.held_out if step <= steps / 2)
+    return "late" if half and dict(curves.held_out)[half] - losses[-1] > LATE * gain else "fine"
 
 
 def _peak(losses: Sequence[float]) -> float:
@@ -259,7 +262,7 @@ def advice(
         what = f"Only {count_of(few_rows, 'row')} {'is' if few_rows == 1 else 'are'} held out"
         enough = LARGEST_SHARE * all_rows >= FEWEST_ROWS
         return f"{what}, too few for advice from their loss: {_holding_out_more(enough)}.", None
-    if stopped and finding in ("hardly moved", "still falling", "fine"):
+    if stopped and finding in ("hardly moved", "still falling", "late", "fine"):
         return None
     step, forgotten = curves.best[0], curves.forgotten_nats or 0.0
     if finding == "fine" and unseen_rows and step == curves.held_out[-1][0]:
@@ -292,6 +295,7 @@ def advice(
             f"--learning-rate {rate / 2:.2g}",
         ),
         "low": (f"Its learning rate is far below {auto_rate:g}, which suits such runs: that may learn more.", higher),
+        "late": ("Most of what it learnt came in the second half of its steps: more steps may teach more.", twice),
         "fine": ("Nothing in its curves asks for another rate or more steps.", ""),
     }[finding]
     if not changes:
