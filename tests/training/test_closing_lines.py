@@ -32,6 +32,7 @@ from backhand.report.comparison import comparison_page
 from backhand.report.headline import headline, verdict
 from backhand.report.page import VERDICTS, result_sentence, run_page
 from backhand.report.run_record import RunRecord, read_run
+from backhand.runs.label_results import Accuracies, lacks_held_out_rows
 from backhand.runs.records import RowFacts
 from backhand.runs.row_changes import gain_words, mean_gain, recorded_gain, share_gain, unpaired_gain
 from backhand.runs.summary import LabelFigures, LabelRow, NeutralAnswer, RunSummary, forgotten_nats
@@ -313,6 +314,9 @@ def test_too_few_held_out_labels_ask_for_more_of_them(ended: RunSummary) -> None
     drawn = replace(config, data=replace(config.data, eval_data=()))
     share = "--eval-fraction 0.3 or --eval-data FILE holds out more."
     assert answer_advice(drawn, measured, Path("runs/one")) == (f"{separate}{share}", None)
+    known = label_figures(1.0, animals=3, sport=2)
+    assert answer_advice(config, replace(measured, base_labels=known), Path("runs/one")) is None, "all was right before"
+    assert not lacks_held_out_rows(Accuracies.of(1.0, {"accuracy": 1.0}, 0.6, 5)), "no number of rows helps"
     # 9 → 14 of 21 rows, of which one label has 5: clear with more held-out rows, and already better than a constant.
     before, after = (label_figures(right / 21, animals=5, sport=5, sad=5, happy=6) for right in (9, 14))
     after["gain_over_constant"] = 8 / 21, 0.05, 0.6
@@ -324,7 +328,7 @@ def test_too_few_held_out_labels_ask_for_more_of_them(ended: RunSummary) -> None
 
 
 def test_few_rows_do_not_tell_a_higher_accuracy_from_chance(ended: RunSummary) -> None:
-    """With 3 of 6 rows that became right, McNemar's exact test has p = 0.25."""
+    """With 3 of 6 rows that became right, the interval of the gain contains 0."""
     assert share_gain([1.0, 1.0, 1.0, 0.0, 0.0, 0.0], [1.0] * 6)[1] < 0
     assert [share_gain([0.0] * rows, [1.0] * rows)[1] > 0 for rows in (4, 6)] == [False, True]
     before, after = label_figures(0.5, spam=3, ham=3), label_figures(1.0, spam=3, ham=3, other=0)

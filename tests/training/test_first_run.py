@@ -17,7 +17,7 @@ import backhand
 from backhand.adapters.base_facts import BaseFacts
 from backhand.cli.main import main
 from backhand.data.data_report import DataReport
-from backhand.data.options import DataOptions
+from backhand.data.options import DataOptions, shell_quoted
 from backhand.errors import UsageError
 from backhand.loop.observers import Observer, RunStart
 from backhand.loop.step_plan import COMPARING_RATE, HIGHEST_RATE, RATE, chosen_rate
@@ -73,6 +73,9 @@ def test_the_next_command_continues_texts_as_they_were_trained_on(tiny: TinyRun,
     write_rows(rows, 4, seed=2, words=(8, 12))
     (asking,) = (line for line in closing_lines(train(tiny.config(tmp_path / "two", **options))) if "Next: " in line)
     assert asking.endswith(" --prompt '…'")
+    joined = {"prompt": r"Q: {prompt}\nA:", "completion": "completion", "chat_template": "none"}
+    template = train(tiny.config(tmp_path / "three", **options, **joined)).asking
+    assert template == f" --prompt {shell_quoted('Q: <prompt>' + chr(10) + 'A:')} --chat-template none"
 
 
 def test_an_adapter_of_bare_texts_is_evaluated_talked_to_and_exported_without_a_template(
@@ -344,7 +347,10 @@ def test_a_run_on_rewards_without_any_gradient_is_no_question_of_chance(tmp_path
     assert "check that mine.py:short gives right" in said[0] and "a larger --max-new-tokens, easier rows" in said[0]
     said = advice(config, Curves.of([line | {"reward": 1.0}] * 3), 3, 1e-5, tmp_path)
     assert said is not None and "give harder rows" in said[0]
-    assert advice(config, Curves.of([line, line | {"grad_norm": 0.1}]), 2, 1e-5, tmp_path) is None
+    unknown: dict[str, Any] = line | {"grad_norm": None, "reward": None}
+    for other in (line | {"grad_norm": 0.1}, unknown):
+        assert advice(config, Curves.of([line, other]), 2, 1e-5, tmp_path) is None
+    assert Curves.of([line, unknown]).rewards == [0.0]
     assert training_reward_words(0.0, 0.0, 3).endswith("0.0000, at first and at last")
     assert "too few" in training_reward_words(0.0, 0.1, 3)
 

@@ -324,8 +324,11 @@ def test_queries_that_are_all_ranked_perfectly_leave_an_interval() -> None:
     assert low < 0.3 < second.values["mrr@10"] == 0.5 < 0.7 < high
     assert "95 % interval 0.722 to 1.000" in scores_text(found.to_json())
     ordered = [RankedTexts(query, (0,), (query / 12,)) for query in range(12)]
-    low, high = score_rankings(ordered, list(range(12))).intervals["spearman"]
+    right, wrong = (score_rankings(ordered, scores) for scores in (list(range(12)), list(range(12))[::-1]))
+    low, high = right.intervals["spearman"]
     assert low < 0.5 and high == pytest.approx(1.0)
+    change, low, high = right.to_json(wrong)["change"]["spearman"]
+    assert 0 < low < 1.5 and (change, high) == pytest.approx((2.0, 2.0))
 
 
 def test_equal_scores_have_the_worst_order_and_single_documents_a_correlation() -> None:

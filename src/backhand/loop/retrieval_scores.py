@@ -15,9 +15,9 @@ A random order of the N candidates of an anchor, R of which are relevant, has on
     recall@k   min(k, N) / N                      MRR@10   Σ_{r ≤ 10} 1 / r · P(the first relevant one has rank r)
     nDCG@10    R / N · Σ_{r ≤ min(10, N)} 1 / log2(r + 1), divided by the largest possible sum
 
-The intervals contain 95 % of the values of resampled rows, or are
-Wilson's where resampling cannot show how much other rows differ (`resampled_mean`). Two models are compared by the
-changes of each query (`changes`), which differ less than the queries do.
+The intervals contain 95 % of the values of resampled rows, or are Wilson's where resampling cannot show how much other
+rows differ (`resampled_mean`). Two models are compared by the changes of each query (`changes`), which differ less than
+the queries do.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch import Tensor
 from backhand.data.rows import TextIdentities
 from backhand.ops.info_nce import BLOCK_SCORES
 from backhand.ops.normalize import normalize_forward
-from backhand.runs.row_changes import SCORE_NAMES, mean_gain
+from backhand.runs.row_changes import SCORE_NAMES, mean_gain, unpaired_gain
 from backhand.words import count_of, share_interval
 
 Floats = npt.NDArray[np.float64]
@@ -266,17 +266,28 @@ def changes(base: Mapping[str, Floats], adapted: Mapping[str, Floats]) -> dict[s
         base, adapted: the values of a score, (queries,); of `spearman`, both sides of the pairs, (2, pairs).
 
     Returns:
-        by name change, low and high; empty for a single query. A correlation is no mean of pairs, so that the interval
-        contains 95 % of its changes in resampled pairs.
+        by name change, low and high; empty for a single query.
     """
-    found: dict[str, list[float]] = {}
-    for name, after in adapted.items():
-        before = base[name]
-        if name == "spearman" and after.shape[1] < 2:
-            continue
-        if name == "spearman":
-            draws = (spearman(*after[:, pick]) - spearman(*before[:, pick]) for pick in _draws(after.shape[1]))
-            found[name] = [spearman(*after) - spearman(*before), *_interval([*draws])]
-        elif (gain := mean_gain(before.tolist(), after.tolist())) is not None:
-            found[name] = list(gain)
-    return found
+    gains = {
+        name: _spearman_gain(base[name], after)
+        if name == "spearman"
+        else mean_gain(base[name].tolist(), after.tolist())
+        for name, after in adapted.items()
+    }
+    return {name: list(gain) for name, gain in gains.items() if gain is not None}
+
+
+def _spearman_gain(before: Floats, after: Floats) -> tuple[float, float, float] | None:
+    """Return the change of a correlation and the interval that contains 95 % of its changes in resampled pairs.
+
+    If all of these are equal, resampling cannot show how much other pairs differ. The interval is then the difference
+    of both intervals.
+    """
+    if after.shape[1] < 2:
+        return None
+    old, new = spearman(*before), spearman(*after)
+    draws = [spearman(*after[:, pick]) - spearman(*before[:, pick]) for pick in _draws(after.shape[1])]
+    low, high = _interval(draws)
+    if high - low < _EQUAL <= abs(new - old):
+        return unpaired_gain(old, resampled_spearman(*before), new, resampled_spearman(*after))
+    return new - old, low, high

@@ -100,9 +100,9 @@ def lacks_held_out_rows(shares: Accuracies) -> bool:
     Either no adapter could be clearly better on these rows, or the same accuracies would be clear on more rows. The
     intervals of more rows are narrower by the root of their factor.
     """
-    if label_verdict(shares) != "unclear":
-        return False
     before = round(max(shares.base, shares.constant) * shares.rows)
+    if label_verdict(shares) != "unclear" or before == shares.rows:
+        return False
     at_best = share_gain([1.0] * before + [0.0] * (shares.rows - before), [1.0] * shares.rows)
     root, gains = math.sqrt(_MORE_ROWS), (shares.gain, shares.gain_over_constant)
     return at_best[1] <= 0 or all(gain - (gain - low) / root > 0 for gain, low, _ in gains)

@@ -47,7 +47,7 @@ def share_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, 
 
 
 def row_scores(values: Iterable[float]) -> tuple[float, ...]:
-    """Return the scores by which two runs are compared as summary.json has them: none of more than `MOST_RECORDED`."""
+    """Return the scores for summary.json, or an empty tuple if there are more than `MOST_RECORDED` of them."""
     scores = tuple(round(float(value), 6) for value in values)
     return scores if len(scores) <= MOST_RECORDED else ()
 

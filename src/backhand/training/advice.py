@@ -109,7 +109,7 @@ class Curves:
     # share of the groups of a run on rewards whose answers all had the same reward
     no_gradient_share: float = 0.0
     without_gradient: bool = False  # every step of a run on rewards had the gradient 0
-    rewards: Sequence[float] = ()  # the mean reward of every logged step of such a run
+    rewards: Sequence[float] = ()  # the finite mean rewards of the logged steps of such a run
     cut_off: float = 0.0  # share of its answers that were cut off at the limit of tokens
 
     @property
@@ -141,8 +141,8 @@ class Curves:
         return replace(
             curves,
             no_gradient_share=statistics.mean(one["no_gradient_groups"] for one in rewarded),
-            without_gradient=not any(one["grad_norm"] for one in rewarded),
-            rewards=[one["reward"] for one in rewarded],
+            without_gradient=all(one["grad_norm"] == 0 for one in rewarded),
+            rewards=[one["reward"] for one in rewarded if _is_finite(one["reward"])],
             cut_off=statistics.mean(one["clipped_answers"] for one in rewarded),
         )
 
@@ -369,7 +369,8 @@ def answer_advice(
             return f"{same}, and their loss {loss}: more steps come first.", more
         common = name_list(f"{share:.0%}" for share in constant.values())
         return f"{same}, of which {common} have the most frequent one: add training rows with the other answers.", None
-    if summary.try_next is not None:  # the curves ask for another run already
+    # The curves ask for another run already, or the model before the run had nothing to learn.
+    if summary.try_next is not None or all(one.base == 1 for one in shares):
         return None
     if summary.stopped_because is not None:
         steps = count_of(summary.steps, "step")

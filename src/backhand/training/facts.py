@@ -198,7 +198,7 @@ def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_si
     progress = state.progress
     counted = {one.name: getattr(progress, one.name) for one in fields(RunSummary) if hasattr(progress, one.name)}
     lines = directory.lines(METRICS)
-    peak_bytes = peak_rss_bytes()
+    peak_bytes, report = peak_rss_bytes(), run.inputs.train.report
     evaluations = [line for line in lines if line.get("eval_loss") is not None and line["step"] > 0]
     return RunSummary(
         **counted | {"train_s": round(progress.train_s, 3)},
@@ -216,10 +216,10 @@ def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_si
         trained_parameters=state.lora.element_count,
         adapted_modules=len(state.lora.slots),
         rows=len(run.inputs.train.examples),
-        option_rows=run.inputs.train.report.option_rows,
+        option_rows=report.option_rows,
         rows_seen=_rows_seen(run, progress.step),
         held_out_rows=0 if run.inputs.held_out is None else len(run.inputs.held_out.examples),
-        malformed_rows=run.inputs.train.report.skipped_bad,
+        malformed_rows=report.skipped_bad,
         repeated_rows=0 if run.inputs.held_out is None else run.inputs.held_out.report.repeated,
         world_size=world_size,
         objective=run.config.objective.objective,
@@ -234,10 +234,10 @@ def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_si
         forgotten_nats=forgotten_nats(lines, progress.best_step),
         reading=_reading(run),
         asking=asking_options(
-            *(run.config.data, run.inputs.train.report.system),
-            plain_text=run.inputs.train.report.bare,
+            *(run.config.data, report.system),
+            plain_text=report.bare and {source.form for source in report.sources} == {"text"},
         ),
-        system=run.inputs.train.report.system,
+        system=report.system,
         labels=tuple(run.identity.labels),
     )
 
