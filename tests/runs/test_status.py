@@ -13,7 +13,10 @@ import pytest
 from backhand import export, generate
 from backhand import train as train_rows
 from backhand.cli.main import main
+from backhand.files import FileLayer
 from backhand.options.config import TrainConfig
+from backhand.report.headline import headline
+from backhand.report.run_record import read_run
 from backhand.runs.directory import opened
 from backhand.runs.interruption import Interrupted
 from backhand.runs.status import RunStatus, read_status, status_kept
@@ -104,3 +107,21 @@ def test_a_program_continues_a_run_on_its_own_rows(
 def _status(**changed: object) -> None:
     status = Path("runs/x/status.json")
     status.write_text(json.dumps(json.loads(status.read_text()) | changed))
+
+
+class _Watching(FileLayer):
+    """A file layer that reads the run each time a line of it is written, as a page does."""
+
+    seen: list[str]
+
+    def open_to_append(self, path: Path) -> int:
+        self.seen.append(headline(read_run(path.parent)))
+        return super().open_to_append(path)
+
+
+def test_a_run_that_is_being_prepared_is_not_called_killed(tiny: TinyRun, tmp_path: Path) -> None:
+    """The headline said so until the first step, and that nothing was held out."""
+    files = _Watching()
+    files.seen = []
+    train(tiny.config(tmp_path / "run"), files=files)
+    assert "is being trained, 0 of 6 steps so far" in files.seen[0] and "nothing was held out" not in files.seen[0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -130,6 +130,9 @@ class Trainer:
                 saver.require_room()
             self._prepare(store, state, saver)
             self.owns_directory = True
+            if self.processes.is_main_process:  # a page must not take a run that is being prepared for a killed one
+                steps = run.inputs.total_steps
+                resources.enter_context(status_kept(self.directory, steps, lambda: state.progress.step))
             finished_before = state.progress.finished
             log = proof_log(self.directory) if self.processes.is_main_process else _unwritten
             with going_on("the digest of the base model"):
@@ -183,32 +186,28 @@ class Trainer:
             )
             if memory is not None:
                 memory.make_room()  # loading and digests fragment the heap
-            status = status_kept(self.directory, run.inputs.total_steps, lambda: loop.state.progress.step)
-            with status if self.processes.is_main_process else nullcontext():
-                forecast = None
-                if not config.run.quiet and not finished_before:
-                    forecast = forecast_run(run.plan, run.machine, run.bound.model)
-                    forecast.begin(state.progress.step, state.progress.train_s)
-                from_step = None if self.checkpoint is None else self.checkpoint.step
-                facts = opening_facts(run, from_step, self.processes, forecast)
-                options = {
-                    f"{part}.{name}": value
-                    for part, table in config_table(config).items()
-                    for name, value in table.items()
-                }
-                opening = RunStart(
-                    *(run.inputs.total_steps, state.progress.step, facts, self.directory.path, options),
-                    forecast=forecast,
-                )
-                self.observer.started(opening)
-                if not self._run_loop(loop, proof_start):
-                    raise self._interrupted(state, f"continue with {self._resume_command()}")
-                if isinstance(sampled, RewardedSteps) and not finished_before:
-                    sampled.logprob_check.finished()
-                summary = self._summary(state, keep=finished_before)
-                if proof_start is not None:
-                    self._prove_resume(loop, store, proof_start, log)
-                summary = self._answer(summary)
+            forecast = None
+            if not config.run.quiet and not finished_before:
+                forecast = forecast_run(run.plan, run.machine, run.bound.model)
+                forecast.begin(state.progress.step, state.progress.train_s)
+            from_step = None if self.checkpoint is None else self.checkpoint.step
+            facts = opening_facts(run, from_step, self.processes, forecast)
+            options = {
+                f"{part}.{name}": value for part, table in config_table(config).items() for name, value in table.items()
+            }
+            opening = RunStart(
+                *(run.inputs.total_steps, state.progress.step, facts, self.directory.path, options),
+                forecast=forecast,
+            )
+            self.observer.started(opening)
+            if not self._run_loop(loop, proof_start):
+                raise self._interrupted(state, f"continue with {self._resume_command()}")
+            if isinstance(sampled, RewardedSteps) and not finished_before:
+                sampled.logprob_check.finished()
+            summary = self._summary(state, keep=finished_before)
+            if proof_start is not None:
+                self._prove_resume(loop, store, proof_start, log)
+            summary = self._answer(summary)
         self.observer.ended(summary)
         return summary
 
