@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import pytest
 
@@ -13,6 +13,7 @@ from backhand.json_shape import ShapeError, convert, fitting, load
 class Point(TypedDict):
     x: int
     y: float | None
+    unit: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def test_a_value_of_the_shape_is_converted() -> None:
         ({"points": [{"x": 2**63, "y": 0}]}, r"points\[0\].x is an integer of more than 64 bits, not an integer"),
         ({"points": [{"x": 1, "y": "2"}]}, r"points\[0\].y is a string, not a number or null"),
         ({"points": [{"x": 1}]}, r"points\[0\].y is missing"),
+        ({"points": [{"x": 1, "y": 2, "unit": 1}]}, r"points\[0\].unit is an integer, not a string"),
         ({"sizes": [1]}, "sizes has 1 elements, not 2"),
         ({"notes": {"a": 1}}, "notes.a is an integer, not a string or null"),
     ],

@@ -170,12 +170,20 @@ def _is_record(shape: Any) -> bool:
 def _fields(shape: Any) -> tuple[_Field, ...]:
     hints = typing.get_type_hints(shape)
     if typing.is_typeddict(shape):
-        return tuple(_Field(name, hint, name in shape.__required_keys__) for name, hint in hints.items())
+        # The required keys of postponed annotations contain those that are marked NotRequired.
+        marked = typing.get_type_hints(shape, include_extras=True)
+        required = {name for name in shape.__required_keys__ if get_origin(marked[name]) is not typing.NotRequired}
+        return tuple(_Field(name, hint, name in required) for name, hint in hints.items())
     missing = dataclasses.MISSING
     return tuple(
         _Field(one.name, hints[one.name], one.default is missing and one.default_factory is missing)
         for one in dataclasses.fields(shape)
     )
+
+
+def required_keys(shape: Any) -> set[str]:
+    """Return the keys that an object of this shape must have."""
+    return {field.name for field in _fields(shape) if field.required}
 
 
 def _below(place: str, key: str) -> str:

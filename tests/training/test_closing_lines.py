@@ -149,6 +149,7 @@ def test_the_change_of_the_loss_has_its_interval_over_the_rows(ended: RunSummary
     change = ended.loss_change
     assert change is not None and ended.first_eval_loss is not None and ended.best_eval_loss is not None
     assert change[0] == pytest.approx(ended.best_eval_loss - ended.first_eval_loss, rel=1e-6)
+    assert [line["step"] for line in ended.records if "row_tokens" in line] == [0], "they never change"
     clear, unclear = (replace(ended, loss_change=one) for one in ((-0.2, -0.3, -0.1), (-0.2, -0.5, 0.1)))
     assert "Loss changed by -0.2000 nats per token (95 % interval -0.3000 to -0.1000)." in closing_lines(clear)
     assert any(

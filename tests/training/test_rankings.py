@@ -414,7 +414,8 @@ def test_a_run_learns_and_shows_its_scores(straight: TrainConfig) -> None:
     page = Page(run_page(read_run(run)))
     assert "Not recorded" not in page.one("section", id="answers").text
     assert {"retrieval", "relevance"} <= set(page.charts)
-    assert "Rankings of held-out rows" in page.one("section", id="answers").text
+    answers = page.one("section", id="answers").text
+    assert "Rankings of held-out rows" in answers and "nDCG@10" in answers and "ndcg@10" not in answers
 
 
 def test_scores_are_compared_with_a_random_order_and_the_base_rate(straight: TrainConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,11 @@ NO_TITLE = "remove it: the first row must have the column names"
 """Next step if a table begins with a title."""
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 """Values of columns that say whether something is so, in lower case."""
+
+
+def any_in_memory(sources: Iterable[str]) -> bool:
+    """Return True if a program gave the rows of any of these sources."""
+    return any(name.startswith(IN_MEMORY) for name in sources)
 
 
 @dataclass(frozen=True)

@@ -187,8 +187,8 @@ def free_answers(
         for (question, _), old, new in zip(questions, before[first:], adapted[first:], strict=True)
     ]
     paired = [example for example, _, _ in parts] if pairs else []
-    own = None if started is None else started[:first]
-    lengths = _lengths(paired, base[:first], adapted[:first], own, frozenset(stops), new_tokens)
+    of_start = None if started is None else started[:first]
+    lengths = _lengths(paired, base[:first], adapted[:first], of_start, frozenset(stops), new_tokens)
     return FreeAnswers(tuple(held_out), lengths, tuple(neutral))
 
 

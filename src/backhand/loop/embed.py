@@ -35,7 +35,7 @@ from backhand.generation.command import check_output, write_lines, write_output
 from backhand.generation.completer import EngineCompleter, require_finite
 from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.loop.objectives.embed import check_pooling, embed_rows
-from backhand.loop.retrieval_scores import VectorScores, score_vectors
+from backhand.loop.retrieval_scores import score_vectors, with_changes
 from backhand.nn.loading.sentence_transformers import read_embedding_files
 from backhand.ops.info_nce import BLOCK_SCORES
 from backhand.ops.normalize import normalize_forward
@@ -275,8 +275,7 @@ def evaluate_vectors(loaded: LoadedModel, data: DataOptions, run: EvaluateRunOpt
     query_of = {text: number for number, text in enumerate(asked)}
     options = VectorOptions(run.pooling, run.query_prompt, run.document_prompt, run.micro_batch_rows)
     embedder = Embedder.of(loaded, options)
-    measured: list[dict[str, Any]] = []
-    before: VectorScores | None = None
+    scores = {}
     for adapter in (False,) if run.adapter is None else (False, True):
         loaded.model.use_adapter(adapter)
         name = "adapted" if adapter else "base"
@@ -287,10 +286,8 @@ def evaluate_vectors(loaded: LoadedModel, data: DataOptions, run: EvaluateRunOpt
             for row in rows
             for place, text in enumerate(row.texts)
         ]
-        scores = score_vectors(identities, torch.stack(vectors))
-        measured.append({"retrieval": scores.to_json(before)})
-        before = scores
-    return VectorEvaluation(len(rows), *measured)
+        scores[name] = score_vectors(identities, torch.stack(vectors))
+    return VectorEvaluation(len(rows), *({"retrieval": one} for one in with_changes(scores).values()))
 
 
 def _has_query(row: EmbeddingRow) -> bool:

@@ -19,7 +19,7 @@ from backhand.loop.distillation import computing_with
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.measuring import HeldOut
 from backhand.loop.objectives.embed import EmbedObjective, embed_rows
-from backhand.loop.retrieval_scores import VectorScores, score_vectors
+from backhand.loop.retrieval_scores import VectorScores, score_vectors, summary_scores
 from backhand.loop.vector_changes import (
     SHOWN_LETTERS,
     cosine_histogram,
@@ -29,7 +29,6 @@ from backhand.loop.vector_changes import (
     neutral_packer,
 )
 from backhand.nn.decoder.decoder import Decoder
-from backhand.runs.row_changes import row_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -116,9 +115,7 @@ class HeldOutEmbeddings(HeldOut):
         longest = min(_NEUTRAL_TOKENS, bound.model.config.max_position_embeddings)
         neutral = neutral_packer(TextEncoder(tokenizer), text_format, longest)
         of_rows = [*dict.fromkeys(np.linspace(0, len(examples) - 1, max(1, shown)).astype(int).tolist())][:shown]
-        result: dict[str, Any] = {}
-        nearest, of_neutral = [], []
-        before: VectorScores | None = None
+        scores, histograms, nearest, of_neutral = {}, [], [], []
         for name in ("base", "adapted"):
             objective, rows = self._objective, self._micro_batch_rows
             with computing_with(bound.model, start) if name == "base" else nullcontext():
@@ -126,18 +123,18 @@ class HeldOutEmbeddings(HeldOut):
                     not_none(embed_rows(bound.model, packer, objective.pooling, rows, Communicator()))
                     for packer in (objective.packer, neutral)
                 )
-            histogram = cosine_histogram(embeddings, counts)
-            scores = self._scores(embeddings)
-            result[f"{name}_retrieval"] = {**scores.to_json(before), "histogram": histogram}
-            before = scores
+            scores[name] = self._scores(embeddings)
+            histograms.append(cosine_histogram(embeddings, counts))
             nearest.append(nearest_texts(identities, embeddings, texts, of_rows))
             of_neutral.append(neutral_vectors)
+        result = summary_scores(scores)
+        for name, histogram in zip(scores, histograms, strict=True):
+            result[f"{name}_retrieval"]["histogram"] = histogram
         first = first_documents(counts).tolist()
         result["neighbours"] = [
             {"anchor": texts[first[row]][:SHOWN_LETTERS], "base": of_base, "adapted": of_adapted}
             for row, of_base, of_adapted in zip(of_rows, *nearest, strict=True)
         ]
-        result["row_scores"] = row_scores(scores.of_queries.get("ndcg@10", ()))
         return {**result, "neutral_drift": drift(*of_neutral)}
 
     def _losses(self, rows: Sequence[int], embeddings: Tensor) -> list[float]:

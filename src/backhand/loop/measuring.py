@@ -85,11 +85,11 @@ class HeldOut:
         tokens = [packed.batch.input_ids.shape[0] for packed in batches]
         share = len(processes.assign(tokens)[processes.rank])
         with counting("held-out loss", share, "batches") as done:
-            found = processes.parallel_map(tokens, nats, interruptible=interruptible)
-        if found is None:
+            measured = processes.parallel_map(tokens, nats, interruptible=interruptible)
+        if measured is None:
             return None
-        self.by_row = self._by_row([of_documents for _, of_documents in found])
-        return sequential_sum([loss for loss, _ in found]) / self.supervised_tokens
+        self.by_row = self._by_row([of_documents for _, of_documents in measured])
+        return sequential_sum([loss for loss, _ in measured]) / self.supervised_tokens
 
     def _by_row(self, nats: Iterable[Iterable[float]]) -> dict[str, list[float]]:
         """Return the nats and tokens of each row of the files, whose documents may be several."""

@@ -34,7 +34,7 @@ from backhand.loop.embed import rows_of, texts_of
 from backhand.loop.objectives.head import head_logits
 from backhand.loop.objectives.objective import document_sums
 from backhand.loop.objectives.rank import RankingLoss, check_targets, pair_format, scores_of
-from backhand.loop.ranking_scores import RankingScores
+from backhand.loop.retrieval_scores import with_changes
 from backhand.nn.decoder.class_head import has_score_head
 from backhand.nn.decoder.decoder import Decoder
 from backhand.options.command_options import RankOptions
@@ -225,19 +225,18 @@ def evaluate_rankings(
     reranker = Reranker.of(loaded, template, documents)
     examples = stored(reranker.encoded(rows, TruncationStats()))
     check_targets(options, examples)
-    ranking_loss, every, results = RankingLoss(examples, options), range(len(rows)), []
-    before: RankingScores | None = None
+    ranking_loss, every, losses, scored = RankingLoss(examples, options), range(len(rows)), {}, {}
     for adapter in (False, True) if adapted else (False,):
         loaded.model.use_adapter(adapter)
+        name = "adapted" if adapter else "base"
         scores = torch.zeros(sum(len(row.documents) for row in rows), dtype=torch.float64)
         if not reranker.is_blank:
-            by_row = reranker.scores(rows, f"{'adapted' if adapter else 'base'} model: rankings")
+            by_row = reranker.scores(rows, f"{name} model: rankings")
             scores = torch.tensor([score for row in by_row for score in row], dtype=torch.float64)
-        loss = float(ranking_loss.of_scores(every, scores).losses.mean())
-        scored = None if reranker.is_blank else ranking_loss.scored(every, scores)
-        results.append((loss, len(scores), None if scored is None else scored.to_json(before)))
-        before = scored
-    return len(rows), results
+            scored[name] = ranking_loss.scored(every, scores)
+        losses[name] = float(ranking_loss.of_scores(every, scores).losses.mean())
+    figures = with_changes(scored)
+    return len(rows), [(loss, len(scores), figures.get(name)) for name, loss in losses.items()]
 
 
 def rank(options: RankOptions) -> list[dict[str, Any]]:

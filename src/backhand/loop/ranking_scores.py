@@ -13,34 +13,22 @@ there is no score.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from backhand.data.rows import RankedTexts
-from backhand.loop.retrieval_scores import DEPTH, Floats, changes, resampled_mean, resampled_spearman, spearman
+from backhand.loop.retrieval_scores import DEPTH, Floats, RetrievalScores, resampled_mean, resampled_spearman, spearman
 
 
 @dataclass(frozen=True)
-class RankingScores:
-    """Scores of one model on the same rows."""
+class RankingScores(RetrievalScores):
+    """Scores of the rankings of one model: mrr@10 and ndcg@10, or spearman; none if all targets are equal.
 
-    values: dict[str, float]  # by name: mrr@10 and ndcg@10, or spearman; empty if all targets are equal
-    intervals: dict[str, tuple[float, float]]  # of each value, 95 % of the values of resampled queries
-    queries: int  # number of queries that count, or of pairs of a query and a document
-    candidates: float  # mean number of documents of a query; 0 for pairs
+    `chance` has ndcg@10 of a random order, and the loss of the best equal scores.
+    """
+
     spread: float  # mean over queries of the largest difference of two scores, in nats
-    # what no order needs: ndcg@10 of a random order, and loss of the best equal scores; empty if not known
-    chance: dict[str, float] = field(default_factory=dict)
-    of_queries: dict[str, Floats] = field(default_factory=dict, repr=False)  # see `retrieval_scores.changes`
-
-    def to_json(self, base: RankingScores | None = None) -> dict[str, Any]:
-        """Return the scores as JSON values, with their changes from those of the base model if it is given."""
-        intervals = {name: list(interval) for name, interval in self.intervals.items()}
-        counts = {"queries": self.queries, "candidates": self.candidates, "spread": self.spread, "chance": self.chance}
-        change = {} if base is None else {"change": changes(base.of_queries, self.of_queries)}
-        return {**self.values, **counts, "intervals": intervals, **change}
 
 
 def score_rankings(rows: Sequence[RankedTexts], scores: Sequence[float]) -> RankingScores:
@@ -80,8 +68,8 @@ def score_rankings(rows: Sequence[RankedTexts], scores: Sequence[float]) -> Rank
         len(counted),
         sum(map(len, counted)) / len(counted),
         spread,
-        {"ndcg@10": float(np.mean([_random_ndcg(targets) for targets in ranked]))},
-        of_each,
+        chance={"ndcg@10": float(np.mean([_random_ndcg(targets) for targets in ranked]))},
+        of_queries=of_each,
     )
 
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from backhand.data.rows import TextIdentities
 from backhand.ops.info_nce import BLOCK_SCORES
 from backhand.ops.normalize import normalize_forward
-from backhand.runs.row_changes import SCORE_NAMES, mean_gain, unpaired_gain
+from backhand.runs.row_changes import SCORE_NAMES, mean_gain, row_scores, unpaired_gain
 from backhand.words import count_of, share_interval
 
 Floats = npt.NDArray[np.float64]
@@ -43,23 +43,41 @@ RESAMPLES, DEPTH = 1000, 10
 
 
 @dataclass(frozen=True)
-class VectorScores:
+class RetrievalScores:
     """Scores of one model on the same rows."""
 
-    values: dict[str, float]  # by name: recall@1, recall@10, mrr@10 and ndcg@10, or spearman
+    values: dict[str, float]  # by name, see `SCORE_NAMES`
     intervals: dict[str, tuple[float, float]]  # of each value
-    queries: int  # number of different anchors, or of scored pairs
-    candidates: int  # number of different candidates; 0 for scored pairs
-    mean_cosine: float  # of different texts
-    chance: dict[str, float] = field(default_factory=dict)  # of each value, in a random order; empty for scored pairs
-    of_queries: dict[str, Floats] = field(default_factory=dict, repr=False)  # by name, see `changes`
+    queries: int  # number of different anchors or of queries that count, or of pairs
+    candidates: float  # number of different candidates, or mean number of documents of a query; 0 for pairs
+    chance: dict[str, float] = field(default_factory=dict, kw_only=True)  # of values, in a random order, if known
+    of_queries: dict[str, Floats] = field(default_factory=dict, repr=False, kw_only=True)  # by name, see `changes`
 
-    def to_json(self, base: VectorScores | None = None) -> dict[str, Any]:
+    def to_json(self, base: RetrievalScores | None = None) -> dict[str, Any]:
         """Return the scores as JSON values, with their `changes` from those of the base model if it is given."""
         intervals = {name: list(interval) for name, interval in self.intervals.items()}
-        counts = {"queries": self.queries, "candidates": self.candidates, "mean_cosine": self.mean_cosine}
+        others = {name: value for name, value in vars(self).items() if name not in ("values", "of_queries")}
         change = {} if base is None else {"change": changes(base.of_queries, self.of_queries)}
-        return {**self.values, **counts, "intervals": intervals, "chance": self.chance, **change}
+        return {**self.values, **others, "intervals": intervals, **change}
+
+
+@dataclass(frozen=True)
+class VectorScores(RetrievalScores):
+    """Scores of the vectors of one model: recall@1, recall@10, mrr@10 and ndcg@10, or spearman."""
+
+    mean_cosine: float  # of different texts
+
+
+def with_changes(scores: Mapping[str, RetrievalScores]) -> dict[str, dict[str, Any]]:
+    """Return the scores of models as JSON values, each with its changes from those of the model before."""
+    before = (None, *scores.values())
+    return {name: one.to_json(base) for (name, one), base in zip(scores.items(), before, strict=False)}
+
+
+def summary_scores(scores: Mapping[str, RetrievalScores]) -> dict[str, Any]:
+    """Return the fields of summary.json of the models `base`, if it has scores, and `adapted`."""
+    fields = {f"{name}_retrieval": one for name, one in with_changes(scores).items()}
+    return {**fields, "row_scores": row_scores(scores["adapted"].of_queries.get("ndcg@10", ()))}
 
 
 def score_vectors(rows: Sequence[TextIdentities], embeddings: Tensor) -> VectorScores:
@@ -100,8 +118,8 @@ def score_vectors(rows: Sequence[TextIdentities], embeddings: Tensor) -> VectorS
         len(firsts[0]),
         len(corpus),
         mean_cosine(of_texts),
-        dict(zip(_SCORES, chance.tolist(), strict=True)),
-        of_queries,
+        chance=dict(zip(_SCORES, chance.tolist(), strict=True)),
+        of_queries=of_queries,
     )
 
 

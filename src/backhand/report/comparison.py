@@ -164,7 +164,7 @@ def _by_scores(named: Sequence[tuple[str, RunRecord]]) -> str | None:
 
 def _lead(best: RunRecord, second: RunRecord, name: str, unit: str) -> str:
     """Return a clause on how much lower the loss is than that of the second run, if the losses of rows are recorded."""
-    tokens = first_and_best(best.evaluations, ROW_TOKENS, best_step(best))[1]
+    tokens = first_and_best(best.evaluations, ROW_TOKENS, best_step(best))[0]
     before, after = (first_and_best(run.evaluations, ROW_NATS, best_step(run))[1] for run in (second, best))
     change = loss_change(before, after, tokens)
     return "" if change is None else f"; compared with {name}, {loss_words(change, unit)}"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from backhand.json_shape import required_keys
 from backhand.options.objectives import DISTILLED
 from backhand.report.run_record import RunRecord, is_number
 from backhand.runs.distilled_results import agreement_words
@@ -94,7 +95,7 @@ def _verdict_of_scores(run: RunRecord) -> str:
 def _labels(run: RunRecord) -> tuple[Any, Any, int] | None:
     """Return the label scores of base and adapter and the number of rows, or None if the answers are no labels."""
     base, adapted, rows = (run.summary.get(key) for key in ("base_labels", "adapted_labels", "exact_match_rows"))
-    complete = all(one and set(one) >= LabelFigures.__required_keys__ for one in (base, adapted))
+    complete = all(one and set(one) >= required_keys(LabelFigures) for one in (base, adapted))
     return (base, adapted, int(rows)) if complete and is_number(rows) else None
 
 

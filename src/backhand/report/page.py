@@ -101,6 +101,7 @@ def live_values(run: RunRecord) -> dict[str, Any]:
         "expected": expected(run),
         "max_new_tokens": MAX_NEW_TOKENS,
         "class_scores": CLASS_SCORES,
+        "score_names": SCORE_NAMES,
         "has_curves": has_curves,
         "processes": _processes(run),
         "proofs": tables,

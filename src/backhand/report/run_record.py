@@ -20,7 +20,7 @@ from backhand.reading import read_settings
 from backhand.runs.directory import ADAPTER, ANSWERS, CONFIG, FACTS, METRICS, PROOFS, SUMMARY, RunDirectory
 from backhand.runs.records import RowFacts, RunFacts
 from backhand.runs.status import RunStatus, read_status
-from backhand.runs.summary import RunSummary
+from backhand.runs.summary import RunSummary, has_fresh_head
 
 
 class _Model(TypedDict, total=False):
@@ -92,7 +92,8 @@ class RunRecord:
     @property
     def fresh_head(self) -> bool:
         """True if the adapter has a head that the model before the run does not have."""
-        return self.trains_head and not (self.summary.get("base_retrieval") or self.compared_with_start)
+        known = {"trains_head": self.trains_head, "compared_with_start": self.compared_with_start}
+        return has_fresh_head(self.summary | known)
 
     @property
     def compared_with_start(self) -> bool:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict, get_type_hints
+from typing import Any, NotRequired, TypedDict, get_type_hints
 
 from backhand.json_shape import ShapeError, fitting
 
@@ -111,14 +111,11 @@ class SourceFacts(TypedDict):
     rows: int
 
 
-class _Label(TypedDict, total=False):
-    label: str  # that a text learns as a whole, if no token is a target
-
-
-class ShownRow(_Label):
+class ShownRow(TypedDict):
     """The first tokens of a document, each with its supervision."""
 
     source: str
+    label: NotRequired[str]  # that a text learns as a whole, if no token is a target
     tokens: list[tuple[str, bool]]
     left_out: int
 

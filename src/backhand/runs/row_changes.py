@@ -14,7 +14,7 @@ from backhand.words import mean_interval
 
 ROW_REWARDS, ROW_NATS, ROW_TOKENS = "row_rewards", "row_nats", "row_tokens"
 """Keys in metrics.jsonl of the values of an evaluation, one per held-out row: the reward; the sum of the losses of the
-row's supervised tokens, and their number."""
+row's supervised tokens, and their number, which only the line of step 0 has."""
 FEWEST_ROWS = 16
 """On fewer held-out rows, the course of a loss is mostly chance, unless they have many tokens."""
 MOST_RECORDED = 2000
@@ -101,7 +101,7 @@ def recorded_loss_change(
     records: Sequence[Mapping[str, Any]], best_step: int | None
 ) -> tuple[float, float, float] | None:
     """Return the `loss_change` from the first evaluation to the best one, see `recorded_gain`."""
-    return loss_change(*first_and_best(records, ROW_NATS, best_step), first_and_best(records, ROW_TOKENS, best_step)[1])
+    return loss_change(*first_and_best(records, ROW_NATS, best_step), first_and_best(records, ROW_TOKENS, best_step)[0])
 
 
 Verdict = Literal["helped", "hurt", "unclear"]

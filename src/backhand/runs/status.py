@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from backhand.data.raw_rows import IN_MEMORY
+from backhand.data.raw_rows import any_in_memory
 from backhand.errors import BackhandError
 from backhand.printing import reworded
 from backhand.reading import read_json, read_plain, read_settings
@@ -189,7 +189,7 @@ def _has_rows_in_memory(run: Path) -> bool:
     """Return True if a program gave the rows of a run, by its config.toml."""
     with suppress(OSError, ValueError, LookupError, TypeError):
         data = tomllib.loads(read_settings(run / CONFIG))["data"]
-        return any(str(name).startswith(IN_MEMORY) for name in (*data["data"], *data.get("eval_data", ())))
+        return any_in_memory(map(str, (*data["data"], *data.get("eval_data", ()))))
     return False
 
 

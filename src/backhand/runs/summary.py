@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from backhand.files import FileLayer
 from backhand.reading import read_json
@@ -27,29 +27,28 @@ class LabelRow(TypedDict):
     support: int
 
 
-class _Gains(TypedDict, total=False):
-    """The figures that the model before the run and summaries of earlier versions lack."""
-
-    # gains in accuracy over the model before the run and over the most frequent answer, with their 95 % intervals
-    gain: tuple[float, float, float]
-    gain_over_constant: tuple[float, float, float]
-
-
-class LabelFigures(_Gains):
+class LabelFigures(TypedDict):
     """Scores of rows whose answers are labels, as `evaluate --json` has them."""
 
     accuracy: float
+    # gains in accuracy over the model before the run and over the most frequent answer, with their 95 % intervals;
+    # the model before the run and summaries of earlier versions have none
+    gain: NotRequired[tuple[float, float, float]]
+    gain_over_constant: NotRequired[tuple[float, float, float]]
     f1_macro: float
     per_label: dict[str, LabelRow]
     confusion: dict[str, dict[str, int]]
     invented: int
 
 
-class DecisionFigures(_Gains):
+class DecisionFigures(TypedDict):
     """Scores of the answers to one question, as `evaluate --json` has them."""
 
     rows: int
     accuracy: float
+    # gain, gain_over_constant: as in `LabelFigures`
+    gain: NotRequired[tuple[float, float, float]]
+    gain_over_constant: NotRequired[tuple[float, float, float]]
     majority: float
     f1_macro: float
     nll: float
@@ -65,17 +64,7 @@ class DecisionFigures(_Gains):
     surprises: list[dict[str, Any]]
 
 
-class _FurtherLengths(TypedDict, total=False):
-    """The figures that not all runs have."""
-
-    # start, start_cut_off: figures of the adapter that the run started from
-    start: float
-    start_cut_off: float
-    # mean change of the number of tokens of an answer and its 95 % interval over the prompts; None for a single prompt
-    length_change: tuple[float, float, float] | None
-
-
-class AnswerLengths(_FurtherLengths):
+class AnswerLengths(TypedDict):
     """Mean numbers of tokens of free answers to held-out prompts, and of the answers in these pairs."""
 
     rows: int  # number of prompts answered
@@ -87,16 +76,15 @@ class AnswerLengths(_FurtherLengths):
     # base_cut_off, adapted_cut_off: share of the free answers that reached the limit
     base_cut_off: float
     adapted_cut_off: float
+    # start, start_cut_off: figures of the adapter that the run started from, if any
+    start: NotRequired[float]
+    start_cut_off: NotRequired[float]
+    # mean change of the number of tokens of an answer and its 95 % interval over the prompts; None for a single prompt,
+    # missing in older files
+    length_change: NotRequired[tuple[float, float, float] | None]
 
 
-class _AgreementGain(TypedDict, total=False):
-    """The figure that summaries of earlier versions lack."""
-
-    # adapted_top_1 - base_top_1 and its 95 % interval over the rows; None for fewer than two rows
-    top_1_gain: tuple[float, float, float] | None
-
-
-class DistilledFigures(_AgreementGain):
+class DistilledFigures(TypedDict):
     """Figures of a distilled run on held-out rows. The teacher reads the prompt with a context or a demonstration."""
 
     tokens: int  # number of tokens in the agreement
@@ -106,6 +94,8 @@ class DistilledFigures(_AgreementGain):
     # base_top_1, adapted_top_1: share of tokens at which model and teacher have the same most probable next token
     base_top_1: float
     adapted_top_1: float
+    # its change and the 95 % interval over the rows; None for fewer than two rows, missing in older files
+    top_1_gain: NotRequired[tuple[float, float, float] | None]
     rows: int  # number of prompts answered greedily
     # base_equal, adapted_equal: share of answers that equal the teacher's; None if the teacher's answers are long
     base_equal: float | None
@@ -118,20 +108,15 @@ class DistilledFigures(_AgreementGain):
     prompted_first_token_s: float
 
 
-class _CutOff(TypedDict, total=False):
-    """The entries that summaries of earlier versions lack."""
-
-    # base_cut_off, adapted_cut_off: True if the answer reached the limit of tokens
-    base_cut_off: bool
-    adapted_cut_off: bool
-
-
-class NeutralAnswer(_CutOff):
+class NeutralAnswer(TypedDict):
     """Greedy answers to a prompt that is unrelated to the rows."""
 
     prompt: str
     base: str  # of the model before the run: the base model, or the adapter that the run started from
     adapted: str
+    # base_cut_off, adapted_cut_off: True if the answer reached the limit of tokens; missing in older files
+    base_cut_off: NotRequired[bool]
+    adapted_cut_off: NotRequired[bool]
 
 
 @dataclass(frozen=True)
@@ -361,6 +346,12 @@ def exact_match_says(summary: Mapping[str, Any]) -> bool:
     """
     before, after = summary.get("base_exact_match"), summary.get("adapted_exact_match")
     return after is not None and bool(before or after or not summary.get("free_texts"))
+
+
+def has_fresh_head(summary: Mapping[str, Any]) -> bool:
+    """Return True if the adapter has a head that the model before the run does not have."""
+    before = summary.get("base_retrieval") or summary.get("compared_with_start")
+    return bool(summary.get("trains_head")) and not before
 
 
 def rows_trained_on(rows: float, seen: float | None, option_rows: float = 0, files: str = "") -> str:

@@ -34,7 +34,7 @@ from typing import Any, Literal
 from backhand.bounds import Options
 from backhand.data.data_report import DataReport
 from backhand.data.options import shell_quoted
-from backhand.data.raw_rows import IN_MEMORY
+from backhand.data.raw_rows import any_in_memory
 from backhand.errors import not_none
 from backhand.loop.rewards.guards import constant_rewards_remedy
 from backhand.loop.step import LearningRate
@@ -448,7 +448,7 @@ def _with_orpo(config: TrainConfig, run: Path, typed: TrainConfig) -> str:
         given = {"model": config.model.model, "data": data.data} | given
         return f"backhand train {' '.join(_typed(name, value) for name, value in given.items())}"
     given = {"model": config.model.model} | given
-    rows = ("eval_data",) if _in_memory(data.eval_data) else ()
+    rows = ("eval_data",) if any_in_memory(data.eval_data) else ()
     shown = (f"{name}={'…' if name in rows else repr(value)}" for name, value in given.items())
     return f"backhand.train(data=…, {', '.join(shown)})"
 
@@ -480,11 +480,7 @@ def _twice_as_long(config: TrainConfig, total_steps: int) -> str:
 
 def has_rows_in_memory(config: TrainConfig) -> bool:
     """Return True if a program gave rows, which the command line cannot have."""
-    return _in_memory((*config.data.data, *config.data.eval_data))
-
-
-def _in_memory(sources: Sequence[str]) -> bool:
-    return any(name.startswith(IN_MEMORY) for name in sources)
+    return any_in_memory((*config.data.data, *config.data.eval_data))
 
 
 def _again(config: TrainConfig, run: Path, changes: str) -> str:

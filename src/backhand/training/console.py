@@ -49,6 +49,7 @@ from backhand.runs.summary import (
     constant_name,
     exact_match_says,
     forgetting,
+    has_fresh_head,
     loss_unit,
     no_label_fits,
     repeated_rows,
@@ -312,21 +313,16 @@ def _scores_verdict(summary: RunSummary) -> list[str]:
     return [f"{score_words(base, adapted, name)}{UNCLEAR_RISE if rose else effect(judged)}."]
 
 
-def _has_fresh_head(summary: RunSummary) -> bool:
-    """Return True if the adapter has a head that the model before the run does not have."""
-    return summary.trains_head and summary.base_retrieval is None and not summary.compared_with_start
-
-
 def _start_loss(summary: RunSummary) -> float | None:
     """Return the held-out loss before the first step; of a constant answer for a new head, which knows nothing."""
-    unknown = _has_fresh_head(summary) or summary.first_eval_loss is None
+    unknown = has_fresh_head(vars(summary)) or summary.first_eval_loss is None
     return summary.base_eval_loss if unknown else summary.first_eval_loss
 
 
 def _improvement(summary: RunSummary) -> list[str]:
     """Return the lines on loss and reward."""
     base, best, start = summary.base_eval_loss, summary.best_eval_loss, _start_loss(summary)
-    constant, fresh_head = constant_name(summary.objective), _has_fresh_head(summary)
+    constant, fresh_head = constant_name(summary.objective), has_fresh_head(vars(summary))
     lines = []
     if summary.first_reward is not None and summary.last_reward is not None:
         lines = [capitalized(training_reward_words(summary.first_reward, summary.last_reward, summary.steps))]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from backhand.data.pack import pack
-from backhand.data.raw_rows import IN_MEMORY
+from backhand.data.raw_rows import any_in_memory
 from backhand.errors import CheckError, UsageError
 from backhand.nn.compute import compute_settings, resolve_threads
 from backhand.options.config_file import load_config
@@ -131,7 +131,7 @@ def _of_run(options: VerifyOptions, run: Path) -> tuple[VerifyOptions, Objective
     config = load_config(run / CONFIG)
     shared = {name: getattr(config.model, name) for name in VerifiedModelOptions.__dataclass_fields__}
     adapter = options.verify.adapter or run / ADAPTER
-    if not options.data.data and any(name.startswith(IN_MEMORY) for name in config.data.data):
+    if not options.data.data and any_in_memory(config.data.data):
         neutral = f"backhand verify --adapter {shlex.quote(str(adapter))}"
         raise UsageError(
             "the rows of this run were given by a program, and are in no file",

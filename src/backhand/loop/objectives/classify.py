@@ -65,11 +65,14 @@ class ClassifyObjective(HeadObjective):
         return row_losses(logits, self.targets, self.problem)
 
     def evaluated(self, logits: Tensor) -> dict[str, float]:
-        constant = self.score(constant_logits(self.targets, self.problem))
-        found = self.score(logits).values | {"constant_loss": constant.loss}
-        if (accuracy := constant.values.get("accuracy")) is not None:
-            found["constant_accuracy"] = accuracy
-        return found
+        metrics = self.score(logits).values | {"constant_loss": self._constant.loss}
+        if (accuracy := self._constant.values.get("accuracy")) is not None:
+            metrics["constant_accuracy"] = accuracy
+        return metrics
+
+    @cached_property
+    def _constant(self) -> ClassScores:
+        return self.score(constant_logits(self.targets, self.problem))
 
     def score(self, logits: Tensor) -> ClassScores:
         """Return the scores of these logits of all rows, (rows, outputs) float64."""
@@ -85,7 +88,7 @@ class ClassifyObjective(HeadObjective):
     ) -> dict[str, Any]:
         """Return the fields of summary.json, of the best constant answer and of the adapted model."""
         logits = not_none(head_logits(bound.model, self.packer, micro_batch_rows, Communicator()))
-        base, adapted = (self.score(one) for one in (self.base_logits(bound.model), logits))
+        base, adapted = self._constant, self.score(logits)
         scores = {"base_classes": base.figures(), "adapted_classes": adapted.figures(base)}
         return {**scores, "row_scores": row_scores(adapted.right_rows)}
 

@@ -34,13 +34,13 @@ from backhand.loop.distillation import computing_with
 from backhand.loop.objectives.head import HeadLoss, HeadObjective, head_logits
 from backhand.loop.objectives.objective import AnswerObjective, Documents, RowLosses, document_sums, means
 from backhand.loop.ranking_scores import RankingScores, score_rankings
+from backhand.loop.retrieval_scores import summary_scores
 from backhand.nn.decoder.class_head import has_score_head
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.families.family import DecoderConfig
 from backhand.ops.binary_cross_entropy import binary_cross_entropy_backward, binary_cross_entropy_forward
 from backhand.ops.decide import decide_backward, decide_forward
 from backhand.options.objectives import ObjectiveOptions
-from backhand.runs.row_changes import row_scores
 
 CONSTANT = 1e-5
 """Largest difference in nats between the scores of a query's documents that no longer ranks them."""
@@ -148,14 +148,11 @@ class RankObjective(AnswerObjective):
             start: values of the adapter that the run started from; None for the base model.
         """
         every, scores = range(len(self.packer.examples)), {}
-        before: RankingScores | None = None
         for name in ("base", "adapted"):
             with computing_with(bound.model, start) if name == "base" else nullcontext():
                 sums = not_none(document_sums(bound.model, self.packer, every, micro_batch_rows, Communicator()))
-            scored = self.loss.scored(every, scores_of(sums))
-            scores[f"{name}_retrieval"] = scored.to_json(before)
-            before = scored
-        return {**scores, "row_scores": row_scores(scored.of_queries.get("ndcg@10", ()))}
+            scores[name] = self.loss.scored(every, scores_of(sums))
+        return summary_scores(scores)
 
 
 @dataclass
@@ -194,17 +191,14 @@ class CrossEncoderObjective(HeadObjective):
 
     def held_out_scores(self, bound: BoundModel, micro_batch_rows: int, start: Tensor | None = None) -> dict[str, Any]:
         """Return the fields of summary.json, those of the base only if it is a cross-encoder itself."""
-        every, scores = self._every, {}
-        before: RankingScores | None = None
+        scores = {}
         for name in ("base", "adapted"):
             with computing_with(bound.model, start) if name == "base" else nullcontext():
                 if name == "base" and start is None and self.base_logits(bound.model) is not None:
                     continue
                 logits = not_none(head_logits(bound.model, self.packer, micro_batch_rows, Communicator()))
-                scored = self.loss.scored(every, logits.squeeze(1))
-                scores[f"{name}_retrieval"] = scored.to_json(before)
-                before = scored
-        return {**scores, "row_scores": row_scores(scored.of_queries.get("ndcg@10", ()))}
+                scores[name] = self.loss.scored(self._every, logits.squeeze(1))
+        return summary_scores(scores)
 
 
 def pair_format(config: DecoderConfig, padding_id: int | None) -> PairFormat:
