@@ -281,6 +281,7 @@ def test_a_class_is_the_suggested_answer_unless_the_last_column_has_texts(tmp_pa
             "name,section,size,home,more,lead,needs",
             r"for example --prompt '{name}\n{home}\n{more}\n{lead}' --completion section",
         ),
+        ("name,lead,section,note", r"or name the columns: --prompt '{name}\n{lead}' --completion section"),
         ("name,section,needs", r"section, or --prompt '{name}\n{section}' --completion needs"),
         ("name,lead,home,size", r"or name the columns: for example --prompt '{name}\n{lead}' --completion home"),
         ("lead,size", "or name the columns: for example --prompt '{lead}' --completion size"),
@@ -293,6 +294,7 @@ def test_advice_for_unknown_columns_names_the_class_or_is_an_example(columns: st
         "rating": lambda n: f"{n % 2}",
         "size": lambda n: f"{n * 7}",
         "width": lambda n: f"-{n}.5",
+        "note": lambda n: "" if n % 4 else "seen",
         "needs": lambda n: f"a text {n} of more words than a class has in any table of rows",
     }
     rows = ((cell.get(name, lambda n, name=name: f"{name} {n}")(n) for name in columns.split(",")) for n in range(8))

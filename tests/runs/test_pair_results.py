@@ -121,7 +121,7 @@ def advised(
 def test_the_next_step_learns_the_chosen_answers_with_the_pairs(summary: RunSummary) -> None:
     """Two commands, the chosen answers and then the pairs, made chosen answers less probable than the first did."""
     suggested = advised(summary, lengths(6, 55), epochs=4)
-    assert suggested is not None and "orpo learns the chosen answers as well" in suggested[0]
+    assert suggested is not None and "--objective orpo learns both" in suggested[0]
     assert suggested[1] == (
         "backhand train --model smollm2-135m --data 'my pairs.jsonl' --objective orpo --epochs 4 "
         "--output runs/short-again"

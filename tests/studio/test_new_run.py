@@ -100,8 +100,11 @@ def test_a_run_is_stopped_continued_and_tried_again(
     started: dict[str, list[str]] = {}
     monkeypatch.setattr(queue, "enqueue", lambda _, name, words, form="": started.setdefault(name, words))
     status = (space.run("one") / "status.json").read_text()
-    (space.run("one") / "status.json").write_text(status.replace('"finished"', '"interrupted"'))
-    assert "Continue the run" in client.get("runs/one")[1]
+    reason = '"reason": "stopped; continue with backhand train --resume --output one"'
+    status = status.replace('"finished"', '"interrupted"').replace('"reason": ""', reason)
+    (space.run("one") / "status.json").write_text(status)
+    result = part(client.get("runs/one")[1]).one("div", id="live-result").text
+    assert "Interrupted: stopped; choose “Continue the run”." in result
     assert client.post("runs/one/resume")[0] == 303
     assert started.pop("one") == ["train", "--resume", f"--output={space.run('one')}"]
     summary = space.run("one") / "summary.json"
@@ -127,6 +130,13 @@ def test_a_run_is_stopped_continued_and_tried_again(
     )
     address = client.post("runs/one/again")[2]["location"]
     assert address.endswith("/new/start?data=rows-1.csv&objective=sft&more.learning_rate=0.01")
+    job["form"] += "&more.learning_rate=1e-5"
+    space.job_file("one").write_text(json.dumps(job))
+    other = "backhand train --model m --objective orpo --output o"
+    summary.write_text(re.sub(r'"try_next": [^,\n]*', f'"try_next": "{other}"', before))
+    assert "Try again with the suggested change" in client.get("runs/one")[1]
+    address = client.post("runs/one/again")[2]["location"]
+    assert address.endswith("/new/start?data=rows-1.csv&objective=orpo")
     assert client.post("runs/one/stop")[0] == 409  # it does not train
 
 
@@ -286,13 +296,14 @@ def test_the_options_on_the_screen_are_those_of_the_start(client: Client) -> Non
     assert "--eval-fraction=0.2 " in shown and "--learning-rate=0.001 " in shown and "faq.csv" in page.one("main").text
     for wrong in ({"eval_fraction": "a fifth"}, {"more.epochs": "twelve"}, {"more.epochs": "1,000"}):
         status, text, _ = client.get(f"new/start?{urlencode(draft | wrong)}")
-        assert status == 409 and "is not a number" in text and "part/lint" not in text
+        assert status == 409 and re.search("is not a (whole )?number", text) and "part/lint" not in text
 
 
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [
-        ("more.epochs", "drei", "epochs is not a number: drei: write it in digits, such as 12"),
+        ("more.epochs", "drei", "epochs is not a whole number: drei: write it in digits, such as 12"),
+        ("more.max_steps", "24,5", "max steps is not a whole number: 24,5: write it in digits, such as 12"),
         ("more.rank", "0", "rank 0 is not an integer of at least 1: write one such as 12"),
         ("more.average_share", "60", "average share is a share of 1, and 60 is more: write 60% or 0.6"),
     ],
@@ -607,14 +618,63 @@ def test_a_renamed_run_starts_again_in_its_own_directory(
             "{n},is {n} bad?,no {n}",
             {"objective": "sft", "prompt": "Patient asks", "completion": "I say"},
         ),
+        (
+            "Headword,Meaning,Group,Comment",
+            "word {n},it means {n},{k},{seldom}",
+            {"objective": "decide", "state": "{Headword}\\n{Meaning}", "question": "Group"},
+        ),
+        (
+            "Query,Fitting text,Comment",
+            "what is {n}?,it is {n},{seldom}",
+            {"objective": "embed", "prompt": "Query", "completion": "Fitting text"},
+        ),
     ],
 )
 def test_columns_suggest_what_to_learn(header: str, row: str, suggested: dict[str, str], tmp_path: Path) -> None:
-    rows = [row.format(n=number, k="AB"[number % 2], truth=("yes", "no")[number % 2]) for number in range(20)]
+    rows = [
+        row.format(n=n, k="AB"[n % 2], truth=("yes", "no")[n % 2], seldom=("check", "OED", "", "", "")[n % 5])
+        for n in range(20)
+    ]
     (tmp_path / "rows.csv").write_text("\n".join([header, *rows]))
     first = first_rows(str(tmp_path / "rows.csv"))
     assert {name: first[name] for name in suggested} == suggested and len(first["rows"]) == 5
     assert first["columns"] == re.split("[,;]", header)
+
+
+def test_a_misspelt_column_in_braces_is_shown_at_its_field(client: Client, tiny: TinyRun) -> None:
+    client.post("upload?name=faq.csv", body=TABLE)
+    draft = {"typed_model": str(tiny.model), "data": "rows-1.csv", "objective": "sft"}
+    query = urlencode(draft | {"typed_prompt": "{questoin} {answer}", "completion": "answer"})
+    shown = part(client.get(f"part/rows?{query}")[1]).one("span", id="typed_prompt-error").text
+    assert shown == "there is no column questoin: write question"
+    status, text, _ = client.get(f"part/lint?{query}", X_Part="1")
+    assert status == 409 and "Change it at the step" in text and "new/learn?" in text
+
+
+def test_a_column_that_is_empty_in_most_rows_is_questioned(client: Client, tiny: TinyRun) -> None:
+    rows = [f"the user asks {n},{'ab'[n % 2]},{'' if n % 4 else 'checked'}" for n in range(20)]
+    client.post("upload?name=faq.csv", body="\n".join(["text,group,comment", *rows]).encode())
+    draft = {"typed_model": str(tiny.model), "data": "rows-1.csv", "objective": "classify", "prompt": "text"}
+    for column, asked in (("comment", True), ("group", False)):
+        text = client.get(f"part/lint?{urlencode(draft | {'completion': column})}")[1]
+        assert ("Is the right column chosen above?" in text) is asked
+        assert not asked or "text, group.</p>" in text.partition("Leave out the 15 bad rows")[0]
+
+
+def test_both_answers_of_a_pair_are_titled(client: Client, tiny: TinyRun) -> None:
+    client.post("upload?name=p.csv", body=b"prompt,chosen,rejected\n" + b"a list of,names of users,other\n" * 4)
+    draft = {"typed_model": str(tiny.model), "data": "rows-1.csv", "objective": "dpo"}
+    text = client.get(f"part/lint?{urlencode(draft)}")[1]
+    titles = [one.text.rpartition(": ")[2] for one in part(text).every("div", class_="asked")]
+    assert titles == ["chosen", "rejected", "chosen"] and "more probable than the rejected one" in text
+
+
+def test_a_report_names_the_uploaded_file(client: Client, space: Workspace, finished: Path) -> None:
+    finished.rename(space.run("one"))
+    client.post("upload?name=my%20faq.csv", body=TABLE)
+    path = str(space.rows / "rows-1.csv")
+    (space.run("one") / "report.html").write_text(f"on 5 rows of rows-1.csv, --data {path}")
+    assert client.get("runs/one/report")[1] == f"on 5 rows of my faq.csv, --data {path}"
 
 
 def test_the_first_rows_of_a_table_with_dates_are_shown(tmp_path: Path) -> None:
@@ -721,6 +781,7 @@ def test_messages_name_buttons_instead_of_commands_or_mark_them_as_those_of_a_te
         "backhand export --adapter a --to gguf --output b": "“Use the adapter elsewhere”",
         "  backhand evaluate --data FILE": "  in a terminal: backhand evaluate --data FILE",
         "use backhand merge": "use backhand merge in a terminal",
+        "Measure them with backhand evaluate.": "Measure them with backhand evaluate in a terminal.",
         "float32, backhand engine": "float32, backhand engine",
         "It rose. Try: backhand train c --learning-rate 0.1 --output o": (
             "It rose. Try: “Try again with the suggested change”"

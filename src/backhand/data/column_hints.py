@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,11 @@ from backhand.data.options import columns_named
 
 COUNTING = frozenset(("", "id", "index", "no", "nr", "number", "row", "unnamed: 0", "date", "time", "timestamp"))
 """Names, in lower case, of columns that number or date rows."""
-_WANTED = frozenset(("completion", "answer", "response", "output", "reply", "accepted", "chosen", "preferred"))
+ANSWERS = frozenset(("completion", "answer", "response", "output", "reply", "accepted", "chosen", "preferred"))
 _ABOUT_ROWS = frozenset(("split", "subset", "fold", "dataset", "file"))
 CLASSES = frozenset(("label", "labels", "class", "category", "intent", "sentiment", "target"))
 _UNWANTED = frozenset(("rejected", "refused", "dispreferred", "negative"))
-"""Names, in lower case, of columns with expected answers (`_WANTED`), the file or split of a row, the class of a text,
+"""Names, in lower case, of columns with expected answers (`ANSWERS`), the file or split of a row, the class of a text,
 and rejected answers (`_UNWANTED`)."""
 
 
@@ -39,7 +40,7 @@ def suggestion(
     small, free = {name: _in_lower_case(name) for name in unread}, _usable(unread)
     answer, template = given.get("completion"), given.get("prompt")
     if answer is None and free:
-        answer = next((name for name in free if small[name] in _WANTED | CLASSES), None)
+        answer = next((name for name in free if small[name] in ANSWERS | CLASSES), None)
         answer = answer or (likely if likely in free else free[-1])
     if template is None:
         asking = [name for name in prompts if name not in given and _can_be_typed(name)] or [
@@ -71,7 +72,7 @@ def naming_advice(
     """
     useless = values.uninformative(rows)
     known = "completion" in given or any(
-        _in_lower_case(name) in _WANTED | CLASSES for name in _usable(others) if name not in useless
+        _in_lower_case(name) in ANSWERS | CLASSES for name in _usable(others) if name not in useless
     )
     classes = [] if known else [name for name in values.names(rows) if name in others]
     sure = known or bool(classes and not values.has_long_texts(others[-1]))
@@ -88,7 +89,7 @@ def naming_advice(
     return ("" if sure else "for example ") + ", or ".join(different) + more if different else None
 
 
-_BETTER, _WORSE = _WANTED | {"good", "better", "best"}, _UNWANTED | {"bad", "worse", "worst"}
+_BETTER, _WORSE = ANSWERS | {"good", "better", "best"}, _UNWANTED | {"bad", "worse", "worst"}
 
 
 def pair_options(
@@ -162,7 +163,8 @@ def _can_be_typed(column: str) -> bool:
 _MOST, _LONGEST = 20, 40
 _NUMBER = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?", re.IGNORECASE)
 _FEWEST_ROWS = 4
-"""Fewest rows from which a column counts as constant."""
+"""Fewest rows from which a column counts as constant, or as empty in most rows."""
+_NEARLY_ALL = 0.9
 
 
 class ClassColumns:
@@ -173,16 +175,24 @@ class ClassColumns:
 
     def __init__(self) -> None:
         self._seen: dict[str, dict[str, None]] = {}  # the first distinct values per column, truncated
+        self._filled: Counter[str] = Counter()  # number of rows with more than white space per column
 
     def add(self, values: Mapping[str, Any]) -> None:
         """Record the values of a row."""
         for name, value in values.items():
-            if value is not None and len(seen := self._seen.setdefault(name, {})) <= _MOST:
-                seen[str(value)[: _LONGEST + 1]] = None
+            if value is not None:
+                text = str(value)[: _LONGEST + 1]
+                self._filled[name] += bool(text.strip())
+                if len(seen := self._seen.setdefault(name, {})) <= _MOST:
+                    seen[text] = None
 
     def filled(self, name: str) -> bool:
         """Return True if a row has more than white space in this column."""
-        return any(value.strip() for value in self._seen.get(name, ()))
+        return self._filled[name] > 0
+
+    def complete(self, rows: int) -> list[str]:
+        """Return the columns that have a value in nearly all of these rows."""
+        return [name for name in self._seen if self._filled[name] >= _NEARLY_ALL * rows]
 
     def values(self, name: str) -> list[str]:
         """Return the first distinct values of a column."""
@@ -209,23 +219,38 @@ class ClassColumns:
         return bool(values) and all(_NUMBER.fullmatch(value.strip()) for value in values)
 
     def constant(self, rows: int) -> list[str]:
-        """Return the columns with the same short value in all of these rows. There are none in very few rows."""
-        return [
+        """Return the columns with the same short value in all of these rows, or with none in most of them.
+
+        There are none in very few rows.
+        """
+        constant = [
             name
             for name, seen in self._seen.items()
             if rows >= _FEWEST_ROWS and len(seen) == 1 and max(map(len, seen)) <= _LONGEST
         ]
+        return list(dict.fromkeys(constant + self._sparse(rows)))
 
     def names(self, rows: int) -> list[str]:
-        """Return the columns that may be classes, columns of numbers first. Each value must occur twice on average."""
+        """Return the columns that may be classes. Each value must occur twice on average.
+
+        Columns with gaps are first, and then columns of numbers, because the last one is the most likely class.
+        """
+        sparse, complete = self._sparse(rows), self.complete(rows)
         found = [
             name
             for name, seen in self._seen.items()
-            if (small := name.lower()) in CLASSES
-            or (
-                small not in _ABOUT_ROWS | COUNTING
-                and 1 < len(seen) <= min(_MOST, rows // 2)
-                and max(map(len, seen)) <= _LONGEST
+            if name not in sparse
+            and (
+                (small := name.lower()) in CLASSES
+                or (
+                    small not in _ABOUT_ROWS | COUNTING
+                    and 1 < sum(bool(value.strip()) for value in seen) <= min(_MOST, rows // 2)
+                    and max(map(len, seen)) <= _LONGEST
+                )
             )
         ]
-        return sorted(found, key=self._has_numbers, reverse=True)
+        return sorted(found, key=lambda name: (name in complete, not self._has_numbers(name)))
+
+    def _sparse(self, rows: int) -> list[str]:
+        """Return the columns without a value in most of these rows. There are none in very few rows."""
+        return [name for name in self._seen if rows >= _FEWEST_ROWS and 2 * self._filled[name] < rows]

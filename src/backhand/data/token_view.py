@@ -28,7 +28,7 @@ class ShownDocument(NamedTuple):
     """A document for display."""
 
     example: Example
-    label: str = ""  # the label, score or relevance that its row learns if no token is a target; "" if there is none
+    label: str = ""  # which answer of a pair it is, or the label, score or relevance of a row without targets, or ""
 
 
 def documents_to_show(examples: StoredExamples, count: int) -> list[ShownDocument]:
@@ -42,7 +42,13 @@ def documents_to_show(examples: StoredExamples, count: int) -> list[ShownDocumen
         return [ShownDocument(document) for document in islice(answered, count)]
     if isinstance(facts, WITHOUT_TARGETS):
         return list(islice((shown for example in examples[:count] for shown in _texts(example)), count))
-    return [ShownDocument(document) for document in examples.documents[:count]]
+    return list(islice((shown for example in examples[:count] for shown in _answers(example)), count))
+
+
+def _answers(example: Example) -> Iterator[ShownDocument]:
+    """Yield the document of a row, or both answers of a pair."""
+    labels = ("chosen", "rejected") if example.rejected is not None else ("",)
+    return map(ShownDocument, example.documents, labels)
 
 
 def _texts(example: Example) -> Iterator[ShownDocument]:

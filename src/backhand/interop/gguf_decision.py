@@ -33,7 +33,6 @@ from backhand.interop.proving import Prover
 from backhand.loop.decide import Decider
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading.opening import open_model
-from backhand.printing import reworded
 
 TYPE = "lfm2-d1"
 BOUND = 1e-3
@@ -153,8 +152,8 @@ def prove_decisions(path: Path, opened: OpenedAdapter, prover: Prover, *, exact:
     if exact:
         prover.check(statement, largest, BOUND, "train more steps: another spelling of a label may be more probable")
     else:
-        bound = reworded(f"the bound with --dtype float32 is {BOUND}")
-        prover.say(f"largest difference of a probability from llama.cpp's: {largest:.2g} ({bound})")
+        said = f"largest difference of a probability from llama.cpp's: {largest:.2g}"
+        prover.say(f"{said} (with a base in float32, the bound is {BOUND})")
 
 
 _LONGEST_PROMPT = 2048

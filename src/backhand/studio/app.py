@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Awaitable, Callable, Mapping
@@ -23,6 +24,7 @@ from starlette.routing import Mount, Route
 
 from backhand.errors import UsageError
 from backhand.files import FileLayer, remove_tree
+from backhand.reading import read_plain
 from backhand.report.page import trained_adapter
 from backhand.report.run_record import read_run
 from backhand.runs.directory import CONFIG, REPORT
@@ -41,6 +43,7 @@ from backhand.studio.draft import (
     choices_of,
     default_of,
     more_for,
+    other_objective,
 )
 from backhand.studio.runs import (
     MAX_NEW_TOKENS,
@@ -84,6 +87,8 @@ _ASKED = {
     "embed": ("text", "--prompt=text"),
 }
 """Column and option for a prompt from standard input, by command; `generate` needs no option."""
+_NAMES_COLUMN = re.compile(r"error: --(prompt|completion|columns|state|question): ")
+"""Beginning of an error about an option of columns."""
 _SHOWN_ROWS = 3
 _MAX_SHOWN_TOKENS = 600
 _PLANNED_ROWS = 2000
@@ -173,7 +178,7 @@ async def _run_page(site: Site, request: Request) -> Response:
             **_rows_to_give_again(site, run),
             "exports": {kind: one.text for kind, one in EXPORTS.items() if (one.to, one.options) in usable},
             "objective": "" if record is None else record.objective,
-            "can_try": record is not None and can_be_tried(record.summary.get("try_next") or ""),
+            "can_try": record is not None and _can_be_tried(run, record.summary.get("try_next") or ""),
             "made": site.space.exported(run.name) if site.workspace is not None else [],
             "charts": {},
             "sections": [],
@@ -182,6 +187,15 @@ async def _run_page(site: Site, request: Request) -> Response:
         return site.page("run_page.html.j2", shared | (values or {}))
 
     return _unless_known(request, version_of(run, log), page)
+
+
+def _form_of(run: ListedRun) -> Draft:
+    """Return the form that a run was started with, without fields if there is none."""
+    return Draft.of(parse_qsl(run.job.form if run.job is not None else ""))
+
+
+def _can_be_tried(run: ListedRun, suggested: str) -> bool:
+    return can_be_tried(suggested) or other_objective(suggested, _form_of(run)) is not None
 
 
 def _rows_to_give_again(site: Site, run: ListedRun) -> dict[str, Any]:
@@ -203,7 +217,12 @@ async def _report(site: Site, request: Request) -> Response:
     path = site.run(request).path / REPORT
     if not path.is_file() or path.is_symlink():
         raise UsageError("there is no report yet", next_step="wait for the end of the run")
-    return FileResponse(path, media_type="text/html", headers={"Content-Security-Policy": SANDBOX_POLICY})
+    page = read_plain(path)
+    return _shown_report(page if site.workspace is None else site.space.named_report(page))
+
+
+def _shown_report(page: bytes) -> Response:
+    return Response(page, media_type="text/html", headers={"Content-Security-Policy": SANDBOX_POLICY})
 
 
 async def _compare(site: Site, request: Request) -> Response:
@@ -212,8 +231,7 @@ async def _compare(site: Site, request: Request) -> Response:
     with tempfile.TemporaryDirectory(dir=site.space.exports) as folder:
         output = Path(folder) / "comparison.html"
         await site.commands.checked(["report", *paths, f"--output={output}"], request.is_disconnected)
-        data = output.read_bytes()
-    return Response(data, media_type="text/html", headers={"Content-Security-Policy": SANDBOX_POLICY})
+        return _shown_report(site.space.named_report(output.read_bytes()))
 
 
 async def _progress(site: Site, request: Request) -> Response:
@@ -353,7 +371,7 @@ async def _first_rows_part(site: Site, request: Request) -> Response:
         first |= {"objective": "classify", "prompt": first["state"], "completion": first["question"]}
     context = site.space.context(draft.get("context")).read_text("utf-8") if draft.get("context") else ""
     values = {"first": first, "draft": draft, "objectives": OBJECTIVES, "roles": ROLES, "checks": CHECKS}
-    values["errors"] = draft.errors()
+    values["errors"] = draft.errors() | draft.missing_columns(first["columns"])
     return site.part("rows", **values, context=context)
 
 
@@ -390,11 +408,19 @@ async def _lint_part(site: Site, request: Request) -> Response:
     )
     try:
         report = outcome.json()
-    except CommandError as error:  # the options that correct it may be fields of the start
-        return site.failure(request, error, ("Start", f"new/start?{draft.query()}"))
+    except CommandError as error:  # columns are fields of this step; other options may be fields of the start
+        name, place = ("What to learn", "new/learn") if _NAMES_COLUMN.match(error.text) else ("Start", "new/start")
+        return site.failure(request, error, (name, f"{place}?{draft.query()}"))
+    train, held_out = report["train"], report["held_out"] or {"rows": 0}
+    complete = []
+    if report["errors"] > train["rows"] + held_out["rows"]:
+        rows = [str(draft.rows_path(site.space))]
+        outcome = await site.commands.run(rows, request.is_disconnected, module="backhand.studio.first_rows")
+        complete = outcome.json()["complete"]
     values = {"report": report, "messages": outcome.messages if outcome.code else "", "most": _MAX_SHOWN_TOKENS}
     leave_out = draft.query(**{"more.skip_bad": "True"})
-    return site.part("lint", **values, words=words, leave_out=leave_out, decisions=draft.objective == "decide")
+    values |= {"words": words, "leave_out": leave_out, "decisions": draft.objective == "decide"}
+    return site.part("lint", **values, complete=complete)
 
 
 async def _start_step(site: Site, request: Request) -> Response:
@@ -496,11 +522,14 @@ async def _restart(site: Site, request: Request) -> Response:
 async def _again(site: Site, request: Request) -> Response:
     run = site.run(request)
     name = site.space.free_name(run.name)
-    words = changed_run(read_run(run.path).summary.get("try_next") or "", run.path / CONFIG, site.space.run(name))
+    suggested = read_run(run.path).summary.get("try_next") or ""
+    if (draft := other_objective(suggested, _form_of(run))) is not None:
+        return site.go(f"new/start?{draft.query()}")
+    words = changed_run(suggested, run.path / CONFIG, site.space.run(name))
     if run.job is not None and run.job.form:  # the page of the start shows the change and its plan
         options = (word.removeprefix("--").partition("=") for word in words[2:-1])
         changes = {f"more.{option.replace('-', '_')}": value for option, _, value in options}
-        return site.go(f"new/start?{Draft.of(parse_qsl(run.job.form)).query(**changes)}")
+        return site.go(f"new/start?{_form_of(run).query(**changes)}")
     queue.enqueue(site.space, name, words)
     return site.go_to_run(name)
 

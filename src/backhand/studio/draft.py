@@ -18,18 +18,20 @@ from urllib.parse import urlencode
 from backhand.bounds import Bound, check_value, hints_of, split_hint, union_members
 from backhand.cli.commands import COMMANDS
 from backhand.cli.option_fields import OptionField, option_fields
+from backhand.data.options import columns_named
 from backhand.errors import UsageError
 from backhand.options.config import TrainConfig
 from backhand.options.objectives import objectives_with
 from backhand.options.rewards import SAMPLING
 from backhand.studio.workspace import Workspace
+from backhand.words import nearest_names
 
 OBJECTIVES = {
     "sft": "Answers: the model learns to answer as the rows do",
     "decide": "Decisions: the model chooses between fixed answers, with a probability for each",
-    "dpo": "Pairs: the model learns which of two answers is better (DPO)",
-    "orpo": "Pairs, from a base model that was not trained on answers before (ORPO)",
-    "simpo": "Pairs, without comparing with the base model (SimPO)",
+    "dpo": "Pairs (DPO): the model learns which of two answers is better",
+    "orpo": "Pairs (ORPO): the model learns the better answers themselves, and which of two is better",
+    "simpo": "Pairs (SimPO): as DPO, without comparing with the base model",
     "kto": "Good and bad answers: each answer has a label (KTO)",
     "embed": "Vectors for search: texts that belong together get similar vectors",
     "rank": "Rankings: each document gets a score for a query",
@@ -302,6 +304,16 @@ class Draft:
                 errors[name] = f"{error.what}: {error.next_step}"
         return errors
 
+    def missing_columns(self, columns: Iterable[str]) -> dict[str, str]:
+        """Return the errors of texts with columns in braces that the rows do not have, by their field."""
+        names = {name: columns_named(self.get(f"typed_{name}")) for name in ("prompt", "state")}
+        errors = {}
+        for field, missing in ((field, {*named} - {*columns}) for field, named in names.items()):
+            for name in missing:
+                near = nearest_names(name, columns)
+                errors[f"typed_{field}"] = f"there is no column {name}" + f": write {' or '.join(near)}" * bool(near)
+        return errors
+
     def _numbers(self) -> list[str]:
         """Return the fields under "more" that are numbers."""
         shown = (field for fields in more_for(self.objective).values() for field in fields)
@@ -321,13 +333,14 @@ class Draft:
         example = "12" if whole else "20% or 0.2" if of_one else "0.2"
         text = self.get(name).replace(" ", "").replace("\u00a0", "")
         share, text = text.endswith("%"), text.removesuffix("%")
+        kind = "a whole number" if whole else "a number"
         if not whole and re.fullmatch(r"-?\d*,\d+", text):
             text = text.replace(",", ".")
         try:
             number = float(text)
         except ValueError:
             step = f"write it in digits, such as {example}"
-            raise FieldError(name, f"{label} is not a number: {self.get(name)}", next_step=step) from None
+            raise FieldError(name, f"{label} is not {kind}: {self.get(name)}", next_step=step) from None
         if share:
             number, text = number / 100, f"{number / 100:g}"
         if of_one and 1 < number <= 100:
@@ -400,13 +413,25 @@ def can_be_tried(suggested: str) -> bool:
         return False
 
 
+_OF_AN_OBJECTIVE = ("learning_rate", *MORE["objective"])
+"""Options under "more" whose values fit one objective only."""
+
+
+def other_objective(suggested: str, form: Draft) -> Draft | None:
+    """Return the draft of a run with the objective that a suggested command has, or None if it is that of the run."""
+    named = re.match(r"backhand train .*--objective (\w+)", suggested)
+    if named is None or named[1] not in OBJECTIVES or named[1] == form.objective or not form.fields:
+        return None
+    left_out = {f"more.{name}" for name in _OF_AN_OBJECTIVE}
+    return Draft({name: text for name, text in form.fields.items() if name not in left_out} | {"objective": named[1]})
+
+
 _OPTION = re.compile(r"(add: )?--([a-z][a-z0-9-]*[a-z0-9])(?:[ =]((?!-)(?:'[^']*'|[\w./:%]*[\w%])))?")
 _NAMES = "|".join(entry.name for entry in COMMANDS)
 _COMMAND = re.compile(rf"`?\bbackhand ({_NAMES})\b(?: --help explains every option)?`?")
 _TYPED = re.compile(r"(?:(?<=Try: )backhand train|\bbackhand (?!(?:train|lint|plan|models) )[a-z]+(?= --(?!help))).*")
 """A command with its options, up to the end of the line; one that begins a run is a suggestion."""
 _COMMANDS = {
-    "evaluate": "the command that evaluates an adapter, in a terminal",
     "train": "the page",
     "lint": "the check of the rows",
     "plan": "the prediction",

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from backhand.data.column_hints import CLASSES, COUNTING, ClassColumns
+from backhand.data.column_hints import ANSWERS, CLASSES, COUNTING, ClassColumns, class_of
 from backhand.data.columns import common_names
 from backhand.data.forms import SCORES
 from backhand.data.raw_rows import TRUTH, RowErrors, number_of
@@ -26,6 +26,8 @@ _LONGEST = 300
 
 def first_rows(name: str) -> dict[str, Any]:
     """Return `columns`, `rows`, `objective`, and the columns that it reads, such as `state` and `question`.
+
+    `complete` are the columns that have a value in nearly every row.
 
     Raises:
         DataError: the file cannot be read, or contains no valid row.
@@ -42,7 +44,8 @@ def first_rows(name: str) -> dict[str, Any]:
     return {
         "columns": columns,
         "rows": [{column: _text(row.get(column)) for column in columns} for row in rows[:SHOWN_ROWS]],
-        **_suggested(columns, classes.names(len(rows)), _texts(columns, rows), rows),
+        "complete": classes.complete(len(rows)),
+        **_suggested(columns, classes.names(len(rows)), _texts(columns, rows, classes.constant(len(rows))), rows),
     }
 
 
@@ -70,6 +73,8 @@ def _suggested(
     if compared := _compared(columns, texts, rows):
         return {"objective": "embed"} | compared
     others = [column for column in texts if column not in classes]
+    if "query" in small and len(others) == 2 and small["query"] == others[0] and others[1].lower() not in ANSWERS:
+        return {"objective": "embed", "prompt": others[0], "completion": others[1]}
     if (target := next((name for name in columns if _is_target(name, rows)), None)) and len({*others} - {target}) == 1:
         return {
             "objective": "classify",
@@ -80,7 +85,7 @@ def _suggested(
         known = "text" in small or common_names(columns) or len(texts) < 2
         return {"objective": "sft"} | ({} if known else {"prompt": texts[0], "completion": texts[-1]})
     state = others[0] if len(others) == 1 else "\\n".join(f"{{{column}}}" for column in others)
-    return {"objective": "decide", "state": state, "question": classes[-1]} if others else {"objective": "sft"}
+    return {"objective": "decide", "state": state, "question": class_of(classes)} if others else {"objective": "sft"}
 
 
 _DOCUMENTS = ("document", "passage")
@@ -154,9 +159,10 @@ def _values(column: str, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
     return [row[column] for row in rows if row.get(column) not in (None, "")]
 
 
-def _texts(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the columns with texts to read: neither unnamed nor with numbers of rows."""
-    return [name for name in columns if name.strip(" .#:").lower() not in COUNTING and not _numbers_rows(name, rows)]
+def _texts(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], without: Sequence[str]) -> list[str]:
+    """Return the columns with texts to read: neither unnamed nor with numbers of rows, nor `without`."""
+    named = [name for name in columns if name not in without and name.strip(" .#:").lower() not in COUNTING]
+    return [name for name in named if not _numbers_rows(name, rows)]
 
 
 def _numbers_rows(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:

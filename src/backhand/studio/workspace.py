@@ -219,13 +219,21 @@ class Workspace:
 
     def own_names(self, text: str) -> str:
         """Return a message with the names that uploads had in the browser, and paths below the studio's directory."""
-
-        def own_name(found: re.Match[str]) -> str:
-            return _text(self.rows / f"{found[0]}.name") or found[0]
-
         return _UPLOAD_IN_TEXT.sub(
-            own_name, text.replace(f"{self.rows}{os.sep}", "").replace(f"{self.root}{os.sep}", "")
+            lambda found: self._own_name(found[0]),
+            text.replace(f"{self.rows}{os.sep}", "").replace(f"{self.root}{os.sep}", ""),
         )
+
+    def named_report(self, page: bytes) -> bytes:
+        """Return a report with the names that uploads had in the browser. Paths in its commands stay."""
+        return re.sub(
+            rf"(?<![/\\]){_UPLOAD_IN_TEXT.pattern}",
+            lambda found: html.escape(self._own_name(found[0])),
+            page.decode("utf-8", "surrogateescape"),
+        ).encode("utf-8", "surrogateescape")
+
+    def _own_name(self, upload: str) -> str:
+        return _text(self.rows / f"{upload}.name") or upload
 
     def save_context(self, text: str) -> str:
         """Write a prompt that a run turns into an adapter, under a name made from its text; return the name.

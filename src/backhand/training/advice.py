@@ -408,7 +408,7 @@ def _pair_advice(
                 return None
             sentence = "The answers are not yet like the chosen ones: more steps teach them."
             return sentence, _again(config, run, _twice_as_long(config, summary.steps))
-        sentence = "Pairs alone teach which answer is better, not what to say: orpo learns the chosen answers as well."
+        sentence = "Pairs alone teach which answer is better, not what to say: --objective orpo learns both."
         return sentence, _with_orpo(config, run, given)
     if start is not None or not separated:
         return None
