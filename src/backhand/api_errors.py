@@ -15,15 +15,17 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack
 from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
-from backhand.bounds import check_names, plain_value, split_hint, union_members
-from backhand.cli.option_fields import as_option, is_mapping, option_fields, takes_several
+from backhand.bounds import Options, check_names, plain_value, split_hint, union_members
+from backhand.cli.exit_status import is_secondary_process
+from backhand.cli.option_fields import as_option, is_mapping, option_fields, takes_several, value_of
 from backhand.data.given_rows import GivenRows
 from backhand.errors import BackhandError, UsageError
-from backhand.printing import wording
+from backhand.printing import may_be_silent, never_silent, wording
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,7 +57,10 @@ _HINTS: dict[str, dict[str, Any]] = {}
 
 
 def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return a decorator: errors and notes of a function name the options of these dataclasses as keyword arguments."""
+    """Return a decorator: errors and notes of a function name the options of these dataclasses as keyword arguments.
+
+    A long call prints its progress as a command does, unless it is quiet.
+    """
     hints = {as_option(field.name): field.hint for kind in kinds for field in option_fields(kind)}
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -67,7 +72,11 @@ def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]
             token = wording.set(words)
             try:
                 _check_arguments(function, args, kwargs, kinds)
-                return function(*map(plain_value, args), **plain_value(kwargs))
+                with ExitStack() as stack:
+                    if is_secondary_process() or _is_quiet((*args, *kwargs.values()), kwargs):
+                        stack.enter_context(may_be_silent())
+                    stack.enter_context(never_silent(f"backhand.{function.__name__}"))
+                    return function(*map(plain_value, args), **plain_value(kwargs))
             except BackhandError as error:
                 error.reword(words)
                 raise
@@ -97,6 +106,15 @@ class _Words:
         for rows, option in self.names.items():
             text = text.replace(rows, option)
         return text
+
+
+def _is_quiet(values: Iterable[Any], named: Mapping[str, Any]) -> bool:
+    """Return the value of the option `quiet`, given by name or in an object of options."""
+    quiet = False
+    for value in values:
+        if isinstance(value, Options):
+            quiet = any(value_of(value, field) for field in option_fields(type(value)) if field.name == "quiet")
+    return bool(named.get("quiet", quiet))
 
 
 def name_rows(options: Any) -> None:

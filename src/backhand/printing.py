@@ -120,6 +120,7 @@ _began = _last_said = time.monotonic()
 _activities: list[str | Callable[[], str]] = []
 """Descriptions of the current activities, innermost last."""
 _may_be_silent = 0
+_never_silent = False
 
 
 def said() -> None:
@@ -204,8 +205,16 @@ def may_be_silent() -> Iterator[None]:
 
 @contextmanager
 def never_silent(command: str) -> Iterator[None]:
-    """Within the block, print the current activity to standard error after each of the longest silences."""
-    global _began  # noqa: PLW0603 - as above
+    """Within the block, print the current activity to standard error after each of the longest silences.
+
+    A block within another one adds `command` to the activities of the outer one.
+    """
+    global _began, _never_silent  # noqa: PLW0603 - as above
+    if _never_silent:
+        with going_on(command):
+            yield
+        return
+    _never_silent = True
     ended = threading.Event()
     _began = time.monotonic()
 
@@ -224,5 +233,6 @@ def never_silent(command: str) -> Iterator[None]:
         try:
             yield
         finally:
+            _never_silent = False
             ended.set()
             thread.join(timeout=1.0)
