@@ -459,6 +459,42 @@ def test_a_run_learns_numbers_on_a_quantized_base(tiny: TinyRun, tmp_path: Path)
     assert list(answer) == ["value"]
 
 
+def test_numbers_far_from_0_are_noted_before_the_run_and_in_its_advice(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": "json " * (n % 4 + 1) + "user asks", "label": 60 + 10 * (n % 4)} for n in range(12)]
+    common: dict[str, Any] = {"data": rows, "model": tiny.model, "problem_type": "regression"}
+    (finding,) = (one for one in backhand.lint(**common, classes=True)["findings"] if one["kind"] == "scale")
+    assert "around 75 with a deviation of 11.18" in finding["what"]
+    with pytest.raises(UsageError, match="problem_type is for texts with a label") as refused:
+        backhand.lint(**common)
+    assert "classes=True" in str(refused.value.next_step)
+    (malformed,) = (
+        one
+        for one in backhand.lint(**{**common, "data": [*rows, {"text": "a", "label": "high"}]}, classes=True)[
+            "findings"
+        ]
+        if one["kind"] == "malformed"
+    )
+    assert "the label is 'high', not a number" in malformed["what"] and malformed["where"] == ["data row 13"]
+    run = backhand.train(
+        **common,
+        objective="classify",
+        eval_data=rows[:8],
+        output=tmp_path / "run",
+        max_steps=6,
+        eval_every=1,
+        answers=0,
+    )
+    note = "the labels are numbers around 75 with a deviation of 11.18, which a new head reaches only slowly; subtract"
+    printed = capsys.readouterr().err
+    assert f"warning: {note}" in printed and printed.index(note) < printed.index("step 1/6")
+    assert str(run.advice).startswith(note.capitalize()) and run.try_next is None
+    score = backhand.evaluate(data=rows[:4], adapter=run.adapter, model=tiny.model)
+    assert isinstance(score, Evaluation) and score.base.perplexity is None
+    assert "perplexity" not in score.as_dict()["base"]
+
+
 @pytest.mark.parametrize(
     ("values", "problem", "names"),
     [

@@ -10,7 +10,9 @@ from typing import Any
 from backhand.data.class_examples import NUMBER, SINGLE, not_numbers, problem_of, target_of
 from backhand.data.decision_lint import MOST_FREQUENT
 from backhand.data.examples import Example
-from backhand.data.rows import ClassLabel
+from backhand.data.raw_rows import RowErrors, number_of
+from backhand.data.rows import ClassLabel, ProblemType
+from backhand.errors import DataError
 from backhand.words import name_list, shorten
 
 _FEWEST_ROWS = 4
@@ -18,13 +20,31 @@ _FAR = 10.0
 """Mean or deviation of numbers from which a new head, whose outputs are near 0, is far from them."""
 
 
-def problems_of_classes(examples: Iterable[Example]) -> tuple[list[tuple[Any, ...]], dict[str, int]]:
-    """Return (kind, locations, phrases) for each kind of problem, see `lint.CHECKS`, and the rows of each label."""
+def add_misfits(examples: Iterable[Example], problem: ProblemType, bad: RowErrors) -> None:
+    """Count the rows whose label does not fit the kind of problem as malformed."""
+    for one in examples:
+        label = one.facts_as(ClassLabel)
+        try:
+            target_of(label, problem, label.names, one.source)
+        except DataError as error:
+            bad.add(error)
+
+
+def problems_of_classes(
+    examples: Iterable[Example], chosen: ProblemType | None = None
+) -> tuple[list[tuple[Any, ...]], dict[str, int]]:
+    """Return (kind, locations, phrases) for each kind of problem, see `lint.CHECKS`, and the rows of each label.
+
+    Args:
+        chosen: the kind of problem; None for that of the labels.
+    """
     rows = [(one.source, one.facts, one.input_ids.tobytes()) for one in examples if isinstance(one.facts, ClassLabel)]
-    problem = problem_of(label for _, label, _ in rows)
+    labels = [label for _, label, _ in rows]
+    problem = chosen or problem_of(labels)
     if problem == NUMBER:
-        return _of_numbers([(source, label) for source, label, _ in rows]), {}
-    if others := not_numbers([label for _, label, _ in rows]):
+        scale = scale_of(labels)
+        return [("scale", [rows[0][0]], *scale)] if scale else [], {}
+    if chosen is None and (others := not_numbers(labels)):
         texts = dict.fromkeys(shorten(str(rows[place][1].value)) for place in others)
         return [("not_numbers", [rows[place][0] for place in others], name_list(texts, limit=5))], {}
     label_of: dict[bytes, ClassLabel] = {}
@@ -42,8 +62,11 @@ def problems_of_classes(examples: Iterable[Example]) -> tuple[list[tuple[Any, ..
     return problems, dict(counts)
 
 
-def _of_numbers(rows: list[tuple[str, ClassLabel]]) -> list[tuple[Any, ...]]:
-    numbers = [target_of(label, NUMBER, (), source)[0] for source, label in rows]
-    mean, deviation = statistics.fmean(numbers), statistics.pstdev(numbers)
-    far = [rows[0][0]] if max(abs(mean), deviation) > _FAR else []
-    return [("scale", far, mean, deviation)]
+def scale_of(labels: Iterable[ClassLabel]) -> tuple[float, float] | None:
+    """Return mean and deviation of numbers that are far from the first outputs of a new head, or None if they are near.
+
+    Labels that are no numbers do not count.
+    """
+    numbers = [number for label in labels if (number := number_of(label.value)) is not None]
+    mean, deviation = (statistics.fmean(numbers), statistics.pstdev(numbers)) if numbers else (0.0, 0.0)
+    return (mean, deviation) if max(abs(mean), deviation) > _FAR else None

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backhand.data.class_examples import ClassFormat, decimal_comma_note
-from backhand.data.class_lint import problems_of_classes
+from backhand.data.class_lint import add_misfits, problems_of_classes, scale_of
 from backhand.data.data_report import DataReport, TruncationStats
 from backhand.data.decision_lint import problems_of_decisions
 from backhand.data.decisions import DecisionRow
@@ -27,7 +27,7 @@ from backhand.data.ranking_examples import RankingFormat
 from backhand.data.ranking_lint import problems_of_rankings
 from backhand.data.raw_rows import RowErrors
 from backhand.data.row_encoder import TextFormat
-from backhand.data.rows import ClassLabel, Purpose
+from backhand.data.rows import ClassLabel, ProblemType, Purpose
 from backhand.data.stored_examples import PreparedData, StoredExamples
 from backhand.data.template_report import describe_template
 from backhand.data.text_encoder import TokenIds
@@ -260,6 +260,7 @@ def lint(
     purpose: Purpose | None = None,
     context_length: int | None = None,
     text_format: TextFormat | None = None,
+    problem_type: ProblemType | None = None,
 ) -> tuple[LintReport, PreparedData]:
     """Prepare the rows as for training, without malformed ones, and report problems.
 
@@ -267,6 +268,7 @@ def lint(
         purpose: use of the rows; None to detect it from their columns.
         context_length: the model's largest number of tokens, or None if unknown.
         text_format: the way from texts to tokens; None for the usual one of the purpose.
+        problem_type: of classes; None for that of the labels.
 
     Raises:
         UsageError, DataError: as `prepare`; but a malformed row is a finding.
@@ -300,8 +302,11 @@ def lint(
     elif purpose == "rankings":
         problems += problems_of_rankings(train.examples)
     elif purpose == "classes":
-        found, labels = problems_of_classes(train.examples)
+        found, labels = problems_of_classes(train.examples, problem_type)
         problems += [*found, ("duplicate", _repeated(train.examples))]
+        for part in filter(None, (train, held_out)):
+            if problem_type is not None:
+                add_misfits(part.examples, problem_type, bad)
         rows = chain(train.examples, () if held_out is None else held_out.examples)
         if not labels and (note := decimal_comma_note((one.facts_as(ClassLabel), one.source) for one in rows)):
             train = train.with_note(note)
@@ -342,6 +347,14 @@ def lint(
         labels=dict(sorted(labels.items(), key=lambda label: -label[1])),
     )
     return report, train
+
+
+def scale_note(labels: Iterable[ClassLabel]) -> str | None:
+    """Return a sentence about numbers that a new head reaches only slowly, with the remedy, or None."""
+    if (scale := scale_of(labels)) is None:
+        return None
+    check = CHECKS["scale"]
+    return f"the labels are {check.what.removeprefix('of ').format(*scale)}; {check.remedy}"
 
 
 def _row_forms(examples: StoredExamples) -> set[str]:

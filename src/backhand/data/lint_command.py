@@ -94,6 +94,7 @@ def _checked(options: LintOptions) -> tuple[LintReport, Sequence[ShownDocument],
         purpose=purpose,
         context_length=context if isinstance(context, int) else None,
         text_format=PairFormat("cls") if purpose == "rankings" and _is_encoder(source) else None,
+        problem_type=options.lint.problem_type,
     )
     return report, documents_to_show(train.examples, options.lint.show), tokenizer
 

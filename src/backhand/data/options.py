@@ -25,6 +25,7 @@ from backhand.bounds import (
     Text,
     Words,
 )
+from backhand.data.rows import ProblemType
 from backhand.errors import UsageError
 from backhand.printing import visible
 from backhand.words import shorten
@@ -392,6 +393,10 @@ class LintRunOptions:
     classes: bool = False
     """Read the rows as texts with a label, several labels or a number, for `--objective classify`."""
 
+    problem_type: ProblemType | None = None
+    """With `classes`, the kind of labels, as in training: `single_label_classification`,
+    `multi_label_classification`, or `regression`, which reads integers as numbers. Not given: that of the labels."""
+
     show: CountFromZero = 0
     """Number of training documents to print token by token, with `*` before each token that carries loss."""
 
@@ -412,5 +417,11 @@ class LintOptions(Options):
     data: DataOptions = field(default_factory=DataOptions)
 
     def _check_together(self) -> None:
+        if self.lint.problem_type is not None and not self.lint.classes:
+            raise UsageError(
+                "problem_type is for texts with a label or a number",
+                where="problem_type",
+                next_step="add --classes, or leave it out",
+            )
         if not self.data.data:
             raise no_data()

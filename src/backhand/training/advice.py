@@ -52,7 +52,7 @@ from backhand.runs.pair_results import answers_far_from_chosen, answers_got_wors
 from backhand.runs.row_changes import FEWEST_ROWS
 from backhand.runs.summary import AnswerLengths, RunSummary, forgetting, forgotten_nats
 from backhand.training.resume import original_adapter
-from backhand.words import count_of, name_list
+from backhand.words import capitalized, count_of, name_list
 
 Finding = Literal["unsteady", "not better", "hardly moved", "rose", "still falling", "forgot", "low", "late", "fine"]
 
@@ -222,6 +222,7 @@ def advice(
     all_rows: int = 0,
     unseen_rows: int = 0,
     stopped: bool = False,
+    slow: str | None = None,
 ) -> tuple[str, str | None] | None:
     """Return a sentence about the run and the command to try next, or None for either.
 
@@ -235,6 +236,7 @@ def advice(
         all_rows: number of rows, held out or trained on.
         unseen_rows: number of training rows that no step contained.
         stopped: True if the run ended before its last step, for example by a callback. More steps are then no advice.
+        slow: sentence on numbers that a new head reaches only slowly, or None.
     """
     rate, objective = float(config.optimization.learning_rate), config.objective.objective
     until = rates_until(config.optimization, total_steps)
@@ -258,6 +260,8 @@ def advice(
     finding = first_finding(curves, until, relative)
     if finding is None:
         return None
+    if slow and finding not in ("rose", "forgot", "fine") and _start(config, run) is None:
+        return f"{capitalized(slow)}.", None
     if few_rows and _may_be_chance(finding, curves, relative):
         what = f"Only {count_of(few_rows, 'row')} {'is' if few_rows == 1 else 'are'} held out"
         enough = LARGEST_SHARE * all_rows >= FEWEST_ROWS
@@ -301,6 +305,11 @@ def advice(
     if not changes:
         return sentence, None
     return sentence, _again(config, run, changes)
+
+
+def _start(config: TrainConfig, run: Path) -> str | None:
+    """Return the adapter that a run started from, or None."""
+    return original_adapter(run) if config.run.resume else config.run.from_adapter
 
 
 def _may_be_chance(finding: Finding, curves: Curves, share: float) -> bool:
@@ -392,7 +401,7 @@ def answer_advice(
 def _pair_advice(
     config: TrainConfig, summary: RunSummary, answers: AnswerLengths, run: Path, given: TrainConfig
 ) -> tuple[str, str] | None:
-    start = original_adapter(run) if config.run.resume else config.run.from_adapter
+    start = _start(config, run)
     rate = float(config.optimization.learning_rate)
     worse, far = answers_got_worse(answers), answers_far_from_chosen(answers)
     loss, change = summary.best_eval_loss, chosen_change(summary.held_out_pairs or {}) or 0.0

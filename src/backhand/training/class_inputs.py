@@ -18,6 +18,7 @@ from backhand.data.class_examples import (
     problem_of,
     target_of,
 )
+from backhand.data.lint import scale_note
 from backhand.data.rows import INSTRUCTION, ClassLabel, ProblemType
 from backhand.data.stored_examples import PreparedData
 from backhand.engines.decoder_engine import DecoderEngine, with_hidden_states
@@ -131,6 +132,8 @@ def with_labels(
         commas = decimal_comma_note((row.facts_as(ClassLabel), row.source) for row in both)
         said = [f"a number is learned from {count_of(len(learned), 'row')}, with squared error"]
         said += [commas] if commas else []
+        if start is None and (note := scale_note(learned)):
+            said.append(f"warning: {note}")
         return replace(options, problem_type=problem, class_labels=()), tuple(said)
     trained = names_of(learned, problem)
     if not trained:

@@ -16,7 +16,10 @@ from torch import Tensor
 
 from backhand.adapters.contents import RECORD_FILE
 from backhand.adapters.record import read_record
+from backhand.data.class_examples import NUMBER
 from backhand.data.decisions import QuestionType
+from backhand.data.lint import scale_note
+from backhand.data.rows import ClassLabel
 from backhand.distributed.communicator import Communicator
 from backhand.distributed.launch import broadcast_checkpoint, comparable_settings
 from backhand.engines.engine import RunCache
@@ -387,6 +390,9 @@ class Trainer:
                 all_rows=summary.rows - summary.option_rows + summary.held_out_rows,
                 unseen_rows=summary.rows - not_none(summary.rows_seen),
                 stopped=summary.stopped_because is not None,
+                slow=scale_note(self.run.inputs.train.examples.facts(ClassLabel))
+                if self.run.config.objective.problem_type == NUMBER
+                else None,
             )
             said, again = (None, None) if suggestion is None else (reworded(suggestion[0]), suggestion[1])
             summary = replace(summary, advice=said, try_next=again)
