@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ import pyarrow as pa
 import pytest
 
 import backhand
+from backhand import printing
 from backhand.api_errors import errors_in_python, in_python
 from backhand.bounds import split_hint, union_members
 from backhand.cli.main import main
@@ -247,6 +250,16 @@ def test_values_of_numpy_and_pandas_are_python_s() -> None:
     assert type(rows.rows[0]["score"]) is float  # type: ignore[attr-defined]
 
 
+class Foreign(backhand.Observer):
+    def on_step_end(self, record: object) -> None: ...
+
+    def ended(self, summary: backhand.RunSummary) -> None: ...
+
+
+class Misspelt(backhand.Observer):
+    def steped(self, record: object) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -357,6 +370,23 @@ def test_values_of_numpy_and_pandas_are_python_s() -> None:
         (lambda: backhand.train(data=ROWS, learning_rate="atuo"), "did you mean auto?"),
         (lambda: backhand.train(data=ROWS, reward="exat", objective="grpo"), "did you mean exact?"),
         (lambda: backhand.merge("a", output="b", dtype="half"), "next: here it is float16"),
+        (
+            lambda: backhand.train(data=ROWS, learning_rate="1e-4"),
+            "learning_rate '1e-4' is a text, not a finite number above 0\n  next: give learning_rate=1e-4",
+        ),
+        (lambda: backhand.train(data=ROWS, learning_rate="abc"), "give learning_rate a finite number above 0"),
+        (lambda: backhand.train(data=ROWS, epochs="2"), "not an integer of at least 1\n  next: give epochs=2"),
+        (lambda: backhand.train(data=ROWS, max_steps=2.5), "next: give max_steps=2"),
+        (lambda: backhand.train(data=ROWS, batch_rows=0), "next: give batch_rows=1 or more"),
+        (lambda: backhand.train(data=ROWS, eval_fraction=20), "in [0, 1)\n  next: give eval_fraction=0.2"),
+        (lambda: backhand.export("a", to="onnx", output="b"), 'next: give to="peft", or another of these'),  # type: ignore[arg-type]
+        (lambda: backhand.train(data=ROWS, num_labels=1), 'next: here it is problem_type="regression"'),
+        (lambda: backhand.train(data=ROWS, num_labels=3), "next: here it is class_labels"),
+        (lambda: backhand.generate("a", do_sample=False), "next: here it is greedy=True"),
+        (lambda: backhand.train(data=ROWS, callbacks=Foreign()), "Foreign has on_step_end, which is never called\n"),
+        (lambda: backhand.train(data=ROWS, callbacks=Foreign()), "next: write stepped instead of on_step_end"),
+        (lambda: backhand.train(data=ROWS, callbacks=backhand.Observer()), "has none of the methods started, stepped,"),
+        (lambda: backhand.train(data=ROWS, callbacks=Misspelt()), "next: did you mean stepped instead of steped?"),
         (lambda: backhand.train(data=ROWS, quantize="q4"), "next: here it is q4_0"),
     ],
 )
@@ -484,6 +514,49 @@ def test_notes_are_written_as_python(tiny: TinyRun, tmp_path: Path, capsys: pyte
     assert 'columns are read as in the adapter\'s training: prompt="{asked}\\n", completion="said"' in written
     assert "python:" not in written
     assert 'data = ["python:' in (tmp_path / "run" / "config.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("call", "target", "printed"),
+    [
+        (lambda: backhand.evaluate(data=ROWS), "backhand.loop.evaluate.evaluate", True),
+        (lambda: backhand.export("a", to="gguf", output="b"), "backhand.api.export_command", True),
+        (lambda: backhand.export("a", to="gguf", output="b", quiet=True), "backhand.api.export_command", False),
+        (
+            lambda: backhand.train(backhand.TrainConfig(run=backhand.RunOptions(quiet=True)), data=ROWS),
+            "backhand.api.train_with_report",
+            False,
+        ),
+    ],
+)
+def test_a_long_call_prints_what_it_does_unless_it_is_quiet(
+    call: Callable[[], object],
+    target: str,
+    printed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(printing, "SILENCE_S", 0.02)
+    monkeypatch.setattr(printing, "_LOOK_S", 0.01)
+    line = threading.Event()
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+        if "16 of 100" in text:
+            line.set()
+
+    monkeypatch.setattr(printing, "say", say)
+
+    def work(*_: object, **__: object) -> None:
+        with printing.going_on("base model, 16 of 100 rows"):
+            line.wait(10 if printed else 0.1)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(target, work)
+    with pytest.raises(UsageError, match="enough"):
+        call()
+    said = capsys.readouterr().err
+    assert (": base model, 16 of 100 rows\n" in said) is printed and ("still at work" in said) is printed
 
 
 def test_results_and_files_name_options_as_the_call_does(tiny: TinyRun, tmp_path: Path) -> None:
@@ -643,6 +716,10 @@ def test_evaluate_takes_options_by_name_and_returns_what_json_prints(
     assert main(["evaluate", *words, "--reward", "exact", "--max-new-tokens", "4"]) == 0
     assert json.loads(capsys.readouterr().out) == rewarded.as_dict()
     assert rewarded.rows == 12 and rewarded.gain is not None
+    values = rewarded.as_dict()
+    assert (values["gain"], *values["gain_interval"]) == rewarded.gain
+    assert "gain" not in backhand.evaluate(data=ROWS, reward="exact", max_new_tokens=1, model=tiny.model).as_dict()
+    assert result.base.perplexity == pytest.approx(math.exp(result.base.loss))
 
 
 def test_export_returns_the_path(trained: Any, tiny: TinyRun, tmp_path: Path) -> None:

@@ -35,12 +35,12 @@ Port = Annotated[int, Bound(at_least=0, at_most=65535, why="ports end there", ne
 @pytest.mark.parametrize(
     ("hint", "allowed", "refused", "error", "sentence"),
     [
-        (Count, (1, 2**70), (0, -1, 1.0, True, "1", None), "is not an integer of at least 1", "At least 1."),
+        (Count, (1, 2**70), (0, -1, 1.0, True, None), "is not an integer of at least 1", "At least 1."),
         (CountFromZero, (0,), (-1, 0.0), "is not an integer of at least 0", "At least 0."),
         (Seed, (0, 2**63 - 1), (2**63,), "is not below 2**63", "At least 0."),
         (Port, (0, 65535), (65536,), "is above 65535", "0 to 65535."),
         (Share, (0, 0.0, 0.999), (1, 1.0, -1e-9, math.nan, False), "is not a number in [0, 1)", "In [0, 1)."),
-        (Positive, (1, 1e-300), (0, 0.0, math.inf, math.nan, "1"), "is not a finite number above 0", "Above 0."),
+        (Positive, (1, 1e-300), (0, 0.0, math.inf, math.nan), "is not a finite number above 0", "Above 0."),
         (NotNegative, (0.0, 10**400), (-1, math.inf), "is not a finite number of at least 0", "At least 0."),
         (Annotated[float, Bound(above=0, at_most=1)], (1, 0.5), (0, 1.01), "is not a number in (0, 1]", "In (0, 1]."),
         (Annotated[float, Bound(above=0, at_most=7)], (7,), (7.1,), "is above 7", "Above 0, at most 7."),

@@ -22,6 +22,17 @@ class Progress(backhand.Observer):
         return bool(record["step"] < 3)
 
 
+class Further(backhand.Observer):
+    def started(self, start: backhand.RunStart) -> None:
+        assert_type(start.total_steps, int)
+
+    def evaluated(self, record: dict[str, Any]) -> bool:
+        return bool(record["step"] < 3)
+
+    def ended(self, summary: backhand.RunSummary) -> None:
+        assert_type(summary.losses, dict[int, float])
+
+
 def stop(record: Mapping[str, Any]) -> bool:
     return bool(record["loss"] > 0.1)
 
@@ -70,6 +81,7 @@ assert_type(backhand.decide(data="rows.jsonl", adapter="a"), list[dict[str, Any]
 assert_type(backhand.decide("{a}", data="rows.jsonl", adapter="a"), list[dict[str, Any]])
 assert_type(backhand.export("a", to="gguf", output="b.gguf"), Path)
 
+backhand.LoRAConfigs  # attr-defined
 backhand.LoRAConfig(r=8)  # call-arg
 backhand.RunOptions(output=3)  # arg-type
 backhand.EvaluateRunOptions(adapter=3)  # arg-type

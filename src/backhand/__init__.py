@@ -48,11 +48,12 @@ if TYPE_CHECKING:
     from backhand.loop.embed import VectorEvaluation
     from backhand.loop.evaluate import Evaluation
     from backhand.loop.evaluate_rewards import RewardEvaluation
-    from backhand.loop.observers import Observer
+    from backhand.loop.observers import Observer, RunStart
     from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
     from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
     from backhand.options.objectives import ObjectiveOptions
     from backhand.options.rewards import RewardOptions
+    from backhand.runs.summary import RunSummary
     from backhand.verify.comparison import compare
 
     __version__: str
@@ -72,6 +73,8 @@ _HOMES = {
     "RewardEvaluation": "backhand.loop.evaluate_rewards",
     "RewardOptions": "backhand.options.rewards",
     "RunOptions": "backhand.options.config",
+    "RunStart": "backhand.loop.observers",
+    "RunSummary": "backhand.runs.summary",
     "TrainConfig": "backhand.options.config",
     "VectorEvaluation": "backhand.loop.embed",
     "classify": "backhand.api",
@@ -106,6 +109,8 @@ __all__ = [
     "RewardEvaluation",
     "RewardOptions",
     "RunOptions",
+    "RunStart",
+    "RunSummary",
     "TrainConfig",
     "VectorEvaluation",
     "__version__",
@@ -127,7 +132,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> "Any":
+def _attribute(name: str) -> "Any":
     if name == "__version__":
         from importlib.metadata import version
 
@@ -138,6 +143,10 @@ def __getattr__(name: str) -> "Any":
         raise _missing(name)
     globals()[name] = value
     return value
+
+
+if not TYPE_CHECKING:  # a type checker would accept every name
+    __getattr__ = _attribute
 
 
 def _missing(name: str) -> AttributeError:

@@ -46,7 +46,12 @@ class Bound:
         """Raise UsageError unless `value` is a number in the range, and an integer if `whole`."""
         noun = self.noun or where.partition("[")[0]
         if not _is_number(value, whole=whole) or self._too_small(value) or (self._too_large(value) and self._interval):
-            raise UsageError(f"{noun} {shown(value)} is not {self._expected(whole=whole)}", where=where)
+            kind = "a text, not" if isinstance(value, str) else "not"
+            raise UsageError(
+                f"{noun} {shown(value)} is {kind} {self._expected(whole=whole)}",
+                where=where,
+                next_step=self._next_step(where, value, whole=whole),
+            )
         if self._too_large(value):
             limit = f"above {self.at_most}" if self.at_most is not None else f"not below {_power(self.below)}"
             raise UsageError(f"{noun} {value} is {limit}", where=where, why=self.why, next_step=self.next_step)
@@ -75,8 +80,23 @@ class Bound:
     def _expected(self, *, whole: bool) -> str:
         if self._interval:
             return f"a number in {self._interval}"
-        low = f"above {self.above}" if self.above is not None else f"of at least {self.at_least}"
-        return f"an integer {low}" if whole else f"a finite number {low}"
+        low = f" above {self.above}" if self.above is not None else ""
+        low = f" of at least {self.at_least}" if self.at_least is not None else low
+        return f"an integer{low}" if whole else f"a finite number{low}"
+
+    def _next_step(self, where: str, value: Any, *, whole: bool) -> str:
+        """Return the option with the number that is meant: of a text, rounded, or of percent; else with its range."""
+        if "[" in where:  # a value of a mapping
+            return f"give {self._expected(whole=whole)}"
+        option = f"--{where.replace('_', '-')}"
+        number: Any = _number_in(value) if isinstance(value, str) else value
+        if _is_number(number, whole=False):
+            meant = [(round(number), str(round(number)))] if whole else [(number, str(value).strip())]
+            meant += [(number / 100, str(number / 100))] if self._interval and number > 1 else []
+            for one, written in meant:
+                if not self._too_small(one) and not self._too_large(one):
+                    return f"give {option} {written}"
+        return f"give {option} {f'{self.at_least} or more' if whole and self.at_least else self._expected(whole=whole)}"
 
     def _too_small(self, value: float) -> bool:
         return (self.at_least is not None and value < self.at_least) or (self.above is not None and value <= self.above)
@@ -383,16 +403,13 @@ def check_value(where: str, value: Any, hint: Any) -> None:
     if plain is bool and not isinstance(value, bool):
         raise UsageError(f"{where} {shown(value)} is neither true nor false", where=where)
     if plain in (int, float):
-        if bound is not None:
-            bound.check_number(where, value, whole=plain is int)
-        elif not _is_number(value, whole=plain is int):
-            kind = "an integer" if plain is int else "a finite number"
-            raise UsageError(f"{where} {shown(value)} is not {kind}", where=where)
+        (bound or Bound()).check_number(where, value, whole=plain is int)
     elif origin is Literal and value not in (choices := get_args(plain)):
         raise UsageError(
             f"{where} {shown(value)} is not one of {', '.join(map(str, choices))}",
             where=where,
-            next_step=value_suggestion(value, choices),
+            next_step=value_suggestion(value, choices)
+            or f"give --{where.replace('_', '-')} {choices[0]}, or another of these",
         )
     elif origin is tuple and _is_checked(element := get_args(plain)[0]):
         if not isinstance(value, tuple | list):
@@ -478,6 +495,14 @@ def _is_list_of_texts(hint: Any) -> bool:
         return False
     element = split_hint(get_args(hint)[0])[0]
     return element is str or (get_origin(element) is Literal and isinstance(get_args(element)[0], str))
+
+
+def _number_in(text: str) -> float | None:
+    """Return the number that a text is, or None."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _is_number(value: object, *, whole: bool) -> bool:

@@ -41,6 +41,11 @@ def value_answers() -> dict[str, str]:
     return _by_name(_table()["values"])
 
 
+def method_answers() -> dict[str, str]:
+    """Return our own method of an observer for each method of another tool's callback."""
+    return _by_name(_table()["methods"])
+
+
 def _by_name(names_of: Mapping[str, str], prefix: str = "") -> dict[str, str]:
     return {name: prefix + answer for answer, names in names_of.items() for name in names.split()}
 

@@ -626,7 +626,11 @@ def test_evaluate_scores_base_and_adapter(straight: TrainConfig, capsys: pytest.
     )
     evaluate_command(options)
     found = json.loads(capsys.readouterr().out)
-    assert found["rows"] == 6 and found["adapted"]["decisions"].keys() == {"team", "mood"}
+    assert (
+        "perplexity" not in found["base"]
+        and found["rows"] == 6
+        and found["adapted"]["decisions"].keys() == {"team", "mood"}
+    )
     last = min(lines(straight.run.output, "eval_loss"), key=lambda line: line["eval_loss"])
     assert found["adapted"]["loss"] == pytest.approx(last["eval_loss"], rel=1e-5), "the best step is chosen calibrated"
     assert last["eval_uncalibrated_loss"] > last["eval_loss"]

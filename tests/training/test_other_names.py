@@ -9,6 +9,7 @@ import pytest
 from backhand.cli.main import main
 from backhand.cli.option_fields import option_fields
 from backhand.data.options import LintOptions
+from backhand.generation.options import GenerateOptions
 from backhand.options.command_options import EvaluateOptions
 from backhand.options.config import TrainConfig
 from backhand.other_names import _table, option_answers, translate_option
@@ -105,7 +106,7 @@ def test_no_name_is_one_of_ours_and_every_answer_names_fields_that_there_are() -
     )
     assert not FIELDS.intersection(answers)
     assert set(re.findall(r"`(\w+)`", " ".join(answers.values()))) <= FIELDS.union(
-        field.name for kind in (EvaluateOptions, LintOptions) for field in option_fields(kind)
+        field.name for kind in (EvaluateOptions, GenerateOptions, LintOptions) for field in option_fields(kind)
     )
 
 

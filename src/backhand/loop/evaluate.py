@@ -83,7 +83,7 @@ class Score:
     """The scores of one model on the rows. For pairs, all but `pairs` is about the chosen answers."""
 
     loss: float  # mean nats per supervised token
-    perplexity: float  # e^loss
+    perplexity: float | None  # e^loss, if the loss is that of tokens; None for other losses
     exact_match: float | None  # share of exactly correct completions; None for plain text or if not requested
     supervised_tokens: int  # number of tokens in the mean of the loss
     labels: LabelScore | None = None  # None if the rows have no labels
@@ -140,7 +140,7 @@ def _json_values(score: Score, base: Score | None = None) -> dict[str, Any]:
     if score.decisions is not None:
         before = {} if base is None else base.decisions or {}
         values["decisions"] = {name: one.to_json(before.get(name)) for name, one in score.decisions.items()}
-    optional = ("labels", "pairs", "pairs_interval", "decisions", "retrieval", "classes")
+    optional = ("perplexity", "labels", "pairs", "pairs_interval", "decisions", "retrieval", "classes")
     return {name: value for name, value in values.items() if value is not None or name not in optional}
 
 
@@ -431,7 +431,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation | VectorEvaluation:
         ranks = bool(loaded.ranking) or run.rankings
         if loaded.classification and not ranks:
             count, of_classes = evaluate_classes(loaded, data, run.micro_batch_rows)
-            scored = (Score(loss, _perplexity(loss), None, count, classes=one) for loss, one in of_classes)
+            scored = (Score(loss, None, None, count, classes=one) for loss, one in of_classes)
             return Evaluation(count, *scored)
         if loaded.decisions:
             count, results = evaluate_decisions(loaded, data, run.micro_batch_rows)
@@ -450,11 +450,11 @@ def evaluate(options: EvaluateOptions) -> Evaluation | VectorEvaluation:
 
 
 def _of_decisions(loss: float, answers: int, scores: dict[str, DecisionScore]) -> Score:
-    return Score(loss, _perplexity(loss), None, answers, decisions=scores)
+    return Score(loss, None, None, answers, decisions=scores)
 
 
 def _of_rankings(loss: float, documents: int, scores: dict[str, Any] | None) -> Score:
-    return Score(loss, _perplexity(loss), None, documents, retrieval=scores)
+    return Score(loss, None, None, documents, retrieval=scores)
 
 
 def _perplexity(nats: float) -> float:
@@ -484,14 +484,19 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | RewardEvaluation 
     of_what, parts = ("answer", "answers") if base.decisions else ("token", "supervised tokens")
     ranked = base.retrieval or (result.adapted and result.adapted.retrieval)
     of_what, parts = ("row", "documents") if ranked else (of_what, parts)
-    per_token = of_what == "token"
+    of_tokens = ("perplexity",) if base.perplexity is not None else ()
     matches = ("exact match",) if base.exact_match is not None else ()
-    columns = (f"loss (nats per {of_what})", *(("perplexity",) if per_token else ()), *matches, *labelled)
+    columns = (
+        f"loss (nats per {of_what})",
+        *of_tokens,
+        *matches,
+        *labelled,
+    )
     title = f"{count_of(result.rows, 'row')}, {base.supervised_tokens:,} {parts}"
     shown = table_of("model", *columns, right=columns, title=title)
     measured = [(name, one) for name, one in (("base", base), ("adapted", result.adapted)) if one]
     for name, one in measured:
-        perplexity = (f"{one.perplexity:.3f}",) if per_token else ()
+        perplexity = () if one.perplexity is None else (f"{one.perplexity:.3f}",)
         match = () if one.exact_match is None else (f"{one.exact_match:.1%}",)
         labels = one.labels
         of_labels = (f"{labels.accuracy:.1%}", f"{labels.f1_macro:.3f}", f"{labels.invented:,}") if labels else ()

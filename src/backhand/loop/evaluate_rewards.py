@@ -31,11 +31,15 @@ class RewardEvaluation:
     rows: int  # number of rows
     base: dict[str, float]  # measured values by name
     adapted: dict[str, float] | None  # None without an adapter
-    gain: tuple[float, float, float] | None  # see `mean_gain`; None without an adapter
+    # mean gain per row and the ends of its 95 % interval; None without an adapter or for one row
+    gain: tuple[float, float, float] | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `evaluate --reward --json` prints."""
-        return {name: value for name, value in asdict(self).items() if name != "gain"}
+        values = {name: value for name, value in asdict(self).items() if name != "gain"}
+        if self.gain is not None:
+            values["gain"], *values["gain_interval"] = self.gain
+        return values
 
 
 def evaluate_rewards(options: EvaluateOptions) -> RewardEvaluation:

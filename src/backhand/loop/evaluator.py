@@ -116,7 +116,7 @@ class Evaluator:
             **per_process,
         }
 
-    def tell(self, event: Callable[[Mapping[str, Any]], bool | None], record: Mapping[str, Any]) -> None:
+    def tell(self, event: Callable[[dict[str, Any]], bool | None], record: dict[str, Any]) -> None:
         """Pass a record to the observers. If one returns False, the run ends after this step, in every process."""
         if self.processes.broadcast_object(event(record) is False):
             self.state.progress.stopped_because = "a callback returned False"

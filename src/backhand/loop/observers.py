@@ -15,9 +15,10 @@ from typing import Any
 from backhand.bounds import plain_value
 from backhand.errors import UsageError
 from backhand.loop.forecast import Forecast
+from backhand.other_names import method_answers
 from backhand.runs.directory import METRICS, RunDirectory
 from backhand.runs.summary import RunSummary
-from backhand.words import shorten
+from backhand.words import nearest_names, shorten
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ class Observer:
     def started(self, start: RunStart) -> None:
         """Called before the first step."""
 
-    def stepped(self, record: Mapping[str, Any]) -> bool | None:
+    def stepped(self, record: dict[str, Any]) -> bool | None:
         """Called after a logged step: step, epoch, loss, learning_rate, grad_norm, tokens, tokens_per_s, …."""
 
-    def evaluated(self, record: Mapping[str, Any]) -> bool | None:
+    def evaluated(self, record: dict[str, Any]) -> bool | None:
         """Called after an evaluation: step, eval_loss, …."""
 
     def noted(self, text: str) -> None:
@@ -57,12 +58,15 @@ class Observer:
         """Called last, also after an error."""
 
 
+_METHODS = tuple(name for name in vars(Observer) if not name.startswith("_"))
+
+
 class Observers(Observer):
     """Several observers as one. Each event is passed to them in order."""
 
     def __init__(self, observers: Iterable[Observer]) -> None:
         self.observers = tuple(observers)
-        for method in ("started", "stepped", "evaluated", "noted", "ended", "closed"):
+        for method in _METHODS:
             setattr(self, method, partial(self._notify, method))
 
     def _notify(self, method: str, *args: object) -> bool:
@@ -108,16 +112,15 @@ def as_callbacks(callbacks: Iterable[Callback] | Callback | None) -> tuple[Callb
     given = tuple(callbacks)
     for number, callback in enumerate(given):
         if problem := _callback_problem(callback):
-            raise UsageError(
-                f"{shorten(repr(callback))} {problem[0]}", where=f"callbacks[{number}]", next_step=problem[1]
-            )
+            name = type(callback).__name__ if isinstance(callback, Observer) else shorten(repr(callback))
+            raise UsageError(f"{name} {problem[0]}", where=f"callbacks[{number}]", next_step=problem[1])
     return given
 
 
 def _callback_problem(callback: Any) -> tuple[str, str] | None:
     """Return a clause about a value that cannot be a callback, and what to give instead; None if it can be one."""
     if isinstance(callback, Observer):
-        return None
+        return _observer_problem(callback)
     if isinstance(callback, type) and issubclass(callback, Observer):
         return "is a class, not an observer", f"give an object of it: {callback.__name__}()"
     takes_record = "give a function that is called with each record, a dict"
@@ -130,6 +133,24 @@ def _callback_problem(callback: Any) -> tuple[str, str] | None:
     except ValueError:  # a function in C without a signature
         return None
     return None
+
+
+def _observer_problem(observer: Observer) -> tuple[str, str] | None:
+    """Return a clause and a next step if an observer has methods of other tools, or none that is ever called."""
+    given = {name for name in dir(observer) if not name.startswith("_") and callable(getattr(observer, name, None))}
+    own = [name for name in _METHODS if getattr(getattr(observer, name), "__func__", None) is not vars(Observer)[name]]
+    others, answers = sorted(given.difference(_METHODS)), method_answers()
+    for name in others:
+        if name in answers and answers[name] not in own:
+            return f"has {name}, which is never called", f"write {answers[name]} instead of {name}"
+    if own:
+        return None
+    near = ((name, one) for name in others for one in nearest_names(name, _METHODS, count=1))
+    name, meant = next(near, ("", ""))
+    return (
+        f"has none of the methods {', '.join(_METHODS)}",
+        f"did you mean {meant} instead of {name}?" if meant else "write at least one of them",
+    )
 
 
 def as_observers(callbacks: Iterable[Callback]) -> list[Observer]:
