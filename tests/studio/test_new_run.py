@@ -353,26 +353,32 @@ def test_a_wrong_field_is_shown_at_its_step(
     assert status == 409 and "Change it at the step" in text
 
 
-def test_a_misspelt_model_is_shown_next_to_its_field(client: Client, tiny: TinyRun) -> None:
+def test_a_misspelt_model_is_shown_next_to_its_field(
+    client: Client, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tiny.model.parent / "small.gguf").touch()
     near = {"smolm2-135m": SMOLLM2, "sentence-transformers/all-MiniLM-L6-v3": MINILM}
     for typed, meant in (near | {f"{tiny.model.parent}/smal.gguf": f"{tiny.model.parent}/small.gguf"}).items():
         assert f"did you mean {meant}" in str(named_model.error_of(typed)["next_step"])
-    assert not named_model.error_of("owner/model", offline=False) and not named_model.error_of(str(tiny.model))
+    assert not named_model.error_of(str(tiny.model))
     status, text, _ = client.get("new/rows?typed_model=smolm2-135m")
     error = part(text).one("span", id="typed_model-error").text
     assert status == 409 and error.startswith(f"there is no model smolm2-135m: did you mean {SMOLLM2}?")
     assert "backhand models" not in error and part(text).one("input", id="typed_model").attributes["value"]
+    monkeypatch.setattr("backhand.studio.commands.Commands.run", None)  # with a network, no process is started
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert client.get("new/rows?typed_model=owner/model")[0] == 200
 
 
 def test_options_of_the_adapter_that_the_page_once_left_out_are_fields(space: Workspace) -> None:
     (space.rows / "rows-1.csv").write_bytes(TABLE)
     given = {"layers": "last:2", "average_share": "0.5", "lora_bias": "True", "modules_to_save": "lm_head"}
-    given |= {"cache_frozen": "off"}
+    given |= {"cache_frozen": "off", "max_steps": "1000"}
     assert {*given} <= {field.name for fields in more_for("sft").values() for field in fields}
-    words = Draft({"data": "rows-1.csv", **{f"more.{name}": value for name, value in given.items()}}).run_words(
-        space, []
-    )
+    (error,) = Draft({"objective": "grpo", "reward_length": "0"}).errors().values()
+    assert error.startswith("the length of answers 0 is not an integer of at least 1")
+    typed = {f"more.{name}": value for name, value in (given | {"max_steps": "1e3"}).items()}
+    words = Draft({"data": "rows-1.csv", **typed}).run_words(space, [])
     assert {f"--{name.replace('_', '-')}={value}" for name, value in given.items()} <= {*words}
 
 
@@ -769,6 +775,9 @@ def test_messages_name_fields_instead_of_options() -> None:
         "if whole texts are meant, set “train on” under More options to text"
     )
     assert on_page("leave them out with --skip-bad") == "leave them out with “skip bad” under More options"
+    assert on_page("add: --prompt a --train-on text") == (
+        "set the first column to a, “train on” under More options text"
+    )
     assert on_page("error: x\n  next: backhand plan --help explains every option") == "error: x"
     saved = on_page("continue with backhand train --resume --output /x/y")
     assert saved == "choose “Continue the run”" and on_page("start it with --allow /x") == "start it with --allow /x"
@@ -782,6 +791,10 @@ def test_messages_name_buttons_instead_of_commands_or_mark_them_as_those_of_a_te
         "  backhand evaluate --data FILE": "  in a terminal: backhand evaluate --data FILE",
         "use backhand merge": "use backhand merge in a terminal",
         "Measure them with backhand evaluate.": "Measure them with backhand evaluate in a terminal.",
+        "backhand lint --data x.csv --show 3": "in a terminal: backhand lint --data x.csv --show 3",
+        "backhand train --data x.csv --epochs 2": "in a terminal: backhand train --data x.csv --epochs 2",
+        "`backhand lint` lists them": "the check of the rows lists them",
+        "there is no file /x/backhand train.py": "there is no file /x/backhand train.py",
         "float32, backhand engine": "float32, backhand engine",
         "It rose. Try: backhand train c --learning-rate 0.1 --output o": (
             "It rose. Try: “Try again with the suggested change”"

@@ -10,10 +10,10 @@ from backhand.adapters.gguf_adapter import is_gguf_file
 from backhand.adapters.peft_config import PEFTConfig, read_peft_config
 from backhand.adapters.record import AdapterRecord, read_record
 from backhand.errors import ArtifactError, BackhandError, UsageError, not_none
-from backhand.nn.loading.hub import is_hub_id
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.stores import LM_STUDIO, OLLAMA, PACKAGED, PYPI, SMOLLM2
+from backhand.nn.model_options import is_hub_id
 from backhand.words import show_notes
 
 

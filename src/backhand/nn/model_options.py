@@ -30,6 +30,14 @@ Threads = Annotated[
     ),
 ]
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def is_hub_id(name: str) -> bool:
+    """Return True if a name has the form `owner/model` or `model`, and is not that of a file."""
+    is_file = ".." in name or name.endswith((".gguf", ".safetensors", ".json"))
+    return _HUB_ID.fullmatch(name) is not None and not is_file
+
 
 @dataclass(frozen=True)
 class AdapterReading:

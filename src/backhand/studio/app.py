@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
+from huggingface_hub import constants
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -42,6 +43,7 @@ from backhand.studio.draft import (
     changed_run,
     choices_of,
     default_of,
+    is_owned,
     more_for,
     other_objective,
 )
@@ -301,7 +303,10 @@ async def _rows_step(site: Site, request: Request) -> Response:
     draft = Draft.of(request.query_params.items())
     await _with_models(site, request, draft)
     draft.model_words(site.space, site.model_names)
-    if (name := draft.model) not in site.model_names:
+    name = draft.model
+    # With a network, only the hub knows whether `owner/model` exists.
+    on_hub = is_owned(name) and not constants.HF_HUB_OFFLINE and not (site.space.root / name).exists()
+    if name not in site.model_names and not on_hub:
         outcome = await site.commands.run([name], request.is_disconnected, module="backhand.studio.named_model")
         if error := outcome.json():
             raise FieldError("typed_model" if draft.get("typed_model") else "model", **error)
@@ -327,7 +332,8 @@ async def _delete_rows(site: Site, request: Request) -> Response:
             f"these rows are needed by {', '.join(users)}",
             next_step="wait for the end of the run, or stop it",
         )
-    stopped = [run.name for run in all_runs(site.space) if run.can_continue and queue.names(site.space, run.name, rows)]
+    unfinished = (run.name for run in all_runs(site.space) if run.can_continue)
+    stopped = [name for name in unfinished if queue.refers_to(site.space, name, rows)]
     if stopped and form.get("sure") != "yes":
         raise UsageError(
             f"{', '.join(stopped)} can be continued, and needs these rows",

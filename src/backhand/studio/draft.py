@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 from urllib.parse import urlencode
 
-from backhand.bounds import Bound, check_value, hints_of, split_hint, union_members
+from backhand.bounds import Bound, Count, check_value, hints_of, split_hint, union_members
 from backhand.cli.commands import COMMANDS
 from backhand.cli.option_fields import OptionField, option_fields
 from backhand.data.options import columns_named
 from backhand.errors import UsageError
+from backhand.nn.model_options import is_hub_id
 from backhand.options.config import TrainConfig
 from backhand.options.objectives import objectives_with
 from backhand.options.rewards import SAMPLING
@@ -102,9 +103,13 @@ MORE = {
 
 PACKAGED = ("smollm2-135m", "all-minilm-l6-v2")
 """Models inside PyPI packages. Their names in `nn.loading.stores` cannot be imported without torch."""
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _STORED_NAME = re.compile(r"(?:ollama|lmstudio):[\w./:-]+")
 _QUESTIONS = 3
+
+
+def is_owned(name: str) -> bool:
+    """Return True if a name has the form `owner/model` of the hub."""
+    return "/" in name and is_hub_id(name)
 
 
 @cache
@@ -235,7 +240,7 @@ class Draft:
             UsageError: the model is a path that this page may not read.
         """
         name = self.get("typed_model") or self.get("model")
-        known = name in ("", *PACKAGED, *listed) or _HUB_NAME.fullmatch(name) or _STORED_NAME.fullmatch(name)
+        known = name in ("", *PACKAGED, *listed) or is_owned(name) or _STORED_NAME.fullmatch(name)
         with _at("typed_model"):
             return [f"--model={name if known else workspace.allowed(name)}"] if name else []
 
@@ -326,7 +331,7 @@ class Draft:
             FieldError: it is none, or out of the option's range.
         """
         option = name.removeprefix("more.")
-        hint = _rules().get(option, int)  # the length of answers is no option
+        hint = _rules().get(option, Count)  # the length of answers is no option
         kinds, bounds = _parts_of(hint)
         whole, label = float not in kinds, _LABELS.get(option, option.replace("_", " "))
         of_one = not whole and any(1 in (bound.at_most, bound.below) for bound in bounds)
@@ -351,7 +356,7 @@ class Draft:
         except UsageError as error:
             what = error.what.replace(f"{option} ", f"{label} ", 1)
             raise FieldError(name, what, next_step=error.next_step or f"write one such as {example}") from None
-        return text
+        return str(int(number)) if whole else text
 
     def lint_words(self, workspace: Workspace, listed: Iterable[str]) -> list[str]:
         """Return the words of `lint`. Raises UsageError as `model_words` and `data_words`."""
@@ -428,8 +433,8 @@ def other_objective(suggested: str, form: Draft) -> Draft | None:
 
 _OPTION = re.compile(r"(add: )?--([a-z][a-z0-9-]*[a-z0-9])(?:[ =]((?!-)(?:'[^']*'|[\w./:%]*[\w%])))?")
 _NAMES = "|".join(entry.name for entry in COMMANDS)
-_COMMAND = re.compile(rf"`?\bbackhand ({_NAMES})\b(?: --help explains every option)?`?")
-_TYPED = re.compile(r"(?:(?<=Try: )backhand train|\bbackhand (?!(?:train|lint|plan|models) )[a-z]+(?= --(?!help))).*")
+_COMMAND = re.compile(rf"`?(?<!/)\bbackhand ({_NAMES})\b(?: --help explains every option)?`?")
+_TYPED = re.compile(r"(?:(?<=Try: )backhand train|(?<!/)\bbackhand [a-z]+(?= --(?!help))).*")
 """A command with its options, up to the end of the line; one that begins a run is a suggestion."""
 _COMMANDS = {
     "train": "the page",
@@ -498,7 +503,7 @@ def _line_on_page(line: str) -> str:
         if field is not None and field.hint is bool:
             return f"set {place} to yes{f' {word}' if word else ''}" if add else f"{place}{f' {word}' if word else ''}"
         is_value = add or word.startswith("'") or word.isupper() or word[:1].isdigit() or word in OBJECTIVES
-        end = ", " if match.string.startswith(" --", match.end()) else ""
+        end = "," if match.string.startswith(" --", match.end()) else ""
         if word in ("COLUMN", "FILE"):
             return place + end
         if is_value or (field is not None and word in choices_of(field)):

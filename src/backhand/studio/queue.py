@@ -123,10 +123,10 @@ def users_of(workspace: Workspace, rows: Path) -> list[str]:
     for path in workspace.jobs.glob("*.json"):
         if (job := _read(path)) is not None and job.running:
             jobs[path.stem] = job
-    return [run for run, job in jobs.items() if names(workspace, run, rows, job)]
+    return [run for run, job in jobs.items() if refers_to(workspace, run, rows, job)]
 
 
-def names(workspace: Workspace, run: str, rows: Path, job: Job | None = None) -> bool:
+def refers_to(workspace: Workspace, run: str, rows: Path, job: Job | None = None) -> bool:
     """Return True if a run's configuration, or the command that starts it, names these rows."""
     return any(rows.name in text for text in _texts(workspace, run, job or Job([])))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,19 +10,12 @@ from backhand.errors import ArtifactError, first_line
 from backhand.nn.loading.huggingface import CONFIG_FILE, HuggingFaceDirectory
 from backhand.nn.loading.stores import PACKAGED, PACKAGES, SMOLLM2, models_on_this_machine
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 """Files to download: configuration, weights, chat template and every kind of tokenizer file, but no pickles."""
 _IN_FOLDERS = "*/*"
 """Files to skip: subfolders contain the same weights for other programs, as in gpt-oss."""
 _SHORTEST_PART = 5
 """Fewest characters of a part of a name that suggest the whole name."""
-
-
-def is_hub_id(name: str) -> bool:
-    """Return True if a name has the form `owner/model` or `model`, and is not that of a file."""
-    is_file = ".." in name or name.endswith((".gguf", ".safetensors", ".json"))
-    return _HUB_ID.fullmatch(name) is not None and not is_file
 
 
 def open_hub_model(hub_id: str, revision: str | None, *, fetch: bool = True) -> HuggingFaceDirectory:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from backhand.errors import ArtifactError
 from backhand.nn.loading.gguf_model import GGUFModel
-from backhand.nn.loading.hub import is_hub_id, open_hub_model, suggest_name
+from backhand.nn.loading.hub import open_hub_model, suggest_name
 from backhand.nn.loading.huggingface import CONFIG_FILE, HuggingFaceDirectory
 from backhand.nn.loading.quantizing import QuantizingSource
 from backhand.nn.loading.source import ModelSource
@@ -24,6 +24,7 @@ from backhand.nn.loading.stores import (
     smollm2_file,
     stored_path,
 )
+from backhand.nn.model_options import is_hub_id
 from backhand.reading import MAX_TABLES_BYTES, read_plain
 
 
