@@ -19,7 +19,7 @@ from backhand.report.headline import headline
 from backhand.report.run_record import read_run
 from backhand.runs.directory import opened
 from backhand.runs.interruption import Interrupted
-from backhand.runs.status import RunStatus, read_status, status_kept
+from backhand.runs.status import RunStatus, read_status, resume_command, status_kept
 from backhand.training.run import train
 from support.tiny_run import StopAfter, TinyRun, with_options
 
@@ -102,6 +102,8 @@ def test_a_program_continues_a_run_on_its_own_rows(
     generate("the user", adapter=tmp_path / "run", max_new_tokens=1)
     again = f"backhand.train(data=rows, output={str(tmp_path / 'run')!r}, resume=True)"
     assert f"this adapter is that of step 2; continue with {again}\n" in capsys.readouterr().err
+    proof = resume_command("x", in_memory=True, prove_resume=2)
+    assert proof == "backhand.train(data=rows, output='x', resume=True, prove_resume=2)"
 
 
 def _status(**changed: object) -> None:

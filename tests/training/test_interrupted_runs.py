@@ -225,7 +225,7 @@ def test_interrupting_a_proof_of_resuming_proves_nothing(
 
     monkeypatch.setattr("backhand.training.console.TerminalObserver.noted", lambda _self, text: said.append(text))
     monkeypatch.setattr(trainer, "prove_resume", interrupted)
-    with pytest.raises(Interrupted, match="the run is finished but not yet proved") as caught:
+    with pytest.raises(Interrupted, match=r"the run is finished but not yet proved: .* --prove-resume 2$") as caught:
         train(tiny.config(tmp_path / "run", prove_resume=2))
     assert caught.value.exit_code == 143 and not any("same bits" in text for text in said)
     monkeypatch.undo()

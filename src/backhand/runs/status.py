@@ -110,11 +110,15 @@ def read_status(run: Path) -> RunStatus | None:
     return status
 
 
-def resume_command(run: str, *, in_memory: bool) -> str:
-    """Return the command that continues a run, or the call if a program gave its rows."""
+def resume_command(run: str, *, in_memory: bool, prove_resume: int | None = None) -> str:
+    """Return the command that continues a run, or the call in a program and for a run whose rows a program gave."""
     if in_memory:
-        return f"backhand.train(data=rows, output={run!r}, resume=True)"
-    return f"backhand train --resume --output {shlex.quote(run)}"
+        proof = "" if prove_resume is None else f", prove_resume={prove_resume}"
+        return f"backhand.train(data=rows, output={run!r}, resume=True{proof})"
+    proof = "" if prove_resume is None else f" --prove-resume {prove_resume}"
+    options = f"--resume --output {shlex.quote(run)}{proof}"
+    call = reworded(options)
+    return f"backhand train {options}" if call == options else f"backhand.train({call})"
 
 
 @dataclass(frozen=True)
@@ -142,11 +146,7 @@ class Unfinished:
         said = f"{self.run} {self.fact}"
         if self.status.state == "running":
             return said
-        command, _, options = (again := resume_command(self.run, in_memory=self.in_memory)).partition(" --")
-        in_python = reworded(f"--{options}")  # notes keep commands, but a call has another form
-        if options and in_python != f"--{options}":
-            again = f"{command.replace(' ', '.')}({in_python})"
-        return f"{said}; continue with {again}"
+        return f"{said}; continue with {resume_command(self.run, in_memory=self.in_memory)}"
 
 
 def unfinished(adapter: Path | str | None) -> Unfinished | None:

@@ -407,7 +407,7 @@ class Trainer:
             broadcast_checkpoint(store.load(start) if self.processes.is_main_process else None, self.processes)
         )
         if not prove_resume(loop, checkpoint, log):
-            command = f"{self._resume_command()} --prove-resume {self.run.config.run.prove_resume}"
+            command = self._resume_command(self.run.config.run.prove_resume)
             raise self._interrupted(loop.state, f"the run is finished but not yet proved: {command}")
         self.observer.noted(f"resumed at step {start}, the run ended in the same bits")
 
@@ -514,8 +514,9 @@ class Trainer:
         after = f"after the checkpoint of step {steps[-1]}: continue" if steps else "before the first checkpoint: start"
         return f"stopped at once, {after} with {self._resume_command()}"
 
-    def _resume_command(self) -> str:
-        return resume_command(str(self.directory.path), in_memory=has_rows_in_memory(self.run.config))
+    def _resume_command(self, prove_resume: int | None = None) -> str:
+        in_memory = has_rows_in_memory(self.run.config)
+        return resume_command(str(self.directory.path), in_memory=in_memory, prove_resume=prove_resume)
 
 
 def _published_name(name: str) -> str:
