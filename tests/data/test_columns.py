@@ -58,6 +58,7 @@ def written(path: Path, text: str) -> Path:
     return path
 
 
+BOTH_EQUAL = "both texts of every row would be equal, which teaches nothing"
 TICKETS = "id,subject,body,team\n7,Late,Where is it?,shipping\n8,Bill,,billing\n"
 
 
@@ -554,21 +555,25 @@ def test_one_text_as_prompt_and_as_completion_is_refused(prompt: str, completion
 
 
 @pytest.mark.parametrize(
-    ("purpose", "columns"),
+    ("purpose", "columns", "why"),
     [
-        ("classes", {"prompt": "body", "completion": "body"}),
-        ("classes", {"columns": ("text=body", "label=body")}),
-        ("embeddings", {"columns": ("anchor=team", "positive=body", "negative=body")}),
-        ("embeddings", {"columns": ("sentence1=body", "sentence2=body", "score=n")}),
-        ("pairs", {"prompt": "n", "columns": ("chosen=body", "rejected=body")}),
+        ("classes", {"prompt": "body", "completion": "body"}, BOTH_EQUAL),
+        ("classes", {"columns": ("text=body", "label=body")}, None),
+        ("embeddings", {"columns": ("anchor=team", "positive=body", "negative=body")}, BOTH_EQUAL),
+        ("embeddings", {"columns": ("sentence1=body", "sentence2=body", "score=n")}, BOTH_EQUAL),
+        ("embeddings", {"columns": ("sentence1=body", "sentence2=team", "score=body")}, None),
+        ("pairs", {"prompt": "n", "columns": ("chosen=body", "rejected=body")}, BOTH_EQUAL),
     ],
 )
-def test_one_text_for_two_columns_of_a_form_is_refused(purpose: Purpose, columns: Any, tmp_path: Path) -> None:
+def test_one_text_for_two_columns_of_a_form_is_refused(
+    purpose: Purpose, columns: Any, why: str | None, tmp_path: Path
+) -> None:
     path = written(tmp_path / "rows.csv", "body,team,n\nthe mail,billing,1\nthe parcel,delivery,0\n")
     columns = {**columns, "columns": parse_columns(columns.get("columns", ()))}
     with pytest.raises(UsageError, match="are the same text, 'body'") as refused:
         lint(DataOptions(data=(str(path),), **columns), byte_level(), purpose=purpose)
     assert "rows.csv:2 has body, team, n" in str(refused.value) and "--train-on" not in str(refused.value)
+    assert refused.value.why == why
 
 
 def test_an_answer_inside_the_prompt_or_the_state_is_noted(tmp_path: Path) -> None:

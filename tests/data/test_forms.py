@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from backhand.data.form_reader import FormReader
+from backhand.data.forms import detect
 from backhand.data.raw_rows import RawRow, RowErrors
 from backhand.data.rows import Completion, Conversation, PlainText, Row
 from backhand.errors import DataError
@@ -158,11 +159,19 @@ def test_rows_that_only_ask_are_for_generation() -> None:
             read(values)
 
 
+def test_a_single_table_with_a_list_of_tables_contains_the_rows() -> None:
+    row = RawRow({"data": [{"prompt": "a", "completion": "b"}], "version": 1}, "f:1")
+    with pytest.raises(DataError, match="the rows are a list under the key data"):
+        detect(row, following=())
+    for following in (None, [row]):
+        with pytest.raises(DataError, match="fit no form of row: data, version"):
+            detect(row, following=following)
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
         ({}, "fit no form"),
-        ({"data": [{"prompt": "a", "completion": "b"}], "version": 1}, "the rows are a list under the key data"),
         ({"foo": "a", "bar": "b"}, "bar, foo"),
         ({"messages": None}, "messages is null"),
         ({"prompt": None, "completion": None, "n": 1}, "prompt and completion are null"),

@@ -240,10 +240,13 @@ def test_a_prompt_names_a_column_of_the_rows(
     base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = tmp_path / "questions.csv"
-    rows.write_text("asked,more\nname,x\nlist,y\n")
-    written = [
-        answered(capsys, [*base, "--data", str(rows), "--prompt", text, "--greedy"]) for text in ("asked", "{asked}")
-    ]
+    rows.write_text("asked,more\nname,x\n,\nlist,y\n")
+    written = []
+    for text in ("asked", "{asked}"):
+        assert main([*base, "--data", str(rows), "--prompt", text, "--greedy"]) == 0
+        out, err = capsys.readouterr()
+        assert "note: 1 row without a value left out\n" in err
+        written.append(out)
     assert written[0] == written[1] and written[0].count("reference") == 2
     assert main([*base, "--data", str(rows), "--prompt", "aksed"]) == 2
     assert "did you mean asked?" in capsys.readouterr().err
@@ -258,14 +261,14 @@ def test_bad_rows_are_named_or_left_out(
     assert main([*base, "--data", str(rows_file), "--skip-bad", "--greedy"]) == 0
     out, err = capsys.readouterr()
     assert out.count("\n") == 3
-    assert "1 bad row left out, the first: " in err and "rows.jsonl:4" in err
+    assert "1 malformed row left out, the first: " in err and "rows.jsonl:4" in err
     long_row = {"prompt": "x" * 200, "completion": "y"}
     good = rows_file.read_text()
     rows_file.write_text(good + json.dumps(long_row) + "\n")
     assert main([*base, "--data", str(rows_file), "--skip-bad", "--greedy"]) == 0
     out, err = capsys.readouterr()
     assert out.count("\n") == 3, "a prompt that leaves no room for an answer is a bad row as well"
-    assert "2 bad rows left out, the first: " in err
+    assert "2 malformed rows left out, the first: " in err
     rows_file.write_text(json.dumps(long_row) + "\n")
     for words in ([], ["--skip-bad"]):
         assert main([*base, "--data", str(rows_file), *words]) == 3

@@ -27,7 +27,7 @@ from backhand.interop.command import export_command
 from backhand.interop.merging import merge_command
 from backhand.interop.options import ExportOptions, MergeOptions
 from backhand.loop.class_scores import constant_logits, row_losses, score_classes
-from backhand.loop.classify import classify, classify_command
+from backhand.loop.classify import Classifier, classify, classify_command
 from backhand.loop.evaluate import Evaluation, evaluate_command
 from backhand.loop.objectives.classify import loss_and_gradient
 from backhand.nn.loading.opening import open_model
@@ -448,13 +448,21 @@ def test_two_processes_end_in_the_bits_of_one(tiny: TinyRun, tmp_path: Path) -> 
     assert bits_of_several(tmp_path / "two") == bits_of_several(tmp_path / "one")
 
 
-def test_a_run_learns_numbers_on_a_quantized_base(tiny: TinyRun, tmp_path: Path) -> None:
+def test_a_run_learns_numbers_on_a_quantized_base(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = config(tiny, tmp_path, tmp_path / "run", NUMBER, epochs=6, learning_rate=1e-2, base="quantized")
     train(made)
     summary = read_summary(tmp_path / "run" / "summary.json")
     assert summary is not None and summary.base_classes is not None and summary.adapted_classes is not None
     assert summary.base_classes["r2"] == pytest.approx(0)
     assert summary.adapted_classes["mse"] < summary.base_classes["mse"]
+    asked = ["--adapter", str(tmp_path / "run" / "adapter"), "--model", str(tiny.model), "--text", "json json"]
+    monkeypatch.setattr(Classifier, "answer", lambda _self, _logits: {"value": 1234567.891})
+    capsys.readouterr()
+    assert main(["classify", *asked]) == 0
+    assert json.loads(capsys.readouterr().out) == {"value": 1234567.891}, "all digits are printed"
+    monkeypatch.undo()
     (answer,) = backhand.classify(prompts=["json json"], adapter=tmp_path / "run" / "adapter", model=tiny.model)
     assert list(answer) == ["value"]
 
@@ -629,11 +637,13 @@ def test_decimal_commas_are_read_as_numbers_or_answered(tiny: TinyRun, tmp_path:
     assert finding.where == (f"{path}:22", f"{path}:23")
     (finding,) = linted(*(one.replace(",", ".") for one in numbers), "n/a").findings
     assert finding.kind == "not_numbers"
-    with pytest.raises(DataError, match="other rows have a decimal comma"):
-        linted(*numbers, "1.250")
-    with pytest.raises(DataError, match="other rows have a decimal comma") as mixed:
-        linted(*numbers, held_out=["1.250", "2.5"])
-    assert mixed.value.where == f"{tmp_path / 'held_out.csv'}:2"
+    for mixed, where in (
+        (linted(*numbers, "1.250"), f"{path}:22"),
+        (linted(*numbers, held_out=["1.250", "2.5"]), f"{tmp_path / 'held_out.csv'}:2"),
+    ):
+        (finding,) = (one for one in mixed.findings if one.severity == "error")
+        assert (finding.kind, finding.where, mixed.errors) == ("malformed", (where,), 1)
+        assert "other rows have a decimal comma" in finding.what and "with a decimal point" in finding.remedy
     with pytest.raises(DataError, match="'1,250', not a number") as refused:
         target_of(ClassLabel("1,250"), NUMBER, (), "here")
     assert "with a decimal point" in str(refused.value.next_step)

@@ -92,11 +92,13 @@ def test_an_adapter_of_bare_texts_is_evaluated_talked_to_and_exported_without_a_
         return scores.loss
 
     assert loss() == loss(chat_template="none") != loss(chat_template="default")
-    chat = ["chat", "--model", model, "--adapter", str(adapter)]
+    chat = ["chat", "--adapter", str(adapter)]
     capsys.readouterr()
-    assert main(chat) == 2
-    said = capsys.readouterr().err
-    assert "completes texts" in said and f"backhand generate --model {model} --adapter {adapter} --prompt" in said
+    for named in ([], ["--model", model]):
+        assert main([*chat, *named]) == 2
+        said = capsys.readouterr().err
+        command = " ".join(["backhand generate", *named, *chat[1:], "--prompt"])
+        assert "completes texts" in said and f"next: {command}" in said
     monkeypatch.setattr("sys.stdin", io.StringIO("name"))
     assert main([*chat, "--chat-template", "default", "--max-new-tokens", "1"]) == 0
     capsys.readouterr()

@@ -173,7 +173,9 @@ class ColumnReader:
                     where=other,
                     why="the model would see every answer, and learn to repeat it"
                     if has_answer and (self._for_answers or one == "state")
-                    else "both texts of every row would be equal, which teaches nothing",
+                    else "both texts of every row would be equal, which teaches nothing"
+                    if _NOT_TEXTS.isdisjoint((one, other))
+                    else None,
                     next_step="; ".join(steps),
                 )
             if has_answer and {*columns_named(again)} <= {*columns_named(text)} and not self._may_be_equal:
@@ -297,7 +299,8 @@ def _others(named: NamedColumns) -> dict[str, str]:
     return {name: text for name, text in named.columns.items() if name not in _OPTIONS}
 
 
-_DIFFERENT = {"prompt", "completion", "label", "labels", "text", "score", "chosen", "rejected", "negative", "positive"}
+_NOT_TEXTS = {"label", "labels", "score"}
+_DIFFERENT = _NOT_TEXTS | {"prompt", "completion", "text", "chosen", "rejected", "negative", "positive"}
 _DIFFERENT |= {"anchor", "sentence1", "sentence2", "query", "document", "passage"}
 """Columns of which no two are the same text."""
 _VIEWS = (("prompt", "completion"), ("anchor", "positive"))

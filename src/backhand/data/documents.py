@@ -184,13 +184,13 @@ class RowRenderer:
     def _renderer(self, row: OneText) -> ChatRenderer:
         if self._chat is not None:
             return self._chat
-        own = f" or {OWN_TEMPLATE}" if self._rendered_already else ""
+        default = f" or {OWN_TEMPLATE}" if self._rendered_already else ""
         raise DataError(
             "this row is a conversation, but there is no chat template",
             where=row.source,
             why="--chat-template none" if self._rendered_already else "the model's tokenizer has none",
-            next_step=f"use the Instruct variant of the model, give --chat-template FILE{own}, or write the rows as "
-            "prompt and completion",
+            next_step=f"use the Instruct variant of the model, give --chat-template FILE{default}, or write the rows "
+            "as prompt and completion",
         )
 
     def _plain(self, row: PlainText) -> Document:

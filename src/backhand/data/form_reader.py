@@ -58,7 +58,7 @@ class FormReader:
         self._refused: list[RawRow] = []  # rows before the first valid row, if malformed rows are counted
         self.class_columns = ClassColumns()
 
-    def read(self, raw: RawRow, following: Iterable[RawRow] = ()) -> Row:
+    def read(self, raw: RawRow, following: Iterable[RawRow] | None = None) -> Row:
         """Read one row.
 
         Args:
@@ -107,7 +107,7 @@ class FormReader:
         rows = iter(raws)
         for raw in rows:
             try:
-                row = self.read(raw, () if bad.skip_bad else rows)
+                row = self.read(raw, None if bad.skip_bad else rows)
             except DataError as error:
                 if bad.skip_bad and self.form is None and len(self._refused) <= MOST_FOLLOWING:
                     self._refused.append(raw)

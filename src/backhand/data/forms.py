@@ -223,7 +223,7 @@ def detect(
     purpose: Purpose | None = "answers",
     named: Mapping[str, str] | None = None,
     questions: Collection[str] = (),
-    following: Iterable[RawRow] = (),
+    following: Iterable[RawRow] | None = None,
 ) -> Form:
     """Return the form of a row, from the names of its columns that are not null.
 
@@ -232,7 +232,8 @@ def detect(
         purpose: use of the rows; None for pairs if the columns are those of pairs, else answers.
         named: columns or templates by option; the form must read each of these options' columns.
         questions: names of the questions of decisions, if they are known; advice names columns of their answers.
-        following: the rows after this one. If it fits no form, some of them are consumed for the values of columns.
+        following: the rows after this one; None if they are not known. If it fits no form, some of them are consumed
+            for the values of columns.
 
     Raises:
         DataError: the columns fit no form.
@@ -246,16 +247,9 @@ def detect(
     preferred = purpose == "answers" and not allow_prompts and present.issuperset(PREFERENCE)
     if form is not None and not (preferred and len(form.columns) == 1 and not given):
         return form
-    if not given and (keys := [name for name, value in raw.values.items() if _holds_rows(value)]):
-        raise DataError(
-            f"the rows are a list under the key {name_list(keys)}",
-            where=raw.source,
-            why="rows are one list, or one object per line",
-            next_step=f"write the list alone to a file: jq {shell_quoted(f'.[{json.dumps(keys[0])}]')} OLD > NEW.json",
-        )
     columns = _Columns(raw, present, given, following, answers=not allow_prompts)
-    if ignored := columns.ignored_option(forms_for(purpose)):
-        raise ignored
+    if error := columns.under_key() or columns.ignored_option(forms_for(purpose)):
+        raise error
     if purpose in _NEEDED:
         needed, next_step = _NEEDED[purpose]
         raise DataError(
@@ -265,7 +259,7 @@ def detect(
             next_step=columns.with_questions(purpose, questions)
             or columns.with_class(purpose)
             or columns.with_pair(purpose)
-            or f"{columns.without_title}{next_step}",
+            or f"{columns.title_step}{next_step}",
         )
     raise columns.preference_pair() or columns.without_answer() or columns.null() or columns.unknown()
 
@@ -294,7 +288,7 @@ class _Columns:
     raw: RawRow
     present: frozenset[str]  # columns that are not null
     given: Mapping[str, str]  # columns or templates by option
-    following: Iterable[RawRow]  # the rows after this one
+    following: Iterable[RawRow] | None  # the rows after this one; None if they are not known
     answers: bool  # False if rows without an answer are accepted
 
     @cached_property
@@ -302,10 +296,22 @@ class _Columns:
         """The values of the columns, and the number of rows that were read for them: this and some following ones."""
         rows, values = [self.raw], ClassColumns()
         with suppress(DataError):  # the error about the first row is raised instead
-            rows.extend(islice(self.following, MOST_FOLLOWING))
+            rows.extend(islice(self.following or (), MOST_FOLLOWING))
         for row in rows:
             values.add(row.values)
         return values, len(rows)
+
+    def under_key(self) -> DataError | None:
+        """The only row of a file is a table with a list of rows."""
+        keys = [name for name, value in self.raw.values.items() if _holds_rows(value)]
+        if self.given or not keys or self.following is None or self._values[1] > 1:
+            return None
+        return DataError(
+            f"the rows are a list under the key {name_list(keys)}",
+            where=self.raw.source,
+            why="rows are one list, or one object per line",
+            next_step=f"write the list alone to a file: jq {shell_quoted(f'.[{json.dumps(keys[0])}]')} OLD > NEW.json",
+        )
 
     def with_class(self, purpose: Purpose | None) -> str | None:
         """Return the options that read a column with few repeating values as the answer, or None."""
@@ -429,10 +435,10 @@ class _Columns:
             by_name = naming_advice((), filled, self.given, *self._values, with_answer=self.answers)
             how = f"a row has {' or '.join(near)}" + (f"; or name the columns: {by_name}" if by_name else "")
         what = f"{self._half_named}; its columns" if self._half_named else "the columns fit no form of row"
-        return DataError(f"{what}: {columns}", where=self.raw.source, next_step=f"{self.without_title}{how}")
+        return DataError(f"{what}: {columns}", where=self.raw.source, next_step=f"{self.title_step}{how}")
 
     @property
-    def without_title(self) -> str:
+    def title_step(self) -> str:
         """The first step if a table has one column with a name, which may be a title, or ""."""
         names = [name for name in self.raw.values if name]
         one = len(names) == 1 and _TABLE_PLACE.search(self.raw.source)

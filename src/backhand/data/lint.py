@@ -31,6 +31,7 @@ from backhand.data.rows import ClassLabel, ProblemType, Purpose
 from backhand.data.stored_examples import PreparedData, StoredExamples
 from backhand.data.template_report import describe_template
 from backhand.data.text_encoder import TokenIds
+from backhand.errors import DataError
 from backhand.printing import reworded
 from backhand.words import count_of
 
@@ -290,6 +291,7 @@ def lint(
         ("unsupervised", truncation.dropped_unsupervised),
     ]
     labels: dict[str, int] = {}
+    mixed = RowErrors(skip_bad=True)  # which --skip-bad does not leave out
     forms: set[str] = {""}
     if purpose in ("embeddings", "decisions", "rankings", "classes"):
         forms.add(str(purpose))
@@ -308,8 +310,11 @@ def lint(
             if problem_type is not None:
                 add_misfits(part.examples, problem_type, bad)
         rows = chain(train.examples, () if held_out is None else held_out.examples)
-        if not labels and (note := decimal_comma_note((one.facts_as(ClassLabel), one.source) for one in rows)):
-            train = train.with_note(note)
+        try:
+            note = None if labels else decimal_comma_note((one.facts_as(ClassLabel), one.source) for one in rows)
+            train = train if note is None else train.with_note(note)
+        except DataError as error:
+            mixed.add(error)
     elif purpose == "decisions":
         problems += problems_of_decisions(train.examples.facts(DecisionRow))
     elif purpose == "prompts":
@@ -331,7 +336,7 @@ def lint(
     else:
         long = documents.take(documents.column("tokens") > context_length)
         problems.append(("context", [document.source for document in long], context_length))
-    malformed = _malformed(bad, "warning" if options.skip_bad else "error")
+    malformed = [*_malformed(bad, "warning" if options.skip_bad else "error"), *_malformed(mixed, "error")]
     unit = "row" if purpose in ("embeddings", "decisions", "rankings") else "document"
     checked = tuple(kind for kind, check in CHECKS.items() if check.form in forms)
     findings = [*malformed, *(_finding(unit, *one) for one in problems if one[1] and one[0] in checked)]

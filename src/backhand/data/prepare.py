@@ -153,7 +153,7 @@ def training_questions(options: DataOptions, recorded: NamedColumns | None = Non
         raws = islice(named.rows(read_rows(name, bad), bad), options.max_rows)
         for raw in raws:
             try:
-                yield detect(raw, purpose="decisions", named=named.given, following=() if bad.skip_bad else raws), raw
+                yield detect(raw, purpose="decisions", named=named.given, following=None if bad.skip_bad else raws), raw
             except DataError as error:
                 bad.add(error)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,7 +18,6 @@ from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.generation.options import ChatOptions, SamplingOptions, compared_labels
 from backhand.generation.session import GenerationSession
 from backhand.printing import may_be_silent, say, write_answer
-from backhand.runs.uses import TrainedAdapter
 from backhand.words import show_notes
 
 ASK = ">>> "
@@ -73,9 +73,11 @@ def _completes_texts(loaded: LoadedModel, options: ChatOptions) -> UsageError:
             where="chat_template",
             next_step="take the Instruct variant of the model, give --chat-template FILE, or use backhand generate",
         )
-    given = TrainedAdapter("sft", loaded.base, str(options.chat.adapter)).given
-    own = read_template(None, loaded.tokenizer)
-    talk = "" if own is None else f"; for a conversation all the same: --chat-template {OWN_TEMPLATE}"
+    given = f"--adapter {shlex.quote(str(options.chat.adapter))}"
+    if options.model.model is not None:
+        given = f"--model {shlex.quote(options.model.model)} {given}"
+    has_template = read_template(None, loaded.tokenizer) is not None
+    talk = f"; for a conversation all the same: --chat-template {OWN_TEMPLATE}" if has_template else ""
     return UsageError(
         "the adapter was trained on texts without a chat template: it completes texts, and holds no conversation",
         where="adapter",

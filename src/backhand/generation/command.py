@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from backhand.data.context import TeacherPrompts, context_text
+from backhand.data.data_report import rows_left_out
 from backhand.data.options import NamedColumns
 from backhand.data.prepare import prepare_prompts
 from backhand.data.raw_rows import RowErrors
@@ -268,7 +269,7 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> list[dict[str,
     )
     session = GenerationSession(loaded, loaded.template)
     labels = _labels(options, loaded, session)
-    # A prompt without room for an answer counts as a bad row, like a malformed one.
+    # A prompt without room for an answer counts as a malformed row.
     bad = RowErrors(options.rows.skip_bad)
     prompts: list[Prompt] = []
     for prompt in read:
@@ -282,10 +283,8 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> list[dict[str,
     if not options.answer.quiet:
         notes = list(report.notes)
         notes += loaded.missing_system(report.system) if session.has_template else []
-        if left_out := report.skipped_bad + bad.count:
-            first = (*report.bad_rows, *bad.errors)[0]
-            notes.append(f"{count_of(left_out, 'bad row')} left out, the first: {first.one_line}")
-        show_notes(notes)
+        errors = (*report.bad_rows, *bad.errors)
+        show_notes([*notes, *rows_left_out(report.skipped_bad + bad.count, errors, report.empty_rows)])
     return _lines(options, loaded, session, prompts, labels)
 
 

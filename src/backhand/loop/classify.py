@@ -163,7 +163,8 @@ def classify_command(options: ClassifyOptions) -> list[dict[str, Any]]:
     check_output(options.run.output, overwrite=options.run.overwrite)
     with working("classifying"):
         answers = classify(options)
-    write_lines(rounded(answers), options.run.output, "answer")
+    lines = [answer if "value" in answer else rounded(answer) for answer in answers]  # a value may need all its digits
+    write_lines(lines, options.run.output, "answer")
     return answers
 
 
