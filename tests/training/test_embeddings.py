@@ -506,6 +506,8 @@ def test_base_and_adapter_are_compared_by_the_changes_of_each_query(
     scores = after.to_json(before)
     change, low, high = scores["change"]["ndcg@10"]
     assert change == pytest.approx(after.values["ndcg@10"] - before.values["ndcg@10"]) and 0 < low < change < high
+    unchanged, low_of_none, high_of_none = before.to_json(before)["change"]["ndcg@10"]
+    assert unchanged == 0 and -0.1 < low_of_none < -0.01 and 0.01 < high_of_none < 0.1, "other queries may change"
     words = f"nDCG@10 changed by {change:+.3f} (95 % interval {low:+.3f} to {high:+.3f}), so it helped"
     for base, adapted, shown in ((before, scores, words), (after, before.to_json(after), "so it did not help")):
         found = {"base_retrieval": base.to_json(), "adapted_retrieval": adapted}
@@ -691,7 +693,7 @@ def test_the_page_shows_the_scores_of_base_and_adapter(straight: TrainConfig) ->
     assert "Cosines of neutral texts" in page.one("section", id="answers").text
     text = page.one("section", id="answers").text
     assert "Each of 6 anchors ranks 12 candidates" in text and "answered before and after" not in text
-    assert "ndcg@10 from" in page.one("section", id="result").text and "perplexity" not in page.one("body").text
+    assert "nDCG@10 from" in page.one("section", id="result").text and "perplexity" not in page.one("body").text
 
 
 def test_the_adapter_says_how_a_text_becomes_a_vector(straight: TrainConfig) -> None:

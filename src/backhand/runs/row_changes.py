@@ -208,8 +208,6 @@ def score_words(base: Mapping[str, Any], adapted: Mapping[str, Any], name: str) 
     shown, gain = SCORE_NAMES[name], score_gain(base, adapted, name)
     if gain is None:
         return f"too few queries to compare {shown}" if base else f"there is no {shown} before training"
-    if not any(gain):
-        return f"{shown} of no query changed"
     mean, low, high = gain
     unclear = _TOO_FEW if gain_verdict(gain) == "unclear" else ""
     if not unclear and score_verdict(base, adapted, name) == "unclear":
