@@ -17,6 +17,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import TextIO
 
 _UNSEEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
@@ -157,26 +158,46 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+@dataclass(eq=False)
+class _Counter:
+    """An activity with equal parts, of which several may be in work at once."""
+
+    what: str
+    total: int
+    many: str
+    began_s: float = field(init=False)
+    done: int = 0
+    worked: float = 0.0  # number of finished parts and shares of parts in work, where shares are known
+
+    def __post_init__(self) -> None:
+        self.began_s = time.monotonic()
+
+    def count(self, *_: object) -> None:
+        self.done += 1
+
+    def __call__(self) -> str:
+        worked = max(float(self.done), self.worked)
+        left_s = (time.monotonic() - self.began_s) / worked * (self.total - worked) if worked else 0.0
+        about = "at most about" if self.worked else "about"  # a part may end before its largest size
+        left = f", {about} {duration(left_s)} left" if left_s > _WORTH_SAYING_S else ""
+        return f"{self.what}, {self.done:,} of {self.total:,} {self.many}{left}"
+
+
 @contextmanager
 def counting(what: str, total: int, many: str = "rows") -> Iterator[Callable[..., None]]:
     """Make `what` the current activity within the block, and yield a function to call after each of `total` parts.
 
     The activity contains the number of finished parts and the time that the others will take.
     """
-    done, began = 0, time.monotonic()
+    counter = _Counter(what, total, many)
+    with going_on(counter):
+        yield counter.count
 
-    def count(*_: object) -> None:
-        nonlocal done
-        done += 1
 
-    def shown() -> str:
-        spent_s = time.monotonic() - began
-        left_s = spent_s / done * (total - done) if done else 0.0
-        left = f", about {duration(left_s)} left" if left_s > _WORTH_SAYING_S else ""
-        return f"{what}, {done:,} of {total:,} {many}{left}"
-
-    with going_on(shown):
-        yield count
+def advanced(parts: float) -> None:
+    """Add to the work that the innermost activity has done, if it counts: whole parts and shares of parts."""
+    if _activities and isinstance(counter := _activities[-1], _Counter):
+        counter.worked += parts
 
 
 _WORTH_SAYING_S = 2.0

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from backhand import printing
 from backhand.generation import completer as batch
 from backhand.generation.completer import EngineCompleter, complete_greedily, shared_length
 from backhand.nn.decoder import decoding
@@ -180,3 +181,25 @@ def test_a_row_that_is_given_up_ends_there_and_the_others_go_on() -> None:
     )
     assert completions == [whole[0], whole[1][:2], whole[2]]
     assert sorted(reported) == [0, 1, 2]
+
+
+def test_the_time_left_follows_the_tokens_of_answers_in_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, asked, shown = base_decoder(), prompts(*range(3, 15)), list[tuple[float, str]]()
+    clock = [0.0]
+    monkeypatch.setattr(printing.time, "monotonic", lambda: clock[0])
+    step = decoding.IncrementalDecoder.step
+
+    def slow(state: Any, tokens: Any) -> Any:
+        clock[0] += 10.0
+        shown.append((clock[0], printing.now()))
+        return step(state, tokens)
+
+    monkeypatch.setattr(decoding.IncrementalDecoder, "step", slow)
+    with printing.counting("answers", len(asked), "prompts") as done:
+        # One answer ends early, the others at the limit of 20 tokens.
+        complete_greedily(
+            decoder, asked, max_new_tokens=20, stop_ids=(), on_done=done, give_up=lambda number, _: number == 0
+        )
+    of_steps = dict(shown)
+    assert of_steps[100.0] == "answers, 1 of 12 prompts, at most about 1 min 25 s left"  # 90 s are left
+    assert of_steps[180.0] == "answers, 1 of 12 prompts, at most about 18 s left"

@@ -21,6 +21,7 @@ from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.nn.decoder.kv_cache import bytes_per_token, state_bytes
+from backhand.printing import advanced
 
 Choose = Callable[[Sequence[int], Tensor], Sequence[int]]
 """Maps numbers of prompts and their logits, (prompts, vocab), to the next token of each."""
@@ -224,13 +225,21 @@ class _Batch:
         self.state = IncrementalDecoder(decoder, rows=rows, capacity=capacity, head=head)
 
     def run(self) -> None:
-        rows = self.state.cache.rows
+        rows, worked = self.state.cache.rows, 0.0
         while self.waiting or self.in_row:
             free = rows - len(self.in_row)
             if self.waiting and (not self.in_row or 4 * free >= rows):
                 self._admit(min(free, len(self.waiting)))
             if self.in_row:
                 self._take(range(len(self.in_row)), self.state.step(self.last_token))
+            # Answers that are sampled together end together, so their number alone tells nothing about the time left.
+            before, worked = worked, self._answers_worked()
+            advanced(worked - before)
+
+    def _answers_worked(self) -> float:
+        """Return the number of complete answers, plus the share of the token limit that each other one has reached."""
+        complete = len(self.prompts) - len(self.waiting) - len(self.in_row)
+        return complete + sum(self.answered) / self.max_new_tokens
 
     def _admit(self, count: int) -> None:
         count -= self._admit_copies(count)
