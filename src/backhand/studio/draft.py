@@ -355,7 +355,7 @@ class Draft:
             check_value(option, int(number) if int in kinds and number.is_integer() else number, hint)
         except UsageError as error:
             what = error.what.replace(f"{option} ", f"{label} ", 1)
-            raise FieldError(name, what, next_step=error.next_step or f"write one such as {example}") from None
+            raise FieldError(name, what, next_step=f"write one such as {example}") from None
         return str(int(number)) if whole else text
 
     def lint_words(self, workspace: Workspace, listed: Iterable[str]) -> list[str]:
