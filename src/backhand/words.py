@@ -73,6 +73,21 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, min(mean, least), max(mean, least)
 
 
+def difference_interval(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """Return Welch's 95 % interval of the difference of the means of two independent samples of at least two values.
+
+    Without any deviation, it is the difference of the bounds of `mean_interval`.
+    """
+    parts = [(statistics.variance(values) / len(values), len(values) - 1) for values in (one, other)]
+    difference, total = statistics.fmean(one) - statistics.fmean(other), sum(part for part, _ in parts)
+    if math.sqrt(total) <= _ROUNDING * abs(difference):
+        (_, low, high), (_, other_low, other_high) = mean_interval(one), mean_interval(other)
+        return low - other_high, high - other_low
+    freedom = int((1 + _ROUNDING) * total**2 / sum(part**2 / degrees for part, degrees in parts))
+    half = _student_quantile(max(1, freedom)) * math.sqrt(total)
+    return difference - half, difference + half
+
+
 _ROUNDING = 1e-9
 """A deviation of a smaller share of the mean is due to rounding."""
 

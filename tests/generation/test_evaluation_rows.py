@@ -14,6 +14,7 @@ import pytest
 import backhand
 from backhand.cli.main import main
 from backhand.data.options import DataOptions
+from backhand.errors import DataError
 from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.loop.evaluate import Evaluation, EvaluationRows, evaluate, evaluation_rows
 from backhand.nn.model_options import BaseModelOptions
@@ -69,6 +70,25 @@ def test_rows_that_end_in_a_question_have_a_loss_alone(loaded: LoadedModel, tmp_
     found = rows_of(loaded, path)
     assert (found.rows, len(found.prompts)) == (2, 1)
     assert found.notes == ("1 row without a reply at the end: no exact match, the loss alone",)
+
+
+@pytest.mark.parametrize(("good", "bad", "named"), [(True, False, None), ("yes", "no", "label"), (1, 0, "label")])
+def test_undesirable_answers_are_left_out(
+    good: Any, bad: Any, named: str | None, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    labelled = [{**row("the user", f"a number {n}"), "label": good if n % 3 else bad} for n in range(6)]
+    path = written(tmp_path / "rows.jsonl", *labelled)
+    columns = {} if named is None else {"label": named}
+    found = rows_of(loaded, path, columns=columns)
+    assert found.notes == ("2 answers labelled undesirable are left out",)
+    assert (found.rows, found.undesirable, len(found.prompts)) == (4, 2, 4)
+    same = rows_of(loaded, written(tmp_path / "good.jsonl", *(one for one in labelled if one["label"] == good)))
+    assert found.held_out.supervised_tokens == same.held_out.supervised_tokens
+    if named is None:
+        with pytest.raises(DataError, match="every answer is labelled undesirable"):
+            rows_of(loaded, written(tmp_path / "bad.jsonl", *(one for one in labelled if one["label"] == bad)))
+    else:
+        assert rows_of(loaded, path).rows == 6, "a column that may have another meaning is not read unless it is named"
 
 
 def test_the_command_says_it_with_its_results(

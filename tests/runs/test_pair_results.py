@@ -83,7 +83,45 @@ def test_lengths_that_may_have_changed_by_chance_got_no_worse() -> None:
 
 def test_without_an_order_the_margin_is_named() -> None:
     (alone,) = pair_clauses({"rewards/margins": 0.4}, 12, "kto", None)
-    assert alone == "chosen answers have 0.4 more reward than rejected ones on average"
+    assert alone == "desirable answers have 0.4 more reward than undesirable ones on average"
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "words"),
+    [
+        # Welch: variances 1 and 1/3 of 3 and 4 changes, 3 degrees of freedom, so t = 3.182
+        (
+            [1.0, 2.0, 3.0],
+            [-1.0, 0.0, 0.0, -1.0],
+            "0.25 more reward than 4 undesirable ones on average (95 % interval of the difference +0.0446 to +0.455)",
+        ),
+        (
+            [1.0, -1.0, 3.0],
+            [2.0, 1.5],
+            "0.075 less reward than 2 undesirable ones on average (95 % interval of the difference -0.583 to +0.433:",
+        ),
+        (
+            [2.0],
+            [1.0, 0.0],
+            "0.15 more reward than 2 undesirable ones on average (too few rows for an interval)",
+        ),
+        ([2.0, 1.0], [], "no held-out answer is undesirable, so their rewards are not compared"),
+    ],
+)
+def test_labelled_answers_are_two_samples(good: list[float], bad: list[float], words: str) -> None:
+    def line(step: int, *sides: list[float]) -> dict[str, object]:
+        means = {name: sum(side) / len(side) for name, side in zip(("chosen", "rejected"), sides, strict=True) if side}
+        figures: dict[str, object] = {f"eval_logps/{name}": mean for name, mean in means.items()}
+        if len(means) == 2:
+            figures["eval_rewards/margins"] = 0.1 * (means["chosen"] - means["rejected"])
+        return {"step": step, "eval_loss": 0.5, **figures, "row_chosen": sides[0], "row_rejected": sides[1]}
+
+    figures = held_out_pairs([line(0, [0.0] * len(good), [0.0] * len(bad)), line(2, good, bad)], 2, 0.1)
+    assert figures is not None
+    order, *probabilities = pair_clauses(figures, 7, "kto", None)
+    first = f"{len(good)} desirable held-out answer{'s have' if len(good) > 1 else ' has'} "
+    assert order.startswith(f"{first}{words}" if bad else words)
+    assert all("of desirable answers" in one and "that of undesirable ones" in one for one in probabilities)
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,36 @@ def test_every_objective_runs_and_improves(
     assert (tmp_path / "run" / "reference.json").exists() == (objective in ("ipo", "kto"))
 
 
+def test_undesirable_answers_are_no_right_ones(
+    tiny: TinyRun, rows: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = config(tiny, rows, tmp_path / "run", "kto", answers=4, epochs=1)
+    train(made)
+    held_out = [json.loads(line) for line in rows["labels_held_out"].read_text().splitlines()]
+    answers = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
+    desirable = {row["completion"][0]["content"] for row in held_out if row["label"]}
+    assert answers and {answer["reference"] for answer in answers} <= desirable
+    result = Page(run_page(read_run(tmp_path / "run"))).one("section", id="result").text
+    assert "held-out loss per answer" in result and "of pairs" not in result
+    assert "3 desirable held-out answers have" in result and "2 undesirable ones" in result
+    numbers = tmp_path / "numbers.jsonl"
+    numbers.write_text("".join(json.dumps({**row, "label": int(row["label"])}) + "\n" for row in held_out))
+    given = ["--model", str(tiny.model), "--adapter", str(tmp_path / "run" / "adapter"), "--no-completions", "--json"]
+    capsys.readouterr()
+    for path, undesirable in ((numbers, 2), (rows["pairs"].with_name("good.jsonl"), None)):
+        if undesirable is None:
+            good = [{name: row[name] for name in ("prompt", "completion")} for row in held_out if row["label"]]
+            path.write_text("".join(json.dumps(row) + "\n" for row in good))
+        assert main(["evaluate", *given, "--data", str(path)]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert (printed["rows"], printed.get("undesirable")) == (3, undesirable)
+    only_bad = tmp_path / "bad.jsonl"
+    only_bad.write_text("".join(json.dumps(row) + "\n" for row in held_out if not row["label"]))
+    train(with_options(made, output=tmp_path / "bad", eval_data=(str(only_bad),)))
+    answers = [json.loads(line) for line in (tmp_path / "bad" / "answers.jsonl").read_text().splitlines()]
+    assert answers and {answer["reference"] for answer in answers} == {""}
+
+
 def test_a_stopped_run_goes_on_with_its_reference(
     straight: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

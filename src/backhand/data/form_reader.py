@@ -45,6 +45,8 @@ class FormReader:
         context_column: str | None = None,
         columns: Iterable[str] = (),
     ) -> None:
+        if purpose is None and "label" in (columns := [*columns]):
+            purpose = "labelled"
         self._purpose: Purpose | None = purpose
         self._questions = questions or {}
         self._detect = partial(

@@ -229,7 +229,8 @@ def detect(
 
     Args:
         allow_prompts: also accept rows without an answer.
-        purpose: use of the rows; None for pairs if the columns are those of pairs, else answers.
+        purpose: use of the rows. None for pairs if the columns are those of pairs, else answers; `labelled` for
+            the same, but an answer's column `label` is read. With None, it is read if it is `true` or `false`.
         named: columns or templates by option; the form must read each of these options' columns.
         questions: names of the questions of decisions, if they are known; advice names columns of their answers.
         following: the rows after this one; None if they are not known. If it fits no form, some of them are consumed
@@ -240,8 +241,8 @@ def detect(
     """
     given = named or {}
     present = frozenset(name for name, value in raw.values.items() if value is not None)
-    if purpose is None:
-        purpose = "pairs" if present.issuperset(PREFERENCE) and given.keys() <= {"prompt"} else "answers"
+    if purpose in (None, "labelled"):
+        purpose = _purpose_of(raw, present, given, labelled=purpose == "labelled")
     forms = forms_for(purpose, "prompts") if allow_prompts else forms_for(purpose)
     form = next((form for form in forms if given.keys() <= {*form.columns} <= present), None)
     preferred = purpose == "answers" and not allow_prompts and present.issuperset(PREFERENCE)
@@ -262,6 +263,15 @@ def detect(
             or f"{columns.title_step}{next_step}",
         )
     raise columns.preference_pair() or columns.without_answer() or columns.null() or columns.unknown()
+
+
+def _purpose_of(raw: RawRow, present: frozenset[str], given: Mapping[str, str], *, labelled: bool) -> Purpose:
+    """Return the use of rows to evaluate: pairs, answers with a label, or answers."""
+    if {*PREFERENCE} <= present and given.keys() <= {"prompt"}:
+        return "pairs"
+    (unpaired,) = forms_for("labels")
+    names_it = labelled or str(raw.values.get(unpaired.columns[-1])).strip().lower() in ("true", "false")
+    return "labels" if names_it and present >= {*unpaired.columns} >= given.keys() else "answers"
 
 
 def fits(raw: RawRow) -> bool:

@@ -214,7 +214,7 @@ def read_examples(
         allow_prompts=prompts_suffice,
         answers_only=answers_only,
         questions=questions,
-        refuses_classes=answers_only and purpose in ("answers", None),
+        refuses_classes=answers_only and purpose in ("answers", "labelled", None),
         texts_only=options.train_on == "text",
         recorded=recorded,
         context_column=None if teacher is None else teacher.column,

@@ -58,7 +58,7 @@ class RowPipeline:
         named = ColumnReader(
             self.named,
             self.system,
-            guess=self.purpose in ("answers", None),
+            guess=self.purpose in ("answers", "labelled", None),
             recorded=self.recorded,
             answers=not self.allow_prompts and self.purpose not in ("states", "prompts"),
             may_be_equal=self.purpose == "embeddings",

@@ -168,10 +168,11 @@ TEMPLATE_PLACES = ("{prompt}", "{privileged_context}")
 OneText = Conversation | Completion | PlainText
 Row = OneText | Pair | UnpairedRow | PromptRow | DecisionRow | EmbeddingRow | RankingRow | ClassRow
 _Learned = Literal["answers", "pairs", "labels", "prompts", "decisions", "embeddings", "rankings", "classes"]
-Purpose = Literal[_Learned, "states", "texts", "candidates"]
-"""Use of rows: answers to learn, pairs of answers, answers with a label, prompts to answer, questions about a
-state with their answers, states to decide, texts to compare, texts whose vectors are computed, queries with documents
-of known relevance, queries with documents to score, or texts with the label that a classification head learns."""
+Purpose = Literal[_Learned, "labelled", "states", "texts", "candidates"]
+"""Use of rows: answers to learn, pairs of answers, answers with a label, prompts to answer, questions about a state
+with their answers, texts to compare, queries with documents of known relevance, or texts with the label that a
+classification head learns; answers to evaluate, with a label if the rows have one; states to decide, texts whose
+vectors are computed, or queries with documents to score."""
 PoolingName = Literal["mean", "cls", "last"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 """Use of the logits of a classification head, named as in transformers: one label, several labels, or a number."""

@@ -137,6 +137,8 @@ def free_answers(
     new_tokens = max(1, min(MAX_NEW_TOKENS, model.context_tokens // 2))
     longest = min(_LONGEST_PROMPT, model.context_tokens - new_tokens)
     pairs = config.objective.purpose == "pairs"
+    if config.objective.purpose == "labels":  # an undesirable answer is no reference
+        examples = [example for example in examples if example.desirable] or examples
     candidates, count = answered_rows(examples, config, fixed=bool(prompted))
     chosen = {number: examples[number] for number in evenly_spaced(len(examples), candidates)}
     of_teacher = {example.source: prompted.get(number) for number, example in chosen.items()}
@@ -266,6 +268,8 @@ def _held_out_answer(
     reference, base, adapted, *others = (_decoded(tokenizer, ids) for ids in answers)
     if isinstance(example.facts, PromptRow):
         reference = example.facts.reference or ""
+    elif example.desirable is False:
+        reference = ""
     special = set(tokenizer.all_special_ids)
     runs = itertools.groupby(prompt.tolist(), key=special.__contains__)  # alternating control tokens and text
     return HeldOutAnswer(

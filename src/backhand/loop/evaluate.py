@@ -32,6 +32,7 @@ from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import check_first_rows, prepare
 from backhand.data.row_encoder import Prompt
+from backhand.data.rows import Purpose
 from backhand.distributed.communicator import Communicator
 from backhand.errors import CheckError, DataError, not_none
 from backhand.generation.completer import complete_greedily
@@ -111,6 +112,7 @@ class Evaluation:
     rows: int  # number of rows
     base: Score
     adapted: Score | None = None  # None without an adapter
+    undesirable: int = field(default=0, kw_only=True)  # number of answers left out as they are labelled undesirable
 
     @property
     def loss_change(self) -> tuple[float, float, float] | None:
@@ -125,6 +127,8 @@ class Evaluation:
         """Return what `evaluate --json` prints, without labels, pairs, decisions and rankings if there are none."""
         adapted = None if self.adapted is None else _json_values(self.adapted, self.base)
         values = {"rows": self.rows, "base": _json_values(self.base), "adapted": adapted}
+        if self.undesirable:
+            values["undesirable"] = self.undesirable
         if self.loss_change is not None:
             values["loss_change"], *values["loss_change_interval"] = self.loss_change
         return values
@@ -154,6 +158,7 @@ class EvaluationRows:
     notes: tuple[str, ...] = ()  # one sentence for each part of the rows that is not measured
     pairs: tuple[Example, ...] = ()  # the rows if they are pairs, else empty
     labels: Labels = field(default_factory=dict)  # the labels of all replies; empty if the replies are no labels
+    undesirable: int = 0  # number of rows that are left out because their answer is labelled undesirable
 
 
 def evaluation_rows(data: DataOptions, loaded: LoadedModel, run: EvaluateRunOptions) -> EvaluationRows:
@@ -166,8 +171,9 @@ def evaluation_rows(data: DataOptions, loaded: LoadedModel, run: EvaluateRunOpti
     data = replace(data, eval_data=(), eval_fraction=0.0, chat_template=loaded.template.chat_template)
     all_prompts: list[Prompt] = []
     prompts_of_rows = all_prompts if run.completions else None
+    purpose: Purpose | None = "labelled" if loaded.objective == "kto" else None
     try:
-        examples, _ = prepare(data, loaded.tokenizer, purpose=None, prompts=prompts_of_rows, recorded=loaded.columns)
+        examples, _ = prepare(data, loaded.tokenizer, purpose=purpose, prompts=prompts_of_rows, recorded=loaded.columns)
     except DataError as error:
         if loaded.objective == "grpo":
             error.next_step = "rows of prompts only: measure the model's own answers with --reward FILE.py:FUNCTION"
@@ -177,6 +183,8 @@ def evaluation_rows(data: DataOptions, loaded: LoadedModel, run: EvaluateRunOpti
                 "with the base model first: backhand generate --data FILE --context CONTEXT --as-rows"
             )
         raise
+    undesirable = {example.source for example in examples.examples if example.desirable is False}
+    all_prompts = [prompt for prompt in all_prompts if prompt.source not in undesirable]
     prompts = tuple(prompt for prompt in all_prompts if prompt.reply is not None)
     vocab_size = loaded.model.vocab_size
     prompt_ids = ((prompt.input_ids, prompt.source) for prompt in prompts)
@@ -184,12 +192,22 @@ def evaluation_rows(data: DataOptions, loaded: LoadedModel, run: EvaluateRunOpti
     notes = [*examples.report.left_out(), *examples.report.notes]
     if without_reply := len(all_prompts) - len(prompts):
         notes.append(f"{count_of(without_reply, 'row')} without a reply at the end: no exact match, the loss alone")
-    rows = len(np.unique(examples.examples.column("source_digest")))
+    rows = len(np.unique(examples.examples.column("source_digest"))) - len(undesirable)
+    if undesirable:
+        are = "is" if len(undesirable) == 1 else "are"
+        notes.append(f"{count_of(len(undesirable), 'answer')} labelled undesirable {are} left out")
+    if not rows:
+        raise DataError(
+            "every answer is labelled undesirable",
+            where=examples.report.sources[0].source,
+            why="loss and exact match are those of desirable answers",
+            next_step="give rows with desirable answers",
+        )
     pairs = tuple(example for example in examples.examples if example.rejected is not None)
-    answers = [replace(example, rejected=None) for example in examples.examples]
+    answers = [replace(one, rejected=None) for one in examples.examples if one.desirable is not False]
     held_out = HeldOut(answers, run.micro_batch_rows)
     labels = {} if pairs else _labels(run.labels, data, loaded, answers, prompts)
-    return EvaluationRows(held_out, rows, prompts, tuple(notes), pairs, labels)
+    return EvaluationRows(held_out, rows, prompts, tuple(notes), pairs, labels, len(undesirable))
 
 
 def _labels(
@@ -446,7 +464,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation | VectorEvaluation:
         models = (False,) if run.adapter is None else (False, True)
         scores = [score(loaded, rows, run, adapter=adapter) for adapter in models]
         base, *adapted = compared(loaded, rows, run, scores) if rows.pairs else scores
-    return Evaluation(rows.rows, base, adapted[0] if adapted else None)
+    return Evaluation(rows.rows, base, adapted[0] if adapted else None, undesirable=rows.undesirable)
 
 
 def _of_decisions(loss: float, answers: int, scores: dict[str, DecisionScore]) -> Score:

@@ -293,7 +293,8 @@ def _outcome(run: RunRecord) -> str:
         clauses = [decision_clause(name, base_decisions.get(name), one, before_it) for name, one in decisions.items()]
         return "; ".join([f"{change} nats per answer{' so far' * run.is_running}", *clauses])
     if run.objective in PAIR_OBJECTIVES:
-        pairs = held_out_pairs(run.evaluations, best_step(run))
+        beta = run.config.get("objective", {}).get("beta")
+        pairs = held_out_pairs(run.evaluations, best_step(run), beta if is_number(beta) else None)
         answers = run.summary.get("free_answers")
         clauses = [] if pairs is None else pair_clauses(pairs, _held_out_rows(run), run.objective, answers)
         return "; ".join([f"{change} {loss_unit(run.objective)}", *clauses])

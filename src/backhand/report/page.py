@@ -165,7 +165,8 @@ def _result_tile(run: RunRecord) -> tuple[str, str, str]:
         answers = run.summary.get("free_answers")
         worse = answers is not None and answers_got_worse(answers)
         words = "; free answers got worse" * worse + "; it forgot" * bool(forgot(run))
-        return (value, f"{name} of pairs{words}", "bad" if words else "")
+        of_what = "per answer" if run.objective == "kto" else "of pairs"
+        return (value, f"{name} {of_what}{words}", "bad" if words else "")
     helped, colour = _verdict_words(run)
     return (value, f"{name}: {helped}", colour)
 
@@ -201,8 +202,8 @@ def _clearest_figure(run: RunRecord) -> tuple[str, Any, Any, Callable[[float], s
         return SCORE_NAMES[score], before.get(score), after[score], _short
     if figures := run.summary.get("distilled"):
         return "tokens as the teacher's", figures["base_top_1"], figures["adapted_top_1"], "{:.1%}".format
-    if pairs := run.summary.get("held_out_pairs"):
-        return "pairs in the right order", None, pairs.get("rewards/accuracies"), _SHARE
+    if (ordered := (run.summary.get("held_out_pairs") or {}).get("rewards/accuracies")) is not None:
+        return "pairs in the right order", None, ordered, _SHARE
     return _loss_figure(run)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from backhand.runs.row_changes import first_and_best
 from backhand.runs.summary import AnswerLengths
-from backhand.words import count_of, interval_text, mean_interval
+from backhand.words import count_of, difference_interval, interval_text, mean_interval
 
 PAIR_OBJECTIVES = frozenset(("dpo", "ipo", "orpo", "simpo", "kto"))
 """Objectives that compare answers, whose loss does not measure how good a free answer is."""
@@ -24,25 +24,51 @@ _SIDES = ("chosen", "rejected")
 _PAIR_FIGURES = ("rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 
 
-def held_out_pairs(records: Iterable[Mapping[str, Any]], best_step: int | None) -> dict[str, float] | None:
+def held_out_pairs(
+    records: Iterable[Mapping[str, Any]], best_step: int | None, beta: float | None = None
+) -> dict[str, float] | None:
     """Return the figures of held-out pairs at the step whose adapter is kept; None if there are none.
 
     Args:
         records: lines of metrics.jsonl.
         best_step: the step whose adapter is kept.
+        beta: factor of the rewards of answers with a label; None if it is not known.
 
     Returns:
         TRL's names of the figures. The two log-probabilities are also given before the first step, as
         `logps/chosen_before` and `logps/rejected_before`, and their changes with `change_bounds`.
+        Answers with a label are no pairs: `rows/chosen` and `rows/rejected` are their numbers, and
+        `rewards/margins_low` and `rewards/margins_high` the bounds of the interval of the margin.
     """
     records = list(records)
     at = {line["step"]: line for line in records if "eval_loss" in line}
     figures = {name: at.get(best_step, {}).get(f"eval_{name}") for name in _PAIR_FIGURES}
     figures |= {f"{name}_before": at.get(0, {}).get(f"eval_{name}") for name in _PAIR_FIGURES[2:]}
-    if figures["rewards/margins"] is None:
-        return None
     known = {name: value for name, value in figures.items() if value is not None}
-    return known | change_bounds([first_and_best(records, name, best_step) for name in ROW_ANSWERS])
+    if not known:
+        return None
+    answers = [first_and_best(records, name, best_step) for name in ROW_ANSWERS]
+    if "rewards/accuracies" not in known:
+        known |= _unpaired(answers, beta)
+    return known | change_bounds(answers)
+
+
+def _unpaired(answers: Sequence[tuple[Sequence[float], Sequence[float]]], beta: float | None) -> dict[str, float]:
+    """Return the numbers of answers with a label, and the bounds of the margin of their rewards where they are known.
+
+    A reward is β times the change of an answer's log-probability since the first step.
+    """
+    found: dict[str, float] = {
+        f"rows/{side}": len(after) for side, (_, after) in zip(_SIDES, answers, strict=True) if after
+    }
+    changes = [
+        [new - old for old, new in zip(before, after, strict=True)] if len(before) == len(after) else []
+        for before, after in answers
+    ]
+    if beta is not None and min(map(len, changes)) > 1:
+        low, high = difference_interval(*([beta * change for change in side] for side in changes))
+        found |= {"rewards/margins_low": low, "rewards/margins_high": high}
+    return found
 
 
 def change_bounds(answers: Sequence[tuple[Sequence[float], Sequence[float]]]) -> dict[str, float]:
@@ -100,18 +126,17 @@ def pair_clauses(pairs: Mapping[str, float], rows: int, objective: str, answers:
         objective: value of `--objective`.
         answers: lengths of free answers, or None if none were generated.
     """
-    clauses = [f"chosen answers have {pairs['rewards/margins']:.3g} more reward than rejected ones on average"]
+    good, bad = names = ("desirable", "undesirable") if objective == "kto" else _SIDES
+    clauses = _margin_clause(pairs, names)
     if (accuracy := pairs.get("rewards/accuracies")) is not None and rows:
         ordered = f"{round(accuracy * rows):,} of {rows:,} held-out pairs are ordered rightly"
-        clauses[0] = (
-            f"{ordered} ({interval_text(accuracy, rows)}), with a mean margin of {pairs['rewards/margins']:.3g}"
-        )
+        clauses = [f"{ordered} ({interval_text(accuracy, rows)}), with a mean margin of {pairs['rewards/margins']:.3g}"]
     since = "" if answers is None or "start" not in answers else " since the adapter that the run started from"
     chosen, rejected = (_change(pairs, side) for side in _SIDES)
     if chosen is not None and rejected is not None:
         unit = "nats per token" if objective in ("simpo", "orpo") else "nats per answer"
         clauses.append(
-            f"the log-probability of chosen answers {_moved(pairs, 'chosen', chosen, f' {unit}')}, that of rejected "
+            f"the log-probability of {good} answers {_moved(pairs, 'chosen', chosen, f' {unit}')}, that of {bad} "
             f"ones {_moved(pairs, 'rejected', rejected, '')}{since}"
         )
     if answers is not None:
@@ -131,6 +156,25 @@ def pair_clauses(pairs: Mapping[str, float], rows: int, objective: str, answers:
             f"{answers['chosen']:.0f} and rejected answers {answers['rejected']:.0f}{worse}"
         )
     return clauses
+
+
+def _margin_clause(pairs: Mapping[str, float], names: tuple[str, str]) -> list[str]:
+    """Return the clause about the mean rewards of both kinds of answers, if anything is known about them."""
+    (good, bad), counts = names, [int(pairs.get(f"rows/{side}", 0)) for side in _SIDES]
+    if (margin := pairs.get("rewards/margins")) is None:
+        missing = [f"no held-out answer is {name}" for name, count in zip(names, counts, strict=True) if not count]
+        return [f"{missing[0]}, so their rewards are not compared"] if len(missing) == 1 else []
+    more = f"{abs(margin):.3g} {'less' if margin < 0 else 'more'} reward than"
+    if not all(counts):
+        return [f"{good} answers have {more} {bad} ones on average"]
+    first = count_of(counts[0], f"{good} held-out answer")
+    others = f"{counts[1]:,} {bad} one{'s' * (counts[1] > 1)}"
+    clause = f"{first} {'has' if counts[0] == 1 else 'have'} {more} {others} on average"
+    low, high = (pairs.get(f"rewards/margins_{end}") for end in ("low", "high"))
+    if low is None or high is None:
+        return [f"{clause} (too few rows for an interval)" if min(counts) < 2 else clause]
+    unclear = ": too few rows to tell the difference from chance" * (low <= 0 <= high)
+    return [f"{clause} (95 % interval of the difference {low:+.3g} to {high:+.3g}{unclear})"]
 
 
 _FARTHER = 1.25

@@ -228,7 +228,7 @@ def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_si
         base_architecture=_gguf_architecture(run.inputs),
         adapter_form=_form(state.lora),
         evaluations=len({line["step"] for line in evaluations}),
-        held_out_pairs=held_out_pairs(lines, progress.best_step),
+        held_out_pairs=held_out_pairs(lines, progress.best_step, run.config.objective.strength),
         loss_change=recorded_loss_change(lines, progress.best_step),
         **_rewards(lines, progress),
         forgotten_nats=forgotten_nats(lines, progress.best_step),
