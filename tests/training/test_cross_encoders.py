@@ -32,11 +32,14 @@ from backhand.files import write_together
 from backhand.interop.command import export_command
 from backhand.interop.merging import merge_command
 from backhand.interop.options import ExportOptions, MergeOptions
+from backhand.loop.evaluate import evaluate_command
 from backhand.loop.objectives.head import head_logits
 from backhand.loop.objectives.rank import CrossEncoderObjective
 from backhand.nn.loading.opening import open_model
-from backhand.options.config import TrainConfig
+from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
+from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
+from backhand.report.adapter_changes import changes_of
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.runs.summary import RunSummary, read_summary
@@ -213,6 +216,8 @@ def test_a_run_learns_and_shows_its_scores(straight: TrainConfig) -> None:
     uses = page.one("section", id="result").text
     assert "0.693 to" in uses and "CrossEncoder('merged')" in uses and "AutoModelForSequenceClassification" in uses
     assert "backhand chat" not in uses and "gguf" not in uses and "vllm" not in uses
+    changes = changes_of(read_run(straight.run.output)).modules
+    assert changes and all(change.relative_norm for change in changes)
 
 
 @pytest.mark.parametrize("loss", ["listwise", "listnet"])
@@ -258,13 +263,18 @@ def test_peft_and_sentence_transformers_give_the_same_scores(
     assert ours == pytest.approx(backhand.rank(QUERY, DOCUMENTS, model=merged, dtype="float32"), abs=1e-6)
 
 
-def test_evaluation_measures_the_head_of_the_adapter(straight: TrainConfig, model: Path) -> None:
+def test_evaluation_measures_the_head_of_the_adapter(straight: TrainConfig, model: Path, capsys: Any) -> None:
     adapter, rows = straight.run.output / "adapter", straight.data.eval_data[0]
     found = backhand.evaluate(data=rows, adapter=adapter, model=model, dtype="float32").as_dict()
     summary = summary_of(straight.run.output)
     assert found["adapted"]["loss"] == pytest.approx(summary.best_eval_loss, rel=1e-4)
     assert found["base"]["loss"] == pytest.approx(np.log(2)) and "retrieval" not in found["base"]
     assert found["adapted"]["retrieval"]["ndcg@10"] == pytest.approx(summary.adapted_retrieval["ndcg@10"])
+    models = ModelOptions(model=str(model), dtype="float32")
+    evaluate_command(EvaluateOptions(models, DataOptions(data=(rows,)), EvaluateRunOptions(adapter=adapter)))
+    printed = capsys.readouterr().out
+    equal = summary.adapted_retrieval["chance"]["loss"]
+    assert f"The best equal scores have a loss of {equal:.4f}" in printed and "base (equal scores)" in printed
 
 
 def test_the_head_of_a_cross_encoder_is_trained_further(straight: TrainConfig, merged: Path, tmp_path: Path) -> None:

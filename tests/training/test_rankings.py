@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 import backhand
+from backhand import printing
 from backhand.data.data_report import TruncationStats
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example
@@ -282,6 +283,7 @@ def test_lint_finds_relevant_negatives_and_documents_given_twice(tmp_path: Path)
     report, _ = lint(DataOptions(data=(str(path),)), answering_tokenizer(), purpose="rankings")
     found = {finding.kind: finding.where for finding in report.findings}
     assert found == {"twice": (f"{path}:1",), "relevant_negative": (f"{path}:2",)}
+    assert report.train.documents == 12 and "two documents, which end in yes and in no" in report.train.notes[-1]
     path.write_text("".join(json.dumps({"query": "q", "positive": text}) + "\n" for text in "abc"))
     report, _ = lint(DataOptions(data=(str(path),)), answering_tokenizer(), purpose="rankings")
     assert [(finding.kind, finding.count) for finding in report.findings] == [("one_score", 3)]
@@ -500,7 +502,7 @@ def model_of(straight: TrainConfig) -> ModelOptions:
 
 
 def test_a_query_ranks_the_texts_of_a_file(
-    straight: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    straight: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = ["a user", "a list", "a json"]
     path = tmp_path / "texts.jsonl"
@@ -508,7 +510,16 @@ def test_a_query_ranks_the_texts_of_a_file(
     adapter = straight.run.output / "adapter"
     given = RankOptions().data, RankRunOptions(adapter=adapter, query="json", top=2, micro_batch_rows=2)
     options = RankOptions(data=replace(given[0], data=(str(path),)), run=given[1], model=model_of(straight))
+    said, pack = list[str](), RowPacker.packed
+
+    def packed(*given: Any) -> Any:
+        said.append(printing.now())
+        return pack(*given)
+
+    monkeypatch.setattr(RowPacker, "packed", packed)
     rank_command(options)
+    monkeypatch.undo()
+    assert said == ["rankings, 0 of 3 texts", "rankings, 2 of 3 texts"]
     shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     scores = backhand.rank("json", texts, adapter=adapter, model=straight.model.model, dtype="float32", threads=1)
     best = sorted(range(3), key=lambda number: -scores[number])[:2]
@@ -626,7 +637,9 @@ def test_evaluate_scores_base_and_adapter(straight: TrainConfig, capsys: pytest.
     evaluate_command(replace(options, run=replace(run, json=False)))
     assert words in capsys.readouterr().out
     evaluate_command(replace(options, run=replace(run, json=False, adapter=None, rankings=True)))
-    assert "base: nDCG@10" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    equal = result["base"]["retrieval"]["chance"]["loss"]
+    assert "base: nDCG@10" in printed and f"The best equal scores have a loss of {equal:.4f}" in printed
 
 
 def test_llama_cpp_gives_the_same_scores_of_a_gguf_file(

@@ -22,8 +22,9 @@ from backhand.data.examples import Example
 from backhand.data.held_out import equal_neighbours, overlap
 from backhand.data.mojibake import find_mojibake
 from backhand.data.options import DataOptions
+from backhand.data.pair_examples import PairFormat
 from backhand.data.prepare import prepare
-from backhand.data.ranking_examples import RankingFormat
+from backhand.data.ranking_examples import RankingFormat, documents_of_texts
 from backhand.data.ranking_lint import problems_of_rankings
 from backhand.data.raw_rows import RowErrors
 from backhand.data.row_encoder import TextFormat
@@ -303,6 +304,7 @@ def lint(
         problems += problems_of_embeddings(train.examples)
     elif purpose == "rankings":
         problems += problems_of_rankings(train.examples)
+        train = train.with_note(documents_of_texts(head=isinstance(text_format, PairFormat)))
     elif purpose == "classes":
         found, labels = problems_of_classes(train.examples, problem_type)
         problems += [*found, ("duplicate", _repeated(train.examples))]

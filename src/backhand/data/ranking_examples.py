@@ -39,6 +39,12 @@ SYSTEM = (
 YES, NO = "yes", "no"
 
 
+def documents_of_texts(*, head: bool) -> str:
+    """Return a sentence about the documents of the texts of a row, whose scores are those of a head or of answers."""
+    of_text = "one document, with the query before it" if head else "two documents, which end in yes and in no"
+    return f"each text of a row is {of_text}"
+
+
 class Answers(NamedTuple):
     """The tokens of both answers."""
 

@@ -501,6 +501,7 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | RewardEvaluation 
     base = result.base
     of_what, parts = ("answer", "answers") if base.decisions else ("token", "supervised tokens")
     ranked = base.retrieval or (result.adapted and result.adapted.retrieval)
+    base_name = "base (equal scores)" if ranked and not base.retrieval else "base"  # an encoder without a score head
     of_what, parts = ("row", "documents") if ranked else (of_what, parts)
     of_tokens = ("perplexity",) if base.perplexity is not None else ()
     matches = ("exact match",) if base.exact_match is not None else ()
@@ -512,7 +513,7 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | RewardEvaluation 
     )
     title = f"{count_of(result.rows, 'row')}, {base.supervised_tokens:,} {parts}"
     shown = table_of("model", *columns, right=columns, title=title)
-    measured = [(name, one) for name, one in (("base", base), ("adapted", result.adapted)) if one]
+    measured = [(name, one) for name, one in ((base_name, base), ("adapted", result.adapted)) if one]
     for name, one in measured:
         perplexity = () if one.perplexity is None else (f"{one.perplexity:.3f}",)
         match = () if one.exact_match is None else (f"{one.exact_match:.1%}",)
@@ -544,6 +545,9 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | RewardEvaluation 
             if one is not base and (main := main_score(one.retrieval)) is not None:
                 words = score_words(base.retrieval or {}, one.retrieval, main)
                 console_for_tables().print(words, soft_wrap=True)
+            if one is last:
+                loss = one.retrieval["chance"]["loss"]
+                console_for_tables().print(f"The best equal scores have a loss of {loss:.4f}", soft_wrap=True)
         if one.decisions is not None:
             print_decisions(name, one.decisions)
     return result

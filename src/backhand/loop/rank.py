@@ -7,7 +7,7 @@ encoder is σ of its head's logit for the pair of query and document, as sentenc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,7 +90,7 @@ class Reranker:
         """Return the scores of the documents of each row before the sigmoid, in nats.
 
         Args:
-            what: name of the rows in the progress line.
+            what: name of the scores in the progress line.
 
         Raises:
             DataError: a query is too long, or a row cannot be rendered.
@@ -103,12 +103,11 @@ class Reranker:
         ]
         scores: list[list[float]] = [[] for _ in rows]
         stats = TruncationStats()
-        with counting(what, len(pieces)) as done:
+        with counting(what, sum(len(row.documents) for row in rows), "texts") as done:
             for part in _parts(pieces):
                 examples = self.encoded([row for _, row in part], stats)
-                for (number, _), of_piece in zip(part, self._scores(examples), strict=True):
+                for (number, _), of_piece in zip(part, self._scores(examples, done), strict=True):
                     scores[number] += of_piece
-                    done()
         if stats.truncated:
             show_notes(
                 [f"{count_of(len(stats.truncated), 'row')} with a document that was cut, because it is too long"]
@@ -130,17 +129,23 @@ class Reranker:
             examples.append(example)
         return examples
 
-    def _scores(self, examples: Sequence[Example]) -> Iterator[list[float]]:
+    def _scores(self, examples: Sequence[Example], done: Callable[[], None]) -> Iterator[list[float]]:
         model, whole = self.loaded.model, stored(examples)
         check_vocabulary(whole.beyond(model.vocab_size), model.vocab_size, self.loaded.tokenizer)
         packer = RowPacker(whole, share_prefixes=model.shares_prefixes)
         counts = [len(example.facts_as(RankedTexts).documents) for example in examples]
-        rows = max(1, self.documents // max(counts))
+        rows, left = max(1, self.documents // max(counts)), iter(counts)
+
+        def on_row() -> None:
+            for _ in range(next(left)):
+                done()
+
         if isinstance(self.encoder, PairEncoder):
             assert isinstance(model, EngineCompleter), "other engines have no heads"
-            found = not_none(head_logits(model.decoder, packer, rows, Communicator())).squeeze(1)
+            found = not_none(head_logits(model.decoder, packer, rows, Communicator(), done=on_row)).squeeze(1)
         else:
-            found = scores_of(not_none(document_sums(model, packer, range(len(examples)), rows, Communicator())))
+            every = range(len(examples))
+            found = scores_of(not_none(document_sums(model, packer, every, rows, Communicator(), on_row=on_row)))
         require_finite(found)
         return iter([part.tolist() for part in found.split(counts)])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +61,14 @@ def _read(
     adapter, recorded = read_factors(directory), dict(norms)
     # The file is sorted by name, and the modules in facts.json are in forward order.
     order = {name: number for number, name in enumerate(recorded)}
-    changes = inspect_modules(adapter, 0.0, lambda name, _module: recorded.get(name))
+
+    def name_of(module: str) -> str:
+        # The file of an encoder with a head has the names of a class for classification, as in `bert.encoder.layer.0`.
+        inner = module.partition(".")[2]
+        return inner if module not in recorded and inner in recorded else module
+
+    changes = inspect_modules(adapter, 0.0, lambda name, _module: recorded.get(name_of(name)))
+    changes = [replace(change, module=name_of(change.module)) for change in changes]
     changes.sort(key=lambda change: order.get(change.module, len(order)))
     return tuple(changes), _phrases(adapter.others)
 

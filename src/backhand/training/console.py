@@ -18,6 +18,7 @@ from rich.text import Text
 from backhand.data.held_out import FEWEST_ROWS, USUAL_SHARE
 from backhand.data.lint import label_spellings
 from backhand.data.options import system_option
+from backhand.data.ranking_examples import documents_of_texts
 from backhand.distributed.communicator import Communicator
 from backhand.kernels.builds import describe, library
 from backhand.loop.forecast import FULL_LENGTH, Forecast
@@ -462,12 +463,7 @@ def opening_facts(
     if objective.purpose == "pairs" and report.documents == 2 * report.rows:
         facts.append("data: each row has two documents, with the chosen and with the rejected answer")
     if objective.purpose == "rankings":
-        of_text = (
-            "one document, with the query before it"
-            if run.inputs.trains_head
-            else "two documents, which end in yes and in no"
-        )
-        facts.append(f"data: each text of a row is {of_text}")
+        facts.append(f"data: {documents_of_texts(head=run.inputs.trains_head)}")
     if run.inputs.held_out is not None:
         facts.append(f"held out: {reworded('; '.join(run.inputs.held_out.report.lines(unit)))}")
     facts.append(

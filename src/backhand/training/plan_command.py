@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from backhand.data.examples import Example
+from backhand.data.ranking_examples import documents_of_texts
 from backhand.data.row_sample import RowSample, sampled
 from backhand.engines.machine import Machine, resolve_machine
 from backhand.engines.memory.plan import LIVE_VIEW, HeldBase
@@ -124,6 +125,8 @@ def plan(options: PlanOptions) -> PlanReport:
             notes[-1] += f"; a row has {texts} texts, and each further negative adds one"
     else:
         notes += run_plan.inputs.train.report.lines(config.objective.unit)
+        if config.objective.purpose == "rankings":
+            notes.append(documents_of_texts(head=run_plan.inputs.trains_head))
         if run_plan.inputs.held_out is not None:
             held_out = run_plan.inputs.held_out.report.lines(config.objective.unit)
             notes.append(_HELD_OUT + "; ".join(held_out))
