@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import scipy.linalg
 from matplotlib.image import imread
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from backhand.arithmetic.combine import combine
+from backhand.arithmetic.compress import compress_adapter
 from backhand.arithmetic.diff import diff_adapters, diff_command
-from backhand.arithmetic.options import CombineOptions, DiffOptions
+from backhand.arithmetic.options import CombineOptions, CompressOptions, DiffOptions
 from backhand.cli.main import main
 from backhand.errors import ArtifactError, CheckError
 from support.peft_adapters import FloatArray, save_with_peft, updates_by_peft
@@ -99,3 +101,28 @@ def test_nothing_in_common_and_nothing_that_fits(
     save_with_peft(tiny_model("llama", hidden_size=48), tmp_path / "narrow", 3)
     with pytest.raises(ArtifactError, match="do not fit each other"):
         diff_adapters(DiffOptions(pair[0], tmp_path / "narrow"))
+
+
+def test_modules_trained_in_full_are_compared_by_their_weights(
+    model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapters = [
+        save_with_peft(model, tmp_path / str(seed), seed, modules_to_save=["lm_head"], target_modules=["q_proj"])
+        for seed in (1, 2)
+    ]
+    file = adapters[1] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    (name,) = (key for key in tensors if key.endswith("lm_head.weight"))
+    save_file(tensors | {name: tensors[name] * 0.75}, file)
+    assert main(["diff", *map(str, adapters)]) == 0
+    assert "trained in full: 1 tensor, relative difference of the weights 0.25" in capsys.readouterr().out
+    found = diff_adapters(DiffOptions(*adapters))
+    assert len(found.modules) == 3 and found.trained_in_full == {"lm_head.weight": pytest.approx(0.25)}
+    tensors = load_file(adapters[0] / file.name)
+    save_file(tensors | {name: tensors[name] * 0.75}, file)
+    with pytest.raises(CheckError, match=r"differ by 0\.25") as caught:  # equal factors do not hide another head
+        diff_command(DiffOptions(*adapters, error=0.1, json=True))
+    assert caught.value.where == "lm_head.weight"
+    with pytest.raises(ArtifactError, match="no update of low rank") as caught_at:
+        compress_adapter(CompressOptions(adapters[0], 0.1, tmp_path / "small"))
+    assert "lower --rank" in str(caught_at.value) and "merge" not in str(caught_at.value)

@@ -356,7 +356,12 @@ def test_the_end_of_a_run_compares_answers_with_the_teacher(tiny: TinyRun, tmp_p
         if json.loads(line).get("set") == "held_out"
     )
     lines = " ".join(closing_lines(summary))
-    assert f"{figures['tokens']} held-out tokens" in lines and "to the first token instead of" in lines
+    assert f"{figures['tokens']} held-out tokens" in lines and "tokens before the answer instead" in lines
+    assert len(figures["first_token_ratios"]) >= 3 and min(figures["first_token_ratios"]) > 0
+    for ratios, said in (([0.5, 0.25, 0.75], "of it in 3 pairs"), ([0.5, 1.25, 0.75], "")):
+        timed = figures | {"first_token_ratios": ratios, "first_token_s": 0.1, "prompted_first_token_s": 0.2}
+        told = " ".join(closing_lines(replace(summary, distilled=timed)))
+        assert ("0.1 s to the first token instead of 0.2 s (25% to 75%" in told) is bool(said) and said in told
     from_adapter = " ".join(closing_lines(replace(summary, compared_with_start=True)))
     assert lines.count("the adapter it started from") == 0
     assert "points), compared with the adapter it started from; the divergence" in from_adapter

@@ -25,24 +25,24 @@ from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.words import name_list
 
-_WHOLE_MODULE = "a whole module trained in addition to the factors, which has no update to add"
+_WHOLE_MODULE = "a whole module trained in addition to the factors, which is no update of low rank"
 
 
 class Part(NamedTuple):
     """A kind of tensor in an adapter's file."""
 
     name: str
-    not_added: str | None = _WHOLE_MODULE  # why adapters with such a tensor cannot be added, None if they can
+    no_update: str | None = _WHOLE_MODULE  # why the tensor is no part of a ΔW, None if it does not matter
 
 
 _PARTS = {
-    ".base_layer.weight": Part("copies of base weights", not_added=None),
+    ".base_layer.weight": Part("copies of base weights", no_update=None),
     ".lora_magnitude_vector": Part(
         "magnitudes (DoRA)",
-        not_added="DoRA scales the sum of base weight and update, which is no update that could be added",
+        no_update="DoRA scales the sum of base weight and update, which is no update that could be added",
     ),
-    ".lora_B.bias": Part("biases of lora_B", not_added="a trained bias in addition to the factors"),
-    ".trainable_tokens_delta": Part("trained token rows", not_added="trained rows of an embedding"),
+    ".lora_B.bias": Part("biases of lora_B", no_update="a trained bias in addition to the factors"),
+    ".trainable_tokens_delta": Part("trained token rows", no_update="trained rows of an embedding"),
 }
 """Kinds of tensors that are no factors, by the suffix of the tensor's name."""
 _WHOLE = Part("whole modules")
@@ -72,6 +72,11 @@ class AdapterFactors:
     part_bytes: Mapping[str, int] = field(default_factory=dict)  # size of each tensor of the file, by name
     record: AdapterRecord | None = None
     dtype: torch.dtype = torch.float32  # of all factors in the file; float32 if they differ
+
+    @property
+    def whole_tensors(self) -> dict[str, Tensor]:
+        """The tensors of modules that are trained in full, by name."""
+        return {key.removeprefix(PREFIX): one for key, one in self.others.items() if part_of(key) is _WHOLE}
 
     @property
     def element_count(self) -> int:
@@ -124,13 +129,15 @@ def read_updates(
 ) -> tuple[tuple[AdapterFactors, ...], ModelSource | None]:
     """Return adapters that consist of a ΔW per module and fit one another, and the base model if it is given.
 
+    `diff` also takes modules that are trained in full, whose weights it compares.
+
     Raises:
         UsageError, ArtifactError: see `read_factors`, `refuse_more_than_factors` and `check_shapes`.
     """
     model = None if options.model is None else open_model(options.model)
     adapters = tuple(read_factors(path, model, allow_pickle=options.reading.allow_pickle) for path in paths)
     for adapter in adapters:
-        refuse_more_than_factors(adapter)
+        refuse_more_than_factors(adapter, options)
     check_shapes(adapters)
     return adapters, model
 
@@ -183,17 +190,28 @@ _COPIED_FIELDS = (*_DIGESTS, "labels", "system", "model_config", "bare")
 """Fields that are copied into the new record if they are equal in all records."""
 
 
-def refuse_more_than_factors(adapter: AdapterFactors) -> None:
+def refuse_more_than_factors(
+    adapter: AdapterFactors, options: CombineOptions | DiffOptions | CompressOptions | None = None
+) -> None:
     """Refuse an adapter that contains more than a ΔW per module.
 
     A copy of a base weight next to the factors of an embedding or head is not part of the update, and is accepted.
 
+    Args:
+        adapter: the adapter.
+        options: of the command that needs it, for the advice; `diff` accepts modules that are trained in full.
+
     Raises:
         UnusableAdapterError: names every tensor that is not a factor.
     """
-    reasons = {key.removeprefix(PREFIX): part_of(key).not_added for key in adapter.others}
-    if problems := [f"{key}: {reason}" for key, reason in reasons.items() if reason]:
+    parts = {key.removeprefix(PREFIX): part_of(key) for key in adapter.others}
+    accepted = _WHOLE if isinstance(options, DiffOptions) else None
+    if problems := [f"{key}: {part.no_update}" for key, part in parts.items() if part.no_update and part != accepted]:
         step = "merge it into its base instead: backhand merge"
+        if isinstance(options, DiffOptions):
+            step = "show the factors of each adapter by itself: backhand inspect"
+        elif isinstance(options, CompressOptions):
+            step = "use it as it is, or train again with a lower --rank: the smaller adapter would have factors alone"
         raise UnusableAdapterError(adapter.directory, problems, next_step=step)
 
 

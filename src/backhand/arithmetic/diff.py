@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from backhand.arithmetic.low_rank import difference_norm, inner_product, princip
 from backhand.arithmetic.options import DiffOptions
 from backhand.errors import CheckError
 from backhand.terminal import console_for_tables
-from backhand.words import labelled
+from backhand.words import count_of, labelled
 
 
 def draw_difference(found: AdapterDifference) -> bytes:
@@ -84,6 +84,7 @@ def _summary(found: AdapterDifference) -> dict[str, Any]:
         "modules": [asdict(module) | {"relative_difference": module.relative} for module in found.modules],
         "only_first": found.only_first,
         "only_second": found.only_second,
+        "trained_in_full": found.trained_in_full,
     }
 
 
@@ -108,6 +109,10 @@ def _print(found: AdapterDifference) -> None:
         for kind, names in by_kind(alone).items():
             norms = spread(alone[name] for name in names)
             console.print(f"only in {label}: {len(names)} of {kind}, ‖ΔW‖ {norms}", soft_wrap=True)
+    if found.trained_in_full:
+        tensors = count_of(len(found.trained_in_full), "tensor")
+        differences = spread(found.trained_in_full.values())
+        console.print(f"trained in full: {tensors}, relative difference of the weights {differences}", soft_wrap=True)
     if (largest := found.largest) is not None:
         console.print(f"Largest relative difference: {largest[1]:.3g}, {largest[0]}", soft_wrap=True)
 
@@ -152,12 +157,14 @@ class AdapterDifference:
     # only_first, only_second: ‖ΔW‖_F of the modules of one adapter alone
     only_first: dict[str, float]
     only_second: dict[str, float]
+    # ‖W − W′‖_F over the larger norm, of each tensor of modules trained in full; 1 if one adapter lacks it
+    trained_in_full: dict[str, float]
 
     @property
     def largest(self) -> tuple[str, float] | None:
         """The module with the largest difference, and the difference; a nonzero module of one adapter differs by 1."""
         alone = {name: 1.0 for name, norm in (self.only_first | self.only_second).items() if norm}
-        found = alone | {module.module: module.relative for module in self.modules}
+        found = alone | {module.module: module.relative for module in self.modules} | self.trained_in_full
         return max(found.items(), key=lambda entry: entry[1], default=None)
 
 
@@ -165,7 +172,8 @@ def compare_updates(first: AdapterFactors, second: AdapterFactors) -> AdapterDif
     """Compare adapters whose modules have the same shapes; see `adapter_factors.check_shapes`."""
     common = [name for name in first.modules if name in second.modules]
     modules = tuple(compare_module(name, first.modules[name], second.modules[name]) for name in common)
-    return AdapterDifference(first, second, modules, _norms(first, common), _norms(second, common))
+    whole = _whole_differences(first.whole_tensors, second.whole_tensors)
+    return AdapterDifference(first, second, modules, _norms(first, common), _norms(second, common), whole)
 
 
 def compare_module(name: str, first: ModuleFactors, second: ModuleFactors) -> ModuleDifference:
@@ -182,6 +190,19 @@ def compare_module(name: str, first: ModuleFactors, second: ModuleFactors) -> Mo
         _angles(one.left[:, : ranks[0]], other.left[:, : ranks[1]]) if both else (),
         _angles(one.right[:, : ranks[0]], other.right[:, : ranks[1]]) if both else (),
     )
+
+
+def _whole_differences(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the relative difference of each tensor, or 1 if the other adapter has none of this shape."""
+    found = {}
+    for name in dict.fromkeys((*first, *second)):
+        pair = [tensors[name].double() for tensors in (first, second) if name in tensors]
+        if len({tensor.shape for tensor in pair}) > 1 or len(pair) < 2:
+            found[name] = 1.0
+            continue
+        largest = max(float(tensor.norm()) for tensor in pair)
+        found[name] = float((pair[0] - pair[1]).norm()) / largest if largest else 0.0
+    return found
 
 
 def _norms(adapter: AdapterFactors, common: Sequence[str]) -> dict[str, float]:

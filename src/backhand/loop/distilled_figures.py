@@ -1,13 +1,15 @@
 """Figures at the end of a distilled run, on held-out prompts: agreement with the teacher, and what a call saves.
 
 The teacher answers the prompts greedily with its context, and the base model and the adapted one without it. The
-seconds to the first token are measured with one prompt at a time, on the same machine and engine.
+seconds to the first token are measured with one prompt at a time, by model and teacher in turns, since other programs
+may slow a whole minute.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
+from itertools import chain, cycle, islice
 from statistics import fmean, median
 from typing import Any
 
@@ -25,8 +27,8 @@ from backhand.runs.summary import DistilledFigures
 
 MOST_ANSWERED = 64
 """Largest number of prompts that are answered."""
-TIMED = 3
-"""Number of prompts of which the seconds to the first token are measured."""
+TIMED = 5
+"""Number of pairs of prompts of which the seconds to the first token are measured."""
 
 
 def distilled_figures(
@@ -70,7 +72,6 @@ def distilled_figures(
 
     adapted = answers(students)
     adapted_kl, adapted_same = agreement(model, packer, micro_batch_rows)
-    first_s = _first_token_s(model, students[:TIMED])
     with computing_with(model, start):
         base = answers(students)
         base_kl, base_same = agreement(model, packer, micro_batch_rows)
@@ -80,7 +81,8 @@ def distilled_figures(
             chosen = [row for row in group if row in numbers]
             of_teacher |= zip(chosen, answers([prompts[row][1] for row in chosen]), strict=True)
         expected = [of_teacher[number] for number in numbers]
-        prompted_s = _first_token_s(model, teachers[:TIMED])
+    seconds = _first_token_s(model, list(zip(students, teachers, strict=True)), start)
+    first_s, prompted_s = zip(*seconds, strict=True)
     short = all(len(answer) < limit for answer in expected)
 
     def equal(given: Sequence[list[int]]) -> float | None:
@@ -99,8 +101,9 @@ def distilled_figures(
         "adapted_equal": equal(adapted),
         "prompt_tokens": fmean(map(len, students)),
         "prompted_tokens": fmean(map(len, teachers)),
-        "first_token_s": first_s,
-        "prompted_first_token_s": prompted_s,
+        "first_token_s": median(first_s),
+        "prompted_first_token_s": median(prompted_s),
+        "first_token_ratios": [one / other for one, other in seconds],
     }
     return figures, {row: decode(tokenizer, ids).strip() for row, ids in zip(numbers, expected, strict=True)}
 
@@ -111,11 +114,24 @@ def _prompt(example: Example) -> list[int]:
     return ids
 
 
-def _first_token_s(model: Decoder, prompts: Sequence[Sequence[int]]) -> float:
-    """Return the median seconds from a prompt to the first token of its answer. The first call is not counted."""
-    seconds = []
-    for prompt in (prompts[0], *prompts):
-        began = time.perf_counter()
+def _first_token_s(
+    model: Decoder, prompts: Sequence[tuple[list[int], list[int]]], start: Tensor | None
+) -> list[tuple[float, float]]:
+    """Return the seconds from a prompt to the first token of its answer, of model and teacher in `TIMED` pairs.
+
+    Args:
+        prompts: of model and teacher. The first pair is computed once more before, and not counted.
+        start: as in `distilled_figures`.
+    """
+
+    def seconds(prompt: list[int]) -> float:
+        began_s = time.perf_counter()
         complete_greedily(model, [prompt], max_new_tokens=1, stop_ids=())
-        seconds.append(time.perf_counter() - began)
-    return median(seconds[1:])
+        return time.perf_counter() - began_s
+
+    measured = []
+    for student, teacher in islice(chain(prompts[:1], cycle(prompts)), TIMED + 1):
+        of_student = seconds(student)
+        with computing_with(model, start):
+            measured.append((of_student, seconds(teacher)))
+    return measured[1:]

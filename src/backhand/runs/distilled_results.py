@@ -61,7 +61,18 @@ def distilled_sentences(figures: DistilledFigures, objective: str, since: str = 
     if objective == "bake":
         sentences.append(
             f"A call has {figures['prompt_tokens']:,.0f} tokens before the answer instead of "
-            f"{figures['prompted_tokens']:,.0f}, and {figures['first_token_s']:.2g} s to the first token instead of "
-            f"{figures['prompted_first_token_s']:.2g} s."
+            f"{figures['prompted_tokens']:,.0f}{_first_token_words(figures)}."
         )
     return sentences
+
+
+def _first_token_words(figures: DistilledFigures) -> str:
+    """Return a clause on the seconds to the first token, or "" if the pairs of measurements contradict each other."""
+    ratios = figures.get("first_token_ratios", ())
+    if not ratios or min(ratios) < 1 <= max(ratios):
+        return ""
+    share = f"{min(ratios):.0%} to {max(ratios):.0%} of it in {len(ratios)} pairs"
+    return (
+        f", and {figures['first_token_s']:.2g} s to the first token instead of "
+        f"{figures['prompted_first_token_s']:.2g} s ({share})"
+    )

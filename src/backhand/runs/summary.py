@@ -106,6 +106,8 @@ class DistilledFigures(TypedDict):
     # first_token_s, prompted_first_token_s: median seconds from the prompt to the first token, of model and teacher
     first_token_s: float
     prompted_first_token_s: float
+    # seconds of the model over those of the teacher, in each of several pairs; missing in older files
+    first_token_ratios: NotRequired[list[float]]
 
 
 class NeutralAnswer(TypedDict):
