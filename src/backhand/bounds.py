@@ -46,7 +46,8 @@ class Bound:
         """Raise UsageError unless `value` is a number in the range, and an integer if `whole`."""
         noun = self.noun or where.partition("[")[0]
         if not _is_number(value, whole=whole) or self._too_small(value) or (self._too_large(value) and self._interval):
-            kind = "a text, not" if isinstance(value, str) else "not"
+            as_text = isinstance(value, str) and _is_number(_number_in(value), whole=False)
+            kind = "a text, not" if as_text else "not"
             raise UsageError(
                 f"{noun} {shown(value)} is {kind} {self._expected(whole=whole)}",
                 where=where,

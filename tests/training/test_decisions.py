@@ -332,7 +332,7 @@ def test_the_end_of_a_run_shows_each_question(straight: TrainConfig) -> None:
     [
         (0.25, 5 / 12, "not clearly better than the base model or a constant answer", "unclear"),
         (0.25, 1.0, "better than the base model and a constant answer", "helped"),
-        (1.0, 0.25, "the base model is better", "hurt"),
+        (11 / 12, 0.25, "the base model is better", "hurt"),
     ],
 )
 def test_a_lower_loss_of_decisions_is_no_help_alone(

@@ -53,8 +53,7 @@ def require_head(config: DecoderConfig) -> None:
             f"this {config.family} model has no language-model head",
             where="model",
             why="it computes hidden states of texts and no probabilities of tokens",
-            next_step="train it to compute vectors (--objective embed), to rank documents (rank) or to choose labels "
-            "(classify), or choose a language model",
+            next_step="train it with --objective embed, rank or classify, or choose a language model",
         )
 
 
