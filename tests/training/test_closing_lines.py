@@ -479,7 +479,7 @@ def test_the_interval_of_a_gain_is_that_of_the_changed_rows() -> None:
 
 
 def test_the_same_accuracies_are_clear_if_few_rows_changed(ended: RunSummary) -> None:
-    """29 → 39 of 60 rows, none of which became wrong: the intervals of both accuracies overlap."""
+    """29 → 39 of 60 rows, and no row became wrong: the intervals of both accuracies overlap."""
     right = ["a", "b", "c"] * 20
     base = label_score(right, right[:29] + ["d"] * 31, "abcd", right)
     nested, other = right[:39] + ["d"] * 21, ["d"] * 21 + right[21:]
