@@ -289,8 +289,9 @@ def test_dora_and_whole_modules_are_refused_by_name(model: nn.Module, three: tup
         "saved": save_with_peft(model, tmp_path / "saved", 5, modules_to_save=["lm_head"]),
     }
     for name, shown in (("dora", "dora|DoRA"), ("saved", "modules_to_save|lm_head")):
-        with pytest.raises(ArtifactError, match=shown):
+        with pytest.raises(ArtifactError, match=shown) as error:
             run("add", (three[0], more[name]), tmp_path / "new")
+        assert "--from-adapter" in str(error.value.next_step)
     assert not (tmp_path / "new").exists()
 
 

@@ -297,6 +297,9 @@ def test_where_it_lies_and_what_to_type_next_is_printed(
     assert isinstance(names["model"], peft.PeftModel)
     export_command(replace(options, to="gguf", output=tmp_path / "a.gguf"))
     assert f"next: llama-cli -m BASE.gguf --lora {tmp_path / 'a.gguf'}" in capsys.readouterr().out
+    export_command(replace(options, to="mlx", output=tmp_path / "mlx"))
+    command = f"next: mlx_lm.generate --model {tiny.directory} --adapter-path {tmp_path / 'mlx'} --prompt '…'"
+    assert command in capsys.readouterr().out
 
 
 def test_a_modelfile_names_no_file_of_a_python_environment(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def refuse_more_than_factors(
     parts = {key.removeprefix(PREFIX): part_of(key) for key in adapter.others}
     accepted = _WHOLE if isinstance(options, DiffOptions) else None
     if problems := [f"{key}: {part.no_update}" for key, part in parts.items() if part.no_update and part != accepted]:
-        step = "merge it into its base instead: backhand merge"
+        step = "continue one of the adapters on the rows of the other: backhand train --from-adapter"
         if isinstance(options, DiffOptions):
             step = "show the factors of each adapter by itself: backhand inspect"
         elif isinstance(options, CompressOptions):

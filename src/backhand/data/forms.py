@@ -243,7 +243,7 @@ def detect(
     present = frozenset(name for name, value in raw.values.items() if value is not None)
     if purpose in (None, "labelled"):
         purpose = _purpose_of(raw, present, given, labelled=purpose == "labelled")
-    forms = forms_for(purpose, "prompts") if allow_prompts else forms_for(purpose)
+    forms = [*forms_for(purpose), *(forms_for("prompts") if allow_prompts else ())]
     form = next((form for form in forms if given.keys() <= {*form.columns} <= present), None)
     preferred = purpose == "answers" and not allow_prompts and present.issuperset(PREFERENCE)
     if form is not None and not (preferred and len(form.columns) == 1 and not given):

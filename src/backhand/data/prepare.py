@@ -297,6 +297,7 @@ def prepare_prompts(
     bad = RowErrors(rows.skip_bad)
     pipeline = RowPipeline(
         *(rows, named or NamedColumns(), template.system, bad),
+        purpose=None,  # an undesirable answer must be recognized
         allow_prompts=True,
         refuses_classes=True,
         recorded=recorded,

@@ -53,7 +53,7 @@ class Prompt:
         input_ids: (tokens,) int32, up to the start of the reply.
         text: the same prompt as rendered, with control tokens.
         reply: the reference reply without control tokens: the last reply as the chat template renders it, or the
-            completion unchanged. None if the row has no answer or is plain text.
+            completion unchanged. None if the row is plain text, has no answer or one that is labelled undesirable.
         source: location of the row.
         row: the row; None for a prompt that was cut out of an example.
     """
@@ -199,7 +199,8 @@ class RowEncoder:
         if self._options is None and self._teacher is not None:
             text = self._teacher.of(text)
         document, reply = self._prompts.prompt(text)
-        return _RenderedRow(row, parts, [document], reply)
+        undesirable = isinstance(row, UnpairedRow) and not row.desirable
+        return _RenderedRow(row, parts, [document], None if undesirable else reply)
 
     def _examples(self, row: Row, parts: list[list[Example]], stats: TruncationStats) -> list[Example]:
         options, decisions = self._options, self._decisions

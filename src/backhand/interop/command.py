@@ -123,6 +123,9 @@ def _how_to_use(options: ExportOptions, opened: OpenedAdapter, output: str) -> t
         return _next(*sentence_transformers_code(str(options.output), vectors=kind_of(opened) == "vectors").split("\n"))
     if options.to == "ollama":
         return _next(*_trained(opened).in_ollama(output))
+    if options.to == "mlx" and objective not in ("decide", "embed", "rank", "classify"):
+        base = opened.loaded.described.base_model or opened.base_name
+        return _next(f"mlx_lm.generate --model {shlex.quote(base)} --adapter-path {output} --prompt '…'")
     if options.to != "gguf":
         return ()
     if objective == "decide" and not options.decision:
