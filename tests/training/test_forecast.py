@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from backhand.loop import forecast as forecasts
-from backhand.loop.forecast import Forecast
+from backhand.loop.forecast import SHARED, Forecast
 from backhand.loop.observers import Observer, RunStart
 from backhand.options.config import RunOptions, TrainConfig
 from backhand.training import calibration
@@ -95,7 +96,7 @@ def test_a_run_says_its_time_with_its_plan(
     said = capsys.readouterr().err
     (plan,) = (line for line in said.splitlines() if line.startswith("plan: "))
     clause = " if every answer has its full length" if kind == "rewards" else ""
-    assert re.search(rf"peak memory about [\d.,]+ [MG]iB; about [\d.]+ s{clause}$", plan)
+    assert re.search(rf"peak memory about [\d.,]+ [MG]iB; about [\d.]+ s{clause}({SHARED})?$", plan)
     steps = [
         line for line in said.splitlines() if line.startswith("step ") and "loss" in line and "held-out" not in line
     ]
@@ -127,6 +128,17 @@ def test_the_end_counts_all_answers(
     assert forecast is not None and passes - 6 <= forecast.end_s < passes + 15
 
 
+@pytest.mark.parametrize("computing", [0.1, 1.0])
+def test_time_measured_next_to_other_work_says_so(
+    computing: float, tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = time.perf_counter
+    monkeypatch.setattr(time, "thread_time", lambda: computing * clock())
+    train(tiny.config(tmp_path / "run", quiet=False, max_steps=1, answers=0))
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("plan: "))
+    assert (SHARED in line) == (computing < 0.5)
+
+
 def test_a_resumed_run_says_the_time_of_the_steps_that_remain(
     tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,7 +147,7 @@ def test_a_resumed_run_says_the_time_of_the_steps_that_remain(
         train(made, callbacks=[StopAfter(3)])
     train(TrainConfig(run=RunOptions(output=tmp_path / "run", resume=True)))
     (plan,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("plan: "))
-    assert re.search(r"about [\d.]+ s for the remaining 2 steps$", plan)
+    assert re.search(rf"about [\d.]+ s for the remaining 2 steps({SHARED})?$", plan)
 
 
 def test_measuring_changes_no_bit(tiny: TinyRun, tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ class Speed:
     finish_s: float  # seconds of the checkpoints, and of the answers and files at the end
     measured_s: float  # seconds of the measurement
     kept_s: float = 0.0  # seconds saved by cached hidden states; the other durations do not contain them
+    shared: bool = False  # other programs used the processor during the measurement
 
     @property
     def run_s(self) -> float:
@@ -76,6 +77,7 @@ class Seconds(NamedTuple):
     update: float  # of an update of the adapter
     decode: float  # of the next token of a few answers
     pair: float = 0.0  # of a pair of a query and a key (`attention_time`), in tokens of `trained`
+    shared: bool = False  # other programs used the processor during the measurement
 
 
 def calibrate(plan: RunPlan, machine: Machine, *, budget_s: float = BUDGET_S) -> Speed:
@@ -109,6 +111,7 @@ def calibrate(plan: RunPlan, machine: Machine, *, budget_s: float = BUDGET_S) ->
         finish_s=sum(predicted.pauses_s.values()) - sum(evaluations.values()) + predicted.end_s,
         measured_s=time.perf_counter() - began,
         kept_s=kept * seconds.below,
+        shared=seconds.shared,
     )
 
 
@@ -153,7 +156,7 @@ def _forecast(plan: RunPlan, machine: Machine, seconds: Seconds, evaluated: floa
     evaluations = _evaluations_s(plan, machine, seconds, evaluated)
     save_s = _SAVED_BYTES * plan.size.adapter_elements / _WRITTEN_PER_S
     pauses = {step: evaluations.get(step, 0.0) + (save_s if step else 0.0) for step in sorted({*evaluations, *saves})}
-    return Forecast(steps_s, pauses, _end_s(plan, seconds, evaluated), full_length=sampled)
+    return Forecast(steps_s, pauses, _end_s(plan, seconds, evaluated), full_length=sampled, shared=seconds.shared)
 
 
 _SAVED_BYTES, _WRITTEN_PER_S = 16, 1e8
@@ -257,6 +260,7 @@ def _works(plan: RunPlan, packer: RowPacker, groups: Sequence[Sequence[int]], pa
 
 def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float) -> Seconds:
     """Measure the seconds of the parts of a training pass of the whole model."""
+    began, computed = time.perf_counter(), time.thread_time()
     memory, vocab_size = plan.memory, plan.inputs.engine.vocab_size
     models = [short.model, *(more.model for more in short.more)]
 
@@ -281,13 +285,20 @@ def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float
             short.model.dtype, machine.device, recompute=memory.recompute, deadline=deadline
         )
         trained_s = max(trained_s / 2, trained_s - pair_s * attention.pairs(shape.lengths, shape.parents))
+    update_s = _update_s(plan.inputs.layout, machine)
+    own = (time.thread_time() - computed) / (time.perf_counter() - began)
     return Seconds(
         trained=trained_s / tokens,
         below=short.below * block / tokens,
-        update=_update_s(plan.inputs.layout, machine),
+        update=update_s,
         decode=whole(short, few_s),
         pair=pair_s * tokens / trained_s,
+        shared=machine.device.type == "cpu" and own < _OWN_SHARE,
     )
+
+
+_OWN_SHARE = 0.75
+"""Share of the measurement that the main thread computes, below which other programs used the processor."""
 
 
 _PROBE_TOKENS, _DECODED_TOGETHER, _DECODING_PASSES = 64, 8, 5

@@ -19,7 +19,7 @@ from backhand.data.row_sample import RowSample, sampled
 from backhand.engines.machine import Machine, resolve_machine
 from backhand.engines.memory.plan import LIVE_VIEW, HeldBase
 from backhand.errors import BackhandError, not_none
-from backhand.loop.forecast import FULL_LENGTH
+from backhand.loop.forecast import FULL_LENGTH, SHARED
 from backhand.loop.rewards.process import RewardProcess
 from backhand.nn.compute import compute_settings
 from backhand.options.command_options import PlanOptions
@@ -241,8 +241,8 @@ def _print_speed(console: Console, report: PlanReport, speed: Speed) -> None:
     text = (
         f"{speed.tokens_per_s:,.0f} tokens/s{of_all} (measured for {speed.measured_s:.0f} s): "
         f"{report.steps:,} steps take about {duration(speed.train_s)}"
-        + FULL_LENGTH
-        * plan.inputs.config.objective.trains_on_samples
+        + FULL_LENGTH * plan.inputs.config.objective.trains_on_samples
+        + SHARED * speed.shared
     )
     if speed.evaluate_s:
         text += f", evaluations {duration(speed.evaluate_s)} more"
