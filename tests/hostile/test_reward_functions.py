@@ -232,12 +232,19 @@ def test_a_function_that_fails(name: str, tmp_path: Path) -> None:
     assert raised.value.exit_code == 6 and len(str(raised.value)) < 3000 and "\x1b" not in str(raised.value)
 
 
-def test_a_function_too_slow_for_all_answers_together_names_the_limit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("trains", "step"),
+    [
+        (True, "raise --reward-timeout, or make the function faster, and go on with --resume"),
+        (False, "make the function faster, and evaluate again"),
+    ],
+)
+def test_a_function_too_slow_for_all_answers_together_names_the_limit(trains: bool, step: str, tmp_path: Path) -> None:
     name = function(tmp_path, "time.sleep(0.4 * len(completions))\nreturn [1.0] * len(completions)", "import time")
-    with RewardProcess([name], 1.0) as process, pytest.raises(CheckError) as raised:
+    with RewardProcess([name], 1.0, trains=trains) as process, pytest.raises(CheckError) as raised:
         process.rewards(answers("1", "2", "3"))
     assert raised.value.what == f"the reward function {name} took more than 1 s for 3 answers"
-    assert raised.value.where is None and str(raised.value.next_step).startswith("raise --reward-timeout, ")
+    assert raised.value.where is None and raised.value.next_step == step
 
 
 @pytest.mark.parametrize("at_call", [False, True])

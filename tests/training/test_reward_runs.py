@@ -184,7 +184,7 @@ def test_its_page_shows_rewards_and_answers_over_time(straight: TrainConfig) -> 
     }
 
 
-def test_evaluate_tells_the_rewards_of_base_and_adapter(straight: TrainConfig, capsys: Any) -> None:
+def test_evaluate_tells_the_rewards_of_base_and_adapter(straight: TrainConfig, functions: Path, capsys: Any) -> None:
     run, data = straight.run, replace(straight.data, data=straight.data.eval_data, eval_data=())
     asked = EvaluateRunOptions(
         adapter=run.output / "adapter", reward=straight.rewards.reward, max_new_tokens=10, json=True
@@ -194,6 +194,10 @@ def test_evaluate_tells_the_rewards_of_base_and_adapter(straight: TrainConfig, c
     measured = [line["eval_reward"] for line in lines(run.output) if "eval_loss" in line]
     assert reported["rows"] == 4 and reported["base"]["reward"] == measured[0]
     assert reported["adapted"]["reward"] == reported["adapted"]["rewards/evens/mean"] == max(measured)
+    failing = replace(asked, reward=(f"{functions}:few",), max_new_tokens=1)
+    with pytest.raises(CheckError) as raised:
+        evaluate_command(EvaluateOptions(straight.model, data, failing))
+    assert raised.value.next_step == "correct the function, and evaluate again"
 
 
 def test_evaluate_reads_the_columns_of_training(straight: TrainConfig, tmp_path: Path) -> None:

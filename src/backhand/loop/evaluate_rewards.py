@@ -52,7 +52,7 @@ def evaluate_rewards(options: EvaluateOptions) -> RewardEvaluation:
     run, data = options.run, replace(options.data, eval_data=(), eval_fraction=0.0)
     rewards = RewardOptions(reward=run.reward, max_new_tokens=run.max_new_tokens)
     with (
-        RewardProcess(run.reward, rewards.reward_timeout) as functions,
+        RewardProcess(run.reward, rewards.reward_timeout, trains=False) as functions,
         loaded_model(options.model, run.adapter, template=data) as loaded,
     ):
         show_notes([*loaded.notes, *loaded.purpose_notes()])

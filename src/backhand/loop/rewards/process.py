@@ -169,10 +169,11 @@ class RewardProcess:
     Args:
         names: the functions.
         timeout_s: time limit of a function for one batch of answers.
+        trains: False for an evaluation, which cannot be resumed and has no option for the time limit.
     """
 
-    def __init__(self, names: Sequence[str], timeout_s: float) -> None:
-        self.names, self.timeout_s = tuple(names), timeout_s
+    def __init__(self, names: Sequence[str], timeout_s: float, *, trains: bool = True) -> None:
+        self.names, self.timeout_s, self.trains = tuple(names), timeout_s, trains
         self._process: subprocess.Popen[bytes] | None = None
         self._output: _OutputReader | None = None
         self._token = b""  # each line of the response to the newest request begins with it
@@ -325,7 +326,7 @@ class RewardProcess:
             f"the reward function {function} {how}{quoted}",
             where=None if answer is None else answer.asked.source,
             why="; ".join(reasons),
-            next_step=f"{next_step}, and {RESUME_STEP}",
+            next_step=f"{next_step}, and {RESUME_STEP if self.trains else 'evaluate again'}",
         )
 
     def _send(self, value: Any) -> None:
@@ -350,7 +351,7 @@ class RewardProcess:
             left = deadline - time.monotonic()
             if left <= 0 or not wait_for_pipe(source, left):
                 self.close()
-                raise _late(function, timeout_s, answers)
+                raise _late(function, timeout_s, answers, trains=self.trains)
             data = os.read(source, 1 << 16)
             if not data:
                 code = self._process.wait()
@@ -412,10 +413,11 @@ def _batch(answers: Sequence[RewardInput]) -> dict[str, Any]:
     }
 
 
-def _late(function: str, timeout_s: float, answers: int) -> _Failed:
+def _late(function: str, timeout_s: float, answers: int, *, trains: bool) -> _Failed:
     """Return the failure of a function that took too long for this number of answers, or to load if there are none."""
     what = f"for {count_of(answers, 'answer')}" if answers else "to load"
-    faster = "raise --reward-timeout, or make the function faster" if answers else "do less when its file is imported"
+    faster = f"{'raise --reward-timeout, or ' if trains else ''}make the function faster"
+    faster = faster if answers else "do less when its file is imported"
     return _Failed(function, f"took more than {timeout_s:g} s {what}", timed_out=True, next_step=faster)
 
 
