@@ -6,6 +6,7 @@ import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -512,7 +513,11 @@ def test_numbers_far_from_0_are_noted_before_the_run_and_in_its_advice(
         (["0.5", "1"], NUMBER, ("LABEL_0",)),
         (["0.5", "x"], SINGLE, ("0.5", "x")),
         (["0,5", "1", "12,25", "0,125"], NUMBER, ("LABEL_0",)),
-        (["1,234", "2,5"], SINGLE, ("1,234", "2,5")),
+        (["1,234", "2,5"], NUMBER, ("LABEL_0",)),
+        ([*(n / 4 for n in range(1, 10)), "Infinity"], NUMBER, ("LABEL_0",)),
+        ([*(n / 1e7 for n in range(1, 10)), "n/a"], NUMBER, ("LABEL_0",)),
+        (["0.5", "1.5"] * 5 + ["x"], SINGLE, ("0.5", "1.5", "x")),
+        ([*map(str, range(30)), "x"], SINGLE, (*sorted(map(str, range(30))), "x")),
         ([("b",), ()], MULTI, ("b",)),
     ],
 )
@@ -602,6 +607,25 @@ def test_one_label_in_all_rows_is_refused(tiny: TinyRun, tmp_path: Path) -> None
         train(made)
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_text_among_numbers_is_refused_before_anything_is_written(
+    held_out: bool, tiny: TinyRun, tmp_path: Path
+) -> None:
+    given: list[dict[str, Any]] = [{"text": f"user asks {'one ' * n}", "label": n / 4} for n in range(1, 12)]
+    common: dict[str, Any] = {"objective": "classify", "prompt": "text", "completion": "label", "model": tiny.model}
+    for value in (float("inf"), "n/a"):
+        wrong = [{"text": "json", "label": value}, *given[2:]]
+        common |= {"data": given, "eval_data": wrong} if held_out else {"data": wrong}
+        run, plan = partial(backhand.train, output=tmp_path / "run"), partial(backhand.plan, calibrate=False)
+        for call in (run, plan):
+            with pytest.raises(DataError, match="not a number") as refused:
+                call(**common)
+            assert refused.value.where == f"{'eval_data' if held_out else 'data'} row 1"
+            assert 'problem_type="single_label_classification"' in str(refused.value.next_step)
+            assert not (tmp_path / "run").exists()
+        plan(**common, problem_type=SINGLE)
+
+
 def test_lint_reports_labels_that_contradict_and_labels_of_few_rows(tiny: TinyRun, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [("user asks", "a"), ("user asks", "b"), ("json", "b"), ("one", "b"), ("one list", "b")]
@@ -632,11 +656,11 @@ def test_decimal_commas_are_read_as_numbers_or_answered(tiny: TinyRun, tmp_path:
     report = linted(*numbers)
     assert not report.findings and not report.labels
     assert "the labels are read as numbers with a decimal comma, such as 0,05" in report.train.notes
-    (finding,) = linted(*numbers, "n/a", "1,250").findings
-    assert finding.kind == "not_numbers" and "(n/a, 1,250)" in finding.what
-    assert finding.where == (f"{path}:22", f"{path}:23")
-    (finding,) = linted(*(one.replace(",", ".") for one in numbers), "n/a").findings
-    assert finding.kind == "not_numbers"
+    first, second = linted(*numbers, "n/a", "1,250").findings
+    assert first.kind == second.kind == "malformed" and "'n/a', not a number" in first.what
+    assert (first.where, second.where) == ((f"{path}:22",), (f"{path}:23",))
+    (finding,) = (one for one in linted(*["0.5", "1.5"] * 9, "n/a").findings if one.kind == "not_numbers")
+    assert finding.where == (f"{path}:20",) and "(n/a)" in finding.what
     for mixed, where in (
         (linted(*numbers, "1.250"), f"{path}:22"),
         (linted(*numbers, held_out=["1.250", "2.5"]), f"{tmp_path / 'held_out.csv'}:2"),

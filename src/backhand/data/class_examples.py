@@ -76,18 +76,26 @@ class ClassEncoder:
         return pooled_document(tokens, self._format.pooling, row.source, class_label=label)
 
 
+_LIKE_NUMBER = re.compile(r"[-+]?[0-9]+(?:[.,][0-9]+)?")
+_MOSTLY = 0.9
+"""Share of labels like numbers from which the others are probably mistakes."""
+_MOST_NAMES = 20
+"""Largest number of different numbers that may be names of labels, if another label is among them and most repeat."""
+
+
 def problem_of(labels: Iterable[ClassLabel]) -> ProblemType:
     """Return the kind of problem that labels pose: lists are several labels, fractions are numbers.
 
-    Integers are names of labels, unless a fraction is among the labels.
+    Integers are names of labels, unless a fraction is among the labels. If nearly all labels are numbers and most of
+    these differ, the others are mistakes, which `target_of` refuses.
     """
     values = [label.value for label in labels]
     if any(isinstance(value, tuple) for value in values):
         return MULTI
-    numbers = [number_of(value) for value in values]
-    if None not in numbers and any(isinstance(value, float) or not is_integer(str(value)) for value in values):
-        return NUMBER
-    return SINGLE
+    texts = [str(value).strip() for value in values]
+    numbers = _numbers_among(texts)
+    most_differ = len(set(numbers)) > min(_MOST_NAMES, len(numbers) / 2)
+    return NUMBER if numbers and (most_differ or all(number_of(text) is not None for text in texts)) else SINGLE
 
 
 def names_of(labels: Iterable[ClassLabel], problem: ProblemType) -> tuple[str, ...]:
@@ -112,10 +120,13 @@ def target_of(label: ClassLabel, problem: ProblemType, names: Sequence[str], sou
             raise DataError(
                 f"the label is {label.value!r}, not a number",
                 where=source,
-                why="the comma may be a decimal comma, or separate thousands" if either else None,
+                why="the comma may be a decimal comma, or separate thousands"
+                if either
+                else "numbers are learned, because nearly all labels are numbers or --problem-type says so",
                 next_step="write all numbers with a decimal point and without separators of thousands"
                 if either
-                else "give a number, or --problem-type single_label_classification",
+                else "correct the label, or leave the row out; or give --problem-type single_label_classification "
+                "if numbers are names of labels",
             )
         return [number]
     if problem == SINGLE and isinstance(label.value, tuple):
@@ -134,18 +145,16 @@ def target_of(label: ClassLabel, problem: ProblemType, names: Sequence[str], sou
     return [float(name in label.names) for name in names]
 
 
-_LIKE_NUMBER = re.compile(r"[-+]?[0-9]+(?:[.,][0-9]+)?")
-_MOSTLY = 0.9
-"""Share of labels like numbers from which the others are probably mistakes."""
-
-
 def not_numbers(labels: Sequence[ClassLabel]) -> list[int]:
     """Return the indices of labels that prevent a regression although nearly all labels look like fractions."""
     texts = [str(label.value).strip() for label in labels]
-    alike = [text for text in texts if _LIKE_NUMBER.fullmatch(text)]
-    if len(alike) < _MOSTLY * len(texts) or all(map(is_integer, alike)):
-        return []
-    return [place for place, text in enumerate(texts) if number_of(text) is None]
+    return [place for place, text in enumerate(texts) if number_of(text) is None] if _numbers_among(texts) else []
+
+
+def _numbers_among(texts: Sequence[str]) -> list[str]:
+    """Return the labels that look like numbers, or [] unless nearly all labels do and some are fractions."""
+    alike = [text for text in texts if _LIKE_NUMBER.fullmatch(text) or number_of(text) is not None]
+    return [] if len(alike) < _MOSTLY * len(texts) or all(map(is_integer, alike)) else alike
 
 
 def decimal_comma_note(labels: Iterable[tuple[ClassLabel, str]]) -> str | None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from backhand.data.class_examples import NUMBER, SINGLE, not_numbers, problem_of, target_of
+from backhand.data.class_examples import NUMBER, SINGLE, not_numbers, target_of
 from backhand.data.decision_lint import MOST_FREQUENT
 from backhand.data.examples import Example
 from backhand.data.raw_rows import RowErrors, number_of
@@ -31,20 +31,20 @@ def add_misfits(examples: Iterable[Example], problem: ProblemType, bad: RowError
 
 
 def problems_of_classes(
-    examples: Iterable[Example], chosen: ProblemType | None = None
+    examples: Iterable[Example], problem: ProblemType, *, chosen: bool
 ) -> tuple[list[tuple[Any, ...]], dict[str, int]]:
     """Return (kind, locations, phrases) for each kind of problem, see `lint.CHECKS`, and the rows of each label.
 
     Args:
-        chosen: the kind of problem; None for that of the labels.
+        problem: the kind of problem.
+        chosen: False if the labels determine it.
     """
     rows = [(one.source, one.facts, one.input_ids.tobytes()) for one in examples if isinstance(one.facts, ClassLabel)]
     labels = [label for _, label, _ in rows]
-    problem = chosen or problem_of(labels)
     if problem == NUMBER:
         scale = scale_of(labels)
         return [("scale", [rows[0][0]], *scale)] if scale else [], {}
-    if chosen is None and (others := not_numbers(labels)):
+    if not chosen and (others := not_numbers(labels)):
         texts = dict.fromkeys(shorten(str(rows[place][1].value)) for place in others)
         return [("not_numbers", [rows[place][0] for place in others], name_list(texts, limit=5))], {}
     label_of: dict[bytes, ClassLabel] = {}

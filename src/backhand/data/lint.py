@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from backhand.data.class_examples import ClassFormat, decimal_comma_note
+from backhand.data.class_examples import ClassFormat, decimal_comma_note, problem_of
 from backhand.data.class_lint import add_misfits, problems_of_classes, scale_of
 from backhand.data.data_report import DataReport, TruncationStats
 from backhand.data.decision_lint import problems_of_decisions
@@ -292,7 +292,7 @@ def lint(
         ("unsupervised", truncation.dropped_unsupervised),
     ]
     labels: dict[str, int] = {}
-    mixed = RowErrors(skip_bad=True)  # which --skip-bad does not leave out
+    mixed = RowErrors(skip_bad=True, keep=SHOWN_BAD_ROWS)  # which --skip-bad does not leave out
     forms: set[str] = {""}
     if purpose in ("embeddings", "decisions", "rankings", "classes"):
         forms.add(str(purpose))
@@ -306,12 +306,11 @@ def lint(
         problems += problems_of_rankings(train.examples)
         train = train.with_note(documents_of_texts(head=isinstance(text_format, PairFormat)))
     elif purpose == "classes":
-        found, labels = problems_of_classes(train.examples, problem_type)
+        rows = [*train.examples, *(() if held_out is None else held_out.examples)]
+        problem = problem_type or problem_of(one.facts_as(ClassLabel) for one in rows)
+        found, labels = problems_of_classes(train.examples, problem, chosen=problem_type is not None)
         problems += [*found, ("duplicate", _repeated(train.examples))]
-        for part in filter(None, (train, held_out)):
-            if problem_type is not None:
-                add_misfits(part.examples, problem_type, bad)
-        rows = chain(train.examples, () if held_out is None else held_out.examples)
+        add_misfits(rows, problem, mixed)
         try:
             note = None if labels else decimal_comma_note((one.facts_as(ClassLabel), one.source) for one in rows)
             train = train if note is None else train.with_note(note)

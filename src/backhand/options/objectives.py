@@ -204,7 +204,7 @@ class ObjectiveOptions(Options):
     problem_type: ProblemType | None = None
     """Use of the logits of the head of `classify`, named as in transformers: one label per row (cross-entropy), all
     labels of a list (binary cross-entropy), or a number (squared error). Default: several labels if a row has a list,
-    a number if all labels are numbers and some are fractions, else one label."""
+    a number if (nearly) all labels are numbers and some are fractions, else one label."""
 
     class_labels: Annotated[GivenTexts, Check(_check_labels)] = ()  # type: ignore[assignment]
     """Labels of `classify` in the order of the logits. Default: the labels of all rows, sorted."""
