@@ -230,6 +230,12 @@ def test_a_run_is_finished_while_its_process_writes_the_report(
         other = {"process": os.getppid(), "launcher_start": launcher}
         (run / "status.json").write_text(json.dumps(status | other))
         assert run_of(space, "one").state == state
+        shown = [part(client.get(place)[1]).one("main").text for place in ("runs/one", "")]
+        assert ["it helped" in text for text in shown] == [state == "finished"] * 2
+    for name in ("status", "summary"):  # as before the first step of the first start
+        (run / f"{name}.json").unlink()
+    text = part(client.get("runs/one")[1]).one("main").text
+    assert "is being prepared" in text and "until its process was killed" not in text
 
 
 def test_the_time_left_is_that_of_the_last_steps_also_after_an_evaluation(space: Workspace, finished: Path) -> None:

@@ -158,7 +158,8 @@ async def _home(site: Site, request: Request) -> Response:
     versions = [version_of(run, None) for run in runs]
 
     def page() -> Response:
-        results = {run.name: result_of(run.path, version) for run, version in zip(runs, versions, strict=True)}
+        known = ((run, version) for run, version in zip(runs, versions, strict=True) if run.has_started)
+        results = {run.name: result_of(run.path, version) for run, version in known}
         return site.page("home.html.j2", {"title": "Runs", "runs": runs, "results": results})
 
     return _unless_known(request, " ".join(versions), page)

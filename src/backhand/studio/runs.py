@@ -89,6 +89,11 @@ class ListedRun:
         return self.state in ("starting", "running")
 
     @property
+    def has_started(self) -> bool:
+        """False if the run waits or is being prepared: only an earlier start has a result, which may be replaced."""
+        return self.state not in ("waiting", "starting")
+
+    @property
     def can_continue(self) -> bool:
         """True if `train --resume` can continue the run."""
         return self.state in ("interrupted", "failed", "killed") and newest_checkpoint(self.path) is not None
