@@ -8,7 +8,9 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from backhand.engines import decoder_engine
 from backhand.errors import UsageError
 from backhand.files import FileLayer
 from backhand.loop.hidden_state_cache import MemoryStateStore
+from backhand.loop.observers import Callback, Observer, RunStart
 from backhand.loop.state import STATE_FILE
 from backhand.nn.decoder import weights
 from backhand.options.config import TrainConfig
@@ -27,12 +30,13 @@ from backhand.options.config_file import dump_config, load_config, read_table
 from backhand.printing import duration
 from backhand.runs.checkpoint import CheckpointStore
 from backhand.runs.interruption import Interrupted
+from backhand.runs.summary import RunSummary
 from backhand.search import command
 from backhand.search.command import ABOVE, BELOW, search_command
 from backhand.search.options import SearchConfig
 from backhand.search.result import SearchResult
 from backhand.search.schedule import EVALUATIONS, Schedule
-from backhand.search.study import Study
+from backhand.search.study import Study, Trial
 from backhand.training.calibration import Speed
 from backhand.training.plan import RunPlan
 from backhand.training.run import train
@@ -115,6 +119,33 @@ def test_decisions_are_compared_by_their_held_out_loss(tiny: TinyRun, tmp_path: 
     assert found.loss == min(evaluations) < before
 
 
+START_S, STEP_S, END_S = 10.0, 2.0, 5.0
+
+
+class Clock(Observer):
+    """A clock of the events of runs alone, in place of the module `time`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def started(self, _: RunStart) -> None:
+        self.now += START_S
+
+    def stepped(self, _: dict[str, Any]) -> None:
+        self.now += STEP_S
+
+    def ended(self, _: RunSummary) -> None:
+        self.now += END_S
+
+
+def train_in_time(clock: Clock, *args: Any, callbacks: Sequence[Callback], **more: Any) -> RunSummary:
+    """Train with a clock that moves before the other observers look at it."""
+    return train(*args, callbacks=[clock, *callbacks], **more)
+
+
 def test_the_plan_counts_starts_and_the_end_of_each_run(
     tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,6 +153,8 @@ def test_the_plan_counts_starts_and_the_end_of_each_run(
     speed = Speed(tokens_per_s=1.0, train_s=60.0, evaluate_s=36.0, finish_s=24.0, measured_s=0.0)
     monkeypatch.setattr(command, "calibrate", lambda plan, *_, **_options: (plans.append(plan), speed)[1])
     made = search_config(tiny, tmp_path / "search", {"trials": 2}, quiet=False, eval_every=None)
+    monkeypatch.setattr(command, "time", clock := Clock())
+    monkeypatch.setattr(command, "train", partial(train_in_time, clock))
     search_command(made)
     lines = capsys.readouterr().err.splitlines()
     (line,) = (line for line in lines if line.startswith("search: "))
@@ -132,11 +165,22 @@ def test_the_plan_counts_starts_and_the_end_of_each_run(
     ends = [0, 1, 3, 6]  # steps at which the stages of six steps end
     most, least = (schedule.left(first_best=best) for best in (False, True))
     runs = sum(ends[after] - ends[before] for before, after in most) / 6
-    most_s = runs * 120 + len(most) * start_s
-    least_s = most_s - 5 / 6 * 120 - start_s  # the options as given are the best, and need no comparison
+    finished = sum(after == 3 for _, after in most)
+    most_s = runs * (60 + 36) + len(most) * start_s + finished * 24
+    # The options as given are the best, and need no comparison.
+    least_s = most_s - 5 / 6 * (60 + 36) - start_s - 24
     assert len(most) - len(least) == 1
     assert line.endswith(f"steps of {runs:.1f} runs, about {duration(least_s)} to {duration(most_s)}")
     assert plans[0].inputs.config.run.eval_every == 1, "six steps are evaluated up to eight times"
+    first = Trial(0, {}, seed=0, done=1, losses=(1.0,), steps=1)
+    times = []
+    for best in (True, False):
+        left = schedule.left((first,), first_best=best)
+        steps = sum(ends[after] - ends[before] for before, after in left)
+        finished = sum(after == 3 for _, after in left)
+        times.append(duration(steps * STEP_S + len(left) * START_S + finished * 24))
+    assert earlier[0].endswith(f"about {' to '.join(times)} left"), "starts are as long before few steps as before many"
+    assert earlier[-1].endswith(f"about {duration(5 * STEP_S + START_S + END_S)} left"), "the first trial, to its end"
 
 
 def test_all_trials_share_one_reading_of_the_weights_and_the_rows(

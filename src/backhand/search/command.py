@@ -13,7 +13,7 @@ import shlex
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from backhand.engines.engine import RunCache
 from backhand.engines.machine import resolve_machine
 from backhand.errors import ArtifactError, BackhandError, CheckError, ResourceError, UsageError
 from backhand.files import FileLayer, json_bytes, make_directory, write_atomically
+from backhand.loop.observers import Callback, Observer, RunStart
 from backhand.nn.compute import compute_settings
 from backhand.options.config import RunOptions, TrainConfig
 from backhand.options.config_file import dump_config, read_table, tables_as
@@ -141,15 +142,49 @@ def _resumed(given: SearchConfig, typed: frozenset[str]) -> SearchConfig:
 
 
 @dataclass
+class _Seconds:
+    """Mean seconds of a part of all trials: predicted, or measured as soon as a trial of this process has the part."""
+
+    mean: float = 0.0  # 0 while unknown
+    _total: float = 0.0
+    _count: float = 0.0
+
+    def add(self, seconds: float, count: float = 1.0) -> None:
+        """Add a measurement of this number of parts."""
+        self._total, self._count = self._total + seconds, self._count + count
+        self.mean = self._total / self._count
+
+
+class _TrialTimes(Observer):
+    """The numbers of steps and the times at which the steps of a trial began and ended, evaluations included."""
+
+    def __init__(self) -> None:
+        self.began = self.ended_at = (0, 0.0)
+
+    def started(self, start: RunStart) -> None:
+        self.began = self.ended_at = (start.step, time.monotonic())
+
+    def evaluated(self, record: dict[str, Any]) -> None:
+        self.ended_at = (record["step"], time.monotonic())
+        if record["step"] == self.began[0]:  # an evaluation before the first step is a part of the start
+            self.began = self.ended_at
+
+    stepped = evaluated
+
+
+@dataclass
 class Search:
     """One process's part of the search in a directory."""
 
     config: SearchConfig
     run_cache: RunCache  # model, rows and weights of all trials
     rows: int = 0  # number of training rows
-    # run_s, start_s: estimated seconds of a complete run, and of starting or resuming one; None and 0 while unknown
-    run_s: float | None = None
-    start_s: float = 0.0
+    # the steps of a complete run, with their evaluations
+    run: _Seconds = field(default_factory=_Seconds)
+    # starting or resuming a trial, and pausing it, which take as long for few steps as for many
+    start: _Seconds = field(default_factory=_Seconds)
+    # answers, scores and files at the end of a complete run
+    end: _Seconds = field(default_factory=_Seconds)
 
     def __post_init__(self) -> None:
         self.directory = self.config.run.output
@@ -174,7 +209,8 @@ class Search:
 
     def predict(self, speed: Speed) -> None:
         """Take the seconds of a run from a measurement. A start takes about as long as one evaluation."""
-        self.run_s, self.start_s = speed.run_s, speed.evaluate_s / (EVALUATIONS + 1)
+        self.run, self.end = _Seconds(speed.train_s + speed.evaluate_s), _Seconds(speed.finish_s)
+        self.start = _Seconds(speed.evaluate_s / (EVALUATIONS + 1))
 
     def prepare(self, plan: RunPlan) -> None:
         """Take the options that all trials share from the largest one, and write them with the digests of the rows.
@@ -226,7 +262,7 @@ class Search:
         """Print trials, time, memory and rows of the search."""
         options, schedule = self.config.search, self.schedule
         varied = ", ".join(word.partition("=")[0] for word in options.over) or "learning_rate"
-        runs, _ = self._left(())
+        runs, *_ = self._left(())
         between = self._time_left(())
         time_s = f", about {between}" if between else ""
         trials = f"search: {varied}; {count_of(schedule.count, 'trial')}, {options.sampler}, pruning: {options.prune}"
@@ -266,6 +302,7 @@ class Search:
         def position(step: int) -> str:
             return f"{self.describe(trial)}: step {step} of {total}"
 
+        times = _TrialTimes()
         try:
             with working(position(0), quiet=self.config.run.quiet) as show:
 
@@ -274,7 +311,8 @@ class Search:
                     if line_due(0.5):  # where there is no status line
                         self._console.print(position(record["step"]))
 
-                train(_start_or_resume(config), callbacks=[show_step], run_cache=self.run_cache, pause_at=pause_at)
+                callbacks: list[Callback] = [times, show_step]
+                train(_start_or_resume(config), callbacks=callbacks, run_cache=self.run_cache, pause_at=pause_at)
         except Interrupted as error:
             if error.exit_code != _PAUSED:
                 raise Interrupted(error.exit_code - 128, error.step, f"continue with {self.resume_command}") from None
@@ -290,7 +328,8 @@ class Search:
                 where=str(path),
                 next_step="restore the file from a copy, or remove the trial's directory to train it again",
             )
-        spent = {"spent_s": round(trial.spent_s + time.monotonic() - started_at, 3)}
+        ended_at = time.monotonic()
+        spent = {"spent_s": round(trial.spent_s + ended_at - started_at, 3)}
         fields: dict[str, Any] = {"losses": losses, "done": stage, **spent, "steps": self.step_of(config, stage)}
         if failed is not None or not all(map(math.isfinite, losses)):
             fields = {"failed": failed or "its held-out loss is not finite", **spent}
@@ -299,7 +338,8 @@ class Search:
         with self.study.locked():
             self.study.write(trial.number, fields, finished=stage == self.schedule.last)
             trials = self.study.trials()
-        self._correct(trials)
+        if failed is None:
+            self._measure(times, started_at, ended_at, total, finished=stage == self.schedule.last)
         if stage == self.schedule.last and failed is None:
             write_report(config.run.output)
         self._print_result(trials, trials[trial.number])
@@ -345,18 +385,14 @@ class Search:
         until = ([loss for step, loss in measured if step <= end] for end in ends)
         return [min(losses) for losses in takewhile(bool, until)]
 
-    def _trained(self, trials: Sequence[Trial]) -> tuple[float, int]:
-        """Return the training of some trials in complete runs, and how often they were started or resumed."""
-        runs = sum(one.steps / self.steps(self.trial_config(one)) for one in trials)
-        return runs, sum(one.done for one in trials)
-
-    def _left(self, trials: Sequence[Trial], *, first_best: bool = False) -> tuple[float, int]:
-        """Return the training that remains in complete runs, and the number of starts: see `Schedule.left`."""
+    def _left(self, trials: Sequence[Trial], *, first_best: bool = False) -> tuple[float, int, int]:
+        """Return the remaining steps in complete runs, and the remaining starts and ends: see `Schedule.left`."""
         config = self.config.run_config
         config = replace(config, run=replace(config.run, eval_every=self._eval_every(config)))
         ends = [0, *(self.step_of(config, stage) for stage in range(1, self.schedule.last + 1))]
         left = self.schedule.left(trials, first_best=first_best)
-        return sum(ends[after] - ends[before] for before, after in left) / ends[-1], len(left)
+        finished = sum(after == self.schedule.last for _, after in left)
+        return sum(ends[after] - ends[before] for before, after in left) / ends[-1], len(left), finished
 
     def _time_left(self, trials: Sequence[Trial]) -> str:
         """Return the time that remains, as a range while it depends on the rank of the options as given, or ""."""
@@ -366,26 +402,27 @@ class Search:
         least, most = duration(least_s), duration(most_s)
         return most if least == most else f"{least} to {most}"
 
-    def _seconds(self, runs: float, starts: int) -> float:
-        return runs * (self.run_s or 0.0) + starts * self.start_s
+    def _seconds(self, runs: float, starts: int, ends: int) -> float:
+        return runs * self.run.mean + starts * self.start.mean + ends * self.end.mean
 
-    def _correct(self, trials: Sequence[Trial]) -> None:
-        """Scale the estimated seconds to the measured ones of the trials so far."""
-        trained = [trial for trial in trials if trial.steps and trial.failed is None]
-        spent_s, (runs, starts) = sum(trial.spent_s for trial in trained), self._trained(trained)
-        if predicted_s := self._seconds(runs, starts):
-            slower = spent_s / predicted_s
-            self.run_s, self.start_s = slower * (self.run_s or 0.0), slower * self.start_s
-        elif runs:
-            self.run_s = spent_s / runs
+    def _measure(self, times: _TrialTimes, started_at: float, ended_at: float, steps: int, *, finished: bool) -> None:
+        """Add the measured seconds of a trial's parts. A complete run of it has this number of steps."""
+        (before, first_at), (after, last_at) = times.began, times.ended_at
+        if after == before:  # it had been trained before, or was left after a step that is not logged
+            return
+        self.run.add(last_at - first_at, (after - before) / steps)
+        pause_s = ended_at - last_at
+        self.start.add(first_at - started_at + (0.0 if finished else pause_s))
+        if finished:
+            self.end.add(pause_s)
 
     def _may_start(self) -> bool:
         """Return True if there is time for one more trial and for finishing the best one."""
         hours = self.config.search.hours
-        if hours is None or self.run_s is None:
+        if hours is None or not self.run.mean:
             return True
         needed = 1 + 2 * (self.schedule.options.seeds - 1)
-        return time.monotonic() - self.started_at + needed * self.run_s <= hours * 3600
+        return time.monotonic() - self.started_at + self._seconds(needed, needed, needed) <= hours * 3600
 
     def _print_result(self, trials: list[Trial], trial: Trial) -> None:
         """Print a line about a trial that has ended a stage or failed."""
