@@ -782,12 +782,41 @@ def test_messages_name_fields_instead_of_options() -> None:
     )
     assert on_page("leave them out with --skip-bad") == "leave them out with “skip bad” under More options"
     assert on_page("add: --prompt a --train-on text") == (
-        "set the first column to a, “train on” under More options text"
+        "choose a at “Question”, set “train on” under More options to text"
     )
     assert on_page("error: x\n  next: backhand plan --help explains every option") == "error: x"
     saved = on_page("continue with backhand train --resume --output /x/y")
     assert saved == "choose “Continue the run”" and on_page("start it with --allow /x") == "start it with --allow /x"
     assert on_page("give --eval-fraction 0.3 or --eval-data FILE") == "give the share of held-out rows (0.3)"
+    assert on_page("train it with --objective embed, rank or classify, or choose another") == (
+        "train it with “What to learn” (Vectors for search, Rankings or Labels or a number), or choose another"
+    )
+
+
+@pytest.mark.parametrize(
+    ("objective", "typed", "shown"),
+    [
+        (
+            "decide",
+            r"add --state '{a}\n{c}' --question d; --question COLUMN='…' also puts the question into words",
+            (
+                r"write {a}\n{c} in the field next to “The text to decide about”, choose d at “Column with the answers”"
+                "; “The question that they answer” also puts the question into words"
+            ),
+        ),
+        ("rank", "name them: --prompt COLUMN --completion COLUMN", "name them: “Query”, “Document”"),
+        ("dpo", "such as --prompt 'it'\"'\"'s' --columns chosen=b", "such as it's at “Question”, b at “Better answer”"),
+        ("kto", "name them with --columns NAME=COLUMN", "name them with “Question”, “Answer”, “Is it good?”"),
+        (
+            "embed",
+            "instead of --state and --question",
+            "instead of “The text to decide about” and “Column with the answers”",
+        ),
+        ("classify", "add --prompt a --completion b", "choose a at “Text”, b at “Label, or number to predict”"),
+    ],
+)
+def test_messages_name_the_columns_of_the_objective(objective: str, typed: str, shown: str) -> None:
+    assert on_page(typed, objective) == shown
 
 
 def test_messages_name_buttons_instead_of_commands_or_mark_them_as_those_of_a_terminal() -> None:
@@ -796,7 +825,6 @@ def test_messages_name_buttons_instead_of_commands_or_mark_them_as_those_of_a_te
         "backhand export --adapter a --to gguf --output b": "“Use the adapter elsewhere”",
         "  backhand evaluate --data FILE": "  in a terminal: backhand evaluate --data FILE",
         "use backhand merge": "use backhand merge in a terminal",
-        "Measure them with backhand evaluate.": "Measure them with backhand evaluate in a terminal.",
         "backhand lint --data x.csv --show 3": "in a terminal: backhand lint --data x.csv --show 3",
         "backhand train --data x.csv --epochs 2": "in a terminal: backhand train --data x.csv --epochs 2",
         "`backhand lint` lists them": "the check of the rows lists them",
@@ -846,6 +874,7 @@ def test_the_result_names_buttons_and_marks_commands_of_a_terminal(
         result = page.one("div", id="live-result").text
         assert ("Choose “Try again with the suggested change”, or in a terminal:" in result) is allowed
         assert allowed or "It rose. In a terminal:" in result
+        assert "other rows may do worse" in result and "backhand evaluate" not in result
         assert "On this page: Try a prompt, Use the adapter elsewhere. In a terminal or in Python:" in result
     assert "In a terminal:" in page.one("div", id="live-repeat").text
 
@@ -859,4 +888,17 @@ def test_an_error_of_the_check_has_a_way_to_the_options(client: Client, tiny: Ti
     status, text, _ = client.get(f"part/lint?{urlencode(draft)}", X_Part="1")
     error = part(text).one("pre", class_="error").text
     assert status == 409 and "set “train on” under More options to text" in error and "--" not in error
-    assert "new/start?" in text
+    assert "new/start?" in text and "new/learn?" in text
+    rows = b"Saying,Added,Author\n" + b"".join(b"asks for %d,2024-05-%02d,%d\n" % (n, n, n % 3) for n in range(1, 30))
+    client.post("upload?name=y.csv", body=rows)
+    for objective, advice in (
+        ("decide", "choose Saying at “The text to decide about”, Author at “Column with the answers”;"),
+        (
+            "embed",
+            "name the columns of anchors and positives: “First text, such as a question”, “Text that belongs to it”",
+        ),
+    ):
+        query = urlencode(draft | {"data": "rows-2.csv", "objective": objective})
+        text = client.get(f"part/lint?{query}", X_Part="1")[1]
+        assert f"next: {advice}" in part(text).one("pre", class_="error").text
+        assert [link.text for link in part(text).every("a")] == ["Change it at the step “What to learn”"]

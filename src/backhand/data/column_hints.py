@@ -118,16 +118,16 @@ def pair_options(
     return named + " ".join(f"--columns {name}={shlex.quote(one)}" for name, one in pair if name != one)
 
 
-def decision_options(columns: Iterable[str], classes: Sequence[str], constant: Collection[str]) -> str | None:
+def decision_options(columns: Iterable[str], classes: Sequence[str], without: Collection[str]) -> str | None:
     """Return command-line options that read one of these classes as the answer to a question, or None.
 
     Args:
-        columns: all columns. Those that are neither classes nor constant form the state.
+        columns: all columns. Those that are neither classes nor in `without` form the state.
         classes: columns that may contain answers.
-        constant: columns with the same value in all rows.
+        without: columns that need not be read, such as constant ones.
     """
     answers = [name for name in _usable(classes) if "=" not in name]
-    state = state_option(name for name in columns if name not in (*classes, *constant))
+    state = state_option(name for name in columns if name not in (*classes, *without))
     return f"{state} --question {shlex.quote(class_of(answers))}" if answers and state else None
 
 
@@ -161,7 +161,10 @@ def _can_be_typed(column: str) -> bool:
 
 
 _MOST, _LONGEST = 20, 40
-_NUMBER = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"[-+]?\d[\d.,]*(e[-+]?\d+)?|\d{1,4}([-/.])\d{1,2}\2\d{1,4}([ T]\d{1,2}:\d{2}[\d:.+Z]*)?", re.IGNORECASE
+)
+"""A number or a date."""
 _FEWEST_ROWS = 4
 """Fewest rows from which a column counts as constant, or as empty in most rows."""
 _NEARLY_ALL = 0.9
@@ -205,7 +208,7 @@ class ClassColumns:
     def uninformative(self, rows: int) -> list[str]:
         """Return the columns that a prompt need not contain.
 
-        These are the constant columns, and numbers if other columns contain a text and an answer.
+        These are the constant columns, and numbers and dates if other columns contain a text and an answer.
         """
         constant, classes = self.constant(rows), self.names(rows)
         answer = class_of(classes) if classes else None

@@ -331,7 +331,7 @@ class _Columns:
         values, rows = self._values
         classes, more = values.names(rows), ""
         if purpose == "decisions":
-            options = decision_options(filled, classes, values.constant(rows))
+            options = decision_options(filled, classes, values.uninformative(rows))
             more = "; --question COLUMN='…' also puts the question into words"
         else:
             given = {"completion": class_of(classes)} if classes else {}

@@ -82,8 +82,12 @@ def trained_adapter(run: RunRecord) -> TrainedAdapter:
     )
 
 
-def live_values(run: RunRecord) -> dict[str, Any]:
-    """Return the values of all sections but that of the adapter, which needs its tensors."""
+def live_values(run: RunRecord, *, with_commands: bool = True) -> dict[str, Any]:
+    """Return the values of all sections but that of the adapter, which needs its tensors.
+
+    Args:
+        with_commands: False for readers without a terminal, to whom the remarks name no command.
+    """
     adapter = trained_adapter(run)
     tables = proof_tables(run.proofs, run=str(run.path), export=adapter.export())
     drawn = charts.run_charts(run)
@@ -95,7 +99,7 @@ def live_values(run: RunRecord) -> dict[str, Any]:
         "sections": [(name, "repeat it" if name == "repeat" else name) for name in SECTIONS[1:]],
         "headline": headline(run),
         "uses": adapter.programs(),
-        "remarks": _remarks(run),
+        "remarks": _remarks(run, with_commands=with_commands),
         "tiles": _tiles(run, tables),
         "answers": [_answer(line) | {"over_time": _over_time(run, line)} for line in run.answers],
         "expected": expected(run),
@@ -109,11 +113,12 @@ def live_values(run: RunRecord) -> dict[str, Any]:
     }
 
 
-def _remarks(run: RunRecord) -> list[str]:
+def _remarks(run: RunRecord, *, with_commands: bool) -> list[str]:
     """Return sentences that qualify the result."""
     repeated = (run.facts.get("data", {}).get("held_out") or {}).get("repeated", 0)
     remarks = [repeated_rows(repeated)] if repeated else []
-    remarks += [chosen_by(run.summary.get("reading", ""))] if (run.summary.get("evaluations") or 0) > 1 else []
+    if (run.summary.get("evaluations") or 0) > 1:
+        remarks.append(chosen_by(run.summary.get("reading", "") if with_commands else None))
     if (figures := run.summary.get("distilled")) is not None:
         remarks = [*distilled_sentences(figures, run.objective, since_start(run.compared_with_start)), *remarks]
     return [*remarks, no_label_fits(labels)] if (labels := run.summary.get("labels")) else remarks

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 import zipfile
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import wraps
 from http import HTTPStatus
 from operator import mul
@@ -43,6 +42,7 @@ from backhand.studio.draft import (
     changed_run,
     choices_of,
     default_of,
+    fields_named,
     is_owned,
     more_for,
     other_objective,
@@ -89,8 +89,6 @@ _ASKED = {
     "embed": ("text", "--prompt=text"),
 }
 """Column and option for a prompt from standard input, by command; `generate` needs no option."""
-_NAMES_COLUMN = re.compile(r"error: --(prompt|completion|columns|state|question): ")
-"""Beginning of an error about an option of columns."""
 _SHOWN_ROWS = 3
 _MAX_SHOWN_TOKENS = 600
 _PLANNED_ROWS = 2000
@@ -272,11 +270,10 @@ async def _step_with(site: Site, request: Request, error: FieldError) -> Respons
     """Return the step that has the field of an error; in a part of a page, the error with the way to this step."""
     given = await request.form() if request.method == "POST" else request.query_params
     draft = Draft.of((name, value) for name, value in given.items() if isinstance(value, str))
-    (place, name), page = next(one for start, one in _STEP_OF.items() if error.field.startswith(start))
     if request.headers.get("x-part") == "1":
-        return site.failure(request, error, (name, f"{place}?{draft.query()}"))
+        return site.failure(request, error, _steps(draft, [error.field]))
     text = f"{error.what}: {error.next_step}" if error.next_step else error.what
-    response = page(site, draft, draft.errors() | {error.field: text})
+    response = _step_of(error.field)[1](site, draft, draft.errors() | {error.field: text})
     response.status_code = HTTPStatus.CONFLICT
     return response
 
@@ -373,7 +370,7 @@ async def _first_rows_part(site: Site, request: Request) -> Response:
     try:
         first = outcome.json()
     except CommandError as error:
-        return site.failure(request, error, ("Rows", f"new/rows?{draft.query()}"))
+        return site.failure(request, error, _steps(draft, ["data"]))
     if first["objective"] == "decide" and _is_encoder(site, draft):  # it has no answers to compare, but a head
         first |= {"objective": "classify", "prompt": first["state"], "completion": first["question"]}
     context = site.space.context(draft.get("context")).read_text("utf-8") if draft.get("context") else ""
@@ -415,9 +412,8 @@ async def _lint_part(site: Site, request: Request) -> Response:
     )
     try:
         report = outcome.json()
-    except CommandError as error:  # columns are fields of this step; other options may be fields of the start
-        name, place = ("What to learn", "new/learn") if _NAMES_COLUMN.match(error.text) else ("Start", "new/start")
-        return site.failure(request, error, (name, f"{place}?{draft.query()}"))
+    except CommandError as error:
+        return site.failure(request, error, _steps(draft, fields_named(error.text) or [""]), draft.objective)
     train, held_out = report["train"], report["held_out"] or {"rows": 0}
     complete = []
     if report["errors"] > train["rows"] + held_out["rows"]:
@@ -460,6 +456,16 @@ _STEP_OF: dict[str, tuple[tuple[str, str], Callable[[Site, Draft, Errors], Respo
     "": (("new/learn", "What to learn"), _learn_page),
 }
 """Address, name and page of the step that has a field, by the beginning of its name."""
+
+
+def _step_of(field: str) -> tuple[tuple[str, str], Callable[[Site, Draft, Errors], Response]]:
+    return next(one for start, one in _STEP_OF.items() if field.startswith(start))
+
+
+def _steps(draft: Draft, fields: Sequence[str]) -> dict[str, str]:
+    """Return the addresses of the steps that have these fields, by the names of the steps."""
+    steps = dict(_step_of(field)[0] for field in fields)
+    return {name: f"{place}?{draft.query()}" for place, name in steps.items()}
 
 
 async def _plan_part(site: Site, request: Request) -> Response:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, is_dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 from urllib.parse import urlencode
@@ -36,7 +37,7 @@ OBJECTIVES = {
     "kto": "Good and bad answers: each answer has a label (KTO)",
     "embed": "Vectors for search: texts that belong together get similar vectors",
     "rank": "Rankings: each document gets a score for a query",
-    "classify": "Labels or a number from a head on the model, also for encoders such as BERT",
+    "classify": "Labels or a number: a head on the model gives them, also on encoders such as BERT",
     "grpo": "Rewards: the model tries answers, and checks reward the right ones (GRPO)",
     "bake": "A long prompt: the model answers without it as it answers with it",
 }
@@ -73,6 +74,13 @@ ROLES: Mapping[str, tuple[Role, ...]] = {
     "bake": (_QUESTION,),
 }
 """Columns of each objective other than `decide`, by the names of the objectives that have the same."""
+
+
+def _roles(objective: str) -> tuple[Role, ...]:
+    """Return the columns of an objective, () for `decide`; no objective yet is `sft`."""
+    return next((roles for names, roles in ROLES.items() if (objective or "sft") in names.split()), ())
+
+
 _LABELS = {"eval_fraction": "the share of held-out rows", "reward_length": "the length of answers"}
 """Names of numbers outside "more"."""
 _OWN_OPTIONS = ("prompt", "completion")
@@ -269,8 +277,7 @@ class Draft:
 
     def _column_words(self) -> list[str]:
         """Return the options of the columns."""
-        roles = next(roles for names, roles in ROLES.items() if (self.objective or "sft") in names.split())
-        given = {role.name: self.get(f"typed_{role.name}") or self.get(role.name) for role in roles}
+        given = {role.name: self.get(f"typed_{role.name}") or self.get(role.name) for role in _roles(self.objective)}
         if self.objective == "embed" and given["score"]:
             given = {_OF_SCORED_TEXTS.get(name, name): text for name, text in given.items() if name != "negative"}
         columns = {name: text for name, text in given.items() if text}
@@ -431,7 +438,12 @@ def other_objective(suggested: str, form: Draft) -> Draft | None:
     return Draft({name: text for name, text in form.fields.items() if name not in left_out} | {"objective": named[1]})
 
 
-_OPTION = re.compile(r"(add: )?--([a-z][a-z0-9-]*[a-z0-9])(?:[ =]((?!-)(?:'[^']*'|[\w./:%]*[\w%])))?")
+_OPTION = re.compile(
+    r"(add:? )?--([a-z][a-z0-9-]*[a-z0-9])(?:[ =](?!-|(?:and|or|out|would|instead|with|for|names?(?= the))\b)"
+    r"(?:(\w+)=)?('[^']*'(?:\"'\"'[^']*')*|[\w./:%]*[\w%]))?"
+)
+"""An option after `add`, its name, and its value, which may be `NAME=VALUE`. A conjunction or a verb is no value."""
+_SEVERAL = re.compile(rf"--objective ((?:(?:{'|'.join(OBJECTIVES)})(?:, | or ))+(?:{'|'.join(OBJECTIVES)}))\b")
 _NAMES = "|".join(entry.name for entry in COMMANDS)
 _COMMAND = re.compile(rf"`?(?<!/)\bbackhand ({_NAMES})\b(?: --help explains every option)?`?")
 _TYPED = re.compile(r"(?:(?<=Try: )backhand train|(?<!/)\bbackhand [a-z]+(?= --(?!help))).*")
@@ -469,16 +481,27 @@ _PLACES = {
 """Fields and buttons of options outside "more", by the option's name."""
 
 
-def on_page(text: object) -> str:
+def on_page(text: object, objective: str = "") -> str:
     """Return a message of a command in the words of the page: an option has the name of its field.
 
     `add: --train-on text` becomes `set “train on” under More options to text`. An option without a field stays. A
     command has the name of the part of the page that does the same, or is marked as one for a terminal.
+
+    Args:
+        objective: that of the form, whose columns have labels of their own.
     """
     text = re.sub(r"\n  next: backhand [a-z]+ --help[^\n]*", "", str(text))
     resume = r"(?:[Cc]ontinue|go on) with:? (?:backhand train )?--resume(?: --output (?:'[^']*'|\S+))?"
     text = re.sub(resume, "choose “Continue the run”", text)
-    return "\n".join(map(_line_on_page, text.split("\n")))
+    return "\n".join(_line_on_page(line, objective) for line in text.split("\n"))
+
+
+def fields_named(text: str) -> list[str]:
+    """Return the fields of the form whose options a message names, outside commands to type."""
+    more = {field.option[2:]: f"more.{field.name}" for fields in more_fields().values() for field in fields}
+    named = re.findall(r"(?:--|^error: (?=[a-z-]+: ))([a-z][a-z-]*[a-z])", _TYPED.sub("", text), re.MULTILINE)
+    fields = more | {option: option for option in _PLACES} | {"tokenizer": "model"}
+    return [fields[option] for option in named if option in fields]
 
 
 def _place_of(command: str) -> str:
@@ -489,13 +512,45 @@ def _place_of(command: str) -> str:
     return "" if name == "train" or "--data" in command else _COMMANDS.get(name, "")
 
 
-def _line_on_page(line: str) -> str:
+def _column_on_page(option: str, key: str, value: str, objective: str) -> tuple[str, str]:
+    """Return the verb and the words for a column that an option names; the verb is "" if it names none.
+
+    Args:
+        key, value: `key=value` or `value` after the option, "" if there is none.
+    """
+    own, every = (
+        {role.name: f"“{role.label.partition(' (')[0]}”" for role in roles}
+        for roles in (_roles(objective), chain.from_iterable(ROLES.values()))
+    )
+    if option == "question" and key:
+        return "", "“The question that they answer”"
+    if option == "columns" and key not in every:
+        return "", ", ".join(own.values()) or _PLACES[option]
+    label = own.get(key or option) or every.get(key) or _PLACES[option]
+    if value in ("", "COLUMN"):
+        return "", label
+    column = re.sub(r"^\{([^{}]*)\}$", r"\1", "".join(shlex.split(value)))
+    return ("write", f"{column} in the field next to {label}") if "{" in column else ("choose", f"{column} at {label}")
+
+
+def _line_on_page(line: str, objective: str) -> str:
     more = {field.option[2:]: field for fields in more_fields().values() for field in fields}
     if typed := _TYPED.search(line):
-        return f"{_line_on_page(line[: typed.start()])}{_place_of(typed[0]) or IN_TERMINAL + typed[0]}"
+        return f"{_line_on_page(line[: typed.start()], objective)}{_place_of(typed[0]) or IN_TERMINAL + typed[0]}"
+    end_of_added, verb_before = -1, ""  # of options that follow one after `add`
 
     def named(match: re.Match[str]) -> str:
-        add, option, word = match[1], match[2], match[3] or ""
+        nonlocal end_of_added, verb_before
+        option, key, word = match[2], match[3] or "", match[4] or ""
+        add = bool(match[1]) or match.start() == end_of_added
+        end_of_added = match.end() + 1 if add else -1
+        end = "," if match.string.startswith(" --", match.end()) else ""
+        if option in ("prompt", "completion", "columns", "state", "question"):
+            verb, shown = _column_on_page(option, key, word, objective)
+            again = verb == verb_before and not match[1]
+            verb_before = verb
+            return f"{f'{verb} ' if add and verb and not again else ''}{shown}{end}"
+        word, verb_before = f"{key}={word}" if key else word, ""
         field = more.get(option)
         if field is None and option not in _PLACES:
             return match[0]
@@ -503,14 +558,24 @@ def _line_on_page(line: str) -> str:
         if field is not None and field.hint is bool:
             return f"set {place} to yes{f' {word}' if word else ''}" if add else f"{place}{f' {word}' if word else ''}"
         is_value = add or word.startswith("'") or word.isupper() or word[:1].isdigit() or word in OBJECTIVES
-        end = "," if match.string.startswith(" --", match.end()) else ""
         if word in ("COLUMN", "FILE"):
             return place + end
         if is_value or (field is not None and word in choices_of(field)):
-            value = OBJECTIVES.get(word, word).partition(":")[0] if option == "objective" else word
+            value = _title(word) if option == "objective" else word
             shown = f"to {value}" if add else value if field is not None else f"({value})"
             return f"{'set ' if add else ''}{place} {shown}{end}"
         return f"{place}{f' {word}' if word else ''}"
 
-    line = _OPTION.sub(named, line.replace(" or --eval-data FILE", ""))
+    line = line.replace(" or --eval-data FILE", "")
+    line = _SEVERAL.sub(lambda several: f"“What to learn” ({re.sub(r'[a-z]{3,}', _titled, several[1])})", line)
+    line = _OPTION.sub(named, line)
     return _COMMAND.sub(lambda match: _COMMANDS.get(match[1], f"{match[0].strip('`')} in a terminal"), line)
+
+
+def _title(objective: str) -> str:
+    """Return the short name of an objective on the page."""
+    return OBJECTIVES.get(objective, objective).partition(":")[0]
+
+
+def _titled(match: re.Match[str]) -> str:
+    return _title(match[0])

@@ -226,7 +226,7 @@ def page_of(run: ListedRun) -> dict[str, Any] | None:
         return None
     except BackhandError as error:
         return {"unreadable": str(error)}
-    values = live_values(record)
+    values = live_values(record, with_commands=False)
     return values | {
         "sections": [(name, label) for name, label in values["sections"] if name in LIVE_SECTIONS],
         "has_report": (run.path / REPORT).is_file(),

@@ -94,10 +94,10 @@ class Site:
         upload = self.space.uploads().get(draft.get("data"))
         return Path(draft.get("typed_data")).name or (upload.label if upload else "")
 
-    def _on_page(self, text: object) -> str:
+    def _on_page(self, text: object, objective: str = "") -> str:
         """Return what a command printed as a person reads it, with the names of the page and of the uploads."""
         own_names = self.workspace.own_names if self.workspace else str
-        lines = (line.partition(IN_TERMINAL) for line in on_page(readable(str(text))).split("\n"))
+        lines = (line.partition(IN_TERMINAL) for line in on_page(readable(str(text)), objective).split("\n"))
         return "\n".join(f"{own_names(said)}{mark}{command}" for said, mark, command in lines)
 
     def go(self, place: str) -> Response:
@@ -108,11 +108,14 @@ class Site:
         """Return a redirect to a run's page."""
         return self.go(f"runs/{quote(name)}")
 
-    def failure(self, request: Request, error: Exception, step: tuple[str, str] | None = None) -> Response:
+    def failure(
+        self, request: Request, error: Exception, steps: Mapping[str, str] | None = None, objective: str = ""
+    ) -> Response:
         """Return the message of an error: as a part of the page, or as a page.
 
         Args:
-            step: name and address of the step of a new run that can mend it.
+            steps: addresses of the steps of a new run that can mend it, by their names.
+            objective: that of the new run.
         """
         status = HTTPStatus.CONFLICT
         if isinstance(error, HTTPException):
@@ -127,9 +130,8 @@ class Site:
             status = HTTPStatus.INTERNAL_SERVER_ERROR
             text = f"error: unexpected {type(error).__name__}: {error}\n  why: this is a bug in Backhand"
         part = request.headers.get("x-part") == "1"
-        return self.page(
-            "message.html.j2" if part else "error.html.j2", {"text": text, "title": "Error", "step": step}, status
-        )
+        values = {"text": text, "title": "Error", "steps": steps or {}, "objective": objective}
+        return self.page("message.html.j2" if part else "error.html.j2", values, status)
 
     def part(self, template: str, **values: Any) -> HTMLResponse:
         """Render a part of a page, which a script inserts."""
@@ -155,7 +157,7 @@ def _local_moment(text: object) -> str:
     return f"{when.day} {when:%B %Y, %H:%M}"
 
 
-def _templates(on_page: Callable[[object], str], *, in_studio: bool) -> Environment:
+def _templates(on_page: Callable[..., str], *, in_studio: bool) -> Environment:
     loader = ChoiceLoader([PackageLoader("backhand.studio"), PackageLoader("backhand.report")])
     templates = environment().overlay(loader=loader)
     templates.filters = {**templates.filters, "command": shown, "moment": _local_moment, "on_page": on_page}
