@@ -53,7 +53,7 @@ from backhand.options.config import TrainConfig
 from backhand.report.train import train as train_with_report
 from backhand.runs.summary import RunSummary
 from backhand.training.plan_command import plan as plan_of_run
-from backhand.words import name_list, shorten, show_notes
+from backhand.words import label_text, name_list, show_notes
 
 Place = str | PathLike[str]
 """A path. A `RunSummary` is the path of its adapter."""
@@ -536,7 +536,7 @@ def _answers(function: str, data: Any, given: Mapping[str, Any]) -> list[dict[st
                 raise UsageError(
                     "labels are given, but the adapter has a classification head with its own labels",
                     where="labels",
-                    why=f"it knows {name_list(map(shorten, loaded.classification['labels']), limit=8)}",
+                    why=f"it knows {name_list(map(label_text, loaded.classification['labels']), limit=8)}",
                     next_step="leave labels out",
                 )
             column = "prompt" if isinstance(data, GivenRows) else options.answer.prompt

@@ -18,6 +18,11 @@ def shorten(text: str, characters: int = SHOWN_CHARACTERS) -> str:
     return text if len(text) <= characters else text[: characters - 1] + "…"
 
 
+def label_text(label: str) -> str:
+    """Return a label for a list of labels: shortened, and in quotes if it contains the comma of the list."""
+    return shown(label) if "," in label else shorten(label)
+
+
 def shown(value: object) -> str:
     """Return the value of an option as an error quotes it, shortened."""
     return repr(shorten(value)) if isinstance(value, str) else shorten(repr(value))

@@ -356,6 +356,19 @@ def test_the_report_counts_the_documents_that_are_trained_on(tmp_path: Path) -> 
     assert any("one document per label" in note for note in report.notes)
 
 
+def test_answers_made_of_others_are_noted(tmp_path: Path) -> None:
+    tags = ["law", "food", "law, food", "law, age"]
+    data = read(lines(tmp_path / "rows.jsonl", [{"text": f"words {n}", "label": tags[n % 4]} for n in range(8)]))
+    (note,) = (note for note in data.report.notes if note.startswith("warning: "))
+    assert "2 options of the question label are made of others, such as 'law, food'" in note
+    assert '--objective classify, and write several labels of a text as a list, in a table as ["law", "food"]' in note
+    assert any("a choice of food, law, 'law, age', 'law, food'" in note for note in data.report.notes)
+    many = [{"text": f"words {n}", "label": f"law{n}" if n < 20 else f"law1, law{n - 18}"} for n in range(30)]
+    with pytest.raises(DataError, match="30 options") as refused:
+        read(lines(tmp_path / "many.jsonl", many))
+    assert "several labels of a text as a list" in str(refused.value.next_step)
+
+
 def findings(data: str, **options: Any) -> dict[str, Any]:
     made = DataOptions(data=(data,), **{"eval_fraction": 0.0, **options})
     report, _ = lint(made, tiny_tokenizer(), purpose="decisions")

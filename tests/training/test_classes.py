@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
@@ -637,6 +638,65 @@ def test_lint_reports_labels_that_contradict_and_labels_of_few_rows(tiny: TinyRu
         "duplicate": (f"{path}:2 = {path}:1",),
     }
     assert report.labels == {"b": 4, "a": 1} and report.template == (), "no template is used"
+
+
+TAGS = ["law", "food", "love", "love, food", "law, age", "food, age"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "what", "why", "next_step"),
+    [
+        (
+            [*range(1, 25)],
+            "24 of 24 training rows have a label that no other",
+            "be learned",
+            "--problem-type regression",
+        ),
+        ([f"{n}.01.2019" for n in range(22)] + ["none"] * 20, "22 of 42 training rows", "the column", "--completion"),
+        ([*TAGS, *TAGS], "3 labels are made of others, such as 'love, food'", "its own", '["love", "food"]'),
+        ([f"[{one.replace(',', ';')}]" for one in TAGS], "3 labels are made of others", "its own", '["love", "food"]'),
+        (["law|age", "age", "law"], "1 label is made of others, such as 'law|age'", "its own", '["law", "age"]'),
+    ],
+)
+def test_labels_that_teach_something_else_stop_before_training(
+    labels: list[Any], what: str, why: str, next_step: str, tiny: TinyRun, tmp_path: Path
+) -> None:
+    rows = write_named(tmp_path / "rows.jsonl", labels)
+    made = config(tiny, tmp_path, tmp_path / "run", data=(rows,), eval_data=(), eval_fraction=0.0)
+    options, tokenizer = DataOptions(data=(rows,), eval_fraction=0.0), open_model(str(tiny.model)).tokenizer()
+    for check in (lambda: plan_run(made, resolve_machine(made)), lambda: lint(options, tokenizer, purpose="classes")):
+        with pytest.raises(DataError, match=re.escape(what)) as refused:
+            check()
+        assert why in str(refused.value.why) and next_step in str(refused.value.next_step)
+        assert "--problem-type single_label_classification" in str(refused.value.next_step)
+    chosen = replace(made, objective=replace(made.objective, problem_type=SINGLE))
+    assert len(plan_run(chosen, resolve_machine(chosen)).inputs.config.objective.class_labels) == len(
+        {*map(str, labels)}
+    )
+    assert lint(options, tokenizer, purpose="classes", problem_type=SINGLE)[0].errors == 0
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [*range(1, 20)],  # a first try
+        [*(str(n) for n in range(20)), *"ab" * 10],  # half of the rows
+        ["rock, paper", "rock", "stone"],
+        ["news", "news/sports", "news/sports/soccer"],
+        [["law", "age"], ["law"], ["age"]],
+    ],
+)
+def test_labels_that_may_be_meant_are_trained(labels: list[Any], tiny: TinyRun, tmp_path: Path) -> None:
+    rows = write_named(tmp_path / "rows.jsonl", labels)
+    made = config(tiny, tmp_path, tmp_path / "run", data=(rows,), eval_data=(), eval_fraction=0.0)
+    notes = plan_run(made, resolve_machine(made)).inputs.notes
+    assert ("rock, 'rock, paper', stone" in " ".join(notes)) == ("rock" in labels), "a label with a comma is quoted"
+
+
+def test_a_plan_of_a_sample_does_not_count_its_labels(tiny: TinyRun, tmp_path: Path) -> None:
+    rows = write_named(tmp_path / "rows.jsonl", [*range(40)])
+    made = config(tiny, tmp_path, tmp_path / "run", data=(rows,), eval_data=(), eval_fraction=0.0)
+    assert plan_run(made, resolve_machine(made), row_factor=2.0).inputs.config.objective.problem_type == SINGLE
 
 
 def test_decimal_commas_are_read_as_numbers_or_answered(tiny: TinyRun, tmp_path: Path) -> None:

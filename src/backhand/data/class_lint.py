@@ -1,21 +1,24 @@
-"""Problems of rows for a classification head: contradictions, rare labels, one frequent label, the scale of numbers."""
+"""Problems of rows for a classification head: names of labels, contradictions, frequencies, the scale of numbers."""
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from backhand.data.class_examples import NUMBER, SINGLE, not_numbers, target_of
 from backhand.data.decision_lint import MOST_FREQUENT
 from backhand.data.examples import Example
+from backhand.data.label_names import as_list, joined_labels
 from backhand.data.raw_rows import RowErrors, number_of
 from backhand.data.rows import ClassLabel, ProblemType
 from backhand.errors import DataError
-from backhand.words import name_list, shorten
+from backhand.words import count_of, label_text, name_list, shorten
 
 _FEWEST_ROWS = 4
+_FEWEST_ALONE = 20
+"""Fewest rows with a label of their own that stop a run. Fewer may be a first try."""
 _FAR = 10.0
 """Mean or deviation of numbers from which a new head, whose outputs are near 0, is far from them."""
 
@@ -54,12 +57,54 @@ def problems_of_classes(
     of_rare = [source for source, label, _ in rows if rare.keys() & set(label.names)]
     problems: list[tuple[Any, ...]] = [
         ("contradicting_labels", contradicting),
-        ("rare_label", of_rare, _FEWEST_ROWS, name_list(map(shorten, rare), limit=5)),
+        ("rare_label", of_rare, _FEWEST_ROWS, name_list(map(label_text, rare), limit=5)),
     ]
     most, count = counts.most_common(1)[0] if counts else ("", 0)
     if problem == SINGLE and count >= MOST_FREQUENT * len(rows):
         problems.append(("one_class", [rows[0][0]], f"{shorten(most)} in {count / len(rows):.0%} of the rows"))
     return problems, dict(counts)
+
+
+def check_names(
+    problem: ProblemType, trained: Sequence[Example], held_out: Iterable[Example], *, are_sample: bool = False
+) -> None:
+    """Check labels that nobody has chosen with an option.
+
+    Args:
+        problem: the kind of problem that the labels pose.
+        trained: training rows.
+        held_out: held-out rows.
+        are_sample: the rows are a sample of more rows, in which a label may repeat.
+
+    Raises:
+        DataError: labels are made of other labels, or most training rows have a label that no other row has.
+    """
+    keep = f"or give --problem-type {problem}"
+    places: dict[str, str] = {}  # label → location of the first row that has it
+    for one in (*trained, *held_out):
+        for name in one.facts_as(ClassLabel).names:
+            places.setdefault(name, one.source)
+    if joined := joined_labels(places):
+        name = next(iter(joined))
+        raise DataError(
+            f"{count_of(len(joined), 'label')} {'is' if len(joined) == 1 else 'are'} made of others, such as {name!r}",
+            where=places[name],
+            why="each would be learned as a label of its own",
+            next_step=f"{as_list(joined[name])}; {keep} to learn these labels as they are",
+        )
+    counts = Counter(name for one in trained for name in one.facts_as(ClassLabel).names)
+    alone = [one for one in trained if (names := one.facts_as(ClassLabel).names) and all(counts[n] == 1 for n in names)]
+    if are_sample or len(alone) < _FEWEST_ALONE or 2 * len(alone) <= len(trained):
+        return
+    numbers = all(number_of(name) is not None for name in counts)
+    raise DataError(
+        f"{len(alone):,} of {len(trained):,} training rows have a label that no other training row has",
+        where=alone[0].source,
+        why="such a label cannot be learned; is this the column of the labels?",
+        next_step="name another column with --completion, "
+        + "or give --problem-type regression to learn numbers, " * numbers
+        + f"{keep} to train all the same",
+    )
 
 
 def scale_of(labels: Iterable[ClassLabel]) -> tuple[float, float] | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from backhand.data.decisions import Asked, DecisionRow
-from backhand.words import name_list, shorten
+from backhand.words import label_text, name_list, shorten
 
 MOST_FREQUENT = 0.9
 """Share of the rows with the same answer from which always giving it is nearly as good as deciding."""
@@ -55,7 +55,7 @@ def _of_question(name: str, answers: list[tuple[DecisionRow, Asked]]) -> Iterabl
         usual, *others = sorted(keys_alike, key=lambda key: -counts[key])
         if others:
             rows = [place for key in others for place in places[key] or [options[key]]]
-            yield "alike_options", rows, f"{_listed(name, others)} next to {shorten(usual)}"
+            yield "alike_options", rows, f"{_listed(name, others)} next to {label_text(usual)}"
     if contradictions:
         yield "contradiction", contradictions, name
     ((most, count),) = counts.most_common(1)
@@ -65,4 +65,4 @@ def _of_question(name: str, answers: list[tuple[DecisionRow, Asked]]) -> Iterabl
 
 
 def _listed(name: str, keys: list[str]) -> str:
-    return f"{name}: {name_list(map(shorten, keys))}"
+    return f"{name}: {name_list(map(label_text, keys))}"

@@ -22,10 +22,11 @@ from backhand.data.decisions import (
     state_text,
 )
 from backhand.data.forms import Form
+from backhand.data.label_names import as_list, joined_labels
 from backhand.data.options import shell_quoted
 from backhand.data.raw_rows import RawRow, RowErrors, describe
 from backhand.errors import DataError
-from backhand.words import count_of, name_list
+from backhand.words import count_of, label_text, name_list
 
 ANSWERS, QUESTIONS, LABEL = "answers", "questions", "label"
 
@@ -172,20 +173,32 @@ def find_questions(
 
 
 def question_notes(questions: Mapping[str, Question], answered: Mapping[str, int], rows: int) -> list[str]:
-    """Return one sentence on the documents of a row, and one per question about its type, options and answers.
+    """Return one sentence on the documents of a row, and one or two per question about its type and options.
 
     Args:
         questions: the questions by name.
         answered: per question, the number of rows with an answer to it.
         rows: the number of rows.
     """
+    joined = {name: joined_labels(one.keys) for name, one in questions.items() if one.type == "choice"}
     types = {"choice": "a choice of {}", "noul": "yes or no", "score": "a score with the levels {}"}
     shown = {name: one.descriptions if one.type == "score" else one.keys for name, one in questions.items()}
     several = "each row has one document per label of its questions; choices also have one per name of an option"
-    return [several] + [
-        f"the question {name} is {types[one.type].format(name_list(map(str, shown[name])))}"
-        + "; llama.cpp cannot ask it, since its options are single letters" * one.has_letters
-        + f"; {answered.get(name, 0):,} of {count_of(rows, 'row')} to train on answer it"
-        * (answered.get(name, 0) < rows)
-        for name, one in questions.items()
-    ]
+    return (
+        [several]
+        + [
+            f"the question {name} is {types[one.type].format(name_list(label_text(str(key)) for key in shown[name]))}"
+            + "; llama.cpp cannot ask it, since its options are single letters" * one.has_letters
+            + f"; {answered.get(name, 0):,} of {count_of(rows, 'row')} to train on answer it"
+            * (answered.get(name, 0) < rows)
+            for name, one in questions.items()
+        ]
+        + [
+            f"warning: {count_of(len(made), 'option')} of the question {name} {'is' if len(made) == 1 else 'are'} made "
+            f"of others, such as {next(iter(made))!r}, and learned as answers of their own: a decision is one answer. "
+            "To learn several labels of a text, train with --objective classify, and "
+            f"{as_list(next(iter(made.values())))}"
+            for name, made in joined.items()
+            if made
+        ]
+    )

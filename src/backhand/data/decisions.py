@@ -31,10 +31,11 @@ from functools import cached_property
 from string import ascii_uppercase, digits
 from typing import Any, Literal, get_args
 
+from backhand.data.label_names import as_list, joined_labels
 from backhand.data.raw_rows import describe, number_of
 from backhand.errors import DataError
 from backhand.other_names import value_suggestion
-from backhand.words import begin_alike, name_list, nearest_names, shorten
+from backhand.words import begin_alike, label_text, name_list, nearest_names, shorten
 
 PROMPT_VERSION = 1
 """Version of the prompt's wording and labels, as SGLang counts them."""
@@ -166,7 +167,7 @@ class Question:
             raise DataError(
                 f"the answer {shorten(key)!r} to {self.name} is none of its options",
                 where=source,
-                why=f"the options are {name_list(map(shorten, self.keys))}",
+                why=f"the options are {name_list(map(label_text, self.keys))}",
                 next_step="correct the answer, or add the option to the question",
             )
         return tuple(float(key == one) for one in self.keys)
@@ -204,7 +205,7 @@ class Question:
             raise DataError(
                 f"the probabilities of {self.name} are not numbers from 0 to 1 with the sum 1, one for each option",
                 where=source,
-                why=f"the options are {name_list(map(shorten, self.keys))}",
+                why=f"the options are {name_list(map(label_text, self.keys))}",
             )
         return tuple(float(p) / sum(values) for p in values)
 
@@ -295,12 +296,15 @@ def inferred_question(name: str, instructions: str, answers: Sequence[Any], sour
 def _checked(question: Question, source: str) -> Question:
     labels = LABELS[question.type]
     if len(question.keys) > len(labels):
+        joined = joined_labels(question.keys)
         raise DataError(
             f"{question.name} has {len(question.keys):,} options, but there are labels for {len(labels)}",
             where=source,
             why=f"the labels {labels[0]} to {labels[-1]} are one token each, as servers read them",
             next_step="train them as numbers with --objective classify"
             if all(number_of(key) is not None for key in question.keys)
+            else f"train several labels of a text with --objective classify, and {as_list(next(iter(joined.values())))}"
+            if joined
             else "merge rare options, or ask two questions",
         )
     if len(question.keys) < 2:

@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from backhand.data.class_examples import ClassFormat, decimal_comma_note, problem_of
-from backhand.data.class_lint import add_misfits, problems_of_classes, scale_of
+from backhand.data.class_examples import NUMBER, ClassFormat, decimal_comma_note, problem_of
+from backhand.data.class_lint import add_misfits, check_names, problems_of_classes, scale_of
 from backhand.data.data_report import DataReport, TruncationStats
 from backhand.data.decision_lint import problems_of_decisions
 from backhand.data.decisions import DecisionRow
@@ -311,6 +311,8 @@ def lint(
         found, labels = problems_of_classes(train.examples, problem, chosen=problem_type is not None)
         problems += [*found, ("duplicate", _repeated(train.examples))]
         add_misfits(rows, problem, mixed)
+        if problem_type is None and problem != NUMBER:
+            check_names(problem, rows[: len(train.examples)], rows[len(train.examples) :])
         try:
             note = None if labels else decimal_comma_note((one.facts_as(ClassLabel), one.source) for one in rows)
             train = train if note is None else train.with_note(note)

@@ -25,7 +25,7 @@ from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.printing import say, visible
 from backhand.terminal import console_for_tables, table_of
-from backhand.words import count_of
+from backhand.words import count_of, label_text
 
 
 def lint_command(options: LintOptions) -> LintReport:
@@ -131,7 +131,7 @@ def print_lint(console: Console, report: LintReport) -> None:
         lengths.add_row(name, *(f"{quantiles[column]:,}" for column in columns))
     console.print(lengths)
     if report.labels:
-        shown = [f"{label} {count:,}" for label, count in list(report.labels.items())[:SHOWN_LABELS]]
+        shown = [f"{label_text(label)} {count:,}" for label, count in list(report.labels.items())[:SHOWN_LABELS]]
         more = f", {len(report.labels) - SHOWN_LABELS:,} others" if len(report.labels) > SHOWN_LABELS else ""
         console.print(Text(visible(f"documents per answer: {', '.join(shown)}{more}")), soft_wrap=True)
     console.print(_checks(report))

@@ -26,7 +26,7 @@ from backhand.data.rows import (
 from backhand.data.sources import expand, read_rows
 from backhand.data.workers import WorkerEndedError, parallel_map
 from backhand.errors import DataError
-from backhand.words import count_of, name_list, shorten
+from backhand.words import count_of, label_text, name_list, shorten
 
 _FEW_EMPTY_LINES = 1000
 
@@ -241,7 +241,7 @@ def _class_next_to_text(
     return DataError(
         f"the column text would be read as it is, and {shorten(label)} would not be read",
         where=", ".join(names),
-        why=f"{shorten(label)} has few, short values, as a class has: {name_list(map(shorten, values), limit=4)}",
+        why=f"{shorten(label)} has few, short values, as a class has: {name_list(map(label_text, values), limit=4)}",
         next_step="".join(f"\n    - {case}, add: {added}" for case, added in choices.items()),
     )
 

@@ -72,6 +72,7 @@ from backhand.words import (
     capitalized,
     count_of,
     interval_text,
+    label_text,
     name_list,
     share_interval,
     shorten,
@@ -258,7 +259,7 @@ def _no_label(other: Prompt | None, labels: Sequence[str]) -> DataError:
     return DataError(
         "the rows have no labels" if other is None else f"the answer {shorten(other.reply or '')!r} is no label",
         where="labels" if other is None else other.source,
-        why=f"the labels are {name_list(map(shorten, labels))}" if labels else RULE,
+        why=f"the labels are {name_list(map(label_text, labels))}" if labels else RULE,
         next_step="name every label (--labels A,B,…), or leave --labels out",
     )
 

@@ -24,7 +24,7 @@ from markupsafe import Markup
 
 from backhand.printing import duration
 from backhand.report.run_record import is_number
-from backhand.words import count_of, in_words, interval_range, interval_text
+from backhand.words import count_of, in_words, interval_range, interval_text, label_text
 
 NOT_KNOWN = "–"
 PAGE_SCRIPTS = ("vega.min.js", "page.js")
@@ -61,7 +61,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     templates.filters |= {"figure": figure, "percent": percent, "place": place, "json": _json, "moment": moment}
-    templates.filters |= {"time_taken": time_taken, "size": size, "count_of": count_of}
+    templates.filters |= {"time_taken": time_taken, "size": size, "count_of": count_of, "label_text": label_text}
     templates.filters |= {"interval_text": interval_text, "interval_range": interval_range}
     templates.filters["worded"] = str  # the studio names its fields instead of commands
     templates.globals["studio"] = False

@@ -12,7 +12,7 @@ from typing import Any, NotRequired, TypedDict
 from backhand.files import FileLayer
 from backhand.reading import read_json
 from backhand.runs.directory import METRICS, RunDirectory
-from backhand.words import count_of, name_list, shorten
+from backhand.words import count_of, label_text, name_list
 
 
 class LabelRow(TypedDict):
@@ -400,8 +400,8 @@ def chosen_by(reading: str | None) -> str:
 def no_label_fits(labels: Sequence[str]) -> str:
     """Return a sentence about texts that fit none of an adapter's labels."""
     return (
-        f"The adapter answers every text with one of {name_list(map(shorten, labels), limit=4)}, also a text that fits "
-        "none of them. If no label is for such texts, add some of them to the rows with the answer other."
+        f"The adapter answers every text with one of {name_list(map(label_text, labels), limit=4)}, also a text "
+        "that fits none of them. If no label is for such texts, add some of them to the rows with the answer other."
     )
 
 

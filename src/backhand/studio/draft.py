@@ -370,7 +370,11 @@ class Draft:
         flags = {"decide": ["--decisions"], "kto": ["--labels"], "embed": ["--embeddings"]}
         flags |= {"rank": ["--rankings"], "classify": ["--classes"], "grpo": ["--prompts"], "bake": ["--prompts"]}
         more = [name for name in MORE["data"] if name not in ("option_order", "option_rows")]
-        words = [*self.model_words(workspace, listed), *self.data_words(workspace), *self._more(more)]
+        words = [
+            *self.model_words(workspace, listed),
+            *self.data_words(workspace),
+            *self._more([*more, "problem_type"]),
+        ]
         return ["lint", *words, *flags.get(self.objective, [])]
 
     def run_words(self, workspace: Workspace, listed: Iterable[str]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 from backhand.adapters.classifier_config import padding_id
 from backhand.data.class_examples import (
@@ -18,6 +17,7 @@ from backhand.data.class_examples import (
     problem_of,
     target_of,
 )
+from backhand.data.class_lint import check_names
 from backhand.data.lint import scale_note
 from backhand.data.rows import INSTRUCTION, ClassLabel, ProblemType
 from backhand.data.stored_examples import PreparedData
@@ -31,7 +31,7 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.config import TrainConfig
 from backhand.options.objectives import ObjectiveOptions
-from backhand.words import count_of, name_list, shorten
+from backhand.words import count_of, label_text, name_list, shorten
 
 _WITHOUT_CLASS = ("bamba", "falcon_h1", "gemma4_text", "granite", "granitemoehybrid", "lfm2", "nemotron_h")
 """Model types for which transformers has no class for sequence classification."""
@@ -104,15 +104,22 @@ def class_notes(source: ModelSource) -> tuple[str, ...]:
 
 
 def with_labels(
-    options: ObjectiveOptions, train: PreparedData, held_out: PreparedData | None, start: StartingHead | None = None
+    options: ObjectiveOptions,
+    train: PreparedData,
+    held_out: PreparedData | None,
+    start: StartingHead | None = None,
+    *,
+    are_sample: bool = False,
 ) -> tuple[ObjectiveOptions, tuple[str, ...]]:
     """Return the options with the kind of problem and the labels filled in, and sentences about both.
 
     Args:
         start: the head that the run starts from, whose labels it takes over.
+        are_sample: the rows are a sample of those of the run.
 
     Raises:
-        DataError: the label of a row does not fit, or all training rows have the same label or none.
+        DataError: the label of a row does not fit, all training rows have the same label or none, or the names of
+            labels speak against them, see `class_lint.check_names`.
         UsageError: the labels are not those of the head to start from.
     """
     learned = _labels_of(train)
@@ -123,13 +130,11 @@ def with_labels(
     labels = options.class_labels or (start and start.labels) or names_of(found, problem)
     if start is not None:
         _check_start(start, problem, labels, names_of(found, problem))
-    for data in (train, held_out):
-        rows = data.examples if data is not None else ()
-        for row in rows:
-            target_of(row.facts_as(ClassLabel), problem, labels, row.source)
+    of_train, of_held_out = ([*data.examples] if data is not None else [] for data in (train, held_out))
+    for row in (*of_train, *of_held_out):
+        target_of(row.facts_as(ClassLabel), problem, labels, row.source)
     if problem == NUMBER:
-        both = chain(train.examples, () if held_out is None else held_out.examples)
-        commas = decimal_comma_note((row.facts_as(ClassLabel), row.source) for row in both)
+        commas = decimal_comma_note((row.facts_as(ClassLabel), row.source) for row in (*of_train, *of_held_out))
         said = [f"a number is learned from {count_of(len(learned), 'row')}, with squared error"]
         said += [commas] if commas else []
         if start is None and (note := scale_note(learned)):
@@ -144,6 +149,8 @@ def with_labels(
             next_step="add rows with labels",
         )
     chosen = options.class_labels or start is not None
+    if not chosen and options.problem_type is None:
+        check_names(problem, of_train, of_held_out, are_sample=are_sample)
     if problem == SINGLE and len(labels if chosen else trained) < 2:
         raise DataError(
             f"all training rows have the label {trained[0]!r}, so that there is nothing to distinguish",
@@ -151,9 +158,11 @@ def with_labels(
             next_step="add rows with other labels, or give --problem-type regression for numbers",
         )
     kind = "one label per row" if problem == SINGLE else "several labels per row"
-    said = [f"{kind}: {name_list(map(shorten, labels), limit=8)}"]
+    said = [f"{kind}: {name_list(map(label_text, labels), limit=8)}"]
     if start is None and (untrained := [name for name in labels if name not in set(trained)]):
-        said.append(f"labels of no training row, which are not learned: {name_list(map(shorten, untrained), limit=8)}")
+        said.append(
+            f"labels of no training row, which are not learned: {name_list(map(label_text, untrained), limit=8)}"
+        )
     if problem == SINGLE and not chosen and (others := not_numbers(learned)):
         texts = name_list([shorten(str(learned[place].value)) for place in others], limit=5)
         said.append(
@@ -174,12 +183,14 @@ def _check_start(start: StartingHead, problem: ProblemType, labels: Sequence[str
     if start.problem is not None and problem != start.problem:
         different.append(f"problem_type: {start.problem} in the adapter, {problem} in this run")
     if start.labels and tuple(labels) != start.labels and problem != NUMBER:
-        in_adapter, given = (name_list(map(shorten, names), limit=8) for names in (start.labels, labels))
+        in_adapter, given = (name_list(map(label_text, names), limit=8) for names in (start.labels, labels))
         different.append(f"class_labels: {in_adapter} in the adapter, {given} given")
     elif len(labels) != start.outputs:
         different.append(f"{count_of(start.outputs, 'output')} in the adapter, {count_of(len(labels), 'label')} here")
     elif problem != NUMBER and (others := [name for name in found if name not in labels]):
-        different.append(f"the rows have {name_list(map(shorten, others), limit=8)}, which the adapter does not know")
+        different.append(
+            f"the rows have {name_list(map(label_text, others), limit=8)}, which the adapter does not know"
+        )
     if different:
         raise UsageError(
             f"the head of {start.origin} does not fit this run: {'; '.join(different)}",

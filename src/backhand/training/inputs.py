@@ -104,7 +104,13 @@ class RunInputs:
 
 
 def read_inputs(
-    config: TrainConfig, machine: Machine, typed: frozenset[str], run_cache: RunCache, *, assumed_rows: bool = False
+    config: TrainConfig,
+    machine: Machine,
+    typed: frozenset[str],
+    run_cache: RunCache,
+    *,
+    assumed_rows: bool = False,
+    are_sample: bool = False,
 ) -> RunInputs:
     """Open the model and prepare the rows.
 
@@ -114,6 +120,7 @@ def read_inputs(
         typed: names of the options that the user gave explicitly.
         run_cache: shared with other runs of this process.
         assumed_rows: without `data`, assume rows of `max_length` tokens that are all supervised.
+        are_sample: the rows are a sample of those of the run.
 
     Raises:
         UsageError, DataError, ArtifactError: each says what to do.
@@ -164,7 +171,7 @@ def read_inputs(
         if has_head and start is not None and isinstance(engine, DecoderEngine):
             head = start.head(engine, objective.objective)
         if purpose == "classes":
-            resolved, said = with_labels(config.objective, train, held_out, head)
+            resolved, said = with_labels(config.objective, train, held_out, head, are_sample=are_sample)
             config, notes = replace(config, objective=resolved), (*notes, *said)
         if purpose in ("pairs", "labels"):
             check_answers_differ(train)

@@ -67,7 +67,8 @@ def plan_run(
     """
     run_cache = run_cache or RunCache()
     with going_on("reading the rows"):
-        inputs = read_inputs(config, machine, typed, run_cache, assumed_rows=assumed_rows)
+        are_sample = row_factor != 1.0
+        inputs = read_inputs(config, machine, typed, run_cache, assumed_rows=assumed_rows, are_sample=are_sample)
     engine = inputs.engine
     with going_on("planning the memory of a step"):
         held = engine.bases if assumed_rows else ()

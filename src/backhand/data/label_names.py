@@ -1,0 +1,33 @@
+"""Labels that are made of other labels, such as `law, age` next to `law`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable
+
+_SEPARATORS = ",;|/"
+
+
+def joined_labels(names: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Return the parts of each label that is made of other labels, such as `law, age`.
+
+    A separator joins labels if one label consists of others only. Then every label with the separator counts of which
+    some part is a label: the other parts may occur in such labels only.
+    """
+    whole = {_without_brackets(name) for name in names}
+    for separator in _SEPARATORS:
+        split = {name: _without_brackets(name).split(separator) for name in names}
+        parts = {name: tuple(dict.fromkeys(part.strip() for part in of_name)) for name, of_name in split.items()}
+        joined = {name: of_name for name, of_name in parts.items() if len(of_name) > 1 and whole & {*of_name}}
+        if complete := [name for name, of_name in joined.items() if whole >= {*of_name}]:
+            return {name: joined[name] for name in (*complete, *joined)}
+    return {}
+
+
+def as_list(labels: Iterable[str]) -> str:
+    """Return a sentence on how several labels of a text are written, with these labels as an example."""
+    return f"write several labels of a text as a list, in a table as {json.dumps([*labels], ensure_ascii=False)}"
+
+
+def _without_brackets(name: str) -> str:
+    return name[1:-1].strip() if name.startswith("[") and name.endswith("]") else name
