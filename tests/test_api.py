@@ -121,6 +121,22 @@ def test_a_frame_s_missing_values_are_null() -> None:
     assert name.rows == [{"prompt": "a", "score": 0.5}, {"prompt": None, "score": None}]  # type: ignore[attr-defined]
 
 
+def test_a_frame_with_texts_and_numbers_in_one_column_is_read_by_its_rows(tiny: TinyRun) -> None:
+    missing = [None, float("nan"), pd.NA, pd.NaT]
+    frame = pd.DataFrame({"prompt": ["a"] * 6, "mean": ["n/a", 1.5, *missing], "score": [0.5, *[None] * 5]}).iloc[::-1]
+    (name,) = backhand.DataOptions(data=frame).data
+    values = [*[None] * 4, 1.5, "n/a"]
+    scores = [*[None] * 5, 0.5]
+    expected = [{"prompt": "a", "mean": mean, "score": score} for mean, score in zip(values, scores, strict=True)]
+    assert name.rows == expected and list(name.rows[0]) == list(frame.columns)  # type: ignore[attr-defined]
+    frame = pd.DataFrame(ROWS).assign(mean=["n/a", *range(1, len(ROWS))])
+    assert not [one for one in backhand.lint(data=frame, model=tiny.model)["findings"] if one["kind"] == "malformed"]
+    with pytest.raises(DataError, match=r"^data row 2: completion is the number 1, not text"):
+        backhand.plan(data=frame.assign(completion=frame["mean"]), model=tiny.model, calibrate=False)
+    with pytest.raises(DataError, match="Duplicate column names found"):
+        backhand.DataOptions(data=frame.set_axis(["prompt", "mean", "mean"], axis=1))
+
+
 def test_a_run_on_rows_in_memory_resumes_with_the_same_rows(tiny: TinyRun, tmp_path: Path) -> None:
     made = options(tiny, tmp_path / "run", data=ROWS, max_steps=4, save_every=1)
     with pytest.raises(Interrupted) as stopped:

@@ -123,16 +123,39 @@ def as_sources(value: Any) -> Any:
 def _rows_of_frame(frame: Any) -> list[dict[str, Any]]:
     import pyarrow as pa
 
+    mixed: dict[Any, list[Any]] = {}
     try:
         rows = pa.table(frame).to_pylist()
     except Exception as error:  # noqa: BLE001 - pyarrow raises whatever a column's conversion raises
-        raise DataError(
-            "the data frame cannot be read",
-            where="data",
-            why=first_line(error),
-            next_step="give a list of dicts, or write the frame to a Parquet file and give its name",
-        ) from None
+        mixed = _mixed_columns(frame)
+        if not mixed:
+            raise DataError(
+                "the data frame cannot be read",
+                where="data",
+                why=first_line(error),
+                next_step="give each column a name of its own, or give a list of dicts",
+            ) from None
+        names = dict.fromkeys(map(str, frame.columns))
+        rows = [names | row for row in pa.table(frame.drop(columns=list(mixed))).to_pylist()]
+    for name, values in mixed.items():
+        for row, value in zip(rows, values, strict=True):
+            row[str(name)] = value
     return [{name: without_padding(value) for name, value in row.items() if name != _INDEX} for row in rows]
+
+
+def _mixed_columns(frame: Any) -> dict[Any, list[Any]]:
+    """Return the values of a pandas frame's columns that Arrow refuses, such as texts and numbers in one column."""
+    import pyarrow as pa
+
+    mixed: dict[Any, list[Any]] = {}
+    for name in frame.columns if hasattr(frame, "isna") and frame.columns.is_unique else ():
+        column = frame[name]
+        try:
+            pa.array(column)
+        except Exception:  # noqa: BLE001 - likewise
+            values = zip(column.tolist(), column.isna(), strict=True)
+            mixed[name] = [None if missing else plain_value(value) for value, missing in values]
+    return mixed
 
 
 def read_given(name: str, bad: RowErrors) -> Iterator[RawRow]:
