@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordPiece
+from transformers import PreTrainedTokenizerFast
 
 from backhand.data.lint import CHECKS, LintReport, lint
 from backhand.data.mojibake import find_mojibake
@@ -219,6 +222,11 @@ def test_tokens_for_eyes(tmp_path: Path) -> None:
     assert lines[1].startswith(" ")
     whole = next(number for number, line in enumerate(lines) if line.endswith("'é'"))
     assert lines[whole + 1].endswith("(more of the same character)")
+    pieces = WordPiece({"[UNK]": 0, "run": 1, "##ning": 2, "fast": 3}, unk_token="[UNK]")
+    backend = Tokenizer(pieces)
+    backend.decoder = decoders.WordPiece()
+    words = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert token_texts([1, 2, 3, 2], words) == ["run", "ning", " fast", "ning"]
     assert token_texts(tokenizer("aé").input_ids[:2], tokenizer) == ["a", "Ã"], "a truncated one as it is spelt"
 
 

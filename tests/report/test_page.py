@@ -21,7 +21,7 @@ from backhand.report.page import SECTIONS, result_sentence, run_page
 from backhand.report.run_record import read_run
 from backhand.report.train import train
 from backhand.runs.interruption import Interrupted
-from backhand.words import upper_first
+from backhand.words import interval_text, upper_first
 from support.page import Page
 from support.tiny_run import TinyRun
 
@@ -92,7 +92,8 @@ def test_the_result_in_one_sentence(finished: Path) -> None:
         summary={"held_out_pairs": {"rewards/accuracies": 0.75}},
         config=run.config | {"objective": {"objective": "dpo"}},
     )
-    assert result_sentence(pairs) == "pairs in the right order 75%."
+    interval = interval_text(0.75, 4)
+    assert result_sentence(pairs) == f"pairs in the right order 75% of 4 ({interval})."
     assert result_sentence(replace(run, summary={}, metrics=[])) == ""
 
 

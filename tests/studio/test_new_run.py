@@ -90,7 +90,18 @@ def test_problems_of_rows_are_under_the_name_of_the_uploaded_file(client: Client
     finding = page.every("div", class_="finding")[0]
     assert finding.text.count("iconv") == 1 and "Orders 2026.csv:2, Orders 2026.csv:3: this line" in finding.text
     assert "Documents per answer: a 4, b 4." in text
-    assert "error: Orders 2026.csv:2: training would stop" in text
+    assert "error: Orders 2026.csv:2: training would stop" in text and "Leave out the 2 bad rows" in text
+    rows = b"text;label;note\n" + b"f\xfcr;a;\nf\xe4r;b;\n" * 5 + b"one;a;\nlist;b;\n" * 2
+    client.post("upload?name=o.csv", body=rows)
+    query = urlencode(draft | {"data": "rows-2.csv", "prompt": "text", "completion": "label"})
+    text = client.get(f"part/lint?{query}")[1]
+    assert "Most rows lack a value" not in text and "Leave out" not in text
+    error = part(text).one("pre", class_="error").text
+    assert "training would stop" in error and "save it as CSV UTF-8" in error and "skip bad" not in error
+    query = urlencode(draft | {"more.skip_bad": "True"})
+    findings = [one.text for one in part(client.get(f"part/lint?{query}")[1]).every("div", class_="finding")]
+    (left_out,) = (text for text in findings if "this line is not UTF-8" in text)
+    assert "next: nothing, since these rows are left out; to train on them, correct them" in left_out
 
 
 def test_a_run_is_stopped_continued_and_tried_again(
@@ -671,6 +682,28 @@ def test_a_column_that_is_empty_in_most_rows_is_questioned(client: Client, tiny:
         text = client.get(f"part/lint?{urlencode(draft | {'completion': column})}")[1]
         assert ("Is the right column chosen above?" in text) is asked
         assert not asked or "text, group.</p>" in text.partition("Leave out the 15 bad rows")[0]
+
+
+def test_an_encoder_is_offered_what_it_can_learn(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = b"prompt,completion\n" + b"".join(b"is it %d?,it is %d\n" % (n, n) for n in range(9))
+    client.post("upload?name=faq.csv", body=rows)
+    draft = {"model": MINILM, "data": "rows-1.csv"}
+    text = client.get(f"part/lint?{urlencode(draft | {'objective': 'sft'})}", X_Part="1")[1]
+    error = part(text).one("pre", class_="error").text
+    assert error.startswith("error: the model: this bert model has no language-model head")
+    assert "“What to learn” (Vectors for search, Rankings or Labels or a number)" in error
+    assert [link.text for link in part(text).every("a")] == ["Change it at the step “Model”", "“What to learn”"]
+    run = Commands.run
+
+    async def listed(commands: Commands, words: list[str], *rest: Any, **more: Any) -> Outcome:
+        known = Outcome(0, json.dumps([LISTED | {"name": MINILM, "answers": False, "file_bytes": 1, "fits": True}]), "")
+        return known if words[0] == "models" else await run(commands, words, *rest, **more)
+
+    monkeypatch.setattr(Commands, "run", listed)
+    client.get("part/models")
+    offered = part(client.get(f"part/rows?{urlencode(draft)}")[1]).one("select", id="objective")
+    options = {one.attributes["value"]: one.attributes for one in offered.all() if one.tag == "option"}
+    assert [*options] == ["embed", "rank", "classify"] and "selected" in options["embed"]
 
 
 def test_both_answers_of_a_pair_are_titled(client: Client, tiny: TinyRun) -> None:

@@ -186,6 +186,7 @@ def test_decisions_and_labels_have_probabilities(
     ("answer", "cells"),
     [
         ({"label": "<b>", "score": 0.75, "scores": {"<b>": 0.75, "sales": 0.25}}, ["<b>", "75.0%", "sales", "25.0%"]),
+        ({"labels": ["a"], "scores": {"a": 0.75, "b": 0.25}}, ["a given", "75.0%", "b", "25.0%"]),
         ({"value": 2.5}, []),
     ],
 )
@@ -204,7 +205,9 @@ def test_the_head_of_a_run_with_labels_answers(
     _, text, _ = watched.post("runs/run/try", prompt="--text")
     page = Page(text.encode())
     assert [cell.text for row in page.every("tr") for cell in row.children if cell.text] == cells
-    assert ("One of the labels is always chosen" in text) is bool(cells)
+    assert ("One of the labels is always chosen" in text) is ("label" in answer)
+    assert ("A label is given if its probability is above 50%." in text) is ("labels" in answer)
+    assert ("not calibrated" in text) is bool(cells)
     assert cells or "2.5" in page.one("div", class_="text").text
     words, rows = asked[0]
     assert words[0] == "classify" and words[-2:] == ["--data=-", "--prompt=text"] and rows == '{"text": "--text"}\n'

@@ -253,6 +253,11 @@ def test_the_page_shows_the_scores_and_commands_that_accept_a_head(straight: Tra
     assert summary is not None
     surprises = not_none(summary.adapted_classes)["surprises"]
     assert surprises and all(row["text"] and row["text"] in text for row in surprises)
+    run = read_run(straight.run.output)
+    several = run.summary["adapted_classes"] | {"problem_type": "multi_label_classification"}
+    rule = "A label is given if its probability is above 50%. The answer none is no label."
+    shown = run_page(replace(run, summary=run.summary | {"adapted_classes": several}))
+    assert rule.encode() in shown and rule not in text
     assert f"went from {summary.base_eval_loss:.3f} to" in page.one("section", id="result").text
     assert "accuracy from" in page.one("section", id="result").text and "perplexity" not in page.one("body").text
 

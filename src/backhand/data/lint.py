@@ -40,6 +40,7 @@ SHOWN_PLACES = 5
 _BLANK_TOKENS = 8
 """Largest number of tokens of a reply that is checked for being blank."""
 SHOWN_BAD_ROWS = 20
+_LEFT_OUT = "nothing, since these rows are left out; to train on them, correct them"
 
 
 class Check(NamedTuple):
@@ -379,6 +380,7 @@ def _malformed(bad: RowErrors, severity: Severity) -> list[Finding]:
         said = what + (f": {errors[0].why}" if errors[0].why else "")
         places = tuple(str(error.where) for error in errors[:SHOWN_PLACES])
         remedy = errors[0].next_step or "correct the row, or leave bad rows out with --skip-bad"
+        remedy = _LEFT_OUT if severity == "warning" else remedy
         findings.append(Finding("malformed", severity, count, said, places, remedy))
     if unseen := bad.count - bad.alike.total():
         what, last = f"{unseen:,} more malformed rows after this one", bad.errors[-1]

@@ -19,7 +19,9 @@ from backhand.data.pair_examples import PairFormat
 from backhand.data.rows import Purpose
 from backhand.data.token_view import ShownDocument, documents_to_show, token_lines, view_tokens
 from backhand.errors import DataError
+from backhand.nn.decoder.forward_backward import require_head
 from backhand.nn.families.config_fields import UnsupportedModel
+from backhand.nn.families.family import DecoderConfig
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
@@ -32,7 +34,7 @@ def lint_command(options: LintOptions) -> LintReport:
     """Check the rows and print the report: tables, or one JSON object with `json`.
 
     Raises:
-        UsageError, DataError, ArtifactError: an option, the data as a whole or the tokenizer is unusable.
+        UsageError, DataError, ArtifactError: an option, the data as a whole, the model or the tokenizer is unusable.
         DataError: training would stop at malformed rows. The report is printed first.
     """
     report, shown, tokenizer = _checked(options)
@@ -44,10 +46,13 @@ def lint_command(options: LintOptions) -> LintReport:
             say("", *token_lines(*example, tokenizer), file=sys.stdout)
     if report.errors:
         stops = [finding for finding in report.findings if finding.severity == "error"]
+        good = sum(part.rows for part in (report.train, report.held_out) if part is not None)
         raise DataError(
             f"training would stop: {report.errors:,} malformed row{'s' if report.errors > 1 else ''} in all",
             where=stops[0].where[0],
-            next_step="correct them, or leave them out with --skip-bad",
+            next_step=stops[0].remedy
+            if report.errors > good  # then the cause is that of the file
+            else "correct them, or leave them out with --skip-bad",
         )
     return report
 
@@ -76,6 +81,7 @@ def _checked(options: LintOptions) -> tuple[LintReport, Sequence[ShownDocument],
     """Check the rows, and return the report, the documents to show, and the tokenizer."""
     options.validate()
     source = open_model(options.lint.model)
+    config = _engine_config(source)
     context = source.config.get("max_position_embeddings")
     tokenizer = source.tokenizer()
     chosen_by: dict[Purpose, bool] = {
@@ -87,24 +93,27 @@ def _checked(options: LintOptions) -> tuple[LintReport, Sequence[ShownDocument],
         "classes": options.lint.classes,
     }
     purpose = next((purpose for purpose, chosen in chosen_by.items() if chosen), None)
+    if config is not None and purpose not in ("embeddings", "rankings", "classes"):
+        require_head(config)
     report, train = lint(
         options.data,
         tokenizer,
         seed=options.lint.seed,
         purpose=purpose,
         context_length=context if isinstance(context, int) else None,
-        text_format=PairFormat("cls") if purpose == "rankings" and _is_encoder(source) else None,
+        # A model that attends in both directions scores documents with a head.
+        text_format=PairFormat("cls") if purpose == "rankings" and config and not config.causal else None,
         problem_type=options.lint.problem_type,
     )
     return report, documents_to_show(train.examples, options.lint.show), tokenizer
 
 
-def _is_encoder(source: ModelSource) -> bool:
-    """Return True if a model attends in both directions, so that a head scores its documents."""
+def _engine_config(source: ModelSource) -> DecoderConfig | None:
+    """Return the engine's configuration of a model, or None if the engine cannot compute it."""
     try:
-        return not decoder_config(source.config).causal
+        return decoder_config(source.config)
     except UnsupportedModel:
-        return False
+        return None
 
 
 SHOWN_LABELS = 20

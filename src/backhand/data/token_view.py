@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,9 +77,13 @@ def view_tokens(example: Example, tokenizer: Any) -> list[ViewedToken]:
 def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
     """Return the text of each token; of a character that spans several tokens at its first token, and "" at the others.
 
-    Bytes that are no character, such as a truncated one, have the tokenizer's own spelling.
+    It is the text after the token before, so that it begins with the space between two words. Bytes that are no
+    character, such as a truncated one, have the tokenizer's own spelling.
     """
-    texts = tokenizer.batch_decode([[token] for token in ids], clean_up_tokenization_spaces=False)
+    alone = tokenizer.batch_decode([[token] for token in ids], clean_up_tokenization_spaces=False)
+    both = tokenizer.batch_decode([list(pair) for pair in pairwise(ids)], clean_up_tokenization_spaces=False)
+    after = zip(alone, alone[1:], both, strict=False)
+    texts = alone[:1] + [two.removeprefix(one) if two.startswith(one) else text for one, text, two in after]
     number = 0
     while number < len(ids):
         end = number + 1

@@ -208,7 +208,9 @@ def _clearest_figure(run: RunRecord) -> tuple[str, Any, Any, Callable[[float], s
     if figures := run.summary.get("distilled"):
         return "tokens as the teacher's", figures["base_top_1"], figures["adapted_top_1"], "{:.1%}".format
     if (ordered := (run.summary.get("held_out_pairs") or {}).get("rewards/accuracies")) is not None:
-        return "pairs in the right order", None, ordered, _SHARE
+        rows = (run.facts.get("data", {}).get("held_out") or {}).get("examples") or 0
+        in_words = f"{_SHARE(ordered)} of {rows:,} ({interval_text(ordered, rows)})" if rows else _SHARE(ordered)
+        return "pairs in the right order", None, ordered, lambda _: in_words
     return _loss_figure(run)
 
 

@@ -35,6 +35,7 @@ from backhand.studio.draft import (
     CHECKS,
     MORE,
     OBJECTIVES,
+    OF_ENCODERS,
     ROLES,
     Draft,
     FieldError,
@@ -371,10 +372,15 @@ async def _first_rows_part(site: Site, request: Request) -> Response:
         first = outcome.json()
     except CommandError as error:
         return site.failure(request, error, _steps(draft, ["data"]))
-    if first["objective"] == "decide" and _is_encoder(site, draft):  # it has no answers to compare, but a head
-        first |= {"objective": "classify", "prompt": first["state"], "completion": first["question"]}
+    objectives = OBJECTIVES
+    if _is_encoder(site, draft):
+        objectives = {name: OBJECTIVES[name] for name in OF_ENCODERS}
+        if first["objective"] == "decide":  # it has no answers to compare, but a head
+            first |= {"objective": "classify", "prompt": first["state"], "completion": first["question"]}
+        elif first["objective"] not in objectives:
+            first |= {"objective": "embed"}
     context = site.space.context(draft.get("context")).read_text("utf-8") if draft.get("context") else ""
-    values = {"first": first, "draft": draft, "objectives": OBJECTIVES, "roles": ROLES, "checks": CHECKS}
+    values = {"first": first, "draft": draft, "objectives": objectives, "roles": ROLES, "checks": CHECKS}
     values["errors"] = draft.errors() | draft.missing_columns(first["columns"])
     return site.part("rows", **values, context=context)
 
@@ -415,15 +421,17 @@ async def _lint_part(site: Site, request: Request) -> Response:
     except CommandError as error:
         return site.failure(request, error, _steps(draft, fields_named(error.text) or [""]), draft.objective)
     train, held_out = report["train"], report["held_out"] or {"rows": 0}
-    complete = []
-    if report["errors"] > train["rows"] + held_out["rows"]:
+    complete, mostly_bad = [], report["errors"] > train["rows"] + held_out["rows"]
+    if mostly_bad:
         rows = [str(draft.rows_path(site.space))]
-        outcome = await site.commands.run(rows, request.is_disconnected, module="backhand.studio.first_rows")
-        complete = outcome.json()["complete"]
+        outcome_of_rows = await site.commands.run(rows, request.is_disconnected, module="backhand.studio.first_rows")
+        first = outcome_of_rows.json()
+        if {*(draft.columns() or first["columns"])} - {*first["complete"]}:  # else other values than those are missing
+            complete = first["complete"]
     values = {"report": report, "messages": outcome.messages if outcome.code else "", "most": _MAX_SHOWN_TOKENS}
     leave_out = draft.query(**{"more.skip_bad": "True"})
-    values |= {"words": words, "leave_out": leave_out, "decisions": draft.objective == "decide"}
-    return site.part("lint", **values, complete=complete)
+    values |= {"words": words, "leave_out": leave_out, "objective": draft.objective, "complete": complete}
+    return site.part("lint", **values, can_leave_out=report["errors"] and (complete or not mostly_bad))
 
 
 async def _start_step(site: Site, request: Request) -> Response:

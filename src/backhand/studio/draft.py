@@ -42,6 +42,8 @@ OBJECTIVES = {
     "bake": "A long prompt: the model answers without it as it answers with it",
 }
 """Objectives of the page, with a description."""
+OF_ENCODERS = ("embed", "rank", "classify")
+"""Objectives that an encoder can learn, which has no language-model head."""
 
 
 class Role(NamedTuple):
@@ -274,6 +276,14 @@ class Draft:
             raise FieldError("data", "no rows are chosen", next_step="choose or upload a file")
         with _at("typed_data" if self.get("typed_data") else "data"):
             return workspace.allowed(name) if self.get("typed_data") else workspace.upload(name)
+
+    def columns(self) -> list[str]:
+        """Return the columns of the rows that the form names."""
+        names = ("state", *(f"question{number}" for number in range(_QUESTIONS)))
+        fields = names if self.objective == "decide" else [role.name for role in _roles(self.objective)]
+        typed = (column for name in fields for column in columns_named(self.get(f"typed_{name}")))
+        chosen = (self.get(name) for name in fields if not self.get(f"typed_{name}"))
+        return [*typed, *filter(None, chosen)]
 
     def _column_words(self) -> list[str]:
         """Return the options of the columns."""
