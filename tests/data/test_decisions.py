@@ -375,6 +375,18 @@ def findings(data: str, **options: Any) -> dict[str, Any]:
     return {finding.kind: finding for finding in report.findings}
 
 
+def test_lint_names_held_out_rows_whose_answer_is_not_learned(tmp_path: Path) -> None:
+    rows = [{"text": f"words {n}", "label": "c" if n == 19 else "ab"[n % 2]} for n in range(20)]
+    for seed in range(40):  # the seed draws the held-out rows
+        made = DataOptions(data=(lines(tmp_path / "rows.jsonl", rows),), eval_fraction=0.3)
+        report, _ = lint(made, tiny_tokenizer(), purpose="decisions", seed=seed)
+        if report.findings:
+            break
+    (found,) = report.findings
+    assert found.kind == "untrained_answer" and found.what.endswith("no training row, which is not learned (label: c)")
+    assert found.where == (f"{tmp_path / 'rows.jsonl'}:20",) and found.remedy == "add training rows with these answers"
+
+
 def test_lint_finds_problems_of_questions(tmp_path: Path) -> None:
     team = {**TEAM, "criteria": {"sales": None, "Sales ": None, "billing": None, "legal": None}}
     rows = [
@@ -385,7 +397,7 @@ def test_lint_finds_problems_of_questions(tmp_path: Path) -> None:
     found = findings(lines(tmp_path / "rows.jsonl", rows))
     assert found.keys() == {"unused_option", "alike_options", "contradiction", "duplicate"}
     assert found["duplicate"].count == 1 and found["duplicate"].where[0].endswith("rows.jsonl:3")
-    assert found["unused_option"].what.startswith("2 rows with options")
+    assert found["unused_option"].what.startswith("2 rows with options that no training row has as its answer")
     assert "legal" in found["unused_option"].what and "(team: Sales  next to sales)" in found["alike_options"].what
     (where,) = found["contradiction"].where
     assert where.endswith("rows.jsonl:7 ≠ " + where.split(" ≠ ")[1]) and where.endswith("rows.jsonl:2")

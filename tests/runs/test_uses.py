@@ -53,6 +53,9 @@ def test_vllm_reads_other_adapters_only_merged_and_large_ranks_only_with_a_limit
 
     for facts in ({"file": "/a/b.gguf"}, {"form": "merged"}, {"uniform": False}):
         assert vllm(**facts).endswith("--output merged\nvllm serve merged")
+        assert not TrainedAdapter("sft", "m", "a", **facts).vllm_reads
+    assert TrainedAdapter("sft", "m", "a").vllm_reads
+    assert not TrainedAdapter("classify", "m", "a", trains_head=True).vllm_reads
     assert vllm(rank=17).endswith("--lora-modules mine=a --max-lora-rank 32") and vllm(rank=16).endswith("mine=a")
 
 

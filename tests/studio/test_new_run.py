@@ -409,7 +409,7 @@ def test_options_of_the_adapter_that_the_page_once_left_out_are_fields(space: Wo
         ("kto", {"beta", "loss_type"}),
         ("decide", {"label_smoothing"}),
         ("embed", {"pooling", "query_prompt", "document_prompt"}),
-        ("rank", set()),
+        ("rank", {"ranking_loss"}),
         ("classify", {"problem_type"}),
         ("grpo", {"beta"}),
         ("bake", set()),
@@ -420,12 +420,14 @@ def test_only_options_that_the_objective_uses_are_shown_and_given(
 ) -> None:
     (space.rows / "rows-1.csv").write_bytes(TABLE)
     given = {"beta": "0.3", "loss_type": "robust", "label_smoothing": "0.1", "pooling": "mean"}
-    given |= {"query_prompt": "q", "document_prompt": "d", "problem_type": "regression"}
+    given |= {"query_prompt": "q", "document_prompt": "d", "problem_type": "regression", "ranking_loss": "listnet"}
     fields = {"data": "rows-1.csv", "objective": objective, **{f"more.{name}": value for name, value in given.items()}}
     assert {field.name for field in more_for(objective).get("objective", ())} == used
     fields |= {"reward_exact": "yes", "context": space.save_context("be brief")}
     words = Draft(fields).run_words(space, [])
     assert {name for name in given if any(word.startswith(f"--{name.replace('_', '-')}=") for word in words)} == used
+    checked = {"problem_type", "ranking_loss"} & used
+    assert {f"--{name.replace('_', '-')}={given[name]}" for name in checked} <= {*Draft(fields).lint_words(space, [])}
 
 
 def test_models_of_packages_and_of_the_list_are_known_after_a_restart(
@@ -749,6 +751,7 @@ LINTED = {
     "train": {"rows": 1, "documents": 1, "tokens": 2, "supervised_tokens": 1, "notes": [ATTACK]},
     "held_out": None,
     "errors": 1,
+    "can_skip": True,
     "findings": [{"severity": "error", "count": 9, "where": [ATTACK], "what": ATTACK, "remedy": ATTACK}],
     "labels": {ATTACK: 1},
     "template": [ATTACK],

@@ -246,6 +246,10 @@ def test_only_exports_that_a_program_uses_are_offered(client: Client, space: Wor
 
     assert offered("decide") == ["peft", "decision"] and offered("embed") == ["peft", "vectors", "merged"]
     assert offered("sft") == ["peft", "gguf", "merged", "ollama"] and offered("rank") == ["peft"]
+    for objective, vllm in (("sft", True), ("decide", False), ("embed", False)):
+        set_objective(run, objective)
+        first = next(option for option in shown(client).one("select", id="to").all() if option.tag == "option")
+        assert first.text == f"PEFT adapter, also for transformers{' and vLLM' if vllm else ''} (zip)"
 
 
 def set_objective(run: Path, objective: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from backhand.data.decisions import Asked, DecisionRow
@@ -14,8 +14,19 @@ MOST_FREQUENT = 0.9
 """Share of the rows with the same answer from which always giving it is nearly as good as deciding."""
 
 
-def problems_of_decisions(rows: Iterable[DecisionRow]) -> list[tuple[Any, ...]]:
-    """Return (kind, locations, phrase) for each problem of each question, see `lint.CHECKS`."""
+def problems_of_decisions(rows: Iterable[DecisionRow], held_out: Iterable[DecisionRow] = ()) -> list[tuple[Any, ...]]:
+    """Return (kind, locations, phrase) for each problem of each question of training rows, see `lint.CHECKS`.
+
+    Args:
+        rows: training rows.
+        held_out: held-out rows, whose answers may be those of no training row.
+    """
+    asked_later: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))  # by question and option
+    for row in held_out:
+        for asked in row.asked:
+            for key, target in zip(asked.question.keys, asked.targets or (), strict=False):
+                if target > 0:
+                    asked_later[asked.question.name][key].append(row.source)
     by_name: dict[str, list[tuple[DecisionRow, Asked]]] = defaultdict(list)
     firsts: dict[str, str] = {}  # location of the first row with these contents
     repeated: list[str] = []
@@ -25,11 +36,15 @@ def problems_of_decisions(rows: Iterable[DecisionRow]) -> list[tuple[Any, ...]]:
         for asked in row.asked:
             if asked.targets is not None:
                 by_name[asked.question.name].append((row, asked))
-    problems = [problem for name, answers in by_name.items() for problem in _of_question(name, answers)]
+    problems = [
+        problem for name, answers in by_name.items() for problem in _of_question(name, answers, asked_later[name])
+    ]
     return [*problems, ("duplicate", repeated)]
 
 
-def _of_question(name: str, answers: list[tuple[DecisionRow, Asked]]) -> Iterable[tuple[Any, ...]]:
+def _of_question(
+    name: str, answers: list[tuple[DecisionRow, Asked]], held_out: Mapping[str, list[str]]
+) -> Iterable[tuple[Any, ...]]:
     counts: Counter[str] = Counter()
     options: dict[str, str] = {}  # option → location of the first row that has it
     places: dict[str, list[str]] = defaultdict(list)  # option → locations of the rows with this answer
@@ -45,7 +60,10 @@ def _of_question(name: str, answers: list[tuple[DecisionRow, Asked]]) -> Iterabl
         first, where = answers_of.setdefault(row.state, (answer, row.source))
         if first != answer:
             contradictions.append(f"{row.source} ≠ {where}")
-    unused = [key for key in options if not counts[key]]
+    untrained = [key for key in options if not counts[key] and key in held_out]
+    if untrained:
+        yield "untrained_answer", [place for key in untrained for place in held_out[key]], _listed(name, untrained)
+    unused = [key for key in options if not counts[key] and key not in held_out]
     if unused:
         yield "unused_option", [options[key] for key in unused], _listed(name, unused)
     alike: dict[str, list[str]] = defaultdict(list)

@@ -25,10 +25,10 @@ from backhand.data.options import DataOptions
 from backhand.data.pair_examples import PairFormat
 from backhand.data.prepare import prepare
 from backhand.data.ranking_examples import RankingFormat, documents_of_texts
-from backhand.data.ranking_lint import problems_of_rankings
+from backhand.data.ranking_lint import problems_of_rankings, target_fault
 from backhand.data.raw_rows import RowErrors
 from backhand.data.row_encoder import TextFormat
-from backhand.data.rows import ClassLabel, ProblemType, Purpose
+from backhand.data.rows import ClassLabel, ProblemType, Purpose, RankedTexts, RankingLossName
 from backhand.data.stored_examples import PreparedData, StoredExamples
 from backhand.data.template_report import describe_template
 from backhand.data.text_encoder import TokenIds
@@ -91,8 +91,14 @@ CHECKS = {
     ),
     "unused_option": Check(
         "options that are never the answer",
-        "with options that no row has as its answer ({})",
+        "with options that no training row has as its answer, which are not learned ({})",
         "add rows with these answers, or remove the options",
+        form="decisions",
+    ),
+    "untrained_answer": Check(
+        "held-out answers of no training row",
+        "held out with an answer of no training row, which is not learned ({})",
+        "add training rows with these answers",
         form="decisions",
     ),
     "alike_options": Check(
@@ -232,6 +238,7 @@ class LintReport:
     not_checked: dict[str, str]  # kinds of findings that could not be checked, with the reason
     checked: tuple[str, ...]  # kinds of findings that concern these rows
     labels: dict[str, int]  # training documents per answer, most frequent first; empty unless answers are labels
+    can_skip: bool = True  # --skip-bad leaves out every row at which training would stop
 
     @property
     def errors(self) -> int:
@@ -248,6 +255,7 @@ class LintReport:
             "not_checked": self.not_checked,
             "labels": self.labels,
             "errors": self.errors,
+            "can_skip": self.can_skip,
             "findings": [
                 asdict(finding) | {"where": list(map(reworded, finding.where)), "remedy": reworded(finding.remedy)}
                 for finding in self.findings
@@ -264,6 +272,7 @@ def lint(
     context_length: int | None = None,
     text_format: TextFormat | None = None,
     problem_type: ProblemType | None = None,
+    ranking_loss: RankingLossName = "pointwise",
 ) -> tuple[LintReport, PreparedData]:
     """Prepare the rows as for training, without malformed ones, and report problems.
 
@@ -272,6 +281,7 @@ def lint(
         context_length: the model's largest number of tokens, or None if unknown.
         text_format: the way from texts to tokens; None for the usual one of the purpose.
         problem_type: of classes; None for that of the labels.
+        ranking_loss: the loss of rankings that the scores must fit.
 
     Raises:
         UsageError, DataError: as `prepare`; but a malformed row is a finding.
@@ -305,6 +315,9 @@ def lint(
         problems += problems_of_embeddings(train.examples)
     elif purpose == "rankings":
         problems += problems_of_rankings(train.examples)
+        for one in (*train.examples, *(() if held_out is None else held_out.examples)):
+            if fault := target_fault(ranking_loss, one.facts_as(RankedTexts)):
+                mixed.add(DataError(fault[0], where=one.source, why=fault[1], next_step=fault[2]))
         train = train.with_note(documents_of_texts(head=isinstance(text_format, PairFormat)))
     elif purpose == "classes":
         rows = [*train.examples, *(() if held_out is None else held_out.examples)]
@@ -320,7 +333,9 @@ def lint(
         except DataError as error:
             mixed.add(error)
     elif purpose == "decisions":
-        problems += problems_of_decisions(train.examples.facts(DecisionRow))
+        problems += problems_of_decisions(
+            train.examples.facts(DecisionRow), () if held_out is None else held_out.examples.facts(DecisionRow)
+        )
     elif purpose == "prompts":
         problems += [*_in_documents(documents, tokenizer, truncation), ("duplicate", _repeated(train.examples))]
     else:
@@ -354,6 +369,7 @@ def lint(
         not_checked=not_checked,
         checked=checked,
         labels=dict(sorted(labels.items(), key=lambda label: -label[1])),
+        can_skip=not mixed.count,
     )
     return report, train
 

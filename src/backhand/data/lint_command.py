@@ -51,7 +51,7 @@ def lint_command(options: LintOptions) -> LintReport:
             f"training would stop: {report.errors:,} malformed row{'s' if report.errors > 1 else ''} in all",
             where=stops[0].where[0],
             next_step=stops[0].remedy
-            if report.errors > good  # then the cause is that of the file
+            if report.errors > good or not report.can_skip  # the cause is that of the file, or the rows do not fit
             else "correct them, or leave them out with --skip-bad",
         )
     return report
@@ -104,6 +104,7 @@ def _checked(options: LintOptions) -> tuple[LintReport, Sequence[ShownDocument],
         # A model that attends in both directions scores documents with a head.
         text_format=PairFormat("cls") if purpose == "rankings" and config and not config.causal else None,
         problem_type=options.lint.problem_type,
+        ranking_loss=options.lint.ranking_loss,
     )
     return report, documents_to_show(train.examples, options.lint.show), tokenizer
 

@@ -25,7 +25,7 @@ from backhand.bounds import (
     Text,
     Words,
 )
-from backhand.data.rows import ProblemType
+from backhand.data.rows import ProblemType, RankingLossName
 from backhand.errors import UsageError
 from backhand.printing import visible
 from backhand.words import shorten
@@ -397,6 +397,9 @@ class LintRunOptions:
     """With `classes`, the kind of labels, as in training: `single_label_classification`,
     `multi_label_classification`, or `regression`, which reads integers as numbers. Not given: that of the labels."""
 
+    ranking_loss: RankingLossName = "pointwise"
+    """With `rankings`, the loss of training, which the scores must fit: `pointwise`, `listwise` or `listnet`."""
+
     show: CountFromZero = 0
     """Number of training documents to print token by token, with `*` before each token that carries loss."""
 
@@ -422,6 +425,12 @@ class LintOptions(Options):
                 "problem_type is for texts with a label or a number",
                 where="problem_type",
                 next_step="add --classes, or leave it out",
+            )
+        if self.lint.ranking_loss != "pointwise" and not self.lint.rankings:
+            raise UsageError(
+                "ranking_loss is for queries with documents",
+                where="ranking_loss",
+                next_step="add --rankings, or leave it out",
             )
         if not self.data.data:
             raise no_data()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from backhand.data.examples import Example
-from backhand.data.rows import RankedTexts
+from backhand.data.rows import RankedTexts, RankingLossName
 
 
 def problems_of_rankings(examples: Iterable[Example]) -> list[tuple[Any, ...]]:
@@ -34,6 +34,30 @@ def problems_of_rankings(examples: Iterable[Example]) -> list[tuple[Any, ...]]:
         ("one_score", [source for source, _ in rows] if have_one_target(row for _, row in rows) else []),
         ("duplicate", repeated),
     ]
+
+
+def target_fault(loss: RankingLossName, row: RankedTexts) -> tuple[str, str | None, str] | None:
+    """Return the fault of a row whose targets do not fit the loss, with the reason and the remedy, or None."""
+    targets = row.targets
+    if loss != "pointwise" and len(targets) < 2:
+        return (
+            f"there is one document in this row, and {loss} compares the documents of a row",
+            None,
+            "give rows with negatives or with lists of documents, or --ranking-loss pointwise",
+        )
+    if loss == "pointwise" and (outside := [one for one in targets if not 0 <= one <= 1]):
+        return (
+            f"the score {outside[0]:g} is not from 0 to 1",
+            "pointwise learns the probability that a document is relevant",
+            "divide the scores by the largest one, or give --ranking-loss listnet",
+        )
+    if loss == "listwise" and (min(targets) < 0 or not sum(targets)):
+        return (
+            "no document of this row is relevant" if min(targets) >= 0 else "a score is below 0",
+            "listwise learns the share of each document in the sum of the scores",
+            "remove the row, or give --ranking-loss pointwise or listnet",
+        )
+    return None
 
 
 def have_one_target(rows: Iterable[RankedTexts]) -> bool:

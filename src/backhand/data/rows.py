@@ -174,6 +174,7 @@ with their answers, texts to compare, queries with documents of known relevance,
 classification head learns; answers to evaluate, with a label if the rows have one; states to decide, texts whose
 vectors are computed, or queries with documents to score."""
 PoolingName = Literal["mean", "cls", "last"]
+RankingLossName = Literal["pointwise", "listwise", "listnet"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 """Use of the logits of a classification head, named as in transformers: one label, several labels, or a number."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, get_args
 
 from backhand.bounds import Bound, Check, GivenTexts, Options, Text
-from backhand.data.rows import INSTRUCTION, TEMPLATE_PLACES, PoolingName, ProblemType, Purpose
+from backhand.data.rows import INSTRUCTION, TEMPLATE_PLACES, PoolingName, ProblemType, Purpose, RankingLossName
 from backhand.errors import UsageError
 from backhand.words import shown
 
@@ -21,7 +21,6 @@ _OfSides = Literal["nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"]
 _Sorted = Literal["aot", "aot_unpaired"]
 _OfLabels = Literal["kto", "apo_zero_unpaired"]
 EmbeddingLoss = Literal["infonce", "symmetric", "triplet", "cosent"]
-RankingLoss = Literal["pointwise", "listwise", "listnet"]
 DivergenceKind = Literal["forward", "reverse", "jensen-shannon"]
 AnswersFrom = Literal["teacher", "student", "rows"]
 DISTILLED = ("bake", "sdft")
@@ -190,7 +189,7 @@ class ObjectiveOptions(Options):
     document_prompt: str | None = None
     """Text in front of all other texts (`embed`). Default: as for `query_prompt`."""
 
-    ranking_loss: RankingLoss = "pointwise"
+    ranking_loss: RankingLossName = "pointwise"
     """Loss of rankings (`rank`): `pointwise`, the binary cross-entropy of each document; `listwise`, the cross-entropy
     of a softmax over the documents of a row; or `listnet`, the same with the softmax of graded scores as targets."""
 

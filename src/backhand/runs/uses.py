@@ -68,6 +68,17 @@ class TrainedAdapter:
         """Options that name base and adapter."""
         return f"--model {shlex.quote(self.model)} --adapter {shlex.quote(self.adapter)}"
 
+    @property
+    def base(self) -> str:
+        """Name of the base for other programs: on the hub if it is there, else its file or the value of `--model`."""
+        return self.hub_id or self.file or self.model
+
+    @property
+    def vllm_reads(self) -> bool:
+        """True if vLLM reads the adapter as it is, next to its base."""
+        answers = not self.trains_head and self.objective not in _LLAMA_CPP
+        return answers and self.base != self.file and self.form == "factors" and self.uniform
+
     def backhand(self) -> list[str]:
         """Return Backhand's own commands, the most useful one first."""
         for_objective = {
@@ -147,7 +158,7 @@ class TrainedAdapter:
             code = sentence_transformers_code("merged", vectors=self.objective == "embed")
             export = f"backhand export {self.given} --merge --to sentence-transformers --output merged"
             uses.append(Use("sentence-transformers", f"{export}\n\n{code}"))
-        base = self.hub_id or self.file or self.model
+        base = self.base
         if self.objective != "embed":
             auto_class = "AutoModelForSequenceClassification" if self.trains_head else "AutoModelForCausalLM"
             uses.append(Use("PEFT", peft_code(auto_class, base, self.adapter, repr), loads_base=base != self.file))
@@ -155,7 +166,7 @@ class TrainedAdapter:
             uses.append(Use("llama.cpp", "\n".join(commands)))
         if self.trains_head or self.objective in _LLAMA_CPP:
             return uses
-        if base != self.file and self.form == "factors" and self.uniform:
+        if self.vllm_reads:
             serve = f"vllm serve {shlex.quote(base)} --enable-lora --lora-modules mine={shlex.quote(self.adapter)}"
             most = next((one for one in _MAX_LORA_RANKS if one >= self.rank), self.rank)
             serve += f" --max-lora-rank {most}" if most > _MAX_LORA_RANKS[0] else ""

@@ -76,7 +76,7 @@ class Download(NamedTuple):
 
 _MERGE = ("--merge",)
 EXPORTS = {
-    "peft": Download("PEFT adapter, also for transformers and vLLM (zip)", "peft", "zip"),
+    "peft": Download("PEFT adapter, also for transformers{and_vllm} (zip)", "peft", "zip"),
     "decision": Download("Decision model for llama.cpp (GGUF)", "gguf", "gguf", ("--decision",)),
     "vectors": Download("Model for sentence-transformers (zip)", "sentence-transformers", "zip", _MERGE),
     "gguf": Download("Adapter for llama.cpp (GGUF)", "gguf", "gguf"),
@@ -171,14 +171,20 @@ async def _run_page(site: Site, request: Request) -> Response:
     def page() -> Response:
         values = page_of(run)
         record = values["run"] if values and "run" in values else None
-        usable = [] if record is None else trained_adapter(record).exports()
+        adapter = None if record is None else trained_adapter(record)
+        usable = [] if adapter is None else adapter.exports()
+        and_vllm = " and vLLM" if adapter is not None and adapter.vllm_reads else ""
         shared: dict[str, Any] = {
             "title": run.name,
             "listed": run,
             "log": "" if log is None else log_of(log),
             "start_error": error_of(log_of(log)) if log is not None and run.start_failed else "",
             **_rows_to_give_again(site, run),
-            "exports": {kind: one.text for kind, one in EXPORTS.items() if (one.to, one.options) in usable},
+            "exports": {
+                kind: one.text.format(and_vllm=and_vllm)
+                for kind, one in EXPORTS.items()
+                if (one.to, one.options) in usable
+            },
             "objective": "" if record is None else record.objective,
             "can_try": record is not None and _can_be_tried(run, record.summary.get("try_next") or ""),
             "made": site.space.exported(run.name) if site.workspace is not None else [],
@@ -431,7 +437,8 @@ async def _lint_part(site: Site, request: Request) -> Response:
     values = {"report": report, "messages": outcome.messages if outcome.code else "", "most": _MAX_SHOWN_TOKENS}
     leave_out = draft.query(**{"more.skip_bad": "True"})
     values |= {"words": words, "leave_out": leave_out, "objective": draft.objective, "complete": complete}
-    return site.part("lint", **values, can_leave_out=report["errors"] and (complete or not mostly_bad))
+    can_leave_out = report["errors"] and report["can_skip"] and (complete or not mostly_bad)
+    return site.part("lint", **values, can_leave_out=can_leave_out)
 
 
 async def _start_step(site: Site, request: Request) -> Response:

@@ -107,7 +107,10 @@ MORE = {
     "run": ("eval_every", "save_every", "keep", "early_stopping", "max_forgetting", "answers", "seed"),
     "model": ("dtype", "engine", "base", "memory", "recompute", "cache_frozen"),
     "rewards": ("group", "max_new_tokens", "temperature"),
-    "objective": ("beta", "loss_type", "label_smoothing", "pooling", "query_prompt", "document_prompt", "problem_type"),
+    "objective": (
+        *("beta", "loss_type", "label_smoothing", "pooling", "query_prompt", "document_prompt"),
+        *("problem_type", "ranking_loss"),
+    ),
 }
 """Options under "more", by section. None of them names a file or code."""
 
@@ -383,7 +386,7 @@ class Draft:
         words = [
             *self.model_words(workspace, listed),
             *self.data_words(workspace),
-            *self._more([*more, "problem_type"]),
+            *self._more([*more, "problem_type", "ranking_loss"]),
         ]
         return ["lint", *words, *flags.get(self.objective, [])]
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from backhand.data.pair_examples import PairFormat
+from backhand.data.ranking_lint import target_fault
 from backhand.data.rows import RankedTexts
 from backhand.data.stored_examples import StoredExamples
 from backhand.distributed.communicator import Communicator
@@ -232,26 +233,7 @@ def _measured(texts: Sequence[RankedTexts], scores: Sequence[Tensor]) -> dict[st
 
 def check_targets(options: ObjectiveOptions, examples: StoredExamples) -> None:
     """Raise DataError unless the targets of these rows fit the loss of rankings."""
-    lists = options.ranking_loss != "pointwise"
     for number, row in enumerate(examples.facts(RankedTexts)):
-        targets = row.targets
-        if lists and len(targets) < 2:
-            raise DataError(
-                f"there is one document in this row, and {options.ranking_loss} compares the documents of a row",
-                where=examples[number].source,
-                next_step="give rows with negatives or with lists of documents, or --ranking-loss pointwise",
-            )
-        if options.ranking_loss == "pointwise" and not all(0 <= target <= 1 for target in targets):
-            raise DataError(
-                f"the score {next(one for one in targets if not 0 <= one <= 1):g} is not from 0 to 1",
-                where=examples[number].source,
-                why="pointwise learns the probability that a document is relevant",
-                next_step="divide the scores by the largest one, or give --ranking-loss listnet",
-            )
-        if options.ranking_loss == "listwise" and (min(targets) < 0 or not sum(targets)):
-            raise DataError(
-                "no document of this row is relevant" if min(targets) >= 0 else "a score is below 0",
-                where=examples[number].source,
-                why="listwise learns the share of each document in the sum of the scores",
-                next_step="remove the row, or give --ranking-loss pointwise or listnet",
-            )
+        if fault := target_fault(options.ranking_loss, row):
+            what, why, next_step = fault
+            raise DataError(what, where=examples[number].source, why=why, next_step=next_step)
