@@ -698,6 +698,20 @@ def test_labels_that_may_be_meant_are_trained(labels: list[Any], tiny: TinyRun, 
     assert ("rock, 'rock, paper', stone" in " ".join(notes)) == ("rock" in labels), "a label with a comma is quoted"
 
 
+def test_a_run_whose_held_out_labels_are_not_trained_is_not_judged(tiny: TinyRun, tmp_path: Path) -> None:
+    data = (write_named(tmp_path / "rows.jsonl", ["a", "b"] * 4),)
+    held_out = (write_named(tmp_path / "held_out.jsonl", ["c"] * 5 + ["a"] * 3),)
+    made = config(tiny, tmp_path, tmp_path / "run", data=data, eval_data=held_out, eval_every=1)
+    said = "5 of 8 held-out rows have labels that no training row has"
+    assert any(note.startswith(f"warning: {said}") for note in plan_run(made, resolve_machine(made)).inputs.notes)
+    summary = train(made)
+    assert (summary.unlearned_rows, summary.try_next) == (5, None)
+    assert not_none(summary.advice).startswith(said) and "learning rate" not in not_none(summary.advice)
+    assert verdict(read_run(made.run.output)) == "unclear"
+    half = with_options(made, eval_data=(write_named(tmp_path / "half.jsonl", ["c", "a"]),))
+    assert not any("no training row has" in note for note in plan_run(half, resolve_machine(half)).inputs.notes)
+
+
 def test_a_plan_of_a_sample_does_not_count_its_labels(tiny: TinyRun, tmp_path: Path) -> None:
     rows = write_named(tmp_path / "rows.jsonl", [*range(40)])
     made = config(tiny, tmp_path, tmp_path / "run", data=(rows,), eval_data=(), eval_fraction=0.0)

@@ -1,9 +1,11 @@
-"""Labels that are made of other labels, such as `law, age` next to `law`."""
+"""Labels that are made of other labels, such as `law, age` next to `law`, and labels of no training row."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+
+from backhand.words import count_of
 
 _SEPARATORS = ",;|/"
 
@@ -27,6 +29,23 @@ def joined_labels(names: Collection[str]) -> dict[str, tuple[str, ...]]:
 def as_list(labels: Iterable[str]) -> str:
     """Return a sentence on how several labels of a text are written, with these labels as an example."""
     return f"write several labels of a text as a list, in a table as {json.dumps([*labels], ensure_ascii=False)}"
+
+
+def unlearned_rows(trained: Iterable[Sequence[str]], held_out: Iterable[Sequence[str]]) -> int:
+    """Return the number of held-out rows with labels that no training row has, from the labels of each row."""
+    learned = {name for names in trained for name in names}
+    return sum(bool(names) and learned.isdisjoint(names) for names in held_out)
+
+
+def unlearned_note(count: int, rows: int) -> str | None:
+    """Return a sentence if most of the held-out rows have labels that no training row has, or None."""
+    if 2 * count <= rows:
+        return None
+    return (
+        f"{count:,} of {count_of(rows, 'held-out row')} {'has' if rows == 1 else 'have'} labels that no training row "
+        "has, so that their loss and accuracy do not tell what is learned: check the column of the labels, or add "
+        "training rows with these labels"
+    )
 
 
 def _without_brackets(name: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from backhand.data.label_names import unlearned_note
 from backhand.json_shape import required_keys
 from backhand.options.objectives import DISTILLED
 from backhand.report.run_record import RunRecord, is_number
@@ -105,6 +106,8 @@ def _class_verdict(run: RunRecord) -> Verdict | None:
     constant, right, rows = base.get("accuracy"), adapted.get("accuracy"), adapted.get("rows")
     if not (is_number(constant) and is_number(right) and is_number(rows)):
         return None
+    if unlearned_note(run.summary.get("unlearned_rows", 0), int(rows)):
+        return "unclear"
     return gain_verdict(Accuracies.of(constant, adapted, constant, int(rows)).gain)
 
 

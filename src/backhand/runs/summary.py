@@ -198,6 +198,7 @@ class RunSummary:
     # the best constant answer. None for other objectives
     base_classes: dict[str, Any] | None = None
     adapted_classes: dict[str, Any] | None = None
+    unlearned_rows: int = 0  # held-out rows with labels that no training row has
     # with the adapter, by which runs are compared: 1 for each right and 0 for each wrong answer, or nDCG@10 of each
     # query; empty for other rows, and for more of them than `row_changes.MOST_RECORDED`
     row_scores: tuple[float, ...] = ()

@@ -223,6 +223,7 @@ def advice(
     unseen_rows: int = 0,
     stopped: bool = False,
     slow: str | None = None,
+    unlearned: str | None = None,
 ) -> tuple[str, str | None] | None:
     """Return a sentence about the run and the command to try next, or None for either.
 
@@ -237,7 +238,10 @@ def advice(
         unseen_rows: number of training rows that no step contained.
         stopped: True if the run ended before its last step, for example by a callback. More steps are then no advice.
         slow: sentence on numbers that a new head reaches only slowly, or None.
+        unlearned: sentence on held-out labels that no training row has, or None. The curves then say nothing.
     """
+    if unlearned:
+        return capitalized(unlearned), None
     rate, objective = float(config.optimization.learning_rate), config.objective.objective
     until = rates_until(config.optimization, total_steps)
     relative = rate / auto_rate if objective in SUPERVISED else 1.0

@@ -18,6 +18,7 @@ from backhand.data.class_examples import (
     target_of,
 )
 from backhand.data.class_lint import check_names
+from backhand.data.label_names import unlearned_note, unlearned_rows
 from backhand.data.lint import scale_note
 from backhand.data.rows import INSTRUCTION, ClassLabel, ProblemType
 from backhand.data.stored_examples import PreparedData
@@ -163,6 +164,10 @@ def with_labels(
         said.append(
             f"labels of no training row, which are not learned: {name_list(map(label_text, untrained), limit=8)}"
         )
+    in_held_out = [label.names for label in found[len(learned) :]]
+    unlearned = 0 if start is not None else unlearned_rows((label.names for label in learned), in_held_out)
+    if note := unlearned_note(unlearned, len(in_held_out)):
+        said.append(f"warning: {note}")
     if problem == SINGLE and not chosen and (others := not_numbers(learned)):
         texts = name_list([shorten(str(learned[place].value)) for place in others], limit=5)
         said.append(

@@ -18,6 +18,7 @@ from backhand.adapters.contents import RECORD_FILE
 from backhand.adapters.record import read_record
 from backhand.data.class_examples import NUMBER
 from backhand.data.decisions import QuestionType
+from backhand.data.label_names import unlearned_note, unlearned_rows
 from backhand.data.lint import scale_note
 from backhand.data.rows import ClassLabel
 from backhand.distributed.communicator import Communicator
@@ -380,7 +381,8 @@ class Trainer:
         if keep and (stored := read_summary(path)) is not None:
             return replace(stored, compared_with_start=with_start)
         summary = summarise(self.run, state, self.directory, self.processes.world_size)
-        summary = replace(summary, compared_with_start=with_start)
+        unlearned = 0 if with_start else self._unlearned()
+        summary = replace(summary, compared_with_start=with_start, unlearned_rows=unlearned)
         if self.processes.is_main_process:
             curves = Curves.of(self.directory.lines(METRICS), summary.constant_loss)
             rate, _ = self.run.inputs.learning_rate(replace(self.run.config.optimization, learning_rate="auto"))
@@ -393,11 +395,20 @@ class Trainer:
                 slow=scale_note(self.run.inputs.train.examples.facts(ClassLabel))
                 if self.run.config.objective.problem_type == NUMBER
                 else None,
+                unlearned=unlearned_note(summary.unlearned_rows, summary.held_out_rows),
             )
             said, again = (None, None) if suggestion is None else (reworded(suggestion[0]), suggestion[1])
             summary = replace(summary, advice=said, try_next=again)
             self.directory.write(SUMMARY, summary.to_json())
         return summary
+
+    def _unlearned(self) -> int:
+        """Return the number of held-out rows with labels that no training row has."""
+        inputs = self.run.inputs
+        if inputs.held_out is None or inputs.config.objective.problem_type in (None, NUMBER):
+            return 0
+        labels = (data.examples.facts(ClassLabel) for data in (inputs.train, inputs.held_out))
+        return unlearned_rows(*([label.names for label in of_rows] for of_rows in labels))
 
     def _prove_resume(self, loop: TrainingLoop, store: CheckpointStore, start: int, log: ProofLog) -> None:
         if loop.state.progress.step < self.run.inputs.total_steps:
