@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,10 +113,25 @@ def test_the_file_has_type_template_and_temperatures(decided: TrainConfig, expor
     ]
 
 
+def test_the_export_prints_a_request_that_the_server_answers(
+    decided: TrainConfig, server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, model = decided.run.output / "adapter", decided.model.model
+    export_command(
+        ExportOptions(
+            adapter=adapter, model=model, to="gguf", decision=True, dtype="float32", output=tmp_path / "d.gguf"
+        )
+    )
+    (line,) = (one for one in capsys.readouterr().out.splitlines() if "curl" in one)
+    words = shlex.split(line)
+    assert words[:3] == ["curl", "http://localhost:8080/v1/systemone", "-d"]
+    assert server.handle_systemone(json.loads(words[3]))["answers"].keys() == {"team", "mood"}
+
+
 def test_the_export_is_proved_by_llama_cpp(decided: TrainConfig, exported: Path) -> None:
     lines = (decided.run.output / "proofs.jsonl").read_text().splitlines()
     proofs = [json.loads(line) for line in lines if "systemone" in line]
-    assert [proof["passed"] for proof in proofs] == [True] and proofs[0]["value"] <= 1e-4
+    assert proofs and all(proof["passed"] for proof in proofs) and proofs[0]["value"] <= 1e-4
 
 
 def test_a_wrong_temperature_fails_the_proof(

@@ -26,11 +26,13 @@ def two(finished: Path, tiny: TinyRun, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_two_runs_side_by_side(two: tuple[Path, Path], tmp_path: Path) -> None:
-    output = tmp_path / "pages" / "both.html"
+    output, config = tmp_path / "pages" / "both.html", two[1] / "config.toml"
+    config.write_text(config.read_text().replace("alpha = 5.0", "alpha = 5"))
     assert main(["report", *map(str, two), "--output", str(output)]) == 0
     page = Page(output.read_bytes())
     assert page.one("p", class_="lead").text.startswith("run has the lowest loss on the same held-out rows")
     options = page.one("section", id="configuration").text
+    assert "adapter.alpha" not in options, "5.0 and 5 are equal"
     assert "optimization.learning_rate" in options and "1e-06" in options and "run.output" not in options
     series = {row["series"] for row in page.charts["held-out"]["data"]["values"]}
     assert series == {"run", "other"}

@@ -37,6 +37,7 @@ from backhand.nn.model_options import BaseModelOptions
 from backhand.options.command_options import ClassifyOptions, ClassifyRunOptions, EvaluateOptions, EvaluateRunOptions
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
+from backhand.report.comparison import comparison_page
 from backhand.report.headline import base_and_best, headline, verdict
 from backhand.report.page import live_values, run_page
 from backhand.report.run_record import read_run
@@ -226,7 +227,7 @@ def test_evaluation_scores_the_adapter_against_a_constant_answer(
     scores = found["adapted"]["classes"]
     gain, low, high = scores["gain"]
     assert gain == pytest.approx(scores["values"]["accuracy"] - found["base"]["classes"]["values"]["accuracy"])
-    assert low < gain < high and "right_rows" not in scores
+    assert low < gain < high and "row_scores" not in scores
     assert scores["accuracy_interval"] == share_interval(scores["values"]["accuracy"], 12)
     interval = interval_text(scores["values"]["accuracy"], 12)
     table = capsys.readouterr().out
@@ -472,6 +473,25 @@ def test_a_run_learns_numbers_on_a_quantized_base(
     monkeypatch.undo()
     (answer,) = backhand.classify(prompts=["json json"], adapter=tmp_path / "run" / "adapter", model=tiny.model)
     assert list(answer) == ["value"]
+
+
+def test_numbers_are_judged_by_the_squared_errors_of_the_rows(tiny: TinyRun, tmp_path: Path) -> None:
+    rows = [{"text": "json " * (n % 4 + 1) + "user asks", "label": (n * 7 % 13) / 4} for n in range(24)]
+    common: dict[str, Any] = {"model": tiny.model, "objective": "classify", "problem_type": "regression", "answers": 0}
+    run = backhand.train(data=rows, eval_data=rows[:8], output=tmp_path / "run", max_steps=2, **common)
+    assert run.adapted_classes is not None and run.loss_change is not None
+    change, low, high = run.loss_change
+    assert low < 0 < high and tuple(run.adapted_classes["gain"]) == (-change, -high, -low)
+    text = headline(read_run(tmp_path / "run"))
+    assert f"loss changed by {change:+.4f} in squared error per row (95 % interval" in text
+    assert "too few rows to tell the change from chance" in text and "helped" not in text
+    evaluated = backhand.evaluate(data=rows[:8], adapter=tmp_path / "run/adapter", model=tiny.model)
+    assert isinstance(evaluated, Evaluation) and evaluated.adapted is not None and evaluated.adapted.classes is not None
+    assert evaluated.adapted.classes.gain == pytest.approx((-change, -high, -low))
+    assert evaluated.loss_change == pytest.approx(run.loss_change)
+    backhand.train(data=rows, eval_data=rows[:8], output=tmp_path / "other", max_steps=3, **common)
+    page = comparison_page([read_run(tmp_path / name) for name in ("run", "other")]).decode()
+    assert "in squared error per row; compared with " in page and "too few rows to tell the change from chance" in page
 
 
 def test_numbers_far_from_0_are_noted_before_the_run_and_in_its_advice(

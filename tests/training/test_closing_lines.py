@@ -487,8 +487,8 @@ def test_the_same_accuracies_are_clear_if_few_rows_changed(ended: RunSummary) ->
         (nested, "better than the base model and"),
         (other, "not clearly better than the base model;"),
     ):
-        adapted = label_score(right, given, "abcd", right).to_json(base)
-        assert json.loads(json.dumps(adapted))["accuracy"] == 0.65 and "right_rows" not in adapted
+        adapted = label_score(right, given, "abcd", right).compared_with(base).to_json()
+        assert json.loads(json.dumps(adapted))["accuracy"] == 0.65 and "row_scores" not in adapted
         measured = {"base_labels": base.to_json(), "adapted_labels": adapted, "exact_match_rows": 60}
         stated = replace(ended, base_exact_match=0.0, adapted_exact_match=0.65, **measured)  # type: ignore[arg-type]
         assert any(words in line for line in closing_lines(stated))

@@ -283,6 +283,21 @@ def test_a_loss_that_is_not_finite_is_no_evaluation() -> None:
     assert Curves.of(records).held_out == [(0, 2.0), (1, 1.0), (3, 0.9)]
 
 
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ((0.686, 0.623, 0.55, 0.502, 0.489, 0.487), "above constant"),
+        ((0.686, 0.623, 0.55, 0.487, 0.6, 0.72), "not better"),
+        ((0.686, 0.623, 0.55, 0.4, 0.35, 0.3), "still falling"),
+    ],
+)
+def test_a_head_that_is_not_better_than_a_constant_answer_needs_steps_if_its_loss_fell(
+    losses: Sequence[float], expected: str
+) -> None:
+    records = [{"step": 10 * number, "eval_loss": loss} for number, loss in enumerate(losses)]
+    assert first_finding(Curves.of(records, constant_loss=0.472), even(50)) == expected
+
+
 def test_the_advice_is_in_summary_and_report_and_can_be_pasted(tiny: TinyRun, tmp_path: Path) -> None:
     output = tmp_path / "a run"
     summary = train(tiny.config(output, learning_rate=1e-7, overwrite=True, eval_every=3))

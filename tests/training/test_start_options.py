@@ -46,6 +46,17 @@ def test_another_adapter_is_refused_with_a_list(
     assert not (tmp_path / "run").exists()
 
 
+def test_layers_that_the_adapter_lacks_are_refused_by_their_numbers(tiny: TinyRun, tmp_path: Path) -> None:
+    train(tiny.config(tmp_path / "first", max_steps=1, layers="last:1"))
+    start = str(tmp_path / "first" / "adapter")
+    with pytest.raises(UsageError, match="layers: 1 in the adapter, 0–1 given"):
+        train(tiny.config(tmp_path / "run", from_adapter=start, layers="last:2"))
+    with pytest.raises(UsageError, match=r"up_proj, v_proj of layers 1 in the adapter, q_proj v_proj given"):
+        train(tiny.config(tmp_path / "run", from_adapter=start, target_modules=("q_proj", "v_proj")))
+    assert not (tmp_path / "run").exists()
+    train(tiny.config(tmp_path / "run", from_adapter=start, layers="last:1", max_steps=1))
+
+
 @pytest.mark.parametrize("engine", ["backhand", "transformers"])
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.1}])
 def test_the_same_adapter_may_be_asked_for(

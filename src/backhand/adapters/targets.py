@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -210,9 +210,13 @@ def in_numbers(config: LoRAConfig, adapted: Sequence[str]) -> LoRAConfig:
     """
     if not config.layers:
         return config
-    numbers = {number for name in adapted if (number := _layer_number(name, ())) is not None}
     parameter_paths = tuple(targeted_parameters(config, adapted))
-    return replace(config, layers="", layers_to_transform=tuple(sorted(numbers)), target_parameters=parameter_paths)
+    return replace(config, layers="", layers_to_transform=layer_numbers(adapted), target_parameters=parameter_paths)
+
+
+def layer_numbers(names: Iterable[str]) -> tuple[int, ...]:
+    """Return the numbers of the layers of these modules in ascending order. Modules outside layers have none."""
+    return tuple(sorted({number for name in names if (number := _layer_number(name, ())) is not None}))
 
 
 def _numbers(words: str, count: int) -> set[int]:

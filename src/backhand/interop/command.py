@@ -17,9 +17,10 @@ from backhand.adapters.peft_saving import loading_code
 from backhand.adapters.record import AdapterRecord
 from backhand.data.chat import read_template
 from backhand.data.template_report import default_system
-from backhand.errors import ArtifactError, BackhandError, ResourceError, UsageError, short_reason
+from backhand.errors import ArtifactError, BackhandError, ResourceError, UsageError, not_none, short_reason
 from backhand.files import staged, write_atomically
 from backhand.interop.gguf_adapter_writer import llama_cpp_notes, write_gguf_adapter
+from backhand.interop.gguf_decision import example_request
 from backhand.interop.gguf_ranking import can_rank
 from backhand.interop.gguf_vectors import text_end
 from backhand.interop.huggingface_writer import write_tokenizer
@@ -141,7 +142,8 @@ def _how_to_use(options: ExportOptions, opened: OpenedAdapter, output: str) -> t
         )
     trained = _trained(opened)
     if options.merged:
-        return _next(trained.in_llama_cpp(f"-m {output}"), *(["then POST /v1/systemone"] if options.decision else []))
+        asking = [example_request(not_none(opened.loaded.record))] if options.decision else []
+        return _next(trained.in_llama_cpp(f"-m {output}"), *asking)
     base = shlex.quote(str(opened.source.path)) if isinstance(opened.source, GGUFModel) else "BASE.gguf"
     pooling = f"--pooling {embedding_of(opened)['pooling']} " if objective == "embed" else ""
     return _next(trained.in_llama_cpp(f"{pooling}-m {base} --lora {output}"))

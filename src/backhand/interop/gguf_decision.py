@@ -9,6 +9,7 @@ and `options`, each of which has `label`, `key` and `description`. The text is t
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,13 @@ def gguf_decision(opened: OpenedAdapter) -> GGUFDecision:
 
 def _questions(decisions: Mapping[str, Any]) -> list[Question]:
     return [question_of(name, spec, "backhand.json") for name, spec in decisions["questions"].items()]
+
+
+def example_request(record: AdapterRecord) -> str:
+    """Return the command that asks llama.cpp's server the adapter's questions, or a placeholder for unknown ones."""
+    questions: Any = {question.name: question.to_json() for question in _questions(record.decisions)}
+    body = json.dumps({"state": "…", "questions": questions or {"…": "…"}}, ensure_ascii=False)
+    return f"curl http://localhost:8080/v1/systemone -d {shlex.quote(body)}"
 
 
 def prove_decisions(path: Path, opened: OpenedAdapter, prover: Prover, *, exact: bool) -> None:

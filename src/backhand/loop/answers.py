@@ -401,8 +401,8 @@ def measured_answers(
         "base_exact_match": base.exact_match,
         "adapted_exact_match": adapted.exact_match,
         "base_labels": base.labels.to_json() if base.labels else None,
-        "adapted_labels": adapted.labels.to_json(base.labels) if adapted.labels else None,
-        "row_scores": row_scores(adapted.labels.right_rows) if adapted.labels else (),
+        "adapted_labels": adapted.labels.compared_with(base.labels).to_json() if adapted.labels else None,
+        "row_scores": row_scores(adapted.labels.row_scores) if adapted.labels else (),
     }
 
 

@@ -22,18 +22,19 @@ from torch import Tensor
 from backhand.data.class_examples import MULTI, NUMBER
 from backhand.data.examples import Example
 from backhand.data.rows import ProblemType
-from backhand.loop.label_scores import RightRows, label_score
+from backhand.loop.label_scores import Gain, RowScores, label_score
 from backhand.loop.retrieval_scores import spearman
 from backhand.ops.binary_cross_entropy import binary_cross_entropy_forward
 from backhand.ops.cross_entropy import cross_entropy_forward
+from backhand.runs.row_changes import mean_gain
 from backhand.words import share_interval, shorten
 
 _SURPRISES = 5
 
 
 @dataclass(frozen=True)
-class ClassScores(RightRows):
-    """Scores of one model on the same rows."""
+class ClassScores(RowScores):
+    """Scores of one model on the same rows. The score of a row with a number is -(its squared error)."""
 
     rows: int
     problem_type: ProblemType
@@ -46,9 +47,12 @@ class ClassScores(RightRows):
     surprises: list[dict[str, Any]]
     accuracy_interval: tuple[float, float] | None  # 95 % interval of the accuracy; None for numbers
 
-    def figures(self, base: ClassScores | None = None) -> dict[str, Any]:
+    def gain_over(self, before: Sequence[float]) -> Gain | None:
+        return mean_gain(before, self.row_scores) if self.problem_type == NUMBER else super().gain_over(before)
+
+    def figures(self) -> dict[str, Any]:
         """Return `to_json` in the form of summary.json, where the values have no name of their own."""
-        fields = self.to_json(base)
+        fields = self.to_json()
         return {**fields.pop("values"), **fields}
 
 
@@ -87,15 +91,15 @@ def score_classes(
     """
     losses = row_losses(logits, targets, problem)
     confusion: dict[str, dict[str, int]] = {}
-    hits: list[float] = []
     right, given = ([_shown(row, problem, labels) for row in each] for each in (targets, _decided(logits, problem)))
     if problem == NUMBER:
         mse, spread = float(losses.mean()), float(targets.var(unbiased=False))
         ranks = spearman(logits[:, 0].numpy(), targets[:, 0].numpy())
+        of_rows: list[float] = (-losses).tolist()
         values = {"mse": mse, "r2": 1 - mse / spread if spread else 0.0, "spearman": ranks}
     else:
-        hits = [float(one == other) for one, other in zip(right, given, strict=True)]
-        values = {"accuracy": sum(hits) / len(hits), "nll": float(losses.mean())}
+        of_rows = [float(one == other) for one, other in zip(right, given, strict=True)]
+        values = {"accuracy": sum(of_rows) / len(of_rows), "nll": float(losses.mean())}
         if problem == MULTI:
             values["f1_macro"] = _macro_f1(_decided(logits, problem), targets)
         else:
@@ -109,7 +113,7 @@ def score_classes(
     interval = None if problem == NUMBER else share_interval(values["accuracy"], len(targets))
     return ClassScores(
         *(len(targets), problem, float(losses.mean()), values, constant, confusion, surprises, interval),
-        right_rows=hits,
+        row_scores=of_rows,
     )
 
 

@@ -32,6 +32,7 @@ from backhand.loop.objectives.classify import targets_of
 from backhand.loop.objectives.head import head_logits
 from backhand.options.command_options import ClassifyOptions
 from backhand.printing import counting
+from backhand.runs.row_changes import as_loss, loss_words, right_words
 from backhand.runs.summary import CLASS_SCORES, loss_unit
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import count_of, interval_text, shorten, show_notes
@@ -209,6 +210,10 @@ def print_classes(scores: Mapping[str, ClassScores]) -> None:
         shown.add_row(name, *(_cell(one, score) for score in names))
     console = console_for_tables()
     console.print(shown)
+    if last.gain is not None:
+        number = last.problem_type == NUMBER
+        words = loss_words(as_loss(last.gain), unit) if number else right_words(last.gain, "a constant answer")
+        console.print(words, soft_wrap=True)
     if last.constant:
         console.print("the model gives the same answer to all rows", soft_wrap=True)
     for row in (one for one in last.surprises[:1] if one["answer"] != one["given"]):

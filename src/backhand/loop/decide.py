@@ -32,6 +32,7 @@ from backhand.nn.compute import resolve_device, resolve_dtype
 from backhand.options.command_options import DecideOptions
 from backhand.printing import counting
 from backhand.reading import read_plain
+from backhand.runs.row_changes import right_words
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import count_of, name_list, shorten, show_notes
 
@@ -231,19 +232,22 @@ def print_decisions(model: str, scores: Mapping[str, DecisionScore]) -> None:
 
 
 def about_score(name: str, score: DecisionScore) -> list[str]:
-    """Return sentences about a question: the thresholds of probability, the worst surprise, and the flips."""
+    """Return sentences about a question: gain, thresholds of probability, the worst surprise, and the flips."""
+    gained = [] if score.gain is None else [f"{name}: {right_words(score.gain, 'the base model')}"]
     if score.constant:
-        return [f"{name}: the model gives the same answer to all rows"]
+        return [*gained, f"{name}: the model gives the same answer to all rows"]
+    if score.majority == 1:
+        return [*gained, f"{name}: all rows have the same answer, so that a constant answer is always right"]
     if score.accuracy <= score.majority:
         often = "as often" if score.accuracy == score.majority else "more often"
-        return [f"{name}: always giving the most frequent answer is right {often} ({score.majority:.1%})"]
+        return [*gained, f"{name}: always giving the most frequent answer is right {often} ({score.majority:.1%})"]
     worst = score.surprises[0]
     thresholds = [_about_threshold(name, score.rows, point) for point in score.thresholds]
     surprise = (
         f"{name}: the most surprising answer is {shorten(worst['answer'])} at {worst['source']}, where the model "
         f"decides {shorten(worst['decision'])} and gives it {worst['probability']:.2%}"
     )
-    lines = [*thresholds, surprise]
+    lines = [*gained, *thresholds, surprise]
     if score.flips is not None and score.flips > MANY_FLIPS:
         lines.append(
             f"{name}: {score.flips:.0%} of the decisions change if the options come in another order: in other "

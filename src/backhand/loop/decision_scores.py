@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backhand.data.decisions import DecisionRow, Question, QuestionType
-from backhand.loop.label_scores import RightRows, label_score
+from backhand.loop.label_scores import RowScores, label_score
 from backhand.words import share_interval
 
 Floats = npt.NDArray[np.float64]
@@ -106,7 +106,7 @@ def _slope(outcome: Outcome, temperature: float) -> float:
 
 
 @dataclass(frozen=True)
-class DecisionScore(RightRows):
+class DecisionScore(RowScores):
     """The scores of one model on the answers to one question."""
 
     rows: int
@@ -201,8 +201,8 @@ def _score(
         confusion=labels.confusion,
         surprises=_surprises(outcomes, p, right, given),
         flips=flips,
-        right_rows=hits.tolist(),
-        right_by_constant=labels.right_by_constant,
+        row_scores=hits.tolist(),
+        constant_scores=labels.constant_scores,
     )
 
 

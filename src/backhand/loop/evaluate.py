@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from backhand.bounds import check_kind
+from backhand.data.class_examples import NUMBER
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.options import DataOptions
@@ -66,7 +67,7 @@ from backhand.options.objectives import ObjectiveOptions
 from backhand.printing import counting
 from backhand.runs.label_results import Accuracies, constant_answer, verdict_words
 from backhand.runs.pair_results import ROW_ANSWERS, change_bounds, pair_clauses
-from backhand.runs.row_changes import loss_change, loss_words, main_score, score_words
+from backhand.runs.row_changes import as_loss, loss_change, loss_words, main_score, score_words
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import (
     capitalized,
@@ -105,6 +106,17 @@ class Score:
     # nats and number of supervised tokens of each row, by its place; empty if the loss is not that of tokens
     row_losses: dict[str, tuple[float, int]] = field(default_factory=dict, repr=False)
 
+    def compared_with(self, base: Score) -> Score:
+        """Return these scores with their gains over those of the base model on the same rows."""
+        before = base.decisions or {}
+        decisions = {name: one.compared_with(before.get(name)) for name, one in (self.decisions or {}).items()}
+        return replace(
+            self,
+            labels=self.labels and self.labels.compared_with(base.labels),
+            classes=self.classes and self.classes.compared_with(base.classes),
+            decisions=decisions or None,
+        )
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -118,6 +130,9 @@ class Evaluation:
     @property
     def loss_change(self) -> tuple[float, float, float] | None:
         """Change of the loss by the adapter and the ends of its 95 % interval; None if not measured on several rows."""
+        classes = None if self.adapted is None else self.adapted.classes
+        if classes is not None and classes.problem_type == NUMBER and classes.gain is not None:
+            return as_loss(classes.gain)
         if self.adapted is None or len(self.base.row_losses) < 2:
             return None
         pairs = [(self.base.row_losses[place], after) for place, after in self.adapted.row_losses.items()]
@@ -126,7 +141,7 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `evaluate --json` prints, without labels, pairs, decisions and rankings if there are none."""
-        adapted = None if self.adapted is None else _json_values(self.adapted, self.base)
+        adapted = None if self.adapted is None else _json_values(self.adapted)
         values = {"rows": self.rows, "base": _json_values(self.base), "adapted": adapted}
         if self.undesirable:
             values["undesirable"] = self.undesirable
@@ -135,16 +150,15 @@ class Evaluation:
         return values
 
 
-def _json_values(score: Score, base: Score | None = None) -> dict[str, Any]:
-    """Return scores as JSON values without the parts that they lack, with the gains over `base` if it is given."""
+def _json_values(score: Score) -> dict[str, Any]:
+    """Return scores as JSON values without the parts that they lack."""
     values = asdict(score)
     del values["row_losses"]
     for name in ("labels", "classes"):
         if (one := getattr(score, name)) is not None:
-            values[name] = one.to_json(base and getattr(base, name))
+            values[name] = one.to_json()
     if score.decisions is not None:
-        before = {} if base is None else base.decisions or {}
-        values["decisions"] = {name: one.to_json(before.get(name)) for name, one in score.decisions.items()}
+        values["decisions"] = {name: one.to_json() for name, one in score.decisions.items()}
     optional = ("perplexity", "labels", "pairs", "pairs_interval", "decisions", "retrieval", "classes")
     return {name: value for name, value in values.items() if value is not None or name not in optional}
 
@@ -451,10 +465,10 @@ def evaluate(options: EvaluateOptions) -> Evaluation | VectorEvaluation:
         if loaded.classification and not ranks:
             count, of_classes = evaluate_classes(loaded, data, run.micro_batch_rows)
             scored = (Score(loss, None, None, count, classes=one) for loss, one in of_classes)
-            return Evaluation(count, *scored)
+            return Evaluation(count, *_compared(*scored))
         if loaded.decisions:
             count, results = evaluate_decisions(loaded, data, run.micro_batch_rows)
-            return Evaluation(count, *(_of_decisions(*result) for result in results))
+            return Evaluation(count, *_compared(*(_of_decisions(*result) for result in results)))
         if ranks:
             count, ranked = evaluate_rankings(
                 *(loaded, data, data, data, run.micro_batch_rows), adapted=run.adapter is not None
@@ -464,8 +478,12 @@ def evaluate(options: EvaluateOptions) -> Evaluation | VectorEvaluation:
         show_notes(rows.notes)
         models = (False,) if run.adapter is None else (False, True)
         scores = [score(loaded, rows, run, adapter=adapter) for adapter in models]
-        base, *adapted = compared(loaded, rows, run, scores) if rows.pairs else scores
-    return Evaluation(rows.rows, base, adapted[0] if adapted else None, undesirable=rows.undesirable)
+        scores = compared(loaded, rows, run, scores) if rows.pairs else scores
+    return Evaluation(rows.rows, *_compared(*scores), undesirable=rows.undesirable)
+
+
+def _compared(base: Score, adapted: Score | None = None) -> tuple[Score, Score | None]:
+    return base, adapted and adapted.compared_with(base)
 
 
 def _of_decisions(loss: float, answers: int, scores: dict[str, DecisionScore]) -> Score:
@@ -535,7 +553,7 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | RewardEvaluation 
         before = None if last is base else base.labels
         line = constant_answer(last.labels.per_label)
         if before is not None:
-            figures, majority = last.labels.to_json(before), last.labels.majority
+            figures, majority = last.labels.to_json(), last.labels.majority
             line += f": {verdict_words(Accuracies.of(before.accuracy, figures, majority, result.rows))}"
         console_for_tables().print(capitalized(line), soft_wrap=True)
     for name, one in measured:

@@ -16,35 +16,52 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Self
 
 from backhand.runs.row_changes import share_gain
 from backhand.runs.summary import LabelRow
 from backhand.terminal import console_for_tables, table_of
 from backhand.words import share_interval
 
+Gain = tuple[float, float, float]
+"""A mean gain per row, and the ends of its 95 % interval."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class RightRows:
-    """The rows that a model answers right, and those that the most frequent answer does.
+class RowScores:
+    """The scores of a model on each row, and its gains in their mean.
 
-    A value is 1 for a right row and 0 for a wrong one, or the answer's share of a soft target.
+    A score is 1 for a right row and 0 for a wrong one, or the answer's share of a soft target. More is better.
     """
 
-    right_rows: Sequence[float] = field(repr=False)  # empty if the answers are numbers
-    right_by_constant: Sequence[float] = field(default=(), repr=False)  # empty if the base is a constant answer
+    row_scores: Sequence[float] = field(repr=False)
+    constant_scores: Sequence[float] = field(default=(), repr=False)  # of the most frequent answer; empty if base is it
+    # over the base model and over the most frequent answer; None without such a model, see `compared_with`
+    gain: Gain | None = None
+    gain_over_constant: Gain | None = None
 
-    def to_json(self, base: RightRows | None = None) -> dict[str, Any]:
-        """Return the scores as JSON values, with the gains over `base` and over a constant answer if it is given."""
+    def compared_with(self, base: RowScores | None) -> Self:
+        """Return these scores with their gains over those of the base model, or unchanged without one."""
+        if base is None:
+            return self
+        over_constant = self.gain_over(self.constant_scores) if self.constant_scores else None
+        return replace(self, gain=self.gain_over(base.row_scores), gain_over_constant=over_constant)
+
+    def gain_over(self, before: Sequence[float]) -> Gain | None:
+        """Return the gain over other scores of the same rows, or None if it cannot be measured."""
+        return share_gain(before, self.row_scores)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the scores as JSON values, without those of each row and gains that are not known."""
         values = asdict(self)
-        del values["right_rows"], values["right_by_constant"]
-        compared = {"gain": base and base.right_rows, "gain_over_constant": base and self.right_by_constant}
-        return values | {name: share_gain(before, self.right_rows) for name, before in compared.items() if before}
+        del values["row_scores"], values["constant_scores"]
+        gains = {name: one for name in ("gain", "gain_over_constant") if (one := values.pop(name)) is not None}
+        return values | gains
 
 
 @dataclass(frozen=True)
-class LabelScore(RightRows):
+class LabelScore(RowScores):
     """The scores of one model on rows whose answers are labels."""
 
     accuracy: float
@@ -95,8 +112,8 @@ def label_score(right: Sequence[str], given: Sequence[str], labels: Iterable[str
         confusion,
         inventions.total(),
         dict(inventions.most_common(_INVENTIONS)),
-        right_rows=[float(one == other) for one, other in zip(right, given, strict=True)],
-        right_by_constant=[float(one == most_frequent) for one in right],
+        row_scores=[float(one == other) for one, other in zip(right, given, strict=True)],
+        constant_scores=[float(one == most_frequent) for one in right],
     )
 
 

@@ -11,8 +11,8 @@ from backhand.report import charts
 from backhand.report.headline import (
     base_and_best,
     best_step,
+    classes_of,
     forgot,
-    forgotten,
     headline,
     ranking_scores,
     right_answers,
@@ -25,6 +25,7 @@ from backhand.runs.row_changes import (
     ROW_NATS,
     ROW_TOKENS,
     SCORE_NAMES,
+    as_loss,
     first_and_best,
     gain_verdict,
     loss_change,
@@ -33,7 +34,7 @@ from backhand.runs.row_changes import (
     share_gain,
     unpaired_gain,
 )
-from backhand.runs.summary import loss_unit
+from backhand.runs.summary import forgotten_nats, loss_unit
 from backhand.words import count_of, interval_text, share_interval
 
 # Options that do not affect a run's result.
@@ -167,6 +168,9 @@ def _lead(best: RunRecord, second: RunRecord, name: str, unit: str) -> str:
     tokens = first_and_best(best.evaluations, ROW_TOKENS, best_step(best))[0]
     before, after = (first_and_best(run.evaluations, ROW_NATS, best_step(run))[1] for run in (second, best))
     change = loss_change(before, after, tokens)
+    if "mse" in classes_of(best)[1]:
+        gain = mean_gain(*(run.summary.get("row_scores") or () for run in (second, best)))
+        change = gain and as_loss(gain)
     return "" if change is None else f"; compared with {name}, {loss_words(change, unit)}"
 
 
@@ -202,7 +206,9 @@ _FIGURES: Mapping[str, Callable[[RunRecord], str]] = {
     "state": lambda run: run.status.state if run.status else NOT_KNOWN,
     "held-out loss, base → best": _loss,
     "held-out score, base → best": _score,
-    "forgotten on neutral texts, nats per token": lambda run: figure(forgotten(run)),
+    "forgotten on neutral texts since the base model, nats per token": lambda run: figure(
+        forgotten_nats(run.evaluations, best_step(run), since_base=True)
+    ),
     "best step": lambda run: figure(run.summary.get("best_step")),
     "steps": lambda run: figure(run.summary.get("steps", max((line["step"] for line in run.metrics), default=0))),
     "tokens": lambda run: figure(run.summary.get("tokens")),
@@ -220,8 +226,9 @@ def _differing_options(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]
         for run in runs
     ]
     names = dict.fromkeys(name for table in tables for name in table if name not in _IRRELEVANT_OPTIONS)
-    rows = [(name, [str(table.get(name, NOT_KNOWN)) for table in tables]) for name in names]
-    return [(name, values) for name, values in rows if len(set(values)) > 1]
+    rows = [(name, [table.get(name, NOT_KNOWN) for table in tables]) for name in names]
+    # Numbers are compared as such: 32 and 32.0 are equal.
+    return [(name, [*map(str, values)]) for name, values in rows if any(one != values[0] for one in values)]
 
 
 def _answers(named: Sequence[tuple[str, RunRecord]]) -> list[dict[str, Any]]:

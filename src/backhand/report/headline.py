@@ -86,11 +86,20 @@ def _verdict_of_scores(run: RunRecord) -> str:
         return "unknown"
     if run.objective in DISTILLED:
         return gain_verdict(_gain((run.summary.get("distilled") or {}).get("top_1_gain")))
-    if (change := recorded_loss_change(run.evaluations, best_step(run))) is not None:
+    if (change := _loss_change(run)) is not None:
         return loss_verdict(change)
+    if run.objective == "classify":  # numbers, which are compared at the end
+        return "unclear"
     if 0 < _held_out_rows(run) < FEWEST_ROWS:
         return "unclear"
     return "helped" if best < base else "hurt"
+
+
+def _loss_change(run: RunRecord) -> Sequence[float] | None:
+    """Return the `loss_change` of tokens or, at the end, of numbers; None if it was not measured."""
+    if run.objective == "classify":
+        return run.summary.get("loss_change") if "mse" in classes_of(run)[1] else None
+    return recorded_loss_change(run.evaluations, best_step(run))
 
 
 def _labels(run: RunRecord) -> tuple[Any, Any, int] | None:
@@ -327,9 +336,12 @@ def _outcome(run: RunRecord) -> str:
         if (right := right_answers(run)) is not None:
             scores += f" ({interval_text(*right[1:])})"
         both = " (the first figures are those of the best constant answer)" if run.fresh_head else ""
-        return f"{change} {loss_unit(run.objective, after)}{scores}{both}{_effect(run)}"
+        unit, ending = loss_unit(run.objective, after), _effect(run)
+        if (of_numbers := _loss_change(run)) is not None:
+            ending = f"; {loss_words(of_numbers, unit)}{_effect(run, unclear='')}"
+        return f"{change} {unit}{scores}{both}{ending}"
     nats = f"nats per token (perplexity {perplexity(base)} to {perplexity(best)})"
-    by_row = recorded_loss_change(run.evaluations, best_step(run))
+    by_row = _loss_change(run)
     if by_row is None:
         return f"{change} {nats}{_effect(run)}{_by_how_much(run, base, best)}"
     changed = loss_words(by_row, loss_unit(run.objective))

@@ -122,10 +122,15 @@ def has_risen(before: float | None, after: float | None) -> bool:
     return before is not None and after is not None and after > before + _RISEN * abs(before)
 
 
+def as_loss(gain: Sequence[float]) -> tuple[float, float, float]:
+    """Return the change of a loss that is the negative of a score, or the gain of a score that is one."""
+    mean, low, high = gain
+    return -mean, -high, -low
+
+
 def loss_verdict(change: Sequence[float]) -> Verdict:
     """Judge a `loss_change`: `helped` or `hurt` only if its interval does not contain 0."""
-    mean, low, high = change
-    return gain_verdict((-mean, -high, -low))
+    return gain_verdict(as_loss(change))
 
 
 def loss_words(change: Sequence[float], unit: str) -> str:
@@ -142,6 +147,13 @@ def gain_verdict(gain: Sequence[float] | None) -> Verdict:
     if gain is None or gain[1] <= 0 <= gain[2]:
         return "unclear"
     return "helped" if gain[1] > 0 else "hurt"
+
+
+def right_words(gain: Sequence[float], before: str) -> str:
+    """Return a clause about a `share_gain` over the model `before`."""
+    mean, low, high = (f"{100 * value:+.1f}" for value in gain)
+    unclear = _TOO_FEW if gain_verdict(gain) == "unclear" else ""
+    return f"right answers changed by {mean} points from {before} (95 % interval {low} to {high}){unclear}"
 
 
 def gain_words(gain: Sequence[float] | None) -> str:

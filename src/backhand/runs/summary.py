@@ -199,16 +199,16 @@ class RunSummary:
     base_classes: dict[str, Any] | None = None
     adapted_classes: dict[str, Any] | None = None
     unlearned_rows: int = 0  # held-out rows with labels that no training row has
-    # with the adapter, by which runs are compared: 1 for each right and 0 for each wrong answer, or nDCG@10 of each
-    # query; empty for other rows, and for more of them than `row_changes.MOST_RECORDED`
+    # scores with the adapter, by which runs are compared: 1 for each right and 0 for each wrong answer, nDCG@10 of each
+    # query, or minus the squared error of each number. Empty for other rows, and above `row_changes.MOST_RECORDED` rows
     row_scores: tuple[float, ...] = ()
     distilled: DistilledFigures | None = None  # None for other objectives, or if no answers were generated
     evaluations: int = 0  # number of evaluations after the first step, the best of which chose the adapter
     # figures of held-out pairs, see `runs.pair_results`; None for other rows
     held_out_pairs: dict[str, float] | None = None
     free_answers: AnswerLengths | None = None  # of pairs; None for other rows, or if no answers were generated
-    # change of the held-out loss per token until the best step and the ends of its 95 % interval over the rows; None if
-    # the loss is not that of tokens, or on fewer than two rows
+    # change of the held-out loss per token until the best step, or of the squared error of numbers, and the ends of its
+    # 95 % interval over the rows; None for other losses, or on fewer than two rows
     loss_change: tuple[float, float, float] | None = None
     # first_reward, last_reward: mean reward of sampled answers in the first and in the last tenth of the logged steps.
     # base_eval_reward, best_eval_reward: mean reward of greedy answers to held-out prompts. None without rewards
@@ -310,15 +310,19 @@ FORGOTTEN_NATS = 0.5
 """Rise of the loss per token of neutral texts from which it is reported in words."""
 
 
-def forgotten_nats(records: Iterable[Mapping[str, Any]], best_step: int | None) -> float | None:
+def forgotten_nats(
+    records: Iterable[Mapping[str, Any]], best_step: int | None, *, since_base: bool = False
+) -> float | None:
     """Return the rise of the loss on neutral texts since the run began, in nats per token, with the adapter it keeps.
 
     Args:
         records: lines of metrics.jsonl.
         best_step: the step whose adapter is kept; None for the newest.
+        since_base: return the rise since the base model, also of a run that started from an adapter.
     """
     measured = [(one["step"], nats) for one in records if (nats := one.get("forgetting_nats")) is not None]
-    before = next((nats for step, nats in measured if step == 0), 0.0)  # of the adapter that the run started from
+    # that of the adapter that the run started from
+    before = next((nats for step, nats in measured if step == 0 and not since_base), 0.0)
     after = next((nats for step, nats in reversed(measured) if best_step in (None, step)), None)
     return None if after is None else after - before
 

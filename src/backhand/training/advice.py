@@ -54,7 +54,18 @@ from backhand.runs.summary import AnswerLengths, RunSummary, forgetting, forgott
 from backhand.training.resume import original_adapter
 from backhand.words import capitalized, count_of, name_list
 
-Finding = Literal["unsteady", "not better", "hardly moved", "rose", "still falling", "forgot", "low", "late", "fine"]
+Finding = Literal[
+    "unsteady",
+    "not better",
+    "above constant",
+    "hardly moved",
+    "rose",
+    "still falling",
+    "forgot",
+    "low",
+    "late",
+    "fine",
+]
 
 LITTLE = 0.02
 """A gain below this share of e_0 is small."""
@@ -111,6 +122,8 @@ class Curves:
     without_gradient: bool = False  # every step of a run on rewards had the gradient 0
     rewards: Sequence[float] = ()  # the finite mean rewards of the logged steps of such a run
     cut_off: float = 0.0  # share of its answers that were cut off at the limit of tokens
+    # loss of a new head before the first step, if `held_out` has that of the best constant answer instead, else None
+    first_loss: float | None = None
 
     @property
     def best(self) -> tuple[int, float]:
@@ -129,12 +142,14 @@ class Curves:
         evaluations = [one for one in records if _is_finite(one.get("eval_loss"))]
         # If a step was evaluated twice, the later evaluation counts.
         held_out = list({one["step"]: one["eval_loss"] for one in evaluations}.items())
+        first_loss = None
         if constant_loss is not None and held_out and held_out[0][1] > constant_loss:
-            held_out[0] = held_out[0][0], constant_loss
+            step, first_loss = held_out[0]
+            held_out[0] = step, constant_loss
         best = min(evaluations[1:], key=lambda one: one["eval_loss"], default=None)
         losses = [one["loss"] for one in records if _is_finite(one.get("loss"))]
         forgot = None if best is None else forgotten_nats(records, best["step"])
-        curves = cls(held_out, losses, forgot)
+        curves = cls(held_out, losses, forgot, first_loss=first_loss)
         rewarded = [one for one in records if _is_finite(one.get("no_gradient_groups"))]
         if not rewarded:
             return curves
@@ -189,9 +204,12 @@ def first_finding(curves: Curves, until: Until, share: float = 1.0) -> Finding |
     later = curves.training[2 * few :] if len(curves.training) >= 4 * few else ()
     # Batches differ in difficulty, so a spike of the training loss alone is no evidence.
     spiked = later and max(later) > SPIKE * statistics.mean(curves.training[:few])
-    if spiked and _peak(losses) > PEAK * abs(base):
+    measured = [base if curves.first_loss is None else curves.first_loss, *losses[1:]]
+    if spiked and _peak(measured) > PEAK * abs(base):
         return "unsteady"
     if gain < LITTLE * abs(base):
+        if measured[0] - best >= LITTLE * abs(base) and rise <= RISEN * abs(best):
+            return "above constant"
         return "hardly moved" if max(losses) - base < LITTLE * abs(base) else "not better"
     if rise > RISEN * abs(best):
         return "rose"
@@ -270,7 +288,7 @@ def advice(
         what = f"Only {count_of(few_rows, 'row')} {'is' if few_rows == 1 else 'are'} held out"
         enough = LARGEST_SHARE * all_rows >= FEWEST_ROWS
         return f"{what}, too few for advice from their loss: {_holding_out_more(enough)}.", None
-    if stopped and finding in ("hardly moved", "still falling", "late", "fine"):
+    if stopped and finding in ("above constant", "hardly moved", "still falling", "late", "fine"):
         return None
     step, forgotten = curves.best[0], curves.forgotten_nats or 0.0
     if finding == "fine" and unseen_rows and step == curves.held_out[-1][0]:
@@ -294,6 +312,10 @@ def advice(
         "not better": (
             "Other rows are answered no better than before: the rate is too high, or they are of another kind.",
             lower,
+        ),
+        "above constant": (
+            "The held-out loss fell to that of a constant answer: more steps may go below it, if the texts tell more.",
+            twice,
         ),
         "hardly moved": hardly,
         "rose": (f"The held-out loss rose after step {step}, whose adapter is kept: {why}.", instead),

@@ -388,7 +388,7 @@ def _class_line(base: Mapping[str, Any], adapted: Mapping[str, Any]) -> str:
     """Return the line on held-out rows with labels, or with a number."""
     rows = count_of(adapted["rows"], "held-out row")
     if adapted["constant"]:
-        return f"The adapter gives the same answer to all {rows}; it has learned nothing from the texts."
+        return f"The adapter gives the same answer to all {rows}; they show nothing learned from the texts."
     if "mse" in adapted:
         return (
             f"Squared error {base['mse']:.4g} → {adapted['mse']:.4g} (R² {adapted['r2']:.3f}, Spearman "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import AdapterContents, UnusableAdapterError
 from backhand.adapters.loading import check_source, checked_adapter, match_linear_adapter, read_adapter
+from backhand.adapters.targets import layer_numbers
 from backhand.data.chat import read_template
 from backhand.data.options import TemplateOptions
 from backhand.engines.decoder_engine import DecoderEngine
@@ -24,10 +25,11 @@ from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.config import TrainConfig
 from backhand.options.objectives import ObjectiveName, ObjectiveOptions
 from backhand.training.class_inputs import StartingHead
-from backhand.words import shorten
+from backhand.words import name_list, shorten
 
 _OWN_OPTIONS = frozenset({"dropout"})
 """Options of the run itself, on which no value of the adapter depends."""
+_LAYERS = frozenset({"layers", "layers_to_transform"})
 _OF_VECTORS = ("pooling", "query_prompt", "document_prompt", "matryoshka_dims")
 """Options of `embed` that the record of an adapter contains."""
 
@@ -79,7 +81,7 @@ class StartingAdapter:
                     f"pooling: {stored!r} in the adapter, {value!r} given",
                     where="from_adapter",
                     why="its vectors are those of its own pooling",
-                    next_step="leave out pooling, or leave out from_adapter for a fresh adapter",
+                    next_step="leave out --pooling, or leave out --from-adapter for a fresh adapter",
                 )
             option = "--" + name.replace("_", "-")
             notes.append(f"the adapter was trained with {option} {_shown(stored)}, and goes on with {_shown(value)}")
@@ -123,7 +125,7 @@ class StartingAdapter:
                 f"the head of {self.origin} has {outputs} outputs",
                 where="from_adapter",
                 why="a score head has one",
-                next_step="give an adapter of --objective rank, or leave out from_adapter for a fresh adapter",
+                next_step="give an adapter of --objective rank, or leave out --from-adapter for a fresh adapter",
             )
         return StartingHead(self.origin, outputs, known.get("problem_type"), tuple(known.get("labels", ())))
 
@@ -143,16 +145,43 @@ def _check_options(given: LoRAConfig, taken: LoRAConfig, engine: Engine, origin:
         value, stored = getattr(given, name), getattr(taken, name)
         if name in _OWN_OPTIONS or (value == getattr(defaults, name) and name not in typed):
             continue
+        if name in _LAYERS:
+            # Layers that the adapter does not have would change none of its modules.
+            own, chosen = (_layers(engine, one) for one in (taken, replace(defaults, **{name: value})))
+            if own != chosen:
+                differences.append(f"{name}: {_ranges(own)} in the adapter, {_ranges(chosen)} given")
+            continue
         changed = replace(taken, **{name: value})
         if _in_any_order(value) != _in_any_order(stored) and engine.layout(taken) != engine.layout(changed):
-            differences.append(f"{name}: {stored!r} in the adapter, {value!r} given")
+            own_value = _modules_shown(stored) if name == "target_modules" else repr(stored)
+            differences.append(f"{name}: {own_value} in the adapter, {_shown(value)} given")
     if differences:
         raise UsageError(
             f"{origin} differs from the options given: " + "; ".join(differences),
             where="from_adapter",
             why="training continues with the adapter's own rank, alpha and modules",
-            next_step="leave out these options, or leave out from_adapter for a fresh adapter",
+            next_step="leave out these options, or leave out --from-adapter for a fresh adapter",
         )
+
+
+def _layers(engine: Engine, config: LoRAConfig) -> tuple[int, ...]:
+    """Return the numbers of the layers that an adapter of this configuration has modules in."""
+    return layer_numbers(slot.name for slot in engine.layout(config).slots)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Format ascending numbers, each run of neighbours as a range."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    shown = (f"{low}" if low == high else f"{low}–{high}" for low, high in zip(starts, ends, strict=True))
+    return ", ".join(shown) or "none"
+
+
+def _modules_shown(targets: str | tuple[str, ...]) -> str:
+    """Format the targeted modules. Full paths are named by their last parts and the numbers of their layers."""
+    if isinstance(targets, str) or not (numbers := layer_numbers(targets)):
+        return _shown(targets)
+    return f"{name_list(sorted({path.rpartition('.')[2] for path in targets}))} of layers {_ranges(numbers)}"
 
 
 def _shown(value: object) -> str:

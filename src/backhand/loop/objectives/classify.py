@@ -24,13 +24,14 @@ from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import BoundModel, Trainable
 from backhand.errors import not_none
 from backhand.loop.class_scores import ClassScores, constant_logits, row_losses, score_classes
+from backhand.loop.distillation import computing_with
 from backhand.loop.objectives.head import HeadLoss, HeadObjective, head_logits
 from backhand.loop.objectives.objective import Measured
 from backhand.ops.binary_cross_entropy import binary_cross_entropy_backward, binary_cross_entropy_forward
 from backhand.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from backhand.ops.mse import mse_backward, mse_forward
 from backhand.options.objectives import ObjectiveOptions
-from backhand.runs.row_changes import row_scores
+from backhand.runs.row_changes import as_loss, row_scores
 
 
 @dataclass
@@ -84,13 +85,27 @@ class ClassifyObjective(HeadObjective):
         self,
         bound: BoundModel,
         micro_batch_rows: int,
-        start: Tensor | None = None,  # noqa: ARG002 - a constant answer is the reference of every run
+        start: Tensor | None = None,
     ) -> dict[str, Any]:
-        """Return the fields of summary.json, of the best constant answer and of the adapted model."""
-        logits = not_none(head_logits(bound.model, self.packer, micro_batch_rows, Communicator()))
-        base, adapted = self._constant, self.score(logits)
-        scores = {"base_classes": base.figures(), "adapted_classes": adapted.figures(base)}
-        return {**scores, "row_scores": row_scores(adapted.right_rows)}
+        """Return the fields of summary.json, of the best constant answer and of the adapted model.
+
+        The change of the loss of numbers is that from the adapter at `start`, if there is one.
+        """
+
+        def scored() -> ClassScores:
+            return self.score(not_none(head_logits(bound.model, self.packer, micro_batch_rows, Communicator())))
+
+        base, adapted = self._constant, scored()
+        compared = adapted.compared_with(base)
+        fields: dict[str, Any] = {"base_classes": base.figures(), "adapted_classes": compared.figures()}
+        fields["row_scores"] = row_scores(adapted.row_scores)
+        if self.problem == NUMBER:
+            gain = compared.gain
+            if start is not None:
+                with computing_with(bound.model, start):
+                    gain = adapted.gain_over(scored().row_scores)
+            fields["loss_change"] = gain and as_loss(gain)
+        return fields
 
 
 def targets_of(packer: RowPacker, problem: ProblemType, labels: Sequence[str]) -> Tensor:

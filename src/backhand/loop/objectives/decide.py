@@ -143,6 +143,6 @@ def decision_figures(decisions: HeldOutDecisions) -> dict[str, Any]:
     adapted = score_questions(decisions.adapted, fit_temperatures(decisions.adapted))
     return {
         "base_decisions": {name: one.to_json() for name, one in base.items()},
-        "adapted_decisions": {name: one.to_json(base[name]) for name, one in adapted.items()},
-        "row_scores": row_scores([right for one in adapted.values() for right in one.right_rows]),
+        "adapted_decisions": {name: one.compared_with(base[name]).to_json() for name, one in adapted.items()},
+        "row_scores": row_scores([right for one in adapted.values() for right in one.row_scores]),
     }
