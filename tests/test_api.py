@@ -133,8 +133,11 @@ def test_a_frame_with_texts_and_numbers_in_one_column_is_read_by_its_rows(tiny: 
     assert not [one for one in backhand.lint(data=frame, model=tiny.model)["findings"] if one["kind"] == "malformed"]
     with pytest.raises(DataError, match=r"^data row 2: completion is the number 1, not text"):
         backhand.plan(data=frame.assign(completion=frame["mean"]), model=tiny.model, calibrate=False)
-    with pytest.raises(DataError, match="Duplicate column names found"):
+    (name,) = backhand.DataOptions(data=frame.set_index(pd.Index(["q", *range(1, len(ROWS))]))).data
+    assert name.rows[0]["mean"] == "n/a", "an index of texts and numbers is not read"  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match="the data frame cannot be read") as refused:
         backhand.DataOptions(data=frame.set_axis(["prompt", "mean", "mean"], axis=1))
+    assert "give each column a name of its own" in str(refused.value.next_step)
 
 
 def test_a_run_on_rows_in_memory_resumes_with_the_same_rows(tiny: TinyRun, tmp_path: Path) -> None:

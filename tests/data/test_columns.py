@@ -62,6 +62,18 @@ BOTH_EQUAL = "both texts of every row would be equal, which teaches nothing"
 TICKETS = "id,subject,body,team\n7,Late,Where is it?,shipping\n8,Bill,,billing\n"
 
 
+def test_an_undesirable_answer_is_no_reference_and_another_label_is_not_read(tmp_path: Path) -> None:
+    (path := tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": "a", "completion": "b", "label": label}) + "\n" for label in (True, False))
+    )
+    rows = RowSources(data=(str(path),))
+    prompts, _ = prepare_prompts(rows, TemplateOptions(), byte_level(), purpose="labelled")
+    assert [prompt.reply for prompt in prompts] == ["b", None]
+    path.write_text(path.read_text() + json.dumps({"prompt": "a", "completion": "c", "label": "unknown"}))
+    prompts, _ = prepare_prompts(rows, TemplateOptions(), byte_level())
+    assert [prompt.reply for prompt in prompts] == ["b", "b", "c"]
+
+
 def test_the_options_that_read_other_rows_alike_can_be_pasted() -> None:
     data = DataOptions(prompt=r"{subject}\n{body}", completion="team")
     assert reading_options(data) == r" --prompt '{subject}\n{body}' --completion team"

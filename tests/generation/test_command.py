@@ -182,17 +182,6 @@ def test_interrupted_labels_keep_those_that_were_chosen(
     assert "2 of 3 rows were answered" in capsys.readouterr().err
 
 
-def test_an_answer_that_is_labelled_undesirable_is_no_reference(
-    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = [{"prompt": "a", "completion": "b", "label": good} for good in (True, False)]
-    (path := tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = [json.loads(line) for line in answered(capsys, [*base, "--data", str(path), "--quiet"]).splitlines()]
-    assert [line["reference"] for line in lines] == ["b", None]
-    path.write_text(json.dumps({"prompt": "a", "chosen": "good", "rejected": "bad"}))
-    assert json.loads(answered(capsys, [*base, "--data", str(path), "--quiet"]))["reference"] == "good"
-
-
 def test_rows_compared_on_standard_output(
     base: list[str], rows_file: Path, adapter_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

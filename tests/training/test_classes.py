@@ -680,6 +680,7 @@ TAGS = ["law", "food", "love", "love, food", "law, age", "food, age"]
         ([f"{n}.01.2019" for n in range(22)] + ["none"] * 20, "22 of 42 training rows", "the column", "--completion"),
         ([*TAGS, *TAGS], "3 labels are made of others, such as 'love, food'", "its own", '["love", "food"]'),
         ([f"[{one.replace(',', ';')}]" for one in TAGS], "3 labels are made of others", "its own", '["love", "food"]'),
+        (["law/age", "age/law", "age", "law"], "2 labels are made of others, such as", "its own", '["law", "age"]'),
         (["law|age", "age", "law"], "1 label is made of others, such as 'law|age'", "its own", '["law", "age"]'),
     ],
 )

@@ -51,10 +51,17 @@ def test_layers_that_the_adapter_lacks_are_refused_by_their_numbers(tiny: TinyRu
     start = str(tmp_path / "first" / "adapter")
     with pytest.raises(UsageError, match="layers: 1 in the adapter, 0–1 given"):
         train(tiny.config(tmp_path / "run", from_adapter=start, layers="last:2"))
-    with pytest.raises(UsageError, match=r"up_proj, v_proj of layers 1 in the adapter, q_proj v_proj given"):
+    with pytest.raises(UsageError, match=r"up_proj, v_proj \(layers 1\) in the adapter, q_proj v_proj given"):
         train(tiny.config(tmp_path / "run", from_adapter=start, target_modules=("q_proj", "v_proj")))
     assert not (tmp_path / "run").exists()
     train(tiny.config(tmp_path / "run", from_adapter=start, layers="last:1", max_steps=1))
+    one = ("model.layers.1.self_attn.q_proj",)
+    train(tiny.config(tmp_path / "one", max_steps=1, target_modules=one))
+    train(
+        tiny.config(
+            tmp_path / "again", from_adapter=str(tmp_path / "one/adapter"), layers_to_transform=(1,), max_steps=1
+        )
+    )
 
 
 @pytest.mark.parametrize("engine", ["backhand", "transformers"])

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from contextlib import suppress
+from typing import Any, Protocol, cast
 
 from backhand.bounds import plain_value
 from backhand.data.raw_rows import IN_MEMORY, RawRow, RowErrors, checked_row, without_padding
@@ -128,15 +129,17 @@ def _rows_of_frame(frame: Any) -> list[dict[str, Any]]:
         rows = pa.table(frame).to_pylist()
     except Exception as error:  # noqa: BLE001 - pyarrow raises whatever a column's conversion raises
         mixed = _mixed_columns(frame)
-        if not mixed:
+        read = _other_columns(frame, mixed)
+        if read is None:
+            unique = "" if getattr(frame.columns, "is_unique", True) else "give each column a name of its own, or "
             raise DataError(
                 "the data frame cannot be read",
                 where="data",
                 why=first_line(error),
-                next_step="give each column a name of its own, or give a list of dicts",
+                next_step=f"{unique}give a list of dicts",
             ) from None
         names = dict.fromkeys(map(str, frame.columns))
-        rows = [names | row for row in pa.table(frame.drop(columns=list(mixed))).to_pylist()]
+        rows = [names | row for row in read]
     for name, values in mixed.items():
         for row, value in zip(rows, values, strict=True):
             row[str(name)] = value
@@ -156,6 +159,18 @@ def _mixed_columns(frame: Any) -> dict[Any, list[Any]]:
             values = zip(column.tolist(), column.isna(), strict=True)
             mixed[name] = [None if missing else plain_value(value) for value, missing in values]
     return mixed
+
+
+def _other_columns(frame: Any, mixed: Mapping[Any, list[Any]]) -> list[dict[str, Any]] | None:
+    """Return the rows of a pandas frame without the mixed columns, and without an index that Arrow refuses, or None."""
+    import pyarrow as pa
+
+    if hasattr(frame, "isna") and frame.columns.is_unique:
+        others = frame.drop(columns=list(mixed))
+        for one in (others, others.reset_index(drop=True)):
+            with suppress(Exception):
+                return cast("list[dict[str, Any]]", pa.table(one).to_pylist())
+    return None
 
 
 def read_given(name: str, bad: RowErrors) -> Iterator[RawRow]:

@@ -20,8 +20,11 @@ def joined_labels(names: Collection[str]) -> dict[str, tuple[str, ...]]:
     for separator in _SEPARATORS:
         split = {name: _without_brackets(name).split(separator) for name in names}
         parts = {name: tuple(dict.fromkeys(part.strip() for part in of_name)) for name, of_name in split.items()}
-        joined = {name: of_name for name, of_name in parts.items() if len(of_name) > 1 and whole & {*of_name}}
-        if complete := [name for name, of_name in joined.items() if whole >= {*of_name}]:
+        joined = {
+            name: of_name for name, of_name in parts.items() if len(of_name) > 1 and all(of_name) and whole & {*of_name}
+        }
+        complete = [name for name, of_name in joined.items() if whole >= {*of_name}]
+        if len(complete) > (separator == "/"):  # a single label such as n/a is a name
             return {name: joined[name] for name in (*complete, *joined)}
     return {}
 

@@ -284,7 +284,8 @@ def lint(
         ranking_loss: the loss of rankings that the scores must fit.
 
     Raises:
-        UsageError, DataError: as `prepare`; but a malformed row is a finding.
+        UsageError, DataError: as `prepare`, but a malformed row is a finding.
+        DataError: as `class_lint.check_names`.
     """
     bad, truncation = RowErrors(skip_bad=True, keep=SHOWN_BAD_ROWS), TruncationStats()
     train, held_out = prepare(
@@ -355,7 +356,7 @@ def lint(
     else:
         long = documents.take(documents.column("tokens") > context_length)
         problems.append(("context", [document.source for document in long], context_length))
-    malformed = [*_malformed(bad, "warning" if options.skip_bad else "error"), *_malformed(mixed, "error")]
+    malformed = [*_malformed(mixed, "error"), *_malformed(bad, "warning" if options.skip_bad else "error")]
     unit = "row" if purpose in ("embeddings", "decisions", "rankings") else "document"
     checked = tuple(kind for kind, check in CHECKS.items() if check.form in forms)
     findings = [*malformed, *(_finding(unit, *one) for one in problems if one[1] and one[0] in checked)]

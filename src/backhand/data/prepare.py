@@ -275,12 +275,14 @@ def prepare_prompts(
     named: NamedColumns | None = None,
     teacher: TeacherPrompts | None = None,
     recorded: NamedColumns | None = None,
+    purpose: Purpose = "answers",
 ) -> tuple[tuple[Prompt, ...], DataReport]:
     """Return the rows of `data` as prompts with their reference replies. Rows without an answer are allowed.
 
     Args:
         named: columns given by name.
         teacher, recorded: as in `prepare`.
+        purpose: `labelled` for rows of `kto`, whose undesirable answers are no references.
 
     Raises:
         UsageError, DataError: as `prepare`.
@@ -297,7 +299,7 @@ def prepare_prompts(
     bad = RowErrors(rows.skip_bad)
     pipeline = RowPipeline(
         *(rows, named or NamedColumns(), template.system, bad),
-        purpose=None,  # an undesirable answer must be recognized
+        purpose=purpose,
         allow_prompts=True,
         refuses_classes=True,
         recorded=recorded,

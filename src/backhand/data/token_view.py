@@ -83,7 +83,9 @@ def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
     alone = tokenizer.batch_decode([[token] for token in ids], clean_up_tokenization_spaces=False)
     both = tokenizer.batch_decode([list(pair) for pair in pairwise(ids)], clean_up_tokenization_spaces=False)
     after = zip(alone, alone[1:], both, strict=False)
-    texts = alone[:1] + [two.removeprefix(one) if two.startswith(one) else text for one, text, two in after]
+    texts = alone[:1] + [
+        two.removeprefix(one) if two.startswith(one) and _PART not in text else text for one, text, two in after
+    ]
     number = 0
     while number < len(ids):
         end = number + 1

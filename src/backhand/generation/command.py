@@ -266,6 +266,7 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> list[dict[str,
     read, report = prepare_prompts(
         *(options.rows, loaded.template, loaded.tokenizer, NamedColumns(prompt=options.answer.prompt), teacher),
         recorded=loaded.columns,
+        purpose="labelled" if loaded.objective == "kto" else "answers",
     )
     session = GenerationSession(loaded, loaded.template)
     labels = _labels(options, loaded, session)

@@ -18,8 +18,8 @@ from itertools import accumulate
 
 FULL_LENGTH = " if every answer has its full length"
 """Clause after a forecast of steps that sample answers."""
-SHARED = " if other programs use the processor as during the measurement"
-"""Clause after a forecast that was measured next to other work."""
+SHARED = " if the processor stays as busy as during the measurement"
+"""Clause after a forecast that was measured while the process had to wait, mostly for other programs."""
 _KEPT = 0.95
 """Factor by which the weight of earlier steps decreases per logged step."""
 
@@ -32,7 +32,7 @@ class Forecast:
     pauses_s: Mapping[int, float]  # predicted seconds of the pause after each of these steps; 0: before the first step
     end_s: float  # predicted seconds from the last pause to the end of the command
     full_length: bool = False  # True if sampled answers are assumed to have their full length; steps may be shorter
-    shared: bool = False  # other programs used the processor during the measurement
+    shared: bool = False  # the process waited for much of the measurement
 
     # _began: time at which the run began or was resumed; _began_at: its steps and seconds in steps until then
     _began: float = field(default_factory=time.monotonic)

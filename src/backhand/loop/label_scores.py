@@ -36,7 +36,7 @@ class RowScores:
     """
 
     row_scores: Sequence[float] = field(repr=False)
-    constant_scores: Sequence[float] = field(default=(), repr=False)  # of the most frequent answer; empty if base is it
+    constant_scores: Sequence[float] = field(default=(), repr=False)  # of the most frequent answer
     # over the base model and over the most frequent answer; None without such a model, see `compared_with`
     gain: Gain | None = None
     gain_over_constant: Gain | None = None

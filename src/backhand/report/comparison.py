@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from backhand.data.label_names import unlearned_note
 from backhand.report import charts
 from backhand.report.headline import (
     base_and_best,
@@ -14,6 +15,7 @@ from backhand.report.headline import (
     classes_of,
     forgot,
     headline,
+    held_out_rows,
     ranking_scores,
     right_answers,
 )
@@ -35,7 +37,7 @@ from backhand.runs.row_changes import (
     unpaired_gain,
 )
 from backhand.runs.summary import forgotten_nats, loss_unit
-from backhand.words import count_of, interval_text, share_interval
+from backhand.words import capitalized, count_of, interval_text, share_interval
 
 # Options that do not affect a run's result.
 _IRRELEVANT_OPTIONS = frozenset({"run.output", "run.resume", "run.overwrite", "run.quiet", "run.debug"})
@@ -84,6 +86,9 @@ def _best(named: Sequence[tuple[str, RunRecord]]) -> str:
         return "The runs have different objectives: their held-out losses cannot be compared."
     if len(digests) > 1:
         return "The runs held out different rows, or read them as other tokens: their losses cannot be compared."
+    notes = (unlearned_note(run.summary.get("unlearned_rows", 0), held_out_rows(run)) for _, run in named)
+    if (note := next(filter(None, notes), None)) is not None:
+        return f"{capitalized(note)}."
     if (of_scores := _by_scores(named)) is not None:
         return of_scores
     if len(_loss_types([run for _, run in named])) > 1:

@@ -89,8 +89,8 @@ def _verdict_of_scores(run: RunRecord) -> str:
     if (change := _loss_change(run)) is not None:
         return loss_verdict(change)
     if run.objective == "classify":  # numbers, which are compared at the end
-        return "unclear"
-    if 0 < _held_out_rows(run) < FEWEST_ROWS:
+        return "unknown" if run.summary else "unclear"
+    if 0 < held_out_rows(run) < FEWEST_ROWS:
         return "unclear"
     return "helped" if best < base else "hurt"
 
@@ -126,7 +126,7 @@ def classes_of(run: RunRecord) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     line = _evaluation(run, best_step(run))
     if adapted or "eval_constant_accuracy" not in line:
         return base, adapted
-    right = {"accuracy": line["eval_accuracy"], "rows": _held_out_rows(run)}
+    right = {"accuracy": line["eval_accuracy"], "rows": held_out_rows(run)}
     return {"accuracy": line["eval_constant_accuracy"]}, right
 
 
@@ -283,7 +283,7 @@ def _outcome(run: RunRecord) -> str:
         unknown = "; nothing was held out, so it is not known whether it helped"
         measured = run.held_out_losses() or (run.is_running and (run.facts.get("data") or {}).get("held_out"))
         return reward + ("" if measured else unknown)
-    rows = count_of(_held_out_rows(run), "held-out row") if _held_out_rows(run) else "held-out rows"
+    rows = count_of(held_out_rows(run), "held-out row") if held_out_rows(run) else "held-out rows"
     if run.objective == "grpo":
         change = f": the reward on {rows} went from {-base:.3f} to {-best:.3f}"
         if run.is_running:
@@ -308,7 +308,7 @@ def _outcome(run: RunRecord) -> str:
         beta = run.config.get("objective", {}).get("beta")
         pairs = held_out_pairs(run.evaluations, best_step(run), beta if is_number(beta) else None)
         answers = run.summary.get("free_answers")
-        clauses = [] if pairs is None else pair_clauses(pairs, _held_out_rows(run), run.objective, answers)
+        clauses = [] if pairs is None else pair_clauses(pairs, held_out_rows(run), run.objective, answers)
         return "; ".join([f"{change} {loss_unit(run.objective)}", *clauses])
     if run.objective in DISTILLED:
         figures = run.summary.get("distilled")
@@ -348,7 +348,8 @@ def _outcome(run: RunRecord) -> str:
     return f"{change} {nats}; {changed}{_effect(run, unclear='')}{_by_how_much(run, base, best)}"
 
 
-def _held_out_rows(run: RunRecord) -> int:
+def held_out_rows(run: RunRecord) -> int:
+    """Return the number of held-out rows, 0 without any."""
     held_out = run.facts.get("data", {}).get("held_out") or {}
     return int(held_out.get("examples") or 0)
 

@@ -123,7 +123,7 @@ def has_risen(before: float | None, after: float | None) -> bool:
 
 
 def as_loss(gain: Sequence[float]) -> tuple[float, float, float]:
-    """Return the change of a loss that is the negative of a score, or the gain of a score that is one."""
+    """Convert the gain of a score to the change of a loss, which is the negative of the score, or the reverse."""
     mean, low, high = gain
     return -mean, -high, -low
 

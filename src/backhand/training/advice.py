@@ -314,7 +314,7 @@ def advice(
             lower,
         ),
         "above constant": (
-            "The held-out loss fell to that of a constant answer: more steps may go below it, if the texts tell more.",
+            "The held-out loss fell, but not below that of a constant answer: more steps may get it there.",
             twice,
         ),
         "hardly moved": hardly,

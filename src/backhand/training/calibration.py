@@ -61,7 +61,7 @@ class Speed:
     finish_s: float  # seconds of the checkpoints, and of the answers and files at the end
     measured_s: float  # seconds of the measurement
     kept_s: float = 0.0  # seconds saved by cached hidden states; the other durations do not contain them
-    shared: bool = False  # other programs used the processor during the measurement
+    shared: bool = False  # the process waited for much of the measurement, mostly for other programs
 
     @property
     def run_s(self) -> float:
@@ -77,7 +77,7 @@ class Seconds(NamedTuple):
     update: float  # of an update of the adapter
     decode: float  # of the next token of a few answers
     pair: float = 0.0  # of a pair of a query and a key (`attention_time`), in tokens of `trained`
-    shared: bool = False  # other programs used the processor during the measurement
+    shared: bool = False  # the process waited for much of the measurement, mostly for other programs
 
 
 def calibrate(plan: RunPlan, machine: Machine, *, budget_s: float = BUDGET_S) -> Speed:
@@ -298,7 +298,7 @@ def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float
 
 
 _OWN_SHARE = 0.75
-"""Share of the measurement that the main thread computes, below which other programs used the processor."""
+"""Share of the measurement in which the main thread computes. If it is smaller, other work slows the process."""
 
 
 _PROBE_TOKENS, _DECODED_TOGETHER, _DECODING_PASSES = 64, 8, 5

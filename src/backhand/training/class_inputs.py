@@ -165,7 +165,9 @@ def with_labels(
             f"labels of no training row, which are not learned: {name_list(map(label_text, untrained), limit=8)}"
         )
     in_held_out = [label.names for label in found[len(learned) :]]
-    unlearned = 0 if start is not None else unlearned_rows((label.names for label in learned), in_held_out)
+    unlearned = (
+        0 if start is not None or are_sample else unlearned_rows((label.names for label in learned), in_held_out)
+    )
     if note := unlearned_note(unlearned, len(in_held_out)):
         said.append(f"warning: {note}")
     if problem == SINGLE and not chosen and (others := not_numbers(learned)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -147,9 +147,11 @@ def _check_options(given: LoRAConfig, taken: LoRAConfig, engine: Engine, origin:
             continue
         if name in _LAYERS:
             # Layers that the adapter does not have would change none of its modules.
-            own, chosen = (_layers(engine, one) for one in (taken, replace(defaults, **{name: value})))
-            if own != chosen:
-                differences.append(f"{name}: {_ranges(own)} in the adapter, {_ranges(chosen)} given")
+            own = [slot.name for slot in engine.layout(taken).slots]
+            chosen = [slot.name for slot in engine.layout(replace(defaults, **{name: value})).slots]
+            chosen = [path for path in chosen if _kind(path) in {*map(_kind, own)}]
+            if chosen and layer_numbers(own) != layer_numbers(chosen):
+                differences.append(f"{name}: {_layers_of(own)} in the adapter, {_layers_of(chosen)} given")
             continue
         changed = replace(taken, **{name: value})
         if _in_any_order(value) != _in_any_order(stored) and engine.layout(taken) != engine.layout(changed):
@@ -164,13 +166,14 @@ def _check_options(given: LoRAConfig, taken: LoRAConfig, engine: Engine, origin:
         )
 
 
-def _layers(engine: Engine, config: LoRAConfig) -> tuple[int, ...]:
-    """Return the numbers of the layers that an adapter of this configuration has modules in."""
-    return layer_numbers(slot.name for slot in engine.layout(config).slots)
+def _kind(path: str) -> str:
+    """Return the last part of the path of a module."""
+    return path.rpartition(".")[2]
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """Format ascending numbers, each run of neighbours as a range."""
+def _layers_of(paths: Iterable[str]) -> str:
+    """Format the numbers of the layers of modules, each run of neighbours as a range."""
+    numbers = layer_numbers(paths)
     starts = [number for number in numbers if number - 1 not in numbers]
     ends = [number for number in numbers if number + 1 not in numbers]
     shown = (f"{low}" if low == high else f"{low}–{high}" for low, high in zip(starts, ends, strict=True))
@@ -178,10 +181,10 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _modules_shown(targets: str | tuple[str, ...]) -> str:
-    """Format the targeted modules. Full paths are named by their last parts and the numbers of their layers."""
-    if isinstance(targets, str) or not (numbers := layer_numbers(targets)):
+    """Format the targeted modules. Full paths in layers are named by their last parts and the numbers of the layers."""
+    if isinstance(targets, str) or not all(layer_numbers([path]) for path in targets):
         return _shown(targets)
-    return f"{name_list(sorted({path.rpartition('.')[2] for path in targets}))} of layers {_ranges(numbers)}"
+    return f"{name_list(sorted({*map(_kind, targets)}))} (layers {_layers_of(targets)})"
 
 
 def _shown(value: object) -> str:
