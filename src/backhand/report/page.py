@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from backhand.options.objectives import DISTILLED
 from backhand.report import charts
-from backhand.report.headline import base_and_best, forgot, headline, ranking_scores, right_answers, verdict
+from backhand.report.headline import (
+    base_and_best,
+    forgot,
+    headline,
+    held_out_rows,
+    ranking_scores,
+    right_answers,
+    verdict,
+)
 from backhand.report.proof_tables import ProofTable, proof_tables
 from backhand.report.rendering import NOT_KNOWN, known, render, size, time_taken
 from backhand.report.run_record import RunRecord, is_number
@@ -208,8 +216,9 @@ def _clearest_figure(run: RunRecord) -> tuple[str, Any, Any, Callable[[float], s
     if figures := run.summary.get("distilled"):
         return "tokens as the teacher's", figures["base_top_1"], figures["adapted_top_1"], "{:.1%}".format
     if (ordered := (run.summary.get("held_out_pairs") or {}).get("rewards/accuracies")) is not None:
-        rows = (run.facts.get("data", {}).get("held_out") or {}).get("examples") or 0
-        in_words = f"{_SHARE(ordered)} of {rows:,} ({interval_text(ordered, rows)})" if rows else _SHARE(ordered)
+        in_words = _SHARE(ordered)
+        if rows := held_out_rows(run):
+            in_words += f" of {rows:,} ({interval_text(ordered, rows)})"
         return "pairs in the right order", None, ordered, lambda _: in_words
     return _loss_figure(run)
 
