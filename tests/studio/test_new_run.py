@@ -201,6 +201,7 @@ def test_the_list_has_every_state(client: Client, space: Workspace, finished: Pa
         "done": "finished",
         "wrong": "not started",
     }
+    assert client.get("")[0] == 200 and "waits in the queue, number 1" in client.get("")[1]
     _, text, _ = client.get("runs/wrong")
     assert STATES["not started"] in text and "&lt;b&gt;no data" in text and "Start it again" in text
     assert client.post("runs/done/restart")[0] == 409

@@ -89,6 +89,19 @@ def test_time_left_and_a_killed_run_are_shown(watched: Client, finished: Path) -
     assert "was killed" in page.one("div", id="state").text and "--resume" in page.one("p", class_="state bad").text
 
 
+def test_a_run_without_a_status_may_be_in_preparation(watched: Client, client: Client, finished: Path) -> None:
+    (finished / "status.json").unlink()
+    assert "finished" in shown(watched).one("div", id="state").text  # its summary says so
+    for name in ("summary.json", "metrics.jsonl"):
+        (finished / name).unlink()
+    page = shown(watched)
+    for text in (page.one("div", id="state").text, page.one("p", class_="lead").text):
+        assert "is being prepared, or its process has ended" in text and "killed" not in text
+    assert "nothing was held out" not in page.root.text
+    shutil.copytree(finished, finished.parent / "studio" / "runs" / "one")  # as if it was started in a terminal
+    assert "is being prepared, or its process has ended" in client.get("")[1]
+
+
 @pytest.mark.parametrize(("name", "key"), [("status.json", "step"), ("facts.json", "modules")])
 def test_damaged_files_do_not_hide_the_rest(watched: Client, name: str, key: str, finished: Path) -> None:
     (finished / name).write_text(json.dumps({**json.loads((finished / name).read_text()), key: None}))

@@ -208,7 +208,7 @@ def _proofs(run: RunRecord) -> str:
 
 
 _FIGURES: Mapping[str, Callable[[RunRecord], str]] = {
-    "state": lambda run: run.status.state if run.status else NOT_KNOWN,
+    "state": lambda run: run.state,
     "held-out loss, base → best": _loss,
     "held-out score, base → best": _score,
     "forgotten on neutral texts since the base model, nats per token": lambda run: figure(

@@ -54,12 +54,12 @@ from backhand.words import count_of, interval_text
 def verdict(run: RunRecord) -> str:
     """Return `helped`, `hurt`, `unclear` or `unknown`, from held-out answers, classes, rankings or loss.
 
-    While the run trains it is `open`.
+    Before the end of the run it is `open`.
 
     No run whose held-out loss rose clearly has helped. The loss of pairs does not tell whether answers got better:
     `unknown`. A distilled run is judged by the tokens on which it agrees with its teacher.
     """
-    if run.is_running:
+    if run.state in ("running", "preparing"):
         return "open"
     judged = _verdict_of_scores(run)
     rose = has_risen(*base_and_best(run)) and run.objective != "grpo"
@@ -216,9 +216,8 @@ def base_and_best(run: RunRecord) -> tuple[float | None, float | None]:
 
 def headline(run: RunRecord) -> str:
     """Return the sentence."""
-    state = run.status.state if run.status else "finished" if run.summary else "killed"
     rest = f"{_rows(run)}{_outcome(run)}{forgot(run)}{_adapter_place(run)}{_slower(run)}"
-    return f"{model_name(run)} {_verb(run, state)} {rest}."
+    return f"{model_name(run)} {_verb(run)} {rest}."
 
 
 def forgot(run: RunRecord) -> str:
@@ -250,7 +249,7 @@ def model_name(run: RunRecord) -> str:
     return name.rstrip("/").rpartition("/")[2] or name
 
 
-def _verb(run: RunRecord, state: str) -> str:
+def _verb(run: RunRecord) -> str:
     written = run.status.step if run.status else 0
     done = max([written, *(line["step"] for line in run.metrics)])
     total = run.facts.get("total_steps")
@@ -260,8 +259,9 @@ def _verb(run: RunRecord, state: str) -> str:
         "interrupted": f"was trained for {of_all} until it was interrupted,",
         "failed": f"was trained for {of_all} until a check or an error stopped it,",
         "killed": f"was trained for {of_all} until its process was killed,",
+        "preparing": f"was trained for {of_all} (it is being prepared, or its process has ended)",
     }
-    return verbs.get(state, f"was trained for {of_all}")
+    return verbs.get(run.state, f"was trained for {of_all}")
 
 
 def _rows(run: RunRecord) -> str:
@@ -281,7 +281,7 @@ def _outcome(run: RunRecord) -> str:
         reward = f"; {training_reward_words(first, last, run.summary['steps'])}"
     if base is None or best is None:
         unknown = "; nothing was held out, so it is not known whether it helped"
-        measured = run.held_out_losses() or (run.is_running and (run.facts.get("data") or {}).get("held_out"))
+        measured = run.held_out_losses() or (run.facts.get("data") or {}).get("held_out")
         return reward + ("" if measured else unknown)
     rows = count_of(held_out_rows(run), "held-out row") if held_out_rows(run) else "held-out rows"
     if run.objective == "grpo":
@@ -372,7 +372,7 @@ def _by_how_much(run: RunRecord, base: float, best: float) -> str:
 
 def _adapter_place(run: RunRecord) -> str:
     if not run.adapter.is_dir():
-        return "; there is no adapter yet" if run.is_running else "; it left no adapter"
+        return "; there is no adapter yet" if run.state in ("running", "preparing") else "; it left no adapter"
     return f"; the adapter is in {run.adapter}"
 
 

@@ -19,7 +19,7 @@ from backhand.options.config_file import parse_toml
 from backhand.reading import read_settings
 from backhand.runs.directory import ADAPTER, ANSWERS, CONFIG, FACTS, METRICS, PROOFS, SUMMARY, RunDirectory
 from backhand.runs.records import RowFacts, RunFacts
-from backhand.runs.status import RunStatus, read_status
+from backhand.runs.status import RunStatus, read_status, state_of
 from backhand.runs.summary import RunSummary, has_fresh_head
 
 
@@ -70,9 +70,14 @@ class RunRecord:
         return self.path / ADAPTER
 
     @property
+    def state(self) -> str:
+        """The state of the run, see `runs.status.state_of`."""
+        return state_of(self.path, self.status)
+
+    @property
     def is_running(self) -> bool:
         """True while the run trains."""
-        return self.status is not None and self.status.state == "running"
+        return self.state == "running"
 
     @property
     def rows(self) -> RowFacts:

@@ -110,6 +110,11 @@ def read_status(run: Path) -> RunStatus | None:
     return status
 
 
+def state_of(run: Path, status: RunStatus | None) -> str:
+    """Return the state of a run, also without a readable status: `finished`, or `preparing` without a summary."""
+    return status.state if status is not None else "finished" if (run / SUMMARY).is_file() else "preparing"
+
+
 def resume_command(run: str, *, in_memory: bool, prove_resume: int | None = None) -> str:
     """Return the command that continues a run, or the call in a program and for a run whose rows a program gave."""
     if in_memory:

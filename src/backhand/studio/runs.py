@@ -29,7 +29,7 @@ from backhand.runs.directory import (
     STATUS,
     SUMMARY,
 )
-from backhand.runs.status import RunStatus, is_running, read_status
+from backhand.runs.status import RunStatus, is_running, read_status, state_of
 from backhand.studio.queue import Job, read_job, waiting
 from backhand.studio.workspace import Workspace, is_possible
 from backhand.system import terminate
@@ -51,6 +51,7 @@ STATES = {
     "interrupted": "stopped, and can be continued",
     "failed": "ended with an error",
     "killed": "was killed, and can be continued",
+    "preparing": "is being prepared, or its process has ended",
     "not started": "could not start",
     "cancelled": "was cancelled before it started",
 }
@@ -96,7 +97,8 @@ class ListedRun:
     @property
     def can_continue(self) -> bool:
         """True if `train --resume` can continue the run."""
-        return self.state in ("interrupted", "failed", "killed") and newest_checkpoint(self.path) is not None
+        may = self.state in ("interrupted", "failed", "killed", "preparing")
+        return may and newest_checkpoint(self.path) is not None
 
     @property
     def start_failed(self) -> bool:
@@ -130,7 +132,7 @@ def listed_run(path: Path, job: Job | None = None, *, waits: bool = False) -> Li
     elif job is not None and not job.running:
         state = "cancelled" if job.cancelled else "not started"
     elif job is None:
-        state, reason = "killed", "its process ended without a message"
+        state = state_of(path, status)
     began = status.began if status is not None else ""
     ended = status.changed if status is not None and state == status.state != "running" else ""
     return ListedRun(path.name, path, state, reason, began, ended, _progress(path, status), job)
