@@ -150,7 +150,7 @@ def test_the_plan_counts_starts_and_the_end_of_each_run(
     tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plans: list[RunPlan] = []
-    speed = Speed(tokens_per_s=1.0, train_s=60.0, evaluate_s=36.0, finish_s=24.0, measured_s=0.0)
+    speed = Speed(tokens_per_s=1.0, train_s=60.0, evaluate_s=36.0, finish_s=51.0, end_s=24.0, measured_s=0.0)
     monkeypatch.setattr(command, "calibrate", lambda plan, *_, **_options: (plans.append(plan), speed)[1])
     made = search_config(tiny, tmp_path / "search", {"trials": 2}, quiet=False, eval_every=None)
     monkeypatch.setattr(command, "time", clock := Clock())
@@ -161,14 +161,14 @@ def test_the_plan_counts_starts_and_the_end_of_each_run(
     *earlier, last = (line for line in lines if line.startswith("trial "))
     assert all(line.endswith(" left") for line in earlier) and not last.endswith(" left")
     schedule = Schedule(made.search, made.search.dimensions, {}, seed=0)
-    start_s = 36 / (EVALUATIONS + 1)
+    run_s, start_s = 60 + 36 + 27, (36 + 2 * 27) / (EVALUATIONS + 1)  # 27 s for the checkpoints
     ends = [0, 1, 3, 6]  # steps at which the stages of six steps end
     most, least = (schedule.left(first_best=best) for best in (False, True))
     runs = sum(ends[after] - ends[before] for before, after in most) / 6
     finished = sum(after == 3 for _, after in most)
-    most_s = runs * (60 + 36) + len(most) * start_s + finished * 24
+    most_s = runs * run_s + len(most) * start_s + finished * 24
     # The options as given are the best, and need no comparison.
-    least_s = most_s - 5 / 6 * (60 + 36) - start_s - 24
+    least_s = most_s - 5 / 6 * run_s - start_s - 24
     assert len(most) - len(least) == 1
     assert line.endswith(f"steps of {runs:.1f} runs, about {duration(least_s)} to {duration(most_s)}")
     assert plans[0].inputs.config.run.eval_every == 1, "six steps are evaluated up to eight times"

@@ -208,9 +208,13 @@ class Search:
         return replace(plan, inputs=replace(plan.inputs, config=replace(config, run=run)))
 
     def predict(self, speed: Speed) -> None:
-        """Take the seconds of a run from a measurement. A start takes about as long as one evaluation."""
-        self.run, self.end = _Seconds(speed.train_s + speed.evaluate_s), _Seconds(speed.finish_s)
-        self.start = _Seconds(speed.evaluate_s / (EVALUATIONS + 1))
+        """Take the seconds of a run from a measurement.
+
+        A start and its pause take about as long as one evaluation, and reading and writing a checkpoint.
+        """
+        saves_s = speed.finish_s - speed.end_s
+        self.run, self.end = _Seconds(speed.train_s + speed.evaluate_s + saves_s), _Seconds(speed.end_s)
+        self.start = _Seconds((speed.evaluate_s + 2 * saves_s) / (EVALUATIONS + 1))
 
     def prepare(self, plan: RunPlan) -> None:
         """Take the options that all trials share from the largest one, and write them with the digests of the rows.

@@ -59,6 +59,7 @@ class Speed:
     train_s: float  # seconds of all steps
     evaluate_s: float  # seconds of all evaluations of the held-out rows
     finish_s: float  # seconds of the checkpoints, and of the answers and files at the end
+    end_s: float  # seconds of the answers and files at the end, a part of `finish_s`
     measured_s: float  # seconds of the measurement
     kept_s: float = 0.0  # seconds saved by cached hidden states; the other durations do not contain them
     shared: bool = False  # the process waited for much of the measurement, mostly for other programs
@@ -109,6 +110,7 @@ def calibrate(plan: RunPlan, machine: Machine, *, budget_s: float = BUDGET_S) ->
         train_s=sum(predicted.steps_s),
         evaluate_s=sum(evaluations.values()),
         finish_s=sum(predicted.pauses_s.values()) - sum(evaluations.values()) + predicted.end_s,
+        end_s=predicted.end_s,
         measured_s=time.perf_counter() - began,
         kept_s=kept * seconds.below,
         shared=seconds.shared,

@@ -111,8 +111,10 @@ def with_labels(
     start: StartingHead | None = None,
     *,
     are_sample: bool = False,
-) -> tuple[ObjectiveOptions, tuple[str, ...]]:
-    """Return the options with the kind of problem and the labels filled in, and sentences about both.
+) -> tuple[ObjectiveOptions, int, tuple[str, ...]]:
+    """Return the options with the kind of problem and the labels, a number of held-out rows, and sentences about these.
+
+    The number is that of the held-out rows with labels that are not learned, see `label_names.unlearned_rows`.
 
     Args:
         start: the head that the run starts from, whose labels it takes over.
@@ -140,7 +142,7 @@ def with_labels(
         said += [commas] if commas else []
         if start is None and (note := scale_note(learned)):
             said.append(f"warning: {note}")
-        return replace(options, problem_type=problem, class_labels=()), tuple(said)
+        return replace(options, problem_type=problem, class_labels=()), 0, tuple(said)
     trained = names_of(learned, problem)
     if not trained:
         raise DataError(
@@ -177,7 +179,7 @@ def with_labels(
         )
     if problem == SINGLE and len(labels) > _MOST_INTEGERS and all(map(is_integer, labels)):
         said.append(f"the {len(labels)} integers are read as names; --problem-type regression learns them as numbers")
-    return replace(options, problem_type=problem, class_labels=labels), tuple(said)
+    return replace(options, problem_type=problem, class_labels=labels), unlearned, tuple(said)
 
 
 def _labels_of(data: PreparedData) -> list[ClassLabel]:

@@ -83,6 +83,7 @@ class RunInputs:
     notes: tuple[str, ...]  # messages for the user
     trains_head: bool  # a head on hidden states is trained with the adapter
     base_facts: BaseFacts  # computed when the base's tensors are read
+    unlearned_rows: int = 0  # held-out rows with labels that no training row has
 
     @property
     def held_out_examples(self) -> Sequence[Example]:
@@ -153,7 +154,7 @@ def read_inputs(
     notes += () if start is None else start.check(engine, layout, config.data, force_base=model.force_base)
     notes += peft_notes(source.config.get("model_type"), [slot.name for slot in layout.slots])
     notes += class_notes(source) if has_head else ()
-    tokenizer = source.tokenizer()
+    tokenizer, unlearned = source.tokenizer(), 0
     if assumed_rows and not config.data.data:
         train, held_out = _assumed_rows(config, has_head), None
     else:
@@ -171,7 +172,7 @@ def read_inputs(
         if has_head and start is not None and isinstance(engine, DecoderEngine):
             head = start.head(engine, objective.objective)
         if purpose == "classes":
-            resolved, said = with_labels(config.objective, train, held_out, head, are_sample=are_sample)
+            resolved, unlearned, said = with_labels(config.objective, train, held_out, head, are_sample=are_sample)
             config, notes = replace(config, objective=resolved), (*notes, *said)
         if purpose in ("pairs", "labels"):
             check_answers_differ(train)
@@ -224,6 +225,7 @@ def read_inputs(
         notes=tuple(notes),
         trains_head=has_head,
         base_facts=run_cache.get_or_create("base facts", (model.model, model.quantize), lambda: BaseFacts(source)),
+        unlearned_rows=unlearned,
     )
     texts = ((text.numpy(), "neutral_texts.txt") for text in neutral.documents)
     check_vocabulary(chain(*beyond, texts), engine.vocab_size, tokenizer)

@@ -18,7 +18,7 @@ from backhand.adapters.contents import RECORD_FILE
 from backhand.adapters.record import read_record
 from backhand.data.class_examples import NUMBER
 from backhand.data.decisions import QuestionType
-from backhand.data.label_names import unlearned_note, unlearned_rows
+from backhand.data.label_names import unlearned_note
 from backhand.data.lint import scale_note
 from backhand.data.rows import ClassLabel
 from backhand.distributed.communicator import Communicator
@@ -381,8 +381,7 @@ class Trainer:
         if keep and (stored := read_summary(path)) is not None:
             return replace(stored, compared_with_start=with_start)
         summary = summarise(self.run, state, self.directory, self.processes.world_size)
-        unlearned = 0 if with_start else self._unlearned()
-        summary = replace(summary, compared_with_start=with_start, unlearned_rows=unlearned)
+        summary = replace(summary, compared_with_start=with_start, unlearned_rows=self.run.inputs.unlearned_rows)
         if self.processes.is_main_process:
             curves = Curves.of(self.directory.lines(METRICS), summary.constant_loss)
             rate, _ = self.run.inputs.learning_rate(replace(self.run.config.optimization, learning_rate="auto"))
@@ -401,14 +400,6 @@ class Trainer:
             summary = replace(summary, advice=said, try_next=again)
             self.directory.write(SUMMARY, summary.to_json())
         return summary
-
-    def _unlearned(self) -> int:
-        """Return the number of held-out rows with labels that no training row has."""
-        inputs = self.run.inputs
-        if inputs.held_out is None or inputs.config.objective.problem_type in (None, NUMBER):
-            return 0
-        labels = (data.examples.facts(ClassLabel) for data in (inputs.train, inputs.held_out))
-        return unlearned_rows(*([label.names for label in of_rows] for of_rows in labels))
 
     def _prove_resume(self, loop: TrainingLoop, store: CheckpointStore, start: int, log: ProofLog) -> None:
         if loop.state.progress.step < self.run.inputs.total_steps:
