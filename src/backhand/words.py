@@ -33,6 +33,31 @@ def count_of(count: float, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
+def signed(value: float, digits: int) -> str:
+    """Format a change with its sign and this number of decimals. One that they would round to 0 has one digit."""
+    text = f"{value + 0.0:+.{digits}f}"
+    return f"{value:+.1g}" if value and not float(text) else text
+
+
+_MORE_DIGITS = 4
+
+
+def apart(one: float, other: float, digits: int) -> tuple[str, str]:
+    """Format two numbers with this number of decimals, and with up to 4 more if they would look the same.
+
+    Numbers that even these do not tell apart are equal for the reader.
+    """
+    shown = ((f"{one:,.{more}f}", f"{other:,.{more}f}") for more in range(digits, digits + _MORE_DIGITS + 1))
+    return next((pair for pair in shown if pair[0] != pair[1]), (f"{one:,.{digits}f}", f"{other:,.{digits}f}"))
+
+
+def percent(share: float) -> str:
+    """Format a share from 0 to 1, with the decimals that tell a small one from 0 % and a large one from 100 %."""
+    rest = min(share, 1 - share)
+    digits = max(0, min(6, math.ceil(-math.log10(rest)) - 2)) if rest > 0 else 0
+    return f"{100 * share:.{digits}f}%"
+
+
 def capitalized(clause: str) -> str:
     """Return a clause as a sentence."""
     return f"{upper_first(clause)}."

@@ -13,7 +13,7 @@ import pytest
 from backhand.cli.main import main
 from backhand.report import command as writing
 from backhand.report.comparison import comparison_page, short_names
-from backhand.report.run_record import read_run
+from backhand.report.run_record import RunRecord, read_run
 from backhand.report.train import train
 from support.page import Page
 from support.tiny_run import TinyRun
@@ -30,7 +30,7 @@ def test_two_runs_side_by_side(two: tuple[Path, Path], tmp_path: Path) -> None:
     config.write_text(config.read_text().replace("alpha = 5.0", "alpha = 5"))
     assert main(["report", *map(str, two), "--output", str(output)]) == 0
     page = Page(output.read_bytes())
-    assert page.one("p", class_="lead").text.startswith("run has the lowest loss on the same held-out rows")
+    assert page.one("p", class_="lead").text.startswith("run has the lowest loss on the same 4 held-out rows")
     options = page.one("section", id="configuration").text
     assert "adapter.alpha" not in options, "5.0 and 5 are equal"
     assert "optimization.learning_rate" in options and "1e-06" in options and "run.output" not in options
@@ -61,10 +61,41 @@ def test_the_best_run_is_named_in_the_measure_of_its_objective(two: tuple[Path, 
     assert "per pair (dpo)" in lead("dpo", "dpo")
     of_tokens = lead("sft", "sft")
     assert "nats per token; compared with other, loss changed by -" in of_tokens and "(95 % interval -" in of_tokens
-    assert "has the highest reward on the same held-out rows: -" in lead("grpo", "grpo")
+    assert "(dpo), which does not tell whose answers are better" in lead("dpo", "dpo")
+    assert "has the highest reward on the same 4 held-out rows: -" in lead("grpo", "grpo")
     assert "different objectives" in lead("sft", "dpo")
     runs[1].facts["digests"] = {"held_out_digest": "of the same rows as other tokens"}
     assert "different objectives" in lead("sft", "decide") and "other tokens" in lead("sft", "sft")
+
+
+def test_runs_on_rewards_are_compared_by_the_rewards_of_their_rows(two: tuple[Path, Path]) -> None:
+    def with_rewards(run: RunRecord, *rewards: float, reward: str = "exact") -> RunRecord:
+        mean = sum(rewards) / len(rewards)
+        line = {"step": 1, "eval_loss": -mean, "eval_reward": mean, "row_rewards": list(rewards)}
+        options = {"objective": {"objective": "grpo"}, "rewards": {"reward": [reward]}}
+        steps = [{**one, "reward": 0.25} for one in run.steps]
+        return replace(run, config=run.config | options, metrics=[*steps, line])
+
+    def page(*runs: RunRecord) -> Page:
+        return Page(comparison_page(runs))
+
+    def lead(*runs: RunRecord) -> str:
+        return page(*runs).one("p", class_="lead").text
+
+    one, other = (read_run(path) for path in two)
+    worse, better = with_rewards(one, 0.0, 0.0, 0.0, 0.2), with_rewards(other, 0.9, 1.0, 1.0, 1.0)
+    beaten = "other has the highest reward on the same 4 held-out rows: 0.9750; compared with run, reward gained"
+    assert lead(worse, better).startswith(f"{beaten} per row +0.925 (95 % interval +0.7727 to +1.077)")
+    close, same = with_rewards(one, 1.0, 1.0, 0.8, 1.0), with_rewards(one, 0.9, 1.0, 1.0, 1.0)
+    assert "too few rows to tell the change from chance" in lead(close, better)
+    assert lead(same, better).startswith("other and run have the same reward on the same 4 held-out rows: 0.9750")
+    otherwise = with_rewards(other, 1.0, reward="json")
+    assert "different values of --reward: their held-out rewards" in lead(worse, otherwise)
+    shown = page(worse, better)
+    captions = " ".join(one.text for one in shown.every("figcaption"))
+    assert "Reward on held-out rows, per answer: higher is better" in captions and "Loss" not in captions
+    assert {row["value"] for row in shown.charts["held-out"]["data"]["values"]} == {0.05, 0.975}
+    assert "→ 0.975" in " ".join(cell.text for cell in shown.every("td"))
 
 
 def test_charts_of_losses_name_the_unit_that_all_runs_have(two: tuple[Path, Path]) -> None:
@@ -89,7 +120,10 @@ def test_charts_of_losses_name_the_unit_that_all_runs_have(two: tuple[Path, Path
         replace(run, config=run.config | {"objective": objective})
         for run, objective in zip(runs, (dpo, different), strict=True)
     ]
-    assert "different values of --loss-type" in Page(comparison_page(made)).one("p", class_="lead").text
+    lead = Page(comparison_page(made)).one("p", class_="lead").text
+    assert "different values of --loss-type: their held-out losses cannot" in lead
+    made[1] = replace(runs[1], config=runs[1].config | {"objective": dpo | {"beta": 0.5}})
+    assert "different values of --beta: their" in Page(comparison_page(made)).one("p", class_="lead").text
 
 
 def test_answers_are_compared_with_the_reference_of_the_objective(two: tuple[Path, Path]) -> None:

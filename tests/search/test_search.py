@@ -34,7 +34,7 @@ from backhand.runs.summary import RunSummary
 from backhand.search import command
 from backhand.search.command import ABOVE, BELOW, search_command
 from backhand.search.options import SearchConfig
-from backhand.search.result import SearchResult
+from backhand.search.result import SearchResult, result_of
 from backhand.search.schedule import EVALUATIONS, Schedule
 from backhand.search.study import Study, Trial
 from backhand.training.calibration import Speed
@@ -95,6 +95,49 @@ def test_what_a_search_leaves(found: SearchResult) -> None:
         assert shown in page
     assert str(best / "config.toml") in found.command
     assert found.runs == pytest.approx(sum(_shares(output)), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("losses", "objective", "said"),
+    [
+        (
+            [(1.2, 1.1)],
+            "sft",
+            "Use --rank 4: held-out loss 1.1000, lower than 1.2000 as given, with one seed each, and c",
+        ),
+        (
+            [(1.2, 1.1), (1.25, 1.16), (1.22, 1.11)],
+            "sft",
+            "1.2233 as given by 0.1000 (95 % interval 0.0752 to 0.1248 o",
+        ),
+        (
+            [(1.2, 1.1), (1.2, 1.19)],
+            "sft",
+            "to 0.6268 over 2 seeds): too few seeds to tell the difference from chance.",
+        ),
+        (
+            [(1.2, 1.1), (1.2, 1.5)],
+            "sft",
+            "Keep the options as given: --rank 4 had the lowest held-out loss with the first",
+        ),
+        ([(1.2, 1.1), (1.2, 1.5)], "sft", "seed only; the mean of 2 seeds is 1.3000, and 1.2000 as given."),
+        ([(1.20001, 1.2)], "sft", "held-out loss 1.20000, lower than 1.20001 as given"),
+        ([(-0.2, -0.5)], "grpo", "Use --rank 4: held-out reward 0.5000, higher than 0.2000 as given, with one seed"),
+        ([(-0.2, -0.1)], "grpo", "no trial has a higher held-out reward than the options as given (0.2000)."),
+    ],
+)
+def test_the_sentence_says_how_sure_the_difference_is(
+    losses: list[tuple[float, float]], objective: str, said: str, tiny: TinyRun, tmp_path: Path
+) -> None:
+    config = search_config(tiny, tmp_path / "search", {"over": ("rank=2,4",), "prune": "none"})
+    config = replace(config, objective=replace(config.objective, objective=objective))
+    schedule = Schedule(config.search, config.search.dimensions, {"rank": 2}, seed=0)
+    trials = [
+        Trial(2 * seed + number, {"rank": 4 if number else 2}, seed, number if seed else None, 1, 1, (loss,), steps=6)
+        for seed, pair in enumerate(losses)
+        for number, loss in enumerate(pair)
+    ]
+    assert said in result_of(config, schedule, trials, 6).sentence
 
 
 def _shares(output: Path) -> list[float]:

@@ -79,6 +79,20 @@ def test_the_share_by_which_the_loss_fell_stands_next_to_the_loss(ended: RunSumm
     assert "5.2471 → 4.0182 nats per token, 23% lower (perplexity 190.01 → 55.60) on " in line
 
 
+def test_small_changes_do_not_look_like_none_or_all(ended: RunSummary) -> None:
+    def shown(before: float, after: float, **more: Any) -> str:
+        summary = replace(ended, base_eval_loss=before, first_eval_loss=None, best_eval_loss=after, **more)
+        return "\n".join(closing_lines(summary))
+
+    assert "2.30000 → 2.29999 nats per token, 0.0004% lower (perplexity 9.9742 → 9.9741)" in shown(2.3, 2.29999)
+    assert "2.0000 → 0.0010 nats per token, 99.95% lower" in shown(2.0, 0.001)
+    changed = shown(2.3, 2.29999, loss_change=(-1e-5, -2e-5, -1e-6))
+    assert "Loss changed by -1e-05 nats per token (95 % interval -2e-05 to -1e-06)." in changed
+    assert "Loss changed by -0.0200 nats per token (95 % interval -0.0400 to +0.0000)" in shown(
+        2.3, 2.28, loss_change=(-0.02, -0.04, -0.0)
+    )
+
+
 def test_pairs_are_rows_and_measured_where_some_are_held_out(tiny: TinyRun, tmp_path: Path) -> None:
     rows = write_pairs(tmp_path / "pairs.jsonl", 9)
     made = tiny.config(tmp_path / "run", data=(str(rows),), eval_data=(), max_steps=1)

@@ -109,10 +109,11 @@ def _both(run: RunRecord, name: str) -> Rows:
 
 
 def comparison(runs: Sequence[tuple[str, RunRecord]], key: str, unit: str) -> Spec:
-    """Return a chart with one curve per run, of a key in the lines of steps (`loss`) or of evaluations (any other)."""
-    lines = [(name, run.steps if key == "loss" else run.evaluations) for name, run in runs]
+    """Return a chart with one curve per run, of a key of steps (`loss`, `reward`) or of evaluations (others)."""
+    of_steps = key in ("loss", "reward")
+    lines = [(name, run.steps if of_steps else run.evaluations) for name, run in runs]
     rows = [row for name, of_run in lines for row in _series(of_run, key, name)]
-    return curve(rows, unit, height=260, log="auto", dots="" if key == "loss" else "all")
+    return curve(rows, unit, height=260, log="auto", dots="" if of_steps else "all")
 
 
 def curve(
@@ -231,14 +232,15 @@ def spectra(changes: Sequence[ModuleInspection]) -> Spec:
     }
 
 
-def settings(rows: Rows, name: str, kind: str, reached: Sequence[str]) -> Spec:
-    """Return a chart of the held-out losses of a search's trials against one setting.
+def settings(rows: Rows, name: str, kind: str, reached: Sequence[str], measure: str) -> Spec:
+    """Return a chart of the held-out losses or rewards of a search's trials against one setting.
 
     Args:
         rows: {"x", "loss", "reached", "trial"}.
         name: the setting's name.
         kind: the axis: `nominal`, `linear` or `log`.
         reached: the stages that trials can reach, in order.
+        measure: name of the losses or rewards.
     """
     x = _measure("x", {"format": ".2~g", "tickCount": 6}, log=kind == "log")
     if kind == "nominal":
@@ -256,7 +258,7 @@ def settings(rows: Rows, name: str, kind: str, reached: Sequence[str]) -> Spec:
             "tooltip": [
                 {"field": "trial", "type": "nominal"},
                 {"field": "x", "type": "nominal", "title": name},
-                {"field": "loss", "type": "quantitative", "title": "held-out loss", "format": ".4~g"},
+                {"field": "loss", "type": "quantitative", "title": measure, "format": ".4~g"},
                 {"field": "reached", "type": "nominal", "title": "came"},
             ],
         },

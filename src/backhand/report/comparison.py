@@ -23,13 +23,16 @@ from backhand.report.page import differences, expected, prompt_parts
 from backhand.report.proof_tables import proof_tables
 from backhand.report.rendering import NOT_KNOWN, figure, render, size, time_taken
 from backhand.report.run_record import RunRecord, is_number
+from backhand.runs.pair_results import PAIR_OBJECTIVES
 from backhand.runs.row_changes import (
     ROW_NATS,
+    ROW_REWARDS,
     ROW_TOKENS,
     SCORE_NAMES,
     as_loss,
     first_and_best,
     gain_verdict,
+    gain_words,
     loss_change,
     loss_words,
     mean_gain,
@@ -37,7 +40,7 @@ from backhand.runs.row_changes import (
     unpaired_gain,
 )
 from backhand.runs.summary import forgotten_nats, loss_unit
-from backhand.words import capitalized, count_of, interval_text, share_interval
+from backhand.words import capitalized, count_of, interval_text, name_list, share_interval
 
 # Options that do not affect a run's result.
 _IRRELEVANT_OPTIONS = frozenset({"run.output", "run.resume", "run.overwrite", "run.quiet", "run.debug"})
@@ -59,8 +62,11 @@ def comparison_values(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[s
     """Return the template's values for these runs under these names, except the title."""
     named = list(zip(names, runs, strict=True))
     keys = {"held-out": "eval_loss", "training": "loss", "forgetting": "forgetting_nats"}
+    rewarded = all(run.objective == "grpo" for run in runs)
+    if rewarded:
+        keys |= {"held-out": "eval_reward", "training": "reward"}
     units = {_unit(run) for run in runs}
-    unit = units.pop() if len(units) == 1 and len(_loss_types(runs)) == 1 else None
+    unit = units.pop() if len(units) == 1 and not _different_measures(runs) else None
     titles = {"forgetting": "nats per neutral token"}
     specs = {name: charts.comparison(named, key, titles.get(name, unit or "loss")) for name, key in keys.items()}
     return {
@@ -68,6 +74,7 @@ def comparison_values(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[s
         "headlines": [(name, headline(run)) for name, run in named],
         "best": _best(named),
         "unit": unit,
+        "rewarded": rewarded,
         "figures": [(label, [value(run) for run in runs]) for label, value in _FIGURES.items()],
         "options": _differing_options(runs),
         "answers": _answers(named),
@@ -91,19 +98,24 @@ def _best(named: Sequence[tuple[str, RunRecord]]) -> str:
         return f"{capitalized(note)}."
     if (of_scores := _by_scores(named)) is not None:
         return of_scores
-    if len(_loss_types([run for _, run in named])) > 1:
-        return "The runs have different values of --loss-type: their held-out losses cannot be compared."
+    (objective,) = objectives
+    what, all_of_them = ("reward", "rewards") if objective == "grpo" else ("loss", "losses")
+    if different := _different_measures([run for _, run in named]):
+        options = name_list(f"--{option.replace('_', '-')}" for option in different)
+        return f"The runs have different values of {options}: their held-out {all_of_them} cannot be compared."
     loss, name = min(losses)
     best = dict(named)[name]
-    (objective,) = objectives
-    if objective == "grpo":
-        return f"{name} has the highest reward on the same held-out rows: {-loss:.4f}."
-    unit = _unit(best)
+    rows = f"the same {count_of(held_out_rows(best), 'held-out row')}"
+    second = min((one for one in losses if one[1] != name), default=None)
+    if second is not None and second[0] == loss:
+        return f"{name} and {second[1]} have the same {what} on {rows}: {abs(loss):.4f}."
+    lead = "" if second is None else _lead(best, dict(named)[second[1]], second[1])
     but = forgot(best).removeprefix("; ")
     lost = f". But {but}" if but else ""
-    second = min((one for one in losses if one[1] != name), default=None)
-    lead = "" if second is None else _lead(best, dict(named)[second[1]], second[1], unit)
-    return f"{name} has the lowest loss on the same held-out rows: {loss:.4f} {unit}{lead}{lost}."
+    if objective == "grpo":
+        return f"{name} has the highest reward on {rows}: {-loss:.4f}{lead}{lost}."
+    of_pairs = ", which does not tell whose answers are better" if objective in PAIR_OBJECTIVES else ""
+    return f"{name} has the lowest loss on {rows}: {loss:.4f} {_unit(best)}{of_pairs}{lead}{lost}."
 
 
 class _HeldOutScore(NamedTuple):
@@ -168,28 +180,53 @@ def _by_scores(named: Sequence[tuple[str, RunRecord]]) -> str | None:
     return f"{name} has clearly {what} {figures}." + (f" But {but}." if but else "")
 
 
-def _lead(best: RunRecord, second: RunRecord, name: str, unit: str) -> str:
-    """Return a clause on how much lower the loss is than that of the second run, if the losses of rows are recorded."""
+def _lead(best: RunRecord, second: RunRecord, name: str) -> str:
+    """Return a clause on how much better the loss or reward is than that of the second run, if rows have theirs."""
+    if best.objective == "grpo":
+        of_second, of_best = (first_and_best(run.evaluations, ROW_REWARDS, best_step(run))[1] for run in (second, best))
+        return f"; compared with {name}, {gain_words(mean_gain(of_second, of_best))}" if of_second and of_best else ""
     tokens = first_and_best(best.evaluations, ROW_TOKENS, best_step(best))[0]
     before, after = (first_and_best(run.evaluations, ROW_NATS, best_step(run))[1] for run in (second, best))
     change = loss_change(before, after, tokens)
     if "mse" in classes_of(best)[1]:
         gain = mean_gain(*(run.summary.get("row_scores") or () for run in (second, best)))
         change = gain and as_loss(gain)
-    return "" if change is None else f"; compared with {name}, {loss_words(change, unit)}"
+    return "" if change is None else f"; compared with {name}, {loss_words(change, _unit(best))}"
 
 
 def _unit(run: RunRecord) -> str:
     return loss_unit(run.objective, run.summary.get("adapted_classes"))
 
 
-def _loss_types(runs: Sequence[RunRecord]) -> set[str]:
-    return {str(run.config.get("objective", {}).get("loss_type")) for run in runs}
+_OF_LOSSES = {
+    "objective": (
+        *("loss_type", "beta", "label_smoothing", "discopop_tau", "simpo_gamma", "desirable_weight"),
+        *("undesirable_weight", "context", "divergence", "divergence_share", "divergence_temperature"),
+        *("embedding_loss", "similarity_scale", "triplet_margin", "matryoshka_dims", "ranking_loss", "positive_weight"),
+    )
+}
+"""Options that the held-out loss of the same model depends on."""
+_OF_REWARDS = {"rewards": ("reward", "reward_weights")}
+"""Options that the held-out reward of the same model depends on."""
+
+
+def _different_measures(runs: Sequence[RunRecord]) -> list[str]:
+    """Return the options with different values with which the same model would have another held-out loss or reward."""
+    objectives = {run.objective for run in runs}
+    of_what = _OF_REWARDS if objectives == {"grpo"} else _OF_LOSSES
+    if objectives == {"decide"}:  # its held-out loss is that of decisions, without smoothing
+        return []
+    return [
+        name
+        for part, names in of_what.items()
+        for name in names
+        if len({str(run.config.get(part, {}).get(name)) for run in runs}) > 1
+    ]
 
 
 def _loss(run: RunRecord) -> str:
-    base, best = base_and_best(run)
-    return f"{figure(base)} → {figure(best)}"
+    sign = -1 if run.objective == "grpo" else 1
+    return " → ".join(figure(None if one is None else sign * one) for one in base_and_best(run))
 
 
 def _score(run: RunRecord) -> str:
@@ -209,8 +246,8 @@ def _proofs(run: RunRecord) -> str:
 
 _FIGURES: Mapping[str, Callable[[RunRecord], str]] = {
     "state": lambda run: run.state,
-    "held-out loss, base → best": _loss,
-    "held-out score, base → best": _score,
+    "held-out loss or reward, before → best": _loss,
+    "held-out score, before → best": _score,
     "forgotten on neutral texts since the base model, nats per token": lambda run: figure(
         forgotten_nats(run.evaluations, best_step(run), since_base=True)
     ),

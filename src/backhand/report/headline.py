@@ -48,7 +48,7 @@ from backhand.runs.summary import (
     rows_trained_on,
     since_start,
 )
-from backhand.words import count_of, interval_text
+from backhand.words import apart, count_of, interval_text, percent
 
 
 def verdict(run: RunRecord) -> str:
@@ -285,16 +285,17 @@ def _outcome(run: RunRecord) -> str:
         return reward + ("" if measured else unknown)
     rows = count_of(held_out_rows(run), "held-out row") if held_out_rows(run) else "held-out rows"
     if run.objective == "grpo":
-        change = f": the reward on {rows} went from {-base:.3f} to {-best:.3f}"
+        change = f": the reward on {rows} went from {' to '.join(apart(0.0 - base, 0.0 - best, 3))}"
         if run.is_running:
             return f"{change} so far{reward}"
         return f"{change}; {gain_words(_reward_gain(run))}{_effect(run, unclear='')}{reward}"
     base_decisions, decisions = decisions_of(run)
     before_it = before_name(run.compared_with_start)
     of_start = f" ({before_it})" if run.compared_with_start else ""
+    before_loss, after_loss = apart(base, best, 3)
+    change = f": the loss on {rows} went from {before_loss}{of_start} to {after_loss}"
     if run.is_running and not decisions:
-        return f": the loss on {rows} went from {base:.3f}{of_start} to {best:.3f} so far"
-    change = f": the loss on {rows} went from {base:.3f}{of_start} to {best:.3f}"
+        return f"{change} so far"
     if (labels := _labels(run)) is not None:
         return f"{change}; {label_clause(*labels, before_it)}"
     if _judged_at_the_end(run):
@@ -321,7 +322,7 @@ def _outcome(run: RunRecord) -> str:
             name, before, after = ranked
             scores = f" (the first is that of equal scores), and {SCORE_NAMES[name]} is {after[name]:.3f}"
             if before:
-                scores = f", and {SCORE_NAMES[name]} from {before[name]:.3f} to {after[name]:.3f}"
+                scores = f", and {SCORE_NAMES[name]} from {' to '.join(apart(before[name], after[name], 3))}"
             if (chance := after.get("chance", {}).get(name)) is not None:
                 scores += f" ({chance:.3f} in random order)"
             if (judged := _ranking_verdict(run)) is not None:
@@ -363,7 +364,7 @@ def _by_how_much(run: RunRecord, base: float, best: float) -> str:
     if verdict(run) != "helped":
         return ""
     if all(part["form"] == "text" for part in run.rows.get("sources", ())):
-        return f": the perplexity is {1 - math.exp(best - base):.0%} lower"
+        return f": the perplexity is {percent(1 - math.exp(best - base))} lower"
     after, before = _exp(-best), _exp(-base)
     digits = next((count for count in range(2, 17) if f"{after:.{count}g}" != f"{before:.{count}g}"), 2)
     shown, former = (f"{float(f'{100 * share:.{digits}g}'):.15g}%" for share in (after, before))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from backhand.runs.row_changes import share_gain
 from backhand.runs.summary import DistilledFigures
-from backhand.words import mean_interval
+from backhand.words import count_of, interval_text, mean_interval, signed
 
 
 def top_1_gain(base: Sequence[int], adapted: Sequence[int], tokens: int) -> tuple[float, float, float] | None:
@@ -34,8 +34,8 @@ def agreement_words(figures: DistilledFigures) -> str:
     shares = f"{figures['base_top_1']:.1%} → {figures['adapted_top_1']:.1%} of them"
     if (gain := figures.get("top_1_gain")) is None:
         return shares
-    _, low, high = gain
-    return f"{shares} (95 % interval of the change {100 * low:+.1f} to {100 * high:+.1f} points)"
+    _, low, high = (signed(100 * value, 1) for value in gain)
+    return f"{shares} (95 % interval of the change {low} to {high} points)"
 
 
 def distilled_sentences(figures: DistilledFigures, objective: str, since: str = "") -> list[str]:
@@ -55,8 +55,8 @@ def distilled_sentences(figures: DistilledFigures, objective: str, since: str = 
     sentences = [agreement]
     if (base := figures["base_equal"]) is not None and (adapted := figures["adapted_equal"]) is not None:
         sentences.append(
-            f"Greedy answers equal to those of {teacher}: {base:.1%} → {adapted:.1%} of {figures['rows']:,} held-out "
-            f"prompts{since}."
+            f"Greedy answers equal to those of {teacher}: {base:.1%} → {adapted:.1%} "
+            f"({interval_text(adapted, figures['rows'])}) of {count_of(figures['rows'], 'held-out prompt')}{since}."
         )
     if objective == "bake":
         sentences.append(

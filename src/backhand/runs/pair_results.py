@@ -108,6 +108,8 @@ def _bounds(pairs: Mapping[str, float], side: str) -> tuple[float, float] | None
 
 def _moved(pairs: Mapping[str, float], side: str, change: float, unit: str) -> str:
     """Return the change of a log-probability in words, with its interval if it is known."""
+    if not change and not any(_bounds(pairs, side) or ()):
+        return "did not change"
     moved = f"{'rose' if change > 0 else 'fell'} by {abs(change):.3g}{unit}"
     if (bounds := _bounds(pairs, side)) is None:
         return moved
@@ -129,8 +131,11 @@ def pair_clauses(pairs: Mapping[str, float], rows: int, objective: str, answers:
     good, bad = names = ("desirable", "undesirable") if objective == "kto" else _SIDES
     clauses = _margin_clause(pairs, names)
     if (accuracy := pairs.get("rewards/accuracies")) is not None and rows:
-        ordered = f"{round(accuracy * rows):,} of {rows:,} held-out pairs are ordered rightly"
-        clauses = [f"{ordered} ({interval_text(accuracy, rows)}), with a mean margin of {pairs['rewards/margins']:.3g}"]
+        ordered = f"{round(accuracy * rows):,} of {count_of(rows, 'held-out pair')} {'is' if rows == 1 else 'are'}"
+        half = f"{interval_text(accuracy, rows)}; half of them by chance"
+        clauses = [
+            f"{ordered} ordered rightly ({half}), with a mean margin of {pairs['rewards/margins']:.3g} in reward"
+        ]
     since = "" if answers is None or "start" not in answers else " since the adapter that the run started from"
     chosen, rejected = (_change(pairs, side) for side in _SIDES)
     if chosen is not None and rejected is not None:

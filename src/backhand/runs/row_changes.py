@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Literal
 
-from backhand.words import mean_interval
+from backhand.words import mean_interval, signed
 
 ROW_REWARDS, ROW_NATS, ROW_TOKENS = "row_rewards", "row_nats", "row_tokens"
 """Keys in metrics.jsonl of the values of an evaluation, one per held-out row: the reward; the sum of the losses of the
@@ -137,9 +137,9 @@ def loss_words(change: Sequence[float], unit: str) -> str:
     """Return a clause about a `loss_change`."""
     if not any(change):
         return "the loss of no row changed"
-    mean, low, high = change
+    mean, low, high = (signed(value, 4) for value in change)
     unclear = _TOO_FEW if loss_verdict(change) == "unclear" else ""
-    return f"loss changed by {mean:+.4f} {unit} (95 % interval {low:+.4f} to {high:+.4f}){unclear}"
+    return f"loss changed by {mean} {unit} (95 % interval {low} to {high}){unclear}"
 
 
 def gain_verdict(gain: Sequence[float] | None) -> Verdict:
@@ -151,7 +151,7 @@ def gain_verdict(gain: Sequence[float] | None) -> Verdict:
 
 def right_words(gain: Sequence[float], before: str) -> str:
     """Return a clause about a `share_gain` over the model `before`."""
-    mean, low, high = (f"{100 * value:+.1f}" for value in gain)
+    mean, low, high = (signed(100 * value, 1) for value in gain)
     unclear = _TOO_FEW if gain_verdict(gain) == "unclear" else ""
     return f"right answers changed by {mean} points from {before} (95 % interval {low} to {high}){unclear}"
 
@@ -220,12 +220,12 @@ def score_words(base: Mapping[str, Any], adapted: Mapping[str, Any], name: str) 
     shown, gain = SCORE_NAMES[name], score_gain(base, adapted, name)
     if gain is None:
         return f"too few queries to compare {shown}" if base else f"there is no {shown} before training"
-    mean, low, high = gain
+    mean, low, high = (signed(value, 3) for value in gain)
     unclear = _TOO_FEW if gain_verdict(gain) == "unclear" else ""
     if not unclear and score_verdict(base, adapted, name) == "unclear":
         unclear = ": not clearly better than a random order"
     of_what = "changed by" if base else "differs from that of a random order by"
-    return f"{shown} {of_what} {mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f}){unclear}"
+    return f"{shown} {of_what} {mean} (95 % interval {low} to {high}){unclear}"
 
 
 _FEWEST_COMPARED_STEPS = 20

@@ -275,6 +275,7 @@ _LOSS_UNITS = {
     "embed": "per row (embed)",
     "rank": "per row (rank)",
     "classify": "nats per row",
+    "grpo": "per answer",
 }
 
 

@@ -33,7 +33,7 @@ from backhand.report.command import write_report
 from backhand.runs.directory import ADAPTER, CONFIG, METRICS, RunDirectory, opened
 from backhand.runs.interruption import Interrupted
 from backhand.search.options import SearchConfig
-from backhand.search.result import SearchResult, file_digests, result_of, write_result
+from backhand.search.result import Measure, SearchResult, file_digests, result_of, write_result
 from backhand.search.schedule import EVALUATIONS, Schedule
 from backhand.search.space import applied, largest
 from backhand.search.study import TRIALS, Study, Trial, optuna_installed
@@ -436,7 +436,9 @@ class Search:
             return
         at = "to the end" if trial.done == self.schedule.last else f"to step {trial.steps} of {self.steps(config)}"
         left = f"  about {left} left" if (left := self._time_left(trials)) else ""
-        self._console.print(f"{self.describe(trial)}, {at}: held-out loss {trial.losses[-1]:.4f}{left}")
+        measure = Measure.of(config)
+        shown = f"{measure.name} {measure.shown(trial.losses[-1])}"
+        self._console.print(f"{self.describe(trial)}, {at}: {shown}{left}")
 
     def describe(self, trial: Trial) -> str:
         """Return name and values of a trial."""

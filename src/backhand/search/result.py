@@ -8,12 +8,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from backhand.adapters.contents import CARD_FILE, CONFIG_FILE, RECORD_FILE, TENSOR_FILE, parse_json_object
 from backhand.adapters.record import bytes_digest, changed_files, read_record
 from backhand.errors import ArtifactError, CheckError
 from backhand.files import FileLayer, json_bytes, write_atomically
+from backhand.options.config import TrainConfig
 from backhand.printing import duration
 from backhand.reading import read_plain
 from backhand.report import charts
@@ -27,7 +28,7 @@ from backhand.search.options import SearchConfig
 from backhand.search.schedule import Schedule, best_of
 from backhand.search.space import Values
 from backhand.search.study import RESULT, TRIALS, Trial
-from backhand.words import count_of
+from backhand.words import apart, count_of, mean_interval
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def result_of(config: SearchConfig, schedule: Schedule, trials: Sequence[Trial],
         loss=loss,
         given_loss=given_loss,
         differences=differences,
-        sentence=_sentence(best, loss, given_loss, differences, _measured_on(output, best))
+        sentence=_sentence(best, loss, given_loss, differences, Measure.of(config), _measured_on(output, best))
         + _tried_briefly(firsts, schedule.last, steps),
         command=f"backhand train {shlex.quote(str(path))} --output runs/again",
         importance=schedule.importance(trials),
@@ -111,6 +112,26 @@ def result_of(config: SearchConfig, schedule: Schedule, trials: Sequence[Trial],
         runs=round(sum(trial.steps for trial in trials) / steps, 3),
         spent_s=round(sum(trial.spent_s for trial in trials), 1),
     )
+
+
+class Measure(NamedTuple):
+    """Words for the held-out losses of trials. The loss of a run on rewards is the negative of its mean reward."""
+
+    name: str
+    better: str
+    best: str
+    sign: int
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Measure:
+        """Return the words for the objective of the trials."""
+        if config.objective.objective == "grpo":
+            return cls("held-out reward", "higher", "highest", -1)
+        return cls("held-out loss", "lower", "lowest", 1)
+
+    def shown(self, loss: float) -> str:
+        """Format the loss or reward."""
+        return f"{self.sign * loss:.4f}"
 
 
 def _measured_on(output: Path, trial: Trial) -> str:
@@ -128,24 +149,29 @@ def _tried_briefly(trials: Sequence[Trial], last: int, steps: int) -> str:
     return f" {count_of(len(brief), 'trial')} of {len(trials)} ended early, after at most {most:,} of {steps:,} steps."
 
 
-def _sentence(best: Trial, loss: float, given_loss: float | None, differences: Sequence[float], rows: str = "") -> str:
+def _sentence(
+    best: Trial, loss: float, given_loss: float | None, differences: Sequence[float], on: Measure, rows: str
+) -> str:
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in best.values.items())
     options = options or "the options as given"
+    seeds = count_of(len(differences), "seed")
     if given_loss is None:
-        return f"Use {options}: held-out loss {loss:.4f}{rows}; with the options as given the run failed."
+        return f"Use {options}: {on.name} {on.shown(loss)}{rows}; with the options as given the run failed."
     if best.number == 0:
-        mean = f", the mean of {len(differences)} seeds" if len(differences) > 1 else ""
-        given = f"the options as given ({given_loss:.4f}{rows}{mean})"
-        return f"Keep {options}: no trial has a lower held-out loss than {given}."
-    gain = given_loss - loss
-    share = gain / abs(given_loss) if given_loss else 0.0
-    result = f"Use {options}: held-out loss {loss:.4f}{rows}, {share:.1%} lower than {given_loss:.4f} as given"
+        mean = f", the mean of {seeds}" if len(differences) > 1 else ""
+        given = f"the options as given ({on.shown(given_loss)}{rows}{mean})"
+        return f"Keep {options}: no trial has a {on.better} {on.name} than {given}."
+    after, before = apart(on.sign * loss, on.sign * given_loss, 4)
+    figures = f"{on.name} {after}{rows}, {on.better} than {before} as given"
     if len(differences) < 2:
-        return f"{result}, with one seed each; --resume --seeds 3 tests if that is more than chance."
-    spread = statistics.stdev(differences)
-    significant = gain > 2 * spread / len(differences) ** 0.5
-    beyond = "more than" if significant else "within"
-    return f"{result}; the difference over {len(differences)} seeds is {gain:.4f} ± {spread:.4f}, {beyond} the spread."
+        chosen = "with one seed each, and chosen among the trials on these rows"
+        return f"Use {options}: {figures}, {chosen}; --resume --seeds 3 tests if that is more than chance."
+    gain, low, high = mean_interval(differences)
+    if gain <= 0:
+        first = f"{options} had the {on.best} {on.name} with the first seed only"
+        return f"Keep the options as given: {first}; the mean of {seeds} is {after}{rows}, and {before} as given."
+    unclear = "" if low > 0 else ": too few seeds to tell the difference from chance"
+    return f"Use {options}: {figures} by {gain:.4f} (95 % interval {low:.4f} to {high:.4f} over {seeds}){unclear}."
 
 
 def write_result(result: SearchResult, config: SearchConfig, schedule: Schedule, trials: Sequence[Trial]) -> Path:
@@ -160,7 +186,7 @@ def write_result(result: SearchResult, config: SearchConfig, schedule: Schedule,
     table: dict[str, Any] = {**asdict(result), "all": [asdict(trial) for trial in trials]}
     write_atomically(output / RESULT, json_bytes(table))
     target = output / REPORT
-    write_page(target, _page(result, schedule, trials))
+    write_page(target, _page(result, schedule, trials, Measure.of(config)))
     return target
 
 
@@ -209,7 +235,7 @@ def checked_adapter(output: Path, trial: Trial) -> dict[str, bytes]:
 _MAX_COMPARED_RUNS = 4
 
 
-def _page(result: SearchResult, schedule: Schedule, trials: Sequence[Trial]) -> bytes:
+def _page(result: SearchResult, schedule: Schedule, trials: Sequence[Trial], measure: Measure) -> bytes:
     """Return the report as one HTML file."""
     output = Path(result.output)
     with_losses = [trial for trial in trials if trial.losses and trial.failed is None]
@@ -221,14 +247,20 @@ def _page(result: SearchResult, schedule: Schedule, trials: Sequence[Trial]) -> 
     values = comparison_values(runs, [trial.label for trial in shown])
     for dimension in schedule.dimensions:
         rows = [
-            {"x": trial.values[dimension.name], "loss": trial.losses[-1], "reached": schedule.reached(trial)}
+            {
+                "x": trial.values[dimension.name],
+                "loss": measure.sign * trial.losses[-1],
+                "reached": schedule.reached(trial),
+            }
             | {"trial": trial.label}
             for trial in with_losses
             if dimension.name in trial.values
         ]
         kind = "nominal" if dimension.choices else "log" if dimension.log else "linear"
         stages = [stage.name for stage in schedule.stages]
-        values["charts"][f"setting-{dimension.name}"] = charts.settings(rows, dimension.name, kind, stages)
+        values["charts"][f"setting-{dimension.name}"] = charts.settings(
+            rows, dimension.name, kind, stages, measure.name
+        )
     return render(
         "search.html.j2",
         {
@@ -237,6 +269,7 @@ def _page(result: SearchResult, schedule: Schedule, trials: Sequence[Trial]) -> 
             "result": result,
             "dimensions": [dimension.name for dimension in schedule.dimensions],
             "schedule": schedule,
+            "measure": measure,
             # Trials that reached the latest stage come first, in the order of their losses.
             "trials": sorted(trials, key=lambda one: (-one.done, one.losses[-1] if one.losses else 0.0, one.number)),
         },

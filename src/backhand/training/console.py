@@ -60,7 +60,7 @@ from backhand.runs.summary import (
 from backhand.runs.uses import TrainedAdapter
 from backhand.terminal import console
 from backhand.training.loaded_run import LoadedRun
-from backhand.words import capitalized, count_of, in_words, interval_text, labelled, name_list, shorten
+from backhand.words import apart, capitalized, count_of, in_words, interval_text, labelled, name_list, percent, shorten
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 16
@@ -354,15 +354,16 @@ def _improvement(summary: RunSummary) -> list[str]:
         alone += f"; the best equal scores have {equal:.4f}"
     of_rows = f"on {count_of(summary.held_out_rows, 'row')}, {when}{alone}."
     if summary.objective == "grpo":
-        lines.append(f"Held-out reward {-start:.4f} → {-best:.4f} {of_rows}")
+        lines.append(f"Held-out reward {' → '.join(apart(0.0 - start, 0.0 - best, 4))} {of_rows}")
         return [*lines, capitalized(gain_words(summary.reward_gain))]
-    change = "not better" if best >= start else f"{1 - best / start:.0%} lower" if start > 0 else "better"
-    nats = f"nats per token, {change} (perplexity {_exp(start)} → {_exp(best)})"
+    change = "not better" if best >= start else f"{percent(1 - best / start)} lower" if start > 0 else "better"
+    nats = f"nats per token, {change} (perplexity {' → '.join(apart(_exp(start), _exp(best), 2))})"
     unit = loss_unit(summary.objective, summary.adapted_classes)
     loss = nats if summary.objective == "sft" else unit
-    before = f"{start:.4f} ({constant})" if fresh_head else f"{start:.4f}"
+    before, after = apart(start, best, 4)
+    before += f" ({constant})" * fresh_head
     changed = [] if summary.loss_change is None else [capitalized(loss_words(summary.loss_change, unit))]
-    return [f"Held-out loss {before} → {best:.4f} {loss} {of_rows}", *changed]
+    return [f"Held-out loss {before} → {after} {loss} {of_rows}", *changed]
 
 
 def _not_known(objective: str) -> str:
@@ -418,8 +419,8 @@ def _quoted(answer: str) -> str:
     return f"“{shorten(' '.join(answer.split()))}”"
 
 
-def _exp(loss: float) -> str:
-    return f"{math.exp(min(loss, 700.0)):,.2f}"
+def _exp(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
 
 
 _STEPS_COUNTED = 200

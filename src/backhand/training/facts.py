@@ -43,6 +43,7 @@ from backhand.system import memory_bytes, peak_rss_bytes
 from backhand.training.advice import too_few_rows
 from backhand.training.inputs import RunInputs
 from backhand.training.loaded_run import LoadedRun
+from backhand.words import apart
 
 SHOWN_ROWS = 3
 SHOWN_TOKENS = 400
@@ -98,11 +99,13 @@ def held_out_card(run: LoadedRun, progress: Progress) -> dict[str, object]:
     objective = run.config.objective
     card: dict[str, object] = {}
     if objective.objective == "grpo":
-        card["held-out reward"] = f"{-before:.4f}{since} → {-after:.4f} per answer"
+        first, last = apart(0.0 - before, 0.0 - after, 4)
+        card["held-out reward"] = f"{first}{since} → {last} per answer"
     else:
         constant = since or (f" ({constant_name(objective.objective)})" if _has_new_head(run) else "")
         unit = loss_unit(objective.objective, {"problem_type": objective.problem_type})
-        card["held-out loss"] = f"{before:.4f}{constant} → {after:.4f} {unit}"
+        first, last = apart(before, after, 4)
+        card["held-out loss"] = f"{first}{constant} → {last} {unit}"
     few = too_few_rows(held_out.report)
     card["held-out rows"] = f"{few:,}, too few to tell how much it helps on others" if few else len(held_out.examples)
     return card
