@@ -80,7 +80,7 @@ _SHORTEST = 3
 """Fewest characters from which the beginning of a name stands for the name."""
 
 
-def _longer_or_shorter(name: str, known: Collection[str]) -> list[str]:
+def longer_or_shorter(name: str, known: Collection[str]) -> list[str]:
     """Return the shortest name that begins with `name`, else the longest with which `name` begins, or []."""
     longer = [one for one in known if len(name) >= _SHORTEST and one.startswith(name)]
     shorter = [one for one in known if name.startswith(f"{one}_")]
@@ -91,6 +91,11 @@ _TEXTS = ("input", "prompt", "query", "state", "text")
 """Names of a single text. Each is also known with an `s` at its end, for several."""
 
 
+def is_text(name: str) -> bool:
+    """Return True for a name that others have for an option that takes one text or several."""
+    return name.strip("-").removesuffix("s") in _TEXTS
+
+
 def text_meant(name: str, text: str | None, known: Collection[str]) -> str | None:
     """Return the name of the option for texts if `name` is a name that others have for it.
 
@@ -99,7 +104,7 @@ def text_meant(name: str, text: str | None, known: Collection[str]) -> str | Non
         text: the option that takes a single text where it was written, if there is one.
         known: the names that are allowed there.
     """
-    if text is None or name.strip("-").removesuffix("s") not in _TEXTS:
+    if text is None or not is_text(name):
         return None
     return f"{text}s" if name.endswith("s") and f"{text}s" in known else text
 
@@ -145,9 +150,9 @@ def suggestion(
         return f"leave it out: it is an option of {homes[field]}"
     if field in homes and field not in known:
         return f"write it in {homes[field]}" + (f", as {field}" if field != name else "")
-    for near in _longer_or_shorter(field, known) or nearest_names(field, known, count=1, cutoff=0.6):
+    for near in longer_or_shorter(field, known) or nearest_names(field, known, count=1, cutoff=0.6):
         return f"did you mean {near}?"
-    if (meant := translate_option(name, placed, value=value)) is not None:
+    if (meant := translate_option(name, placed, {*known, *homes}, value=value)) is not None:
         return meant
     for near in nearest_names(field, homes, count=1, cutoff=0.6):
         return f"did you mean {near}, in {homes[near]}?"

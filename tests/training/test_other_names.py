@@ -10,7 +10,8 @@ from backhand.cli.main import main
 from backhand.cli.option_fields import option_fields
 from backhand.data.options import LintOptions
 from backhand.generation.options import GenerateOptions
-from backhand.options.command_options import EvaluateOptions
+from backhand.interop.options import ExportOptions
+from backhand.options.command_options import EvaluateOptions, MineOptions
 from backhand.options.config import TrainConfig
 from backhand.other_names import _table, option_answers, translate_option
 
@@ -106,7 +107,9 @@ def test_no_name_is_one_of_ours_and_every_answer_names_fields_that_there_are() -
     )
     assert not FIELDS.intersection(answers)
     assert set(re.findall(r"`(\w+)`", " ".join(answers.values()))) <= FIELDS.union(
-        field.name for kind in (EvaluateOptions, GenerateOptions, LintOptions) for field in option_fields(kind)
+        field.name
+        for kind in (EvaluateOptions, ExportOptions, GenerateOptions, LintOptions, MineOptions)
+        for field in option_fields(kind)
     )
 
 
@@ -152,6 +155,17 @@ def test_no_name_is_one_of_ours_and_every_answer_names_fields_that_there_are() -
         (["evaluate", "--label", "a,b"], "Unknown option: --label. Did you mean --labels?"),
         (["train", "--zext", "body"], "Unknown option: --zext.\n"),
         (["evaluate", "--load-in-16bit"], "Here it is --dtype, as bfloat16."),
+        (["generate", "--temp", "0.5"], "Did you mean --temperature?"),
+        (["export", "--format", "gguf"], "Did you mean --to?"),
+        (["train", "--format", "gguf"], "Unknown option: --format.\n"),
+        (["train", "--lora"], "--lora; no option is needed: an adapter is trained always"),
+        (["mine", "--k", "3"], "Did you mean --negatives?"),
+        (["generate", "--k", "3"], "Did you mean --top-k?"),
+        (["embed", "--text", "hi"], 'Write texts as rows, such as {"text": "…"}, and give them with --data FILE'),
+        (["rank", "--query", "q", "--documents", "a"], "Did you mean --data?"),
+        (["compare", "runs/a", "runs/b"], "Its equivalent is backhand report runs/one runs/two."),
+        (["webui"], "Its equivalent is backhand studio."),
+        (["version"], "Its equivalent is backhand --version."),
     ],
 )
 def test_the_command_line_answers(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

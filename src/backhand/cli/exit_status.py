@@ -207,7 +207,7 @@ def _unknown_option(typed: str, value: str, options: Set[str], command: str) -> 
     """Explain an unknown option: by its equivalent if it is another tool's, otherwise by the nearest name."""
     from backhand.cli.option_fields import as_option, option_fields
     from backhand.options.config import TrainConfig
-    from backhand.other_names import HERE, NOT_NEEDED, text_meant, translate_option
+    from backhand.other_names import HERE, NOT_NEEDED, is_text, longer_or_shorter, text_meant, translate_option
     from backhand.words import nearest_names
 
     known = {name[2:].replace("-", "_") for name in options}
@@ -215,19 +215,23 @@ def _unknown_option(typed: str, value: str, options: Set[str], command: str) -> 
     plain = typed.strip("-").replace("-", "_")
     if text := text_meant(typed, _TEXT_OPTIONS.get(command), known):
         return f"Unknown option: {typed}. Did you mean {as_option(text)}?"
+    if command == "embed" and is_text(plain):
+        rows = 'Write texts as rows, such as {"text": "…"}'
+        return f"Unknown option: {typed}. {rows}, and give them with --data FILE, or with --data - on standard input."
     if nearest := nearest_names(plain, known, count=1, cutoff=0.9):
         return f"Unknown option: {typed}. Did you mean {as_option(nearest[0])}?"
     if meant := translate_option(typed, as_option, known, value=value):
         near = meant.removeprefix(HERE)
         suggestion = f"Did you mean {near}?" if near in options else f"{meant[0].upper()}{meant[1:]}."
         return f"Unknown option: {typed}" + (f"; {meant}" if meant.startswith(NOT_NEEDED) else f". {suggestion}")
-    if plain in {field.name for field in option_fields(TrainConfig)}:
+    of_train = {field.name for field in option_fields(TrainConfig)}
+    if plain in of_train:
         lint = plain == "objective" and "labels" in known
         advice = " `lint` detects the form of the rows from their columns." if lint else ""
         return f"Unknown option: {typed}. It is an option of `backhand train`.{advice}"
-    if meant := translate_option(typed, as_option, value=value):
+    if meant := translate_option(typed, as_option, of_train, value=value):
         return f"Unknown option: {typed}. It is an option of `backhand train`: {meant.removeprefix(HERE)}."
-    nearest = nearest_names(plain, known, count=1, cutoff=0.6)
+    nearest = longer_or_shorter(plain, known) or nearest_names(plain, known, count=1, cutoff=0.6)
     return f"Unknown option: {typed}." + "".join(f" Did you mean {as_option(name)}?" for name in nearest)
 
 
