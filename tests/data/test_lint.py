@@ -86,6 +86,7 @@ def test_each_finding_names_the_line_and_a_remedy(
     report = linted(tmp_path, rows, **options)
     assert places(report)[kind] == lines
     assert all(finding.remedy for finding in report.findings)
+    assert not any(" of " in " ".join(finding.what.split()[:3]) for finding in report.findings)
     assert (report.errors > 0) == (kind == "malformed")
 
 

@@ -378,7 +378,7 @@ def test_a_misspelt_model_is_shown_next_to_its_field(
     near = {"smolm2-135m": SMOLLM2, "sentence-transformers/all-MiniLM-L6-v3": MINILM}
     for typed, meant in (near | {f"{tiny.model.parent}/smal.gguf": f"{tiny.model.parent}/small.gguf"}).items():
         assert f"did you mean {meant}" in str(named_model.error_of(typed)["next_step"])
-    assert not named_model.error_of(str(tiny.model))
+    assert not named_model.error_of(str(tiny.model)) and named_model.predicts_tokens(str(tiny.model))
     status, text, _ = client.get("new/rows?typed_model=smolm2-135m")
     error = part(text).one("span", id="typed_model-error").text
     assert status == 409 and error.startswith(f"there is no model smolm2-135m: did you mean {SMOLLM2}?")
@@ -696,6 +696,7 @@ def test_an_encoder_is_offered_what_it_can_learn(client: Client, monkeypatch: py
     assert error.startswith("error: the model: this bert model has no language-model head")
     assert "“What to learn” (Vectors for search, Rankings or Labels or a number)" in error
     assert [link.text for link in part(text).every("a")] == ["Change it at the step “Model”", "“What to learn”"]
+    assert offered(client, draft) == ["embed", "rank", "classify"]  # also before the models have been listed
     run = Commands.run
 
     async def listed(commands: Commands, words: list[str], *rest: Any, **more: Any) -> Outcome:
@@ -704,9 +705,40 @@ def test_an_encoder_is_offered_what_it_can_learn(client: Client, monkeypatch: py
 
     monkeypatch.setattr(Commands, "run", listed)
     client.get("part/models")
-    offered = part(client.get(f"part/rows?{urlencode(draft)}")[1]).one("select", id="objective")
-    options = {one.attributes["value"]: one.attributes for one in offered.all() if one.tag == "option"}
-    assert [*options] == ["embed", "rank", "classify"] and "selected" in options["embed"]
+    assert offered(client, draft) == ["embed", "rank", "classify"]
+
+
+def offered(client: Client, draft: dict[str, str]) -> list[str | None]:
+    """Return the objectives that are offered for a model. The first one of an encoder is selected."""
+    select = part(client.get(f"part/rows?{urlencode(draft)}")[1]).one("select", id="objective")
+    options = [one.attributes for one in select.all() if one.tag == "option"]
+    assert "selected" in options[0]
+    return [one["value"] for one in options]
+
+
+def test_the_check_reads_what_the_objective_needs(client: Client, tiny: TinyRun) -> None:
+    client.post("upload?name=faq.csv", body=TABLE)
+    draft = {"typed_model": str(tiny.model), "data": "rows-1.csv"}
+    for objective, told in (
+        ("dpo", "these columns do not fit pairs"),
+        ("grpo", "no check is chosen"),
+        ("bake", "there is no prompt"),
+    ):
+        status, text, _ = client.get(f"part/lint?{urlencode(draft | {'objective': objective})}", X_Part="1")
+        assert status == 409 and told in text and "“What to learn”" in text
+    context = client.post("new/learn", **draft, objective="bake", context_text="be brief")[2]["location"]
+    text = client.get(f"part/lint?{context.partition('?')[2]}", X_Part="1")[1]
+    assert "12 training documents" in text and "No row is held out" not in text  # the plan knows
+
+
+def test_files_without_rows_are_no_rows(client: Client) -> None:
+    for name, data, told in (
+        ("a.csv", b"question,answer\n", "there is no row in the file"),
+        ("b.json", b'{"data": [{"question": "q"}]}', "each row must be an object of its own"),
+        ("c.csv", b"text~label\na~b\n", "save it again as CSV UTF-8"),
+    ):
+        upload = client.post(f"upload?name={name}", body=data)[1]
+        assert told in client.get(f"part/rows?{urlencode({'data': upload})}", X_Part="1")[1]
 
 
 def test_both_answers_of_a_pair_are_titled(client: Client, tiny: TinyRun) -> None:
@@ -809,6 +841,15 @@ def test_attacks_in_what_commands_answer_stay_text(
         assert all(one.attributes.get("src") for one in page.every("script"))
         assert not [one for one in page.root.all() if any(name.startswith("on") for name in one.attributes)]
     assert not part(client.get("new/rows")[1]).every("img")
+
+
+def test_the_help_of_options_names_fields(client: Client) -> None:
+    client.post("upload?name=faq.csv", body=TABLE)
+    page = part(client.get(f"new/start?{urlencode({'data': 'rows-1.csv', 'objective': 'sft'})}")[1])
+    helps = {str(one.attributes["id"]): one.text for one in page.every("span", class_="soft help")}
+    assert "longer than “max length”" in helps["more.long_rows-help"]
+    assert "for “Decisions” with at least" in helps["more.average_share-help"]
+    assert not [text for text in helps.values() if "`" in text or "docs/" in text]
 
 
 def test_messages_name_fields_instead_of_options() -> None:

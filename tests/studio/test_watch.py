@@ -168,7 +168,9 @@ def test_decisions_and_labels_have_probabilities(
 
     async def checked(_: Commands, words: list[str], __: object, *, text: str = "") -> Outcome:
         asked.append((words, text))
-        return Outcome(0, json.dumps({"answers": answers}), "noise\nnote: <i>the run stopped early; --rank 3\n")
+        return Outcome(
+            0, json.dumps({"answers": answers}), "noise\nnote: <i>the run stopped early; --rank 3, or --system X\n"
+        )
 
     monkeypatch.setattr(Commands, "checked", checked)
     config = (finished / "config.toml").read_text()
@@ -177,7 +179,7 @@ def test_decisions_and_labels_have_probabilities(
     cells = [[cell.text for cell in row.children if cell.text] for row in Page(text.encode()).every("tr")]
     assert cells == [["<b>", "75.0%"], ["sales", "25.0%"], ["yes", "90.0%"]]
     assert "One of the options is always chosen" in text and "noise" not in text
-    assert "&lt;i&gt;the run stopped early; --rank 3. In a terminal, options can be added to the command below." in text
+    assert "&lt;i&gt;the run stopped early; “rank” under More options 3, or “system” (in a terminal) X" in text
     words, rows = asked[0]
     assert words[0] == "decide" and words[-2:] == ["--data=-", "--state=state"] and rows == '{"state": "--state"}\n'
     (finished / "config.toml").write_text(config)
@@ -222,6 +224,12 @@ def test_the_head_of_a_run_with_labels_answers(
     assert ("A label is given if its probability is above 50%." in text) is ("labels" in answer)
     assert ("not calibrated" in text) is bool(cells)
     assert cells or "2.5" in page.one("div", class_="text").text
+    assert ("How far it may be off is not known" in text) is (not cells)
+    scores = {"base_classes": {"mse": 16.0, "rows": 12}, "adapted_classes": {"mse": 4.0, "rows": 12}}
+    summary = json.loads((finished / "summary.json").read_text())
+    (finished / "summary.json").write_text(json.dumps(summary | (scores if not cells else {})))
+    _, text, _ = watched.post("runs/run/try", prompt="--text")
+    assert ("On 12 held-out rows, such numbers were off by about 2 " in text and "was off by 4." in text) is (not cells)
     words, rows = asked[0]
     assert words[0] == "classify" and words[-2:] == ["--data=-", "--prompt=text"] and rows == '{"text": "--text"}\n'
 

@@ -525,6 +525,7 @@ def test_numbers_far_from_0_are_noted_before_the_run_and_in_its_advice(
     printed = capsys.readouterr().err
     assert f"warning: {note}" in printed and printed.index(note) < printed.index("step 1/6")
     assert str(run.advice).startswith(note.capitalize()) and run.try_next is None
+    assert str(run.advice).endswith("on the answers.")
     score = backhand.evaluate(data=rows[:4], adapter=run.adapter, model=tiny.model)
     assert isinstance(score, Evaluation) and score.base.perplexity is None
     assert "perplexity" not in score.as_dict()["base"]

@@ -77,7 +77,11 @@ def start_text(reader: io.BufferedReader, path: str | Path) -> bytes:
     page = head.lstrip().lower().startswith((b"<!doctype", b"<html"))
     old, kind = head.startswith(_OFFICE_97), Path(path).suffix.lower()
     for holds, what, remedy in (
-        (wide, f"{wide}, not UTF-8", f"convert it: iconv -f {wide} -t UTF-8 OLD > NEW"),
+        (
+            wide,
+            f"{wide}, not UTF-8",
+            f"{SAVE_AS_UTF8}; in a terminal: iconv -f {wide} -t UTF-8 OLD > NEW",
+        ),
         ((zipped and b"xl/" in head) or (old and kind != ".doc"), "an Excel workbook", "save it as CSV UTF-8"),
         (
             (zipped and b"word/" in head) or old,
@@ -85,7 +89,7 @@ def start_text(reader: io.BufferedReader, path: str | Path) -> bytes:
             "put its rows into a table, and save that as CSV UTF-8",
         ),
         (zipped and kind in (".xlsx", ".ods"), "a spreadsheet", "save it as CSV UTF-8"),
-        (zipped, "a zip archive", "unpack it first"),
+        (zipped, "a zip archive", "unpack it first; if it is a workbook, open it and save it as CSV UTF-8"),
         (git_lfs, "a Git LFS pointer, not the data itself", "fetch it: git lfs pull"),
         (page, "a web page, not data", "download the raw file instead of its page"),
     ):
@@ -106,6 +110,7 @@ def start_text(reader: io.BufferedReader, path: str | Path) -> bytes:
     return head
 
 
+SAVE_AS_UTF8 = "from Excel or an editor, save it as CSV UTF-8"
 _EMPTY = "check that it was written completely, or give another file"
 
 

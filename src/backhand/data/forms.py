@@ -320,7 +320,8 @@ class _Columns:
             f"the rows are a list under the key {name_list(keys)}",
             where=self.raw.source,
             why="rows are one list, or one object per line",
-            next_step=f"write the list alone to a file: jq {shell_quoted(f'.[{json.dumps(keys[0])}]')} OLD > NEW.json",
+            next_step="write the list alone to a file, without the key and its braces; "
+            f"in a terminal: jq {shell_quoted(f'.[{json.dumps(keys[0])}]')} OLD > NEW.json",
         )
 
     def with_class(self, purpose: Purpose | None) -> str | None:

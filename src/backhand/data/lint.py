@@ -82,7 +82,7 @@ CHECKS = {
     ),
     "one_label": Check(
         "labels of one kind only",
-        "of {:,}, each {}desirable: there is nothing to distinguish",
+        "of {:,} answers, each {}desirable: there is nothing to distinguish",
         "give answers of both kinds",
         form="unpaired",
     ),
@@ -182,7 +182,7 @@ CHECKS = {
     "scale": Check(
         "numbers far from 0",
         "of numbers around {:.4g} with a deviation of {:.4g}, which a new head reaches only slowly",
-        "subtract the mean and divide by the deviation, and undo it on the answers",
+        "subtract the mean from the numbers of the rows and divide by the deviation, and undo it on the answers",
         form="classes",
     ),
     "doubled_bos": Check(
@@ -407,7 +407,9 @@ def _malformed(bad: RowErrors, severity: Severity) -> list[Finding]:
 
 def _finding(unit: str, kind: str, places: list[str], *values: object) -> Finding:
     check, count = CHECKS[kind], len(places)
-    what = f"{count_of(count, unit)} {check.what.format(*values)}"
+    said = check.what.format(*values)
+    # What is said of all rows has one place, as an example.
+    what = said.removeprefix("of ") if said.startswith("of ") else f"{count_of(count, unit)} {said}"
     return Finding(kind, "warning", count, what, tuple(places[:SHOWN_PLACES]), check.remedy.format(*values))
 
 

@@ -87,6 +87,7 @@ def _checked(options: LintOptions) -> tuple[LintReport, Sequence[ShownDocument],
     chosen_by: dict[Purpose, bool] = {
         "prompts": options.lint.prompts,
         "labels": options.lint.labels,
+        "pairs": options.lint.pairs,
         "decisions": options.lint.decisions,
         "embeddings": options.lint.embeddings,
         "rankings": options.lint.rankings,

@@ -375,8 +375,11 @@ class LintRunOptions:
     """Seed of the random split of `eval_fraction`, as in training."""
 
     labels: bool = False
-    """Read the rows as answers with a label, `prompt`, `completion` and `label`, for `--objective kto`. Pairs are
-    recognized by their columns."""
+    """Read the rows as answers with a label, `prompt`, `completion` and `label`, for `--objective kto`."""
+
+    pairs: bool = False
+    """Read the rows as pairs of answers, for `--objective dpo`, `orpo` and `simpo`. Without it, their columns tell
+    pairs from other rows."""
 
     prompts: bool = False
     """Read the rows as prompts for `--objective grpo`, which the model answers itself."""

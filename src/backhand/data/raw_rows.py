@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from backhand.data.data_file import SAVE_AS_UTF8
 from backhand.errors import DataError
 from backhand.words import shorten
 
@@ -111,7 +112,7 @@ def latin1_error(source: str, byte: int | None = None) -> DataError:
     return DataError(
         f"this line is not UTF-8{shown}; it looks like Latin-1 or Windows-1252",
         where=source,
-        next_step="convert the file: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW; from Excel, save it as CSV UTF-8",
+        next_step=f"{SAVE_AS_UTF8}; in a terminal: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
     )
 
 

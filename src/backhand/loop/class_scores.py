@@ -96,7 +96,9 @@ def score_classes(
         mse, spread = float(losses.mean()), float(targets.var(unbiased=False))
         ranks = spearman(logits[:, 0].numpy(), targets[:, 0].numpy())
         of_rows: list[float] = (-losses).tolist()
-        values = {"mse": mse, "r2": 1 - mse / spread if spread else 0.0, "spearman": ranks}
+        # Rounded, so that the mean of the numbers has exactly 0.
+        r2 = round(1 - mse / spread, 12) + 0.0 if spread else 0.0
+        values = {"mse": mse, "r2": r2, "spearman": ranks}
     else:
         of_rows = [float(one == other) for one, other in zip(right, given, strict=True)]
         values = {"accuracy": sum(of_rows) / len(of_rows), "nll": float(losses.mean())}

@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Mount, Route
 
+from backhand.data.sources import data_suffix
 from backhand.errors import UsageError
 from backhand.files import FileLayer, remove_tree
 from backhand.reading import read_plain
@@ -46,11 +47,13 @@ from backhand.studio.draft import (
     fields_named,
     is_owned,
     more_for,
+    of_answers,
     other_objective,
 )
 from backhand.studio.runs import (
     MAX_NEW_TOKENS,
     ListedRun,
+    activity_of,
     adapter_of,
     all_runs,
     asking_words,
@@ -59,6 +62,7 @@ from backhand.studio.runs import (
     page_of,
     result_of,
     stop,
+    usual_error,
     version_of,
 )
 from backhand.studio.site import Site, static
@@ -178,6 +182,7 @@ async def _run_page(site: Site, request: Request) -> Response:
             "title": run.name,
             "listed": run,
             "log": "" if log is None else log_of(log),
+            "activity": activity_of(log_of(log)) if log is not None and run.at_work else "",
             "start_error": error_of(log_of(log)) if log is not None and run.start_failed else "",
             **_rows_to_give_again(site, run),
             "exports": {
@@ -258,8 +263,12 @@ async def _try(site: Site, request: Request) -> Response:
     # The prompt goes to standard input, because other users can see the words of a process.
     column, *options = _ASKED.get(words[0], ("prompt",))
     text = "".join(json.dumps({column: one}) + "\n" for one in texts)
-    outcome = await site.commands.checked([*words[:-1], "--data=-", *options], request.is_disconnected, text=text)
+    try:
+        outcome = await site.commands.checked([*words[:-1], "--data=-", *options], request.is_disconnected, text=text)
+    except CommandError as error:
+        raise CommandError(of_answers(error.text)) from None
     answers: dict[str, Any] = {"words": words, "notes": outcome.notes, "max_new_tokens": MAX_NEW_TOKENS}
+    answers["usual_error"] = usual_error(run)
     if len(texts) > 1:  # the vectors have length 1
         one, other = (json.loads(line)["embedding"] for line in outcome.output.splitlines())
         return site.part("answers", **answers, cosine=sum(map(mul, one, other)))
@@ -307,15 +316,29 @@ async def _models_part(site: Site, request: Request) -> Response:
 async def _rows_step(site: Site, request: Request) -> Response:
     draft = Draft.of(request.query_params.items())
     await _with_models(site, request, draft)
+    await _predicts_tokens(site, request, draft)
+    return _rows_page(site, draft, {})
+
+
+async def _predicts_tokens(site: Site, request: Request, draft: Draft) -> bool | None:
+    """Return False if the model of the draft is an encoder, and None if that is not known.
+
+    Raises:
+        FieldError: the model cannot be opened.
+    """
     draft.model_words(site.space, site.model_names)
     name = draft.model
+    listed = {one["name"]: one.get("answers") for one in site.models or ()}
     # With a network, only the hub knows whether `owner/model` exists.
-    on_hub = is_owned(name) and not constants.HF_HUB_OFFLINE and not (site.space.root / name).exists()
-    if name not in site.model_names and not on_hub:
+    if is_owned(name) and not constants.HF_HUB_OFFLINE and not (site.space.root / name).exists():
+        return listed.get(name)
+    if name not in listed and name not in site.opened:
         outcome = await site.commands.run([name], request.is_disconnected, module="backhand.studio.named_model")
-        if error := outcome.json():
+        facts = outcome.json()
+        if error := facts.get("error"):
             raise FieldError("typed_model" if draft.get("typed_model") else "model", **error)
-    return _rows_page(site, draft, {})
+        site.opened[name] = facts.get("answers")
+    return listed[name] if name in listed else site.opened[name]
 
 
 def _rows_page(site: Site, draft: Draft, errors: Errors) -> Response:
@@ -379,7 +402,7 @@ async def _first_rows_part(site: Site, request: Request) -> Response:
     except CommandError as error:
         return site.failure(request, error, _steps(draft, ["data"]))
     objectives = OBJECTIVES
-    if _is_encoder(site, draft):
+    if await _is_encoder(site, request, draft):
         objectives = {name: OBJECTIVES[name] for name in OF_ENCODERS}
         if first["objective"] == "decide":  # it has no answers to compare, but a head
             first |= {"objective": "classify", "prompt": first["state"], "completion": first["question"]}
@@ -388,15 +411,16 @@ async def _first_rows_part(site: Site, request: Request) -> Response:
     context = site.space.context(draft.get("context")).read_text("utf-8") if draft.get("context") else ""
     values = {"first": first, "draft": draft, "objectives": objectives, "roles": ROLES, "checks": CHECKS}
     values["errors"] = draft.errors() | draft.missing_columns(first["columns"])
-    return site.part("rows", **values, context=context)
+    is_table = data_suffix(path) in (".csv", ".tsv")
+    return site.part("rows", **values, context=context, is_table=is_table)
 
 
-def _is_encoder(site: Site, draft: Draft) -> bool:
-    """Return True if the chosen model is one of the list, and an encoder."""
-    chosen = draft.get("model")
-    return not draft.get("typed_model") and any(
-        one["name"] == chosen and one.get("answers") is False for one in site.models or ()
-    )
+async def _is_encoder(site: Site, request: Request, draft: Draft) -> bool:
+    """Return True if the chosen model is an encoder, as far as it can be opened."""
+    try:
+        return await _predicts_tokens(site, request, draft) is False
+    except FieldError:  # the check of the rows has the error
+        return False
 
 
 def _work(request: Request) -> str:
@@ -489,7 +513,7 @@ async def _plan_part(site: Site, request: Request) -> Response:
     words.append(f"--sample={_PLANNED_ROWS}")
     outcome = await site.commands.checked([*words, "--json"], request.is_disconnected, work=_work(request))
     busy = any(run.at_work for run in all_runs(site.space))
-    return site.part("plan", plan=outcome.json(), words=words, busy=busy)
+    return site.part("plan", plan=outcome.json(), words=words, busy=busy, objective=draft.objective)
 
 
 async def _start(site: Site, request: Request) -> Response:

@@ -380,15 +380,17 @@ class Draft:
 
     def lint_words(self, workspace: Workspace, listed: Iterable[str]) -> list[str]:
         """Return the words of `lint`. Raises UsageError as `model_words` and `data_words`."""
-        flags = {"decide": ["--decisions"], "kto": ["--labels"], "embed": ["--embeddings"]}
-        flags |= {"rank": ["--rankings"], "classify": ["--classes"], "grpo": ["--prompts"], "bake": ["--prompts"]}
+        flags = {"decide": "--decisions", "kto": "--labels", "embed": "--embeddings", "rank": "--rankings"}
+        flags |= {"classify": "--classes"} | dict.fromkeys(("grpo", "bake"), "--prompts")
+        flags |= dict.fromkeys(("dpo", "orpo", "simpo"), "--pairs")
+        self._objective_words(workspace)  # what is missing for the objective is said before the check
         more = [name for name in MORE["data"] if name not in ("option_order", "option_rows")]
         words = [
             *self.model_words(workspace, listed),
             *self.data_words(workspace),
             *self._more([*more, "problem_type", "ranking_loss"]),
         ]
-        return ["lint", *words, *flags.get(self.objective, [])]
+        return ["lint", *words, *filter(None, [flags.get(self.objective)])]
 
     def run_words(self, workspace: Workspace, listed: Iterable[str]) -> list[str]:
         """Return the options of `train` and `plan`. Raises UsageError as `model_words` and `data_words`."""
@@ -511,6 +513,28 @@ def on_page(text: object, objective: str = "") -> str:
     resume = r"(?:[Cc]ontinue|go on) with:? (?:backhand train )?--resume(?: --output (?:'[^']*'|\S+))?"
     text = re.sub(resume, "choose “Continue the run”", text)
     return "\n".join(_line_on_page(line, objective) for line in text.split("\n"))
+
+
+_OF_ANSWERS = "chat-template|dtype|force-base|labels|max-new-tokens|system|temperature|threads|top-[kp]"
+"""Options of the commands that answer a prompt. Some have the name of an option of training."""
+
+
+def of_answers(text: str) -> str:
+    """Return a message of a command that answers a prompt, with names for its options, which have no field."""
+    lines = (line if _TYPED.search(line) else _named_option(line) for line in text.split("\n"))
+    return "\n".join(lines)
+
+
+def _named_option(line: str) -> str:
+    return re.sub(rf"--({_OF_ANSWERS})\b", lambda option: f"“{option[1].replace('-', ' ')}” (in a terminal)", line)
+
+
+def help_on_page(text: str) -> str:
+    """Return the help of an option with the names of the fields and objectives of the page."""
+    by_name = {field.name: field.name.replace("_", " ") for fields in more_fields().values() for field in fields}
+    by_name |= {name: _title(name) for name in OBJECTIVES}
+    text = re.sub(r", see docs/\w+\.md", "", text)
+    return re.sub(r"`([^`]*)`", lambda word: f"“{by_name.get(word[1], word[1])}”", text)
 
 
 def fields_named(text: str) -> list[str]:

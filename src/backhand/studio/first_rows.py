@@ -17,7 +17,7 @@ from backhand.data.columns import common_names
 from backhand.data.forms import SCORES
 from backhand.data.raw_rows import TRUTH, RowErrors, number_of
 from backhand.data.sources import expand, read_rows
-from backhand.errors import BackhandError
+from backhand.errors import BackhandError, DataError
 from backhand.words import shorten
 
 SHOWN_ROWS, READ_ROWS = 5, 2000
@@ -35,8 +35,9 @@ def first_rows(name: str) -> dict[str, Any]:
     bad = RowErrors(skip_bad=True)
     files = expand([name])
     rows = [row.values for row in itertools.islice(read_rows(files[0], bad), READ_ROWS)]
-    if not rows and bad.errors:
-        raise bad.errors[0]
+    if not rows:
+        below = "check that it has rows below the names of the columns, or give another file"
+        raise bad.errors[0] if bad.errors else DataError("there is no row in the file", where=name, next_step=below)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     classes = ClassColumns()
     for row in rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
@@ -59,11 +60,11 @@ STATES = {
 
 @dataclass(frozen=True)
 class Progress:
-    """Steps of a run, and the predicted time of the others."""
+    """Steps of a run, and the predicted time of the others, without evaluations and the end of the run."""
 
     step: int
     total: int
-    left: str  # "" if it is not known
+    left: str  # "" if it is not known, or if there are no others
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,23 @@ def asking_words(run: ListedRun, prompt: str) -> list[str]:
     ]
 
 
+def usual_error(run: ListedRun) -> tuple[float, float, int] | None:
+    """Return the root of the mean squared error of numbers, that of their mean, and the number of held-out rows.
+
+    None unless the run learned numbers, has ended, and had held-out rows.
+    """
+    summary = read_run(run.path).summary
+    adapted, constant = summary.get("adapted_classes") or {}, summary.get("base_classes") or {}
+    if "mse" not in adapted or "mse" not in constant:
+        return None
+    return math.sqrt(adapted["mse"]), math.sqrt(constant["mse"]), adapted["rows"]
+
+
+def activity_of(log: str) -> str:
+    """Return what a command has been doing since its last line, with the time, "" if it has said nothing about it."""
+    return (log.splitlines() or [""])[-1].partition("still at work after ")[2]
+
+
 def error_of(log: str) -> str:
     """Return the error at the end of a command's output, "" if there is none."""
     start = log.rfind("error: ")
@@ -309,7 +327,8 @@ def _progress(path: Path, status: RunStatus | None) -> Progress | None:
         return Progress(status.step, status.total_steps, "")
     (first, first_s), (last, last_s) = steps[0], steps[-1]
     per_step = (last_s - first_s) / (last - first) if last > first else last_s / max(1, last)
-    return Progress(last, status.total_steps, duration((status.total_steps - last) * per_step))
+    left = status.total_steps - last
+    return Progress(last, status.total_steps, duration(left * per_step) if left else "")
 
 
 def _last_steps(path: Path) -> list[tuple[int, float]]:

@@ -19,7 +19,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from backhand.errors import BackhandError
 from backhand.report.rendering import environment, place
 from backhand.studio.commands import CommandError, Commands, readable, shown
-from backhand.studio.draft import IN_TERMINAL, Draft, on_page
+from backhand.studio.draft import IN_TERMINAL, Draft, help_on_page, of_answers, on_page
 from backhand.studio.runs import ListedRun, listed_run, run_of
 from backhand.studio.workspace import Workspace
 from backhand.system import version_of
@@ -43,6 +43,7 @@ class Site:
         watched: that run, or None.
         commands: runs Backhand's commands.
         models: the models on this machine, once they have been listed.
+        opened: by name, whether a model that was opened predicts tokens; None if that is not known.
     """
 
     def __init__(self, root: str, shown: Workspace | Path) -> None:
@@ -52,6 +53,7 @@ class Site:
         # The configuration of a run that was started elsewhere may name the model relative to the current directory.
         self.commands = Commands(shown.root if isinstance(shown, Workspace) else Path.cwd())
         self.models: list[dict[str, Any]] | None = None
+        self.opened: dict[str, bool | None] = {}
         self._templates = _templates(self._on_page, in_studio=self.workspace is not None)
 
     @property
@@ -161,6 +163,7 @@ def _templates(on_page: Callable[..., str], *, in_studio: bool) -> Environment:
     loader = ChoiceLoader([PackageLoader("backhand.studio"), PackageLoader("backhand.report")])
     templates = environment().overlay(loader=loader)
     templates.filters = {**templates.filters, "command": shown, "moment": _local_moment, "on_page": on_page}
+    templates.filters |= {"of_answers": of_answers, "help_on_page": help_on_page}
     templates.filters["place"] = lambda source: on_page(place(source))
     templates.filters["upper_first"] = upper_first
     if in_studio:  # a page of one run has no buttons, so that the report's commands stay

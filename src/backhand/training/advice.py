@@ -283,7 +283,7 @@ def advice(
     if finding is None:
         return None
     if slow and finding not in ("rose", "forgot", "fine") and _start(config, run) is None:
-        return f"{capitalized(slow)}.", None
+        return capitalized(slow), None
     if few_rows and _may_be_chance(finding, curves, relative):
         what = f"Only {count_of(few_rows, 'row')} {'is' if few_rows == 1 else 'are'} held out"
         enough = LARGEST_SHARE * all_rows >= FEWEST_ROWS
