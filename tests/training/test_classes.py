@@ -42,7 +42,7 @@ from backhand.report.headline import base_and_best, headline, verdict
 from backhand.report.page import live_values, run_page
 from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
-from backhand.training.advice import Curves
+from backhand.training.advice import Curves, answer_advice
 from backhand.training.console import closing_lines
 from backhand.training.plan import plan_run
 from backhand.training.run import train
@@ -123,9 +123,20 @@ def test_a_run_learns_labels(straight: TrainConfig) -> None:
     shown = closing_lines(summary)
     (loss,) = (line for line in shown if line.startswith("Held-out loss"))
     assert loss.startswith(f"Held-out loss {summary.base_eval_loss:.4f} (constant answer) → ")
-    (scores,) = (line for line in shown if "12 held-out rows" in line)
+    (scores,) = (line for line in shown if "of 12 held-out rows" in line)
     assert f"by a constant answer), macro F1 {summary.base_classes['f1_macro']:.3f} (constant answer) → " in scores
+    gained = (
+        f"Right answers changed by {100 * summary.adapted_classes['gain'][0]:+.1f} points from a constant answer (95"
+    )
+    (change,) = (line for line in shown if line.startswith(gained))
+    assert change.endswith((", so it helped.", ": too few rows to tell the change from chance."))
     assert any(line.startswith("Next: backhand classify") for line in shown)
+    # The loss fell, but the labels are no better than those of a constant answer.
+    unclear = replace(
+        summary, rows=500, try_next=None, adapted_classes={**summary.adapted_classes, "gain": (0.0, -0.3, 0.3)}
+    )
+    found = answer_advice(straight, unclear, output)
+    assert found is not None and ("labels themselves are not" in found[0] or "whether the labels" in found[0])
     assert not any("gguf" in line for line in shown)
     card = (output / "adapter" / "README.md").read_text()
     first = lines(output, "eval_loss")[0]["eval_loss"]  # of the random head, which is no baseline

@@ -330,7 +330,10 @@ def test_too_few_held_out_labels_ask_for_more_of_them(ended: RunSummary) -> None
     share = "--eval-fraction 0.3 or --eval-data FILE holds out more."
     assert answer_advice(drawn, measured, Path("runs/one")) == (f"{separate}{share}", None)
     known = label_figures(1.0, animals=3, sport=2)
-    assert answer_advice(config, replace(measured, base_labels=known), Path("runs/one")) is None, "all was right before"
+    suggested = answer_advice(config, replace(measured, base_labels=known), Path("runs/one"))
+    assert suggested is not None and suggested[0].startswith("All 5 held-out answers were right before the run already")
+    worse = replace(measured, base_labels=known, adapted_labels=before)
+    assert answer_advice(config, worse, Path("runs/one")) is None, "all was right before"
     assert not lacks_held_out_rows(Accuracies.of(1.0, {"accuracy": 1.0}, 0.6, 5)), "no number of rows helps"
     # 9 → 14 of 21 rows, of which one label has 5: clear with more held-out rows, and already better than a constant.
     before, after = (label_figures(right / 21, animals=5, sport=5, sad=5, happy=6) for right in (9, 14))

@@ -66,6 +66,7 @@ from backhand.report.headline import headline, verdict
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
+from backhand.training.advice import answer_advice
 from backhand.training.console import closing_lines
 from backhand.training.plan import plan_run
 from backhand.training.run import train
@@ -491,6 +492,28 @@ def test_a_run_whose_held_out_loss_rose_has_not_helped(straight: TrainConfig) ->
     assert verdict(replace(run, summary=summary, metrics=losses)) == "unclear"
 
 
+def test_a_score_that_got_worse_at_a_lower_loss_asks_for_a_lower_rate(straight: TrainConfig) -> None:
+    summary = read_summary(straight.run.output / "summary.json")
+    assert summary is not None
+    base = {"ndcg@10": 0.8, "intervals": {"ndcg@10": [0.7, 0.9]}}
+    adapted = {"ndcg@10": 0.2, "intervals": {"ndcg@10": [0.1, 0.3]}, "change": {"ndcg@10": [-0.6, -0.8, -0.4]}}
+    more = "The held-out loss was still falling at the end.", "backhand train … --epochs 6"
+    fell = {
+        "base_eval_loss": 1.0,
+        "first_eval_loss": 1.0,
+        "best_eval_loss": 0.5,
+        "advice": more[0],
+        "try_next": more[1],
+    }
+    worse = replace(summary, base_retrieval=base, adapted_retrieval=adapted, **fell)
+    config = replace(straight, optimization=replace(straight.optimization, learning_rate=3e-3))
+    found = answer_advice(config, worse, Path("runs/one"))
+    assert found is not None and "--learning-rate 0.001 " in str(found[1])
+    assert found[0] == "nDCG@10 got clearly worse although the held-out loss fell: a lower rate changes it less."
+    for other in (replace(worse, adapted_retrieval=base | {"change": {}}), replace(worse, best_eval_loss=1.5)):
+        assert answer_advice(config, other, Path("runs/one")) is None
+
+
 def test_base_and_adapter_are_compared_by_the_changes_of_each_query(
     straight: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -887,7 +910,8 @@ def test_evaluating_vectors_gives_the_scores_of_the_run(
     assert "change" not in shown["base"]["retrieval"] and len(shown["adapted"]["retrieval"]["change"]["ndcg@10"]) == 3
     evaluate_command(replace(options, run=replace(options.run, json=False)))
     printed = capsys.readouterr().out
-    assert "6 anchors among 12 candidates" in printed and "nDCG@10 changed by " in printed
+    assert "6 anchors among 12 candidates; 95 % intervals in brackets" in printed and "nDCG@10 changed by " in printed
+    assert "ndcg@10" not in printed
 
 
 def test_the_vectors_of_a_base_model_are_scored_with_the_pooling_that_is_given(straight: TrainConfig) -> None:

@@ -380,6 +380,25 @@ def test_few_steps_say_little_about_a_usual_rate(steps: int, rate: float, change
     assert found is not None and found[0].startswith("It hardly moved") and f" {changes} " in str(found[1])
 
 
+@pytest.mark.parametrize(
+    ("objective", "losses", "first_loss", "said"),
+    [
+        ("embed", (2.0, 2.2), None, "The held-out loss is no lower than before: "),
+        ("rank", (0.5, 0.9), 0.7, "The held-out loss is no lower than that of equal scores: "),
+        ("rank", (0.5, 0.51), 0.7, "The held-out loss fell, but not below that of equal scores: "),
+        ("classify", (0.5, 0.51), 0.7, "The held-out loss fell, but not below that of a constant answer: "),
+    ],
+)
+def test_advice_names_what_the_loss_of_the_objective_is_compared_with(
+    objective: str, losses: tuple[float, float], first_loss: float | None, said: str, tmp_path: Path
+) -> None:
+    before, after = losses
+    config = with_options(TrainConfig(), objective=objective, epochs=3, learning_rate=1e-3)
+    curves = Curves([(step, after if step else before) for step in range(0, 60, 10)], [], first_loss=first_loss)
+    found = advice(config, curves, 50, 1e-3, tmp_path)
+    assert found is not None and found[0].startswith(said)
+
+
 def test_curves_of_a_run_that_forgot_are_not_called_fine(tmp_path: Path) -> None:
     """The summary says that it forgot, and what to do."""
     config = with_options(TrainConfig(), epochs=3, learning_rate=1e-3)

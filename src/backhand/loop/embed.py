@@ -41,7 +41,7 @@ from backhand.ops.info_nce import BLOCK_SCORES
 from backhand.ops.normalize import normalize_forward
 from backhand.options.command_options import EmbedOptions, EvaluateRunOptions, MineOptions, VectorOptions
 from backhand.printing import counting, say
-from backhand.runs.row_changes import main_score, score_words
+from backhand.runs.row_changes import SCORE_NAMES, main_score, score_words
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import count_of, shorten, show_notes
 
@@ -301,10 +301,13 @@ def print_vectors(result: VectorEvaluation) -> None:
     if result.adapted is not None:
         measured["adapted"] = result.adapted["retrieval"]
     names = list(measured["base"]["intervals"])
-    of_what = f"{measured['base']['queries']:,} pairs with scores"
+    of_what = f"{count_of(measured['base']['queries'], 'pair')} with scores"
     if measured["base"]["candidates"]:
-        of_what = f"{measured['base']['queries']:,} anchors among {measured['base']['candidates']:,} candidates"
-    shown = table_of("model", *names, right=names, title=of_what)
+        of_what = (
+            f"{count_of(measured['base']['queries'], 'anchor')} among {measured['base']['candidates']:,} candidates"
+        )
+    headings = [SCORE_NAMES[name] for name in names]
+    shown = table_of("model", *headings, right=headings, title=f"{of_what}; 95 % intervals in brackets")
     for name, scores in measured.items():
         cells = []
         for score in names:

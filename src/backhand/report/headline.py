@@ -88,8 +88,8 @@ def _verdict_of_scores(run: RunRecord) -> str:
         return gain_verdict(_gain((run.summary.get("distilled") or {}).get("top_1_gain")))
     if (change := _loss_change(run)) is not None:
         return loss_verdict(change)
-    if run.objective == "classify":  # numbers, which are compared at the end
-        return "unknown" if run.summary else "unclear"
+    if run.objective == "classify":  # numbers of a run without an end, or of a single row
+        return "unclear"
     if 0 < held_out_rows(run) < FEWEST_ROWS:
         return "unclear"
     return "helped" if best < base else "hurt"

@@ -302,9 +302,9 @@ CLASS_SCORES = {
 """Names of the scores of a classification head, in the order of tables."""
 
 
-def constant_name(objective: str) -> str:
+def constant_name(objective: str, *, article: bool = False) -> str:
     """Return the name of the best constant answer, whose loss a new head is compared with: it gives equal scores."""
-    return "equal scores" if objective == "rank" else "constant answer"
+    return "equal scores" if objective == "rank" else f"{'a ' * article}constant answer"
 
 
 FORGOTTEN_NATS = 0.5

@@ -33,6 +33,7 @@ from typing import Any, Literal
 
 from backhand.bounds import Options
 from backhand.data.data_report import DataReport
+from backhand.data.label_names import unlearned_note
 from backhand.data.options import shell_quoted
 from backhand.data.raw_rows import any_in_memory
 from backhand.errors import not_none
@@ -42,6 +43,7 @@ from backhand.loop.step_plan import SUPERVISED, five_times, short_run_factor
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.runs.directory import CONFIG
 from backhand.runs.label_results import (
+    Accuracies,
     accuracies_of_labels,
     decision_shares,
     decisions_verdict,
@@ -49,10 +51,10 @@ from backhand.runs.label_results import (
     lacks_held_out_rows,
 )
 from backhand.runs.pair_results import answers_far_from_chosen, answers_got_worse, chosen_change
-from backhand.runs.row_changes import FEWEST_ROWS
-from backhand.runs.summary import AnswerLengths, RunSummary, forgetting, forgotten_nats
+from backhand.runs.row_changes import FEWEST_ROWS, SCORE_NAMES, gain_verdict, main_score, score_verdict
+from backhand.runs.summary import AnswerLengths, RunSummary, constant_name, forgetting, forgotten_nats
 from backhand.training.resume import original_adapter
-from backhand.words import capitalized, count_of, name_list
+from backhand.words import capitalized, count_of, name_list, upper_first
 
 Finding = Literal[
     "unsteady",
@@ -307,14 +309,16 @@ def advice(
     hardly = "It hardly moved: the learning rate is too low, or the steps are too few.", higher
     if total_steps < FEWEST_STEPS and relative >= LOW:
         hardly = f"It hardly moved: {count_of(total_steps, 'step')} say little about the learning rate.", twice
+    constant = f"that of {constant_name(objective, article=True)}"
+    before = "before" if curves.first_loss is None else constant
     sentence, changes = {
         "unsteady": ("The loss rose for a while, on held-out rows as well: the learning rate is too high.", lower),
         "not better": (
-            "Other rows are answered no better than before: the rate is too high, or they are of another kind.",
+            f"The held-out loss is no lower than {before}: the rate is too high, or these rows are of another kind.",
             lower,
         ),
         "above constant": (
-            "The held-out loss fell, but not below that of a constant answer: more steps may get it there.",
+            f"The held-out loss fell, but not below {constant}: more steps may get it there.",
             twice,
         ),
         "hardly moved": hardly,
@@ -385,12 +389,25 @@ def answer_advice(
     """
     if summary.free_answers is not None:
         return _pair_advice(config, summary, summary.free_answers, run, given or config)
+    if (worse := _worse_score(summary)) is not None:
+        sentence = (
+            f"{upper_first(worse)} got clearly worse although the held-out loss fell: a lower rate changes it less."
+        )
+        rate = float(config.optimization.learning_rate) / 3
+        return sentence, _again(config, run, f"--learning-rate {rate:.2g}")
     base, adapted, rows = summary.base_labels, summary.adapted_labels, summary.exact_match_rows
     decided = summary.base_decisions or {}, summary.adapted_decisions or {}
     verdict, what, shares = decisions_verdict(*decided), "decisions", decision_shares(*decided)
     if base and adapted and rows:
         of_labels = accuracies_of_labels(base, adapted, rows)
         verdict, what, shares = label_verdict(of_labels), "labels", [of_labels]
+    if (of_head := _accuracies_of_head(summary)) is not None:
+        verdict, what, shares = label_verdict(of_head), "labels", [of_head]
+    elif shares and all(one.base == one.adapted == 1 for one in shares):
+        answers = (
+            f"All {count_of(max(one.rows for one in shares), 'held-out answer')} were right before the run already"
+        )
+        return f"{answers}: only other rows, with harder questions, can show what it learnt.", None
     if verdict in (None, "helped"):
         return None
     finding = None if curves is None else first_finding(curves, rates_until(config.optimization, summary.steps), 1.0)
@@ -422,6 +439,28 @@ def answer_advice(
         return f"The {what} themselves are not clearly learnt, and {lowest}: more rows come before more steps.", None
     sentence = f"The {what} themselves are not clearly learnt: more rows, or more steps, may teach them."
     return sentence, _again(config, run, _twice_as_long(config, summary.steps))
+
+
+def _worse_score(summary: RunSummary) -> str | None:
+    """Return the name of a held-out score that got clearly worse while the loss fell, or None."""
+    before = summary.base_eval_loss if summary.first_eval_loss is None else summary.first_eval_loss
+    if before is None or summary.best_eval_loss is None or summary.best_eval_loss >= before:
+        return None
+    if summary.distilled is not None:
+        return "agreement with the teacher" if gain_verdict(summary.distilled.get("top_1_gain")) == "hurt" else None
+    base, adapted = summary.base_retrieval or {}, summary.adapted_retrieval or {}
+    name = main_score(adapted)
+    return None if name is None or score_verdict(base, adapted, name) != "hurt" else SCORE_NAMES[name]
+
+
+def _accuracies_of_head(summary: RunSummary) -> Accuracies | None:
+    """Return the shares of right labels of a new head and of a constant answer, or None if they say nothing."""
+    base, adapted = summary.base_classes or {}, summary.adapted_classes or {}
+    if "accuracy" not in adapted or unlearned_note(summary.unlearned_rows, adapted["rows"]):
+        return None
+    of_constant = base["accuracy"]
+    gains = {"gain_over_constant": gain} if (gain := adapted.get("gain")) else {}
+    return Accuracies.of(of_constant, {**adapted, **gains}, of_constant, adapted["rows"])
 
 
 def _pair_advice(

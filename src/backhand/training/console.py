@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID,
 from rich.text import Text
 
 from backhand.data.held_out import FEWEST_ROWS, USUAL_SHARE
+from backhand.data.label_names import unlearned_note
 from backhand.data.lint import label_spellings
 from backhand.data.options import system_option
 from backhand.data.ranking_examples import documents_of_texts
@@ -33,10 +34,12 @@ from backhand.runs.pair_results import PAIR_OBJECTIVES, pair_clauses
 from backhand.runs.row_changes import (
     UNCLEAR_RISE,
     effect,
+    gain_verdict,
     gain_words,
     has_risen,
     loss_words,
     main_score,
+    right_words,
     score_verdict,
     score_words,
     training_reward_words,
@@ -60,7 +63,18 @@ from backhand.runs.summary import (
 from backhand.runs.uses import TrainedAdapter
 from backhand.terminal import console
 from backhand.training.loaded_run import LoadedRun
-from backhand.words import apart, capitalized, count_of, in_words, interval_text, labelled, name_list, percent, shorten
+from backhand.words import (
+    apart,
+    capitalized,
+    count_of,
+    in_words,
+    interval_text,
+    labelled,
+    name_list,
+    percent,
+    shorten,
+    upper_first,
+)
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 16
@@ -258,6 +272,10 @@ def closing_lines(summary: RunSummary) -> list[str]:
         lines.append(f"Cosines of neutral texts changed by {summary.neutral_drift:.3f} on average.")
     if summary.base_classes and summary.adapted_classes:
         lines.append(_class_line(summary.base_classes, summary.adapted_classes))
+        gain = None if "mse" in summary.adapted_classes else summary.adapted_classes.get("gain")
+        if gain and not unlearned_note(summary.unlearned_rows, summary.adapted_classes["rows"]):
+            words = upper_first(right_words(gain, "a constant answer"))
+            lines.append(f"{words}{_effect(summary, gain_verdict(gain))}.")
     if summary.distilled is not None:
         lines += distilled_sentences(summary.distilled, summary.objective, since)
     for name, one in (summary.adapted_decisions or {}).items():
@@ -309,9 +327,13 @@ def _scores_verdict(summary: RunSummary) -> list[str]:
     base, adapted = summary.base_retrieval or {}, summary.adapted_retrieval or {}
     if (name := main_score(adapted)) is None:
         return []
-    judged = score_verdict(base, adapted, name)
+    return [f"{score_words(base, adapted, name)}{_effect(summary, score_verdict(base, adapted, name))}."]
+
+
+def _effect(summary: RunSummary, judged: str) -> str:
+    """Return a verdict as the end of a clause about held-out scores. No run whose loss rose clearly has helped."""
     rose = judged == "helped" and has_risen(_start_loss(summary), summary.best_eval_loss)
-    return [f"{score_words(base, adapted, name)}{UNCLEAR_RISE if rose else effect(judged)}."]
+    return UNCLEAR_RISE if rose else effect(judged)
 
 
 def _start_loss(summary: RunSummary) -> float | None:

@@ -261,9 +261,7 @@ class Trainer:
                 scores = objective.held_out_scores(run.bound, run.plan.memory.micro_batch_rows, self._started)
             if isinstance(objective, ClassifyObjective):
                 add_texts(scores, objective.packer.examples, run.inputs.source.tokenizer())
-            summary = replace(summary, **scores)
-            self.directory.write(SUMMARY, summary.to_json())
-            return summary
+            return self._advised(replace(summary, **scores))
         if run.inputs.held_out is None or not run.config.run.answers or not self.processes.is_main_process:
             return summary
         if self.processes.stop_requested:
@@ -291,9 +289,13 @@ class Trainer:
         if summary.adapted_exact_match is None:
             labels, stopped = run.identity.labels, lambda: self.processes.stop_requested
             summary = replace(summary, **measured_answers(*arguments, labels, summary.tokens, stopped, self._started))
+        return self._advised(summary)
+
+    def _advised(self, summary: RunSummary) -> RunSummary:
+        """Write and return the summary, with other advice if the answers or scores of held-out rows ask for it."""
         curves = Curves.of(self.directory.lines(METRICS), summary.constant_loss)
-        given = run.inputs.config
-        suggestion = answer_advice(run.config, summary, self.directory.path, curves, given=given)
+        given = self.run.inputs.config
+        suggestion = answer_advice(self.run.config, summary, self.directory.path, curves, given=given)
         if suggestion is not None:
             summary = replace(summary, advice=reworded(suggestion[0]), try_next=suggestion[1])
         self.directory.write(SUMMARY, summary.to_json())
