@@ -417,7 +417,7 @@ def test_runs_are_compared_by_right_answers(straight: TrainConfig) -> None:
             for made in [{"team": figures | {"accuracy": share}}]
         ]
         page = Page(comparison_page(made))
-        assert "held-out score, base → best" in page.one("section", id="result").text
+        assert "held-out score, before → best" in page.one("section", id="result").text
         return page.one("p", class_="lead").text
 
     near = lead(14 / 21, 15 / 21)

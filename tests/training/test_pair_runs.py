@@ -451,7 +451,7 @@ def test_evaluate_tells_rewards_against_the_base(
     change = after["logps/chosen"] - found["base"]["pairs"]["logps/chosen"]
     words = f"The log-probability of chosen answers {'rose' if change > 0 else 'fell'} by {abs(change):.3g} nats per"
     right = round(4 * after["rewards/accuracies"])
-    assert f"{right} of 4 held-out pairs are ordered rightly ({interval_text(right / 4, 4)})" in printed
+    assert f"{right} of 4 held-out pairs are ordered rightly ({interval_text(right / 4, 4)}; half of" in printed
     assert words in printed and "rewards/chosen" not in printed
     evaluate_command(replace(options, run=replace(options.run, json=False, adapter=None)))
     assert f"of chosen answers is {found['base']['pairs']['logps/chosen']:.3f} nats" in capsys.readouterr().out
