@@ -43,6 +43,11 @@ from backhand.words import show_notes
 from support.ranks import free_port
 from support.tiny_run import TinyRun
 
+
+async def awaited(record: object) -> None:
+    """Be a callback whose call does not run its body."""
+
+
 ROWS = [{"prompt": f"the user asks {number}", "completion": ("yes", "no")[number % 2]} for number in range(12)]
 
 
@@ -178,6 +183,12 @@ def test_rows_in_memory_are_not_for_several_processes(tiny: TinyRun, tmp_path: P
 def test_a_malformed_row_in_memory_is_named(tiny: TinyRun, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^data row 2: .*completion"):
         backhand.train(**options(tiny, tmp_path / "run", data=[ROWS[0], {"prompt": "a", "completion": None}]))
+    for missing in (math.nan, pd.NA, pd.NaT):
+        with pytest.raises(DataError, match=r"^data row 2: completion is null"):
+            backhand.train(**options(tiny, tmp_path / "run", data=[ROWS[0], {"prompt": "a", "completion": missing}]))
+    dates = pd.DataFrame({"prompt": ["a"], "completion": [pd.Timestamp(0)]})
+    with pytest.raises(DataError, match=r"type \w+, not text\n  next: convert it to text"):
+        backhand.train(**options(tiny, tmp_path / "run", data=dates))
     with pytest.raises(DataError, match="data: there is no row in the data"):
         backhand.train(**options(tiny, tmp_path / "run", data=pd.DataFrame()))
     with pytest.raises(DataError, match=r"frame\['completion'\].astype\(str\)"):
@@ -347,6 +358,13 @@ class Misspelt(backhand.Observer):
         (lambda: backhand.evaluate(data=ROWS, adapter=42), "adapter: 42 is not a path"),  # type: ignore[arg-type]
         (lambda: backhand.train(data=ROWS, callbacks=[backhand.Observer]), "give an object of it: Observer()"),
         (lambda: backhand.train(data=ROWS, callbacks=lambda: None), "cannot be called with a record: too many"),
+        (lambda: backhand.train(data=ROWS, callbacks=awaited), "is async or has a yield"),
+        (
+            lambda: backhand.train(data=ROWS, model=object()),
+            "is not text\n  next: give a directory, a file or a hub id",
+        ),
+        (lambda: backhand.train(data=ROWS, resume=Path("runs/a")), 'next: give resume=True, output="runs/a"'),
+        (lambda: backhand.train(data=ROWS, overwrite="yes"), "next: give overwrite=True, or leave it out"),
         (lambda: backhand.train(data=ROWS, callbacks=5), "callbacks: 5 is neither a function nor a list"),  # type: ignore[arg-type]
         (
             lambda: backhand.export("a", output="b"),

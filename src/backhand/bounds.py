@@ -131,6 +131,8 @@ def given(what: str, next_step: str) -> Check:
     """Return a rule that a text is not empty, with the error's message and next step."""
 
     def check(where: str, value: Any) -> None:
+        if not isinstance(value, str | os.PathLike):
+            raise UsageError(f"{where} {shown(value)} is not text", where=where, next_step=next_step)
         if not value:
             raise UsageError(what, where=where, next_step=next_step)
 
@@ -318,7 +320,7 @@ def _homes() -> dict[str, str]:
 
 
 def plain_value(value: Any) -> Any:
-    """Return a value without NumPy's and pandas' types: their numbers as Python's, arrays and Series as lists.
+    """Return a value without NumPy's and pandas' types: numbers as Python's, arrays as lists, missing values as None.
 
     Elements of lists, tuples and dicts are converted as well. Any other value is returned unchanged.
     """
@@ -328,6 +330,8 @@ def plain_value(value: Any) -> Any:
         return {name: plain_value(one) for name, one in value.items()}
     if type(value) in (list, tuple):
         return type(value)(map(plain_value, value))
+    if type(value).__name__ in ("NAType", "NaTType"):  # of pandas, which is not imported for them
+        return None
     as_list = getattr(value, "tolist", None) or getattr(value, "to_list", None)  # polars has the second name
     return as_list() if hasattr(value, "dtype") and callable(as_list) else value
 
@@ -402,7 +406,11 @@ def check_value(where: str, value: Any, hint: Any) -> None:
     if plain is Path and not isinstance(value, PurePath | str):
         raise UsageError(f"{shown(value)} is not a path", where=where, next_step="give the path as text, or as a Path")
     if plain is bool and not isinstance(value, bool):
-        raise UsageError(f"{where} {shown(value)} is neither true nor false", where=where)
+        raise UsageError(
+            f"{where} {shown(value)} is neither true nor false",
+            where=where,
+            next_step=f"give --{where.replace('_', '-')}, or leave it out",
+        )
     if plain in (int, float):
         (bound or Bound()).check_number(where, value, whole=plain is int)
     elif origin is Literal and value not in (choices := get_args(plain)):

@@ -188,6 +188,8 @@ def test_a_file_of_nearly_that_name_is_proposed(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{}")
     (tmp_path / "my rows.jsonl").write_text("{}")
     (tmp_path / "held out.csv.gz").write_text("")
+    for name in ("two.csv", "two.jsonl", "two.parquet"):
+        (tmp_path / name).write_text("")
     for name, meant in (
         ("rosw.jsonl", "rows.jsonl"),
         ("my rows", "my rows.jsonl"),
@@ -196,6 +198,7 @@ def test_a_file_of_nearly_that_name_is_proposed(tmp_path: Path) -> None:
         ("my rwos.txt", "my rows.jsonl"),
         ("rows.txt", "rows.jsonl"),
         ("held out.json", "held out.csv.gz"),
+        ("two.jsonI", "two.jsonl"),
     ):
         with pytest.raises(DataError, match="no such file") as caught:
             expand([str(tmp_path / name)])

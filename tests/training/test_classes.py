@@ -372,6 +372,9 @@ def test_a_run_starts_from_a_head(straight: TrainConfig, tiny: TinyRun, tmp_path
     rows = write_named(tmp_path / "new.jsonl", ["json", "new"])
     with pytest.raises(UsageError, match="the rows have"):
         train(with_options(again, output=tmp_path / "new", data=(rows,), eval_data=()))
+    with pytest.raises(UsageError, match="with a head, and --objective sft trains none") as refused:
+        train(tiny.config(tmp_path / "sft", from_adapter=again.run.from_adapter))
+    assert "give --objective classify" in not_none(refused.value.next_step)
 
 
 def test_a_run_starts_from_the_head_of_an_encoder(of_bert: tuple[TrainConfig, Path], tmp_path: Path) -> None:
@@ -702,11 +705,13 @@ def test_labels_that_teach_something_else_stop_before_training(
     rows = write_named(tmp_path / "rows.jsonl", labels)
     made = config(tiny, tmp_path, tmp_path / "run", data=(rows,), eval_data=(), eval_fraction=0.0)
     options, tokenizer = DataOptions(data=(rows,), eval_fraction=0.0), open_model(str(tiny.model)).tokenizer()
-    for check in (lambda: plan_run(made, resolve_machine(made)), lambda: lint(options, tokenizer, purpose="classes")):
-        with pytest.raises(DataError, match=re.escape(what)) as refused:
-            check()
-        assert why in str(refused.value.why) and next_step in str(refused.value.next_step)
-        assert "--problem-type single_label_classification" in str(refused.value.next_step)
+    with pytest.raises(DataError, match=re.escape(what)) as refused:
+        plan_run(made, resolve_machine(made))
+    assert why in str(refused.value.why) and next_step in str(refused.value.next_step)
+    assert "--problem-type single_label_classification" in str(refused.value.next_step)
+    report, _ = lint(options, tokenizer, purpose="classes")
+    (found,) = (finding for finding in report.findings if finding.severity == "error")
+    assert what in found.what and found.remedy == refused.value.next_step and not report.can_skip
     chosen = replace(made, objective=replace(made.objective, problem_type=SINGLE))
     assert len(plan_run(chosen, resolve_machine(chosen)).inputs.config.objective.class_labels) == len(
         {*map(str, labels)}

@@ -277,9 +277,9 @@ def test_changed_rows_and_a_changed_base_are_refused(tiny: TinyRun, tmp_path: Pa
     rows = write_rows(tmp_path / "rows.jsonl", 9, seed=3)
     model = save_tiny(tiny_model("llama-tied", num_hidden_layers=2), tmp_path / "model")
     stopped(tiny.config(tmp_path / "run", save_every=1, data=(str(rows),), model=str(model)), 3)
-    write_rows(rows, 9, seed=4)
+    write_rows(rows, 11, seed=4)
     save_tiny(tiny_model("llama-tied", num_hidden_layers=2, seed=1), model)
-    with pytest.raises(UsageError, match=r"base model: .*; data: the rows"):
+    with pytest.raises(UsageError, match=r"base model: .*; data: the rows of .*: 9 rows then, 11 now"):
         resumed(tmp_path / "run")
 
 

@@ -303,7 +303,7 @@ def _text(values: Mapping[str, Any], column: str, source: str) -> str:
         raise DataError(
             f"{column} is {describe(value)}, not text",
             where=source,
-            next_step=how if isinstance(value, int | float) else None,
+            next_step=None if value is None or isinstance(value, list | tuple | Mapping) else how,
         )
     return value
 

@@ -285,7 +285,6 @@ def lint(
 
     Raises:
         UsageError, DataError: as `prepare`, but a malformed row is a finding.
-        DataError: as `class_lint.check_names`.
     """
     bad, truncation = RowErrors(skip_bad=True, keep=SHOWN_BAD_ROWS), TruncationStats()
     train, held_out = prepare(
@@ -327,7 +326,10 @@ def lint(
         problems += [*found, ("duplicate", _repeated(train.examples))]
         add_misfits(rows, problem, mixed)
         if problem_type is None and problem != NUMBER:
-            check_names(problem, rows[: len(train.examples)], rows[len(train.examples) :])
+            try:
+                check_names(problem, rows[: len(train.examples)], rows[len(train.examples) :])
+            except DataError as error:
+                mixed.add(error)
         try:
             note = None if labels else decimal_comma_note((one.facts_as(ClassLabel), one.source) for one in rows)
             train = train if note is None else train.with_note(note)

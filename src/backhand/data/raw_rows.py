@@ -79,7 +79,7 @@ class RowErrors:
 
 
 def checked_row(values: object, source: str, *, not_utf8: bool = False, surrogates: bool = True) -> RawRow:
-    """Return a row after checking that its values are a table of well-formed text.
+    """Return a row after checking that its values are a table of well-formed text. NaN, an empty cell, becomes None.
 
     Args:
         not_utf8: lone surrogates represent bytes that are not UTF-8 (Python's surrogateescape).
@@ -103,6 +103,10 @@ def checked_row(values: object, source: str, *, not_utf8: bool = False, surrogat
                 where=source,
                 why="\\ud800 to \\udfff are characters only in pairs; one half was cut off",
             )
+    if any(value != value for value in values.values() if isinstance(value, float)):
+        values = {
+            name: None if isinstance(value, float) and value != value else value for name, value in values.items()
+        }
     return RawRow(values, source)
 
 

@@ -220,8 +220,9 @@ def _nearest_file(path: Path) -> Path | None:
     except (OSError, ValueError):  # the folder is missing, or its name has a null character
         return None
     by_stem = {_stem(Path(name)): name for name in sorted(siblings)}
-    if (same := by_stem.get(path.name.lower()) or by_stem.get(_stem(path))) is not None:
-        return path.parent / same
+    same = [name for name in sorted(siblings) if _stem(Path(name)) in (path.name.lower(), _stem(path))]
+    if same:
+        return path.parent / difflib.get_close_matches(path.name, same, n=1, cutoff=0.0)[0]
     for name, known in ((path.name, {name: name for name in siblings}), (_stem(path), by_stem)):
         if closest := difflib.get_close_matches(name, known, n=1, cutoff=0.7):
             return path.parent / known[closest[0]]

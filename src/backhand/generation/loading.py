@@ -127,10 +127,13 @@ def loaded_model(
             loaded = load_adapter_for(source, adapter, shapes, **checks, allow_pickle=pickle)
             classification = classification_of(loaded, decoder.config)
             if classification and not takes_heads:
+                head, use = "classification head", "give texts labels with backhand classify"
+                if classification["problem_type"] is None:
+                    head, use = "score head", "give documents scores with backhand rank"
                 raise UsageError(
-                    "this adapter has a classification head or a score head, and computes no answers and no vectors",
+                    f"this adapter has a {head}, and computes no answers and no vectors",
                     where="adapter",
-                    next_step="give texts labels with backhand classify, or documents scores with backhand rank",
+                    next_step=use,
                 )
             decoder.attach(loaded.parameters(device=device))
             return EngineCompleter(decoder), loaded.notes, loaded.record

@@ -126,6 +126,8 @@ def _callback_problem(callback: Any) -> tuple[str, str] | None:
     takes_record = "give a function that is called with each record, a dict"
     if not callable(callback):
         return "is neither a function nor an Observer", takes_record
+    if inspect.iscoroutinefunction(callback) or inspect.isgeneratorfunction(callback):
+        return "is async or has a yield, so that a call does not run its body", "write it as a plain function"
     try:
         inspect.signature(callback).bind({})
     except TypeError as error:

@@ -7,6 +7,7 @@ imports no torch, because `--help` imports it.
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -70,6 +71,16 @@ def parse_bytes(text: str, *, where: str) -> int:
 
 def _check_memory(where: str, memory: Any) -> None:
     parse_bytes(str(memory), where=where)
+
+
+def _check_resume(where: str, value: Any) -> None:
+    if isinstance(value, str):
+        raise UsageError(
+            f"{where} {shown(value)} is neither true nor false",
+            where=where,
+            why="the run to continue is the one in output",
+            next_step=f"give --resume --output {shlex.quote(value)}",
+        )
 
 
 @dataclass(frozen=True)
@@ -198,7 +209,7 @@ class RunOptions(Options):
     early_stopping: Count | None = None
     """Stop after this many evaluations in a row without a better held-out loss."""
 
-    resume: bool = False
+    resume: Annotated[bool, Check(_check_resume)] = False
     """Continue the run in `output` from its newest valid checkpoint, to the same bits as an uninterrupted run."""
 
     overwrite: bool = False

@@ -69,6 +69,8 @@ class Identity:
             "chat_template_digest": text_digest(read_template(self.config.data.chat_template, source.tokenizer())),
             "data_digest": self.train.digest,
             "held_out_digest": None if self.held_out is None else self.held_out.digest,
+            "rows": self.train.report.rows,
+            "held_out_rows": 0 if self.held_out is None else self.held_out.report.rows,
             "settings_digest": settings_digest(settings),
             "settings": settings,
         }

@@ -138,6 +138,8 @@ def read_inputs(
     notes: tuple[str, ...] = ()
     if config.run.from_adapter is not None:
         start = StartingAdapter(config.run.from_adapter, source, model.allow_pickle)
+        if not has_head:
+            start.check_no_head(config.objective.objective)
         config = replace(config, adapter=start.config(config.adapter, engine, typed))
         started, notes = start.objective(config.objective, typed)
         config = replace(config, objective=started)

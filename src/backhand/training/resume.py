@@ -37,9 +37,9 @@ _UNRESOLVED = (None, "auto")
 _FACTS = {
     "tokenizer_digest": "tokenizer: its tokens or merges have changed",
     "chat_template_digest": "chat template: it has changed",
-    "data_digest": "data: the rows, or their tokens, have changed",
-    "held_out_digest": "held-out data: the rows, or their tokens, have changed",
 }
+_ROWS = (("data_digest", "rows", "data"), ("held_out_digest", "held_out_rows", "held-out data"))
+"""The digest of rows, their number, and their name."""
 
 _BASE_PREFIX = "base model: "
 _BASE_CHANGED = f"{_BASE_PREFIX}the adapted weights are not those the run began with"
@@ -158,6 +158,12 @@ def run_differences(facts: Mapping[str, Any], identity: Identity) -> list[str]:
         changed = config_differences(before_config if isinstance(before_config, dict) else {}, today["model_config"])
         differences += [] if changed is None else [f"{_CONFIG_CHANGED}: {changed}"]
     differences += [what for name, what in _FACTS.items() if facts.get(name) != today[name]]
+    data = identity.config.data
+    for digest, count, what in _ROWS:
+        if facts.get(digest) != today[digest]:
+            files = name_list(map(shorten, data.eval_data if what != "data" and data.eval_data else data.data))
+            counts = f": {facts[count]:,} rows then, {today[count]:,} now" if isinstance(facts.get(count), int) else ""
+            differences.append(f"{what}: the rows of {files}, or their tokens, have changed{counts}")
     # A resumed run uses config.toml, which may have been edited. An option that the checkpoint lacks did not exist in
     # the version that wrote it, which behaved like the option's default.
     before, now = decisive_settings(_with_explicit_base(TrainConfig())), today["settings"]

@@ -107,6 +107,19 @@ class StartingAdapter:
         names = [slot.name for slot in layout.slots]
         return check_source(self.contents.record, self.origin, self.source, names, **checks)
 
+    def check_no_head(self, objective: ObjectiveName) -> None:
+        """Raise UsageError if the adapter's record has a head, which this objective does not train."""
+        record = self.contents.record
+        if record is None or not record.classification:
+            return
+        own = "rank" if record.classification["problem_type"] is None else "classify"
+        raise UsageError(
+            f"{self.origin} was trained with a head, and --objective {objective} trains none",
+            where="from_adapter",
+            why="training continues with the adapter's own modules and values",
+            next_step=f"give --objective {own}, or leave out --from-adapter for a fresh adapter",
+        )
+
     def head(self, engine: DecoderEngine, objective: ObjectiveName) -> StartingHead:
         """Return the adapter's head. Raises UsageError if it has none, or none for this objective."""
         record = self.contents.record
