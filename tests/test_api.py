@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 
 import backhand
 from backhand import printing
@@ -305,6 +306,9 @@ class Misspelt(backhand.Observer):
         ),
         (lambda: backhand.evaluate(lora_r=8), "here it is rank in backhand.train"),
         (lambda: backhand.generate("a", max_tokens=8), "here it is max_new_tokens"),
+        (lambda: backhand.generate("a", max_length=8), "here it is max_new_tokens"),
+        (lambda: backhand.train(data=ROWS, dtype=torch.bfloat16), "did you mean bfloat16?"),
+        (lambda: backhand.plan(data=[]), "there is no data"),
         (lambda: backhand.train(max_completion_length=3), "next: here it is max_new_tokens"),
         (lambda: backhand.train(num_generations=3), "next: here it is group"),
         (

@@ -23,7 +23,7 @@ from backhand.cli.option_fields import build, option_fields
 from backhand.data.decisions import questions_of
 from backhand.data.given_rows import GivenRows, Rows, list_of_texts
 from backhand.data.lint_command import lint_as_json
-from backhand.data.options import LintOptions
+from backhand.data.options import LintOptions, no_data
 from backhand.data.sources import expand
 from backhand.errors import UsageError
 from backhand.generation.command import answer_rows
@@ -623,7 +623,10 @@ def plan(*, data: Rows | None = None, model: Place | None = None, **options: Any
         UsageError, DataError, ArtifactError: for the same reasons as `train`.
         ResourceError: the run does not fit into memory.
     """
-    return plan_of_run(_options(PlanOptions, _named(data=data, model=model) | options)).to_json()
+    planned = _options(PlanOptions, _named(data=data, model=model) | options)
+    if data is not None and not planned.data.data:
+        raise no_data()
+    return plan_of_run(planned).to_json()
 
 
 @errors_in_python(MineOptions)

@@ -162,7 +162,7 @@ def suggestion(
 def value_suggestion(value: object, choices: Collection[object]) -> str | None:
     """Return which choice to give instead of a value, or None if no choice is near."""
     if not isinstance(value, str):
-        return None
+        value = str(value).rpartition(".")[2]  # such as torch.bfloat16
     known = [choice for choice in choices if isinstance(choice, str)]
     if (same := value_answers().get(value.lower())) in known:
         return f"{HERE}{same}"

@@ -115,7 +115,7 @@ def test_debug_may_come_before_the_command(monkeypatch: pytest.MonkeyPatch, caps
     ("words", "text"),
     [
         (["--rte", "2"], "Unknown option: --rte. Did you mean --rate?"),
-        (["--rate", "fast"], 'unable to convert "fast" into float'),
+        (["--rate", "fast"], '"fast" is not a number.'),
         (["--rate"], "--rate requires an argument"),
         (["--mode", "fst"], 'Did you mean "fast"?'),
         (["file.toml", "more"], "Unexpected 'more'"),

@@ -64,6 +64,12 @@ def test_the_best_run_is_named_in_the_measure_of_its_objective(two: tuple[Path, 
     assert "(dpo), which does not tell whose answers are better" in lead("dpo", "dpo")
     assert "has the highest reward on the same 4 held-out rows: -" in lead("grpo", "grpo")
     assert "different objectives" in lead("sft", "dpo")
+    killed = replace(runs[1], metrics=[], summary={})
+    assert Page(comparison_page([runs[0], killed])).one("p", class_="lead").text == (
+        "other has no held-out figures, so which run is better is not known."
+    )
+    three = Page(comparison_page([*runs, killed])).one("p", class_="lead").text
+    assert "lowest loss" in three and three.endswith("no held-out figures.")
     runs[1].facts["digests"] = {"held_out_digest": "of the same rows as other tokens"}
     assert "different objectives" in lead("sft", "decide") and "other tokens" in lead("sft", "sft")
 

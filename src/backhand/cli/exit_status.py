@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Sequence, Set
 from contextlib import suppress
@@ -171,8 +172,16 @@ def _usage(error: cyclopts.CycloptsError, arguments: Sequence[str]) -> str:
     value = error.token.value.lower() if isinstance(error, CoercionError) and error.token else ""
     if (same := value_answers().get(value)) is not None and f'"{same}"' in message:
         return f"{message.partition(' Did you mean')[0]} Its equivalent is {same}."
+    message = re.sub(r'unable to convert (".*") into ([^"]+)\.$', _not_converted, message)
     none = message.lower().startswith('invalid value "none" for --report-to.')
     return f"{message} No tracker is the default: leave --report-to out." if none else message
+
+
+def _not_converted(match: re.Match[str]) -> str:
+    """Return a value that no type accepts, with the types in words."""
+    names = {"int": "a whole number", "float": "a number", "str": "text"}
+    types = (re.sub(r"^Literal\[(.*)\]$", r"\1", one) for one in match[2].split("|"))
+    return f"{match[1]} is not {' or '.join(names.get(one, one) for one in types)}."
 
 
 _TEXT_OPTIONS = {"chat": "prompt", "classify": "text", "decide": "state", "generate": "prompt", "rank": "query"}

@@ -89,6 +89,11 @@ def _best(named: Sequence[tuple[str, RunRecord]]) -> str:
     digests = {(run.facts.get("digests") or {}).get("held_out_digest") for _, run in named}
     if not losses:
         return "No run has held-out rows, so which one is better is not known."
+    if unknown := [name for name, run in named if not is_number(base_and_best(run)[1])]:
+        without = f"{name_list(unknown)} {'has' if len(unknown) == 1 else 'have'} no held-out figures"
+        if len(losses) == 1:
+            return f"{without}, so which run is better is not known."
+        return f"{_best([(name, run) for name, run in named if name not in unknown])} {without}."
     if len(objectives) > 1:
         return "The runs have different objectives: their held-out losses cannot be compared."
     if len(digests) > 1:
