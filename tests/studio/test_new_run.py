@@ -250,7 +250,9 @@ def test_a_run_is_finished_while_its_process_writes_the_report(
     assert "is being prepared" in text and "until its process was killed" not in text
 
 
-def test_the_time_left_is_that_of_the_last_steps_also_after_an_evaluation(space: Workspace, finished: Path) -> None:
+def test_the_time_left_is_that_of_the_last_steps_also_after_an_evaluation(
+    client: Client, space: Workspace, finished: Path
+) -> None:
     run = space.run("one")
     finished.rename(run)
     status = json.loads((run / "status.json").read_text())
@@ -261,6 +263,15 @@ def test_the_time_left_is_that_of_the_last_steps_also_after_an_evaluation(space:
     evaluation = {"step": 100, "eval_loss": 1.0, "rows": [0.123456] * 30_000}
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, evaluation]))
     assert run_of(space, "one").progress == Progress(100, 140, "40 s")
+    log = "step 98/140  loss 1.0  eval 1.1 @ step 80  3 min 2 s left\nstep 99/140  loss 1.0  2 min 59 s left\nsaved\n"
+    space.log_file("one").write_text(log)
+    assert run_of(space, "one").progress == Progress(100, 140, "2 min 59 s", of_steps=False)
+    assert "about 2 min 59 s left<" in client.get("runs/one")[1]
+
+
+def test_a_comparison_of_no_runs_says_where_to_mark_them(client: Client) -> None:
+    status, page = client.get("compare")[:2]
+    assert status == 409 and "no run is marked" in page and "mark two runs or more" in page
 
 
 def test_only_the_process_of_the_run_on_this_machine_is_stopped(

@@ -240,6 +240,8 @@ def _shown_report(page: bytes) -> Response:
 
 async def _compare(site: Site, request: Request) -> Response:
     names = request.query_params.getlist("run")
+    if not names:
+        raise UsageError("no run is marked", next_step="go back, and mark two runs or more in the list")
     paths = [str(site.space.run(name)) for name in names]
     with tempfile.TemporaryDirectory(dir=site.space.exports) as folder:
         output = Path(folder) / "comparison.html"

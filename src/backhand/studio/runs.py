@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -60,11 +61,12 @@ STATES = {
 
 @dataclass(frozen=True)
 class Progress:
-    """Steps of a run, and the predicted time of the others, without evaluations and the end of the run."""
+    """Steps of a run, and the predicted time of all that remains."""
 
     step: int
     total: int
-    left: str  # "" if it is not known, or if there are no others
+    left: str  # "" if it is not known; of the other steps alone, without evaluations, if the run has no log here
+    of_steps: bool = True  # the time left is that of the other steps alone
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,14 @@ class ListedRun:
         return ended and self.job is not None and "--resume" not in self.job.words
 
 
-def listed_run(path: Path, job: Job | None = None, *, waits: bool = False) -> ListedRun:
+def listed_run(path: Path, job: Job | None = None, *, waits: bool = False, log: str = "") -> ListedRun:
     """Return a run as it is now.
 
     Args:
         path: the run directory, which may not exist yet.
         job: the last start from the page, if any.
         waits: True if the run waits in the queue.
+        log: the last lines of that start's output.
     """
     status = read_status(path)
     state, reason = "starting", ""
@@ -136,7 +139,7 @@ def listed_run(path: Path, job: Job | None = None, *, waits: bool = False) -> Li
         state = state_of(path, status)
     began = status.began if status is not None else ""
     ended = status.changed if status is not None and state == status.state != "running" else ""
-    return ListedRun(path.name, path, state, reason, began, ended, _progress(path, status), job)
+    return ListedRun(path.name, path, state, reason, began, ended, _progress(path, status, log), job)
 
 
 def _prepares(job: Job | None, status: RunStatus) -> bool:
@@ -174,7 +177,7 @@ def run_of(workspace: Workspace, name: str, queue: Mapping[str, Job] | None = No
     path, job = workspace.run(name), queue.get(name) or read_job(workspace, name)
     if job is None and not path.is_dir():
         raise UsageError(f"there is no run {name}", next_step="choose one in the list of runs")
-    return listed_run(path, job, waits=name in queue)
+    return listed_run(path, job, waits=name in queue, log=log_of(workspace.log_file(name)))
 
 
 def stop(run: ListedRun) -> None:
@@ -319,16 +322,22 @@ def log_of(path: Path, most: int = _LOG_BYTES) -> str:
         return ""
 
 
-def _progress(path: Path, status: RunStatus | None) -> Progress | None:
+def _progress(path: Path, status: RunStatus | None, log: str) -> Progress | None:
     if status is None or status.total_steps <= 0:
         return None
     steps = _last_steps(path / METRICS)
     if status.state != "running" or not steps:
         return Progress(status.step, status.total_steps, "")
     (first, first_s), (last, last_s) = steps[0], steps[-1]
+    if times := _STEP_LINE.findall(log):
+        return Progress(last, status.total_steps, times[-1], of_steps=False)
     per_step = (last_s - first_s) / (last - first) if last > first else last_s / max(1, last)
     left = status.total_steps - last
     return Progress(last, status.total_steps, duration(left * per_step) if left else "")
+
+
+_STEP_LINE = re.compile(r"^step \d.*  (\S.*) left$", re.MULTILINE)
+"""A line that `train` prints at least once a minute, with the time left to the end of the run."""
 
 
 def _last_steps(path: Path) -> list[tuple[int, float]]:
