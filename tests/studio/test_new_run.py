@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from backhand.cli.main import main
-from backhand.errors import UsageError
+from backhand.errors import DataError, UsageError
 from backhand.nn.loading.stores import MINILM, SMOLLM2
 from backhand.report.run_record import read_run
 from backhand.studio import commands, draft, named_model, queue
@@ -766,6 +766,16 @@ def test_a_report_names_the_uploaded_file(client: Client, space: Workspace, fini
     path = str(space.rows / "rows-1.csv")
     (space.run("one") / "report.html").write_text(f"on 5 rows of rows-1.csv, --data {path}")
     assert client.get("runs/one/report")[1] == f"on 5 rows of my faq.csv, --data {path}"
+
+
+def test_a_table_whose_first_line_is_a_row_is_refused(tmp_path: Path) -> None:
+    lines = ["a first concert;music", "a battle;history", "a second concert;music", "a third concert;music"]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    with pytest.raises(DataError, match="no names of columns: its first row has 'music'") as refused:
+        first_rows(str(tmp_path / "rows.csv"))
+    assert "add a first row with the names of the columns" in str(refused.value)
+    (tmp_path / "rows.csv").write_text("\n".join(["event;music", *lines[1:3]]))
+    assert first_rows(str(tmp_path / "rows.csv"))["columns"] == ["event", "music"], "one value may be equal by chance"
 
 
 def test_the_first_rows_of_a_table_with_dates_are_shown(tmp_path: Path) -> None:

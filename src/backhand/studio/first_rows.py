@@ -30,7 +30,7 @@ def first_rows(name: str) -> dict[str, Any]:
     `complete` are the columns that have a value in nearly every row.
 
     Raises:
-        DataError: the file cannot be read, or contains no valid row.
+        DataError: the file cannot be read, contains no valid row, or its first line is a row.
     """
     bad = RowErrors(skip_bad=True)
     files = expand([name])
@@ -39,6 +39,13 @@ def first_rows(name: str) -> dict[str, Any]:
         below = "check that it has rows below the names of the columns, or give another file"
         raise bad.errors[0] if bad.errors else DataError("there is no row in the file", where=name, next_step=below)
     columns = list(dict.fromkeys(column for row in rows for column in row))
+    for column in columns:
+        if sum(row.get(column) == column for row in rows) > 1:
+            raise DataError(
+                f"the file has no names of columns: its first row has {shorten(column)!r}, as rows below it have",
+                where=name,
+                next_step="add a first row with the names of the columns, and give the file again",
+            )
     classes = ClassColumns()
     for row in rows:
         classes.add(row)
