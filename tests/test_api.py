@@ -49,6 +49,13 @@ async def awaited(record: object) -> None:
     """Be a callback whose call does not run its body."""
 
 
+class Awaited(backhand.Observer):
+    """An observer whose method does not run its body."""
+
+    async def stepped(self, record: dict[str, Any]) -> None:  # type: ignore[override]
+        """Be called with the record of a step."""
+
+
 ROWS = [{"prompt": f"the user asks {number}", "completion": ("yes", "no")[number % 2]} for number in range(12)]
 
 
@@ -363,6 +370,7 @@ class Misspelt(backhand.Observer):
         (lambda: backhand.train(data=ROWS, callbacks=[backhand.Observer]), "give an object of it: Observer()"),
         (lambda: backhand.train(data=ROWS, callbacks=lambda: None), "cannot be called with a record: too many"),
         (lambda: backhand.train(data=ROWS, callbacks=awaited), "is async or has a yield"),
+        (lambda: backhand.train(data=ROWS, callbacks=Awaited()), "has stepped, which is async or has a yield"),
         (
             lambda: backhand.train(data=ROWS, model=object()),
             "is not text\n  next: give a directory, a file or a hub id",

@@ -47,8 +47,8 @@ def apart(one: float, other: float, digits: int) -> tuple[str, str]:
 
     Numbers that even these do not tell apart are equal for the reader.
     """
-    shown = ((f"{one:,.{more}f}", f"{other:,.{more}f}") for more in range(digits, digits + _MORE_DIGITS + 1))
-    return next((pair for pair in shown if pair[0] != pair[1]), (f"{one:,.{digits}f}", f"{other:,.{digits}f}"))
+    shown = ((f"{one:z,.{more}f}", f"{other:z,.{more}f}") for more in range(digits, digits + _MORE_DIGITS + 1))
+    return next((pair for pair in shown if pair[0] != pair[1]), (f"{one:z,.{digits}f}", f"{other:z,.{digits}f}"))
 
 
 def percent(share: float) -> str:

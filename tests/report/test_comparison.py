@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from backhand.cli.main import main
+from backhand.options.rewards import RewardOptions
 from backhand.report import command as writing
 from backhand.report.comparison import comparison_page, short_names
 from backhand.report.run_record import RunRecord, read_run
@@ -97,6 +98,11 @@ def test_runs_on_rewards_are_compared_by_the_rewards_of_their_rows(two: tuple[Pa
     assert lead(same, better).startswith("other and run have the same reward on the same 4 held-out rows: 0.9750")
     otherwise = with_rewards(other, 1.0, reward="json")
     assert "different values of --reward: their held-out rewards" in lead(worse, otherwise)
+    assert "different rewards" in " ".join(one.text for one in page(worse, otherwise).every("figcaption"))
+    of_default = better.config | {"rewards": {"reward": ["exact"], "max_new_tokens": RewardOptions().max_new_tokens}}
+    assert lead(worse, replace(better, config=of_default)).startswith(beaten), "a missing option has its default"
+    longer = better.config | {"rewards": {"reward": ["exact"], "max_new_tokens": 7}}
+    assert "different values of --max-new-tokens" in lead(worse, replace(better, config=longer))
     shown = page(worse, better)
     captions = " ".join(one.text for one in shown.every("figcaption"))
     assert "Reward on held-out rows, per answer: higher is better" in captions and "Loss" not in captions

@@ -108,7 +108,7 @@ def test_what_a_search_leaves(found: SearchResult) -> None:
         (
             [(1.2, 1.1), (1.25, 1.16), (1.22, 1.11)],
             "sft",
-            "1.2233 as given by 0.1000 (95 % interval 0.0752 to 0.1248 o",
+            "1.2233 as given by 0.1 (95 % interval 0.07516 to 0.1248 o",
         ),
         (
             [(1.2, 1.1), (1.2, 1.19)],
@@ -120,7 +120,11 @@ def test_what_a_search_leaves(found: SearchResult) -> None:
             "sft",
             "Keep the options as given: --rank 4 had the lowest held-out loss with the first",
         ),
-        ([(1.2, 1.1), (1.2, 1.5)], "sft", "seed only; the mean of 2 seeds is 1.3000, and 1.2000 as given."),
+        (
+            [(1.2, 1.1), (1.2, 1.5)],
+            "sft",
+            "seed, but not on average; the mean of 2 seeds is 1.3000, and 1.2000 as given.",
+        ),
         ([(1.20001, 1.2)], "sft", "held-out loss 1.20000, lower than 1.20001 as given"),
         ([(-0.2, -0.5)], "grpo", "Use --rank 4: held-out reward 0.5000, higher than 0.2000 as given, with one seed"),
         ([(-0.2, -0.1)], "grpo", "no trial has a higher held-out reward than the options as given (0.2000)."),
@@ -137,7 +141,10 @@ def test_the_sentence_says_how_sure_the_difference_is(
         for seed, pair in enumerate(losses)
         for number, loss in enumerate(pair)
     ]
-    assert said in result_of(config, schedule, trials, 6).sentence
+    result = result_of(config, schedule, trials, 6)
+    assert said in result.sentence
+    keeps = "Keep" in result.sentence
+    assert (result.values, result.best) == (({"rank": 2}, 0) if keeps else ({"rank": 4}, 1))
 
 
 def _shares(output: Path) -> list[float]:

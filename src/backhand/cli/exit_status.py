@@ -179,9 +179,12 @@ def _usage(error: cyclopts.CycloptsError, arguments: Sequence[str]) -> str:
 
 def _not_converted(match: re.Match[str]) -> str:
     """Return a value that no type accepts, with the types in words."""
-    names = {"int": "a whole number", "float": "a number", "str": "text"}
-    types = (re.sub(r"^Literal\[(.*)\]$", r"\1", one) for one in match[2].split("|"))
-    return f"{match[1]} is not {' or '.join(names.get(one, one) for one in types)}."
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    literal = (re.fullmatch(r"Literal\[(.*)\]", one) for one in match[2].split("|"))
+    types = [
+        choices[1] if choices else names.get(one) for one, choices in zip(match[2].split("|"), literal, strict=True)
+    ]
+    return f"{match[1]} is not {' or '.join(filter(None, types))}." if all(types) else match[0]
 
 
 _TEXT_OPTIONS = {"chat": "prompt", "classify": "text", "decide": "state", "generate": "prompt", "rank": "query"}

@@ -219,10 +219,11 @@ def _nearest_file(path: Path) -> Path | None:
         siblings = [file.name for file in path.parent.iterdir() if data_suffix(file) in SUFFIXES]
     except (OSError, ValueError):  # the folder is missing, or its name has a null character
         return None
-    by_stem = {_stem(Path(name)): name for name in sorted(siblings)}
-    same = [name for name in sorted(siblings) if _stem(Path(name)) in (path.name.lower(), _stem(path))]
+    siblings.sort()
+    same = [name for name in siblings if _stem(Path(name)) in (path.name.lower(), _stem(path))]
     if same:
         return path.parent / difflib.get_close_matches(path.name, same, n=1, cutoff=0.0)[0]
+    by_stem = {_stem(Path(name)): name for name in siblings}
     for name, known in ((path.name, {name: name for name in siblings}), (_stem(path), by_stem)):
         if closest := difflib.get_close_matches(name, known, n=1, cutoff=0.7):
             return path.parent / known[closest[0]]

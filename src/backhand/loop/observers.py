@@ -126,7 +126,7 @@ def _callback_problem(callback: Any) -> tuple[str, str] | None:
     takes_record = "give a function that is called with each record, a dict"
     if not callable(callback):
         return "is neither a function nor an Observer", takes_record
-    if inspect.iscoroutinefunction(callback) or inspect.isgeneratorfunction(callback):
+    if _does_nothing(callback) or _does_nothing(type(callback).__call__):
         return "is async or has a yield, so that a call does not run its body", "write it as a plain function"
     try:
         inspect.signature(callback).bind({})
@@ -137,6 +137,12 @@ def _callback_problem(callback: Any) -> tuple[str, str] | None:
     return None
 
 
+def _does_nothing(function: object) -> bool:
+    """Return True if a call of a function does not run its body."""
+    kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
+    return any(is_kind(function) for is_kind in kinds)
+
+
 def _observer_problem(observer: Observer) -> tuple[str, str] | None:
     """Return a clause and a next step if an observer has methods of other tools, or none that is ever called."""
     given = {name for name in dir(observer) if not name.startswith("_") and callable(getattr(observer, name, None))}
@@ -145,6 +151,8 @@ def _observer_problem(observer: Observer) -> tuple[str, str] | None:
     for name in others:
         if name in answers and answers[name] not in own:
             return f"has {name}, which is never called", f"write {answers[name]} instead of {name}"
+    if lazy := next((name for name in own if _does_nothing(getattr(observer, name))), None):
+        return f"has {lazy}, which is async or has a yield, so that a call does not run its body", "write it without"
     if own:
         return None
     near = ((name, one) for name in others for one in nearest_names(name, _METHODS, count=1))

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from backhand.data.label_names import unlearned_note
+from backhand.options.objectives import ObjectiveOptions
+from backhand.options.rewards import RewardOptions
 from backhand.report import charts
 from backhand.report.headline import (
     base_and_best,
@@ -68,7 +70,10 @@ def comparison_values(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[s
     units = {_unit(run) for run in runs}
     unit = units.pop() if len(units) == 1 and not _different_measures(runs) else None
     titles = {"forgetting": "nats per neutral token"}
-    specs = {name: charts.comparison(named, key, titles.get(name, unit or "loss")) for name, key in keys.items()}
+    specs = {
+        name: charts.comparison(named, key, titles.get(name, unit or ("reward" if rewarded else "loss")))
+        for name, key in keys.items()
+    }
     return {
         "names": names,
         "headlines": [(name, headline(run)) for name, run in named],
@@ -83,7 +88,7 @@ def comparison_values(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[s
 
 
 def _best(named: Sequence[tuple[str, RunRecord]]) -> str:
-    """A sentence about the lowest held-out loss, if runs have one objective and held out the same rows."""
+    """Return a sentence on which run has the best held-out score, reward or loss, or why that is not known."""
     objectives = {run.objective for _, run in named}
     losses = [(loss, name) for name, run in named if is_number(loss := base_and_best(run)[1])]
     digests = {(run.facts.get("digests") or {}).get("held_out_digest") for _, run in named}
@@ -211,7 +216,7 @@ _OF_LOSSES = {
     )
 }
 """Options that the held-out loss of the same model depends on."""
-_OF_REWARDS = {"rewards": ("reward", "reward_weights")}
+_OF_REWARDS = {"rewards": ("reward", "reward_weights", "max_new_tokens")}
 """Options that the held-out reward of the same model depends on."""
 
 
@@ -225,8 +230,17 @@ def _different_measures(runs: Sequence[RunRecord]) -> list[str]:
         name
         for part, names in of_what.items()
         for name in names
-        if len({str(run.config.get(part, {}).get(name)) for run in runs}) > 1
+        if len({str(_option(run, part, name)) for run in runs}) > 1
     ]
+
+
+def _option(run: RunRecord, part: str, name: str) -> object:
+    """Return an option of a run, or its default if an earlier version did not have it."""
+    value = run.config.get(part, {}).get(name, getattr(_PARTS[part](), name))
+    return list(value) if isinstance(value, tuple) else value
+
+
+_PARTS: Mapping[str, Callable[[], object]] = {"objective": ObjectiveOptions, "rewards": RewardOptions}
 
 
 def _loss(run: RunRecord) -> str:

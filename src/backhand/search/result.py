@@ -20,7 +20,7 @@ from backhand.reading import read_plain
 from backhand.report import charts
 from backhand.report.command import write_page
 from backhand.report.comparison import comparison_values
-from backhand.report.rendering import render
+from backhand.report.rendering import figure, render
 from backhand.report.run_record import read_run
 from backhand.runs.directory import ADAPTER, CONFIG, REPORT, SUMMARY, RunDirectory
 from backhand.runs.summary import read_summary
@@ -44,7 +44,7 @@ class SearchResult:
     # None if the run with the options as given failed
     loss: float
     given_loss: float | None
-    differences: tuple[float, ...]  # given_loss - loss of each seed
+    differences: tuple[float, ...]  # by seed: the loss of the options as given minus that of the best values tried
     sentence: str  # values to use, and their gain
     command: str  # which repeats the best trial
     importance: dict[str, float]  # share of each option, with the sum 1; empty if there are too few trials
@@ -93,6 +93,9 @@ def result_of(config: SearchConfig, schedule: Schedule, trials: Sequence[Trial],
     differences = tuple(by_seed[1][seed] - by_seed[0][seed] for seed in seeds)
     loss = statistics.mean(by_seed[0][seed] for seed in seeds or by_seed[0])
     given_loss = statistics.mean(by_seed[1][seed] for seed in seeds) if seeds else None
+    sentence = _sentence(best, loss, given_loss, differences, Measure.of(config), _measured_on(config.run.output, best))
+    if len(differences) > 1 and given_loss is not None and given_loss <= loss:
+        best, loss = given, given_loss
     output, firsts = config.run.output, [trial for trial in trials if trial.repeats is None]
     path = output / TRIALS / best.name / CONFIG
     return SearchResult(
@@ -103,8 +106,7 @@ def result_of(config: SearchConfig, schedule: Schedule, trials: Sequence[Trial],
         loss=loss,
         given_loss=given_loss,
         differences=differences,
-        sentence=_sentence(best, loss, given_loss, differences, Measure.of(config), _measured_on(output, best))
-        + _tried_briefly(firsts, schedule.last, steps),
+        sentence=sentence + _tried_briefly(firsts, schedule.last, steps),
         command=f"backhand train {shlex.quote(str(path))} --output runs/again",
         importance=schedule.importance(trials),
         trials=len(firsts),
@@ -131,7 +133,7 @@ class Measure(NamedTuple):
 
     def shown(self, loss: float) -> str:
         """Format the loss or reward."""
-        return f"{self.sign * loss:.4f}"
+        return f"{self.sign * loss + 0.0:.4f}"
 
 
 def _measured_on(output: Path, trial: Trial) -> str:
@@ -161,17 +163,18 @@ def _sentence(
         mean = f", the mean of {seeds}" if len(differences) > 1 else ""
         given = f"the options as given ({on.shown(given_loss)}{rows}{mean})"
         return f"Keep {options}: no trial has a {on.better} {on.name} than {given}."
-    after, before = apart(on.sign * loss, on.sign * given_loss, 4)
+    after, before = apart(on.sign * loss + 0.0, on.sign * given_loss + 0.0, 4)
     figures = f"{on.name} {after}{rows}, {on.better} than {before} as given"
     if len(differences) < 2:
         chosen = "with one seed each, and chosen among the trials on these rows"
         return f"Use {options}: {figures}, {chosen}; --resume --seeds 3 tests if that is more than chance."
     gain, low, high = mean_interval(differences)
     if gain <= 0:
-        first = f"{options} had the {on.best} {on.name} with the first seed only"
+        first = f"{options} had the {on.best} {on.name} with the first seed, but not on average"
         return f"Keep the options as given: {first}; the mean of {seeds} is {after}{rows}, and {before} as given."
     unclear = "" if low > 0 else ": too few seeds to tell the difference from chance"
-    return f"Use {options}: {figures} by {gain:.4f} (95 % interval {low:.4f} to {high:.4f} over {seeds}){unclear}."
+    interval = f"95 % interval {figure(low)} to {figure(high)} over {seeds}"
+    return f"Use {options}: {figures} by {figure(gain)} ({interval}){unclear}."
 
 
 def write_result(result: SearchResult, config: SearchConfig, schedule: Schedule, trials: Sequence[Trial]) -> Path:

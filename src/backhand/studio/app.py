@@ -421,7 +421,7 @@ async def _is_encoder(site: Site, request: Request, draft: Draft) -> bool:
     """Return True if the chosen model is an encoder, as far as it can be opened."""
     try:
         return await _predicts_tokens(site, request, draft) is False
-    except FieldError:  # the check of the rows has the error
+    except (FieldError, CommandError):  # the check of the rows has the error
         return False
 
 

@@ -39,8 +39,8 @@ def first_rows(name: str) -> dict[str, Any]:
         below = "check that it has rows below the names of the columns, or give another file"
         raise bad.errors[0] if bad.errors else DataError("there is no row in the file", where=name, next_step=below)
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    for column in columns:
-        if sum(row.get(column) == column for row in rows) > 1:
+    for column in filter(str.strip, columns):
+        if sum(row.get(column) == column for row in rows) > 1 and any(map(_is_value, columns)):
             raise DataError(
                 f"the file has no names of columns: its first row has {shorten(column)!r}, as rows below it have",
                 where=name,
@@ -94,6 +94,11 @@ def _suggested(
         return {"objective": "sft"} | ({} if known else {"prompt": texts[0], "completion": texts[-1]})
     state = others[0] if len(others) == 1 else "\\n".join(f"{{{column}}}" for column in others)
     return {"objective": "decide", "state": state, "question": class_of(classes)} if others else {"objective": "sft"}
+
+
+def _is_value(name: str) -> bool:
+    """Return True if a name of a column is rather a cell: a number, a date or a text of several words."""
+    return name[:1].isdigit() or len(name.split()) > 3
 
 
 _DOCUMENTS = ("document", "passage")

@@ -177,7 +177,8 @@ def run_of(workspace: Workspace, name: str, queue: Mapping[str, Job] | None = No
     path, job = workspace.run(name), queue.get(name) or read_job(workspace, name)
     if job is None and not path.is_dir():
         raise UsageError(f"there is no run {name}", next_step="choose one in the list of runs")
-    return listed_run(path, job, waits=name in queue, log=log_of(workspace.log_file(name)))
+    log = log_of(workspace.log_file(name)) if job is not None and job.running else ""
+    return listed_run(path, job, waits=name in queue, log=log)
 
 
 def stop(run: ListedRun) -> None:

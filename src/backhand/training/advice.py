@@ -403,10 +403,10 @@ def answer_advice(
         verdict, what, shares = label_verdict(of_labels), "labels", [of_labels]
     if (of_head := _accuracies_of_head(summary)) is not None:
         verdict, what, shares = label_verdict(of_head), "labels", [of_head]
-    elif shares and all(one.base == one.adapted == 1 for one in shares):
-        answers = (
-            f"All {count_of(max(one.rows for one in shares), 'held-out answer')} were right before the run already"
-        )
+    elif shares and all(one.base == one.adapted == 1 for one in shares) and summary.try_next is None:
+        most = max(one.rows for one in shares)
+        answers = f"All {most:,} held-out answers were" if most > 1 else "The only held-out answer was"
+        answers += " right before the run already"
         return f"{answers}: only other rows, with harder questions, can show what it learnt.", None
     if verdict in (None, "helped"):
         return None
@@ -450,7 +450,7 @@ def _worse_score(summary: RunSummary) -> str | None:
         return "agreement with the teacher" if gain_verdict(summary.distilled.get("top_1_gain")) == "hurt" else None
     base, adapted = summary.base_retrieval or {}, summary.adapted_retrieval or {}
     name = main_score(adapted)
-    return None if name is None or score_verdict(base, adapted, name) != "hurt" else SCORE_NAMES[name]
+    return None if not base or name is None or score_verdict(base, adapted, name) != "hurt" else SCORE_NAMES[name]
 
 
 def _accuracies_of_head(summary: RunSummary) -> Accuracies | None:

@@ -383,7 +383,8 @@ class Trainer:
         if keep and (stored := read_summary(path)) is not None:
             return replace(stored, compared_with_start=with_start)
         summary = summarise(self.run, state, self.directory, self.processes.world_size)
-        summary = replace(summary, compared_with_start=with_start, unlearned_rows=self.run.inputs.unlearned_rows)
+        unlearned = 0 if with_start else self.run.inputs.unlearned_rows
+        summary = replace(summary, compared_with_start=with_start, unlearned_rows=unlearned)
         if self.processes.is_main_process:
             curves = Curves.of(self.directory.lines(METRICS), summary.constant_loss)
             rate, _ = self.run.inputs.learning_rate(replace(self.run.config.optimization, learning_rate="auto"))
