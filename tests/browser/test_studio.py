@@ -162,10 +162,21 @@ def test_from_a_table_to_an_adapter(studio: Studio, context: BrowserContext, scr
         page.wait_for_selector(".tokens .on")
         page.wait_for_selector("#objective")
         screens.check(page, "learn")
+        page.select_option("#completion", "question")
+        page.get_by_text("The choices above have changed. Check the rows again.").wait_for()
+        assert page.get_by_role("button", name="Go on to the start").is_disabled()
+        page.select_option("#completion", "answer")
+        page.get_by_role("button", name="Check the rows").click()
+        page.wait_for_selector(".tokens .on")
         page.get_by_role("button", name="Go on to the start").click()
         page.get_by_text("More options").click()
         for name, value in options.items():
             page.locator(f"[id='more.{name}']").fill(value)
+        page.get_by_role("link", name="What to learn").click()
+        page.wait_for_selector(".tokens .on")
+        page.get_by_role("button", name="Go on to the start").click()
+        for name, value in options.items():
+            assert page.locator(f"[id='more.{name}']").input_value() == value
         page.get_by_role("button", name="Plan with these options").click()
         page.wait_for_selector(".tiles .tile")
         shown = page.locator("main > details.command pre").text_content() or ""

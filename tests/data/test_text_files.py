@@ -326,7 +326,10 @@ def test_a_bad_csv_row_is_named_or_counted(tmp_path: Path, bad_line: bytes, said
 
 
 def test_an_unclosed_quote_and_a_repeated_header_are_named(tmp_path: Path) -> None:
-    assert "CSV" in failure(write(tmp_path / "a.csv", 'prompt,completion\n"a,b\nc,d\n')).what
+    unclosed = failure(write(tmp_path / "a.csv", 'prompt,completion\na,b\n"c,d\ne,f\n'))
+    assert "CSV" in unclosed.what and "lines 3 to 4 are read as one row" in str(unclosed.why)
+    until_the_next = failure(write(tmp_path / "c.csv", 'prompt,completion\n"c,d\ne,f\ng,"h"\n'))
+    assert "a quote that is not closed? lines 2 to 4 are read as one row" in str(until_the_next.why)
     error = failure(write(tmp_path / "b.csv", "text,text\na,b\n"), skip_bad=True)
     assert "'text' twice" in error.what
     assert "rename one of both columns" in str(error.next_step)

@@ -53,6 +53,7 @@ def test_a_table_becomes_an_adapter(client: Client, space: Workspace, tiny: Tiny
     draft |= {"objective": "sft", "prompt": "question", "completion": "answer", "eval_fraction": "0.25"}
     draft |= {"more.rank": "3", "more.dtype": "float32", "more.answers": "0", "more.max_steps": "2"}
     _, text, _ = client.get(f"new/start?{urlencode(draft)}")
+    assert "What to learn: Answers (question, answer)" in part(text).one("main").text
     shown = next(pre.text for pre in part(text).every("pre") if pre.text.startswith("backhand train"))
     status, _, headers = client.post("start", name="My FAQ", **draft)
     assert status == 303 and headers["location"].endswith("/runs/My%20FAQ")
@@ -891,7 +892,10 @@ def test_messages_name_fields_instead_of_options() -> None:
     assert on_page("error: x\n  next: backhand plan --help explains every option") == "error: x"
     saved = on_page("continue with backhand train --resume --output /x/y")
     assert saved == "choose “Continue the run”" and on_page("start it with --allow /x") == "start it with --allow /x"
-    assert on_page("give --eval-fraction 0.3 or --eval-data FILE") == "give the share of held-out rows (0.3)"
+    assert (
+        on_page("give --eval-fraction 0.3 or --eval-data FILE")
+        == "give the share of held-out rows under “What to learn” (0.3)"
+    )
     assert on_page("train it with --objective embed, rank or classify, or choose another") == (
         "train it with “What to learn” (Vectors for search, Rankings or Labels or a number), or choose another"
     )

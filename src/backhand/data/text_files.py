@@ -262,7 +262,9 @@ def _csv_rows(cells: Any, path: str | Path, bad: RowErrors, *, lines_before: int
         try:
             row = next(cells, None)
         except csv.Error as error:
-            problem = DataError("this is not valid CSV", where=source, why=str(error))
+            lines = _lines_of_row(line, cells.line_num + lines_before)
+            quote = f"; a quote that is not closed? {lines}" if lines else ""
+            problem = DataError("this is not valid CSV", where=source, why=f"{error}{quote}")
             if header is None:
                 raise problem from None
             bad.add(problem)
@@ -278,15 +280,22 @@ def _csv_rows(cells: Any, path: str | Path, bad: RowErrors, *, lines_before: int
             continue
         try:
             if len(row) != len(header):
+                lines = _lines_of_row(line, cells.line_num + lines_before)
                 raise DataError(
                     f"this row has {len(row)} cells, the header has {len(header)}",
                     where=source,
-                    why="a cell that contains the delimiter, a quote or a line break must be in double quotes",
+                    why="a cell that contains the delimiter, a quote or a line break must be in double quotes"
+                    + (f"; {lines}" if lines else ""),
                     next_step=None if len(header) > 1 else f"if {shorten(header[0])!r} is a title, {NO_TITLE}",
                 )
             yield checked_row(dict(zip(header, row, strict=True)), source, not_utf8=True)
         except DataError as error:
             bad.add(error)
+
+
+def _lines_of_row(first: int, last: int) -> str:
+    """Return a clause on the lines of a malformed row that has several, or ""."""
+    return f"lines {first} to {last} are read as one row" if last > first else ""
 
 
 def _checked_header(row: list[str], source: str) -> list[str]:

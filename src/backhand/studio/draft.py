@@ -83,7 +83,10 @@ def _roles(objective: str) -> tuple[Role, ...]:
     return next((roles for names, roles in ROLES.items() if (objective or "sft") in names.split()), ())
 
 
-_LABELS = {"eval_fraction": "the share of held-out rows", "reward_length": "the length of answers"}
+_LABELS = {
+    "eval_fraction": "the share of held-out rows under “What to learn”",
+    "reward_length": "the length of answers",
+}
 """Names of numbers outside "more"."""
 _OWN_OPTIONS = ("prompt", "completion")
 _OF_SCORED_TEXTS = {"prompt": "sentence1", "completion": "sentence2"}
@@ -238,6 +241,14 @@ class Draft:
     def model_name(self) -> str:
         """Name of the model, without the folders of a path."""
         return Path(self.model).name if self.model.startswith(("/", "~", ".")) else self.model
+
+    @property
+    def learns(self) -> str:
+        """Title of the objective, with the columns that are chosen for it."""
+        deciding = ("state", "question0", "question1", "question2")
+        names = deciding if self.objective == "decide" else [role.name for role in _roles(self.objective)]
+        columns = [column for name in names if (column := self.get(f"typed_{name}") or self.get(name))]
+        return _title(self.objective) + (f" ({', '.join(columns)})" if columns else "")
 
     def query(self, **changes: str) -> str:
         """Return the fields as the query of an address, with changes."""
@@ -489,7 +500,7 @@ _PLACES = {
     "state": "“The text to decide about”",
     "question": "“Column with the answers”",
     "eval-data": "a larger share of held-out rows",
-    "eval-fraction": "the share of held-out rows",
+    "eval-fraction": "the share of held-out rows under “What to learn”",
     "objective": "“What to learn”",
     "reward": "the checks of answers",
     "context": "the long prompt",

@@ -25,6 +25,7 @@ async function insert(place, address, options = {}, wait = "") {
   place.replaceChildren(status, cancel);
   const waiting = place.closest("form")?.querySelectorAll("[data-after]") ?? [];
   const allow = (allowed, reason = "") => {
+    if (place.closest("[data-changed]")) return;
     for (const button of waiting) button.disabled = !allowed;
     for (const why of waiting.length ? place.closest("form").querySelectorAll("[data-why]") : []) {
       why.textContent = reason;
@@ -96,6 +97,26 @@ document.addEventListener("change", ({ target }) => {
   if (!target.matches("select, input[type=radio]") || !target.value) return;
   const typed = target.closest("[data-if], form")?.querySelector(`[name="typed_${target.name}"]`);
   if (typed) typed.value = "";
+});
+
+// What has been checked is what a run learns: choices that have changed since are checked first.
+document.addEventListener("input", ({ target }) => {
+  const checked = document.querySelector("[data-checked]");
+  if (!checked || !target.form?.matches("[data-choices]")) return;
+  checked.dataset.changed = "";
+  for (const button of checked.querySelectorAll("[data-after]")) button.disabled = true;
+  for (const why of checked.querySelectorAll("[data-why]")) {
+    why.textContent = "The choices above have changed. Check the rows again.";
+    why.hidden = false;
+  }
+});
+
+// A link to an earlier step takes along what has been typed.
+document.addEventListener("click", ({ target }) => {
+  const form = target.matches("[data-step]") && document.querySelector("[data-choices]");
+  if (!form) return;
+  const typed = [...new FormData(form)].filter(([name, value]) => value && name !== "name");
+  target.search = new URLSearchParams(typed);
 });
 
 document.addEventListener("submit", (event) => {
