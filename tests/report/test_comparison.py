@@ -96,6 +96,9 @@ def test_runs_on_rewards_are_compared_by_the_rewards_of_their_rows(two: tuple[Pa
     close, same = with_rewards(one, 1.0, 1.0, 0.8, 1.0), with_rewards(one, 0.9, 1.0, 1.0, 1.0)
     assert "too few rows to tell the change from chance" in lead(close, better)
     assert lead(same, better).startswith("other and run have the same reward on the same 4 held-out rows: 0.9750")
+    punished = with_rewards(one, -0.5), with_rewards(other, -0.5)
+    assert lead(*punished).startswith("other and run have the same reward on the same 4 held-out rows: -0.5000")
+    assert "→ 0" in " ".join(cell.text for cell in page(with_rewards(one, 0.0), better).every("td")), "and not -0"
     otherwise = with_rewards(other, 1.0, reward="json")
     assert "different values of --reward: their held-out rewards" in lead(worse, otherwise)
     assert "different rewards" in " ".join(one.text for one in page(worse, otherwise).every("figcaption"))

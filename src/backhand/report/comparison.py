@@ -98,7 +98,7 @@ def _best(named: Sequence[tuple[str, RunRecord]]) -> str:
         without = f"{name_list(unknown)} {'has' if len(unknown) == 1 else 'have'} no held-out figures"
         if len(losses) == 1:
             return f"{without}, so which run is better is not known."
-        return f"{_best([(name, run) for name, run in named if name not in unknown])} {without}."
+        return f"{_best([one for one in named if is_number(base_and_best(one[1])[1])])} {without}."
     if len(objectives) > 1:
         return "The runs have different objectives: their held-out losses cannot be compared."
     if len(digests) > 1:
@@ -114,18 +114,18 @@ def _best(named: Sequence[tuple[str, RunRecord]]) -> str:
         options = name_list(f"--{option.replace('_', '-')}" for option in different)
         return f"The runs have different values of {options}: their held-out {all_of_them} cannot be compared."
     loss, name = min(losses)
-    best = dict(named)[name]
+    best, shown = dict(named)[name], f"{0.0 - loss if objective == 'grpo' else loss:.4f}"
     rows = f"the same {count_of(held_out_rows(best), 'held-out row')}"
     second = min((one for one in losses if one[1] != name), default=None)
     if second is not None and second[0] == loss:
-        return f"{name} and {second[1]} have the same {what} on {rows}: {abs(loss):.4f}."
+        return f"{name} and {second[1]} have the same {what} on {rows}: {shown}."
     lead = "" if second is None else _lead(best, dict(named)[second[1]], second[1])
     but = forgot(best).removeprefix("; ")
     lost = f". But {but}" if but else ""
     if objective == "grpo":
-        return f"{name} has the highest reward on {rows}: {-loss:.4f}{lead}{lost}."
+        return f"{name} has the highest reward on {rows}: {shown}{lead}{lost}."
     of_pairs = ", which does not tell whose answers are better" if objective in PAIR_OBJECTIVES else ""
-    return f"{name} has the lowest loss on {rows}: {loss:.4f} {_unit(best)}{of_pairs}{lead}{lost}."
+    return f"{name} has the lowest loss on {rows}: {shown} {_unit(best)}{of_pairs}{lead}{lost}."
 
 
 class _HeldOutScore(NamedTuple):
@@ -244,8 +244,10 @@ _PARTS: Mapping[str, Callable[[], object]] = {"objective": ObjectiveOptions, "re
 
 
 def _loss(run: RunRecord) -> str:
-    sign = -1 if run.objective == "grpo" else 1
-    return " → ".join(figure(None if one is None else sign * one) for one in base_and_best(run))
+    values = base_and_best(run)
+    if run.objective == "grpo":
+        return " → ".join(figure(None if one is None else 0.0 - one) for one in values)
+    return " → ".join(map(figure, values))
 
 
 def _score(run: RunRecord) -> str:

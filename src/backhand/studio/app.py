@@ -173,6 +173,7 @@ async def _run_page(site: Site, request: Request) -> Response:
     log = site.workspace.log_file(run.name) if site.workspace is not None else None
 
     def page() -> Response:
+        said = "" if log is None else log_of(log)
         values = page_of(run)
         record = values["run"] if values and "run" in values else None
         adapter = None if record is None else trained_adapter(record)
@@ -181,9 +182,9 @@ async def _run_page(site: Site, request: Request) -> Response:
         shared: dict[str, Any] = {
             "title": run.name,
             "listed": run,
-            "log": "" if log is None else log_of(log),
-            "activity": activity_of(log_of(log)) if log is not None and run.at_work else "",
-            "start_error": error_of(log_of(log)) if log is not None and run.start_failed else "",
+            "log": said,
+            "activity": activity_of(said) if run.at_work else "",
+            "start_error": error_of(said) if run.start_failed else "",
             **_rows_to_give_again(site, run),
             "exports": {
                 kind: one.text.format(and_vllm=and_vllm)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from backhand.errors import BackhandError
 from backhand.nn.families.family_parsing import decoder_config
@@ -16,22 +18,20 @@ from backhand.nn.loading.opening import open_model
 from backhand.studio.draft import is_owned
 
 
-def error_of(name: str) -> dict[str, str | None]:
-    """Return `what`, `why` and `next_step` of the error that opening a model raises; {} if there is none."""
+def facts_of(name: str) -> dict[str, Any]:
+    """Return `error`, the parts of the error that opening a model raises or {}, and `answers`.
+
+    `answers` is False for an encoder, which has no language-model head, and None if that is not known.
+    """
     try:
-        open_model(name if is_owned(name) else Path(name))  # a path is never a name on the hub
+        source = open_model(name if is_owned(name) else Path(name))  # a path is never a name on the hub
     except BackhandError as error:
-        return {"what": error.what, "why": error.why, "next_step": error.next_step}
-    return {}
-
-
-def predicts_tokens(name: str) -> bool | None:
-    """Return False for an encoder, which has no language-model head; None if that is not known."""
-    try:
-        return decoder_config(open_model(name if is_owned(name) else Path(name)).config).has_head
-    except BackhandError:
-        return None
+        return {"error": {"what": error.what, "why": error.why, "next_step": error.next_step}, "answers": None}
+    answers = None
+    with suppress(BackhandError):
+        answers = decoder_config(source.config).has_head
+    return {"error": {}, "answers": answers}
 
 
 if __name__ == "__main__":
-    print(json.dumps({"error": error_of(sys.argv[1]), "answers": predicts_tokens(sys.argv[1])}))
+    print(json.dumps(facts_of(sys.argv[1])))
