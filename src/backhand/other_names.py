@@ -62,6 +62,8 @@ def translate_option(
         value: the value given, if known: the meaning of some names depends on it.
     """
     name, answers = name.strip("-").replace("-", "_").lower(), option_answers()
+    if known is not None and name not in known:
+        answers = answers | _by_name(_table()["not_this_command"])
     text = answers.get(f"{name}={value}".lower(), answers.get(name))
     if text is None:
         return None
