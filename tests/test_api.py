@@ -235,8 +235,8 @@ OF_ROWS = {
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (FRAME, "is a data frame\n  next: give one of its columns, such as {option}=frame['section']"),
-        (pa.Table.from_pandas(FRAME), "such as {option}=frame['section']"),
+        (FRAME, "is a data frame\n  next: give one of its columns, such as {plural}=frame['section']"),
+        (pa.Table.from_pandas(FRAME), "such as {plural}=frame['section']"),
         (Path("prompts.jsonl"), "is a PosixPath\n  next: backhand."),
         (42, "is 42\n  next: backhand."),
         (["a", None], "[1] is None\n  next: write it as text"),
@@ -250,12 +250,23 @@ def test_what_is_no_list_of_texts_is_refused_with_what_to_give(given: object, sa
     for function, call in OF_TEXTS.items():
         with pytest.raises(UsageError) as refused:
             call(given)
-        option = str(refused.value.where)
-        assert said.format(option=option) in str(refused.value), function
+        assert said.format(plural=refused.value.where) in str(refused.value), function
     for function, call in ONE_TEXT.items():
-        if function != "decide" or not isinstance(given, dict | list | int | pd.Series):  # which are states
-            with pytest.raises(UsageError, match=r"(prompt|state|query) is a?.*\n  next: "):
+        if function != "decide" or not isinstance(given, dict | int):  # which are states
+            with pytest.raises(UsageError, match=r"(prompt|state|query) is a?.*\n  next: ") as refused:
                 call(given)
+            plural = f"{refused.value.where}s"
+            assert "frame" not in said or function == "rank" or said.format(plural=plural) in str(refused.value)
+
+
+def test_several_states_given_as_one_are_refused(tmp_path: Path) -> None:
+    """They were one state, a JSON list, and got one answer."""
+    for given in (["a", "b"], ("a", 1), FRAME.section, [{"text": "a"}, {"text": "b"}], FRAME.to_dict("records")):
+        with pytest.raises(UsageError, match=r"^state is a (list|tuple)\n  next: .*states=\['…', '…'\]\) for several"):
+            backhand.decide(given, adapter=tmp_path)
+    for state in ({"text": "a"}, [0.5, 1.5], ["a", 1]):
+        with pytest.raises(ArtifactError):  # of the adapter
+            backhand.decide(state, adapter=tmp_path)
 
 
 def test_texts_given_as_rows_are_refused_with_the_form_of_rows() -> None:
@@ -274,6 +285,7 @@ def test_texts_and_paths_are_the_same() -> None:
     assert backhand.DataOptions(data=Path("a.jsonl")) == backhand.DataOptions(data=("a.jsonl",))
     assert backhand.DataOptions(data=[Path("a"), "b"]).data == ("a", "b")
     assert backhand.RewardOptions(reward=Path("reward.py:short")).reward == ("reward.py:short",)  # type: ignore[arg-type]
+    assert backhand.DataOptions(question="team=Which?").question == {"team": "Which?"}  # type: ignore[arg-type]
 
 
 def test_values_of_numpy_and_pandas_are_python_s() -> None:
@@ -389,7 +401,7 @@ class Misspelt(backhand.Observer):
         ),
         (lambda: backhand.export("a", "gguf"), "too many positional arguments\n  next: give these by name: to, output"),  # type: ignore[call-arg]
         (lambda: backhand.export("a", to="gguf", output="b", overwrite=True), "leave it out: it is an option of backh"),
-        (lambda: backhand.train(data=ROWS, question=["team"]), 'give question={"NAME": "TEXT"}, or in a file'),
+        (lambda: backhand.train(data=ROWS, question=["team"]), 'give question={"COLUMN": "QUESTION"}, or in a file'),
         (lambda: backhand.train(beta=0.1), 'next: leave it out, or give objective="dpo" or'),
         (lambda: backhand.export("a", to="mlx", output="b", decision=True), 'next: give to="gguf"'),
         (lambda: backhand.train(data=ROWS, callback=print), "next: did you mean callbacks?"),

@@ -376,7 +376,7 @@ def decide(
 
     Args:
         state: one state: text, or a value that is written as JSON; with `data`, a column or a text with columns in
-            braces.
+            braces. A list of texts or of dicts is refused, since it may be several states.
         states: several states.
         adapter: directory of an adapter that was trained with `objective="decide"`.
         questions: other questions than those that the adapter was trained on, in the protocol's form.
@@ -400,7 +400,8 @@ def decide(
         given |= own | _named(state=state)
     else:
         option, values = ("state", state) if states is None else ("states", states)
-        texts = list_of_texts(option, values, next_step, several=states is not None, of_json=True)
+        plural = "states" if states is None else None
+        texts = list_of_texts(option, values, next_step, plural=plural, of_json=True)
         if not texts:
             return []
         given |= {"data": GivenRows.of([{"state": one, **own} for one in texts], option=option), "state": "state"}
@@ -432,7 +433,7 @@ def rank(
         UsageError, DataError, ArtifactError: an option, a text, the model or the adapter cannot be used.
     """
     next_step = "backhand.rank('…', ['…', '…']) takes one query and a list of documents"
-    list_of_texts("query", query, next_step, several=False)
+    list_of_texts("query", query, next_step, plural="")
     texts = list_of_texts("documents", documents, next_step)
     rows = GivenRows.of([{"query": query, "documents": texts}], option="documents")
     built = _options(RankOptions, _named(adapter=adapter, model=model) | options | {"data": rows})
@@ -475,7 +476,7 @@ def embed(
     if (texts is None) == (data is None):
         raise UsageError("give either texts or data", where="texts", next_step=next_step)
     several = not isinstance(texts, str)
-    rows = _rows("texts", texts, "text", next_step, several=several) if data is None else data
+    rows = _rows("texts", texts if several else [texts], "text", next_step) if data is None else data
     if data is None and rows == ():
         raise UsageError("there are no texts", where="texts", next_step=next_step)
     built = _options(EmbedOptions, _named(adapter=adapter, model=model) | options | {"data": rows})
@@ -505,13 +506,13 @@ def _prompts(function: str, prompt: str | None, prompts: Sequence[str] | None, d
     if data is not None:
         return data
     if prompts is None:
-        return _rows("prompt", prompt, "prompt", next_step, several=False)
+        return _rows("prompt", prompt, "prompt", next_step, plural="prompts")
     return _rows("prompts", prompts, "prompt", next_step)
 
 
-def _rows(option: str, given: Any, column: str, next_step: str, **how: bool) -> Rows:
-    """Return the texts that an argument gives as rows with one column. `how` is that of `list_of_texts`."""
-    rows = [{column: text} for text in list_of_texts(option, given, next_step, **how)]
+def _rows(option: str, given: Any, column: str, next_step: str, *, plural: str | None = None) -> Rows:
+    """Return the texts that an argument gives as rows with one column. `plural` is that of `list_of_texts`."""
+    rows = [{column: text} for text in list_of_texts(option, given, next_step, plural=plural)]
     return GivenRows.of(rows, option=option) if rows else ()
 
 

@@ -343,6 +343,8 @@ def _converted(value: Any, hint: Any) -> Any:
         if isinstance(rule, Convert):
             value = rule.convert(value)
     kinds = [split_hint(member)[0] for member in union_members(plain)]
+    if isinstance(value, str) and get_origin(kinds[0]) is Mapping and (parse := parse_of(hint)):
+        return parse(value)
     if Path in kinds and str not in kinds:
         return Path(value) if value and isinstance(value, str | os.PathLike) else value
     if isinstance(value, os.PathLike):

@@ -503,6 +503,10 @@ def test_numbers_are_judged_by_the_squared_errors_of_the_rows(tiny: TinyRun, tmp
     assert isinstance(evaluated, Evaluation) and evaluated.adapted is not None and evaluated.adapted.classes is not None
     assert evaluated.adapted.classes.gain == pytest.approx((-change, -high, -low))
     assert evaluated.loss_change == pytest.approx(run.loss_change)
+    with pytest.raises(
+        DataError, match=r"not a number\n  why: the adapter learned numbers\n  next: .* leave the row out$"
+    ):
+        backhand.evaluate(data=[{"text": "a", "label": "high"}], adapter=tmp_path / "run/adapter", model=tiny.model)
     backhand.train(data=rows, eval_data=rows[:8], output=tmp_path / "other", max_steps=3, **common)
     page = comparison_page([read_run(tmp_path / name) for name in ("run", "other")]).decode()
     assert "in squared error per row; compared with " in page and "too few rows to tell the change from chance" in page

@@ -107,8 +107,13 @@ def names_of(labels: Iterable[ClassLabel], problem: ProblemType) -> tuple[str, .
     return tuple(sorted(in_order, key=int) if all(map(is_integer, names)) else in_order)
 
 
-def target_of(label: ClassLabel, problem: ProblemType, names: Sequence[str], source: str) -> list[float]:
+def target_of(
+    label: ClassLabel, problem: ProblemType, names: Sequence[str], source: str, *, trained: bool = False
+) -> list[float]:
     """Return the target of each output: 1 for labels that apply and 0 for others, or the number.
+
+    Args:
+        trained: the head has been trained, so that its kind of problem is no option.
 
     Raises:
         DataError: the label is none of the names, or does not fit the kind of problem.
@@ -116,24 +121,25 @@ def target_of(label: ClassLabel, problem: ProblemType, names: Sequence[str], sou
     if problem == NUMBER:
         number = number_of(label.value)
         if number is None:
-            either = isinstance(label.value, str) and re.fullmatch(r"[-+]?[0-9]+,[0-9]{3}", label.value.strip())
-            raise DataError(
-                f"the label is {label.value!r}, not a number",
-                where=source,
-                why="the comma may be a decimal comma, or separate thousands"
-                if either
-                else "numbers are learned, because nearly all labels are numbers or --problem-type says so",
-                next_step="write all numbers with a decimal point and without separators of thousands"
-                if either
-                else "correct the label, or leave the row out; or give --problem-type single_label_classification "
-                "if numbers are names of labels",
-            )
+            why = "numbers are learned, because nearly all labels are numbers or --problem-type says so"
+            next_step = "correct the label, or leave the row out"
+            if isinstance(label.value, str) and re.fullmatch(r"[-+]?[0-9]+,[0-9]{3}", label.value.strip()):
+                why = "the comma may be a decimal comma, or separate thousands"
+                next_step = "write all numbers with a decimal point and without separators of thousands"
+            elif trained:
+                why = "the adapter learned numbers"
+            else:
+                next_step += "; or give --problem-type single_label_classification if numbers are names of labels"
+            raise DataError(f"the label is {label.value!r}, not a number", where=source, why=why, next_step=next_step)
         return [number]
     if problem == SINGLE and isinstance(label.value, tuple):
         raise DataError(
             f"the row has {len(label.value)} labels in a list, and other rows have one",
             where=source,
-            next_step="give a list in every row, or --problem-type multi_label_classification",
+            why="the adapter learned one label per text" if trained else None,
+            next_step="give one label in every row"
+            if trained
+            else "give a list in every row, or --problem-type multi_label_classification",
         )
     if unknown := [name for name in label.names if name not in names]:
         raise DataError(

@@ -57,31 +57,43 @@ class GivenRows(str):
         return name
 
 
-def list_of_texts(option: str, given: Any, next_step: str, *, several: bool = True, of_json: bool = False) -> list[Any]:
+def list_of_texts(
+    option: str, given: Any, next_step: str, *, plural: str | None = None, of_json: bool = False
+) -> list[Any]:
     """Return the texts that an argument of a function gives.
 
     Args:
         option: the argument.
         next_step: the calls that take one text, several, or rows.
-        several: False if the argument is one text.
-        of_json: values that can be written as JSON are allowed as well.
+        plural: for an argument that is one text, the argument that is several, or "" if there is none.
+        of_json: values that can be written as JSON are allowed as well. A tuple, or a list of texts or dicts, is
+            several values.
 
     Raises:
         UsageError: it is a data frame, a path, or anything else but a list of texts.
     """
     given = given.to_pylist() if hasattr(given, "to_pylist") and not _columns(given) else given  # a column of pyarrow
-    if several and (
+    if plural is None and (
         isinstance(given, str | bytes | Mapping | os.PathLike) or not isinstance(given, Iterable) or _columns(given)
     ):
         raise _not_texts(option, given, next_step)
-    values = list(given) if several else [given]
+    if plural and of_json and _are_several(given):
+        raise _not_texts(option, given, f"{next_step}, {plural}=[[…]] for one {option} that is a list")
+    values = list(given) if plural is None else [given]
     allowed = (str, Mapping, list, tuple, int, float) if of_json else (str,)
     for number, value in enumerate(values):
         if not isinstance(value, allowed) or value != value:  # NaN is a missing value of pandas
-            if several:
+            if plural is None:
                 raise _not_texts(f"{option}[{number}]", value, "write it as text, str(…), or leave it out")
-            raise _not_texts(option, value, next_step)
+            raise _not_texts(option, value, next_step, plural)
     return values
+
+
+def _are_several(given: Any) -> bool:
+    """Return True for a tuple, and for a list of texts, dicts and missing values, as a pandas Series gives one."""
+    return isinstance(given, tuple) or (
+        isinstance(given, list) and all(one != one or isinstance(one, str | Mapping | None) for one in given)
+    )
 
 
 def _columns(value: Any) -> list[Any]:
@@ -90,10 +102,14 @@ def _columns(value: Any) -> list[Any]:
     return [] if columns is None else list(columns)
 
 
-def _not_texts(option: str, value: Any, next_step: str) -> UsageError:
+def _not_texts(option: str, value: Any, next_step: str, plural: str | None = None) -> UsageError:
+    """Return the error for a value that is no text, or no list of texts. `plural` is that of `list_of_texts`."""
     if columns := _columns(value):
         what = "a data frame"
-        next_step = f"give one of its columns, such as {option.partition('[')[0]}=frame[{columns[0]!r}]"
+        takes_column = option.partition("[")[0] if plural is None else plural
+        if takes_column:
+            rows = " or its rows: data=frame" if "(data=" in next_step else ""
+            next_step = f"give one of its columns, such as {takes_column}=frame[{columns[0]!r}]{rows and ',' + rows}"
     elif isinstance(value, str):
         what = "one text"
     elif value is None or isinstance(value, int | float):

@@ -220,14 +220,18 @@ def parse_columns(values: str | Iterable[str]) -> dict[str, str]:
     return columns
 
 
-def _check_texts(where: str, texts: Any) -> None:
-    """Raise UsageError unless `texts` maps columns to text."""
-    if not isinstance(texts, Mapping) or not all(isinstance(text, str) for text in texts.values()):
-        raise UsageError(
-            f"{texts!r} is no table of texts",
-            where=where,
-            next_step=f"give --{where} NAME='TEXT', or in a file NAME = 'TEXT' under [data.{where}]",
-        )
+def _table_of_texts(name: str, text: str) -> Check:
+    """Return a rule that a value maps texts to texts. `name` and `text` say in an error what both of them are."""
+
+    def check(where: str, texts: Any) -> None:
+        if not isinstance(texts, Mapping) or not all(isinstance(one, str) for pair in texts.items() for one in pair):
+            raise UsageError(
+                f"{texts!r} is no table of texts",
+                where=where,
+                next_step=f"give --{where} {name}='{text}', or in a file {name} = '{text}' under [data.{where}]",
+            )
+
+    return Check(check)
 
 
 @dataclass(frozen=True)
@@ -244,7 +248,9 @@ class NamedColumns:
     messages: Text | None = None
     """The column of a conversation as a list of messages."""
 
-    columns: Annotated[Mapping[str, str], Check(_check_texts), Words(parse_columns)] = field(default_factory=dict)
+    columns: Annotated[Mapping[str, str], _table_of_texts("NAME", "COLUMN"), Words(parse_columns)] = field(
+        default_factory=dict
+    )
     """Columns of any other form of rows, as `NAME=COLUMN`: `chosen='better answer'` reads the column `better answer` as
     `chosen`. A text with columns in braces is allowed as for `prompt`. It can be given several times."""
 
@@ -268,7 +274,9 @@ class DecisionColumns:
     state: Text | None = None
     """The column of the text to decide about, or a text with columns in braces as for `prompt` (`decide`)."""
 
-    question: Annotated[Mapping[str, str], Check(_check_texts), Words(parse_questions)] = field(default_factory=dict)
+    question: Annotated[Mapping[str, str], _table_of_texts("COLUMN", "QUESTION"), Words(parse_questions)] = field(
+        default_factory=dict
+    )
     """A column of answers with the question that they answer, as `COLUMN='QUESTION'` (`decide`). It can be given
     several times. The question is a choice between the answers that occur, yes or no, or a score."""
 

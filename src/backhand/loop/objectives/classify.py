@@ -109,10 +109,14 @@ class ClassifyObjective(HeadObjective):
 
 
 def targets_of(packer: RowPacker, problem: ProblemType, labels: Sequence[str]) -> Tensor:
-    """Return the targets of all rows, (rows, outputs) float64. Raises DataError for a label that does not fit."""
+    """Return the targets of all rows, (rows, outputs) float64. Raises DataError for a label that does not fit.
+
+    The rows of a run have been checked before it, so that an error is one of rows for a trained head.
+    """
     examples = packer.examples
     found = [
-        target_of(label, problem, labels, examples[row].source) for row, label in enumerate(examples.facts(ClassLabel))
+        target_of(label, problem, labels, examples[row].source, trained=True)
+        for row, label in enumerate(examples.facts(ClassLabel))
     ]
     return torch.tensor(found, dtype=torch.float64)
 
