@@ -58,6 +58,15 @@ def test_labels_of_a_run_without_an_end_are_not_judged_by_their_loss(ended: RunS
     stopped = replace(run, summary={}, facts=run.facts | {"labels": ["no", "yes"]})
     assert verdict(replace(run, summary={})) == "helped" and verdict(stopped) == "unclear"
     assert "right answers are counted at the end of the run" in headline(stopped)
+    unmeasured = replace(ended, labels=("no", "yes"))
+    said = "he labels of held-out rows were not measured, so it is not known whether it helped"
+    ending = f"T{said}. Measure the labels with backhand evaluate --data FILE."
+    assert ending in closing_lines(unmeasured) and said not in "".join(closing_lines(ended))
+    finished = replace(run, summary=json.loads(unmeasured.to_json()))
+    assert verdict(finished) == "unclear" and f"; t{said}" in headline(finished)
+    assert ending.partition(". ")[2] in Page(run_page(finished)).one("section", id="result").text
+    nothing = [line for line in run.metrics if "loss" in line]
+    assert verdict(replace(finished, metrics=nothing)) == "unknown", "nothing is held out"
 
 
 def test_held_out_rows_of_the_training_data_are_counted_next_to_the_figures(tiny: TinyRun, tmp_path: Path) -> None:

@@ -255,6 +255,33 @@ def test_a_signal_after_the_last_step_ends_the_program_after_the_run(
     assert (config.run.output / "adapter").is_dir()
 
 
+@pytest.mark.parametrize("place", ["free_answers", "measured_answers"])
+def test_answers_that_a_signal_prevented_are_measured_by_resuming(
+    place: str, tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from backhand.training import trainer
+
+    original = getattr(trainer, place)
+
+    def terminated(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    config = tiny.config(tmp_path / "run", max_steps=2, answers=2)
+    monkeypatch.setattr(trainer, place, terminated)
+    with pytest.raises(Interrupted) as stopped:
+        train(config)
+    monkeypatch.undo()
+    assert stopped.value.exit_code == 143 and "are not measured yet: continue with" in str(stopped.value)
+    steps = (config.run.output / "metrics.jsonl").read_bytes()
+    resumed = with_options(TrainConfig(), output=config.run.output, resume=True, quiet=True)
+    summary = train(resumed)
+    assert summary.adapted_exact_match is not None and not summary.unmeasured
+    assert (config.run.output / "answers.jsonl").is_file()
+    assert (config.run.output / "metrics.jsonl").read_bytes() == steps
+    assert train(resumed) == summary
+
+
 class _Terminates(Observer):
     """Sends SIGTERM after a step, before that step's evaluation."""
 

@@ -44,6 +44,7 @@ from backhand.runs.summary import (
     before_name,
     forgetting,
     forgotten_nats,
+    labels_unmeasured,
     loss_unit,
     rows_trained_on,
     since_start,
@@ -74,8 +75,8 @@ def _verdict_of_scores(run: RunRecord) -> str:
         of_base, of_adapter = decisions_of(run)
         nothing: Verdict | Literal["unknown"] = "unknown" if best is None else "unclear"
         return decisions_verdict(of_base, of_adapter) or nothing
-    if _judged_at_the_end(run):
-        return "unclear"
+    if _unmeasured_labels(run):
+        return "unknown" if best is None else "unclear"
     if (of_classes := _class_verdict(run)) is not None:
         return of_classes
     if (of_rankings := _ranking_verdict(run)) is not None:
@@ -135,9 +136,12 @@ def _evaluation(run: RunRecord, step: int | None) -> Mapping[str, Any]:
     return next((line for line in reversed(run.evaluations) if line["step"] == step), {})
 
 
-def _judged_at_the_end(run: RunRecord) -> bool:
-    """Return True if the answers are labels and the run has no end, at which the right ones are counted."""
-    return bool(run.facts.get("labels")) and not run.summary
+def _unmeasured_labels(run: RunRecord) -> str:
+    """Return a clause if the answers are labels and the right ones were not counted, otherwise ""."""
+    if run.summary:
+        return labels_unmeasured(run.summary)
+    unfinished = "right answers are counted at the end of the run, which it did not reach"
+    return unfinished if run.facts.get("labels") else ""
 
 
 def ranking_scores(run: RunRecord) -> tuple[str, Mapping[str, Any], Mapping[str, Any]] | None:
@@ -298,8 +302,8 @@ def _outcome(run: RunRecord) -> str:
         return f"{change} so far"
     if (labels := _labels(run)) is not None:
         return f"{change}; {label_clause(*labels, before_it)}"
-    if _judged_at_the_end(run):
-        return f"{change} nats per token; right answers are counted at the end of the run, which it did not reach"
+    if unmeasured := _unmeasured_labels(run):
+        return f"{change} nats per token; {unmeasured}"
     if run.objective == "decide" and not decisions:
         return f"{change} nats per answer{_effect(run)}"
     if decisions:

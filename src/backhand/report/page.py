@@ -32,6 +32,8 @@ from backhand.runs.summary import (
     chosen_by,
     exact_match_says,
     forgetting,
+    labels_unmeasured,
+    measuring_labels,
     no_label_fits,
     repeated_rows,
     since_start,
@@ -127,6 +129,8 @@ def _remarks(run: RunRecord, *, with_commands: bool) -> list[str]:
     remarks = [repeated_rows(repeated)] if repeated else []
     if (run.summary.get("evaluations") or 0) > 1:
         remarks.append(chosen_by(run.summary.get("reading", "") if with_commands else None))
+    if with_commands and labels_unmeasured(run.summary):
+        remarks.append(measuring_labels(run.summary))
     if (figures := run.summary.get("distilled")) is not None:
         remarks = [*distilled_sentences(figures, run.objective, since_start(run.compared_with_start)), *remarks]
     return [*remarks, no_label_fits(labels)] if (labels := run.summary.get("labels")) else remarks

@@ -229,6 +229,7 @@ class RunSummary:
     asking: str = " --prompt '…'"
     system: str | None = None  # system message of all training rows, or None
     labels: tuple[str, ...] = ()  # the labels of the training rows; empty if their answers are not labels
+    unmeasured: bool = False  # True until the answers or scores of held-out rows, which `--resume` measures, are known
     # advice, try_next: a conclusion from the run's curves and the command to try next, or None
     advice: str | None = None
     try_next: str | None = None
@@ -354,6 +355,18 @@ def exact_match_says(summary: Mapping[str, Any]) -> bool:
     """
     before, after = summary.get("base_exact_match"), summary.get("adapted_exact_match")
     return after is not None and bool(before or after or not summary.get("free_texts"))
+
+
+def labels_unmeasured(summary: Mapping[str, Any]) -> str:
+    """Return a clause if the run learned labels and those of held-out rows are not in summary.json, otherwise ""."""
+    if not summary.get("labels") or summary.get("adapted_labels"):
+        return ""
+    return "the labels of held-out rows were not measured, so it is not known whether it helped"
+
+
+def measuring_labels(summary: Mapping[str, Any]) -> str:
+    """Return a sentence that says how to measure labels that the run has not measured."""
+    return f"Measure the labels with backhand evaluate --data FILE{summary.get('reading') or ''}."
 
 
 def has_fresh_head(summary: Mapping[str, Any]) -> bool:

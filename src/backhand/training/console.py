@@ -54,7 +54,9 @@ from backhand.runs.summary import (
     exact_match_says,
     forgetting,
     has_fresh_head,
+    labels_unmeasured,
     loss_unit,
+    measuring_labels,
     no_label_fits,
     repeated_rows,
     rows_trained_on,
@@ -294,6 +296,8 @@ def closing_lines(summary: RunSummary) -> list[str]:
         predicted = f", {abs(change):.0%} {'more' if change > 0 else 'less'} than the predicted "
         predicted += in_words(summary.predicted_rss_bytes)
     lines += _right(summary, before_it, since)
+    if (unmeasured := labels_unmeasured(vars(summary))) and summary.best_eval_loss is not None:
+        lines.append(f"{capitalized(unmeasured)} {reworded(measuring_labels(vars(summary)))}")
     if summary.evaluations > 1:
         lines.append(chosen_by(summary.reading))
     lines.append(f"Peak memory {in_words(summary.peak_rss_bytes)}{predicted}.")

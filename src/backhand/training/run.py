@@ -183,6 +183,8 @@ class RunProcess:
         if not progress.finished or config.run.prove_resume is not None:
             return _Beginning(config, checkpoint)
         summary = read_summary(directory.path / SUMMARY)
+        if summary is not None and summary.unmeasured:
+            return _Beginning(config, checkpoint)
         for note in unread_sources(self.config, directory.path):
             self.terminal.noted(note)
         if summary is not None and restore_adapter(directory, store, checkpoint.contents, progress):

@@ -205,7 +205,7 @@ class Trainer:
             )
             self.observer.started(opening)
             if not self._run_loop(loop, proof_start):
-                raise self._interrupted(state, f"continue with {self._resume_command()}")
+                raise self._interrupted(state.progress.step, f"continue with {self._resume_command()}")
             if isinstance(sampled, RewardedSteps) and not finished_before:
                 sampled.logprob_check.finished()
             summary = self._summary(state, keep=finished_before)
@@ -250,6 +250,9 @@ class Trainer:
 
         Returns:
             the summary with the measurements of the answers.
+
+        Raises:
+            Interrupted: a signal stopped the measurement. A resumed run makes up for it.
         """
         run, objective = self.run, self._held_out_objective
         if isinstance(objective, EmbedObjective | RankObjective | HeadObjective) and self.processes.is_main_process:
@@ -262,13 +265,12 @@ class Trainer:
             if isinstance(objective, ClassifyObjective):
                 add_texts(scores, objective.packer.examples, run.inputs.source.tokenizer())
             return self._advised(replace(summary, **scores))
-        if run.inputs.held_out is None or not run.config.run.answers or not self.processes.is_main_process:
+        if not self._measures_answers() or not self.processes.is_main_process:
             return summary
         if self.processes.stop_requested:
-            self.observer.noted("stop requested: no answers are generated for the report")
-            return summary
+            raise self._unmeasured(summary)
         run.bound.fill(str(self.directory.adapter))
-        arguments = run.bound, run.inputs.source, run.inputs.held_out.examples, run.config
+        arguments = run.bound, run.inputs.source, not_none(run.inputs.held_out).examples, run.config
         prompted: Mapping[int, str] = {}
         if isinstance(packer := run.inputs.held_out_packer, DistilledPacker) and isinstance(run.bound.model, Decoder):
             figures, prompted = distilled_figures(
@@ -288,7 +290,10 @@ class Trainer:
         summary = replace(summary, free_answers=answers.lengths, neutral_answers=answers.neutral)
         if summary.adapted_exact_match is None:
             labels, stopped = run.identity.labels, lambda: self.processes.stop_requested
-            summary = replace(summary, **measured_answers(*arguments, labels, summary.tokens, stopped, self._started))
+            measured = measured_answers(*arguments, labels, summary.tokens, stopped, self._started)
+            if not measured and self.processes.stop_requested:
+                raise self._unmeasured(summary)
+            summary = replace(summary, **measured)
         return self._advised(summary)
 
     def _advised(self, summary: RunSummary) -> RunSummary:
@@ -298,8 +303,18 @@ class Trainer:
         suggestion = answer_advice(self.run.config, summary, self.directory.path, curves, given=given)
         if suggestion is not None:
             summary = replace(summary, advice=reworded(suggestion[0]), try_next=suggestion[1])
+        summary = replace(summary, unmeasured=False)
         self.directory.write(SUMMARY, summary.to_json())
         return summary
+
+    def _measures_answers(self) -> bool:
+        """Return True if answers or scores of held-out rows are measured after the last step."""
+        scored = isinstance(self._held_out_objective, EmbedObjective | RankObjective | HeadObjective)
+        return scored or (self.run.inputs.held_out is not None and self.run.config.run.answers > 0)
+
+    def _unmeasured(self, summary: RunSummary) -> Interrupted:
+        next_step = f"the answers of held-out rows are not measured yet: continue with {self._resume_command()}"
+        return self._interrupted(summary.steps, next_step)
 
     def _prepare(self, store: CheckpointStore, state: RunState, saver: Saver) -> None:
         """Prepare the directory, and restore the state if the run is resumed."""
@@ -374,8 +389,8 @@ class Trainer:
     def _refuse(self, differences: list[str]) -> None:
         refuse_differences(differences, self.directory.path, self.run.config.model.force_base, self.observer.noted)
 
-    def _interrupted(self, state: RunState, next_step: str) -> Interrupted:
-        return Interrupted(self.interruption.requested or 0, state.progress.step, next_step)
+    def _interrupted(self, step: int, next_step: str) -> Interrupted:
+        return Interrupted(self.interruption.requested or 0, step, next_step)
 
     def _summary(self, state: RunState, *, keep: bool) -> RunSummary:
         """Write and return the summary. Keep the stored one of a run that was already finished."""
@@ -384,7 +399,12 @@ class Trainer:
             return replace(stored, compared_with_start=with_start)
         summary = summarise(self.run, state, self.directory, self.processes.world_size)
         unlearned = 0 if with_start else self.run.inputs.unlearned_rows
-        summary = replace(summary, compared_with_start=with_start, unlearned_rows=unlearned)
+        summary = replace(
+            summary,
+            compared_with_start=with_start,
+            unlearned_rows=unlearned,
+            unmeasured=self._measures_answers(),
+        )
         if self.processes.is_main_process:
             curves = Curves.of(self.directory.lines(METRICS), summary.constant_loss)
             rate, _ = self.run.inputs.learning_rate(replace(self.run.config.optimization, learning_rate="auto"))
@@ -413,7 +433,7 @@ class Trainer:
         )
         if not prove_resume(loop, checkpoint, log):
             command = self._resume_command(self.run.config.run.prove_resume)
-            raise self._interrupted(loop.state, f"the run is finished but not yet proved: {command}")
+            raise self._interrupted(loop.state.progress.step, f"the run is finished but not yet proved: {command}")
         self.observer.noted(f"resumed at step {start}, the run ended in the same bits")
 
     def _start(self, frozen_digest: str) -> Start:
