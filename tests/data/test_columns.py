@@ -470,6 +470,15 @@ def test_an_option_that_the_form_would_leave_unread_is_refused(
     assert f"with --{missing}" in (raised.value.next_step or "")
 
 
+def test_an_evaluation_names_columns_of_the_file_and_the_option_that_it_does_not_read(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.jsonl", '{"body": "a", "team": "b"}\n')
+    with pytest.raises(UsageError, match="--state is given, but an evaluation of classes does not") as unread:
+        asked(path, "classes", state="body")
+    assert "use an adapter of --objective decide" in (unread.value.next_step or "")
+    with pytest.raises(DataError, match=r"do not fit classes: body, team\n"):
+        asked(path, "classes", columns={"completion": "team"})
+
+
 def test_a_completion_is_not_passed_over_among_pairs() -> None:
     pair = {"prompt": "p", "chosen": "c", "rejected": "r", "completion": "x"}
     assert detect(RawRow(pair, "f:1"), purpose=None, named={"completion": "completion"}).name == "prompt/completion"

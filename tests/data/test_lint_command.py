@@ -72,6 +72,13 @@ def test_an_objective_is_no_option_and_labels_are_counted(lint: Lint) -> None:
     assert "documents per answer: yes 6, no 3\n" in lint(rows)[1]
 
 
+def test_columns_of_decisions_need_decisions(lint: Lint) -> None:
+    code, _, error = lint([{"text": "a", "team": "b"}], "--state", "text", "--question", "team")
+    assert code == 2 and "--state is given, but lint does not read it" in error and "give --decisions;" in error
+    code, _, error = lint([{"text": "a", "label": "b"}], "--messages", "text", "--classes")
+    assert code == 2 and "lint --classes does not read it\n  next: leave out --classes;" in error
+
+
 def test_bad_rows_that_are_left_out_stop_nothing(lint: Lint) -> None:
     code, out, err = lint([*GOOD, "{"], "--skip-bad")
     assert (code, err) == (0, "")

@@ -97,6 +97,25 @@ def test_a_name_that_is_not_utf8_is_refused(part: Any, named: str) -> None:
     assert caught.value.where == named
 
 
+@pytest.mark.parametrize(
+    ("objective", "given", "option", "reading"),
+    [
+        ("sft", {"state": "t"}, "--state", "give --objective decide;"),
+        ("sft", {"prompt": "t", "question": {"a": ""}}, "--question", "give --objective decide;"),
+        ("classify", {"option_order": "random"}, "--option-order", "give --objective decide;"),
+        ("dpo", {"messages": "m"}, "--messages", "give --objective sft or bake or sdft;"),
+        ("dpo", {"columns": {"completion": "c"}}, "--completion", "and name the columns: --columns chosen=COLUMN"),
+    ],
+)
+def test_an_option_of_columns_is_refused_with_the_objectives_that_read_it(
+    objective: Any, given: dict[str, Any], option: str, reading: str
+) -> None:
+    config = TrainConfig(data=DataOptions(**given), objective=ObjectiveOptions(objective=objective))
+    with pytest.raises(UsageError, match=f"{option} is given, but {objective} does not read it") as caught:
+        config.validate()
+    assert reading in (caught.value.next_step or "")
+
+
 def test_defaults_are_valid() -> None:
     assert TrainConfig().validate() == TrainConfig()
 

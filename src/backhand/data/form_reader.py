@@ -45,12 +45,18 @@ class FormReader:
         context_column: str | None = None,
         columns: Iterable[str] = (),
     ) -> None:
-        if purpose is None and "label" in (columns := [*columns]):
+        columns = [*columns]
+        if purpose is None and "label" in columns:
             purpose = "labelled"
         self._purpose: Purpose | None = purpose
         self._questions = questions or {}
         self._detect = partial(
-            detect, allow_prompts=allow_prompts, purpose=purpose, named=named, questions=[*self._questions]
+            detect,
+            allow_prompts=allow_prompts,
+            purpose=purpose,
+            named=named,
+            renamed=columns,
+            questions=[*self._questions],
         )
         self._context_column = context_column
         self._misspelt = [(name, near) for name in columns if (near := nearest_known(name)) != [name]]

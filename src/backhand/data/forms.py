@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,10 +20,10 @@ from backhand.data.column_hints import (
     state_option,
     suggestion,
 )
-from backhand.data.options import columns_named, shell_quoted
+from backhand.data.options import DecisionColumns, NamedColumns, columns_named, shell_quoted
 from backhand.data.raw_rows import NO_TITLE, RawRow
-from backhand.data.rows import Purpose
-from backhand.errors import DataError
+from backhand.data.rows import PURPOSES, Purpose
+from backhand.errors import DataError, UsageError
 from backhand.words import name_list, nearest_names, shorten
 
 
@@ -194,6 +194,36 @@ _NEEDED: dict[Purpose, tuple[str, str]] = {
 """Columns that purposes other than answers need, as a phrase for errors, and options of all commands that read them."""
 
 
+_OF_ANSWERS = ("option_order", "option_rows", "question")
+"""Options of the column `answers`."""
+
+
+def check_options(named: NamedColumns, purpose: Purpose | None, reader: str, give: Callable[[str], str]) -> None:
+    """Raise UsageError for an option of columns that no row of this use has.
+
+    Args:
+        reader: phrase for the reader of the rows, such as the objective.
+        give: returns an imperative clause to use one of these objectives instead, which are joined by "or".
+    """
+    read = ("answers", "pairs", "labels") if purpose is None or purpose == "labelled" else (purpose,)
+    usual = vars(NamedColumns()) | vars(DecisionColumns())
+    usual.pop("columns")
+    for name, value in usual.items():
+        column = "answers" if name in _OF_ANSWERS else name
+        reading = {form.purpose for form in FORMS if column in (*form.columns, *form.optional)}
+        given = getattr(named, name, value) != value or (name in named.columns and hasattr(NamedColumns, name))
+        if given and reading.isdisjoint(read):
+            option = f"--{name.replace('_', '-')}"
+            others = "name other columns: --prompt COLUMN --completion COLUMN"
+            others = _NEEDED[purpose][1] if purpose in _NEEDED else others
+            raise UsageError(
+                f"{option} is given, but {reader} does not read it",
+                where=name,
+                next_step=f"{give(' or '.join(one for one, use in PURPOSES.items() if use in reading))}; "
+                f"otherwise leave {option} out" + f", and {others}" * (name not in _OF_ANSWERS[:2]),
+            )
+
+
 def nearest_known(name: str) -> list[str]:
     """Return the columns of forms with the most similar names: this name alone if it is one of them."""
     if negative_columns([name]):
@@ -222,6 +252,7 @@ def detect(
     allow_prompts: bool = False,
     purpose: Purpose | None = "answers",
     named: Mapping[str, str] | None = None,
+    renamed: Collection[str] = (),
     questions: Collection[str] = (),
     following: Iterable[RawRow] | None = None,
 ) -> Form:
@@ -232,6 +263,7 @@ def detect(
         purpose: use of the rows. None for pairs if the columns are those of pairs, else answers; `labelled` for
             the same, but an answer's column `label` is read. With None, it is read if it is `true` or `false`.
         named: columns or templates by option; the form must read each of these options' columns.
+        renamed: names that `--columns` gives, which are no columns of the file.
         questions: names of the questions of decisions, if they are known; advice names columns of their answers.
         following: the rows after this one; None if they are not known. If it fits no form, some of them are consumed
             for the values of columns.
@@ -254,7 +286,7 @@ def detect(
     if purpose in _NEEDED:
         needed, next_step = _NEEDED[purpose]
         raise DataError(
-            f"these columns do not fit {purpose}: {', '.join(sorted(present)) or 'none'}",
+            f"these columns do not fit {purpose}: {', '.join(sorted(present - {*given, *renamed})) or 'none'}",
             where=raw.source,
             why=needed,
             next_step=columns.with_questions(purpose, questions)

@@ -288,7 +288,7 @@ def lint(
     """
     bad, truncation = RowErrors(skip_bad=True, keep=SHOWN_BAD_ROWS), TruncationStats()
     train, held_out = prepare(
-        replace(options, skip_bad=True, option_rows=0),
+        replace(options, skip_bad=True, option_rows=0 if purpose == "decisions" else options.option_rows),
         tokenizer,
         seed=seed,
         purpose=purpose,

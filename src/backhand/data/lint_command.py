@@ -13,10 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from backhand.data.data_report import DataReport
+from backhand.data.forms import check_options
 from backhand.data.lint import CHECKS, Finding, LintReport, lint
-from backhand.data.options import LintOptions
+from backhand.data.options import DataOptions, LintOptions
 from backhand.data.pair_examples import PairFormat
-from backhand.data.rows import Purpose
+from backhand.data.rows import PURPOSES, Purpose
 from backhand.data.token_view import ShownDocument, documents_to_show, token_lines, view_tokens
 from backhand.errors import DataError
 from backhand.nn.decoder.forward_backward import require_head
@@ -94,6 +95,7 @@ def _checked(options: LintOptions) -> tuple[LintReport, Sequence[ShownDocument],
         "classes": options.lint.classes,
     }
     purpose = next((purpose for purpose, chosen in chosen_by.items() if chosen), None)
+    _check_options(options.data, purpose)
     if config is not None and purpose not in ("embeddings", "rankings", "classes"):
         require_head(config)
     report, train = lint(
@@ -108,6 +110,16 @@ def _checked(options: LintOptions) -> tuple[LintReport, Sequence[ShownDocument],
         ranking_loss=options.lint.ranking_loss,
     )
     return report, documents_to_show(train.examples, options.lint.show), tokenizer
+
+
+def _check_options(data: DataOptions, purpose: Purpose | None) -> None:
+    """Raise UsageError for an option of columns that these rows do not have."""
+
+    def give(objectives: str) -> str:
+        use = PURPOSES[objectives.split(maxsplit=1)[0]]
+        return f"leave out --{purpose}" if use == "answers" else f"give --{use}"
+
+    check_options(data, purpose, "lint" if purpose is None else f"lint --{purpose}", give)
 
 
 def _engine_config(source: ModelSource) -> DecoderConfig | None:

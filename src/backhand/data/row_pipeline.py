@@ -11,6 +11,7 @@ from backhand.data.columns import ColumnReader
 from backhand.data.data_report import DataReport, SourceForm
 from backhand.data.decisions import Question
 from backhand.data.form_reader import FormReader
+from backhand.data.forms import check_options
 from backhand.data.options import NamedColumns, RowSources
 from backhand.data.raw_rows import IN_MEMORY, RowErrors
 from backhand.data.row_encoder import EncodedRows, RowEncoder, size_of
@@ -55,6 +56,8 @@ class RowPipeline:
 
     def open_file(self, name: str) -> tuple[ColumnReader, FormReader, Iterator[Row]]:
         """Return the readers of a file's columns and form, and its valid rows."""
+        evaluation = f"an evaluation of {self.purpose or 'answers'}"  # training checks its options before
+        check_options(self.named, self.purpose, evaluation, "use an adapter of --objective {}".format)
         named = ColumnReader(
             self.named,
             self.system,

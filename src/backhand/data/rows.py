@@ -173,6 +173,17 @@ Purpose = Literal[_Learned, "labelled", "states", "texts", "candidates"]
 with their answers, texts to compare, queries with documents of known relevance, or texts with the label that a
 classification head learns; answers to evaluate, with a label if the rows have one; states to decide, texts whose
 vectors are computed, or queries with documents to score."""
+PURPOSES: dict[str, Purpose] = {
+    **dict.fromkeys(("sft", "bake", "sdft"), "answers"),
+    **dict.fromkeys(("dpo", "ipo", "orpo", "simpo"), "pairs"),
+    "kto": "labels",
+    "grpo": "prompts",
+    "decide": "decisions",
+    "embed": "embeddings",
+    "rank": "rankings",
+    "classify": "classes",
+}
+"""Use of the rows of training by objective."""
 PoolingName = Literal["mean", "cls", "last"]
 RankingLossName = Literal["pointwise", "listwise", "listnet"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]

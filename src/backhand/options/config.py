@@ -26,6 +26,7 @@ from backhand.bounds import (
     Seed,
     Share,
 )
+from backhand.data.forms import check_options
 from backhand.data.options import DataOptions
 from backhand.errors import UsageError, not_utf8
 from backhand.nn.model_options import BaseModelOptions
@@ -330,6 +331,7 @@ class TrainConfig(Options):
         if self.objective.objective == "rank":
             check_ranking_system(self.data.system)
         train_on, objective = self.data.train_on, self.objective.objective
+        check_options(self.data, self.objective.purpose, objective, "give --objective {}".format)
         if train_on != "completions" and objective != "sft":
             raise UsageError(
                 f"train_on {train_on!r} would compare prompts, and {objective} compares answers",

@@ -9,7 +9,15 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, get_args
 
 from backhand.bounds import Bound, Check, GivenTexts, Options, Text
-from backhand.data.rows import INSTRUCTION, TEMPLATE_PLACES, PoolingName, ProblemType, Purpose, RankingLossName
+from backhand.data.rows import (
+    INSTRUCTION,
+    PURPOSES,
+    TEMPLATE_PLACES,
+    PoolingName,
+    ProblemType,
+    Purpose,
+    RankingLossName,
+)
 from backhand.errors import UsageError
 from backhand.words import shown
 
@@ -327,18 +335,7 @@ class ObjectiveOptions(Options):
     @property
     def purpose(self) -> Purpose:
         """Kind of rows that the objective needs."""
-        special: dict[str, Purpose] = {
-            "sft": "answers",
-            "bake": "answers",
-            "sdft": "answers",
-            "kto": "labels",
-            "grpo": "prompts",
-            "decide": "decisions",
-            "embed": "embeddings",
-            "rank": "rankings",
-            "classify": "classes",
-        }
-        return special.get(self.objective, "pairs")
+        return PURPOSES[self.objective]
 
     @property
     def predicts_tokens(self) -> bool:
