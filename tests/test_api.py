@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -783,6 +784,33 @@ def test_evaluate_takes_options_by_name_and_returns_what_json_prints(
     assert result.base.perplexity == pytest.approx(math.exp(result.base.loss))
 
 
+def test_every_stage_of_a_call_is_named(
+    trained: Any, tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the longest silence, the calls said only their own name."""
+
+    class Named(list[Any]):
+        def append(self, what: Any) -> None:
+            stages.append(what)
+            super().append(what)
+
+    stages: list[Any] = []
+    monkeypatch.setattr(printing, "_activities", Named())
+    given = {"adapter": trained, "model": tiny.model, "quiet": True}
+    backhand.export(**given, to="peft", output=tmp_path / "peft")
+    exported = stages[:3]
+    assert exported == ["backhand.export", "reading the base model and the adapter", "writing and proving the output"]
+    stages.clear()
+    backhand.merge(**given, output=tmp_path / "merged")
+    assert ["backhand.merge", *exported[1:]] == stages[:3]
+    stages.clear()
+    backhand.generate("a", **given, max_new_tokens=1)
+    assert stages[:2] == ["backhand.generate", "reading the base model"]
+    stages.clear()
+    backhand.train(**options(tiny, tmp_path / "run", data=ROWS, max_steps=1))
+    assert stages[1] == "the files of the run" and stages[-1] == "writing the report"
+
+
 def test_export_returns_the_path(trained: Any, tiny: TinyRun, tmp_path: Path) -> None:
     written = backhand.export(trained.adapter, to="peft", output=str(tmp_path / "out"), model=tiny.model, quiet=True)
     assert written == tmp_path / "out" and (written / "adapter_config.json").exists()
@@ -891,6 +919,35 @@ def test_a_callback_ends_the_run_of_every_process(tiny: TinyRun, tmp_path: Path)
     ]
     printed = [process.communicate(timeout=300)[0].splitlines()[-1] for process in processes]
     assert printed == ["2 a callback returned False"] * 2
+
+
+def test_the_page_of_python_names_everything_that_the_package_has() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
+    names = [f"backhand.{name}" for name in backhand.__all__]
+    assert not [name for name in names if not re.search(rf"\b{name}\b|`{name.partition('.')[2]}`", page)]
+
+
+def test_functions_without_options_answer_wrong_arguments(tmp_path: Path) -> None:
+    tensor, module = torch.zeros(2), torch.nn.Linear(2, 2)
+    wrong: list[tuple[Callable[[], object], str]] = [
+        (
+            lambda: backhand.compare("a", "b"),
+            "missing a required argument: 'autograd'\n  next: call",
+        ),  # type: ignore[call-arg]
+        (lambda: backhand.compare(tensor, tensor, "a"), "autograd 'a' is no tensor"),  # type: ignore[arg-type]
+        (lambda: backhand.compare("a", [[1], [1, 2]], tensor), "by_hand [[1], [1, 2]] is no tensor"),
+        (lambda: backhand.inject(), "missing a required argument: 'module'"),  # type: ignore[call-arg]
+        (lambda: backhand.inject(module, rank=2), "inject has no option rank\n  next: write it in LoRAConfig"),  # type: ignore[call-arg]
+        (lambda: backhand.inject("base"), "module: str is not a torch.nn.Module\n  next: give the model itself"),  # type: ignore[arg-type]
+        (lambda: backhand.inject_from(tmp_path, module), "is not a torch.nn.Module"),  # type: ignore[arg-type]
+        (lambda: backhand.inject_from(module, 5), "directory: 5 is not a path"),  # type: ignore[arg-type]
+        (lambda: backhand.AdapterCallback(module), "adapter is a Linear, not an injected adapter"),  # type: ignore[arg-type]
+        (lambda: backhand.LoRAConfig(*range(99)), "and 99 values are given\n  next: give options by name: rank"),  # type: ignore[arg-type]
+    ]
+    for call, said in wrong:
+        with pytest.raises(UsageError) as refused:
+            call()
+        assert said in str(refused.value)
 
 
 def test_the_notebook_runs(tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

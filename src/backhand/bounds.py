@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import os
 import sys
@@ -20,12 +21,14 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, ParamSpec, Self, TypeVar, get_args, get_origin
 
 from backhand.errors import UsageError
 from backhand.other_names import suggestion, value_suggestion
 from backhand.words import shown
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Parse = Callable[[Sequence[str]], Any]
 """Converts the words after an option into the value of a field whose type the command line does not support."""
 
@@ -228,10 +231,15 @@ class Options:
         UsageError: from the constructor, for a name that no field has.
     """
 
-    def __new__(cls, *_values: Any, **named: Any) -> Self:
+    def __new__(cls, *values: Any, **named: Any) -> Self:
         """Create the object. Every unknown name is answered with the one to write instead."""
         known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
         check_names(cls.__name__, named, known, _homes())
+        if len(values) > len(known):
+            raise UsageError(
+                f"{cls.__name__} has {len(known)} options, and {len(values)} values are given",
+                next_step=f"give options by name: {', '.join(known)}",
+            )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -289,6 +297,24 @@ def check_names(
         f"{owner} has no option {' and no option '.join(unknown)}",
         next_step=said[0] if len(said) == 1 else "\n    - ".join(["", *several]),
     )
+
+
+def checked_arguments(function: Callable[P, R]) -> Callable[P, R]:
+    """Return a function of the package whose call with wrong arguments raises UsageError, not TypeError."""
+    name, signature = f"backhand.{function.__name__}", inspect.signature(function)
+    shown = (f"{one.name}{'' if one.default is one.empty else '=…'}" for one in signature.parameters.values())
+    usage = f"call {name}({', '.join(shown)})"
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        check_names(name, kwargs, signature.parameters, _homes())
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise UsageError(f"{name}: {error}", next_step=usage) from None
+        return function(*args, **kwargs)
+
+    return call
 
 
 def also_names(classes: Iterable[type]) -> dict[str, str]:

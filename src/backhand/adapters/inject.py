@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from backhand.adapters.peft_saving import AdapterParts, adapter_files
 from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import Target, resolve_targets
 from backhand.adapters.trained_tensors import SavedModules
+from backhand.bounds import check_value, checked_arguments
 from backhand.errors import UsageError
 from backhand.files import write_together
 from backhand.nn.loading.wrappers import Wrapper
@@ -291,6 +294,7 @@ def _differences(theirs: Sequence[Target], ours: Sequence[Target]) -> list[str]:
 # separated as soon as the model is moved, copied or wrapped.
 
 
+@checked_arguments
 def inject(
     module: nn.Module,
     config: LoRAConfig | None = None,
@@ -322,7 +326,11 @@ def inject(
 
 def _check_types(module: object, config: object) -> None:
     if not isinstance(module, nn.Module):
-        raise UsageError(f"{type(module).__qualname__} is not a torch.nn.Module", where="module")
+        raise UsageError(
+            f"{type(module).__qualname__} is not a torch.nn.Module",
+            where="module",
+            next_step="give the model itself, such as AutoModelForCausalLM.from_pretrained(…)",
+        )
     if config is not None and not isinstance(config, LoRAConfig):
         kind = type(config)
         raise UsageError(
@@ -332,7 +340,8 @@ def _check_types(module: object, config: object) -> None:
         )
 
 
-def inject_from(module: nn.Module, directory: Path | str, *, allow_pickle: bool = False) -> InjectedAdapter:
+@checked_arguments
+def inject_from(module: nn.Module, directory: str | os.PathLike[str], *, allow_pickle: bool = False) -> InjectedAdapter:
     """Adapt `module` with the configuration of the adapter in `directory`, and load the adapter.
 
     Args:
@@ -341,9 +350,15 @@ def inject_from(module: nn.Module, directory: Path | str, *, allow_pickle: bool 
 
     Raises:
         UnusableAdapterError: lists every problem; the model is then unchanged.
-        UsageError: if the modules cannot be adapted.
+        UsageError: if the modules cannot be adapted, or an argument has another type.
     """
-    return inject_contents(module, read_adapter_directory(directory, allow_pickle=allow_pickle))
+    _check_types(module, None)
+    return inject_contents(module, read_adapter_directory(_path(directory), allow_pickle=allow_pickle))
+
+
+def _path(directory: object) -> Path:
+    check_value("directory", os.fspath(directory) if isinstance(directory, os.PathLike) else directory, Path)
+    return Path(cast("str", directory))
 
 
 def inject_contents(module: nn.Module, contents: AdapterContents, base: str | None = None) -> InjectedAdapter:

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from backhand.adapters.inject import InjectedAdapter
 from backhand.adapters.record import AdapterRecord
+from backhand.errors import UsageError
 
 ADAPTER_DIRECTORY = "adapter"
 
@@ -35,6 +36,12 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self._adapter = adapter
         self._described: dict[str, Any] = {"base_model": base_model, "record": record}
+        if not isinstance(adapter, InjectedAdapter):
+            raise UsageError(
+                f"adapter is a {type(adapter).__name__}, not an injected adapter",
+                where="adapter",
+                next_step="give the result of backhand.inject(model, …) or backhand.inject_from(model, …)",
+            )
         trained = {id(parameter) for parameter in adapter.parameters()}
         state = adapter.module.state_dict(keep_vars=True)
         frozen = [name for name, value in state.items() if id(value) not in trained]

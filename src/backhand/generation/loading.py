@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family import DecoderConfig
 from backhand.nn.model_options import BaseModelOptions
+from backhand.printing import going_on
 from backhand.runs.status import unfinished
 
 _PURPOSES = {"generate": "answer prompts", "embed": "compute vectors", "rank": "rank documents"}
@@ -108,7 +109,8 @@ def loaded_model(
     """
     device = resolve_device(options)
     dtype = resolve_dtype(options, device)
-    with compute_settings(options, resolve_threads(options), dtype, device):
+    with compute_settings(options, resolve_threads(options), dtype, device), ExitStack() as reading:
+        reading.enter_context(going_on("reading the base model"))
         source = open_base(options.model, adapter, quantize=options.quantize)
         tokenizer = source.tokenizer()
         used_template, pickle = template or TemplateOptions(), options.allow_pickle
@@ -174,6 +176,7 @@ def loaded_model(
         system = None if record is None else record.system
         decisions, embedding = ({}, {}) if record is None else (record.decisions, record.embedding)
         columns = None if record is None else columns_of(record)
+        reading.close()
         yield LoadedModel(
             *(model, tokenizer, stop_ids, notes, labels if known else {}, system, decisions, embedding),
             ranking={} if record is None else ranking_of(record),

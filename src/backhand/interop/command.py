@@ -40,7 +40,7 @@ from backhand.interop.other_formats import (
     read_mlx_files,
     write_modelfile,
 )
-from backhand.interop.proving import Prover, prove_export
+from backhand.interop.proving import WRITING, Prover, prove_export
 from backhand.interop.sentence_transformers import (
     embedding_of,
     for_sentence_transformers,
@@ -52,6 +52,7 @@ from backhand.nn.loading.gguf_layouts import stored_sizes
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.gguf_tensors import gguf_architecture
 from backhand.nn.loading.source import ModelSource
+from backhand.printing import going_on
 from backhand.runs.uses import TrainedAdapter, sentence_transformers_code
 from backhand.terminal import console
 from backhand.words import labelled
@@ -71,20 +72,23 @@ def export_command(options: ExportOptions) -> Path:
     prover = Prover("export", adapter, None if options.quiet else console())
     lines: tuple[str, ...] = ()
     if options.to == "kohya":
-        _export_kohya(options, adapter, output, prover)
+        with going_on(WRITING):
+            _export_kohya(options, adapter, output, prover)
     else:
         allow_pickle = options.reading.allow_pickle
         opened = open_adapter(options.model, adapter, force_base=options.force_base, allow_pickle=allow_pickle)
         if options.to == "ollama":
             _check_ollama(opened, merge=options.merge)
-        (_export_merged if options.merged else _export_adapter)(options, opened, output, prover)
+        with going_on(WRITING):
+            (_export_merged if options.merged else _export_adapter)(options, opened, output, prover)
         lines = _how_to_use(options, opened, shlex.quote(str(output)))
     prover.write()
     prover.say(f"written: {shlex.quote(str(output))}")
     for line in lines:
         prover.say(line)
     if options.push is not None:
-        prover.say(f"uploaded: {_push(output, options.push)}")
+        with going_on(f"uploading to {options.push}"):
+            prover.say(f"uploaded: {_push(output, options.push)}")
     return output
 
 

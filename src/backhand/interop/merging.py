@@ -34,7 +34,7 @@ from backhand.interop.options import (
     MergeOptions,
     given,
 )
-from backhand.interop.proving import BlockWalk, Prover, difference
+from backhand.interop.proving import WRITING, BlockWalk, Prover, difference
 from backhand.interop.sentence_transformers import kind_of, prove_sentence_transformers, write_files
 from backhand.kernels.dequantize import native_dtype
 from backhand.nn.families.class_heads import ClassHead
@@ -45,6 +45,7 @@ from backhand.nn.families.rotary_frequencies import inverse_frequencies
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
+from backhand.printing import going_on
 from backhand.terminal import console
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -66,7 +67,7 @@ def merge_command(options: MergeOptions) -> Path:
     prover = Prover("merge", adapter, None if options.quiet else console())
     allow_pickle = options.reading.allow_pickle
     opened = open_adapter(options.model, adapter, force_base=options.force_base, allow_pickle=allow_pickle)
-    with staged(output) as path:
+    with going_on(WRITING), staged(output) as path:
         merge_adapter(opened, options, path, prover, gguf=output.suffix == ".gguf")
     prover.write()
     prover.say(f"written: {shlex.quote(str(output))}")

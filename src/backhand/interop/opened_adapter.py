@@ -21,6 +21,7 @@ from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.unit_multipliers import UnitMultipliers, has_multipliers, scaled_rows
+from backhand.printing import going_on
 from backhand.words import name_list
 
 _WITHOUT_ENGINE = (
@@ -52,6 +53,7 @@ class OpenedAdapter:
         return shown or record.config.get("objective.objective")
 
 
+@going_on("reading the base model and the adapter")
 def open_adapter(model: str | None, adapter: Path, *, force_base: bool, allow_pickle: bool = False) -> OpenedAdapter:
     """Open both and check them against each other.
 

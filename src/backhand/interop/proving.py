@@ -37,6 +37,9 @@ from backhand.runs.directory import Proof, opened, proof_log, run_of
 from backhand.runs.status import unfinished
 from backhand.words import labelled, show_notes
 
+WRITING = "writing and proving the output"
+"""The activity of a command while it writes and proves its output."""
+
 
 class Prover:
     """Collects the proofs of one output.
@@ -242,8 +245,8 @@ class BlockWalk:
         with counting(f"computing the probes' {self._config.output_name}", blocks - 1 - self._layer, "blocks") as done:
             while self._step():
                 done()
-        self._views = {}
-        return [decoder.output(x) for decoder, x in zip(self._decoders, self._states, strict=True)]
+            self._views = {}
+            return [decoder.output(x) for decoder, x in zip(self._decoders, self._states, strict=True)]
 
     @torch.no_grad()
     def _step(self) -> bool:

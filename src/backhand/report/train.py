@@ -15,7 +15,7 @@ from backhand.engines.engine import RunCache
 from backhand.errors import BackhandError, UsageError
 from backhand.loop.observers import Callback, Observer, RunStart, as_callbacks
 from backhand.options.config import TrainConfig
-from backhand.printing import say, visible
+from backhand.printing import going_on, say, visible
 from backhand.runs.summary import RunSummary
 from backhand.training.contexts import runs_per_context
 from backhand.training.run import train as train_without_report
@@ -39,7 +39,8 @@ class _ReportWriter(Observer):
         from backhand.report.command import write_report
 
         try:
-            target = write_report(self._directory)
+            with going_on("writing the report"):
+                target = write_report(self._directory)
         except (BackhandError, OSError) as error:
             message, out = f"the report could not be written: {error}", sys.stderr
         else:

@@ -37,6 +37,7 @@ from backhand.loop.rewards.process import RewardProcess
 from backhand.loop.state import PROGRESS_FILE, Progress, restore_adapter
 from backhand.nn.compute import compute_settings
 from backhand.options.config import TrainConfig
+from backhand.printing import going_on
 from backhand.reading import refuse_inputs_inside
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import OWNED, SUMMARY, RunDirectory, opened
@@ -123,7 +124,8 @@ class RunProcess:
         try:
             if is_main and os.path.lexists(run.output) and not (run.resume or run.overwrite):
                 check_readable(self.config.data)
-            with Interruption(terminal.noted) as interruption, self._opened() as directory:
+            doing = going_on("the files of the run")
+            with Interruption(terminal.noted) as interruption, self._opened() as directory, doing:
                 self.processes.interruption = interruption
                 beginning = self._beginning(directory)
                 if beginning.summary is None:

@@ -9,7 +9,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from backhand.bounds import checked_arguments
+from backhand.errors import UsageError, short_reason
 from backhand.verify.measure import relative_error
+from backhand.words import shown
 
 RELATIVE_TOLERANCE = 1e-5
 ABSOLUTE_TOLERANCE = 1e-8
@@ -47,6 +50,7 @@ class Comparison:
         return f"{line} | {self.note}" if self.note else line
 
 
+@checked_arguments
 def compare(name: str, by_hand: Tensor | ArrayLike | None, autograd: Tensor | ArrayLike | None) -> Comparison:
     """Compare a gradient computed by hand with autograd's gradient.
 
@@ -59,11 +63,14 @@ def compare(name: str, by_hand: Tensor | ArrayLike | None, autograd: Tensor | Ar
         by_hand: any tensor, or any argument of `torch.as_tensor`.
         autograd: the gradient to compare with, or a tensor with a `.grad`, which is then used. So
             `compare("dA", dA, A)` works after `loss.backward()`.
+
+    Raises:
+        UsageError: an argument is missing, or is neither a tensor nor an array.
     """
     if by_hand is None or autograd is None:
         side = "by hand" if by_hand is None else "autograd"
         return Comparison(name, False, False, math.nan, math.inf, (), f"{side} is None: there is no gradient")
-    truth, measured = _values(_gradient_of(torch.as_tensor(autograd))), _values(torch.as_tensor(by_hand))
+    truth, measured = _values(_gradient_of(_tensor("autograd", autograd))), _values(_tensor("by_hand", by_hand))
     shape = tuple(measured.shape)
     if measured.shape != truth.shape:
         note = f"shapes differ: by hand {shape}, autograd {tuple(truth.shape)}"
@@ -77,6 +84,18 @@ def compare(name: str, by_hand: Tensor | ArrayLike | None, autograd: Tensor | Ar
     near = torch.allclose(measured, truth, rtol=RELATIVE_TOLERANCE, atol=ABSOLUTE_TOLERANCE)
     error, note = _relative(measured, truth), f"{undefined} NaN" if undefined else ""
     return Comparison(name, bool(equal.all()), near, float(difference.max()), error, shape, note)
+
+
+def _tensor(name: str, value: Tensor | ArrayLike) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"{name} {shown(value)} is no tensor",
+            where=name,
+            why=short_reason(error),
+            next_step='give a name and two tensors: backhand.compare("dA", by_hand, autograd)',
+        ) from None
 
 
 def _gradient_of(tensor: Tensor) -> Tensor:
