@@ -123,11 +123,11 @@ def test_the_sentence_at_the_top(finished: Path, tiny: TinyRun) -> None:
     assert "right answer has a probability of 0.012% instead of 0.00061%" in headline(replace(run, metrics=weak))
     classes = {"base_classes": {"accuracy": 0.25}, "adapted_classes": {"accuracy": 0.5, "rows": 100}}
     config = run.config | {"objective": {"objective": "classify"}}
-    both = " (the first figures are those of the best constant answer)"
-    for started, of_score, of_both in ((True, " (the best constant answer)", ""), (False, "", both)):
-        words = f"and accuracy from 0.250{of_score} to 0.500 (95 % interval 40–60 %){of_both}, so it helped"
+    for started, of_loss in ((True, "the adapter it started from"), (False, "the best constant answer")):
+        words = "and accuracy from 0.250 (the best constant answer) to 0.500 (95 % interval 40–60 %), so it helped"
         summary = run.summary | classes | {"compared_with_start": started}
-        assert words in headline(replace(run, config=config, summary=summary))
+        sentence = headline(replace(run, config=config, summary=summary))
+        assert words in sentence and f" ({of_loss}) to {best:.3f} nats per row" in sentence
 
 
 def test_a_run_that_did_not_help_says_so(finished: Path) -> None:

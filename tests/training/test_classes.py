@@ -137,6 +137,10 @@ def test_a_run_learns_labels(straight: TrainConfig) -> None:
     )
     found = answer_advice(straight, unclear, output)
     assert found is not None and ("labels themselves are not" in found[0] or "whether the labels" in found[0])
+    integers = replace(straight, objective=replace(straight.objective, class_labels=("1", "2", "3")))
+    found = answer_advice(integers, replace(unclear, try_next="backhand train …"), output)
+    regression = "he 3 integers are read as names; --problem-type regression learns them as numbers"
+    assert found == (f"The labels themselves are not clearly learnt. T{regression}.", None)
     assert not any("gguf" in line for line in shown)
     card = (output / "adapter" / "README.md").read_text()
     first = lines(output, "eval_loss")[0]["eval_loss"]  # of the random head, which is no baseline
@@ -270,7 +274,9 @@ def test_the_page_shows_the_scores_and_commands_that_accept_a_head(straight: Tra
     rule = "A label is given if its probability is above 50%. The answer none is no label."
     shown = run_page(replace(run, summary=run.summary | {"adapted_classes": several}))
     assert rule.encode() in shown and rule not in text
-    assert f"went from {summary.base_eval_loss:.3f} to" in page.one("section", id="result").text
+    assert (
+        f"went from {summary.base_eval_loss:.3f} (the best constant answer) to" in page.one("section", id="result").text
+    )
     assert "accuracy from" in page.one("section", id="result").text and "perplexity" not in page.one("body").text
 
 
@@ -682,6 +688,13 @@ def test_lint_reports_labels_that_contradict_and_labels_of_few_rows(tiny: TinyRu
         "duplicate": (f"{path}:2 = {path}:1",),
     }
     assert report.labels == {"b": 4, "a": 1} and report.template == (), "no template is used"
+    stars = write_named(tmp_path / "stars.jsonl", [1, 2, 3, 4, 5, 5, 5, 5])
+    options, tokenizer = DataOptions(data=(stars,)), open_model(str(tiny.model)).tokenizer()
+    note = "the 5 integers are read as names; --problem-type regression learns them as numbers"
+    report, _ = lint(options, tokenizer, purpose="classes")
+    assert note in report.train.notes and [one.remedy.endswith(note) for one in report.findings if "rare" in one.kind]
+    report, _ = lint(options, tokenizer, purpose="classes", problem_type=SINGLE)
+    assert "integers" not in str(report), "the kind of problem is chosen"
 
 
 TAGS = ["law", "food", "love", "love, food", "law, age", "food, age"]

@@ -363,6 +363,11 @@ def test_a_lower_loss_of_decisions_is_no_help_alone(
         advised = answer_advice(straight, few, straight.run.output, falling)
         assert advised is not None and "of team, and their loss was still falling at the end: more steps" in advised[0]
         assert advised[1] is not None and "--epochs 8" in advised[1]
+        balanced = replace(few, adapted_decisions={"team": {**same["team"], "majority": 0.3}}, steps=1)  # type: ignore[arg-type]
+        advised = answer_advice(straight, balanced, straight.run.output)
+        assert advised is not None and advised[0].endswith("of team after 1 step: more steps come first.")
+        advised = answer_advice(straight, replace(balanced, steps=20), straight.run.output)
+        assert advised is not None and "add training rows" not in advised[0], "no answer is frequent"
         longer = replace(few, try_next=alike.try_next)
         assert answer_advice(straight, longer, straight.run.output, falling) is None, "the curves ask for more steps"
     commands = [line for line in page.splitlines() if "backhand" in line or "llama" in line]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from backhand.data.data_report import TruncationStats
 from backhand.data.embedding_examples import pooled_document
 from backhand.data.examples import Example
+from backhand.data.label_names import is_integer
 from backhand.data.raw_rows import number_of
 from backhand.data.rows import ClassLabel, ClassRow, PoolingName, ProblemType
 from backhand.data.text_encoder import LONGEST_TEXT, TextEncoder, TokenIds, too_long
@@ -186,8 +187,3 @@ def decimal_comma_note(labels: Iterable[tuple[ClassLabel, str]]) -> str | None:
             next_step="write all numbers with a decimal point and without separators of thousands",
         )
     return f"the labels are read as numbers with a decimal comma, such as {comma}"
-
-
-def is_integer(text: str) -> bool:
-    """Return True if a label is written as an integer."""
-    return re.fullmatch(r"[+-]?[0-9]{1,4000}", text) is not None  # Python's `int` refuses more than 4,300 digits.

@@ -10,7 +10,7 @@ from typing import Any
 from backhand.data.class_examples import NUMBER, SINGLE, not_numbers, target_of
 from backhand.data.decision_lint import MOST_FREQUENT
 from backhand.data.examples import Example
-from backhand.data.label_names import as_list, joined_labels
+from backhand.data.label_names import as_list, integers_note, joined_labels
 from backhand.data.raw_rows import RowErrors, number_of
 from backhand.data.rows import ClassLabel, ProblemType
 from backhand.errors import DataError
@@ -55,9 +55,11 @@ def problems_of_classes(
     counts = Counter(name for _, label, _ in rows for name in label.names)
     rare = {name: count for name, count in counts.items() if count < _FEWEST_ROWS}
     of_rare = [source for source, label, _ in rows if rare.keys() & set(label.names)]
+    names = name_list(map(label_text, rare), limit=5)
+    integers = "" if chosen or problem != SINGLE else f"; {note}" if (note := integers_note(counts)) else ""
     problems: list[tuple[Any, ...]] = [
         ("contradicting_labels", contradicting),
-        ("rare_label", of_rare, _FEWEST_ROWS, name_list(map(label_text, rare), limit=5)),
+        ("rare_label", of_rare, _FEWEST_ROWS, names, integers),
     ]
     most, count = counts.most_common(1)[0] if counts else ("", 0)
     if problem == SINGLE and count >= MOST_FREQUENT * len(rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Sequence
 
 from backhand.words import count_of
@@ -27,6 +28,22 @@ def joined_labels(names: Collection[str]) -> dict[str, tuple[str, ...]]:
         if len(complete) > (separator == "/"):  # a single label such as n/a is a name
             return {name: joined[name] for name in (*complete, *joined)}
     return {}
+
+
+_FEWEST_INTEGERS = 3
+"""Fewest different integers that may be numbers to learn. Two, such as 0 and 1, are names."""
+
+
+def is_integer(text: str) -> bool:
+    """Return True if a label is written as an integer."""
+    return re.fullmatch(r"[+-]?[0-9]{1,4000}", text) is not None  # Python's `int` refuses more than 4,300 digits.
+
+
+def integers_note(names: Collection[str]) -> str | None:
+    """Return a clause if all labels are integers, which are read as names, or None."""
+    if len(names) < _FEWEST_INTEGERS or not all(map(is_integer, names)):
+        return None
+    return f"the {len(names):,} integers are read as names; --problem-type regression learns them as numbers"
 
 
 def as_list(labels: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from backhand.data.class_examples import NUMBER, ClassFormat, decimal_comma_note, problem_of
+from backhand.data.class_examples import NUMBER, SINGLE, ClassFormat, decimal_comma_note, problem_of
 from backhand.data.class_lint import add_misfits, check_names, problems_of_classes, scale_of
 from backhand.data.data_report import DataReport, TruncationStats
 from backhand.data.decision_lint import problems_of_decisions
@@ -20,6 +20,7 @@ from backhand.data.embedding_examples import EmbeddingFormat
 from backhand.data.embedding_lint import problems_of_embeddings
 from backhand.data.examples import Example
 from backhand.data.held_out import equal_neighbours, overlap
+from backhand.data.label_names import integers_note
 from backhand.data.mojibake import find_mojibake
 from backhand.data.options import DataOptions
 from backhand.data.pair_examples import PairFormat
@@ -164,7 +165,7 @@ CHECKS = {
     "rare_label": Check(
         "labels of few rows",
         "with a label of fewer than {} rows ({})",
-        "add rows with these labels, or give them another label",
+        "add rows with these labels, or give them another label{2}",
         form="classes",
     ),
     "not_numbers": Check(
@@ -331,7 +332,9 @@ def lint(
             except DataError as error:
                 mixed.add(error)
         try:
-            note = None if labels else decimal_comma_note((one.facts_as(ClassLabel), one.source) for one in rows)
+            note = integers_note(labels) if problem == SINGLE and problem_type is None else None
+            if not labels:
+                note = decimal_comma_note((one.facts_as(ClassLabel), one.source) for one in rows)
             train = train if note is None else train.with_note(note)
         except DataError as error:
             mixed.add(error)

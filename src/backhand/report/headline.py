@@ -42,6 +42,7 @@ from backhand.runs.row_changes import (
 from backhand.runs.summary import (
     LabelFigures,
     before_name,
+    constant_name,
     forgetting,
     forgotten_nats,
     labels_unmeasured,
@@ -295,7 +296,8 @@ def _outcome(run: RunRecord) -> str:
         return f"{change}; {gain_words(_reward_gain(run))}{_effect(run, unclear='')}{reward}"
     base_decisions, decisions = decisions_of(run)
     before_it = before_name(run.compared_with_start)
-    of_start = f" ({before_it})" if run.compared_with_start else ""
+    constant = f"the best {constant_name(run.objective)}"
+    of_start = f" ({before_it})" if run.compared_with_start else f" ({constant})" if run.fresh_head else ""
     before_loss, after_loss = apart(base, best, 3)
     change = f": the loss on {rows} went from {before_loss}{of_start} to {after_loss}"
     if run.is_running and not decisions:
@@ -324,7 +326,7 @@ def _outcome(run: RunRecord) -> str:
         scores = ""
         if (ranked := ranking_scores(run)) is not None:
             name, before, after = ranked
-            scores = f" (the first is that of equal scores), and {SCORE_NAMES[name]} is {after[name]:.3f}"
+            scores = f", and {SCORE_NAMES[name]} is {after[name]:.3f}"
             if before:
                 scores = f", and {SCORE_NAMES[name]} from {' to '.join(apart(before[name], after[name], 3))}"
             if (chance := after.get("chance", {}).get(name)) is not None:
@@ -336,15 +338,13 @@ def _outcome(run: RunRecord) -> str:
     if run.objective == "classify":
         before, after = classes_of(run)
         score = next((name for name in ("accuracy", "mse") if is_number(after.get(name))), None)
-        constant = "" if run.fresh_head else " (the best constant answer)"
-        scores = "" if score is None else f", and {score} from {before[score]:.3f}{constant} to {after[score]:.3f}"
+        scores = "" if score is None else f", and {score} from {before[score]:.3f} ({constant}) to {after[score]:.3f}"
         if (right := right_answers(run)) is not None:
             scores += f" ({interval_text(*right[1:])})"
-        both = " (the first figures are those of the best constant answer)" if run.fresh_head else ""
         unit, ending = loss_unit(run.objective, after), _effect(run)
         if (of_numbers := _loss_change(run)) is not None:
             ending = f"; {loss_words(of_numbers, unit)}{_effect(run, unclear='')}"
-        return f"{change} {unit}{scores}{both}{ending}"
+        return f"{change} {unit}{scores}{ending}"
     nats = f"nats per token (perplexity {perplexity(base)} to {perplexity(best)})"
     by_row = _loss_change(run)
     if by_row is None:

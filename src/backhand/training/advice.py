@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 from backhand.bounds import Options
 from backhand.data.data_report import DataReport
-from backhand.data.label_names import unlearned_note
+from backhand.data.label_names import integers_note, unlearned_note
 from backhand.data.options import shell_quoted
 from backhand.data.raw_rows import any_in_memory
 from backhand.errors import not_none
@@ -83,6 +83,8 @@ SLOWER = 0.5
 """Share of the mean speed of the last fifth below which its last piece counts as no longer falling."""
 LATE = 0.5
 """A larger share of the gain in the second half of the steps means that the loss fell late."""
+MIDDLE = 0.4
+"""The last evaluation in the first half tells what came in the second one if it is after this share of the steps."""
 LOW = 1 / 3
 """A rate below this share of `auto`'s rate may have learnt less than possible."""
 HIGH = 1.5
@@ -100,6 +102,8 @@ FLAT, FEWEST_RIGHT = 0.9, 0.05
 remedy is to train on right answers first."""
 LARGEST_SHARE = 0.3
 """Share of the rows to propose for holding out, if it gives `FEWEST_ROWS` of them."""
+BALANCED = 1.5
+"""An answer to less than this multiple of the share of rows per option is not too frequent."""
 SEPARATED = 0.1
 """Below this held-out loss, pairs are ordered almost certainly."""
 PIECE = 0.01
@@ -131,6 +135,11 @@ class Curves:
     def best(self) -> tuple[int, float]:
         """Step and loss of the lowest evaluation after the first one."""
         return min(self.held_out[1:], key=lambda one: one[1])
+
+    @property
+    def middle(self) -> int:
+        """Step of the last evaluation in the first half of the steps."""
+        return max(step for step, _ in self.held_out if 2 * step <= self.held_out[-1][0])
 
     @classmethod
     def of(cls, records: Sequence[Mapping[str, Any]], constant_loss: float | None = None) -> Curves:
@@ -221,8 +230,8 @@ def first_finding(curves: Curves, until: Until, share: float = 1.0) -> Finding |
         return "still falling"
     if curves.forgotten_nats is not None and curves.forgotten_nats > FORGOTTEN_NATS:
         return "forgot"
-    half = max(step for step, _ in curves.held_out if step <= steps / 2)
-    return "late" if half and dict(curves.held_out)[half] - losses[-1] > LATE * gain else "fine"
+    half = curves.middle
+    return "late" if half >= MIDDLE * steps and dict(curves.held_out)[half] - losses[-1] > LATE * gain else "fine"
 
 
 def _peak(losses: Sequence[float]) -> float:
@@ -306,11 +315,14 @@ def advice(
         why, instead = "the learning rate is high", lower
     elif fewer > MOST * total_steps or total_steps - fewer < SAVED:
         why, instead = "nearly all of its steps were needed", ""
-    hardly = "It hardly moved: the learning rate is too low, or the steps are too few.", higher
+    little = f"The held-out loss changed by less than {LITTLE:.0%}"  # the change may be clear all the same
+    hardly = f"{little}: the learning rate is too low, or the steps are too few.", higher
     if total_steps < FEWEST_STEPS and relative >= LOW:
-        hardly = f"It hardly moved: {count_of(total_steps, 'step')} say little about the learning rate.", twice
-    constant = f"that of {constant_name(objective, article=True)}"
-    before = "before" if curves.first_loss is None else constant
+        hardly = f"{little}: {count_of(total_steps, 'step')} say little about the learning rate.", twice
+    constant = constant_name(objective, article=True)
+    before = "before" if curves.first_loss is None else f"that of {constant}"
+    first, best, base = (f"{loss:.4g}" for loss in (curves.first_loss or 0.0, curves.best[1], curves.held_out[0][1]))
+    longer, middle = "more steps may get it there", f"{curves.middle} of {curves.held_out[-1][0]}"
     sentence, changes = {
         "unsteady": ("The loss rose for a while, on held-out rows as well: the learning rate is too high.", lower),
         "not better": (
@@ -318,7 +330,7 @@ def advice(
             lower,
         ),
         "above constant": (
-            f"The held-out loss fell, but not below {constant}: more steps may get it there.",
+            f"The held-out loss fell from {first} to {best}, but not clearly below the {base} of {constant}: {longer}.",
             twice,
         ),
         "hardly moved": hardly,
@@ -329,7 +341,7 @@ def advice(
             f"--learning-rate {rate / 2:.2g}",
         ),
         "low": (f"Its learning rate is far below {auto_rate:g}, which suits such runs: that may learn more.", higher),
-        "late": ("Most of what it learnt came in the second half of its steps: more steps may teach more.", twice),
+        "late": (f"Most of what it learnt came after step {middle}: more steps may teach more.", twice),
         "fine": ("Nothing in its curves asks for another rate or more steps.", ""),
     }[finding]
     if not changes:
@@ -411,16 +423,24 @@ def answer_advice(
     if verdict in (None, "helped"):
         return None
     finding = None if curves is None else first_finding(curves, rates_until(config.optimization, summary.steps), 1.0)
+    if of_head is not None and not _start(config, run) and (note := integers_note(config.objective.class_labels)):
+        return f"The labels themselves are not clearly learnt. {capitalized(note)}", None
     if constant := {name: one["majority"] for name, one in decided[1].items() if one["constant"]}:
         same = f"The adapter gives the same answer to all held-out rows of {name_list(constant)}"
-        if summary.stopped_because is None and finding in ("hardly moved", "still falling"):
+        few = summary.steps < FEWEST_STEPS
+        if summary.stopped_because is None and (few or finding in ("hardly moved", "still falling")):
             if summary.try_next is not None:
                 return None
             more = _again(config, run, _twice_as_long(config, summary.steps))
-            loss = "hardly moved" if finding == "hardly moved" else "was still falling at the end"
-            return f"{same}, and their loss {loss}: more steps come first.", more
-        common = name_list(f"{share:.0%}" for share in constant.values())
-        return f"{same}, of which {common} have the most frequent one: add training rows with the other answers.", None
+            loss = f"changed by less than {LITTLE:.0%}" if finding == "hardly moved" else "was still falling at the end"
+            why = f" after {count_of(summary.steps, 'step')}" if few else f", and their loss {loss}"
+            return f"{same}{why}: more steps come first.", more
+        if any(share > BALANCED / max(2, len(decided[1][name]["confusion"])) for name, share in constant.items()):
+            common = name_list(f"{share:.0%}" for share in constant.values())
+            return (
+                f"{same}, of which {common} have the most frequent one: add training rows with the other answers.",
+                None,
+            )
     # The curves ask for another run already, or the model before the run had nothing to learn.
     if summary.try_next is not None or all(one.base == 1 for one in shares):
         return None

@@ -11,14 +11,13 @@ from backhand.data.class_examples import (
     SINGLE,
     ClassFormat,
     decimal_comma_note,
-    is_integer,
     names_of,
     not_numbers,
     problem_of,
     target_of,
 )
 from backhand.data.class_lint import check_names
-from backhand.data.label_names import unlearned_note, unlearned_rows
+from backhand.data.label_names import integers_note, unlearned_note, unlearned_rows
 from backhand.data.lint import scale_note
 from backhand.data.rows import INSTRUCTION, ClassLabel, ProblemType
 from backhand.data.stored_examples import PreparedData
@@ -36,7 +35,6 @@ from backhand.words import count_of, label_text, name_list, shorten
 
 _WITHOUT_CLASS = ("bamba", "falcon_h1", "gemma4_text", "granite", "granitemoehybrid", "lfm2", "nemotron_h")
 """Model types for which transformers has no class for sequence classification."""
-_MOST_INTEGERS = 20
 
 
 @dataclass(frozen=True)
@@ -177,8 +175,8 @@ def with_labels(
         said.append(
             f"warning: nearly all labels look like numbers, but not {texts}: without these, numbers are learned"
         )
-    if problem == SINGLE and len(labels) > _MOST_INTEGERS and all(map(is_integer, labels)):
-        said.append(f"the {len(labels)} integers are read as names; --problem-type regression learns them as numbers")
+    if problem == SINGLE and not chosen and options.problem_type is None and (note := integers_note(labels)):
+        said.append(note)
     return replace(options, problem_type=problem, class_labels=labels), unlearned, tuple(said)
 
 
