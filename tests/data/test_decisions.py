@@ -437,3 +437,13 @@ def test_a_long_row_is_left_out_and_counted(tmp_path: Path) -> None:
     rows = [{"text": "words " * (100 if n == 1 else 1), "label": "ab"[n % 2]} for n in range(4)]
     data = read(lines(tmp_path / "rows.jsonl", rows), max_length=200)
     assert len(data.examples) == 3 and data.report.dropped_long == 1
+    assert "1 row longer than max_length, left out: " in data.report.left_out()[0]
+
+
+def test_rows_that_are_all_too_long_are_answered_with_their_lengths(tmp_path: Path) -> None:
+    rows = [{"text": "words " * (n + 1), "label": "ab"[n % 2]} for n in range(10)]
+    with pytest.raises(DataError, match="all rows are longer than max_length 8") as raised:
+        read(lines(tmp_path / "rows.jsonl", rows), max_length=8)
+    kept = int((raised.value.next_step or "").split()[2].rstrip(","))
+    assert f"{kept + 6} tokens" in str(raised.value.why)  # the longest has one word more
+    assert len(read(tmp_path / "rows.jsonl", max_length=kept).examples) == 9

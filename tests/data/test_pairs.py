@@ -168,11 +168,11 @@ def test_a_pair_goes_whole_where_a_side_has_nothing_left(tmp_path: Path) -> None
     shortest = example.prompt_tokens + 1
     (cut,) = prepared(tmp_path / "rows.jsonl", [EXPLICIT], max_length=shortest)
     assert [len(document) for document in cut.documents] == [shortest, shortest]
-    with pytest.raises(DataError, match="nothing in the data carries loss"):
+    with pytest.raises(DataError, match="all rows are longer than max_length"):
         prepared(tmp_path / "rows.jsonl", [EXPLICIT], max_length=example.prompt_tokens)
     length = len(example)
     assert length < len(example.documents[1])
-    with pytest.raises(DataError, match="nothing in the data carries loss"):
+    with pytest.raises(DataError, match="all rows are longer than max_length"):
         prepared(tmp_path / "rows.jsonl", [EXPLICIT], max_length=length, long_rows="drop")
 
 

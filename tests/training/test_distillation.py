@@ -240,7 +240,11 @@ def _refused() -> Iterator[Any]:
     yield case("head", UsageError, "not lm_head", target_modules=("q_proj", "lm_head"))
     yield case("plain text", DataError, "no prompt that the context", data=_text_rows)
     yield case(
-        "too long", DataError, "nothing in the data carries loss", context=CONTEXT + " name" * 400, max_length=64
+        "too long",
+        DataError,
+        "all documents are longer than max_length 64",
+        context=CONTEXT + " name" * 400,
+        max_length=64,
     )
     yield case("transformers", UsageError, "hidden states of the teacher", engine="transformers", answers_from="rows")
 

@@ -69,9 +69,10 @@ class ClassEncoder:
             return DataError("a text has no tokens", where=row.source, next_step="remove the row")
         room = self._max_length - len(before) - len(after)
         if len(ids) > room:
-            (stats.dropped_long if self._drop else stats.truncated).append(row.source)
             if self._drop:
+                stats.drop(row.source, len(before) + len(ids) + len(after))
                 return None
+            stats.truncated.append(row.source)
         tokens = self._format.read_tokens([*before, *ids[:room].tolist(), *after])
         label = None if row.label is None else ClassLabel(row.label)
         return pooled_document(tokens, self._format.pooling, row.source, class_label=label)

@@ -31,6 +31,7 @@ class DataReport:
         longest: number of tokens of the longest document in use.
         truncated, dropped_long: documents cut to `max_length`, or left out because of it.
         dropped_unsupervised: documents left out because they have no supervised token.
+        cut_unit: the noun for what these three count: rows, if a row is used or left out as a whole.
         first_cut: location of the first document of each of these three kinds, or "".
         option_rows: rows added to those of decisions, whose text is the name of an option. They count in `rows`.
         empty_answers: rows with an answer of only white space.
@@ -50,6 +51,7 @@ class DataReport:
     truncated: int = 0
     dropped_long: int = 0
     dropped_unsupervised: int = 0
+    cut_unit: str = "document"
     first_cut: tuple[str, str, str] = ("", "", "")
     option_rows: int = 0
     empty_answers: int = 0
@@ -84,7 +86,7 @@ class DataReport:
             (self.dropped_unsupervised, "without a supervised token, left out"),
         )
         lines = [
-            f"{count_of(count, 'document')} {what}"
+            f"{count_of(count, self.cut_unit)} {what}"
             + (f": {place}" if count == 1 else f", the first: {place}") * bool(place)
             for (count, what), place in zip(counted, self.first_cut, strict=True)
             if count
@@ -104,16 +106,38 @@ def rows_left_out(malformed: int, errors: Sequence[DataError], empty: int) -> li
 
 @dataclass
 class TruncationStats:
-    """Locations of the documents that `truncate` cut or left out; a row may occur once per document."""
+    """Locations of the documents that were cut or left out; a row may occur once per document.
+
+    Attributes:
+        needed: the smallest `max_length` that would keep each document of `dropped_long`.
+    """
 
     truncated: list[str] = field(default_factory=list)
     dropped_long: list[str] = field(default_factory=list)
     dropped_unsupervised: list[str] = field(default_factory=list)
+    needed: list[int] = field(default_factory=list)
+
+    def drop(self, source: str, needed: int) -> None:
+        """Record a document that is left out because it is too long."""
+        self.dropped_long.append(source)
+        self.needed.append(needed)
+
+    def of_rows(self) -> TruncationStats:
+        """Return the locations of rows, each with the worst that happened to one of its documents."""
+        long, unsupervised = dict.fromkeys(self.dropped_long), dict.fromkeys(self.dropped_unsupervised)
+        left_out = long | unsupervised
+        return TruncationStats(
+            [source for source in dict.fromkeys(self.truncated) if source not in left_out],
+            [*long],
+            [source for source in unsupervised if source not in long],
+            self.needed,
+        )
 
     @property
     def firsts(self) -> tuple[str, str, str]:
         """The first location of each kind, or ""."""
-        one, other, third = (next(iter(all_), "") for all_ in vars(self).values())
+        kinds = self.truncated, self.dropped_long, self.dropped_unsupervised
+        one, other, third = (next(iter(all_), "") for all_ in kinds)
         return one, other, third
 
     def add(self, other: TruncationStats) -> None:
@@ -121,3 +145,4 @@ class TruncationStats:
         self.truncated += other.truncated
         self.dropped_long += other.dropped_long
         self.dropped_unsupervised += other.dropped_unsupervised
+        self.needed += other.needed

@@ -86,9 +86,10 @@ class EmbeddingEncoder:
             return DataError("a text has no tokens", where=row.source, next_step="remove the row")
         room = self._max_length - len(before) - len(after)
         if any(len(ids) > room for ids in texts):
-            (stats.dropped_long if self._drop else stats.truncated).append(row.source)
             if self._drop:
+                stats.drop(row.source, len(before) + max(map(len, texts)) + len(after))
                 return None
+            stats.truncated.append(row.source)
         pooling = self._format.pooling
         first, *others = (pooled_document([*before, *ids[:room], *after], pooling, row.source) for ids in texts)
         identities = tuple(map(identity, row.texts))

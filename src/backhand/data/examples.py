@@ -143,15 +143,16 @@ def encode_document(document: Document, encoder: TextEncoder, encoded: EncodedTe
 def truncate(example: Example, options: DataOptions, truncation: TruncationStats) -> Example | None:
     """Truncate an example to `max_length` tokens, or return None to leave it out. Record both in `truncation`."""
     if len(example) > options.max_length:
-        if options.long_rows == "drop":
-            truncation.dropped_long.append(example.source)
-            return None
         length = options.max_length
+        if options.long_rows == "drop":
+            truncation.drop(example.source, len(example))
+            return None
+        needed = len(example)
         example = replace(
             example, input_ids=example.input_ids[:length].copy(), supervised=example.supervised[:length].copy()
         )
         if not example.supervised.any():  # its answer starts after the cut
-            truncation.dropped_long.append(example.source)
+            truncation.drop(example.source, needed)
             return None
         truncation.truncated.append(example.source)
     if not example.supervised.any():

@@ -362,7 +362,7 @@ def lint(
         long = documents.take(documents.column("tokens") > context_length)
         problems.append(("context", [document.source for document in long], context_length))
     malformed = [*_malformed(mixed, "error"), *_malformed(bad, "warning" if options.skip_bad else "error")]
-    unit = "row" if purpose in ("embeddings", "decisions", "rankings") else "document"
+    unit = train.report.cut_unit
     checked = tuple(kind for kind, check in CHECKS.items() if check.form in forms)
     findings = [*malformed, *(_finding(unit, *one) for one in problems if one[1] and one[0] in checked)]
     columns = {"tokens": "tokens"} | ({"supervised tokens": "supervised"} if train.report.supervised_tokens else {})

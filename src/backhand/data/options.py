@@ -331,7 +331,9 @@ class DataOptions(TemplateOptions, DecisionColumns, NamedColumns, RowSources, Op
     """Longest document in tokens. `long_rows` determines what happens to longer ones; they are counted."""
 
     long_rows: Literal["truncate", "drop"] = "truncate"
-    """A document longer than `max_length`: `truncate` keeps its first `max_length` tokens, `drop` leaves it out."""
+    """A document longer than `max_length`: `truncate` keeps its first `max_length` tokens, `drop` leaves it out. Of
+    rankings, `truncate` cuts the end of the text instead. Decisions, and prompts that the model answers in training
+    (`grpo`, `bake`, `sdft`), are never cut but left out."""
 
     train_on: Literal["completions", "all", "text"] = "completions"
     """Tokens that carry loss: `completions` (assistant turns, completions and outputs), `all` (every token of the row),

@@ -46,6 +46,7 @@ class PairEncoder:
     def __init__(self, encoder: TextEncoder, text_format: PairFormat, max_length: int, *, drop: bool = False) -> None:
         self._encoder, self._format, self._drop = encoder, text_format, drop
         self._around = around = encoder.pair_tokens
+        self._max_length = max_length
         self._room = max_length - len(around.before) - len(around.between) - len(around.after)
         if self._room < 2:
             raise UsageError(
@@ -73,9 +74,10 @@ class PairEncoder:
             return DataError("a text has no tokens", where=row.source, next_step="remove the row")
         query, *documents = texts
         if any(len(query) + len(ids) > self._room for ids in documents):
-            (stats.dropped_long if self._drop else stats.truncated).append(row.source)
             if self._drop:
+                stats.drop(row.source, self._max_length - self._room + len(query) + max(map(len, documents)))
                 return None
+            stats.truncated.append(row.source)
         first, *others = (self._document(query, ids, row.source) for ids in documents)
         ranking = RankedTexts(identity(row.query), tuple(map(identity, row.documents)), row.targets)
         return replace(first, others=tuple(others), facts=ranking)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -226,8 +227,11 @@ def read_examples(
         notes.append(
             f"{count} with an empty answer, which teaches the model to answer nothing: fill it in, or remove the row"
         )
+    by_row = purpose not in ("answers", "labelled", None)
+    stats = stats.of_rows() if by_row else stats
     report = replace(
         report,
+        cut_unit="row" if by_row else "document",
         truncated=len(stats.truncated),
         dropped_long=len(stats.dropped_long),
         dropped_unsupervised=len(stats.dropped_unsupervised),
@@ -240,7 +244,7 @@ def read_examples(
         truncation.add(stats)
     examples = writer.stored()
     if not examples:
-        raise _nothing_left(report, names, options)
+        raise _nothing_left(report, names, options, stats.needed)
     return with_totals(examples, report)
 
 
@@ -308,10 +312,27 @@ def prepare_prompts(
     return tuple(prompts), replace(report, notes=(*renderer.notes(), *report.notes))
 
 
-def _nothing_left(report: DataReport, names: Sequence[str], options: DataOptions) -> DataError:
+_MOST_KEPT = 0.9
+"""Share of the rows that the suggested `max_length` keeps, if all are too long."""
+
+
+def _nothing_left(report: DataReport, names: Sequence[str], options: DataOptions, needed: Sequence[int]) -> DataError:
+    where = ", ".join(names)
+    if report.dropped_long and not (report.skipped_bad or report.dropped_unsupervised or report.truncated):
+        kept = sorted(needed)[math.ceil(_MOST_KEPT * len(needed)) - 1]
+        shortest, longest = min(needed), max(needed)
+        cut = report.cut_unit == "document" and options.long_rows == "truncate"
+        return DataError(
+            f"all {report.cut_unit}s are longer than max_length {options.max_length}",
+            where=where,
+            why=("" if shortest == longest else f"{shortest:,} to ")
+            + f"{longest:,} tokens"
+            + "; cut at max_length, they have nothing left to learn" * cut,
+            next_step=f"give --max-length {kept}, which keeps at least {_MOST_KEPT:.0%} of them",
+        )
     facts = (
         (report.skipped_bad, f"malformed row{'' if report.skipped_bad == 1 else 's'}"),
-        (report.dropped_long, "documents longer than max_length"),
+        (report.dropped_long, f"{report.cut_unit}s longer than max_length"),
         (report.dropped_unsupervised, "without a supervised token"),
         (report.truncated, f"truncated to {options.max_length} tokens"),
     )
@@ -319,11 +340,9 @@ def _nothing_left(report: DataReport, names: Sequence[str], options: DataOptions
     reasons += [f"the first malformed: {error.where}: {error.what}" for error in report.bad_rows[:1]]
     reasons += report.notes
     if report.truncated or report.dropped_long:
-        remedy = "raise --max-length: the replies start after the cut"
+        remedy = "raise --max-length"
     elif report.skipped_bad and not report.dropped_unsupervised:
         remedy = report.bad_rows[0].next_step or "correct the rows"
     else:
         remedy = "the rows need assistant turns (with a weight other than 0), completions, outputs or text"
-    return DataError(
-        "nothing in the data carries loss", where=", ".join(names), why=", ".join(reasons) or None, next_step=remedy
-    )
+    return DataError("nothing in the data carries loss", where=where, why=", ".join(reasons) or None, next_step=remedy)

@@ -216,7 +216,7 @@ class RowEncoder:
             encoded = [one for part in parts if (one := _only(part, row)) is not None]
             example = decisions.example(row, [one.question.canonical_order for one in row.asked], encoded)
             if example is None:
-                stats.dropped_long.append(row.source)
+                stats.drop(row.source, max(map(len, encoded)))
             return [] if example is None else [example]
         if self._teacher is not None:
             return _taught_examples(parts[0], parts[1], row.source, options, stats)
@@ -257,7 +257,7 @@ def _taught_examples(
     examples = []
     for student, teacher in zip(students, teachers, strict=True):
         if len(teacher) > options.max_length:
-            stats.dropped_long.append(source)
+            stats.drop(source, len(teacher))
             continue
         answer, expected = (example.input_ids[example.supervised] for example in (student, teacher))
         if not np.array_equal(answer, expected):
@@ -277,8 +277,8 @@ def _prompt_examples(
     """Return the prompts of a row with a placeholder for the answer; none if one of them is too long."""
     if not all(map(len, prompts)):
         raise DataError("the prompt is empty", where=source)
-    if max(map(len, prompts)) >= options.max_length:
-        stats.dropped_long.append(source)
+    if (longest := max(map(len, prompts))) >= options.max_length:
+        stats.drop(source, longest + 1)
         return []
     examples = []
     for ids in (prompt.input_ids for prompt in prompts):
