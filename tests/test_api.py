@@ -133,6 +133,9 @@ def test_a_frame_s_missing_values_are_null() -> None:
     frame = pd.DataFrame({"prompt": ["a", None], "score": [0.5, float("nan")]})
     (name,) = backhand.DataOptions(data=frame).data
     assert name.rows == [{"prompt": "a", "score": 0.5}, {"prompt": None, "score": None}]  # type: ignore[attr-defined]
+    for empty in ({"prompt": None, "score": math.nan}, {"score": None}, {}):
+        other = backhand.DataOptions(data=[{"prompt": "a", "score": 0.5}, empty]).data
+        assert other == (name,), "the same rows, so that runs on them can be compared"
 
 
 def test_a_frame_with_texts_and_numbers_in_one_column_is_read_by_its_rows(tiny: TinyRun) -> None:

@@ -70,7 +70,7 @@ def test_giving_up_early_changes_no_count(model_directory: Path, monkeypatch: py
             for reply in replies_around(answer):
                 row = Prompt(np.array(prompt, dtype=np.int32), "", reply, "row 1")
                 found = evaluation.exact_matches(loaded, (row,), NEW_TOKENS)
-                assert found == int(answer == reply.strip()), reply
+                assert found == [answer == reply.strip()], reply
         assert min(tokens) < NEW_TOKENS, "a wrong first token ends a completion"
 
 
@@ -140,7 +140,7 @@ def test_certain_rows_are_not_decoded_and_no_count_changes(tmp_path: Path, monke
     decoded: list[int] = []
     count_by_decoding = evaluation.exact_matches
 
-    def counted(loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int, *_: Any) -> int:
+    def counted(loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int, *_: Any) -> list[bool]:
         decoded.append(len(prompts))
         return count_by_decoding(loaded, prompts, max_new_tokens)
 
@@ -150,7 +150,7 @@ def test_certain_rows_are_not_decoded_and_no_count_changes(tmp_path: Path, monke
         for adapter in (True, False):
             found = evaluation.score(loaded, evaluated, run, adapter=adapter)
             right = count_by_decoding(loaded, evaluated.prompts, run.max_new_tokens)
-            assert found.exact_match == right / len(evaluated.prompts), adapter
+            assert list(found.row_matches) == right and found.exact_match == sum(right) / len(right), adapter
             assert found.loss == pytest.approx(evaluated.held_out.loss(loaded.model.decoder, Communicator()), rel=1e-9)
     of_adapted, of_base = decoded
     assert of_base == len(rows) + len(others), "a model that has learned nothing is certain of nothing"
@@ -194,6 +194,6 @@ def test_a_model_that_says_all_that_the_template_writes_is_right(
     with loaded_model(BaseModelOptions(model=str(model), dtype="float32"), tmp_path / "run" / "adapter") as loaded:
         evaluated = evaluation.evaluation_rows(DataOptions(data=(str(data),)), loaded, run)
         assert evaluation.score(loaded, evaluated, run, adapter=True).exact_match == 1.0
-        assert evaluation.exact_matches(loaded, evaluated.prompts, run.max_new_tokens) == len(rows)
+        assert evaluation.exact_matches(loaded, evaluated.prompts, run.max_new_tokens) == [True] * len(rows)
         monkeypatch.setattr(evaluation, "complete_greedily", lambda _, prompts, **options: [[] for _ in prompts])
-        assert evaluation.exact_matches(loaded, evaluated.prompts, run.max_new_tokens) == 0
+        assert evaluation.exact_matches(loaded, evaluated.prompts, run.max_new_tokens) == [False] * len(rows)

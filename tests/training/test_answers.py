@@ -29,7 +29,7 @@ def test_rows_that_leave_room_are_answered_until_asked_to_stop(
     def score(_loaded: Any, rows: EvaluationRows, _run: Any, *, adapter: bool, answered: int) -> Any:
         assert [prompt.source for prompt in rows.prompts] == ["f:5", "f:190"]
         seen.append("adapted" if adapter else "base")
-        return SimpleNamespace(exact_match=0.5, labels=None)
+        return SimpleNamespace(exact_match=0.5, labels=None, row_matches=(adapter, not adapter))
 
     monkeypatch.setattr(answers, "score", score)
     monkeypatch.setattr(answers, "stop_ids", lambda *_: ())
@@ -41,4 +41,6 @@ def test_rows_that_leave_room_are_answered_until_asked_to_stop(
     source: Any = SimpleNamespace(tokenizer=tiny_tokenizer)
     rows = [row(5), row(190), row(191)]
     found = answers.measured_answers(bound, source, rows, TrainConfig(), {}, 10**6, lambda: len(seen) >= stop_after)
+    gain, low, high = found.get("exact_match_gain", (0.0, -1.0, 1.0))
+    assert gain == 0.0 and low == -1.0 and high == 1.0, "one answer became right, and one wrong"
     assert seen == asked and found.get("exact_match_rows") == (2 if len(asked) == 2 else None)

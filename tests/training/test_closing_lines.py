@@ -93,6 +93,7 @@ def test_small_changes_do_not_look_like_none_or_all(ended: RunSummary) -> None:
         summary = replace(ended, base_eval_loss=before, first_eval_loss=None, best_eval_loss=after, **more)
         return "\n".join(closing_lines(summary))
 
+    assert "(perplexity above 1.01e+304 → 7.23e+86)" in shown(1200.0, 200.0)
     assert "2.30000 → 2.29999 nats per token, 0.0004% lower (perplexity 9.9742 → 9.9741)" in shown(2.3, 2.29999)
     assert "2.0000 → 0.0010 nats per token, 99.95% lower" in shown(2.0, 0.001)
     changed = shown(2.3, 2.29999, loss_change=(-1e-5, -2e-5, -1e-6))
@@ -100,6 +101,21 @@ def test_small_changes_do_not_look_like_none_or_all(ended: RunSummary) -> None:
     assert "Loss changed by -0.0200 nats per token (95 % interval -0.0400 to +0.0000)" in shown(
         2.3, 2.28, loss_change=(-0.02, -0.04, -0.0)
     )
+
+
+def test_figures_that_are_not_known_or_equal_are_not_judged(ended: RunSummary) -> None:
+    run = read_run(Path(ended.output))
+    unknown = "here is no finite held-out loss before and after training, so it is not known whether it helped"
+    assert f"T{unknown}." in closing_lines(replace(ended, best_eval_loss=None, best_step=None))
+    before = replace(run, metrics=[line | {"eval_loss": None} if line["step"] else line for line in run.metrics])
+    assert f"; t{unknown}" in headline(before) and verdict(before) == "unknown"
+    many = run.facts | {"data": {"held_out": {"examples": 3000}}}
+    losses = [{"step": 0, "eval_loss": 5.0004}, {"step": 1, "eval_loss": 5.0}]
+    little = replace(run, facts=many, metrics=losses)  # type: ignore[arg-type]
+    assert "(perplexity 148.47 to 148.41)" in headline(little)
+    assert result_sentence(little) == "held-out loss 5.0004 → 5.0000: it helped."
+    equal = [line | {"eval_loss": 5.0} for line in losses]
+    assert verdict(replace(little, metrics=equal)) == "unclear"
 
 
 def test_pairs_are_rows_and_measured_where_some_are_held_out(tiny: TinyRun, tmp_path: Path) -> None:
@@ -199,6 +215,9 @@ def test_no_exact_match_of_free_texts_is_said(ended: RunSummary) -> None:
         return "\n".join([*closing_lines(summary), page]).lower()
 
     assert shown(replace(measured, free_texts=False)).count("exactly right") == 2
+    gained = replace(measured, adapted_exact_match=0.4, exact_match_gain=(0.4, 0.1, 0.7))
+    change = "right answers changed by +40.0 points from the base model (95 % interval +10.0 to +70.0)"
+    assert shown(gained).count(change) == 2
     assert "exactly right" not in shown(replace(measured, free_texts=True))
     assert shown(replace(measured, adapted_exact_match=0.04, free_texts=True)).count("exactly right") == 2
 
@@ -305,6 +324,7 @@ def test_a_lower_loss_helped_only_if_the_labels_are_clearly_better(
     assert words in line and "always answering 'animals' is right in 27.5%" in line and f"{base:.1%} (95 %" in line
     stored = json.loads(Path(ended.output, "summary.json").read_text()) | json.loads(measured.to_json())
     run = replace(read_run(Path(ended.output)), summary=stored)
+    assert " nats per token; loss changed by " in headline(run)
     page = Page(run_page(run)).one("section", id="result").text
     assert words in page and "so it helped" not in page
     assert VERDICTS[verdict][0] in page

@@ -320,7 +320,7 @@ def test_the_end_of_a_run_shows_each_question(straight: TrainConfig) -> None:
         assert figures["temperature"] == pytest.approx(record["decisions"]["temperatures"][kind], rel=1e-3)
         (line,) = [line for line in closing_lines(summary) if line.startswith(f"{name}: ")]
         assert ("decides nothing" if figures["constant"] else f"{figures['majority']:.1%} by the most") in line
-        assert figures["constant"] or "on these 6, which also fitted the temperature" in line
+        assert figures["constant"] or "on the same answers, which also fitted the temperature" in line
     shown = closing_lines(summary)
     assert any(line.startswith("Next: backhand decide") for line in shown)
     assert any(line.endswith("--to gguf --decision --output decision.gguf") for line in shown)

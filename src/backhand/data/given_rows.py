@@ -48,13 +48,19 @@ class GivenRows(str):
     def of(
         cls, rows: Sequence[Mapping[str, Any]], places: Sequence[str] | None = None, *, option: str = ""
     ) -> GivenRows:
-        """Return the name of these rows, which carries them and their places."""
+        """Return the name of these rows, which carries them and their places. Empty cells do not change it."""
         digest = hashlib.sha256()
         for row in rows:
-            digest.update(json.dumps(row, default=str).encode("utf-8", "surrogatepass") + b"\n")
+            filled = {key: value for key, value in row.items() if not _is_empty(value)}
+            digest.update(json.dumps(filled, default=str).encode("utf-8", "surrogatepass") + b"\n")
         name = cls(IN_MEMORY + digest.hexdigest()[:16])
         name.rows, name.places, name.option = rows, places, option
         return name
+
+
+def _is_empty(value: Any) -> bool:
+    """Return True for None, and for NaN, the empty cell of a data frame."""
+    return value is None or (isinstance(value, float) and value != value)
 
 
 def list_of_texts(

@@ -104,7 +104,7 @@ def demo_command(options: DemoOptions) -> DemoResult:
     with working("the base model is asked") as say, loaded_model(model) as loaded:
         prompts, _ = prepare_prompts(RowSources(data=(str(held_out_file),)), TemplateOptions(), loaded.tokenizer)
         before = _answers(loaded, prompts[:SHOWN_ANSWERS])
-        base_right = exact_matches(loaded, prompts, MAX_NEW_TOKENS) / len(prompts)
+        base_right = sum(exact_matches(loaded, prompts, MAX_NEW_TOKENS)) / len(prompts)
         say(f"the base model is asked again, with {SHOTS} examples in the prompt")
         shown = _score(loaded, few_shot_file, adapter=False)
     run = train(_config(options, train_file, held_out_file))

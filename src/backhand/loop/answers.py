@@ -40,7 +40,7 @@ from backhand.options.command_options import EvaluateRunOptions
 from backhand.options.config import TrainConfig
 from backhand.printing import counting
 from backhand.runs.records import MAX_NEW_TOKENS
-from backhand.runs.row_changes import row_scores
+from backhand.runs.row_changes import row_scores, share_gain
 from backhand.runs.summary import AnswerLengths, NeutralAnswer
 from backhand.words import mean_interval
 
@@ -400,6 +400,7 @@ def measured_answers(
         "free_texts": _are_free_texts(prompts, [end - begin for begin, end in _spans(chosen)]),
         "base_exact_match": base.exact_match,
         "adapted_exact_match": adapted.exact_match,
+        "exact_match_gain": share_gain(base.row_matches, adapted.row_matches) if base.row_matches else None,
         "base_labels": base.labels.to_json() if base.labels else None,
         "adapted_labels": adapted.labels.compared_with(base.labels).to_json() if adapted.labels else None,
         "row_scores": row_scores(adapted.labels.row_scores) if adapted.labels else (),

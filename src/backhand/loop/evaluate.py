@@ -67,7 +67,15 @@ from backhand.options.objectives import ObjectiveOptions
 from backhand.printing import counting
 from backhand.runs.label_results import Accuracies, constant_answer, verdict_words
 from backhand.runs.pair_results import ROW_ANSWERS, change_bounds, pair_clauses
-from backhand.runs.row_changes import as_loss, loss_change, loss_words, main_score, score_words
+from backhand.runs.row_changes import (
+    as_loss,
+    loss_change,
+    loss_words,
+    main_score,
+    right_words,
+    score_words,
+    share_gain,
+)
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import (
     capitalized,
@@ -105,6 +113,7 @@ class Score:
     classes: ClassScores | None = None
     # nats and number of supervised tokens of each row, by its place; empty if the loss is not that of tokens
     row_losses: dict[str, tuple[float, int]] = field(default_factory=dict, repr=False)
+    row_matches: tuple[bool, ...] = field(default=(), repr=False)  # `exact_match` of each row
 
     def compared_with(self, base: Score) -> Score:
         """Return these scores with their gains over those of the base model on the same rows."""
@@ -128,6 +137,13 @@ class Evaluation:
     undesirable: int = field(default=0, kw_only=True)  # number of answers left out as they are labelled undesirable
 
     @property
+    def exact_match_gain(self) -> tuple[float, float, float] | None:
+        """Gain in exact match by the adapter and the ends of its 95 % interval; None if not measured."""
+        if self.adapted is None or not self.base.row_matches:
+            return None
+        return share_gain(self.base.row_matches, self.adapted.row_matches)
+
+    @property
     def loss_change(self) -> tuple[float, float, float] | None:
         """Change of the loss by the adapter and the ends of its 95 % interval; None if not measured on several rows."""
         classes = None if self.adapted is None else self.adapted.classes
@@ -147,13 +163,15 @@ class Evaluation:
             values["undesirable"] = self.undesirable
         if self.loss_change is not None:
             values["loss_change"], *values["loss_change_interval"] = self.loss_change
+        if self.exact_match_gain is not None:
+            values["exact_match_gain"], *values["exact_match_gain_interval"] = self.exact_match_gain
         return values
 
 
 def _json_values(score: Score) -> dict[str, Any]:
     """Return scores as JSON values without the parts that they lack."""
     values = asdict(score)
-    del values["row_losses"]
+    del values["row_losses"], values["row_matches"]
     for name in ("labels", "classes"):
         if (one := getattr(score, name)) is not None:
             values[name] = one.to_json()
@@ -332,18 +350,21 @@ def score(
             if adapter
             else "try --dtype float32, or load the model again from its source",
         )
-    exact_match = labels = None
+    labels: LabelScore | None = None
+    matches: list[bool] = []
     if rows.prompts:
         open_prompts = [prompt for prompt, sure in zip(rows.prompts, certain, strict=True) if not sure]
         if rows.labels:
-            exact_match, labels = _judged(loaded, rows, run, open_prompts, answered, who)
+            matches, labels = _judged(loaded, rows, run, open_prompts, answered, who)
         else:
-            right = sum(certain) + exact_matches(loaded, open_prompts, run.max_new_tokens, answered, who)
-            exact_match = right / len(rows.prompts)
-    interval = None if exact_match is None else share_interval(exact_match, len(rows.prompts))
+            decoded = iter(exact_matches(loaded, open_prompts, run.max_new_tokens, answered, who))
+            matches = [sure or next(decoded) for sure in certain]
+    exact_match = sum(matches) / len(matches) if matches else None
+    interval = None if exact_match is None else share_interval(exact_match, len(matches))
     return Score(
         *(nats, _perplexity(nats), exact_match, rows.held_out.supervised_tokens, labels, interval),
         row_losses=row_losses,
+        row_matches=tuple(matches),
     )
 
 
@@ -358,8 +379,11 @@ def _judged(
     open_prompts: Sequence[Prompt],
     answered: int,
     who: str,
-) -> tuple[float, LabelScore]:
-    """Return the exact match of the free answers and the label scores. Only `open_prompts` need decoding."""
+) -> tuple[list[bool], LabelScore]:
+    """Return True for each free answer that is exactly right, and the label scores.
+
+    Only `open_prompts` need decoding.
+    """
     longest = max(map(len, rows.labels.values())) + _EXTRA_TOKENS
     with counting(f"{who}: answers", len(open_prompts)) as done:
         completions = complete_greedily(
@@ -380,7 +404,7 @@ def _judged(
         )
     names = list(rows.labels)
     score = label_score(right, [names[label] for label in log_p.argmax(1).tolist()], names, free)
-    return sum(one == reply for one, reply in zip(free, right, strict=True)) / len(right), score
+    return [one == reply for one, reply in zip(free, right, strict=True)], score
 
 
 def _losses(
@@ -413,8 +437,8 @@ def _text(loaded: LoadedModel, ids: Sequence[int]) -> str:
 
 def exact_matches(
     loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int, at_once: int = 64, who: str = "model"
-) -> int:
-    """Return the number of prompts whose greedy completion is exactly the reply.
+) -> list[bool]:
+    """Return True for each prompt whose greedy completion is exactly the reply.
 
     Args:
         at_once: number of prompts per batch.
@@ -438,7 +462,7 @@ def exact_matches(
             on_done=done,
             give_up=None if tidies else already_wrong,
         )
-    return sum(_text(loaded, ids).strip() == reply for ids, reply in zip(completions, replies, strict=True))
+    return [_text(loaded, ids).strip() == reply for ids, reply in zip(completions, replies, strict=True)]
 
 
 def evaluate(options: EvaluateOptions) -> Evaluation | VectorEvaluation:
@@ -547,6 +571,8 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | RewardEvaluation 
             console_for_tables().print(f"{name}: {', '.join(known)}", soft_wrap=True)
     if (change := result.loss_change) is not None:
         console_for_tables().print(loss_words(change, "nats per token"), soft_wrap=True)
+    if (gain := result.exact_match_gain) is not None and (base.exact_match or gain[0]):
+        console_for_tables().print(f"exactly {right_words(gain, 'the base model')}", soft_wrap=True)
     name, last = measured[-1]
     if last.labels:
         print_labels(name, last.labels)

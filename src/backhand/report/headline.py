@@ -40,6 +40,7 @@ from backhand.runs.row_changes import (
     training_reward_words,
 )
 from backhand.runs.summary import (
+    NOT_FINITE,
     LabelFigures,
     before_name,
     constant_name,
@@ -47,6 +48,7 @@ from backhand.runs.summary import (
     forgotten_nats,
     labels_unmeasured,
     loss_unit,
+    perplexities,
     rows_trained_on,
     since_start,
 )
@@ -92,7 +94,7 @@ def _verdict_of_scores(run: RunRecord) -> str:
         return loss_verdict(change)
     if run.objective == "classify":  # numbers of a run without an end, or of a single row
         return "unclear"
-    if 0 < held_out_rows(run) < FEWEST_ROWS:
+    if 0 < held_out_rows(run) < FEWEST_ROWS or best == base:
         return "unclear"
     return "helped" if best < base else "hurt"
 
@@ -287,7 +289,8 @@ def _outcome(run: RunRecord) -> str:
     if base is None or best is None:
         unknown = "; nothing was held out, so it is not known whether it helped"
         measured = run.held_out_losses() or (run.facts.get("data") or {}).get("held_out")
-        return reward + ("" if measured else unknown)
+        ended = "" if run.state in ("running", "preparing") else f"; {NOT_FINITE}"
+        return reward + (ended if measured else unknown)
     rows = count_of(held_out_rows(run), "held-out row") if held_out_rows(run) else "held-out rows"
     if run.objective == "grpo":
         change = f": the reward on {rows} went from {' to '.join(apart(0.0 - base, 0.0 - best, 3))}"
@@ -303,7 +306,9 @@ def _outcome(run: RunRecord) -> str:
     if run.is_running and not decisions:
         return f"{change} so far"
     if (labels := _labels(run)) is not None:
-        return f"{change}; {label_clause(*labels, before_it)}"
+        by_row = _loss_change(run)
+        changed = "" if by_row is None else f"; {loss_words(by_row, loss_unit(run.objective))}"
+        return f"{change} {loss_unit(run.objective)}{changed}; {label_clause(*labels, before_it)}"
     if unmeasured := _unmeasured_labels(run):
         return f"{change} nats per token; {unmeasured}"
     if run.objective == "decide" and not decisions:
@@ -337,20 +342,28 @@ def _outcome(run: RunRecord) -> str:
         return f"{change} {loss_unit(run.objective)}{scores}{_effect(run)}"
     if run.objective == "classify":
         before, after = classes_of(run)
-        score = next((name for name in ("accuracy", "mse") if is_number(after.get(name))), None)
-        scores = "" if score is None else f", and {score} from {before[score]:.3f} ({constant}) to {after[score]:.3f}"
+        score = next((name for name in _OF_CLASSES if is_number(after.get(name))), None)
+        scores = (
+            ""
+            if score is None
+            else f", and {_OF_CLASSES[score]} from {before[score]:.3f} ({constant}) to {after[score]:.3f}"
+        )
         if (right := right_answers(run)) is not None:
             scores += f" ({interval_text(*right[1:])})"
         unit, ending = loss_unit(run.objective, after), _effect(run)
         if (of_numbers := _loss_change(run)) is not None:
             ending = f"; {loss_words(of_numbers, unit)}{_effect(run, unclear='')}"
         return f"{change} {unit}{scores}{ending}"
-    nats = f"nats per token (perplexity {perplexity(base)} to {perplexity(best)})"
+    nats = f"nats per token (perplexity {' to '.join(perplexities(base, best))})"
     by_row = _loss_change(run)
     if by_row is None:
         return f"{change} {nats}{_effect(run)}{_by_how_much(run, base, best)}"
     changed = loss_words(by_row, loss_unit(run.objective))
     return f"{change} {nats}; {changed}{_effect(run, unclear='')}{_by_how_much(run, base, best)}"
+
+
+_OF_CLASSES = {"accuracy": "accuracy", "mse": "squared error"}
+"""The main score of a head by its name in summary.json."""
 
 
 def held_out_rows(run: RunRecord) -> int:
@@ -379,14 +392,6 @@ def _adapter_place(run: RunRecord) -> str:
     if not run.adapter.is_dir():
         return "; there is no adapter yet" if run.state in ("running", "preparing") else "; it left no adapter"
     return f"; the adapter is in {run.adapter}"
-
-
-def perplexity(loss: float) -> str:
-    """Format exp(loss)."""
-    value = _exp(loss)
-    if value >= 1e6:
-        return f"{value:.1e}"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def _exp(value: float) -> float:

@@ -25,9 +25,10 @@ from backhand.report.run_record import RunRecord, is_number
 from backhand.runs.distilled_results import distilled_sentences
 from backhand.runs.pair_results import PAIR_OBJECTIVES, answers_got_worse
 from backhand.runs.records import MAX_NEW_TOKENS
-from backhand.runs.row_changes import SCORE_NAMES
+from backhand.runs.row_changes import SCORE_NAMES, right_words
 from backhand.runs.summary import (
     CLASS_SCORES,
+    before_name,
     changed_answers,
     chosen_by,
     exact_match_says,
@@ -39,7 +40,7 @@ from backhand.runs.summary import (
     since_start,
 )
 from backhand.runs.uses import TrainedAdapter
-from backhand.words import count_of, interval_text
+from backhand.words import apart, count_of, interval_text
 
 if TYPE_CHECKING:
     from backhand.arithmetic.inspect import ModuleInspection
@@ -154,9 +155,11 @@ def _tiles(run: RunRecord, tables: Sequence[ProofTable]) -> list[tuple[str, str,
         (f"{proved - failed} of {proved}", "checks hold", "bad" if failed else "good" if proved else ""),
     ]
     if is_number(after := summary.get("adapted_exact_match")) and exact_match_says(summary):
-        interval = interval_text(after, summary.get("exact_match_rows") or 0)
+        certain = f", {interval_text(after, summary.get('exact_match_rows') or 0)}"
+        if gain := summary.get("exact_match_gain"):
+            certain = f"; {right_words(gain, before_name(run.compared_with_start))}"
         change = f"{known(summary.get('base_exact_match'), _SHARE)} → {_SHARE(after)}"
-        tiles.insert(1, (change, f"answers exactly right, {interval}", ""))
+        tiles.insert(1, (change, f"answers exactly right{certain}", ""))
     if is_number(nats := summary.get("forgotten_nats")):
         # The loss of a token is -log of its probability.
         left = f"{min(1.0, math.exp(-nats)):.0%}"
@@ -177,7 +180,7 @@ def _result_tile(run: RunRecord) -> tuple[str, str, str]:
     name = "held-out loss"
     if run.objective == "grpo":
         name, base, best = "held-out reward", *(None if value is None else -value for value in (base, best))
-    value = known(base, _short) if best is None else f"{known(base, _short)} → {_short(best)}"
+    value = known(base, _short) if best is None else _change(base, best)
     if run.objective in PAIR_OBJECTIVES:
         answers = run.summary.get("free_answers")
         worse = answers is not None and answers_got_worse(answers)
@@ -202,7 +205,7 @@ def result_sentence(run: RunRecord) -> str:
     what, before, after, words = _clearest_figure(run)
     if not is_number(after):
         return ""
-    change = f"{words(before)} → {words(after)}" if is_number(before) else words(after)
+    change = _change(before, after, words) if is_number(before) else words(after)
     if (right := right_answers(run)) is not None:
         change += f" ({interval_text(*right[1:])})"
     judged = verdict(run)
@@ -249,6 +252,14 @@ def _short(value: float) -> str:
     if 1e-3 <= abs(value) < 1e4:
         return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
     return f"{value:.3g}"
+
+
+def _change(before: float | None, after: float, words: Callable[[float], str] = _short) -> str:
+    """Format a figure before and after training. Different figures that would look the same have more digits."""
+    shown = known(before, words), words(after)
+    if words is _short and before is not None and before != after and shown[0] == shown[1]:
+        shown = apart(before, after, 3)
+    return " → ".join(shown)
 
 
 def expected(run: RunRecord) -> str:

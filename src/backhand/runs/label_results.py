@@ -173,6 +173,6 @@ def decision_clause(
     low, high = adapted["ece_interval"]
     return (
         f"{clause}; calibration error {adapted['ece']:.3f} "
-        f"(95 % interval {low:.3f} to {high:.3f}) on these {rows:,}, which also fitted the temperature "
+        f"(95 % interval {low:.3f} to {high:.3f}) on the same answers, which also fitted the temperature "
         f"{adapted['temperature']:.2f}"
     )

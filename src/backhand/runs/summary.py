@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, NotRequired, TypedDict
 from backhand.files import FileLayer
 from backhand.reading import read_json
 from backhand.runs.directory import METRICS, RunDirectory
-from backhand.words import count_of, label_text, name_list
+from backhand.words import apart, count_of, label_text, name_list
 
 
 class LabelRow(TypedDict):
@@ -179,6 +180,8 @@ class RunSummary:
     base_exact_match: float | None = None
     adapted_exact_match: float | None = None
     exact_match_rows: int | None = None
+    # gain in exact match, and the ends of its 95 % interval over the rows; None in older files
+    exact_match_gain: tuple[float, float, float] | None = None
     free_texts: bool = False  # most of these answers are texts that hardly any answer repeats, see `exact_match_says`
     # base_labels, adapted_labels: scores of these rows; None if their answers are not labels
     base_labels: LabelFigures | None = None
@@ -308,6 +311,7 @@ def constant_name(objective: str, *, article: bool = False) -> str:
     return "equal scores" if objective == "rank" else f"{'a ' * article}constant answer"
 
 
+NOT_FINITE = "there is no finite held-out loss before and after training, so it is not known whether it helped"
 FORGOTTEN_NATS = 0.5
 """Rise of the loss per token of neutral texts from which it is reported in words."""
 
@@ -327,6 +331,22 @@ def forgotten_nats(
     before = next((nats for step, nats in measured if step == 0 and not since_base), 0.0)
     after = next((nats for step, nats in reversed(measured) if best_step in (None, step)), None)
     return None if after is None else after - before
+
+
+def perplexities(before: float, after: float) -> tuple[str, str]:
+    """Format the perplexity, which is exp(loss), of two losses so that different ones look different."""
+    losses = before, after
+    values = [math.exp(min(loss, _LARGEST)) for loss in losses]
+    if max(values) < _LARGE:
+        return apart(values[0], values[1], 2)
+    first, second = ("above " * (loss > _LARGEST) + f"{value:.3g}" for value, loss in zip(values, losses, strict=True))
+    return first, second
+
+
+_LARGE = 1e6
+"""Perplexity from which on it is written with an exponent."""
+_LARGEST = 700.0
+"""Loss whose exp a float64 can hold."""
 
 
 def before_name(compared_with_start: bool) -> str:

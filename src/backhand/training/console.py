@@ -45,6 +45,7 @@ from backhand.runs.row_changes import (
     training_reward_words,
 )
 from backhand.runs.summary import (
+    NOT_FINITE,
     REMEMBERING,
     RunSummary,
     before_name,
@@ -58,6 +59,7 @@ from backhand.runs.summary import (
     loss_unit,
     measuring_labels,
     no_label_fits,
+    perplexities,
     repeated_rows,
     rows_trained_on,
     since_start,
@@ -361,6 +363,8 @@ def _improvement(summary: RunSummary) -> list[str]:
     if base is None or start is None or best is None:
         if summary.first_loss is None or summary.last_loss is None:
             return ["No step could be taken."]
+        if summary.held_out_rows:
+            return [*lines, capitalized(NOT_FINITE)]
         share = f"--eval-fraction {USUAL_SHARE} or " if summary.rows >= FEWEST_ROWS else ""
         unmeasured = f"othing was held out, so {_not_known(summary.objective)} on other rows are not known"
         loss = "" if lines else f"Training loss from {summary.first_loss:.4f} to {summary.last_loss:.4f}; "
@@ -383,7 +387,7 @@ def _improvement(summary: RunSummary) -> list[str]:
         lines.append(f"Held-out reward {' → '.join(apart(0.0 - start, 0.0 - best, 4))} {of_rows}")
         return [*lines, capitalized(gain_words(summary.reward_gain))]
     change = "not better" if best >= start else f"{percent(1 - best / start)} lower" if start > 0 else "better"
-    nats = f"nats per token, {change} (perplexity {' → '.join(apart(_exp(start), _exp(best), 2))})"
+    nats = f"nats per token, {change} (perplexity {' → '.join(perplexities(start, best))})"
     unit = loss_unit(summary.objective, summary.adapted_classes)
     loss = nats if summary.objective == "sft" else unit
     before, after = apart(start, best, 4)
@@ -435,7 +439,9 @@ def _right(summary: RunSummary, before_it: str, since: str) -> list[str]:
     if base is None or adapted is None or rows is None or not exact_match_says(vars(summary)):
         return []
     right = f"{base:.1%} → {adapted:.1%} ({interval_text(adapted, rows)})"
-    lines = [f"Exactly right answers {right} of {count_of(rows, 'held-out row')}{since}."]
+    gain = summary.exact_match_gain
+    changed = since if gain is None else f"; {right_words(gain, before_it)}"
+    lines = [f"Exactly right answers {right} of {count_of(rows, 'held-out row')}{changed}."]
     if summary.base_labels and summary.adapted_labels:
         lines.append(capitalized(label_clause(summary.base_labels, summary.adapted_labels, rows, before_it)))
     return lines
@@ -443,10 +449,6 @@ def _right(summary: RunSummary, before_it: str, since: str) -> list[str]:
 
 def _quoted(answer: str) -> str:
     return f"“{shorten(' '.join(answer.split()))}”"
-
-
-def _exp(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
 
 
 _STEPS_COUNTED = 200
