@@ -700,7 +700,7 @@ def test_numpy_s_false_from_a_callback_ends_the_run() -> None:
 def test_a_callback_that_returns_false_ends_the_run_as_early_stopping_does(
     held_out: bool, tiny: TinyRun, tmp_path: Path
 ) -> None:
-    made = options(tiny, tmp_path / "run", data=ROWS, epochs=9, eval_every=5)
+    made = options(tiny, tmp_path / "run", data=ROWS, epochs=3, eval_every=5)
     if not held_out:
         made |= {"eval_data": (), "eval_fraction": 0.0}
     summary = backhand.train(**made, callbacks=[lambda record: record["step"] < 4])
@@ -710,6 +710,11 @@ def test_a_callback_that_returns_false_ends_the_run_as_early_stopping_does(
     assert status is not None and (status.state, status.step) == ("finished", 4)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["stopped_because"] == summary.stopped_because
     assert (tmp_path / "run" / "report.html").exists() and adapter_bytes(tmp_path / "run")
+    resumed = backhand.train(**made, resume=True, callbacks=[lambda record: record["step"] < 9])
+    assert (resumed.steps, resumed.stopped_because) == (9, "a callback returned False")
+    assert list(resumed.losses) == [*range(1, 10)] and backhand.train(**made, resume=True) == resumed
+    whole = backhand.train(**{**made, "output": tmp_path / "whole"})
+    assert whole.losses == resumed.losses and adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
 
 
 def test_an_observer_may_end_the_run_too(tiny: TinyRun, tmp_path: Path) -> None:

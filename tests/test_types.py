@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+# `Series` and `records` are as pandas' stubs type a column and `frame.to_dict("records")`.
 PROGRAM = """
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, assert_type
 
@@ -20,6 +21,11 @@ import backhand
 class Progress(backhand.Observer):
     def stepped(self, record: Mapping[str, Any]) -> bool:
         return bool(record["step"] < 3)
+
+
+class Series:
+    def __iter__(self) -> Iterator[str]:
+        return iter(["a"])
 
 
 class Further(backhand.Observer):
@@ -80,6 +86,16 @@ assert_type(backhand.decide(states=["a"], adapter="a"), list[dict[str, Any]])
 assert_type(backhand.decide(data="rows.jsonl", adapter="a"), list[dict[str, Any]])
 assert_type(backhand.decide("{a}", data="rows.jsonl", adapter="a"), list[dict[str, Any]])
 assert_type(backhand.export("a", to="gguf", output="b.gguf"), Path)
+records: list[dict[Hashable, Any]] = []
+backhand.train(data=records, eval_data=records)
+assert_type(backhand.generate(data=records), list[dict[str, Any]])
+assert_type(backhand.generate(prompts=Series()), list[str])
+assert_type(backhand.classify(prompts=Series(), labels=Series()), list[dict[str, float]])
+assert_type(backhand.decide(states=Series(), adapter="a"), list[dict[str, Any]])
+assert_type(backhand.decide(states=records, adapter="a"), list[dict[str, Any]])
+assert_type(backhand.rank("a", Series()), list[float])
+backhand.embed(Series())
+backhand.lint(data=Series())
 
 backhand.LoRAConfigs  # attr-defined
 backhand.LoRAConfig(r=8)  # call-arg

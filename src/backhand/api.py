@@ -57,7 +57,7 @@ from backhand.words import label_text, name_list, show_notes
 
 Place = str | PathLike[str]
 """A path. A `RunSummary` is the path of its adapter."""
-State = str | Mapping[str, Any] | Sequence[Any]
+State = str | Mapping[Any, Any] | Sequence[Any]
 """A state to decide: text, or a value that is written as JSON."""
 T = TypeVar("T", bound=Options)
 
@@ -103,8 +103,8 @@ def train(
         output: the run directory, which must not exist; `run` unless given.
         model: the base model: a directory, a GGUF file or a hub id.
         callbacks: one or several. Each is a function that is called with a record per step and evaluation, or an
-            `Observer`. A callback that returns False ends the run after the step, as early stopping does. An exception
-            in a callback ends the run at once.
+            `Observer`. A callback that returns False ends the run after the step, as early stopping does, and
+            `resume=True` goes on. An exception in a callback ends the run at once.
         options: any other option of `backhand train`, by its name.
 
     Returns:
@@ -223,13 +223,13 @@ def generate(
 def generate(prompt: str, *, adapter: Place | None = None, model: Place | None = None, **options: Any) -> str: ...
 @overload
 def generate(
-    *, prompts: Sequence[str], adapter: Place | None = None, model: Place | None = None, **options: Any
+    *, prompts: Iterable[str], adapter: Place | None = None, model: Place | None = None, **options: Any
 ) -> list[str]: ...
 @errors_in_python(GenerateOptions)
 def generate(
     prompt: str | None = None,
     *,
-    prompts: Sequence[str] | None = None,
+    prompts: Iterable[str] | None = None,
     data: Rows | None = None,
     adapter: Place | None = None,
     model: Place | None = None,
@@ -270,7 +270,7 @@ def classify(
     prompt: str = ...,
     *,
     data: Rows,
-    labels: Sequence[str] = ...,
+    labels: Iterable[str] = ...,
     adapter: Place | None = None,
     model: Place | None = None,
     **options: Any,
@@ -279,7 +279,7 @@ def classify(
 def classify(
     prompt: str,
     *,
-    labels: Sequence[str] = ...,
+    labels: Iterable[str] = ...,
     adapter: Place | None = None,
     model: Place | None = None,
     **options: Any,
@@ -287,8 +287,8 @@ def classify(
 @overload
 def classify(
     *,
-    prompts: Sequence[str],
-    labels: Sequence[str] = ...,
+    prompts: Iterable[str],
+    labels: Iterable[str] = ...,
     adapter: Place | None = None,
     model: Place | None = None,
     **options: Any,
@@ -297,9 +297,9 @@ def classify(
 def classify(
     prompt: str | None = None,
     *,
-    prompts: Sequence[str] | None = None,
+    prompts: Iterable[str] | None = None,
     data: Rows | None = None,
-    labels: Sequence[str] = ("auto",),
+    labels: Iterable[str] = ("auto",),
     adapter: Place | None = None,
     model: Place | None = None,
     **options: Any,
@@ -356,7 +356,7 @@ def decide(
 @overload
 def decide(
     *,
-    states: Sequence[State],
+    states: Iterable[State],
     adapter: Place,
     questions: Mapping[str, Any] | None = ...,
     model: Place | None = ...,
@@ -366,7 +366,7 @@ def decide(
 def decide(
     state: State | None = None,
     *,
-    states: Sequence[State] | None = None,
+    states: Iterable[State] | None = None,
     adapter: Place,
     questions: Mapping[str, Any] | None = None,
     model: Place | None = None,
@@ -414,7 +414,7 @@ def decide(
 @errors_in_python(RankOptions)
 def rank(
     query: str,
-    documents: Sequence[str],
+    documents: Iterable[str],
     *,
     adapter: Place | None = None,
     model: Place | None = None,
@@ -450,7 +450,7 @@ def rank(
 
 @errors_in_python(EmbedOptions)
 def embed(
-    texts: str | Sequence[str] | None = None,
+    texts: str | Iterable[str] | None = None,
     *,
     data: Rows | None = None,
     adapter: Place | None = None,
@@ -491,7 +491,7 @@ def _check_returned(function: str, what: str, output: Path | None) -> None:
         raise UsageError(f"backhand.{function} returns the {what}", where="output", next_step="leave output out")
 
 
-def _prompts(function: str, prompt: str | None, prompts: Sequence[str] | None, data: Rows | None) -> Rows:
+def _prompts(function: str, prompt: str | None, prompts: Iterable[str] | None, data: Rows | None) -> Rows:
     """Return `data`, whose column `prompt` may name, or the rows of one prompt or of several.
 
     Raises:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.config import ModelOptions
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
-from backhand.runs.summary import read_summary
+from backhand.runs.summary import LabelFigures, read_summary
 from backhand.training.console import closing_lines
 from backhand.training.run import train
 from backhand.words import interval_range, share_interval
@@ -158,6 +158,7 @@ def test_a_run_judges_its_labels_and_writes_them_down(labelled: tuple[TinyRun, P
     assert summary["adapted_exact_match"] > 0.9 < score["accuracy"] and score["invented"] <= 1
     assert list(score["per_label"]) == sorted(LABELS) and summary["base_labels"]["invented"] == 32
     reported = read_summary(run / "summary.json")
+    assert {*summary["base_labels"], *score} == {*get_type_hints(LabelFigures)}
     assert reported is not None and any(
         "The accuracy" in line and "macro F1" in line for line in closing_lines(reported)
     )

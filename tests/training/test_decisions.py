@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ from backhand.report.headline import headline, verdict
 from backhand.report.page import result_sentence, run_page
 from backhand.report.run_record import RunRecord, read_run
 from backhand.runs.interruption import Interrupted
-from backhand.runs.summary import read_summary
+from backhand.runs.summary import DecisionFigures, read_summary
 from backhand.training.advice import Curves, answer_advice
 from backhand.training.console import closing_lines
 from backhand.training.run import train
@@ -232,6 +232,13 @@ def test_a_run_learns_and_measures_accuracy(straight: TrainConfig) -> None:
     assert all(0 <= step["accuracy"] <= 1 and 0 < step["label_mass"] < 1 for step in steps)
     assert all(0 <= line["eval_accuracy"] <= 1 for line in evaluations)
     assert all("label_loss" in step for step in steps) and not any("eval_label_loss" in line for line in evaluations)
+
+
+def test_the_type_of_decision_figures_has_the_keys_of_a_summary(straight: TrainConfig) -> None:
+    summary = not_none(read_summary(straight.run.output / "summary.json"))
+    questions = [*(summary.base_decisions or {}).values(), *(summary.adapted_decisions or {}).values()]
+    assert {key for figures in questions for key in figures} == {*get_type_hints(DecisionFigures)}
+    assert all(isinstance(one["ece_interval"], tuple) and "flips" in one for one in questions)
 
 
 def test_a_run_without_epochs_is_continued_with_the_same_orders(tiny: TinyRun, tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ class Frame(Protocol):
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
 
 
-Rows = str | os.PathLike[str] | Iterable[str | os.PathLike[str] | Mapping[str, Any]] | Frame
-"""Rows as a program gives them: a source, several sources, a list of dicts, or a data frame."""
+Rows = str | os.PathLike[str] | Iterable[str | os.PathLike[str] | Mapping[Any, Any]] | Frame
+"""Rows as a program gives them: a source, several sources, a list of dicts, or a data frame. Type checkers know the
+keys of `frame.to_dict("records")` only as hashable."""
 
 STANDARD_INPUT = "/dev/stdin"
 """The name of the rows that `-` stands for."""

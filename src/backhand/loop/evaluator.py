@@ -28,7 +28,7 @@ from backhand.loop.guards import (
 )
 from backhand.loop.measuring import HeldOut
 from backhand.loop.observers import Observer
-from backhand.loop.state import RunState
+from backhand.loop.state import BY_CALLBACK, RunState
 from backhand.loop.step import StepResult
 from backhand.loop.step_plan import StepPlan
 from backhand.loop.value_average import saved_values
@@ -119,7 +119,7 @@ class Evaluator:
     def tell(self, event: Callable[[dict[str, Any]], bool | None], record: dict[str, Any]) -> None:
         """Pass a record to the observers. If one returns False, the run ends after this step, in every process."""
         if self.processes.broadcast_object(event(record) is False):
-            self.state.progress.stopped_because = "a callback returned False"
+            self.state.progress.stopped_because = BY_CALLBACK
 
     def begin(self) -> None:
         """Make the evaluation before the first step, or the pending evaluation of a resumed run."""

@@ -225,6 +225,10 @@ def adapter_part(contents: Mapping[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in contents.items() if name not in (STATE_FILE, PROGRESS_FILE)}
 
 
+BY_CALLBACK = "a callback returned False"
+"""Value of `Progress.stopped_because` of a run that a callback has ended."""
+
+
 @dataclass
 class Progress:
     """The counters of a run, saved as progress.json in a checkpoint."""
@@ -252,6 +256,11 @@ class Progress:
     pending_evaluation: bool = False  # True if the evaluation of this step was due and has not been made
     stopped_because: str | None = None  # why the run ended before its last step, or None
     finished: bool = False  # True once the run is over
+
+    @property
+    def stopped_by_callback(self) -> bool:
+        """Return True if a callback has ended the run. Unlike a run that has converged, it can go on."""
+        return self.finished and self.stopped_because == BY_CALLBACK
 
     @property
     def evaluation_outstanding(self) -> bool:

@@ -32,14 +32,19 @@ class LabelFigures(TypedDict):
     """Scores of rows whose answers are labels, as `evaluate --json` has them."""
 
     accuracy: float
+    accuracy_interval: NotRequired[tuple[float, float]]  # 95 % interval; missing in older files
     # gains in accuracy over the model before the run and over the most frequent answer, with their 95 % intervals;
     # the model before the run and summaries of earlier versions have none
     gain: NotRequired[tuple[float, float, float]]
     gain_over_constant: NotRequired[tuple[float, float, float]]
+    # majority: share of the most frequent label; inventions: the most frequent answers that are no label, with counts.
+    # Both are missing in older files
+    majority: NotRequired[float]
     f1_macro: float
     per_label: dict[str, LabelRow]
     confusion: dict[str, dict[str, int]]
     invented: int
+    inventions: NotRequired[dict[str, int]]
 
 
 class DecisionFigures(TypedDict):
@@ -47,7 +52,8 @@ class DecisionFigures(TypedDict):
 
     rows: int
     accuracy: float
-    # gain, gain_over_constant: as in `LabelFigures`
+    # accuracy_interval, gain, gain_over_constant: as in `LabelFigures`
+    accuracy_interval: NotRequired[tuple[float, float]]
     gain: NotRequired[tuple[float, float, float]]
     gain_over_constant: NotRequired[tuple[float, float, float]]
     majority: float
@@ -55,7 +61,7 @@ class DecisionFigures(TypedDict):
     nll: float
     brier: float
     ece: float
-    ece_interval: list[float]
+    ece_interval: tuple[float, float]
     temperature: float
     constant: bool
     reliability: list[dict[str, float]]
@@ -63,6 +69,9 @@ class DecisionFigures(TypedDict):
     thresholds: list[dict[str, Any]]
     confusion: dict[str, dict[str, int]]
     surprises: list[dict[str, Any]]
+    # share of decisions that change if the options come in a random order; None if it was not measured, missing in
+    # older files
+    flips: NotRequired[float | None]
 
 
 class AnswerLengths(TypedDict):

@@ -42,7 +42,7 @@ from backhand.reading import refuse_inputs_inside
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import OWNED, SUMMARY, RunDirectory, opened
 from backhand.runs.interruption import Interruption
-from backhand.runs.status import by_signal
+from backhand.runs.status import by_signal, read_status
 from backhand.runs.summary import RunSummary, read_summary
 from backhand.training.console import TerminalObserver
 from backhand.training.identity import decisive_settings
@@ -131,7 +131,9 @@ class RunProcess:
                 if beginning.summary is None:
                     metrics = [MetricsFile(directory)] if is_main else []
                     return self._train(beginning, directory, Observers([*observers, *metrics]), interruption)
-                terminal.noted(f"the run in {directory.path} is finished; there is nothing left to do")
+                because = beginning.summary.stopped_because
+                early = f", because it stopped early: {because}" if because else ""
+                terminal.noted(f"the run in {directory.path} is finished; there is nothing left to do{early}")
                 terminal.ended(beginning.summary)
                 return beginning.summary
         finally:
@@ -187,6 +189,11 @@ class RunProcess:
         summary = read_summary(directory.path / SUMMARY)
         if summary is not None and summary.unmeasured:
             return _Beginning(config, checkpoint)
+        status = read_status(directory.path)
+        if summary is not None and progress.stopped_by_callback and status and progress.step < status.total_steps:
+            progress = replace(progress, finished=False, stopped_because=None)
+            contents = {**checkpoint.contents, PROGRESS_FILE: progress.to_json()}
+            return _Beginning(config, replace(checkpoint, contents=contents))
         for note in unread_sources(self.config, directory.path):
             self.terminal.noted(note)
         if summary is not None and restore_adapter(directory, store, checkpoint.contents, progress):

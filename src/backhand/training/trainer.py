@@ -345,6 +345,9 @@ class Trainer:
             return
         state.restore(self.checkpoint, run.bound.model.dtype)
         saver.restored(self.checkpoint.contents)
+        summary = self.directory.path / SUMMARY
+        if not state.progress.finished and summary.exists():  # a callback had ended the run, which now goes on
+            self.directory.files.remove_file(summary)
         self.directory.forget_after(self.checkpoint.step, evaluates_again=state.progress.evaluation_outstanding)
 
     def _store_sources(self) -> None:
