@@ -214,7 +214,8 @@ def test_a_run_learns_and_shows_its_scores(straight: TrainConfig) -> None:
     page = Page(run_page(read_run(straight.run.output)))
     assert "no score head" in page.one("section", id="answers").text
     uses = page.one("section", id="result").text
-    assert "0.693 to" in uses and "CrossEncoder('merged')" in uses and "AutoModelForSequenceClassification" in uses
+    assert "0.693 (the best equal scores) to" in uses
+    assert "CrossEncoder('merged')" in uses and "AutoModelForSequenceClassification" in uses
     assert "backhand chat" not in uses and "gguf" not in uses and "vllm" not in uses
     changes = changes_of(read_run(straight.run.output)).modules
     assert changes and all(change.relative_norm for change in changes)

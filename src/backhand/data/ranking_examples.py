@@ -153,10 +153,11 @@ class RankingEncoder:
         room = self._max_length - 1
         if any(len(prompt) > room for prompt in prompts):
             cut = [self._cut(prompt, text, room) for prompt, text in zip(prompts, row.documents, strict=True)]
-            if self._drop or None in cut:
+            left = [prompt for prompt in cut if prompt is not None]
+            if self._drop or len(left) < len(cut):
                 stats.drop(row.source, 1 + max(map(len, prompts)))
                 return None
-            prompts = [prompt for prompt in cut if prompt is not None]
+            prompts = left
             stats.truncated.append(row.source)
         answers = self.answers.yes, self.answers.no
         first, *others = (ending_in(prompt, (token,), row.source) for prompt in prompts for token in answers)
