@@ -300,6 +300,8 @@ def test_values_of_numpy_and_pandas_are_python_s() -> None:
     labels = pd.Series(["b", "a", "b"]).unique()
     answer = GenerateOptions(answer=AnswerOptions(labels=labels)).answer  # type: ignore[arg-type]
     assert answer.labels == ["b", "a"]
+    for several in ({"b", "a"}, {"a": 1, "b": 2}.keys(), iter("ab")):
+        assert AnswerOptions(labels=several).validate().labels == ("a", "b")  # type: ignore[arg-type]
     (rows,) = backhand.DataOptions(data=iter([{"score": np.float64(1)}])).data
     assert type(rows.rows[0]["score"]) is float  # type: ignore[attr-defined]
 
@@ -363,6 +365,12 @@ class Misspelt(backhand.Observer):
             lambda: backhand.generate(prompts=["a"], data=ROWS),  # type: ignore[call-overload]
             "give either prompt, prompts or data\n  next: backhand.generate('…') for one prompt",
         ),
+        (
+            lambda: backhand.generate([{"role": "user", "content": "a"}]),  # type: ignore[call-overload]
+            "prompt is a conversation\n  next: give it as a row: data=[{'messages': […]}]",
+        ),
+        (lambda: backhand.classify("a", labels=[]), "labels: there are no labels\n  next: give labels="),
+        (lambda: backhand.classify("a", labels=[1, 2]), 'next: give texts, such as labels=["yes", "no"]'),  # type: ignore[call-overload]
         (lambda: backhand.classify("a", adapter="b", compare=True), "compare: backhand.classify returns the prob"),
         (
             lambda: backhand.classify(data=ROWS, adapter="b", as_rows=True),

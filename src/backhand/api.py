@@ -320,6 +320,10 @@ def classify(
     Raises:
         UsageError, DataError, ArtifactError: an option, a prompt, the model or the adapter cannot be used.
     """
+    if isinstance(labels, list | tuple) and not labels:
+        raise UsageError(
+            "there are no labels", where="labels", next_step='give labels=["yes", "no"], or leave labels out'
+        )
     given = _named(labels=labels, adapter=adapter, model=model) | options
     rows = _prompts("classify", prompt, prompts, data)
     for option in ("compare", "as_rows"):

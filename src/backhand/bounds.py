@@ -18,7 +18,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, ParamSpec, Self, TypeVar, get_args, get_origin
@@ -378,6 +378,8 @@ def _converted(value: Any, hint: Any) -> Any:
     if any(map(_is_list_of_texts, kinds)):
         if isinstance(value, str) and str not in kinds and parse_of(hint) is None:
             return (value,)
+        if isinstance(value, Set | Iterator):
+            value = tuple(sorted(value, key=str) if isinstance(value, Set) else value)
         if isinstance(value, tuple | list):
             return type(value)(os.fspath(one) if isinstance(one, os.PathLike) else one for one in value)
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from backhand.data.chat import thoughts_off
 from backhand.data.decision_examples import DecisionEncoder
-from backhand.data.decisions import Asked, DecisionRow, LabelTokens, inferred_question, question_of
+from backhand.data.decisions import Asked, DecisionRow, LabelTokens, inferred_question, question_of, state_text
 from backhand.data.documents import RowRenderer
 from backhand.data.lint import lint
 from backhand.data.options import DataOptions, TemplateOptions
@@ -309,6 +310,11 @@ def test_more_options_than_labels_are_an_error(tmp_path: Path) -> None:
         read(lines(tmp_path / "rows.jsonl", rows))
     with pytest.raises(DataError, match="--objective classify --problem-type regression --prompt COLUMN --completion"):
         read(lines(tmp_path / "numbers.jsonl", [{"text": "words", "label": n / 2} for n in range(27)]))
+
+
+def test_objects_of_a_program_in_a_state_are_text() -> None:
+    """Deciding wrote them as text, and training ended in a TypeError."""
+    assert state_text({"price": Decimal(1)}) == '{"price": "1"}'
 
 
 def test_one_answer_only_is_an_error(tmp_path: Path) -> None:

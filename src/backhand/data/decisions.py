@@ -328,8 +328,8 @@ def as_key(value: Any) -> str:
 
 
 def state_text(state: Any) -> str:
-    """Return a state as text: text unchanged, everything else as JSON."""
-    return state if isinstance(state, str) else json.dumps(state, ensure_ascii=False)
+    """Return a state as text: text unchanged, everything else as JSON, with dates and other objects as text."""
+    return state if isinstance(state, str) else json.dumps(state, ensure_ascii=False, default=str)
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,10 @@ def _not_texts(option: str, value: Any, next_step: str, plural: str | None = Non
         if takes_column:
             rows = " or its rows: data=frame" if "(data=" in next_step else ""
             next_step = f"give one of its columns, such as {takes_column}=frame[{columns[0]!r}]{rows and ',' + rows}"
+    elif isinstance(value, list) and value and all(isinstance(one, Mapping) and "role" in one for one in value):
+        what = "a conversation"
+        if "(data=" in next_step and plural == "prompts":
+            next_step = "give it as a row: data=[{'messages': […]}]"
     elif isinstance(value, str):
         what = "one text"
     elif value is None or isinstance(value, int | float):

@@ -34,7 +34,9 @@ MOST_NAMED_LABELS, LONGEST_NAMED_LABEL = 1000, 1000
 
 def _check_labels(where: str, names: object) -> None:
     if not isinstance(names, tuple | list) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise UsageError(f"{names!r} is not a list of labels", where=where)
+        raise UsageError(
+            f"{names!r} is not a list of labels", where=where, next_step=f"give texts, such as --{where} yes,no"
+        )
     if len(names) > MOST_NAMED_LABELS:
         raise UsageError(f"{len(names):,} labels are more than {MOST_NAMED_LABELS:,}", where=where)
     if (longest := max(names, key=len, default="")) and len(longest) > LONGEST_NAMED_LABEL:
