@@ -330,6 +330,13 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     assert str(refused.value.next_step).endswith(f", such as {tmp_path}")
     with pytest.raises(ArtifactError, match=r"config\.toml"):
         read_run(tmp_path)
+    run = tmp_path / "runs" / "first"
+    run.mkdir(parents=True)
+    (tmp_path / "config.toml").rename(run / "config.toml")
+    for missing in (run.parent, run.with_name("frist")):
+        with pytest.raises(UsageError) as refused:
+            read_run(missing)
+        assert f"did you mean {run}? Else give a directory" in str(refused.value)
 
 
 def test_many_steps_are_thinned_by_averaging(finished: Path) -> None:

@@ -345,7 +345,10 @@ def test_merged_models_have_the_head(
     for to in ("gguf", "mlx"):
         with pytest.raises(ArtifactError) as refused:
             export_command(ExportOptions(adapter, tmp_path / to, str(model), to=to, quiet=True))
-        assert refused.value.next_step == "give --to peft, or use backhand merge"
+        assert "the head of a classifier, for which this format has no place" in (refused.value.why or "")
+        assert refused.value.next_step == "give --to peft, or use backhand merge with a directory as its --output"
+    with pytest.raises(ArtifactError, match="only modules of Stable Diffusion's") as refused:
+        export_command(ExportOptions(adapter, tmp_path / "kohya", str(model), to="kohya", quiet=True))
 
 
 def test_verify_proves_the_gradients_of_a_decoders_head(straight: TrainConfig) -> None:
