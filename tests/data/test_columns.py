@@ -375,6 +375,11 @@ def test_two_answers_to_one_prompt_may_be_a_pair(
     with pytest.raises(DataError, match="do not fit pairs") as trained:
         prepare(DataOptions(data=(str(path),)), byte_level(), purpose="pairs")
     assert trained.value.next_step == f"name the columns, for example {options}"
+    question = "instruction" if asked else "question"
+    written(path, path.read_text() + ",".join(len(columns.split(",")) * ["a longer text" * 9]) + "\n")
+    with pytest.raises(DataError) as named:
+        lint(DataOptions(data=(str(path),), prompt=question), byte_level())
+    assert str(named.value.next_step).endswith(f"for --objective dpo: {options.removeprefix(asked)}")
 
 
 def test_an_empty_column_is_not_suggested(tmp_path: Path) -> None:

@@ -254,6 +254,17 @@ def test_a_first_line_of_excel_is_the_delimiter(tmp_path: Path) -> None:
     assert row.source == f"{path}:3 (row 2)"
 
 
+def test_the_delimiter_is_the_one_that_fits_the_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", "One, two, three and four;a\nfive, six;b\nseven;a\n")
+    assert [row.values["a"] for row in read(path)] == ["b", "a"]
+    path = write(tmp_path / "rows.csv", "Entry^Effort\na^1,21\n")
+    with pytest.raises(DataError, match="this row has 2 cells, the header has 1") as raised:
+        read(path)
+    assert "write a line before it that is sep= and the character" in str(raised.value.next_step)
+    write(path, "sep=^\n" + path.read_text())
+    assert [row.values for row in read(path)] == [{"Entry": "a", "Effort": "1,21"}]
+
+
 def test_rows_of_empty_cells_are_left_out_and_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.csv", "text;label\na;x\n;\nb;y\n ; \n;;;;\n")
     bad = RowErrors()

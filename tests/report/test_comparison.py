@@ -113,6 +113,18 @@ def test_runs_on_rewards_are_compared_by_the_rewards_of_their_rows(two: tuple[Pa
     assert "→ 0.975" in " ".join(cell.text for cell in shown.every("td"))
 
 
+def test_runs_on_labels_are_compared_by_their_scores(two: tuple[Path, Path]) -> None:
+    figures = {"base_classes": {"accuracy": 0.25}, "adapted_classes": {"accuracy": 0.5, "rows": 40}}
+    of_labels = {"objective": {"objective": "classify"}}
+    runs = [
+        replace(run, config=run.config | of_labels, summary=run.summary | figures, answers=[])
+        for run in map(read_run, two)
+    ]
+    page = Page(comparison_page(runs))
+    assert "right answers 25.0% (constant answer) → 50.0%" in " ".join(cell.text for cell in page.every("td"))
+    assert "run, other keep no answers to single rows" in page.one("section", id="answers").text
+
+
 def test_charts_of_losses_name_the_unit_that_all_runs_have(two: tuple[Path, Path]) -> None:
     runs = [read_run(path) for path in two]
 

@@ -639,6 +639,7 @@ def test_a_renamed_run_starts_again_in_its_own_directory(
             "is {n} bad?,no {n},yes {n}",
             {"objective": "dpo", "prompt": "Question", "chosen": "Better reply", "rejected": "Worse reply"},
         ),
+        ("asked;good;bad", "is {n} bad?;no {n};yes {n}", {"objective": "dpo", "chosen": "good", "rejected": "bad"}),
         (
             "id,Title A,Title B,Duplicate",
             "{n},title {n},name of {n},{truth}",
@@ -663,6 +664,11 @@ def test_a_renamed_run_starts_again_in_its_own_directory(
             {"objective": "sft", "prompt": "Patient asks", "completion": "I say"},
         ),
         (
+            "Asked,Short,Long",
+            "is {n} bad?,no {n},yes it is {n}",
+            {"objective": "sft", "prompt": "Asked", "completion": None},
+        ),
+        (
             "Headword,Meaning,Group,Comment",
             "word {n},it means {n},{k},{seldom}",
             {"objective": "decide", "state": "{Headword}\\n{Meaning}", "question": "Group"},
@@ -674,14 +680,14 @@ def test_a_renamed_run_starts_again_in_its_own_directory(
         ),
     ],
 )
-def test_columns_suggest_what_to_learn(header: str, row: str, suggested: dict[str, str], tmp_path: Path) -> None:
+def test_columns_suggest_what_to_learn(header: str, row: str, suggested: dict[str, str | None], tmp_path: Path) -> None:
     rows = [
         row.format(n=n, k="AB"[n % 2], truth=("yes", "no")[n % 2], seldom=("check", "OED", "", "", "")[n % 5])
         for n in range(20)
     ]
     (tmp_path / "rows.csv").write_text("\n".join([header, *rows]))
     first = first_rows(str(tmp_path / "rows.csv"))
-    assert {name: first[name] for name in suggested} == suggested and len(first["rows"]) == 5
+    assert {name: first.get(name) for name in suggested} == suggested and len(first["rows"]) == 5
     assert first["columns"] == re.split("[,;]", header)
 
 
@@ -703,6 +709,10 @@ def test_a_column_that_is_empty_in_most_rows_is_questioned(client: Client, tiny:
         text = client.get(f"part/lint?{urlencode(draft | {'completion': column})}")[1]
         assert ("Is the right column chosen above?" in text) is asked
         assert not asked or "text, group.</p>" in text.partition("Leave out the 15 bad rows")[0]
+    client.post("upload?name=faq.csv", body="\n".join(["text,group", *(f"asks {n}," for n in range(9))]).encode())
+    query = urlencode(draft | {"data": "rows-2.csv", "completion": "group"})
+    failure = part(client.get(f"part/lint?{query}", X_Part="1")[1])
+    assert [link.text for link in failure.every("a")] == ["Change it at the step “What to learn”"]
 
 
 def test_an_encoder_is_offered_what_it_can_learn(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

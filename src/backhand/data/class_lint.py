@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from backhand.data.class_examples import NUMBER, SINGLE, not_numbers, target_of
-from backhand.data.decision_lint import MOST_FREQUENT
+from backhand.data.decision_lint import MOST_FREQUENT, named_alike
 from backhand.data.examples import Example
 from backhand.data.label_names import as_list, integers_note, joined_labels
 from backhand.data.raw_rows import RowErrors, number_of
@@ -57,7 +57,11 @@ def problems_of_classes(
     of_rare = [source for source, label, _ in rows if rare.keys() & set(label.names)]
     names = name_list(map(label_text, rare), limit=5)
     integers = "" if chosen or problem != SINGLE else f"; {note}" if (note := integers_note(counts)) else ""
+    alike = named_alike(counts)
+    of_alike = [source for source, label, _ in rows if alike.keys() & set(label.names)]
+    both = name_list((f"{label_text(name)} next to {label_text(usual)}" for name, usual in alike.items()), limit=5)
     problems: list[tuple[Any, ...]] = [
+        ("alike_labels", of_alike, both),
         ("contradicting_labels", contradicting),
         ("rare_label", of_rare, _FEWEST_ROWS, names, integers),
     ]

@@ -83,7 +83,8 @@ def naming_advice(
     if not with_answer:
         options = [one and one.rpartition(" --completion ")[0] for one in options]
     different = list(dict.fromkeys(filter(None, options)))
-    unclear = bool(prompts) and with_answer and not (sure or given)
+    asked = any(map(values.has_long_texts, others)) if "prompt" in given else bool(prompts)
+    unclear = asked and with_answer and not (sure or given.keys() - {"prompt"})
     pair = pair_options(prompts, others, given, values, rows) if unclear else None
     more = f"; if one of the two is the better answer, they are a pair, for --objective dpo: {pair}" if pair else ""
     return ("" if sure else "for example ") + ", or ".join(different) + more if different else None

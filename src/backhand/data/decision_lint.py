@@ -66,20 +66,29 @@ def _of_question(
     unused = [key for key in options if not counts[key] and key not in held_out]
     if unused:
         yield "unused_option", [options[key] for key in unused], _listed(name, unused)
-    alike: dict[str, list[str]] = defaultdict(list)
-    for key in options:
-        alike[" ".join(key.split()).casefold()].append(key)
-    for keys_alike in alike.values():
-        usual, *others = sorted(keys_alike, key=lambda key: -counts[key])
-        if others:
-            rows = [place for key in others for place in places[key] or [options[key]]]
-            yield "alike_options", rows, f"{_listed(name, others)} next to {label_text(usual)}"
+    others_of: dict[str, list[str]] = defaultdict(list)
+    for key, usual in named_alike({key: counts[key] for key in options}).items():
+        others_of[usual].append(key)
+    for usual, others in others_of.items():
+        rows = [place for key in others for place in places[key] or [options[key]]]
+        yield "alike_options", rows, f"{_listed(name, others)} next to {label_text(usual)}"
     if contradictions:
         yield "contradiction", contradictions, name
     ((most, count),) = counts.most_common(1)
     if count >= MOST_FREQUENT * len(answers):
         first_row = [row.source for row, _ in answers[:1]]
         yield "one_answer", first_row, f"{shorten(most)} in {count / len(answers):.0%} of the rows of {name}"
+
+
+def named_alike(counts: Mapping[str, int]) -> dict[str, str]:
+    """Return each name that differs from a more frequent one only in case or spaces, with that name."""
+    usual: dict[str, str] = {}
+    alike = {}
+    for name in sorted(counts, key=lambda name: -counts[name]):
+        most = usual.setdefault(" ".join(name.split()).casefold(), name)
+        if most != name:
+            alike[name] = most
+    return alike
 
 
 def _listed(name: str, keys: list[str]) -> str:

@@ -135,7 +135,7 @@ CHECKS = {
     "few_positives": Check(
         "few different positives",
         "of rows with {:,} different positives: most texts of a step are no negatives of each other",
-        "train labels with --objective decide, or give rows with more different positives",
+        "train labels with --objective classify or decide, or give rows with more different positives",
         form="embeddings",
     ),
     "relevant_negative": Check(
@@ -155,6 +155,12 @@ CHECKS = {
         "whose documents have the same score as all others: there is nothing to rank",
         "add negatives (backhand mine finds them)",
         form="rankings",
+    ),
+    "alike_labels": Check(
+        "labels that differ in case or spaces",
+        "with labels named alike ({})",
+        "write each label the same way",
+        form="classes",
     ),
     "contradicting_labels": Check(
         "equal texts with other labels",

@@ -223,19 +223,18 @@ def read_csv(
     Rows without a value are skipped. The first line may be `sep=` with the delimiter, as Excel writes it.
 
     Args:
-        delimiter: separator of the cells; detected from the header line if None (`,`, `;`, tab or `|`).
+        delimiter: separator of the cells; that of `_delimiter_of` if None (`,`, `;`, tab or `|`).
 
     Raises:
         DataError: the header is unusable, or a row is malformed and `bad` does not count it.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    header_text = reader.peek(1 << 16).split(b"\n", 1)[0].decode("utf-8", "replace")
-    stated = _SEPARATOR_LINE.fullmatch(header_text)
+    head = reader.peek(1 << 16).decode("utf-8", "replace")
+    stated = _SEPARATOR_LINE.fullmatch(head.partition("\n")[0])
     if stated is not None:
         delimiter = stated[1]
         reader.readline()
-    if delimiter is None:
-        delimiter = max(_DELIMITERS, key=lambda candidate: (header_text.count(candidate), candidate == ","))
+    delimiter = _delimiter_of(head) if delimiter is None else delimiter
     lines = io.TextIOWrapper(reader, encoding="utf-8", errors="surrogateescape", newline="")
     cells = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
@@ -243,6 +242,20 @@ def read_csv(
             yield from _csv_rows(cells, path, bad, lines_before=stated is not None)
     finally:
         lines.detach()
+
+
+def _delimiter_of(head: str) -> str:
+    """Return the delimiter with which most rows have as many cells as the first row, and that has several.
+
+    Between delimiters with equally many such rows, the one that is more frequent in the first line is returned.
+    """
+    lines = head.splitlines(keepends=True)
+
+    def fit(delimiter: str) -> tuple[int, int, bool]:
+        first, *others = [len(row) for row in csv.reader(lines, delimiter=delimiter) if row] or [0]
+        return others.count(first) if first > 1 else 0, lines[0].count(delimiter) if lines else 0, delimiter == ","
+
+    return max(_DELIMITERS, key=fit)
 
 
 def is_table(head: bytes) -> bool:
@@ -286,7 +299,10 @@ def _csv_rows(cells: Any, path: str | Path, bad: RowErrors, *, lines_before: int
                     where=source,
                     why="a cell that contains the delimiter, a quote or a line break must be in double quotes"
                     + (f"; {lines}" if lines else ""),
-                    next_step=None if len(header) > 1 else f"if {shorten(header[0])!r} is a title, {NO_TITLE}",
+                    next_step=None
+                    if len(header) > 1
+                    else f"if {shorten(header[0])!r} is a title, {NO_TITLE}; if it is names of columns, write a line "
+                    "before it that is sep= and the character between the names",
                 )
             yield checked_row(dict(zip(header, row, strict=True)), source, not_utf8=True)
         except DataError as error:

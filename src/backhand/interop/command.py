@@ -199,9 +199,7 @@ def _export_adapter(options: ExportOptions, opened: OpenedAdapter, output: Path,
     head = {one.name for one in opened.loaded.trained} & {*opened.config.class_head.parameters.values()}
     refused = _more_than_factors(options, opened)
     if head and options.to != "peft":  # GGUF files have no place for a head, even of a merged model
-        place = "the head of a classifier, for which this format has no place"
-        of_head = {name: place for name in refused if name in _head_modules(opened)}
-        refuse(str(options.to), refused | of_head, _formats_with_head(options, opened))
+        refuse(str(options.to), refused, _formats_with_head(options, opened))
     refuse(str(options.to), refused)
     opened = for_gguf(opened) if options.to in ("gguf", "ollama") else opened
     architecture = gguf_architecture(opened.source.config)
@@ -236,7 +234,8 @@ def _more_than_factors(options: ExportOptions, opened: OpenedAdapter) -> dict[st
     """Return reasons by module that cannot be exported; GGUF files accept plain factors of embeddings and experts."""
     refused = opened.loaded.beyond_factors
     if options.to in ("peft", "sentence-transformers") and not options.uniform:
-        refused = {name: reason for name, reason in refused.items() if name not in _head_modules(opened)}
+        of_head = {name.rpartition(".")[0] for name in opened.config.class_head.parameters.values()}
+        refused = {name: reason for name, reason in refused.items() if name not in of_head}
     if options.to in ("gguf", "ollama"):
         for shape in opened.loaded.shapes:
             if (shape.embedding or shape.experts) and shape.magnitude is None and shape.lora_bias is None:
@@ -244,16 +243,12 @@ def _more_than_factors(options: ExportOptions, opened: OpenedAdapter) -> dict[st
     return refused
 
 
-def _head_modules(opened: OpenedAdapter) -> set[str]:
-    return {name.rpartition(".")[0] for name in opened.config.class_head.parameters.values()}
-
-
 def _formats_with_head(options: ExportOptions, opened: OpenedAdapter) -> str:
     """Return the commands that can express an adapter with a head."""
     if _more_than_factors(replace(options, to="peft"), opened):
-        return "use backhand merge with a directory as its --output"
+        return "use backhand merge"
     other = " or --to sentence-transformers" if opened.objective == "rank" else ""
-    return f"give --to peft{other}, or use backhand merge with a directory as its --output"
+    return f"give --to peft{other}, or use backhand merge"
 
 
 def _write(options: ExportOptions, opened: OpenedAdapter, path: Path) -> Factors:

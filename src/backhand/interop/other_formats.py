@@ -235,12 +235,9 @@ def factors_for_kohya(contents: AdapterContents) -> dict[str, ModuleFactors]:
     """Return the factors of an adapter, whose model is not read.
 
     Raises:
-        ArtifactError: if a module has no name in the format, or a tensor is no factor of a linear or convolutional
-            module, or lacks its partner.
+        ArtifactError: if a tensor is no factor of a linear or convolutional module, or lacks its partner.
     """
     modules, _, others = factors_without_model(contents)
-    reason = "only modules of Stable Diffusion's U-Net and CLIP text encoder have names in this format"
-    refuse("kohya", {module: reason for module in modules if kohya_name(module) is None}, "give --to peft")
     if odd := [*others, *(name for name, module in modules.items() if module.embedding)]:
         raise ArtifactError(
             f"{len(odd)} tensors are no factors of linear or convolutional modules: {', '.join(odd[:4])}",
@@ -250,8 +247,10 @@ def factors_for_kohya(contents: AdapterContents) -> dict[str, ModuleFactors]:
 
 
 def kohya_bytes(factors: Factors) -> bytes:
-    """Return the bytes of the file, whose modules have names in the format."""
+    """Return the bytes of the file. Raises ArtifactError with the modules that have no name in the format."""
     keys = {module: kohya_name(module) for module in factors}
+    reason = "only modules of Stable Diffusion's U-Net and CLIP text encoder have names in this format"
+    refuse("kohya", {module: reason for module, key in keys.items() if key is None}, "give --to peft")
     if len(set(keys.values())) < len(keys):
         raise ArtifactError("two modules would have the same name in this format", where="to kohya")
     tensors: dict[str, Tensor] = {}

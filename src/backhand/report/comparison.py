@@ -41,7 +41,7 @@ from backhand.runs.row_changes import (
     share_gain,
     unpaired_gain,
 )
-from backhand.runs.summary import forgotten_nats, loss_unit
+from backhand.runs.summary import constant_name, forgotten_nats, loss_unit
 from backhand.words import capitalized, count_of, interval_text, name_list, share_interval
 
 # Options that do not affect a run's result.
@@ -74,6 +74,7 @@ def comparison_values(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[s
         name: charts.comparison(named, key, titles.get(name, unit or ("reward" if rewarded else "loss")))
         for name, key in keys.items()
     }
+    without = [name for name, run in named if not run.answers]
     return {
         "names": names,
         "headlines": [(name, headline(run)) for name, run in named],
@@ -83,6 +84,7 @@ def comparison_values(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[s
         "figures": [(label, [value(run) for run in runs]) for label, value in _FIGURES.items()],
         "options": _differing_options(runs),
         "answers": _answers(named),
+        "without_answers": without and f"{name_list(without)} {'keeps' if len(without) == 1 else 'keep'}",
         "charts": {name: spec for name, spec in specs.items() if spec["data"]["values"]},
     }
 
@@ -244,17 +246,17 @@ _PARTS: Mapping[str, Callable[[], object]] = {"objective": ObjectiveOptions, "re
 
 
 def _loss(run: RunRecord) -> str:
-    values = base_and_best(run)
-    if run.objective == "grpo":
-        return " → ".join(figure(None if one is None else 0.0 - one) for one in values)
-    return " → ".join(map(figure, values))
+    before, best = (one if one is None or run.objective != "grpo" else 0.0 - one for one in base_and_best(run))
+    note = f" ({constant_name(run.objective)})" if run.fresh_head and before is not None else ""
+    return f"{figure(before)}{note} → {figure(best)}"
 
 
 def _score(run: RunRecord) -> str:
     """Return the score of held-out rows before and after training, with the interval of the second."""
     if (score := _held_out_score(run)) is None:
         return NOT_KNOWN
-    before = "" if score.before is None else f"{score.shown(score.before)}{'%' * score.is_share} → "
+    percent, note = "%" * score.is_share, f" ({constant_name(run.objective)})" * (run.objective == "classify")
+    before = "" if score.before is None else f"{score.shown(score.before)}{percent}{note} → "
     return f"{score.name} {before}{score.figures()}"
 
 

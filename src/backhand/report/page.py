@@ -31,6 +31,7 @@ from backhand.runs.summary import (
     before_name,
     changed_answers,
     chosen_by,
+    constant_name,
     exact_match_says,
     forgetting,
     labels_unmeasured,
@@ -206,6 +207,8 @@ def result_sentence(run: RunRecord) -> str:
     if not is_number(after):
         return ""
     change = _change(before, after, words) if is_number(before) else words(after)
+    if run.objective == "classify" and is_number(before):
+        change += f", compared with {constant_name(run.objective, article=True)}"
     if (right := right_answers(run)) is not None:
         change += f" ({interval_text(*right[1:])})"
     judged = verdict(run)

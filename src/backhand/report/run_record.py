@@ -17,7 +17,7 @@ from backhand.files import FileLayer
 from backhand.json_shape import fitting, parse
 from backhand.options.config_file import parse_toml
 from backhand.reading import read_settings
-from backhand.runs.directory import ADAPTER, ANSWERS, CONFIG, FACTS, METRICS, PROOFS, SUMMARY, RunDirectory, runs_meant
+from backhand.runs.directory import ADAPTER, ANSWERS, CONFIG, FACTS, METRICS, PROOFS, SUMMARY, RunDirectory
 from backhand.runs.records import RowFacts, RunFacts
 from backhand.runs.status import RunStatus, read_status, state_of
 from backhand.runs.summary import RunSummary, has_fresh_head
@@ -134,9 +134,8 @@ def read_run(path: Path) -> RunRecord:
         config = fitting(fitting(parse_toml(text), dict[str, dict[str, Any]]), _Configuration)
     except (FileNotFoundError, NotADirectoryError):
         inside = f", such as {path.parent}" if (path.parent / CONFIG).is_file() else ""
-        meant = f"{near}Else " if (near := "" if inside else runs_meant(path)) else ""
         raise UsageError(
-            f"there is no run in {path}", next_step=f"{meant}give a directory that `backhand train` made{inside}"
+            f"there is no run in {path}", next_step=f"give a directory that `backhand train` made{inside}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError("the configuration cannot be read", where=str(path / CONFIG), why=str(error)) from None

@@ -330,20 +330,11 @@ def _real_directory(output: Path) -> Path:
     return path
 
 
-def runs_meant(path: Path) -> str:
-    """Return a question for the runs in this directory, or else next to it with a similar name, or "" without one."""
-
-    def runs(directory: Path) -> list[str]:
-        inside = directory.iterdir() if directory.is_dir() else ()
-        return sorted(other.name for other in inside if other != path and (other / CONFIG).is_file())
-
-    near = [path / name for name in runs(path)[:3]]
-    near = near or [path.parent / name for name in nearest_names(path.name, runs(path.parent))]
-    return f"did you mean {' or '.join(map(str, near))}? " if near else ""
-
-
 def _no_run(path: Path) -> UsageError:
-    meant = f"{near}To begin a new run, " if (near := runs_meant(path)) else ""
+    siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+    runs = [other.name for other in siblings if other != path and (other / CONFIG).is_file()]
+    near = [str(path.parent / name) for name in nearest_names(path.name, runs)]
+    meant = f"did you mean {' or '.join(near)}? To begin a new run, " if near else ""
     return UsageError(f"there is no run in {path}", where="output", next_step=f"{meant}leave out --resume")
 
 

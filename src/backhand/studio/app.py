@@ -452,7 +452,9 @@ async def _lint_part(site: Site, request: Request) -> Response:
     try:
         report = outcome.json()
     except CommandError as error:
-        return site.failure(request, error, _steps(draft, fields_named(error.text) or [""]), draft.objective)
+        # Leaving out bad rows, at the last step, does not help if all rows are bad.
+        fields = [name for name in fields_named(error.text) if name != "more.skip_bad"]
+        return site.failure(request, error, _steps(draft, fields or [""]), draft.objective)
     train, held_out = report["train"], report["held_out"] or {"rows": 0}
     complete, mostly_bad = [], report["errors"] > train["rows"] + held_out["rows"]
     if mostly_bad:

@@ -90,8 +90,11 @@ def _suggested(
             "completion": target,
         }
     if not classes:
-        known = "text" in small or common_names(columns) or len(texts) < 2
-        return {"objective": "sft"} | ({} if known else {"prompt": texts[0], "completion": texts[-1]})
+        if "text" in small or common_names(columns) or len(texts) < 2:
+            return {"objective": "sft"}
+        answers = [name for name in texts[1:] if name.lower() in ANSWERS] or texts[1:]
+        # Of several answers, one may be the worse one of a pair.
+        return {"objective": "sft", "prompt": texts[0]} | ({"completion": answers[0]} if len(answers) == 1 else {})
     state = others[0] if len(others) == 1 else "\\n".join(f"{{{column}}}" for column in others)
     return {"objective": "decide", "state": state, "question": class_of(classes)} if others else {"objective": "sft"}
 
@@ -116,8 +119,8 @@ _KNOWN: Sequence[tuple[str, Mapping[str, str]]] = (
 )
 """Objectives with the columns of their rows, and the roles of these columns on the page. More columns come first."""
 
-_BETTER = ("chosen", "better", "preferred", "accepted")
-_WORSE = ("rejected", "worse", "dispreferred", "refused")
+_BETTER = ("chosen", "better", "preferred", "accepted", "good", "best")
+_WORSE = ("rejected", "worse", "dispreferred", "refused", "bad", "worst")
 """Parts of the names of the columns of a pair of answers."""
 
 

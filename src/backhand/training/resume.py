@@ -203,20 +203,15 @@ def _refused(differences: list[str], directory: Path) -> UsageError:
 
 
 def unread_sources(given: TrainConfig, directory: Path) -> list[str]:
-    """Return a note for each option with other rows than a finished run has, whose rows are not read again.
-
-    A file whose rows may have changed is known by its time.
+    """Return a note for each option that names other rows than a finished run has, whose rows are not read again.
 
     Raises:
         UsageError: the rows are in memory and differ from those of the run.
     """
     stored, notes = load_config(directory / CONFIG).data, []
-    began_ns = (directory / CONFIG).stat().st_mtime_ns
     for name in ("data", "eval_data"):
         before, now = getattr(stored, name), getattr(given.data, name)
         if not now or list(map(os.path.abspath, now)) == list(map(os.path.abspath, before)):
-            later = [file for file in map(Path, before) if file.is_file() and file.stat().st_mtime_ns > began_ns]
-            notes += [f"the run is finished: {file}, written to since it began, is not read" for file in later]
             continue
         if before and all(source.startswith(IN_MEMORY) for source in (*before, *now)):
             raise _refused([f"{name}: the rows have changed"], directory)
