@@ -81,6 +81,10 @@ def test_the_result_in_one_sentence(finished: Path) -> None:
     of_labels = replace(run, config=run.config | {"objective": {"objective": "classify"}}, summary=run.summary)
     of_labels.summary.update(base_classes={"accuracy": 0.25}, adapted_classes={"accuracy": 0.5, "rows": 100})
     assert "25% → 50%, compared with a constant answer (95 %" in result_sentence(of_labels)
+    few = {"base_classes": {"accuracy": 0.1}, "adapted_classes": {"accuracy": 0.0, "rows": 20}, "base_eval_loss": 1e-9}
+    assert "it did not help" in result_sentence(replace(of_labels, summary=of_labels.summary | few))
+    few["base_eval_loss"] = 1e9
+    assert "not clear whether it helped" in result_sentence(replace(of_labels, summary=of_labels.summary | few))
     unclear = replace(run, summary=summary, config=run.config | {"objective": {"objective": "embed"}})
     assert (
         headline(unclear)

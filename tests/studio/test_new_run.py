@@ -933,6 +933,13 @@ def test_messages_name_fields_instead_of_options() -> None:
             "instead of --state and --question",
             "instead of “The text to decide about” and “Column with the answers”",
         ),
+        (
+            "dpo",
+            "error: rejected: chosen and rejected are the same text, 'rejected'",
+            "error: “Worse answer”: “Better answer” and “Worse answer” are the same text, 'rejected'",
+        ),
+        ("dpo", "the chosen answers are cut", "the chosen answers are cut"),
+        ("embed", "Author is empty: no completion", "Author is empty: no “Text that belongs to it”"),
         ("classify", "add --prompt a --completion b", "choose a at “Text”, b at “Label, or number to predict”"),
     ],
 )

@@ -121,7 +121,10 @@ def _class_verdict(run: RunRecord) -> Verdict | None:
         return None
     if unlearned_note(run.summary.get("unlearned_rows", 0), int(rows)):
         return "unclear"
-    return gain_verdict(Accuracies.of(constant, adapted, constant, int(rows)).gain)
+    judged = gain_verdict(Accuracies.of(constant, adapted, constant, int(rows)).gain)
+    before, best = base_and_best(run)
+    worse = right <= constant and before is not None and best is not None and best > before
+    return "hurt" if judged == "unclear" and worse else judged  # neither answers nor loss are better
 
 
 def classes_of(run: RunRecord) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

@@ -585,6 +585,10 @@ def _column_on_page(option: str, key: str, value: str, objective: str) -> tuple[
     return ("write", f"{column} in the field next to {label}") if "{" in column else ("choose", f"{column} at {label}")
 
 
+_ROLE = re.compile(r"(?<=: no )(?:prompt|completion)\b|(?<![\w'“`={-])(?:chosen|rejected)(?![\w'”`=}-]| answers?\b)")
+"""Names of parts of a row in an error, which the page calls by the labels of their fields."""
+
+
 def _line_on_page(line: str, objective: str) -> str:
     more = {field.option[2:]: field for fields in more_fields().values() for field in fields}
     if typed := _TYPED.search(line):
@@ -619,6 +623,8 @@ def _line_on_page(line: str, objective: str) -> str:
         return f"{place}{f' {word}' if word else ''}"
 
     line = line.replace(" or --eval-data FILE", "")
+    labels = {role.name: f"“{role.label.partition(' (')[0]}”" for role in _roles(objective)}
+    line = _ROLE.sub(lambda role: labels.get(role[0], role[0]), line)
     line = _SEVERAL.sub(lambda several: f"“What to learn” ({re.sub(r'[a-z]{3,}', _titled, several[1])})", line)
     line = _OPTION.sub(named, line)
     return _COMMAND.sub(lambda match: _COMMANDS.get(match[1], f"{match[0].strip('`')} in a terminal"), line)
