@@ -157,7 +157,7 @@ CHECKS = {
         form="rankings",
     ),
     "alike_labels": Check(
-        "labels that differ in case or spaces",
+        "labels named alike",
         "with labels named alike ({})",
         "write each label the same way",
         form="classes",
