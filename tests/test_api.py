@@ -201,8 +201,16 @@ def test_a_malformed_row_in_memory_is_named(tiny: TinyRun, tmp_path: Path) -> No
     dates = pd.DataFrame({"prompt": ["a"], "completion": [pd.Timestamp(0)]})
     with pytest.raises(DataError, match=r"type \w+, not text\n  next: convert it to text"):
         backhand.train(**options(tiny, tmp_path / "run", data=dates))
-    with pytest.raises(DataError, match="data: there is no row in the data"):
+    with pytest.raises(DataError, match=r"^data: there is no row in the data"):
         backhand.train(**options(tiny, tmp_path / "run", data=pd.DataFrame()))
+    with pytest.raises(DataError, match=r"^eval_data: there is no row in the data"):
+        backhand.train(**options(tiny, tmp_path / "run", data=ROWS, eval_data=pd.DataFrame()))
+    frame = pd.DataFrame(ROWS)
+    assert backhand.lint(data=[frame[:1], frame[1:]], model=tiny.model) == backhand.lint(data=frame, model=tiny.model)
+    with pytest.raises(UsageError, match=r'braces: prompt="\{a\}\\n\{b\}"'):
+        backhand.lint(data=frame, prompt=["a", "b"], model=tiny.model)
+    with pytest.raises(DataError, match='completion="1"'):
+        backhand.lint(data=pd.DataFrame([["a b", "c"], ["c d", "d"]]), model=tiny.model)
     with pytest.raises(DataError, match=r"frame\['completion'\].astype\(str\)"):
         backhand.train(**options(tiny, tmp_path / "run", data=pd.DataFrame({"prompt": ["a"], "completion": [0]})))
     with pytest.raises(DataError, match=r"row 1: [\s\S]*\n  next: correct the row, or leave it out$"):
@@ -334,6 +342,11 @@ class Misspelt(backhand.Observer):
         (lambda: backhand.generate("a", max_length=8), "here it is max_new_tokens"),
         (lambda: backhand.train(data=ROWS, dtype=torch.bfloat16), "did you mean bfloat16?"),
         (lambda: backhand.plan(data=[]), "there is no data"),
+        (lambda: backhand.train(data=ROWS, report_to="none"), "leave report_to out: no tracker is the default"),
+        (lambda: backhand.train(class_weight="balanced"), "rows have equal weights"),
+        (lambda: backhand.train(scoring="f1"), "depends on the objective alone"),
+        (lambda: backhand.classify("a", candidate_labels=["a"]), "here it is labels"),
+        (lambda: backhand.generate("a", stop=1), "next: give stop=[…]"),  # type: ignore[arg-type]
         (lambda: backhand.train(max_completion_length=3), "next: here it is max_new_tokens"),
         (lambda: backhand.train(num_generations=3), "next: here it is group"),
         (
@@ -650,7 +663,7 @@ def test_results_and_files_name_options_as_the_call_does(tiny: TinyRun, tmp_path
         "6 of these 60 rows, of which the other 54 are trained on; drawn at random with the seed; eval_fraction=0 "
     )
     assert any(note.startswith("held out: 6 documents") and held_out in note for note in others)
-    made = options(tiny, tmp_path / "run", data=ROWS, learning_rate=0.1, epochs=3, eval_every=1)
+    made = options(tiny, tmp_path / "run", data=ROWS, learning_rate=0.1, epochs=4, eval_every=1)
     assert "eval_data=…" in str(backhand.train(**made).advice)
     assert "eval_data=…" in json.loads((tmp_path / "run" / "summary.json").read_text())["advice"]
     assert "--eval-data FILE" not in (tmp_path / "run" / "report.html").read_text()

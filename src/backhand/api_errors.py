@@ -250,7 +250,8 @@ def _value(name: str, hint: Any, word: re.Match[str] | None, *, typed: bool) -> 
         return f"={{{_literal(key)}: {_literal(value)}}}", word.end()
     if takes_several(hint) and "," in text and not quoted:
         return f"=[{', '.join(_literal(part) for part in text.split(','))}]", word.end()
-    return f"={_literal(text)}", word.end()
+    literal = f'"{text}"' if name in ("prompt", "completion", "state") and _NUMBER.fullmatch(text) else _literal(text)
+    return f"={literal}", word.end()
 
 
 def _literal(text: str) -> str:

@@ -172,11 +172,21 @@ class Convert:
     sentence = ""
 
 
+_OF_COLUMNS = ("prompt", "completion", "state")
+"""Options whose text may have columns in braces."""
+
+
 def check_text(where: str, text: Any) -> None:
     """Raise UsageError unless `text` is a string that can be written as UTF-8."""
     if not isinstance(text, str):
-        how = "json.dumps(…), where JSON is read" if isinstance(text, list | tuple | dict) else "str(…)"
-        raise UsageError(f"{where} {shown(text)} is not text", where=where, next_step=f"write it as text: {how}")
+        next_step = "write it as text: str(…)"
+        if isinstance(text, list | tuple | dict):
+            next_step = "write it as text: json.dumps(…), where JSON is read"
+        if where in _OF_COLUMNS and not isinstance(text, int | float):
+            names = text if isinstance(text, list | tuple) else ("title", "text")
+            columns = r"\n".join(f"{{{name}}}" for name in names)
+            next_step = f'give the name of a column, or a text with columns in braces: {where}="{columns}"'
+        raise UsageError(f"{where} {shown(text)} is not text", where=where, next_step=next_step)
     half = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
     if half is None:
         return
@@ -447,12 +457,16 @@ def check_value(where: str, value: Any, hint: Any) -> None:
         raise UsageError(
             f"{where} {shown(value)} is not one of {', '.join(map(str, choices))}",
             where=where,
-            next_step=value_suggestion(value, choices)
+            next_step=value_suggestion(value, choices, where)
             or f"give --{where.replace('_', '-')} {choices[0]}, or another of these",
         )
     elif origin is tuple and _is_checked(element := get_args(plain)[0]):
         if not isinstance(value, tuple | list):
-            raise UsageError(f"{where} {shown(value)} is not a list", where=where)
+            raise UsageError(
+                f"{where} {shown(value)} is not a list",
+                where=where,
+                next_step=value_suggestion(value, (), where) or f"give {where}=[…]",
+            )
         for one in value:
             check_value(where, one, element)
     elif origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):

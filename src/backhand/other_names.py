@@ -16,6 +16,8 @@ from backhand.words import nearest_names
 
 NOT_NEEDED = "no option is needed: "
 """Start of an answer if there is no equivalent option."""
+TYPO = 0.75
+"""Similarity from which an unknown name is probably a known one, misspelt."""
 HERE = "here it is "
 """Start of an answer if there is one."""
 
@@ -152,17 +154,19 @@ def suggestion(
         return f"leave it out: it is an option of {homes[field]}"
     if field in homes and field not in known:
         return f"write it in {homes[field]}" + (f", as {field}" if field != name else "")
-    for near in longer_or_shorter(field, known) or nearest_names(field, known, count=1, cutoff=0.6):
+    for near in longer_or_shorter(field, known) or nearest_names(field, known, count=1, cutoff=TYPO):
         return f"did you mean {near}?"
     if (meant := translate_option(name, placed, {*known, *homes}, value=value)) is not None:
         return meant
-    for near in nearest_names(field, homes, count=1, cutoff=0.6):
+    for near in nearest_names(field, homes, count=1, cutoff=TYPO):
         return f"did you mean {near}, in {homes[near]}?"
     return None
 
 
-def value_suggestion(value: object, choices: Collection[object]) -> str | None:
-    """Return which choice to give instead of a value, or None if no choice is near."""
+def value_suggestion(value: object, choices: Collection[object], option: str = "") -> str | None:
+    """Return which choice to give instead of a value of an option, or None if no choice is near."""
+    if option.endswith("report_to") and str(value).lower() in ("false", "none"):
+        return "leave report_to out: no tracker is the default"
     if not isinstance(value, str):
         value = str(value).rpartition(".")[2]  # such as torch.bfloat16
     known = [choice for choice in choices if isinstance(choice, str)]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import UnusableAdapterError
 from backhand.adapters.peft_config import peft_notes
+from backhand.adapters.peft_saving import facts_of_card
 from backhand.adapters.record import AdapterRecord, base_differences, read_record, record_bytes, wrong_base
 from backhand.errors import ArtifactError, CheckError, UsageError
 from backhand.nn.lora_parameters import LoRAParameters
@@ -560,3 +561,12 @@ def test_the_card_names_the_base_and_how_to_load(saved: Path) -> None:
     assert 'base_model: "some/base"' in card
     assert 'AutoModelForCausalLM.from_pretrained("some/base")' in card
     assert "`q_proj`, `v_proj`" in card
+
+
+def test_the_facts_of_a_card_can_be_read_again(tmp_path: Path, shapes: dict[str, tuple[int, int]]) -> None:
+    config, facts = next(iter(CONFIGS.values())), {"data": "a_b [1].csv", "loss": "2 → 1"}
+    saved = save_adapter(tmp_path / "a", config, random_parameters(config, shapes), base_model="b", card=facts)
+    assert facts_of_card(saved) == facts
+    assert facts_of_card(tmp_path) == {}
+    (tmp_path / "README.md").write_text("# My own card\n| trained parameters | 3 |\n| a | b |\n")
+    assert facts_of_card(tmp_path) == {}

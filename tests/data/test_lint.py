@@ -90,6 +90,13 @@ def test_each_finding_names_the_line_and_a_remedy(
     assert (report.errors > 0) == (kind == "malformed")
 
 
+def test_a_length_that_the_model_does_not_have_is_no_remedy(tmp_path: Path) -> None:
+    for context, advised in ((41, True), (40, False), (None, True)):
+        report = linted(tmp_path, [row("q", "a"), row("p", "no " * 60)], max_length=40, context_length=context)
+        remedy = next(finding.remedy for finding in report.findings if finding.kind == "truncated")
+        assert remedy.startswith("raise --max-length, shorten" if advised else "shorten the rows")
+
+
 def test_bad_rows_are_each_a_finding_up_to_a_number(tmp_path: Path) -> None:
     report = linted(tmp_path, [row("q", "a"), *[f"{{{number}" for number in range(30)]])
     assert report.errors == 30

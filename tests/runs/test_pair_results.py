@@ -147,6 +147,15 @@ def test_figures_come_from_the_step_whose_adapter_is_kept() -> None:
     figures = held_out_pairs([line(0, 0.0), line(2, 3.0), line(4, 1.0)], 2)
     assert figures == {"rewards/margins": 3.0, "logps/chosen": -3.0, "logps/chosen_before": -1.0}
     assert held_out_pairs([{"step": 2, "eval_loss": 1.0}], 2) is None
+    ordered = [
+        line(step, margin) | {"eval_rewards/accuracies": share}
+        for step, margin, share in ((0, -1.0, 0.25), (2, 1.0, 0.75))
+    ]
+    without_reference = held_out_pairs(ordered, 2)
+    assert without_reference is not None
+    said = pair_clauses(without_reference, 4, "orpo", None)[0]
+    assert said.startswith("3 of 4 held-out pairs are ordered rightly (95 % interval 30–95 %; 1 before the first step)")
+    assert said.endswith("a mean margin of 1 (-1 before) in reward")
 
 
 def advised(

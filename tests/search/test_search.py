@@ -145,6 +145,8 @@ def test_the_sentence_says_how_sure_the_difference_is(
     assert said in result.sentence
     keeps = "Keep" in result.sentence
     assert (result.values, result.best) == (({"rank": 2}, 0) if keeps else ({"rank": 4}, 1))
+    brief = result_of(config, schedule, [trials[0], replace(trials[1], done=0, losses=())], 6).sentence
+    assert brief.startswith("No other trial was compared with the options as given (") and "--prune none" in brief
 
 
 def _shares(output: Path) -> list[float]:

@@ -158,3 +158,9 @@ def test_a_contradiction_is_an_error_and_text_cannot_end_its_line(
     assert main(["convert", str(path)]) == 0
     (tmp_path / "run.toml").write_text(capsys.readouterr().out)
     assert load_config(tmp_path / "run.toml").model.model == "a\n[run]"
+
+
+def test_columns_of_axolotl_are_converted(tmp_path: Path) -> None:
+    kind = "{field_instruction: asked, field_output: said, format: '{instruction}', system_prompt: ''}"
+    config, _ = converted(f"base_model: base\ndatasets:\n  - path: a.csv\n    type: {kind}\n", tmp_path)
+    assert (config.data.prompt, config.data.completion) == ("asked", "said")

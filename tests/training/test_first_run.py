@@ -333,6 +333,11 @@ def test_few_held_out_rows_and_rows_not_seen_change_the_advice(tmp_path: Path) -
     few = said([2.0, 1.0, 0.6, 0.7, 0.8, 0.85], few_rows=5)
     assert few is not None and few[0].startswith("Only 5 rows are held out, too few") and few[1] is None
     assert few[0].endswith(": more rows are needed, for example as --eval-data FILE."), "0.3 of few rows are few"
+    config = with_options(TrainConfig(), epochs=3, learning_rate=1e-3)
+    brief = advice(config, Curves([(0, 6.0), (3, 4.0), (6, 3.0)], []), 6, 1e-3, tmp_path, few_rows=6)
+    assert (
+        brief is not None and "still falling at the end of only 6 steps" in brief[0] and "--epochs 6" in str(brief[1])
+    )
     many = said([2.0, 1.0, 0.6, 0.7, 0.8, 0.85], few_rows=5, all_rows=60)
     assert many is not None and "--eval-fraction 0.3" in many[0]
     still, worse = [2.0, 1.999, 1.998, 1.997, 1.996, 1.995], [2.0, 1.99, 2.1, 2.2, 2.3, 2.4]

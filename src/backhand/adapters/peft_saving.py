@@ -5,10 +5,12 @@ The same adapter gives the same bytes. Each file is written atomically, the reco
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -109,6 +111,22 @@ _AUTO_CLASSES = {
 }
 
 
+_LAST_OF_MODEL, _LICENCE = "trained parameters", "licence"
+"""Rows of a card before and after those of its run."""
+
+
+def facts_of_card(directory: Path) -> dict[str, str]:
+    """Return the rows about the run from the card that `model_card` wrote into a directory, {} without such a card."""
+    try:
+        text = (directory / CARD_FILE).read_text("utf-8")
+    except (OSError, ValueError):
+        return {}
+    rows = re.findall(r"^\| (.+?) \| (.*) \|$", text.partition(f"| {_LAST_OF_MODEL} |")[2], re.MULTILINE)
+    plain = ([re.sub(r"\\(.)", r"\1", cell) for cell in row] for row in rows)
+    facts = dict(itertools.takewhile(lambda row: row[0] != _LICENCE, plain))
+    return facts if len(facts) < len(rows) else {}
+
+
 def model_card(
     described: PEFTConfig,
     targets: Sequence[Target],
@@ -135,9 +153,9 @@ def model_card(
         "module names": ", ".join(_code(end) for end in sorted({t.name.rpartition(".")[2] for t in targets})),
         "rank": _range(target.rank for target in targets),
         "scaling": _range(target.scaling for target in targets),
-        "trained parameters": f"{parameters:,}",
+        _LAST_OF_MODEL: f"{parameters:,}",
         **{_text(name): _text(value) for name, value in facts.items()},
-        "licence": "not said yet: name one in the head of this file; the base model's terms hold as well",
+        _LICENCE: "not said yet: name one in the head of this file; the base model's terms hold as well",
     }
     rows = (f"| {name} | {value} |" for name, value in table.items())
     parts = ("---", *header, "---\n", "# LoRA adapter\n", "Written by Backhand; the files are in PEFT's format.\n")

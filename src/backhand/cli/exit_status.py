@@ -173,7 +173,7 @@ def _usage(error: cyclopts.CycloptsError, arguments: Sequence[str]) -> str:
     if (same := value_answers().get(value)) is not None and f'"{same}"' in message:
         return f"{message.partition(' Did you mean')[0]} Its equivalent is {same}."
     message = re.sub(r'unable to convert (".*") into ([^"]+)\.$', _not_converted, message)
-    none = message.lower().startswith('invalid value "none" for --report-to.')
+    none = message.lower().replace("_", "-").startswith('invalid value "none" for --report-to.')
     return f"{message} No tracker is the default: leave --report-to out." if none else message
 
 
@@ -219,7 +219,7 @@ def _unknown_option(typed: str, value: str, options: Set[str], command: str) -> 
     """Explain an unknown option: by its equivalent if it is another tool's, otherwise by the nearest name."""
     from backhand.cli.option_fields import as_option, option_fields
     from backhand.options.config import TrainConfig
-    from backhand.other_names import HERE, NOT_NEEDED, is_text, longer_or_shorter, text_meant, translate_option
+    from backhand.other_names import HERE, NOT_NEEDED, TYPO, is_text, longer_or_shorter, text_meant, translate_option
     from backhand.words import nearest_names
 
     known = {name[2:].replace("-", "_") for name in options}
@@ -243,7 +243,7 @@ def _unknown_option(typed: str, value: str, options: Set[str], command: str) -> 
         return f"Unknown option: {typed}. It is an option of `backhand train`.{advice}"
     if meant := translate_option(typed, as_option, of_train, value=value):
         return f"Unknown option: {typed}. It is an option of `backhand train`: {meant.removeprefix(HERE)}."
-    nearest = longer_or_shorter(plain, known) or nearest_names(plain, known, count=1, cutoff=0.6)
+    nearest = longer_or_shorter(plain, known) or nearest_names(plain, known, count=1, cutoff=TYPO)
     return f"Unknown option: {typed}." + "".join(f" Did you mean {as_option(name)}?" for name in nearest)
 
 

@@ -106,7 +106,8 @@ def names_of(labels: Iterable[ClassLabel], problem: ProblemType) -> tuple[str, .
         return ("LABEL_0",)
     names = {name for label in labels for name in label.names}
     in_order = sorted(names)
-    return tuple(sorted(in_order, key=int) if all(map(is_integer, names)) else in_order)
+    by_number = sorted(in_order, key=lambda name: int(name.removesuffix(".0"))) if all(map(is_integer, names)) else ()
+    return tuple(by_number or in_order)
 
 
 def target_of(

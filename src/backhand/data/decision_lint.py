@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -81,11 +82,12 @@ def _of_question(
 
 
 def named_alike(counts: Mapping[str, int]) -> dict[str, str]:
-    """Return each name that differs from a more frequent one only in case or spaces, with that name."""
+    """Return each name that differs from a more frequent one only in case, spaces or hyphens, with that name."""
     usual: dict[str, str] = {}
     alike = {}
     for name in sorted(counts, key=lambda name: -counts[name]):
-        most = usual.setdefault(" ".join(name.split()).casefold(), name)
+        plain = re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", " ".join(name.split()))
+        most = usual.setdefault(plain.casefold(), name)
         if most != name:
             alike[name] = most
     return alike

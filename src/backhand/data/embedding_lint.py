@@ -10,7 +10,7 @@ from backhand.data.examples import Example
 from backhand.data.rows import TextIdentities
 
 FEW_POSITIVES = 0.1
-"""Share of different positives among the rows below which most candidates of a step are excluded as duplicates."""
+"""Share of different positives, or anchors, among the rows below which most candidates of a step are no negatives."""
 
 
 def problems_of_embeddings(examples: Iterable[Example]) -> list[tuple[Any, ...]]:
@@ -26,11 +26,13 @@ def problems_of_embeddings(examples: Iterable[Example]) -> list[tuple[Any, ...]]
     scored = any(row.score is not None for _, row in rows)
     alike = [source for source, row in rows if row.score is None and row.texts[0] == row.texts[1]]
     wrong = [source for source, row in rows if positives[row.texts[0]].intersection(row.texts[2:])]
-    different = len({row.texts[1] for _, row in rows})
-    few = [rows[0][0]] if rows and not scored and different < FEW_POSITIVES * len(rows) else []
+    counts = len({row.texts[1] for _, row in rows}), len(positives)
+    few = ([rows[0][0]] if rows and not scored and count < FEW_POSITIVES * len(rows) else [] for count in counts)
+    few_positives, few_anchors = few
     return [
         ("equal_positive", alike),
         ("positive_negative", wrong),
-        ("few_positives", few, different),
+        ("few_positives", few_positives, counts[0]),
+        ("few_anchors", few_anchors, counts[1]),
         ("duplicate", repeated),
     ]

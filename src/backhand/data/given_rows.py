@@ -131,7 +131,7 @@ def _not_texts(option: str, value: Any, next_step: str, plural: str | None = Non
 
 
 def as_sources(value: Any) -> Any:
-    """Return the sources that a program gives: one name, several, a list of dicts, or a data frame.
+    """Return the sources that a program gives: one name, several, a list of dicts, or data frames.
 
     Any other value is returned unchanged, and refused by `check_sources`.
     """
@@ -141,10 +141,12 @@ def as_sources(value: Any) -> Any:
         return (GivenRows.of(_rows_of_frame(value)),)
     if isinstance(value, Iterable) and not isinstance(value, Mapping | bytes):
         parts = plain_value(list(value))
+        if parts and all(hasattr(part, "__arrow_c_stream__") and _columns(part) for part in parts):
+            return (GivenRows.of([row for frame in parts for row in _rows_of_frame(frame)]),)
         if parts and all(isinstance(part, Mapping) for part in parts):
             return (GivenRows.of(parts),)
         paths = (os.fspath(part) if isinstance(part, os.PathLike) else part for part in parts)
-        return tuple(STANDARD_INPUT if part == "-" else part for part in paths)
+        return tuple(STANDARD_INPUT if isinstance(part, str) and part == "-" else part for part in paths)
     return value
 
 

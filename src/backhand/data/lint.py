@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -60,11 +61,9 @@ CHECKS = {
     "truncated": Check(
         "truncated to max_length",
         "truncated to {:,} tokens",
-        "raise --max-length, shorten the rows, or leave them out with --long-rows drop",
+        "{1}shorten the rows, or leave them out with --long-rows drop",
     ),
-    "too_long": Check(
-        "longer than max_length, left out", "left out as too long", "raise --max-length or shorten the rows"
-    ),
+    "too_long": Check("longer than max_length, left out", "left out as too long", "{0}shorten the rows"),
     "unsupervised": Check(
         "without a supervised token, left out",
         "left out because no token carries loss",
@@ -103,7 +102,7 @@ CHECKS = {
         form="decisions",
     ),
     "alike_options": Check(
-        "options that differ in case or spaces",
+        "options named alike",
         "with options named alike ({})",
         "write each option the same way",
         form="decisions",
@@ -136,6 +135,12 @@ CHECKS = {
         "few different positives",
         "of rows with {:,} different positives: most texts of a step are no negatives of each other",
         "train labels with --objective classify or decide, or give rows with more different positives",
+        form="embeddings",
+    ),
+    "few_anchors": Check(
+        "few different anchors",
+        "of rows with {:,} different anchors: many texts of a step belong to the same one, and are no negatives",
+        "train labels with --objective classify or decide, or give rows with more different anchors",
         form="embeddings",
     ),
     "relevant_negative": Check(
@@ -304,9 +309,10 @@ def lint(
         text_format=text_format or (None if purpose is None else _TEXT_FORMATS.get(purpose)),
     )
     documents = train.examples.documents
+    longer = "raise --max-length" if options.max_length < (context_length or math.inf) else ""
     problems: list[tuple[Any, ...]] = [
-        ("truncated", truncation.truncated, options.max_length),
-        ("too_long", truncation.dropped_long),
+        ("truncated", truncation.truncated, options.max_length, longer and f"{longer}, "),
+        ("too_long", truncation.dropped_long, longer and f"{longer} or "),
         ("unsupervised", truncation.dropped_unsupervised),
     ]
     labels: dict[str, int] = {}

@@ -254,7 +254,7 @@ def _no_rows(name: str, bad: RowErrors, count: int, first: DataError | None) -> 
     if first is None:
         return DataError(
             "there is no row in the data" if in_memory else "there is no row in the file",
-            where="data" if in_memory else name,
+            where=name,
             why=f"{bad.empty_lines:,} empty lines were skipped" if bad.empty_lines else None,
             next_step="give a list of dicts or a data frame with at least one row"
             if in_memory

@@ -30,7 +30,7 @@ from backhand.adapters.contents import AdapterContents, read_json_object, read_t
 from backhand.adapters.module_factors import Factors, ModuleFactors, factors_without_model
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import slot_shapes
-from backhand.adapters.peft_saving import HEADLESS_TASK, AdapterParts, adapter_files
+from backhand.adapters.peft_saving import HEADLESS_TASK, AdapterParts, adapter_files, facts_of_card
 from backhand.adapters.targets import Target
 from backhand.errors import ArtifactError, UsageError
 from backhand.files import write_atomically
@@ -192,7 +192,7 @@ def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False, text_m
     classification = classification_of(loaded, opened.config)
     described, wrapper = described_for_peft(opened, text_model=text_model)
     left = unfinished(loaded.directory)
-    card = None if left is None else {"training": f"the run {left.fact}"}
+    card = facts_of_card(loaded.directory) | ({} if left is None else {"training": f"the run {left.fact}"})
     if not uniform:
         parts = AdapterParts(described, loaded.targets, loaded.shapes, loaded.factors, loaded.trained)
         files = adapter_files(parts, record=loaded.record, card=card, module_names=names, wrapper=wrapper)

@@ -351,9 +351,7 @@ def typed_value(value: Any, hint: Any, where: str) -> Any:
         raise UsageError(
             f"{value!r} is not one of {', '.join(map(str, get_args(hint)))}",
             where=where,
-            next_step=_NO_TRACKER
-            if where.endswith("report_to") and str(value).lower() == "none"
-            else value_suggestion(value, get_args(hint)),
+            next_step=value_suggestion(value, get_args(hint), where),
         )
     if origin is tuple and isinstance(value, list):
         return tuple(typed_value(element, get_args(hint)[0], where) for element in value)
@@ -372,17 +370,14 @@ def typed_value(value: Any, hint: Any, where: str) -> Any:
     raise UsageError(
         f"{value!r} is {_kind(value)}, expected {_KINDS.get(origin or hint, 'a table')}",
         where=where,
-        next_step=_NO_TRACKER
-        if where.endswith("report_to") and str(value).lower() in ("false", "none")
+        next_step=no_tracker
+        if (no_tracker := value_suggestion(value, (), where))
         else f"write it in brackets: [{toml_value(value)}]"
         if origin is tuple and isinstance(value, str)
         else f"write {where.rpartition('.')[2]} = {toml_value([str(value.get('path', 'PATH'))])}"
         if hint is str and isinstance(value, Mapping) and where.endswith("data")
         else None,
     )
-
-
-_NO_TRACKER = "leave report_to out: no tracker is the default"
 
 
 def _json_value(value: Any, where: str) -> Any:

@@ -166,12 +166,25 @@ def _steps(option: str) -> Callable[[Any, Mapping[str, Any]], Values]:
     return rule
 
 
+_FIELDS = {
+    "messages": ("field_messages",),
+    "prompt": ("field_instruction",),
+    "completion": ("field_output",),
+    "system": ("system_prompt",),
+}
+"""Axolotl's names of columns in an entry of `datasets`, or in its `type`, by option."""
+
+
 def _sources(option: str) -> Callable[[Any, Mapping[str, Any]], Values]:
     def rule(value: Any, _: Mapping[str, Any]) -> Values:
         entries = [one if isinstance(one, dict) else {"path": one} for one in _as_list(value)]
         names = [f"{one.get('path')}" + (f":{one['split']}" if "split" in one else "") for one in entries]
-        columns = {str(one["field_messages"]) for one in entries if "field_messages" in one}
-        named = {"messages": columns.pop()} if option == "data" and len(columns) == 1 else {}
+        fields = [one | (kind if isinstance(kind := one.get("type"), dict) else {}) for one in entries]
+        named = {}
+        for name, keys in _FIELDS.items():
+            columns = {str(one[key]) for one in fields for key in keys if one.get(key)}
+            if option == "data" and len(columns) == 1:
+                named[name] = columns.pop()
         return {option: names} | named
 
     return rule

@@ -36,14 +36,17 @@ def held_out_pairs(
 
     Returns:
         TRL's names of the figures. The two log-probabilities are also given before the first step, as
-        `logps/chosen_before` and `logps/rejected_before`, and their changes with `change_bounds`.
+        `logps/chosen_before` and `logps/rejected_before`, and their changes with `change_bounds`. If no reference makes
+        them 0, so are the share of pairs in the right order and their margin.
         Answers with a label are no pairs: `rows/chosen` and `rows/rejected` are their numbers, and
         `rewards/margins_low` and `rewards/margins_high` the bounds of the interval of the margin.
     """
     records = list(records)
     at = {line["step"]: line for line in records if "eval_loss" in line}
     figures = {name: at.get(best_step, {}).get(f"eval_{name}") for name in _PAIR_FIGURES}
-    figures |= {f"{name}_before": at.get(0, {}).get(f"eval_{name}") for name in _PAIR_FIGURES[2:]}
+    first = at.get(0, {})
+    compared = _PAIR_FIGURES if first.get("eval_rewards/margins") else _PAIR_FIGURES[2:]
+    figures |= {f"{name}_before": first.get(f"eval_{name}") for name in compared}
     known = {name: value for name, value in figures.items() if value is not None}
     if not known:
         return None
@@ -132,10 +135,12 @@ def pair_clauses(pairs: Mapping[str, float], rows: int, objective: str, answers:
     clauses = _margin_clause(pairs, names)
     if (accuracy := pairs.get("rewards/accuracies")) is not None and rows:
         ordered = f"{round(accuracy * rows):,} of {count_of(rows, 'held-out pair')} {'is' if rows == 1 else 'are'}"
-        half = f"{interval_text(accuracy, rows)}; half of them by chance"
-        clauses = [
-            f"{ordered} ordered rightly ({half}), with a mean margin of {pairs['rewards/margins']:.3g} in reward"
-        ]
+        compared, margin = "half of them by chance", f"{pairs['rewards/margins']:.3g}"
+        if (share := pairs.get("rewards/accuracies_before")) is not None:  # the loss has no reference
+            compared = f"{round(share * rows):,} before the first step"
+            margin += f" ({pairs['rewards/margins_before']:.3g} before)"
+        known = f"{interval_text(accuracy, rows)}; {compared}"
+        clauses = [f"{ordered} ordered rightly ({known}), with a mean margin of {margin} in reward"]
     since = "" if answers is None or "start" not in answers else " since the adapter that the run started from"
     chosen, rejected = (_change(pairs, side) for side in _SIDES)
     if chosen is not None and rejected is not None:

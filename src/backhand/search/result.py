@@ -93,7 +93,10 @@ def result_of(config: SearchConfig, schedule: Schedule, trials: Sequence[Trial],
     differences = tuple(by_seed[1][seed] - by_seed[0][seed] for seed in seeds)
     loss = statistics.mean(by_seed[0][seed] for seed in seeds or by_seed[0])
     given_loss = statistics.mean(by_seed[1][seed] for seed in seeds) if seeds else None
-    sentence = _sentence(best, loss, given_loss, differences, Measure.of(config), _measured_on(config.run.output, best))
+    measure, rows = Measure.of(config), _measured_on(config.run.output, best)
+    others = [trial for trial in trials if trial.number and trial.repeats is None and trial.failed is None]
+    briefly = bool(others) and all(trial.done < schedule.last for trial in others)
+    sentence = _sentence(best, loss, given_loss, differences, measure, rows, briefly=briefly)
     if len(differences) > 1 and given_loss is not None and given_loss <= loss:
         best, loss = given, given_loss
     output, firsts = config.run.output, [trial for trial in trials if trial.repeats is None]
@@ -152,7 +155,14 @@ def _tried_briefly(trials: Sequence[Trial], last: int, steps: int) -> str:
 
 
 def _sentence(
-    best: Trial, loss: float, given_loss: float | None, differences: Sequence[float], on: Measure, rows: str
+    best: Trial,
+    loss: float,
+    given_loss: float | None,
+    differences: Sequence[float],
+    on: Measure,
+    rows: str,
+    *,
+    briefly: bool,
 ) -> str:
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in best.values.items())
     options = options or "the options as given"
@@ -162,6 +172,9 @@ def _sentence(
     if best.number == 0:
         mean = f", the mean of {seeds}" if len(differences) > 1 else ""
         given = f"the options as given ({on.shown(given_loss)}{rows}{mean})"
+        if briefly:
+            why = "all others ended early, judged by their first steps alone; --prune none trains them to the end"
+            return f"No other trial was compared with {given}: {why}."
         return f"Keep {options}: no trial has a {on.better} {on.name} than {given}."
     after, before = apart(on.sign * loss + 0.0, on.sign * given_loss + 0.0, 4)
     figures = f"{on.name} {after}{rows}, {on.better} than {before} as given"

@@ -295,7 +295,8 @@ def advice(
         return None
     if slow and finding not in ("rose", "forgot", "fine") and _start(config, run) is None:
         return capitalized(slow), None
-    if few_rows and _may_be_chance(finding, curves, relative):
+    more_first = total_steps < FEWEST_STEPS and finding in ("above constant", "still falling") and not stopped
+    if few_rows and not more_first and _may_be_chance(finding, curves, relative):
         what = f"Only {count_of(few_rows, 'row')} {'is' if few_rows == 1 else 'are'} held out"
         enough = LARGEST_SHARE * all_rows >= FEWEST_ROWS
         return f"{what}, too few for advice from their loss: {_holding_out_more(enough)}.", None
@@ -322,9 +323,10 @@ def advice(
     constant = constant_name(objective, article=True)
     before = "before" if curves.first_loss is None else f"that of {constant}"
     first, best, base = (f"{loss:.4g}" for loss in (curves.first_loss or 0.0, curves.best[1], curves.held_out[0][1]))
+    brief = f" of only {count_of(total_steps, 'step')}" if total_steps < FEWEST_STEPS else ""
     longer, middle = "more steps may get it there", f"{curves.middle} of {curves.held_out[-1][0]}"
     sentence, changes = {
-        "unsteady": ("The loss rose for a while, on held-out rows as well: the learning rate is too high.", lower),
+        "unsteady": ("The loss rose for a while, on held-out rows as well: the learning rate may be too high.", lower),
         "not better": (
             f"The held-out loss is no lower than {before}: the rate is too high, or these rows are of another kind.",
             lower,
@@ -335,7 +337,7 @@ def advice(
         ),
         "hardly moved": hardly,
         "rose": (f"The held-out loss rose after step {step}, whose adapter is kept: {why}.", instead),
-        "still falling": ("The held-out loss was still falling at the end.", twice),
+        "still falling": (f"The held-out loss was still falling at the end{brief}.", twice),
         "forgot": (
             f"It forgot much, {forgotten:.2f} nats a token of neutral texts: a lower rate keeps more.",
             f"--learning-rate {rate / 2:.2g}",

@@ -275,7 +275,8 @@ def _reading(run: LoadedRun) -> str | None:
     if run.config.objective.objective == "bake" and run.config.objective.samples:
         return None
     rewards = run.config.rewards.reward if run.config.objective.objective == "grpo" else ()
-    return reading_options(run.config.data) + "".join(f" --reward {shell_quoted(name)}" for name in rewards)
+    limit = f" --max-new-tokens {run.config.rewards.max_new_tokens}" * bool(rewards)
+    return reading_options(run.config.data) + "".join(f" --reward {shell_quoted(name)}" for name in rewards) + limit
 
 
 def _rewards(lines: Sequence[Mapping[str, Any]], progress: Progress) -> dict[str, Any]:
