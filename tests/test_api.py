@@ -581,6 +581,14 @@ def test_a_missing_file_of_rewards_is_answered_with_the_files_there(tmp_path: Pa
         ("labels: backhand generate --labels auto", 'labels: backhand.generate(…, labels="auto")'),
         ("use backhand rank, or give --adapter A", "use backhand.rank, or give --adapter A"),
         ("continue with backhand train --resume", "continue with backhand.train(…, resume=True)"),
+        (
+            "`backhand export --adapter runs/a --to peft --output runs/p --push OWNER/NAME` uploads",
+            '`backhand.export(adapter="runs/a", to="peft", output="runs/p", push="OWNER/NAME")` uploads',
+        ),
+        (
+            "write `backhand export --adapter runs/a --to peft`",
+            'write `backhand.export(…, adapter="runs/a", to="peft")`',
+        ),
         ("backhand classify --text '…'", "backhand classify --text '…'"),
     ],
 )

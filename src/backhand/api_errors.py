@@ -54,6 +54,8 @@ _TEXT_ARGUMENTS = {"classify": "prompt", "decide": "state", "embed": "texts", "g
 """The argument that takes one text, by function."""
 _HINTS: dict[str, dict[str, Any]] = {}
 """The type of each option by its name with dashes, by function."""
+_REQUIRED: dict[str, set[str]] = {}
+"""The arguments without which a call is only a part of one, by function: the first and those without a default."""
 
 
 def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -65,6 +67,11 @@ def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         _HINTS[function.__name__] = hints
+        _REQUIRED[function.__name__] = {
+            one.name
+            for place, one in enumerate(inspect.signature(function).parameters.values())
+            if one.kind is not one.VAR_KEYWORD and (one.default is one.empty or not place)
+        }
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -197,7 +204,8 @@ def in_python(text: str, hints: dict[str, Any]) -> str:
         written = ", ".join(arguments)
         if command:
             written = written.replace(_ROWS_MEANT, "")
-            others = "" if written.startswith("data=…") else "…, "
+            complete = _REQUIRED[command] <= {one.partition("=")[0] for one in arguments}
+            others = "" if complete or written.startswith("data=…") else "…, "
             written = quote + (f"backhand.{command}({others}{written})" if arguments else f"backhand.{command}")
         if written:
             pieces += [text[end : match.start()], written]

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, ParamSpec, S
 
 from backhand.errors import UsageError
 from backhand.other_names import suggestion, value_suggestion
-from backhand.words import shown
+from backhand.words import shown, with_article
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -481,7 +481,7 @@ def check_kind(name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
         whole = "give rows and options by name, such as data=…, or " if name in ("config", "options") else ""
         raise UsageError(
-            f"{name} is a {type(value).__name__}, not a {kind.__name__}",
+            f"{name} is {with_article(type(value).__name__)}, not {with_article(kind.__name__)}",
             where=name,
             next_step=f"{whole}write {name}=backhand.{kind.__name__}(…)",
         )

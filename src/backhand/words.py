@@ -28,6 +28,11 @@ def shown(value: object) -> str:
     return repr(shorten(value)) if isinstance(value, str) else shorten(repr(value))
 
 
+def with_article(noun: str) -> str:
+    """Return the name of a kind with "a" or "an" in front of it."""
+    return f"{'an' if noun[:1] in set('aeioAEIO') else 'a'} {noun}"
+
+
 def count_of(count: float, what: str) -> str:
     """Return the number with its noun, in the plural unless the number is 1."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"

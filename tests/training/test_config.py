@@ -171,8 +171,8 @@ def test_options_are_frozen() -> None:
             lambda: backhand.train(TrainConfig(adapter=peft.LoraConfig(r=4))),
             "adapter is a LoraConfig, not a LoRAConfig",
         ),
-        (lambda: backhand.evaluate("rows.jsonl"), "options is a str, not a EvaluateOptions"),
-        (lambda: backhand.evaluate(backhand.EvaluateOptions(run={})), "run is a dict, not a EvaluateRunOptions"),
+        (lambda: backhand.evaluate("rows.jsonl"), "options is a str, not an EvaluateOptions"),
+        (lambda: backhand.evaluate(backhand.EvaluateOptions(run={})), "run is a dict, not an EvaluateRunOptions"),
     ],
 )
 def test_something_else_than_the_dataclass_is_named(call: Any, said: str) -> None:

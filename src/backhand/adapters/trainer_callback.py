@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from backhand.adapters.inject import InjectedAdapter
 from backhand.adapters.record import AdapterRecord
 from backhand.errors import UsageError
+from backhand.words import with_article
 
 ADAPTER_DIRECTORY = "adapter"
 
@@ -38,7 +39,7 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
         self._described: dict[str, Any] = {"base_model": base_model, "record": record}
         if not isinstance(adapter, InjectedAdapter):
             raise UsageError(
-                f"adapter is a {type(adapter).__name__}, not an injected adapter",
+                f"adapter is {with_article(type(adapter).__name__)}, not an injected adapter",
                 where="adapter",
                 next_step="give the result of backhand.inject(model, …) or backhand.inject_from(model, …)",
             )

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 from backhand.bounds import plain_value
 from backhand.data.raw_rows import IN_MEMORY, RawRow, RowErrors, checked_row, without_padding
 from backhand.errors import DataError, UsageError, first_line
-from backhand.words import shorten
+from backhand.words import shorten, with_article
 
 
 class Frame(Protocol):
@@ -126,7 +126,7 @@ def _not_texts(option: str, value: Any, next_step: str, plural: str | None = Non
     elif value is None or isinstance(value, int | float):
         what = shorten(repr(value))
     else:
-        what = f"a {type(value).__name__}"
+        what = with_article(type(value).__name__)
     return UsageError(f"{option} is {what}", where=option.partition("[")[0], next_step=next_step)
 
 

@@ -29,7 +29,7 @@ from backhand.errors import UsageError
 from backhand.options.config import TrainConfig
 from backhand.other_names import suggestion, translate_option, value_suggestion
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
-from backhand.words import name_list
+from backhand.words import name_list, with_article
 
 Table = Mapping[str, Any]
 
@@ -389,7 +389,7 @@ def _json_value(value: Any, where: str) -> Any:
     if isinstance(value, str | int | float):
         return value
     raise UsageError(
-        f"{value} is a {type(value).__name__}, expected text, a number, true or false, a list or a table",
+        f"{value} is {with_article(type(value).__name__)}, expected text, a number, true or false, a list or a table",
         where=where,
         next_step="write it in quotes",
     )
