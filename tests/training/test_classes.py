@@ -38,7 +38,7 @@ from backhand.options.command_options import ClassifyOptions, ClassifyRunOptions
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
 from backhand.report.comparison import comparison_page
-from backhand.report.headline import base_and_best, headline, verdict
+from backhand.report.headline import base_and_best, classes_of, headline, verdict
 from backhand.report.page import live_values, run_page
 from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
@@ -152,6 +152,7 @@ def test_a_run_of_labels_without_an_end_is_compared_with_the_constant_answer(str
     finished = read_run(straight.run.output)
     stopped = replace(finished, summary={})
     assert verdict(stopped) == verdict(finished) and base_and_best(stopped) == pytest.approx(base_and_best(finished))
+    assert classes_of(stopped)[1]["gain"] == pytest.approx(finished.summary["adapted_classes"]["gain"])
     (tile,) = (tile for tile in live_values(stopped)["tiles"] if "held-out loss" in tile[1])
     assert "–" not in tile[0] and "not measured" not in tile[1]
     share = finished.summary["adapted_classes"]["accuracy"]
@@ -505,6 +506,7 @@ def test_numbers_are_judged_by_the_squared_errors_of_the_rows(tiny: TinyRun, tmp
     text = headline(read_run(tmp_path / "run"))
     assert f"loss changed by {change:+.4f} in squared error per row (95 % interval" in text
     assert "too few rows to tell the change from chance" in text and "helped" not in text
+    assert f"loss changed by {change:+.4f}" in headline(replace(read_run(tmp_path / "run"), summary={}))
     evaluated = backhand.evaluate(data=rows[:8], adapter=tmp_path / "run/adapter", model=tiny.model)
     assert isinstance(evaluated, Evaluation) and evaluated.adapted is not None and evaluated.adapted.classes is not None
     assert evaluated.adapted.classes.gain == pytest.approx((-change, -high, -low))

@@ -47,7 +47,7 @@ from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
 from backhand.printing import now
 from backhand.report.comparison import comparison_page
-from backhand.report.headline import headline, verdict
+from backhand.report.headline import decisions_of, headline, verdict
 from backhand.report.page import result_sentence, run_page
 from backhand.report.run_record import RunRecord, read_run
 from backhand.runs.interruption import Interrupted
@@ -386,9 +386,12 @@ def test_a_run_without_an_end_is_judged_by_its_right_answers(straight: TrainConf
     """Its loss fell while its right answers did."""
     finished = read_run(straight.run.output)
     best = next(line for line in finished.evaluations if line["step"] == finished.summary["best_step"])
+    gains = ("gain", "gain_over_constant")
     for name, one in finished.summary["adapted_decisions"].items():
         recorded = [best[f"eval_{figure}/{name}"] for figure in ("answers", "accuracy", "majority")]
         assert recorded == pytest.approx([one["rows"], one["accuracy"], one["majority"]])
+        of_rows = decisions_of(replace(finished, summary={}))[1][name]
+        assert [of_rows[gain] for gain in gains] == [pytest.approx(one[gain]) for gain in gains]
 
     def stopped(before: float, after: float, **more: float) -> RunRecord:
         lines = [
@@ -403,6 +406,14 @@ def test_a_run_without_an_end_is_judged_by_its_right_answers(straight: TrainConf
     assert "team: 42.9% → 28.6% of 21 held-out answers right (95 % interval 14–50 %; 30.0%" in headline(fewer)
     assert result_sentence(fewer) == "right answers 43% → 29% (95 % interval 14–50 %): not clear whether it helped."
     assert verdict(stopped(0.95, 0.286)) == "hurt" and verdict(stopped(0.286, 0.95)) == "helped"
+    better = stopped(9 / 21, 16 / 21)
+    assert verdict(better) == "unclear", "the intervals of both shares overlap"
+    first, last = (
+        {**line, "row_scores": [1.0] * right + [0.0] * (21 - right)}
+        for line, right in zip(better.metrics, (9, 16), strict=True)
+    )
+    first["row_constant_scores"] = [1.0] * 6 + [0.0] * 15
+    assert verdict(replace(better, metrics=[first, last])) == "helped", "no row became wrong"
     # A run without an end is compared with the adapter that it started from, whatever it learns.
     worse = stopped(0.95, 0.286)
     for given, name, loss in ((None, "base model", "1.358"), ("a", "adapter it started from", "1.358 (the adapter it")):

@@ -30,9 +30,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from backhand.data.decisions import DecisionRow, Question, QuestionType
 from backhand.loop.label_scores import RowScores, label_score
+from backhand.runs.row_changes import ROW_CONSTANT_SCORES, ROW_SCORES
 from backhand.words import share_interval
 
 Floats = npt.NDArray[np.float64]
@@ -150,12 +153,26 @@ def question_shares(outcomes: Iterable[Outcome]) -> dict[str, float]:
     """Return the metrics by which a run is judged: answers, accuracy and majority of each question, `NAME/QUESTION`."""
     shares: dict[str, float] = {}
     for name, group in _by_question(outcomes).items():
-        right = [int(one.targets.argmax()) for one in group]
-        hits = [one.targets[one.scores.argmax()] / one.targets.sum() for one in group]
+        hits, constant = _hits(group)
         shares[f"answers/{name}"] = len(group)
         shares[f"accuracy/{name}"] = float(np.mean(hits))
-        shares[f"majority/{name}"] = max(map(right.count, {*right})) / len(right)
+        shares[f"majority/{name}"] = float(np.mean(constant))
     return shares
+
+
+def right_answers(outcomes: Iterable[Outcome]) -> dict[str, Tensor]:
+    """Return the values per answer of an evaluation, with the names of metrics.jsonl, in the order of the questions."""
+    of_questions = [_hits(group) for group in _by_question(outcomes).values()]
+    hits, constant = ([one for question in of_questions for one in question[side]] for side in (0, 1))
+    return {ROW_SCORES: torch.tensor(hits), ROW_CONSTANT_SCORES: torch.tensor(constant)}
+
+
+def _hits(outcomes: Sequence[Outcome]) -> tuple[list[float], list[float]]:
+    """Return the scores of a question's answers, and those of the most frequent answer."""
+    right = [int(one.targets.argmax()) for one in outcomes]
+    most_frequent = max(right, key=right.count)
+    hits = [float(one.targets[one.scores.argmax()] / one.targets.sum()) for one in outcomes]
+    return hits, [float(one == most_frequent) for one in right]
 
 
 def _by_question(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:

@@ -33,7 +33,7 @@ from backhand.loop.step import StepResult
 from backhand.loop.step_plan import StepPlan
 from backhand.loop.value_average import saved_values
 from backhand.printing import going_on
-from backhand.runs.row_changes import MOST_RECORDED, ROW_REWARDS, ROW_TOKENS
+from backhand.runs.row_changes import MOST_RECORDED, ROW_CONSTANT_SCORES, ROW_REWARDS, ROW_TOKENS
 from backhand.runs.summary import REMEMBERING, forgetting
 from backhand.system import rss_bytes
 from backhand.words import finite_or_none, name_list
@@ -200,7 +200,7 @@ class Evaluator:
             if self.held_out.said:
                 record["answers"] = self.held_out.said
             for name, row in self.held_out.by_row.items():
-                if name == ROW_TOKENS and progress.step:
+                if name in (ROW_TOKENS, ROW_CONSTANT_SCORES) and progress.step:
                     continue  # the line of the first evaluation has them
                 if (name == ROW_REWARDS or len(row) <= MOST_RECORDED) and all(map(math.isfinite, row)):
                     record[name] = row

@@ -20,13 +20,17 @@ from backhand.runs.label_results import (
     label_clause,
     label_verdict,
     recorded_decisions,
+    recorded_gains,
 )
 from backhand.runs.pair_results import PAIR_OBJECTIVES, held_out_pairs, pair_clauses
 from backhand.runs.row_changes import (
     FEWEST_ROWS,
+    ROW_CONSTANT_SCORES,
+    ROW_SCORES,
     SCORE_NAMES,
     UNCLEAR_RISE,
     Verdict,
+    as_loss,
     effect,
     gain_verdict,
     gain_words,
@@ -34,6 +38,7 @@ from backhand.runs.row_changes import (
     loss_verdict,
     loss_words,
     main_score,
+    mean_gain,
     recorded_loss_change,
     score_verdict,
     score_words,
@@ -92,7 +97,7 @@ def _verdict_of_scores(run: RunRecord) -> str:
         return gain_verdict(_gain((run.summary.get("distilled") or {}).get("top_1_gain")))
     if (change := _loss_change(run)) is not None:
         return loss_verdict(change)
-    if run.objective == "classify":  # numbers of a run without an end, or of a single row
+    if run.objective == "classify":  # numbers of an older run without an end, or of a single row
         return "unclear"
     if 0 < held_out_rows(run) < FEWEST_ROWS or best == base:
         return "unclear"
@@ -100,9 +105,16 @@ def _verdict_of_scores(run: RunRecord) -> str:
 
 
 def _loss_change(run: RunRecord) -> Sequence[float] | None:
-    """Return the `loss_change` of tokens or, at the end, of numbers; None if it was not measured."""
+    """Return the `loss_change` of tokens or of numbers; None if it was not measured."""
     if run.objective == "classify":
-        return run.summary.get("loss_change") if "mse" in classes_of(run)[1] else None
+        if run.summary:
+            return run.summary.get("loss_change") if "mse" in classes_of(run)[1] else None
+        line = _evaluation(run, best_step(run))
+        if "eval_mse" not in line:
+            return None
+        before = _evaluation(run, 0).get(ROW_CONSTANT_SCORES if run.fresh_head else ROW_SCORES, ())
+        gain = mean_gain(before, line.get(ROW_SCORES, ()))
+        return gain and as_loss(gain)
     return recorded_loss_change(run.evaluations, best_step(run))
 
 
@@ -133,7 +145,8 @@ def classes_of(run: RunRecord) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     line = _evaluation(run, best_step(run))
     if adapted or "eval_constant_accuracy" not in line:
         return base, adapted
-    right = {"accuracy": line["eval_accuracy"], "rows": held_out_rows(run)}
+    gain = recorded_gains(line, _evaluation(run, 0)).get("gain_over_constant")
+    right = {"accuracy": line["eval_accuracy"], "rows": held_out_rows(run), "gain": gain}
     return {"accuracy": line["eval_constant_accuracy"]}, right
 
 
@@ -184,7 +197,8 @@ def decisions_of(run: RunRecord) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     base, adapted = (run.summary.get(f"{name}_decisions") or {} for name in ("base", "adapted"))
     if adapted:
         return base, adapted
-    return recorded_decisions(_evaluation(run, 0)), recorded_decisions(_evaluation(run, best_step(run)))
+    first = _evaluation(run, 0)
+    return recorded_decisions(first), recorded_decisions(_evaluation(run, best_step(run)), first)
 
 
 def right_answers(run: RunRecord) -> tuple[float | None, float, int] | None:

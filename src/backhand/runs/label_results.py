@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from backhand.runs.row_changes import Verdict, gain_verdict, share_gain, unpaired_gain
+from backhand.runs.row_changes import ROW_CONSTANT_SCORES, ROW_SCORES, Verdict, gain_verdict, share_gain, unpaired_gain
 from backhand.runs.summary import LabelFigures
 from backhand.words import count_of, interval_text, share_interval, shorten
 
@@ -133,11 +134,36 @@ def decisions_verdict(
     return clear.pop() if len(clear) == 1 else "unclear"
 
 
-def recorded_decisions(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return rows, accuracy and majority of each question from a line of metrics.jsonl; empty in older files."""
+def recorded_decisions(
+    evaluation: Mapping[str, Any], first: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, dict[str, Any]]:
+    """Return rows, accuracy, majority and gains of each question from a line of metrics.jsonl; empty in older files.
+
+    Args:
+        evaluation: the line.
+        first: the line of step 0, for gains, which are left out without it.
+    """
     names = [key.removeprefix("eval_majority/") for key in evaluation if key.startswith("eval_majority/")]
     keys = {"rows": "answers", "accuracy": "accuracy", "majority": "majority"}
-    return {name: {key: evaluation[f"eval_{kind}/{name}"] for key, kind in keys.items()} for name in names}
+    figures = {name: {key: evaluation[f"eval_{kind}/{name}"] for key, kind in keys.items()} for name in names}
+    end = 0
+    for one in figures.values():
+        begin, end = end, end + int(one["rows"])
+        one |= recorded_gains(evaluation, first, slice(begin, end))
+    return figures
+
+
+def recorded_gains(
+    evaluation: Mapping[str, Any], first: Mapping[str, Any], answers: slice = slice(None)
+) -> dict[str, tuple[float, float, float]]:
+    """Return the gains of some answers over those of step 0 and over the most frequent one; empty if not recorded."""
+    after, before, constant = (
+        line.get(key, ())[answers]
+        for line, key in ((evaluation, ROW_SCORES), (first, ROW_SCORES), (first, ROW_CONSTANT_SCORES))
+    )
+    if not after or not len(after) == len(before) == len(constant):
+        return {}
+    return {"gain": share_gain(before, after), "gain_over_constant": share_gain(constant, after)}
 
 
 def decision_shares(

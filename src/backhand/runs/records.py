@@ -29,6 +29,8 @@ class MetricsLine(_Step, total=False):
     row_tokens: list[int]
     row_chosen: list[float]
     row_rejected: list[float]
+    row_scores: list[float]
+    row_constant_scores: list[float]
 
 
 def metrics_line(value: object) -> dict[str, Any]:

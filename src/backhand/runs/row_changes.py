@@ -1,7 +1,8 @@
 """Changes on held-out rows between two evaluations: reward, loss and scores, with their intervals and in words.
 
 An evaluation records its values per row in metrics.jsonl, always in the same order. The changes are therefore paired.
-So are those of right answers and of the scores of vectors and rankings, which are compared at the end of a run.
+So are those of right answers and of the scores of vectors and rankings, which are compared at the end of a run. An
+evaluation of decisions or classes records these scores, so that a run without an end is judged in the same way.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from backhand.words import mean_interval, signed
 ROW_REWARDS, ROW_NATS, ROW_TOKENS = "row_rewards", "row_nats", "row_tokens"
 """Keys in metrics.jsonl of the values of an evaluation, one per held-out row: the reward; the sum of the losses of the
 row's supervised tokens, and their number, which only the line of step 0 has."""
+ROW_SCORES, ROW_CONSTANT_SCORES = "row_scores", "row_constant_scores"
+"""Keys of the scores of decisions, one question after another, or of the answers of a head, as in `RunSummary`; and of
+those of the best constant answers, which only the line of step 0 has."""
 FEWEST_ROWS = 16
 """On fewer held-out rows, the course of a loss is mostly chance, unless they have many tokens."""
 MOST_RECORDED = 2000

@@ -31,7 +31,7 @@ from backhand.ops.binary_cross_entropy import binary_cross_entropy_backward, bin
 from backhand.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from backhand.ops.mse import mse_backward, mse_forward
 from backhand.options.objectives import ObjectiveOptions
-from backhand.runs.row_changes import as_loss, row_scores
+from backhand.runs.row_changes import ROW_CONSTANT_SCORES, ROW_SCORES, as_loss, row_scores
 
 
 @dataclass
@@ -65,11 +65,12 @@ class ClassifyObjective(HeadObjective):
     def row_losses(self, logits: Tensor) -> Tensor:
         return row_losses(logits, self.targets, self.problem)
 
-    def evaluated(self, logits: Tensor) -> dict[str, float]:
-        metrics = self.score(logits).values | {"constant_loss": self._constant.loss}
+    def evaluated(self, logits: Tensor) -> tuple[dict[str, float], dict[str, list[float]]]:
+        scores = self.score(logits)
+        metrics = scores.values | {"constant_loss": self._constant.loss}
         if (accuracy := self._constant.values.get("accuracy")) is not None:
             metrics["constant_accuracy"] = accuracy
-        return metrics
+        return metrics, {ROW_SCORES: [*scores.row_scores], ROW_CONSTANT_SCORES: [*self._constant.row_scores]}
 
     @cached_property
     def _constant(self) -> ClassScores:

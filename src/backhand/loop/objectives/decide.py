@@ -26,7 +26,14 @@ from backhand.data.decisions import Asked, DecisionRow
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import BoundModel
 from backhand.errors import not_none
-from backhand.loop.decision_scores import Outcome, fit_temperatures, outcomes_of, question_shares, score_questions
+from backhand.loop.decision_scores import (
+    Outcome,
+    fit_temperatures,
+    outcomes_of,
+    question_shares,
+    right_answers,
+    score_questions,
+)
 from backhand.loop.distillation import computing_with
 from backhand.loop.objectives.objective import AnswerObjective, Documents, RowLosses, document_sums
 from backhand.ops.decide import decide_backward, decide_forward
@@ -87,7 +94,7 @@ class DecideObjective(AnswerObjective):
             plain = losses.index_add(0, owner, (smoothed - target) * documents.sums)
             parts = plain[torch.tensor(is_asked)].split([len(row.asked) for row in decisions])
             measured["label_loss"] = (sum(float(part.mean()) for part in parts), len(rows))
-        return RowLosses(of_rows, decide_backward(weight, saved).d_scores, measured)
+        return RowLosses(of_rows, decide_backward(weight, saved).d_scores, measured, right_answers(outcomes))
 
     def decisions(self, rows: Sequence[int]) -> list[DecisionRow]:
         """Return the questions of these rows."""

@@ -56,8 +56,12 @@ class HeadObjective(Objective):
         """Return the loss of each row, (rows,) float64, for the logits of all documents, (documents, outputs)."""
 
     @abstractmethod
-    def evaluated(self, logits: Tensor) -> dict[str, float]:
-        """Return metrics of the adapted model for its logits of all documents, (documents, outputs) float64."""
+    def evaluated(self, logits: Tensor) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Return metrics of the adapted model and values per row, with their names in metrics.jsonl.
+
+        Args:
+            logits: of all documents, (documents, outputs) float64.
+        """
 
     @abstractmethod
     def held_out_scores(self, bound: BoundModel, micro_batch_rows: int, start: Tensor | None = None) -> dict[str, Any]:
@@ -127,7 +131,8 @@ class HeldOutHead(HeldOut):
         if logits is None:
             return None
         if model.lora is not None:
-            self.measured = {f"eval_{name}": value for name, value in objective.evaluated(logits).items()}
+            metrics, self.by_row = objective.evaluated(logits)
+            self.measured = {f"eval_{name}": value for name, value in metrics.items()}
         return sequential_sum(objective.row_losses(logits).tolist()) / len(self._examples)
 
 

@@ -184,11 +184,11 @@ class CrossEncoderObjective(HeadObjective):
     def row_losses(self, logits: Tensor) -> Tensor:
         return self.loss.of_scores(self._every, logits.squeeze(1)).losses
 
-    def evaluated(self, logits: Tensor) -> dict[str, float]:
-        """Return metrics. Raises as `RankingLoss.evaluated`."""
+    def evaluated(self, logits: Tensor) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Return metrics, and no values per row. Raises as `RankingLoss.evaluated`."""
         scores = logits.squeeze(1)
         measured = self.loss.of_scores(self._every, scores).measured
-        return {**means([measured]), **self.loss.evaluated(self._every, scores)}
+        return {**means([measured]), **self.loss.evaluated(self._every, scores)}, {}
 
     def held_out_scores(self, bound: BoundModel, micro_batch_rows: int, start: Tensor | None = None) -> dict[str, Any]:
         """Return the fields of summary.json, those of the base only if it is a cross-encoder itself."""
