@@ -136,11 +136,13 @@ def first_line(error: BaseException) -> str:
 
 
 def short_reason(error: BaseException) -> str:
-    """Return the message of another library's exception on one line, for `why`.
+    """Return the message of another library's exception on one line, for `why`; of the system's, without its number.
 
     The second line is included if the first ends with a colon. A KeyError's message, which is a bare key, is preceded
     by the type.
     """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror  # the error names the path
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -16,6 +16,7 @@ from backhand.data.options import DataOptions
 from backhand.errors import UsageError
 from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
 from backhand.options.config_file import config_from_table, dump_config, load_config
+from backhand.options.convert import convert
 
 FULL = TrainConfig(
     model=ModelOptions(model='a "quoted"\\path\n', dtype="bfloat16", threads=3, memory="6GB", recompute="mlp"),
@@ -259,6 +260,10 @@ def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent.toml"):
         with pytest.raises(UsageError, match=r"cannot be read|not a configuration"):
             load_config(path)
+    with pytest.raises(UsageError) as missing:
+        convert(tmp_path / "absent.yaml")
+    said = (missing.value.why, missing.value.next_step)
+    assert said == ("No such file or directory", "check the path, or give another file")
 
 
 def test_a_key_in_the_wrong_table_is_sent_to_its_own(tmp_path: Path) -> None:

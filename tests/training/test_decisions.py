@@ -626,6 +626,12 @@ def test_the_order_of_options_changes_no_bit(straight: TrainConfig, tmp_path: Pa
     assert len(seen) == 1
 
 
+def test_a_missing_file_of_questions_is_answered_with_the_path(straight: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the questions cannot be read") as missing:
+        decide(decide_options(straight, {"state": STATE}, questions=tmp_path / "absent.json"))
+    assert missing.value.next_step == "check the path, or give another file"
+
+
 def test_the_python_function_returns_the_answers_of_the_command(straight: TrainConfig) -> None:
     given: dict[str, Any] = {"adapter": straight.run.output / "adapter", "model": straight.model.model}
     given |= {"dtype": "float32", "threads": 1}

@@ -215,8 +215,9 @@ def test_the_context_is_a_file_or_a_text(tmp_path: Path) -> None:
     file.write_text("Tersely.")
     assert context_text(context_text(str(file))) == context_text(str(file)), "a resumed run reads the stored text"
     assert context_text("Answer in one word.") == "Answer in one word."
-    with pytest.raises(UsageError, match="neither a readable file nor a text"):
+    with pytest.raises(UsageError, match="neither a readable file nor a text") as missing:
         context_text("style.txt")
+    assert missing.value.why == "No such file or directory"
     with pytest.raises(UsageError) as misspelled:
         context_text(str(tmp_path / "stlye.txt"))
     assert misspelled.value.next_step == f"did you mean {file}?"

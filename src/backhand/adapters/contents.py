@@ -18,7 +18,7 @@ from torch import Tensor
 from backhand.adapters.peft_config import PEFTConfig, read_peft_config
 from backhand.adapters.peft_keys import factor_problems
 from backhand.adapters.record import AdapterRecord, changed_files, read_record
-from backhand.errors import ArtifactError, first_line
+from backhand.errors import ArtifactError, first_line, short_reason
 from backhand.reading import MAX_SETTINGS_BYTES, kind_of, read_plain
 from backhand.words import name_list, nearest_names
 
@@ -131,7 +131,7 @@ def find_adapter(path: Path | str) -> Path:
         named = sorted((folder for folder in path.iterdir() if (folder / CONFIG_FILE).exists()), key=_by_number)
         is_run = (path / "config.toml").exists() and (path / "checkpoints").is_dir()
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        raise ArtifactError(f"cannot be read: {error}", where=str(path)) from None
+        raise ArtifactError(f"cannot be read: {short_reason(error)}", where=str(path)) from None
     if path / _OF_RUN in named:
         return path / _OF_RUN  # other adapters in a run's directory were derived from it
     if len(named) == 1:

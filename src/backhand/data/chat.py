@@ -27,7 +27,7 @@ from backhand.data.reply_start import ReplyStart, find_start
 from backhand.data.rows import Conversation, Message
 from backhand.data.template_probe import TemplateProbe, switches
 from backhand.data.text_encoder import TextEncoder
-from backhand.errors import ArtifactError, BackhandError, DataError, UsageError
+from backhand.errors import ArtifactError, BackhandError, DataError, UsageError, short_reason
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
 from backhand.words import begin_alike, shorten
 
@@ -77,7 +77,7 @@ def read_template(option: str | None, tokenizer: Any) -> str | None:
         raise UsageError(
             f"{shorten(option)!r} is neither a readable file nor a Jinja template",
             where="chat_template",
-            why=str(error),
+            why=short_reason(error),
             next_step=f"name a file, give the template itself, {NO_TEMPLATE!r} or {OWN_TEMPLATE!r}",
         ) from None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from backhand.data.messages import read_turns
 from backhand.data.rows import TEMPLATE_PLACES, Completion, Conversation, Message, OneText, PlainText, Row
-from backhand.errors import DataError, UsageError
+from backhand.errors import DataError, UsageError, short_reason
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
 from backhand.words import name_list, nearest_names, shorten
 
@@ -54,7 +54,7 @@ def read_context(path: Path) -> str:
         raise UsageError(
             f"{shorten(str(path))!r} is neither a readable file nor a text of several words",
             where="context",
-            why=str(error),
+            why=short_reason(error),
             next_step=f"did you mean {path.parent / near[0]}?"
             if near
             else "name a file in UTF-8, or give the prompt itself",

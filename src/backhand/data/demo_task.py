@@ -19,7 +19,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from backhand.errors import ResourceError
+from backhand.errors import ResourceError, short_reason
 
 SYSTEM = "JSON: name, item, quantity, city"
 TRAIN_ROWS = 640
@@ -77,7 +77,9 @@ def write_demo_data(
         for path, rows in zip(paths, sides, strict=True):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     except OSError as error:
-        raise ResourceError("the rows of the demo cannot be written", where=str(folder), why=str(error)) from None
+        raise ResourceError(
+            "the rows of the demo cannot be written", where=str(folder), why=short_reason(error)
+        ) from None
     return paths
 
 

@@ -18,7 +18,7 @@ from backhand.data.given_rows import STANDARD_INPUT, read_given
 from backhand.data.options import shell_quoted
 from backhand.data.raw_rows import IN_MEMORY, RawRow, RowErrors
 from backhand.data.text_files import is_table, read_csv, read_json_lines, read_json_values
-from backhand.errors import DataError
+from backhand.errors import DataError, short_reason
 from backhand.words import shorten
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -243,7 +243,7 @@ def _data_files(folder: Path) -> list[Path]:
     try:
         return sorted(file for file in folder.iterdir() if data_suffix(file) in SUFFIXES and file.is_file())
     except OSError as error:
-        raise DataError("the folder cannot be read", where=str(folder), why=str(error)) from None
+        raise DataError("the folder cannot be read", where=str(folder), why=short_reason(error)) from None
 
 
 def _with_stem(files: Sequence[Path], stems: Sequence[str]) -> list[Path]:

@@ -339,7 +339,12 @@ def _read_questions(path: Path) -> dict[str, Question]:
     try:
         contents = json.loads(read_plain(path))
     except OSError as error:
-        raise DataError("the questions cannot be read", where=str(path), why=error.strerror) from None
+        raise DataError(
+            "the questions cannot be read",
+            where=str(path),
+            why=error.strerror,
+            next_step="check the path, or give another file",
+        ) from None
     except (ValueError, RecursionError) as error:
         raise DataError("the questions are not JSON", where=str(path), why=str(error)) from None
     if isinstance(contents, dict) and isinstance(contents.get("questions"), dict):

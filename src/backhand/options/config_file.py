@@ -64,7 +64,7 @@ def read_plain_table(path: Path) -> dict[str, Any]:
             "the configuration cannot be read",
             where=str(path),
             why=error.strerror,
-            next_step="check the path; a run's own options are in its config.toml",
+            next_step="check the path, or give another file",
         ) from None
     except UnicodeDecodeError as error:
         raise UsageError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, TypeGuard
 
-from backhand.errors import ArtifactError, UsageError
+from backhand.errors import ArtifactError, UsageError, short_reason
 from backhand.files import FileLayer
 from backhand.json_shape import fitting, parse
 from backhand.options.config_file import parse_toml
@@ -138,7 +138,9 @@ def read_run(path: Path) -> RunRecord:
             f"there is no run in {path}", next_step=f"give a directory that `backhand train` made{inside}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError("the configuration cannot be read", where=str(path / CONFIG), why=str(error)) from None
+        raise ArtifactError(
+            "the configuration cannot be read", where=str(path / CONFIG), why=short_reason(error)
+        ) from None
     lines = RunDirectory(path, FileLayer()).lines
     return RunRecord(
         path=path,

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 from backhand.data.sources import SUFFIXES, data_suffix
-from backhand.errors import DataError, ResourceError, UsageError
+from backhand.errors import DataError, ResourceError, UsageError, short_reason
 from backhand.files import FileLayer, remove_tree, replace_file, save_errors
 from backhand.reading import read_json, read_settings
 from backhand.runs.directory import TEMPORARY
@@ -267,7 +267,7 @@ class Workspace:
         try:
             path = (self.root / Path(name).expanduser()).resolve()
         except (OSError, ValueError, RuntimeError) as error:
-            raise UsageError("this is not a possible path", why=str(error)) from None
+            raise UsageError("this is not a possible path", why=short_reason(error)) from None
         if not any(path.is_relative_to(folder) for folder in (self.root.resolve(), *self._allowed)):
             raise UsageError(
                 f"{path} is not in a folder that this page may read",

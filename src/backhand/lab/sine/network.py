@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from backhand.errors import DataError
+from backhand.errors import DataError, short_reason
 from backhand.reading import open_plain
 
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -114,7 +114,7 @@ def read_start(path: Path, widths: Sequence[int], rank: int, dtype: str) -> Star
     except FileNotFoundError:
         raise DataError("no such file", where=str(path)) from None
     except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise DataError("cannot be read as an .npz file of arrays", where=str(path), why=str(error)) from None
+        raise DataError("cannot be read as an .npz file of arrays", where=str(path), why=short_reason(error)) from None
     arrays = {name: _checked(stored, name, shape, path, dtype) for name, shape in shapes.items()}
     network = Network(tuple(arrays[name] for name in weights), arrays["b0"])
     return Start(network, np.ascontiguousarray(arrays["B"].T), np.ascontiguousarray(arrays["A"].T))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from backhand.errors import DataError, UsageError
+from backhand.errors import DataError, UsageError, short_reason
 from backhand.lab.sine.network import FloatArray
 from backhand.reading import MAX_TABLES_BYTES, read_plain
 
@@ -69,7 +69,7 @@ def _read_points(target: str, dtype: str) -> Points:
     except FileNotFoundError:
         raise DataError("no such file", where=target) from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError("cannot be read as a .csv file", where=target, why=str(error)) from None
+        raise DataError("cannot be read as a .csv file", where=target, why=short_reason(error)) from None
     if rows and not _are_numbers(rows[0][1][:1]):
         del rows[0]  # names of the columns
     for number, row in rows:

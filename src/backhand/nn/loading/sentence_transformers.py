@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from backhand.errors import ArtifactError
+from backhand.errors import ArtifactError, short_reason
 from backhand.reading import read_json
 
 MODULES, PROMPTS, LENGTH = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
@@ -61,8 +61,8 @@ def read_embedding_files(directory: Path) -> EmbeddingFiles | None:
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ArtifactError(
             "the files of sentence-transformers cannot be read",
-            where=str(directory),
-            why=str(error),
+            where=str(getattr(error, "filename", None) or directory),
+            why=short_reason(error),
             next_step="fetch the model again",
         ) from None
     if config.get("include_prompt") is False and (query or document):
