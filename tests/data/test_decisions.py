@@ -322,6 +322,20 @@ def test_one_answer_only_is_an_error(tmp_path: Path) -> None:
         read(lines(tmp_path / "rows.jsonl", [{"text": "words", "label": "a"}] * 3))
 
 
+def test_answers_of_single_rows_are_an_error(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"text": "words", "label": f"{n}.01.2019"} for n in range(22)]
+    with pytest.raises(DataError, match="22 of 22 training rows have an answer that no other training row") as refused:
+        read(lines(tmp_path / "rows.jsonl", rows))
+    assert "column of the answers" in str(refused.value.why)
+    assert "with --completion, or give --questions FILE" in str(refused.value.next_step)
+    named = [{"state": "words", "answers": {"day": row["label"]}} for row in rows]
+    with pytest.raises(DataError, match="22 of 22 training rows") as refused:
+        read(lines(tmp_path / "named.jsonl", named))
+    assert "with --question, or" in str(refused.value.next_step)
+    read(lines(tmp_path / "few.jsonl", rows[:19]))
+    read(lines(tmp_path / "repeated.jsonl", [*rows, *({"text": "words", "label": "none"} for _ in rows)]))
+
+
 def test_an_unknown_key_of_a_question_is_an_error(tmp_path: Path) -> None:
     row = {"state": "a", "questions": {"team": TEAM | {"criterion": "?"}}, "answers": {"team": "sales"}}
     with pytest.raises(DataError, match="the question 'team' has the unknown key 'criterion'") as refused:

@@ -61,7 +61,8 @@ def _rankings(*scores: tuple[float, float, float]) -> dict[str, Any]:
 
 def test_the_result_in_one_sentence(finished: Path) -> None:
     run = read_run(finished)
-    assert re.fullmatch(r"held-out loss \d+\.\d+ → \d+\.\d+: it helped\.", result_sentence(run))
+    changed = r"nats per token \(95 % interval of the change -\d\.\d+ to -\d\.\d+\)"
+    assert re.fullmatch(rf"held-out loss \d+\.\d+ → \d+\.\d+ {changed}: it helped\.", result_sentence(run))
     decided = {"accuracy": 0.4, "majority": 0.4, "rows": 100}
     values = {"base_decisions": {"team": decided}, "adapted_decisions": {"team": decided | {"accuracy": 0.9}}}
     sentences = {

@@ -506,7 +506,8 @@ def test_numbers_are_judged_by_the_squared_errors_of_the_rows(tiny: TinyRun, tmp
     text = headline(read_run(tmp_path / "run"))
     assert f"loss changed by {change:+.4f} in squared error per row (95 % interval" in text
     assert "too few rows to tell the change from chance" in text and "helped" not in text
-    assert f"loss changed by {change:+.4f}" in headline(replace(read_run(tmp_path / "run"), summary={}))
+    stopped = headline(replace(read_run(tmp_path / "run"), summary={}))
+    assert text.partition(", and squared")[2] in stopped and f"loss changed by {change:+.4f} in squared" in stopped
     evaluated = backhand.evaluate(data=rows[:8], adapter=tmp_path / "run/adapter", model=tiny.model)
     assert isinstance(evaluated, Evaluation) and evaluated.adapted is not None and evaluated.adapted.classes is not None
     assert evaluated.adapted.classes.gain == pytest.approx((-change, -high, -low))
@@ -694,6 +695,10 @@ def test_lint_reports_labels_that_contradict_and_labels_of_few_rows(tiny: TinyRu
         "duplicate": (f"{path}:2 = {path}:1",),
     }
     assert report.labels == {"b": 4, "a": 1, "B": 1} and report.template == (), "no template is used"
+    cut = DataOptions(data=(str(path),), max_length=2)
+    report, _ = lint(cut, open_model(str(tiny.model)).tokenizer(), purpose="classes", context_length=2)
+    assert report.train.longest == report.lengths["tokens"]["most"] == 2 and report.train.truncated
+    assert "context" not in {finding.kind for finding in report.findings}
     stars = write_named(tmp_path / "stars.jsonl", [1, 2, 3, 4, 5, 5, 5, 5])
     options, tokenizer = DataOptions(data=(stars,)), open_model(str(tiny.model)).tokenizer()
     note = "the 5 integers are read as names; --problem-type regression learns them as numbers"

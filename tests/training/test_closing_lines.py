@@ -30,7 +30,7 @@ from backhand.options.config_file import load_config
 from backhand.options.objectives import ObjectiveOptions
 from backhand.report.comparison import comparison_page
 from backhand.report.headline import headline, verdict
-from backhand.report.page import VERDICTS, result_sentence, run_page
+from backhand.report.page import VERDICTS, live_values, result_sentence, run_page
 from backhand.report.run_record import RunRecord, read_run
 from backhand.runs.label_results import Accuracies, lacks_held_out_rows
 from backhand.runs.records import RowFacts
@@ -109,11 +109,14 @@ def test_figures_that_are_not_known_or_equal_are_not_judged(ended: RunSummary) -
     assert f"T{unknown}." in closing_lines(replace(ended, best_eval_loss=None, best_step=None))
     before = replace(run, metrics=[line | {"eval_loss": None} if line["step"] else line for line in run.metrics])
     assert f"; t{unknown}" in headline(before) and verdict(before) == "unknown"
+    once = replace(run, metrics=[line for line in run.metrics if not line["step"] or "loss" in line], summary={})
+    assert "; the held-out rows were not evaluated after a step, so it is not known" in headline(once)
+    assert {"held-out loss before training; none after a step"} <= {tile[1] for tile in live_values(once)["tiles"]}
     many = run.facts | {"data": {"held_out": {"examples": 3000}}}
     losses = [{"step": 0, "eval_loss": 5.0004}, {"step": 1, "eval_loss": 5.0}]
     little = replace(run, facts=many, metrics=losses)  # type: ignore[arg-type]
     assert "(perplexity 148.47 to 148.41)" in headline(little)
-    assert result_sentence(little) == "held-out loss 5.0004 → 5.0000: it helped."
+    assert result_sentence(little) == "held-out loss 5.0004 → 5.0000 nats per token: it helped."
     equal = [line | {"eval_loss": 5.0} for line in losses]
     assert verdict(replace(little, metrics=equal)) == "unclear"
 

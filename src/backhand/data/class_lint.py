@@ -10,15 +10,13 @@ from typing import Any
 from backhand.data.class_examples import NUMBER, SINGLE, not_numbers, target_of
 from backhand.data.decision_lint import MOST_FREQUENT, named_alike
 from backhand.data.examples import Example
-from backhand.data.label_names import as_list, integers_note, joined_labels
+from backhand.data.label_names import as_list, integers_note, joined_labels, refuse_labels_of_one_row
 from backhand.data.raw_rows import RowErrors, number_of
 from backhand.data.rows import ClassLabel, ProblemType
 from backhand.errors import DataError
 from backhand.words import count_of, label_text, name_list, shorten
 
 _FEWEST_ROWS = 4
-_FEWEST_ALONE = 20
-"""Fewest rows with a label of their own that stop a run. Fewer may be a first try."""
 _FAR = 10.0
 """Mean or deviation of numbers from which a new head, whose outputs are near 0, is far from them."""
 
@@ -98,19 +96,12 @@ def check_names(
             why="each would be learned as a label of its own",
             next_step=f"{as_list(joined[name])}; {keep} to learn these labels as they are",
         )
-    counts = Counter(name for one in trained for name in one.facts_as(ClassLabel).names)
-    alone = [one for one in trained if (names := one.facts_as(ClassLabel).names) and all(counts[n] == 1 for n in names)]
-    if are_sample or len(alone) < _FEWEST_ALONE or 2 * len(alone) <= len(trained):
+    if are_sample:
         return
-    numbers = all(number_of(name) is not None for name in counts)
-    raise DataError(
-        f"{len(alone):,} of {len(trained):,} training rows have a label that no other training row has",
-        where=alone[0].source,
-        why="such a label cannot be learned; is this the column of the labels?",
-        next_step="name another column with --completion, "
-        + "or give --problem-type regression to learn numbers, " * numbers
-        + f"{keep} to train all the same",
-    )
+    rows = [(one.facts_as(ClassLabel).names, one.source) for one in trained]
+    numbers = all(number_of(name) is not None for names, _ in rows for name in names)
+    learned = "or give --problem-type regression to learn numbers, " * numbers
+    refuse_labels_of_one_row(rows, f"name another column with --completion, {learned}{keep} to train all the same")
 
 
 def scale_of(labels: Iterable[ClassLabel]) -> tuple[float, float] | None:

@@ -22,7 +22,7 @@ from backhand.data.decisions import (
     state_text,
 )
 from backhand.data.forms import Form
-from backhand.data.label_names import as_list, joined_labels
+from backhand.data.label_names import as_list, joined_labels, refuse_labels_of_one_row
 from backhand.data.options import shell_quoted
 from backhand.data.raw_rows import RawRow, RowErrors, describe
 from backhand.errors import DataError
@@ -108,6 +108,7 @@ class QuestionFinder:
     _values: dict[str, dict[str, Any]] = field(default_factory=dict)  # by question: different answers by their key
     _own: dict[str, Question | None] = field(default_factory=dict)  # questions of rows; None if they differ
     _source: str = ""
+    _answered: dict[str, list[tuple[tuple[str], str]]] = field(default_factory=dict)  # answer and location of each row
 
     def add(self, form: Form, raw: RawRow) -> None:
         """Take note of a row. Raises DataError: its questions or answers are malformed."""
@@ -120,19 +121,26 @@ class QuestionFinder:
             return
         for name, answer in _answers(form, raw).items():
             options = answer if isinstance(answer, Mapping) else (answer,)
+            if options is not answer:
+                self._answered.setdefault(name, []).append(((as_key(answer),), raw.source))
             self._values.setdefault(name, {}).update({as_key(option): option for option in options})
 
     def questions(self) -> dict[str, Question]:
         """Return the questions by name. Those that differ between rows are left out.
 
         Raises:
-            DataError: a question has one answer only, or more than there are labels.
+            DataError: a question has one answer only, or more than there are labels, or most rows have an answer of
+                their own.
         """
         usual = "Which label fits?" if LABEL in self._values and LABEL not in self.instructions else ""
         inferred = {
             name: inferred_question(name, self.instructions.get(name, usual), tuple(values), self._source)
             for name, values in self._values.items()
         }
+        for name, rows in self._answered.items():
+            option = "--completion" if name == LABEL else "--question"
+            next_step = f"name another column with {option}, or give --questions FILE to train all the same"
+            refuse_labels_of_one_row(rows, next_step, "answer")
         ordered = [name for name in self.instructions if name in inferred] + list(inferred)
         return {name: inferred[name] for name in dict.fromkeys(ordered)} | {
             name: question for name, question in self._own.items() if question is not None

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
-from backhand.words import count_of
+from backhand.errors import DataError
+from backhand.words import count_of, with_article
 
 _SEPARATORS = ",;|/"
+_FEWEST_ALONE = 20
+"""Fewest rows with a label of their own that stop a run. Fewer may be a first try."""
 
 
 def joined_labels(names: Collection[str]) -> dict[str, tuple[str, ...]]:
@@ -46,6 +50,28 @@ def integers_note(names: Collection[str]) -> str | None:
     if len(names) < _FEWEST_INTEGERS or not all(map(is_integer, names)):
         return None
     return f"the {len(names):,} integers are read as names; --problem-type regression learns them as numbers"
+
+
+def refuse_labels_of_one_row(rows: Sequence[tuple[Collection[str], str]], next_step: str, what: str = "label") -> None:
+    """Check that most training rows do not have a label of their own.
+
+    Args:
+        rows: labels and location of each row.
+        next_step: what to do if they have.
+        what: the word for a label.
+
+    Raises:
+        DataError: most training rows have a label that no other row has.
+    """
+    counts = Counter(name for names, _ in rows for name in names)
+    alone = [source for names, source in rows if names and all(counts[name] == 1 for name in names)]
+    if len(alone) >= _FEWEST_ALONE and 2 * len(alone) > len(rows):
+        raise DataError(
+            f"{len(alone):,} of {len(rows):,} training rows have {with_article(what)} that no other training row has",
+            where=alone[0],
+            why=f"such {with_article(what)} cannot be learned; is this the column of the {what}s?",
+            next_step=next_step,
+        )
 
 
 def as_list(labels: Iterable[str]) -> str:

@@ -31,7 +31,7 @@ from backhand.data.ranking_lint import problems_of_rankings, target_fault
 from backhand.data.raw_rows import RowErrors
 from backhand.data.row_encoder import TextFormat
 from backhand.data.rows import ClassLabel, ProblemType, Purpose, RankedTexts, RankingLossName
-from backhand.data.stored_examples import PreparedData, StoredExamples
+from backhand.data.stored_examples import PreparedData, StoredExamples, tokens_of_documents
 from backhand.data.template_report import describe_template
 from backhand.data.text_encoder import TokenIds
 from backhand.errors import DataError
@@ -308,7 +308,7 @@ def lint(
         truncation=truncation,
         text_format=text_format or (None if purpose is None else _TEXT_FORMATS.get(purpose)),
     )
-    documents = train.examples.documents
+    documents, tokens = train.examples.documents, tokens_of_documents(train.examples)
     longer = "raise --max-length" if options.max_length < (context_length or math.inf) else ""
     problems: list[tuple[Any, ...]] = [
         ("truncated", truncation.truncated, options.max_length, longer and f"{longer}, "),
@@ -371,17 +371,19 @@ def lint(
     if context_length is None:
         not_checked["context"] = "the model does not state it"
     else:
-        long = documents.take(documents.column("tokens") > context_length)
+        long = documents.take(tokens > context_length)
         problems.append(("context", [document.source for document in long], context_length))
     malformed = [*_malformed(mixed, "error"), *_malformed(bad, "warning" if options.skip_bad else "error")]
     unit = train.report.cut_unit
     checked = tuple(kind for kind, check in CHECKS.items() if check.form in forms)
     findings = [*malformed, *(_finding(unit, *one) for one in problems if one[1] and one[0] in checked)]
-    columns = {"tokens": "tokens"} | ({"supervised tokens": "supervised"} if train.report.supervised_tokens else {})
+    lengths = {"tokens": tokens}
+    if train.report.supervised_tokens:
+        lengths["supervised tokens"] = documents.column("supervised")
     report = LintReport(
         train=train.report,
         held_out=None if held_out is None else held_out.report,
-        lengths={name: _quantiles(documents.column(column)) for name, column in columns.items()},
+        lengths={name: _quantiles(values) for name, values in lengths.items()},
         template=() if purpose in _TEXT_FORMATS else tuple(describe_template(tokenizer, options)),
         findings=tuple(sorted(findings, key=lambda finding: finding.severity)),
         not_checked=not_checked,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from backhand.data.class_examples import NUMBER
 from backhand.data.label_names import unlearned_note
 from backhand.json_shape import required_keys
 from backhand.options.objectives import DISTILLED
@@ -45,6 +46,7 @@ from backhand.runs.row_changes import (
     training_reward_words,
 )
 from backhand.runs.summary import (
+    NOT_EVALUATED,
     NOT_FINITE,
     LabelFigures,
     before_name,
@@ -95,7 +97,7 @@ def _verdict_of_scores(run: RunRecord) -> str:
         return "unknown"
     if run.objective in DISTILLED:
         return gain_verdict(_gain((run.summary.get("distilled") or {}).get("top_1_gain")))
-    if (change := _loss_change(run)) is not None:
+    if (change := held_out_loss_change(run)) is not None:
         return loss_verdict(change)
     if run.objective == "classify":  # numbers of an older run without an end, or of a single row
         return "unclear"
@@ -104,14 +106,14 @@ def _verdict_of_scores(run: RunRecord) -> str:
     return "helped" if best < base else "hurt"
 
 
-def _loss_change(run: RunRecord) -> Sequence[float] | None:
+def held_out_loss_change(run: RunRecord) -> Sequence[float] | None:
     """Return the `loss_change` of tokens or of numbers; None if it was not measured."""
     if run.objective == "classify":
-        if run.summary:
-            return run.summary.get("loss_change") if "mse" in classes_of(run)[1] else None
-        line = _evaluation(run, best_step(run))
-        if "eval_mse" not in line:
+        if "mse" not in classes_of(run)[1]:
             return None
+        if run.summary:
+            return run.summary.get("loss_change")
+        line = _evaluation(run, best_step(run))
         before = _evaluation(run, 0).get(ROW_CONSTANT_SCORES if run.fresh_head else ROW_SCORES, ())
         gain = mean_gain(before, line.get(ROW_SCORES, ()))
         return gain and as_loss(gain)
@@ -143,6 +145,8 @@ def classes_of(run: RunRecord) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Return the scores of the best constant answer and of the head; before the end, those of the best evaluation."""
     base, adapted = (run.summary.get(f"{name}_classes") or {} for name in ("base", "adapted"))
     line = _evaluation(run, best_step(run))
+    if not adapted and "eval_mse" in line:
+        return {"mse": line["eval_constant_loss"]}, {"mse": line["eval_mse"], "problem_type": NUMBER}
     if adapted or "eval_constant_accuracy" not in line:
         return base, adapted
     gain = recorded_gains(line, _evaluation(run, 0)).get("gain_over_constant")
@@ -306,7 +310,8 @@ def _outcome(run: RunRecord) -> str:
     if base is None or best is None:
         unknown = "; nothing was held out, so it is not known whether it helped"
         measured = run.held_out_losses() or (run.facts.get("data") or {}).get("held_out")
-        ended = "" if run.state in ("running", "preparing") else f"; {NOT_FINITE}"
+        again = any(line["step"] > 0 and "eval_loss" in line for line in run.evaluations)
+        ended = "" if run.state in ("running", "preparing") else f"; {NOT_FINITE if again else NOT_EVALUATED}"
         return reward + (ended if measured else unknown)
     rows = count_of(held_out_rows(run), "held-out row") if held_out_rows(run) else "held-out rows"
     if run.objective == "grpo":
@@ -323,7 +328,7 @@ def _outcome(run: RunRecord) -> str:
     if run.is_running and not decisions:
         return f"{change} so far"
     if (labels := _labels(run)) is not None:
-        by_row = _loss_change(run)
+        by_row = held_out_loss_change(run)
         changed = "" if by_row is None else f"; {loss_words(by_row, loss_unit(run.objective))}"
         return f"{change} {loss_unit(run.objective)}{changed}; {label_clause(*labels, before_it)}"
     if unmeasured := _unmeasured_labels(run):
@@ -368,11 +373,11 @@ def _outcome(run: RunRecord) -> str:
         if (right := right_answers(run)) is not None:
             scores += f" ({interval_text(*right[1:])})"
         unit, ending = loss_unit(run.objective, after), _effect(run)
-        if (of_numbers := _loss_change(run)) is not None:
+        if (of_numbers := held_out_loss_change(run)) is not None:
             ending = f"; {loss_words(of_numbers, unit)}{_effect(run, unclear='')}"
         return f"{change} {unit}{scores}{ending}"
     nats = f"nats per token (perplexity {' to '.join(perplexities(base, best))})"
-    by_row = _loss_change(run)
+    by_row = held_out_loss_change(run)
     if by_row is None:
         return f"{change} {nats}{_effect(run)}{_by_how_much(run, base, best)}"
     changed = loss_words(by_row, loss_unit(run.objective))

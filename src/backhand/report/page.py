@@ -12,8 +12,10 @@ from backhand.options.objectives import DISTILLED
 from backhand.report import charts
 from backhand.report.headline import (
     base_and_best,
+    classes_of,
     forgot,
     headline,
+    held_out_loss_change,
     held_out_rows,
     ranking_scores,
     right_answers,
@@ -35,13 +37,14 @@ from backhand.runs.summary import (
     exact_match_says,
     forgetting,
     labels_unmeasured,
+    loss_unit,
     measuring_labels,
     no_label_fits,
     repeated_rows,
     since_start,
 )
 from backhand.runs.uses import TrainedAdapter
-from backhand.words import apart, count_of, interval_text
+from backhand.words import apart, count_of, interval_text, signed
 
 if TYPE_CHECKING:
     from backhand.arithmetic.inspect import ModuleInspection
@@ -178,7 +181,7 @@ def _changed_answers(run: RunRecord) -> str:
 def _result_tile(run: RunRecord) -> tuple[str, str, str]:
     """Return the tile of the held-out loss or reward."""
     base, best = base_and_best(run)
-    name = "held-out loss"
+    name = HELD_OUT_LOSS
     if run.objective == "grpo":
         name, base, best = "held-out reward", *(None if value is None else -value for value in (base, best))
     value = known(base, _short) if best is None else _change(base, best)
@@ -188,6 +191,8 @@ def _result_tile(run: RunRecord) -> tuple[str, str, str]:
         words = "; free answers got worse" * worse + "; it forgot" * bool(forgot(run))
         of_what = "per answer" if run.objective == "kto" else "of pairs"
         return (value, f"{name} {of_what}{words}", "bad" if words else "")
+    if best is None and base is not None:
+        return (value, f"{name} before training; none after a step", "")
     helped, colour = _verdict_words(run)
     return (value, f"{name}: {helped}", colour)
 
@@ -211,6 +216,11 @@ def result_sentence(run: RunRecord) -> str:
         change += f", compared with {constant_name(run.objective, article=True)}"
     if (right := right_answers(run)) is not None:
         change += f" ({interval_text(*right[1:])})"
+    elif what == HELD_OUT_LOSS:
+        change += f" {loss_unit(run.objective, classes_of(run)[1])}"
+        if (by_row := held_out_loss_change(run)) is not None:
+            low, high = (signed(value, 4) for value in by_row[1:])
+            change += f" (95 % interval of the change {low} to {high})"
     judged = verdict(run)
     end = {"open": " so far", "unknown": ""}.get(judged, f": {_verdict_words(run)[0]}")
     return f"{what} {change}{end}."
@@ -238,9 +248,10 @@ def _loss_figure(run: RunRecord) -> tuple[str, Any, Any, Callable[[float], str]]
     if run.objective == "grpo":
         before, after = (None if one is None else -one for one in (before, after))
         return "held-out reward", before, after, _short
-    return "held-out loss", before, after, _short
+    return HELD_OUT_LOSS, before, after, _short
 
 
+HELD_OUT_LOSS = "held-out loss"
 VERDICTS = {
     "helped": ("it helped", "good"),
     "hurt": ("it did not help", "bad"),

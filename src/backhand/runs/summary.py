@@ -321,6 +321,7 @@ def constant_name(objective: str, *, article: bool = False) -> str:
 
 
 NOT_FINITE = "there is no finite held-out loss before and after training, so it is not known whether it helped"
+NOT_EVALUATED = "the held-out rows were not evaluated after a step, so it is not known whether it helped"
 FORGOTTEN_NATS = 0.5
 """Rise of the loss per token of neutral texts from which it is reported in words."""
 
