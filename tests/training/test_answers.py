@@ -20,6 +20,17 @@ def row(prompt: int) -> Example:
     return Example(np.ones(prompt + 2, dtype=np.int32), supervised, f"f:{prompt}")
 
 
+@pytest.mark.parametrize(
+    ("given", "own", "same"),
+    [(("the", "the "), ("a", "b"), "the"), (("the", "a"), ("a", "b"), None), (("a", "a"), ("a", "a"), None)],
+)
+def test_equal_answers_are_told_if_those_of_the_rows_differ(
+    given: tuple[str, ...], own: tuple[str, ...], same: str | None
+) -> None:
+    rows = tuple(answers.HeldOutAnswer("f", "p", (), ours, "", one) for one, ours in zip(given, own, strict=True))
+    assert answers.FreeAnswers(rows, None, ()).same == same
+
+
 @pytest.mark.parametrize(("stop_after", "asked"), [(9, ["base", "adapted"]), (1, ["base"]), (0, [])])
 def test_rows_that_leave_room_are_answered_until_asked_to_stop(
     monkeypatch: pytest.MonkeyPatch, stop_after: int, asked: list[str]

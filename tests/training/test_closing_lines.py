@@ -69,6 +69,18 @@ def test_labels_of_a_run_without_an_end_are_not_judged_by_their_loss(ended: RunS
     assert verdict(replace(finished, metrics=nothing)) == "unknown", "nothing is held out"
 
 
+def test_equal_answers_stand_next_to_the_loss(ended: RunSummary) -> None:
+    run = read_run(Path(ended.output))
+    given = {line["adapted"].strip() for line in run.answers}
+    assert (ended.same_answer is not None) == (len(given) == 1)
+    same = replace(ended, same_answer="the")
+    said = "ll free answers to held-out rows that are shown are the same: 'the'"
+    lines = closing_lines(same)
+    assert lines[lines.index(f"A{said}.") - 1].startswith(("Held-out loss", "Loss changed")), "next to the loss"
+    for summary, shown in ((same, True), (replace(ended, same_answer=None), False)):
+        assert (f"; a{said}" in headline(replace(run, summary=json.loads(summary.to_json())))) is shown
+
+
 def test_held_out_rows_of_the_training_data_are_counted_next_to_the_figures(tiny: TinyRun, tmp_path: Path) -> None:
     given = tiny.config(tmp_path / "run", max_steps=1, answers=0)
     (held_out,) = given.data.eval_data

@@ -414,6 +414,13 @@ def test_a_run_without_an_end_is_judged_by_its_right_answers(straight: TrainConf
     )
     first["row_constant_scores"] = [1.0] * 6 + [0.0] * 15
     assert verdict(replace(better, metrics=[first, last])) == "helped", "no row became wrong"
+    unchanged = last | {"row_scores": first["row_scores"], "eval_accuracy/team": first["eval_accuracy/team"]}
+    both = [
+        replace(better, path=better.path / name, metrics=[first, one])
+        for name, one in zip("ab", (unchanged, last), strict=True)
+    ]
+    lead = Page(comparison_page(both)).one("p", class_="lead").text
+    assert lead.startswith("b has clearly the most right answers on the same 21"), "a run without an end has its rows"
     # A run without an end is compared with the adapter that it started from, whatever it learns.
     worse = stopped(0.95, 0.286)
     for given, name, loss in ((None, "base model", "1.358"), ("a", "adapter it started from", "1.358 (the adapter it")):
@@ -443,6 +450,9 @@ def test_runs_are_compared_by_right_answers(straight: TrainConfig) -> None:
         assert "held-out score, before → best" in page.one("section", id="result").text
         return page.one("p", class_="lead").text
 
+    page = Page(comparison_page([run, replace(run, path=run.path / "b")]))
+    shown = {one["value"] for one in page.charts["training"]["data"]["values"]}
+    assert shown == {step["label_loss"] for step in run.steps}, "without smoothing and names, unlike the loss"
     near = lead(14 / 21, 15 / 21)
     assert near.startswith("No run has clearly the most right answers on the same 21 held-out answers: b 71.4% (95 %")
     assert "a 66.7% (95 %" in near and "lowest loss" not in near

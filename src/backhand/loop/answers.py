@@ -74,6 +74,12 @@ class FreeAnswers:
     lengths: AnswerLengths | None  # None if the rows are no pairs
     neutral: tuple[NeutralAnswer, ...]  # empty if the chat template refuses the prompts
 
+    @property
+    def same(self) -> str | None:
+        """The adapter's answer if it is the same for all rows, of which the rows' own differ, otherwise None."""
+        given = {one.adapted.strip() for one in self.held_out}
+        return given.pop() if len(given) == 1 and len({one.reference for one in self.held_out}) > 1 else None
+
     def file(self, count: int) -> str:
         """Return the contents of answers.jsonl: a line for each of up to `count` rows."""
         shown = (self.held_out[number] for number in evenly_spaced(len(self.held_out), count))

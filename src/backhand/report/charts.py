@@ -109,9 +109,14 @@ def _both(run: RunRecord, name: str) -> Rows:
 
 
 def comparison(runs: Sequence[tuple[str, RunRecord]], key: str, unit: str) -> Spec:
-    """Return a chart with one curve per run, of a key of steps (`loss`, `reward`) or of evaluations (others)."""
+    """Return a chart with one curve per run, of a key of steps (`loss`, `reward`) or of evaluations (others).
+
+    The training loss of decisions is that without smoothing and names of options, which compares between runs.
+    """
     of_steps = key in ("loss", "reward")
     lines = [(name, run.steps if of_steps else run.evaluations) for name, run in runs]
+    if key == "loss":
+        lines = [(name, [line | {key: line.get("label_loss", line[key])} for line in steps]) for name, steps in lines]
     rows = [row for name, of_run in lines for row in _series(of_run, key, name)]
     return curve(rows, unit, height=260, log="auto", dots="" if of_steps else "all")
 

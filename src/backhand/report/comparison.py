@@ -29,6 +29,7 @@ from backhand.runs.pair_results import PAIR_OBJECTIVES
 from backhand.runs.row_changes import (
     ROW_NATS,
     ROW_REWARDS,
+    ROW_SCORES,
     ROW_TOKENS,
     SCORE_NAMES,
     as_loss,
@@ -160,7 +161,7 @@ class _HeldOutScore(NamedTuple):
 
 
 def _held_out_score(run: RunRecord) -> _HeldOutScore | None:
-    of_rows = run.summary.get("row_scores") or ()
+    of_rows = run.summary.get("row_scores") or first_and_best(run.evaluations, ROW_SCORES, best_step(run))[1]
     if (right := right_answers(run)) is not None:
         before, share, rows = right
         interval = share_interval(share, rows)

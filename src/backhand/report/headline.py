@@ -57,6 +57,7 @@ from backhand.runs.summary import (
     loss_unit,
     perplexities,
     rows_trained_on,
+    same_answers,
     since_start,
 )
 from backhand.words import apart, count_of, interval_text, percent
@@ -244,7 +245,8 @@ def base_and_best(run: RunRecord) -> tuple[float | None, float | None]:
 
 def headline(run: RunRecord) -> str:
     """Return the sentence."""
-    rest = f"{_rows(run)}{_outcome(run)}{forgot(run)}{_adapter_place(run)}{_slower(run)}"
+    same = f"; {clause}" if (clause := same_answers(run.summary)) else ""
+    rest = f"{_rows(run)}{_outcome(run)}{same}{forgot(run)}{_adapter_place(run)}{_slower(run)}"
     return f"{model_name(run)} {_verb(run)} {rest}."
 
 

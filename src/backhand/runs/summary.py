@@ -13,7 +13,7 @@ from typing import Any, NotRequired, TypedDict
 from backhand.files import FileLayer
 from backhand.reading import read_json
 from backhand.runs.directory import METRICS, RunDirectory
-from backhand.words import apart, count_of, label_text, name_list
+from backhand.words import apart, count_of, label_text, name_list, shorten
 
 
 class LabelRow(TypedDict):
@@ -218,6 +218,7 @@ class RunSummary:
     evaluations: int = 0  # number of evaluations after the first step, the best of which chose the adapter
     # figures of held-out pairs, see `runs.pair_results`; None for other rows
     held_out_pairs: dict[str, float] | None = None
+    same_answer: str | None = None  # free answer to all held-out rows shown, of which the rows' own differ, or None
     free_answers: AnswerLengths | None = None  # of pairs; None for other rows, or if no answers were generated
     # change of the held-out loss per token until the best step, or of the squared error of numbers, and the ends of its
     # 95 % interval over the rows; None for other losses, or on fewer than two rows
@@ -385,6 +386,12 @@ def exact_match_says(summary: Mapping[str, Any]) -> bool:
     """
     before, after = summary.get("base_exact_match"), summary.get("adapted_exact_match")
     return after is not None and bool(before or after or not summary.get("free_texts"))
+
+
+def same_answers(summary: Mapping[str, Any]) -> str:
+    """Return a clause if all free answers are the same, which no loss tells, otherwise ""."""
+    same = summary.get("same_answer")
+    return "" if same is None else f"all free answers to held-out rows that are shown are the same: {shorten(same)!r}"
 
 
 def labels_unmeasured(summary: Mapping[str, Any]) -> str:

@@ -62,6 +62,7 @@ from backhand.runs.summary import (
     perplexities,
     repeated_rows,
     rows_trained_on,
+    same_answers,
     since_start,
 )
 from backhand.runs.uses import TrainedAdapter
@@ -263,6 +264,8 @@ def closing_lines(summary: RunSummary) -> list[str]:
     )
     lines = [what, *([f"SLOWER: {summary.engine_note}"] if summary.engine_note else [])]
     lines += _improvement(summary)
+    if same := same_answers(vars(summary)):
+        lines.append(capitalized(same))
     before_it, since = before_name(summary.compared_with_start), since_start(summary.compared_with_start)
     if summary.repeated_rows:
         lines.append(repeated_rows(summary.repeated_rows))

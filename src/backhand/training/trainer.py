@@ -286,6 +286,7 @@ class Trainer:
             answers = replace(answers, held_out=decided_answers(*decisions, run.config.run.answers))
         else:
             answers = free_answers(*arguments, prompted, self._started)
+            summary = replace(summary, same_answer=answers.same)
         self.directory.write(ANSWERS, answers.file(run.config.run.answers))
         summary = replace(summary, free_answers=answers.lengths, neutral_answers=answers.neutral)
         if summary.adapted_exact_match is None:
