@@ -383,6 +383,13 @@ class Misspelt(backhand.Observer):
             "prompt is a conversation\n  next: give it as a row: data=[{'messages': […]}]",
         ),
         (lambda: backhand.classify("a", labels=[]), "labels: there are no labels\n  next: give labels="),
+        (lambda: backhand.classify("a", labels=iter(())), "labels: there are no labels\n  next: give labels="),
+        (lambda: backhand.decide([pd.DataFrame(ROWS)], adapter="b"), "state is a list\n  next: backhand.decide"),
+        (
+            lambda: backhand.train(data=ROWS, output=pd.DataFrame(ROWS)),  # type: ignore[arg-type]
+            "output is a data frame\n  next: give rows as data=…",
+        ),
+        (lambda: backhand.train(data=ROWS, objective=pd.DataFrame(ROWS)), "objective is a data frame"),
         (lambda: backhand.classify("a", labels=[1, 2]), 'next: give texts, such as labels=["yes", "no"]'),  # type: ignore[call-overload]
         (lambda: backhand.classify("a", adapter="b", compare=True), "compare: backhand.classify returns the prob"),
         (
@@ -530,6 +537,8 @@ def test_malformed_questions_are_named_with_the_form_to_write(tmp_path: Path) ->
         with pytest.raises(DataError, match=f"'lang' has the unknown key '{key}'") as refused:
             backhand.decide("a", adapter="b", questions={"lang": choice | {key: "Which letter?"}})
         assert (refused.value.where, refused.value.next_step) == ("questions", f"did you mean {meant}?")
+    with pytest.raises(DataError, match="a value of type DataFrame, not a table of questions by name"):
+        backhand.decide("a", adapter="b", questions=pd.DataFrame(ROWS))  # type: ignore[call-overload]
     with pytest.raises(DataError, match="the keys of a question are type, instructions, criteria"):
         backhand.decide(states=["a"], adapter="b", questions={"lang": choice | {"zzz": 1}})
     with pytest.raises(DataError, match="the question 'label' is the text 'Which") as refused:

@@ -320,11 +320,7 @@ def classify(
     Raises:
         UsageError, DataError, ArtifactError: an option, a prompt, the model or the adapter cannot be used.
     """
-    if isinstance(labels, list | tuple) and not labels:
-        raise UsageError(
-            "there are no labels", where="labels", next_step='give labels=["yes", "no"], or leave labels out'
-        )
-    given = _named(labels=labels, adapter=adapter, model=model) | options
+    given = {"labels": ("auto",)} | _named(labels=labels, adapter=adapter, model=model) | options
     rows = _prompts("classify", prompt, prompts, data)
     for option in ("compare", "as_rows"):
         if given.get(option):
@@ -525,6 +521,10 @@ def _answers(function: str, data: Any, given: Mapping[str, Any]) -> list[dict[st
         return []
     options = _options(GenerateOptions, {**given, "data": data}).validate()
     _check_returned(function, "answers", options.answer.output)
+    if function == "classify" and not options.answer.labels:
+        raise UsageError(
+            "there are no labels", where="labels", next_step='give labels=["yes", "no"], or leave labels out'
+        )
     expand(options.rows.data, text_option="prompt")
     rows = [row for name in options.rows.data if isinstance(name, GivenRows) for row in name.rows]
     with loaded_model(

@@ -382,7 +382,7 @@ def _converted(value: Any, hint: Any) -> Any:
     if isinstance(value, str) and get_origin(kinds[0]) is Mapping and (parse := parse_of(hint)):
         return parse(value)
     if Path in kinds and str not in kinds:
-        return Path(value) if value and isinstance(value, str | os.PathLike) else value
+        return Path(value) if isinstance(value, str | os.PathLike) and value else value
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if any(map(_is_list_of_texts, kinds)):
@@ -425,6 +425,8 @@ def check_value(where: str, value: Any, hint: Any) -> None:
     members = union_members(plain)
     if value is None and type(None) in get_args(plain):
         return
+    if hasattr(value, "__arrow_c_stream__"):  # it has no truth value, and is equal to nothing
+        raise UsageError(f"{where} is a data frame", where=where, next_step="give rows as data=…, or as eval_data=…")
     words = [member for member in members if get_origin(member) is Literal]
     others = [member for member in members if member not in words] or words
     if isinstance(value, str) and any(value in get_args(member) for member in words):

@@ -804,6 +804,9 @@ def test_lint_reports_texts_that_teach_nothing_or_the_wrong_thing(tiny: TinyRun,
         "positive_negative": (f"{path}:3",),
         "duplicate": (f"{path}:4 = {path}:2",),
     }
+    path.write_text("".join(json.dumps({"anchor": "json", "positive": f"name {n}"}) + "\n" for n in range(40)))
+    report, _ = lint(DataOptions(data=(str(path),)), open_model(str(tiny.model)).tokenizer(), purpose="embeddings")
+    assert [finding.kind for finding in report.findings] == ["few_anchors"]
 
 
 def test_texts_are_encoded_as_sentence_transformers_encodes_them(tiny: TinyRun) -> None:

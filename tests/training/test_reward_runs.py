@@ -151,6 +151,7 @@ def test_a_run_learns_what_is_rewarded(straight: TrainConfig) -> None:
     assert (summary.first_reward, summary.last_reward) == (steps[0]["reward"], steps[-1]["reward"])
     assert summary.base_eval_reward == evaluations[0]["eval_reward"]
     assert summary.best_eval_reward == max(line["eval_reward"] for line in evaluations[1:])
+    assert summary.reading == f" --reward {straight.rewards.reward[0]} --max-new-tokens 10"
     gain = recorded_gain(evaluations, summary.best_step)
     assert gain is not None and summary.reward_gain == gain
     assert gain[0] == pytest.approx(summary.best_eval_reward - summary.base_eval_reward)

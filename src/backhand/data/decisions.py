@@ -217,7 +217,7 @@ def questions_of(specs: Any, source: str) -> dict[str, Question]:
         DataError: it is no table or empty, or a question is malformed; see `question_of`.
     """
     if not isinstance(specs, Mapping) or not specs:
-        wrong = "empty" if specs == {} else f"{describe(specs)}, not a table of questions by name"
+        wrong = "empty" if isinstance(specs, Mapping) else f"{describe(specs)}, not a table of questions by name"
         raise DataError(f"questions is {wrong}", where=source)
     return {str(name): question_of(str(name), spec, source) for name, spec in specs.items()}
 

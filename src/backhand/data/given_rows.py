@@ -99,7 +99,8 @@ def list_of_texts(
 def _are_several(given: Any) -> bool:
     """Return True for a tuple, and for a list of texts, dicts and missing values, as a pandas Series gives one."""
     return isinstance(given, tuple) or (
-        isinstance(given, list) and all(one != one or isinstance(one, str | Mapping | None) for one in given)
+        isinstance(given, list)
+        and all(_is_empty(one) or isinstance(one, str | Mapping) or _columns(one) for one in given)
     )
 
 
