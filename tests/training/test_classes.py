@@ -539,8 +539,9 @@ def test_numbers_far_from_0_are_noted_before_the_run_and_in_its_advice(
         if one["kind"] == "malformed"
     )
     assert "the label is 'high', not a number" in malformed["what"] and malformed["where"] == ["data row 13"]
+    assert "or problem_type says so" in malformed["what"], "in Python's words"
     run = backhand.train(
-        **common,
+        **{**common, "data": [{"text": "a", "label": "high"}, *rows], "skip_bad": True},
         objective="classify",
         eval_data=rows[:8],
         output=tmp_path / "run",
@@ -550,6 +551,7 @@ def test_numbers_far_from_0_are_noted_before_the_run_and_in_its_advice(
     )
     note = "the labels are numbers around 75 with a deviation of 11.18, which a new head reaches only slowly; subtract"
     printed = capsys.readouterr().err
+    assert (run.rows, run.malformed_rows) == (12, 1), "a label that does not fit the chosen problem is skipped"
     assert f"warning: {note}" in printed and printed.index(note) < printed.index("step 1/6")
     assert str(run.advice).startswith(note.capitalize()) and run.try_next is None
     assert str(run.advice).endswith("on the answers.")
@@ -708,6 +710,19 @@ def test_lint_reports_labels_that_contradict_and_labels_of_few_rows(tiny: TinyRu
     assert "integers" not in str(report), "the kind of problem is chosen"
 
 
+def test_integers_next_to_other_labels_are_noted(tiny: TinyRun, tmp_path: Path) -> None:
+    rows = write_named(tmp_path / "rows.jsonl", [100, 90, 80, 70, "true"] * 4)
+    made = config(tiny, tmp_path, tmp_path / "run", data=(rows,), eval_data=(), eval_fraction=0.0)
+    said = "warning: most labels are numbers, but not those of 4 rows (true), so that all are read as names"
+    (note,) = (one for one in plan_run(made, resolve_machine(made)).inputs.notes if one.startswith(said))
+    assert "--problem-type regression --skip-bad" in note
+    skipping = replace(with_options(made, skip_bad=True), objective=replace(made.objective, problem_type=NUMBER))
+    report = plan_run(skipping, resolve_machine(skipping)).inputs.train.report
+    assert (report.rows, report.skipped_bad) == (16, 4)
+    chosen = replace(made, objective=replace(made.objective, problem_type=SINGLE))
+    assert "most labels" not in str(plan_run(chosen, resolve_machine(chosen)).inputs.notes)
+
+
 TAGS = ["law", "food", "love", "love, food", "law, age", "food, age"]
 
 
@@ -806,6 +821,13 @@ def test_decimal_commas_are_read_as_numbers_or_answered(tiny: TinyRun, tmp_path:
     assert (first.where, second.where) == ((f"{path}:22",), (f"{path}:23",))
     (finding,) = (one for one in linted(*["0.5", "1.5"] * 9, "n/a").findings if one.kind == "not_numbers")
     assert finding.where == (f"{path}:20",) and "(n/a)" in finding.what
+    integers = ["1", "2", "3", "3"] * 3
+    report = linted(*integers, "n/a", "none", "none")
+    (finding,) = (one for one in report.findings if one.kind == "not_numbers")
+    assert (finding.count, "(n/a, none)" in finding.what) == (3, True)
+    assert "--problem-type regression --skip-bad" in finding.remedy
+    for few in (["0", "1", "1", "n/a"], [*integers[:4], *["n/a"] * 4]):
+        assert "not_numbers" not in {one.kind for one in linted(*few).findings}, "most labels are names"
     for mixed, where in (
         (linted(*numbers, "1.250"), f"{path}:22"),
         (linted(*numbers, held_out=["1.250", "2.5"]), f"{tmp_path / 'held_out.csv'}:2"),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from backhand.data.data_report import TruncationStats
 from backhand.data.embedding_examples import pooled_document
 from backhand.data.examples import Example
-from backhand.data.label_names import is_integer
+from backhand.data.label_names import FEWEST_INTEGERS, is_integer
 from backhand.data.raw_rows import number_of
 from backhand.data.rows import ClassLabel, ClassRow, PoolingName, ProblemType
 from backhand.data.text_encoder import LONGEST_TEXT, TextEncoder, TokenIds, too_long
@@ -33,6 +33,7 @@ class ClassFormat:
 
     pooling: PoolingName
     padding_id: int | None = None  # the padding token of the model, or None
+    problem: ProblemType | None = None  # kind of problem that an option gives; rows that do not fit it are malformed
 
     def read_tokens(self, tokens: list[int]) -> list[int]:
         """Return the tokens of a text that transformers reads, without padding tokens at the end of a decoder's."""
@@ -56,7 +57,7 @@ class ClassEncoder:
         self._max_length, self._drop = max_length, drop
 
     def encode(self, rows: Sequence[ClassRow], stats: TruncationStats) -> list[Example | DataError | None]:
-        """Encode rows: an example each, an error for a text without tokens, None if a text is too long."""
+        """Encode rows: an example each, an error for an unusable text or label, None if a text is too long."""
         encoded = iter(self._encoder.ids_of([row.text for row in rows if len(row.text) <= LONGEST_TEXT]))
         return [
             too_long(row.text, row.source) if len(row.text) > LONGEST_TEXT else self._example(row, next(encoded), stats)
@@ -75,6 +76,8 @@ class ClassEncoder:
             stats.truncated.append(row.source)
         tokens = self._format.read_tokens([*before, *ids[:room].tolist(), *after])
         label = None if row.label is None else ClassLabel(row.label)
+        if label and self._format.problem and (error := misfit(label, self._format.problem, row.source)):
+            return error
         return pooled_document(tokens, self._format.pooling, row.source, class_label=label)
 
 
@@ -132,7 +135,10 @@ def target_of(
             elif trained:
                 why = "the adapter learned numbers"
             else:
-                next_step += "; or give --problem-type single_label_classification if numbers are names of labels"
+                next_step = (
+                    "correct the label; or give --problem-type regression --skip-bad, which leaves such rows out; "
+                    "or give --problem-type single_label_classification if numbers are names of labels"
+                )
             raise DataError(f"the label is {label.value!r}, not a number", where=source, why=why, next_step=next_step)
         return [number]
     if problem == SINGLE and isinstance(label.value, tuple):
@@ -154,16 +160,36 @@ def target_of(
     return [float(name in label.names) for name in names]
 
 
+def misfit(label: ClassLabel, problem: ProblemType, source: str) -> DataError | None:
+    """Return the error for a label that does not fit the kind of problem, or None."""
+    try:
+        target_of(label, problem, label.names, source)
+    except DataError as error:
+        return error
+    return None
+
+
 def not_numbers(labels: Sequence[ClassLabel]) -> list[int]:
-    """Return the indices of labels that prevent a regression although nearly all labels look like fractions."""
+    """Return the indices of labels that prevent a regression although most labels look like numbers.
+
+    There are none if the numbers are so few different integers that they are names.
+    """
     texts = [str(label.value).strip() for label in labels]
-    return [place for place, text in enumerate(texts) if number_of(text) is None] if _numbers_among(texts) else []
+    alike = _like_numbers(texts)
+    names = len(set(alike)) < FEWEST_INTEGERS and all(map(is_integer, alike))
+    if names or 2 * len(alike) <= len(texts):
+        return []
+    return [place for place, text in enumerate(texts) if number_of(text) is None]
 
 
 def _numbers_among(texts: Sequence[str]) -> list[str]:
     """Return the labels that look like numbers, or [] unless nearly all labels do and some are fractions."""
-    alike = [text for text in texts if _LIKE_NUMBER.fullmatch(text) or number_of(text) is not None]
+    alike = _like_numbers(texts)
     return [] if len(alike) < _MOSTLY * len(texts) or all(map(is_integer, alike)) else alike
+
+
+def _like_numbers(texts: Sequence[str]) -> list[str]:
+    return [text for text in texts if _LIKE_NUMBER.fullmatch(text) or number_of(text) is not None]
 
 
 def decimal_comma_note(labels: Iterable[tuple[ClassLabel, str]]) -> str | None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from backhand.data.class_examples import NUMBER, SINGLE, not_numbers, target_of
+from backhand.data.class_examples import NUMBER, SINGLE, misfit, not_numbers
 from backhand.data.decision_lint import MOST_FREQUENT, named_alike
 from backhand.data.examples import Example
 from backhand.data.label_names import as_list, integers_note, joined_labels, refuse_labels_of_one_row
@@ -24,10 +24,7 @@ _FAR = 10.0
 def add_misfits(examples: Iterable[Example], problem: ProblemType, bad: RowErrors) -> None:
     """Count the rows whose label does not fit the kind of problem as malformed."""
     for one in examples:
-        label = one.facts_as(ClassLabel)
-        try:
-            target_of(label, problem, label.names, one.source)
-        except DataError as error:
+        if error := misfit(one.facts_as(ClassLabel), problem, one.source):
             bad.add(error)
 
 
@@ -45,9 +42,7 @@ def problems_of_classes(
     if problem == NUMBER:
         scale = scale_of(labels)
         return [("scale", [rows[0][0]], *scale)] if scale else [], {}
-    if not chosen and (others := not_numbers(labels)):
-        texts = dict.fromkeys(shorten(str(rows[place][1].value)) for place in others)
-        return [("not_numbers", [rows[place][0] for place in others], name_list(texts, limit=5))], {}
+    others = [] if chosen else not_numbers(labels)
     label_of: dict[bytes, ClassLabel] = {}
     contradicting = [source for source, label, ids in rows if label_of.setdefault(ids, label) != label]
     counts = Counter(name for _, label, _ in rows for name in label.names)
@@ -62,11 +57,17 @@ def problems_of_classes(
         ("alike_labels", of_alike, both),
         ("contradicting_labels", contradicting),
         ("rare_label", of_rare, _FEWEST_ROWS, names, integers),
+        ("not_numbers", [rows[place][0] for place in others], texts_at(others, labels)),
     ]
     most, count = counts.most_common(1)[0] if counts else ("", 0)
     if problem == SINGLE and count >= MOST_FREQUENT * len(rows):
         problems.append(("one_class", [rows[0][0]], f"{shorten(most)} in {count / len(rows):.0%} of the rows"))
     return problems, dict(counts)
+
+
+def texts_at(places: Iterable[int], labels: Sequence[ClassLabel]) -> str:
+    """Return the different labels at these places, the first ones."""
+    return name_list(dict.fromkeys(shorten(str(labels[place].value)) for place in places), limit=5)
 
 
 def check_names(

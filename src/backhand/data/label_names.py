@@ -34,7 +34,7 @@ def joined_labels(names: Collection[str]) -> dict[str, tuple[str, ...]]:
     return {}
 
 
-_FEWEST_INTEGERS = 3
+FEWEST_INTEGERS = 3
 """Fewest different integers that may be numbers to learn. Two, such as 0 and 1, are names."""
 
 
@@ -47,7 +47,7 @@ def is_integer(text: str) -> bool:
 
 def integers_note(names: Collection[str]) -> str | None:
     """Return a clause if all labels are integers, which are read as names, or None."""
-    if len(names) < _FEWEST_INTEGERS or not all(map(is_integer, names)):
+    if len(names) < FEWEST_INTEGERS or not all(map(is_integer, names)):
         return None
     return f"the {len(names):,} integers are read as names; --problem-type regression learns them as numbers"
 

@@ -181,8 +181,9 @@ CHECKS = {
     ),
     "not_numbers": Check(
         "labels next to numbers",
-        "with a label that is not read as a number ({}), although nearly all labels look like numbers with fractions",
-        "write these labels as numbers with a decimal point, or remove the rows: the others are learned as numbers",
+        "with a label that is no number ({}), although most labels are numbers: all labels are read as names",
+        "write these labels as numbers with a decimal point, or give --problem-type regression --skip-bad, which "
+        "leaves their rows out; or give --problem-type single_label_classification if numbers are names of labels",
         form="classes",
     ),
     "one_class": Check(
@@ -269,7 +270,9 @@ class LintReport:
             "errors": self.errors,
             "can_skip": self.can_skip,
             "findings": [
-                asdict(finding) | {"where": list(map(reworded, finding.where)), "remedy": reworded(finding.remedy)}
+                asdict(finding)
+                | {name: reworded(getattr(finding, name)) for name in ("what", "remedy")}
+                | {"where": list(map(reworded, finding.where))}
                 for finding in self.findings
             ],
         }
@@ -298,6 +301,9 @@ def lint(
     Raises:
         UsageError, DataError: as `prepare`, but a malformed row is a finding.
     """
+    text_format = text_format or (None if purpose is None else _TEXT_FORMATS.get(purpose))
+    if isinstance(text_format, ClassFormat):
+        text_format = replace(text_format, problem=problem_type)
     bad, truncation = RowErrors(skip_bad=True, keep=SHOWN_BAD_ROWS), TruncationStats()
     train, held_out = prepare(
         replace(options, skip_bad=True, option_rows=0 if purpose == "decisions" else options.option_rows),
@@ -306,7 +312,7 @@ def lint(
         purpose=purpose,
         bad=bad,
         truncation=truncation,
-        text_format=text_format or (None if purpose is None else _TEXT_FORMATS.get(purpose)),
+        text_format=text_format,
     )
     documents, tokens = train.examples.documents, tokens_of_documents(train.examples)
     longer = "raise --max-length" if options.max_length < (context_length or math.inf) else ""

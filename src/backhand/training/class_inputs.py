@@ -16,7 +16,7 @@ from backhand.data.class_examples import (
     problem_of,
     target_of,
 )
-from backhand.data.class_lint import check_names
+from backhand.data.class_lint import check_names, texts_at
 from backhand.data.label_names import integers_note, unlearned_note, unlearned_rows
 from backhand.data.lint import scale_note
 from backhand.data.rows import INSTRUCTION, ClassLabel, ProblemType
@@ -31,7 +31,7 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.config import TrainConfig
 from backhand.options.objectives import ObjectiveOptions
-from backhand.words import count_of, label_text, name_list, shorten
+from backhand.words import count_of, label_text, name_list
 
 _WITHOUT_CLASS = ("bamba", "falcon_h1", "gemma4_text", "granite", "granitemoehybrid", "lfm2", "nemotron_h")
 """Model types for which transformers has no class for sequence classification."""
@@ -91,7 +91,7 @@ def head_format(config: TrainConfig, source: ModelSource, engine: Engine, layout
             why="the class of the whole model and that of its text model have other names for the head",
             next_step="choose a text model, or train answers with --objective decide",
         )
-    return ClassFormat(decoder.class_head.pooling, padding_id(source))
+    return ClassFormat(decoder.class_head.pooling, padding_id(source), config.objective.problem_type)
 
 
 def class_notes(source: ModelSource) -> tuple[str, ...]:
@@ -170,10 +170,11 @@ def with_labels(
     )
     if note := unlearned_note(unlearned, len(in_held_out)):
         said.append(f"warning: {note}")
-    if problem == SINGLE and not chosen and (others := not_numbers(learned)):
-        texts = name_list([shorten(str(learned[place].value)) for place in others], limit=5)
+    if problem == SINGLE and not chosen and options.problem_type is None and (others := not_numbers(learned)):
         said.append(
-            f"warning: nearly all labels look like numbers, but not {texts}: without these, numbers are learned"
+            f"warning: most labels are numbers, but not those of {count_of(len(others), 'row')} "
+            f"({texts_at(others, learned)}), so that all are read as names; --problem-type regression --skip-bad "
+            "leaves these rows out and learns numbers"
         )
     if problem == SINGLE and not chosen and options.problem_type is None and (note := integers_note(labels)):
         said.append(note)

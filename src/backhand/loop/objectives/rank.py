@@ -205,7 +205,7 @@ class CrossEncoderObjective(HeadObjective):
 def pair_format(config: DecoderConfig, padding_id: int | None) -> PairFormat:
     """Return the way from a query and a document to the tokens that the score head of a model reads."""
     token_types = config.inputs is not None and config.inputs.types > 1
-    return PairFormat(config.class_head.pooling, padding_id, token_types)
+    return PairFormat(config.class_head.pooling, padding_id, token_types=token_types)
 
 
 def scores_of(sums: Tensor) -> Tensor:
