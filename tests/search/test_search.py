@@ -21,6 +21,7 @@ from backhand.cli.main import main
 from backhand.engines import decoder_engine
 from backhand.errors import UsageError
 from backhand.files import FileLayer
+from backhand.loop.forecast import BUSY, Busy
 from backhand.loop.hidden_state_cache import MemoryStateStore
 from backhand.loop.observers import Callback, Observer, RunStart
 from backhand.loop.state import STATE_FILE
@@ -38,7 +39,7 @@ from backhand.search.result import SearchResult, result_of
 from backhand.search.schedule import EVALUATIONS, Schedule
 from backhand.search.study import Study, Trial
 from backhand.training.calibration import Speed
-from backhand.training.plan import RunPlan
+from backhand.training.plan import RunPlan, plan_run
 from backhand.training.run import train
 from support.processes import start
 from support.searches import search_config
@@ -171,7 +172,7 @@ def test_decisions_are_compared_by_their_held_out_loss(tiny: TinyRun, tmp_path: 
     assert found.loss == min(evaluations) < before
 
 
-START_S, STEP_S, END_S = 10.0, 2.0, 5.0
+PLAN_S, START_S, STEP_S, END_S = 8.0, 10.0, 2.0, 5.0
 
 
 class Clock(Observer):
@@ -182,6 +183,9 @@ class Clock(Observer):
 
     def monotonic(self) -> float:
         return self.now
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
 
     def started(self, _: RunStart) -> None:
         self.now += START_S
@@ -202,18 +206,20 @@ def test_the_plan_counts_starts_and_the_end_of_each_run(
     tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plans: list[RunPlan] = []
-    speed = Speed(tokens_per_s=1.0, train_s=60.0, evaluate_s=36.0, finish_s=51.0, end_s=24.0, measured_s=0.0)
+    busy = Busy(0.5, 2.0)
+    speed = Speed(tokens_per_s=1.0, train_s=60.0, evaluate_s=36.0, finish_s=51.0, end_s=24.0, measured_s=0.0, busy=busy)
     monkeypatch.setattr(command, "calibrate", lambda plan, *_, **_options: (plans.append(plan), speed)[1])
     made = search_config(tiny, tmp_path / "search", {"trials": 2}, quiet=False, eval_every=None)
     monkeypatch.setattr(command, "time", clock := Clock())
     monkeypatch.setattr(command, "train", partial(train_in_time, clock))
+    monkeypatch.setattr(command, "plan_run", lambda *args, **more: (clock.wait(PLAN_S), plan_run(*args, **more))[1])
     search_command(made)
     lines = capsys.readouterr().err.splitlines()
     (line,) = (line for line in lines if line.startswith("search: "))
     *earlier, last = (line for line in lines if line.startswith("trial "))
     assert all(line.endswith(" left") for line in earlier) and not last.endswith(" left")
     schedule = Schedule(made.search, made.search.dimensions, {}, seed=0)
-    run_s, start_s = 60 + 36 + 27, (36 + 2 * 27) / (EVALUATIONS + 1)  # 27 s for the checkpoints
+    run_s, start_s = 60 + 36 + 27, PLAN_S + (36 + 2 * 27) / (EVALUATIONS + 1)  # 27 s for the checkpoints
     ends = [0, 1, 3, 6]  # steps at which the stages of six steps end
     most, least = (schedule.left(first_best=best) for best in (False, True))
     runs = sum(ends[after] - ends[before] for before, after in most) / 6
@@ -222,7 +228,7 @@ def test_the_plan_counts_starts_and_the_end_of_each_run(
     # The options as given are the best, and need no comparison.
     least_s = most_s - 5 / 6 * run_s - start_s - 24
     assert len(most) - len(least) == 1
-    assert line.endswith(f"steps of {runs:.1f} runs, about {duration(least_s)} to {duration(most_s)}")
+    assert line.endswith(f"steps of {runs:.1f} runs, about {duration(0.5 * least_s)} to {duration(2 * most_s)}{BUSY}")
     assert plans[0].inputs.config.run.eval_every == 1, "six steps are evaluated up to eight times"
     first = Trial(0, {}, seed=0, done=1, losses=(1.0,), steps=1)
     times = []

@@ -15,13 +15,29 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
+
+from backhand.printing import duration
 
 FULL_LENGTH = " if every answer has its full length"
 """Clause after a forecast of steps that sample answers."""
-SHARED = " if the processor stays as busy as during the measurement"
+BUSY = ", as the processor is busy with other work"
 """Clause after a forecast that was measured while the process had to wait, mostly for other programs."""
 _KEPT = 0.95
 """Factor by which the weight of earlier steps decreases per logged step."""
+
+
+class Busy(NamedTuple):
+    """Times on a processor that other programs use too, as multiples of the predicted one."""
+
+    least: float  # if the other work ends: the time that the main thread computed
+    most: float  # if it stays, with its mean share of the processor
+
+
+def between(least_s: float, most_s: float, busy: Busy | None) -> str:
+    """Return a predicted time as words, as a range if both ends differ."""
+    least, most = (duration(one * other) for one, other in zip((least_s, most_s), busy or (1.0, 1.0), strict=True))
+    return most if least == most else f"{least} to {most}"
 
 
 @dataclass
@@ -32,7 +48,7 @@ class Forecast:
     pauses_s: Mapping[int, float]  # predicted seconds of the pause after each of these steps; 0: before the first step
     end_s: float  # predicted seconds from the last pause to the end of the command
     full_length: bool = False  # True if sampled answers are assumed to have their full length; steps may be shorter
-    shared: bool = False  # the process waited for much of the measurement
+    busy: Busy | None = None  # None if the processor was free during the measurement
 
     # _began: time at which the run began or was resumed; _began_at: its steps and seconds in steps until then
     _began: float = field(default_factory=time.monotonic)
@@ -54,6 +70,15 @@ class Forecast:
     def total_s(self) -> float:
         """Predicted seconds from the beginning of this process's steps to the end."""
         return self._left_s(self._began_at[0], 1.0, 1.0)
+
+    def in_words(self, remaining: str) -> str:
+        """Return the predicted duration in words.
+
+        Args:
+            remaining: which steps it is that of, after a space; "" for all.
+        """
+        clauses = FULL_LENGTH * self.full_length + BUSY * (self.busy is not None)
+        return f"{between(self.total_s, self.total_s, self.busy)}{remaining}{clauses}"
 
     def left_s(self, step: int, train_s: float) -> float:
         """Return the seconds that remain after a step.

@@ -24,8 +24,9 @@ from backhand.engines.engine import RunCache
 from backhand.engines.machine import resolve_machine
 from backhand.errors import ArtifactError, BackhandError, CheckError, ResourceError, UsageError
 from backhand.files import FileLayer, json_bytes, make_directory, write_atomically
+from backhand.loop.forecast import BUSY, Busy, between
 from backhand.loop.observers import Callback, Observer, RunStart
-from backhand.nn.compute import compute_settings
+from backhand.nn.compute import compute_settings, gc_frozen
 from backhand.options.config import RunOptions, TrainConfig
 from backhand.options.config_file import dump_config, read_table, tables_as
 from backhand.printing import duration, line_due, say
@@ -77,7 +78,11 @@ def search_command(config: SearchConfig, typed: frozenset[str] = frozenset()) ->
             search.prepare(plan)
             if not config.run.resume:
                 show("measuring this machine's speed")
-                search.predict(calibrate(search.evaluating(plan), machine, budget_s=_CALIBRATION_S))
+                began = time.monotonic()
+                with gc_frozen():  # every trial begins like this
+                    plan_run(plan.inputs.config, machine, run_cache=run_cache)
+                planned_s = time.monotonic() - began
+                search.predict(calibrate(search.evaluating(plan), machine, budget_s=_CALIBRATION_S), planned_s)
         search.print_plan(plan)
         try:
             search.train_trials()
@@ -185,6 +190,7 @@ class Search:
     start: _Seconds = field(default_factory=_Seconds)
     # answers, scores and files at the end of a complete run
     end: _Seconds = field(default_factory=_Seconds)
+    busy: Busy | None = None  # of the measurement before the first trial
 
     def __post_init__(self) -> None:
         self.directory = self.config.run.output
@@ -207,14 +213,20 @@ class Search:
         run = replace(config.run, eval_every=self._eval_every(config))
         return replace(plan, inputs=replace(plan.inputs, config=replace(config, run=run)))
 
-    def predict(self, speed: Speed) -> None:
+    def predict(self, speed: Speed, planned_s: float) -> None:
         """Take the seconds of a run from a measurement.
 
-        A start and its pause take about as long as one evaluation, and reading and writing a checkpoint.
+        A start and its pause take about as long as planning the run again, one evaluation, and reading and writing a
+        checkpoint.
+
+        Args:
+            speed: of a run with the evaluations of a trial.
+            planned_s: seconds for planning a run whose rows and weights are loaded.
         """
+        self.busy = speed.busy
         saves_s = speed.finish_s - speed.end_s
         self.run, self.end = _Seconds(speed.train_s + speed.evaluate_s + saves_s), _Seconds(speed.end_s)
-        self.start = _Seconds((speed.evaluate_s + 2 * saves_s) / (EVALUATIONS + 1))
+        self.start = _Seconds(planned_s + (speed.evaluate_s + 2 * saves_s) / (EVALUATIONS + 1))
 
     def prepare(self, plan: RunPlan) -> None:
         """Take the options that all trials share from the largest one, and write them with the digests of the rows.
@@ -267,8 +279,8 @@ class Search:
         options, schedule = self.config.search, self.schedule
         varied = ", ".join(word.partition("=")[0] for word in options.over) or "learning_rate"
         runs, *_ = self._left(())
-        between = self._time_left(())
-        time_s = f", about {between}" if between else ""
+        left = self._time_left((), self.busy)
+        time_s = f", about {left}{BUSY * (self.busy is not None)}" if left else ""
         trials = f"search: {varied}; {count_of(schedule.count, 'trial')}, {options.sampler}, pruning: {options.prune}"
         lines = [
             f"{trials}; steps of {runs:.1f} runs{time_s}",
@@ -398,13 +410,10 @@ class Search:
         finished = sum(after == self.schedule.last for _, after in left)
         return sum(ends[after] - ends[before] for before, after in left) / ends[-1], len(left), finished
 
-    def _time_left(self, trials: Sequence[Trial]) -> str:
+    def _time_left(self, trials: Sequence[Trial], busy: Busy | None = None) -> str:
         """Return the time that remains, as a range while it depends on the rank of the options as given, or ""."""
         least_s, most_s = (self._seconds(*self._left(trials, first_best=best)) for best in (True, False))
-        if not most_s:
-            return ""
-        least, most = duration(least_s), duration(most_s)
-        return most if least == most else f"{least} to {most}"
+        return between(least_s, most_s, busy) if most_s else ""
 
     def _seconds(self, runs: float, starts: int, ends: int) -> float:
         return runs * self.run.mean + starts * self.start.mean + ends * self.end.mean

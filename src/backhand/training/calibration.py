@@ -31,7 +31,7 @@ from backhand.errors import not_none
 from backhand.generation.sampling import ROWS_AT_ONCE
 from backhand.loop.answers import EXTRA_TOKENS, MOST_ROWS, SHORT_TOKENS, answered_at_once, answered_rows
 from backhand.loop.distilled_figures import MOST_ANSWERED, TIMED
-from backhand.loop.forecast import Forecast
+from backhand.loop.forecast import Busy, Forecast
 from backhand.loop.step import AdapterOptimizer
 from backhand.loop.step_plan import five_times
 from backhand.nn.batch import PackedBatch
@@ -62,7 +62,7 @@ class Speed:
     end_s: float  # seconds of the answers and files at the end, a part of `finish_s`
     measured_s: float  # seconds of the measurement
     kept_s: float = 0.0  # seconds saved by cached hidden states; the other durations do not contain them
-    shared: bool = False  # the process waited for much of the measurement, mostly for other programs
+    busy: Busy | None = None  # None if the processor was free during the measurement
 
     @property
     def run_s(self) -> float:
@@ -78,7 +78,7 @@ class Seconds(NamedTuple):
     update: float  # of an update of the adapter
     decode: float  # of the next token of a few answers
     pair: float = 0.0  # of a pair of a query and a key (`attention_time`), in tokens of `trained`
-    shared: bool = False  # the process waited for much of the measurement, mostly for other programs
+    busy: Busy | None = None  # None if the processor was free during the measurement
 
 
 def calibrate(plan: RunPlan, machine: Machine, *, budget_s: float = BUDGET_S) -> Speed:
@@ -113,7 +113,7 @@ def calibrate(plan: RunPlan, machine: Machine, *, budget_s: float = BUDGET_S) ->
         end_s=predicted.end_s,
         measured_s=time.perf_counter() - began,
         kept_s=kept * seconds.below,
-        shared=seconds.shared,
+        busy=seconds.busy,
     )
 
 
@@ -158,7 +158,7 @@ def _forecast(plan: RunPlan, machine: Machine, seconds: Seconds, evaluated: floa
     evaluations = _evaluations_s(plan, machine, seconds, evaluated)
     save_s = _SAVED_BYTES * plan.size.adapter_elements / _WRITTEN_PER_S
     pauses = {step: evaluations.get(step, 0.0) + (save_s if step else 0.0) for step in sorted({*evaluations, *saves})}
-    return Forecast(steps_s, pauses, _end_s(plan, seconds, evaluated), full_length=sampled, shared=seconds.shared)
+    return Forecast(steps_s, pauses, _end_s(plan, seconds, evaluated), full_length=sampled, busy=seconds.busy)
 
 
 _SAVED_BYTES, _WRITTEN_PER_S = 16, 1e8
@@ -288,14 +288,19 @@ def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float
         )
         trained_s = max(trained_s / 2, trained_s - pair_s * attention.pairs(shape.lengths, shape.parents))
     update_s = _update_s(plan.inputs.layout, machine)
-    own = (time.thread_time() - computed) / (time.perf_counter() - began)
+    own, busy = (time.thread_time() - computed) / (time.perf_counter() - began), None
+    if machine.device.type == "cpu" and own < _OWN_SHARE:
+        computed = time.thread_time()
+        trial_pass(models[-1], memory.shape.cut(tokens).batch(vocab_size, machine.device))
+        alone = min(1.0, (time.thread_time() - computed) / seconds[-1])
+        busy = Busy(alone, max(1.0, alone / max(own, 0.01)))
     return Seconds(
         trained=trained_s / tokens,
         below=short.below * block / tokens,
         update=update_s,
         decode=whole(short, few_s),
         pair=pair_s * tokens / trained_s,
-        shared=machine.device.type == "cpu" and own < _OWN_SHARE,
+        busy=busy,
     )
 
 

@@ -22,7 +22,7 @@ from backhand.data.options import system_option
 from backhand.data.ranking_examples import documents_of_texts
 from backhand.distributed.communicator import Communicator
 from backhand.kernels.builds import describe, library
-from backhand.loop.forecast import FULL_LENGTH, SHARED, Forecast
+from backhand.loop.forecast import Forecast
 from backhand.loop.observers import Observer, RunStart
 from backhand.loop.retrieval_scores import scores_text
 from backhand.loop.rewards.guards import BOUNDS
@@ -512,9 +512,7 @@ def opening_facts(
     facts.append(
         f"plan: {count_of(run.inputs.total_steps, 'step')} of {up_to}{count_of(options.batch_rows, 'row')}, {cut}; "
         f"peak memory about {in_words(run.plan.memory.peak_bytes)}"
-        + ("" if forecast is None else f"; about {duration(forecast.total_s)}{remaining}")
-        + FULL_LENGTH * (forecast is not None and forecast.full_length)
-        + SHARED * (forecast is not None and forecast.shared)
+        + ("" if forecast is None else f"; about {forecast.in_words(remaining)}")
     )
     # If rows share prefixes, fewer tokens are computed than trained on. The first steps are counted.
     packer = run.inputs.packer

@@ -19,7 +19,7 @@ from backhand.data.row_sample import RowSample, sampled
 from backhand.engines.machine import Machine, resolve_machine
 from backhand.engines.memory.plan import LIVE_VIEW, HeldBase
 from backhand.errors import BackhandError, not_none
-from backhand.loop.forecast import FULL_LENGTH, SHARED
+from backhand.loop.forecast import BUSY, FULL_LENGTH, between
 from backhand.loop.rewards.process import RewardProcess
 from backhand.nn.compute import compute_settings
 from backhand.options.command_options import PlanOptions
@@ -240,9 +240,9 @@ def _print_speed(console: Console, report: PlanReport, speed: Speed) -> None:
     of_all = "" if report.machine.local_world_size == 1 else f" of {report.machine.local_world_size} processes"
     text = (
         f"{speed.tokens_per_s:,.0f} tokens/s{of_all} (measured for {speed.measured_s:.0f} s): "
-        f"{report.steps:,} steps take about {duration(speed.train_s)}"
+        f"{report.steps:,} steps take about {between(speed.train_s, speed.train_s, speed.busy)}"
         + FULL_LENGTH * plan.inputs.config.objective.trains_on_samples
-        + SHARED * speed.shared
+        + BUSY * (speed.busy is not None)
     )
     if speed.evaluate_s:
         text += f", evaluations {duration(speed.evaluate_s)} more"
