@@ -589,6 +589,8 @@ def test_a_missing_file_of_rewards_is_answered_with_the_files_there(tmp_path: Pa
         ("--prompt a --model b; `backhand report --page x`", 'prompt="a", model="b"; `backhand report --page x`'),
         ("labels: backhand generate --labels auto", 'labels: backhand.generate(…, labels="auto")'),
         ("use backhand rank, or give --adapter A", "use backhand.rank, or give --adapter A"),
+        ("add --columns a=b --columns c=d; or", 'add columns={"a": "b", "c": "d"}; or'),
+        ("add --question team; or", 'add question="team"; or'),
         ("continue with backhand train --resume", "continue with backhand.train(…, resume=True)"),
         (
             "`backhand export --adapter runs/a --to peft --output runs/p --push OWNER/NAME` uploads",

@@ -44,7 +44,7 @@ _SPECIAL = ("auto", "none", "chosen")
 """Values of options that take any text."""
 _CONJUNCTIONS = ("and", "or")
 """Words between options, which are no values unless they are quoted."""
-_LIST_STARTS = (": ", "- ")
+_LIST_STARTS = (": ", "- ", "add ", "trained with ")
 """Text in front of options that says nothing of them. It may be missing."""
 _ROWS = ("data", "eval_data")
 """Options that take rows."""
@@ -223,7 +223,10 @@ def _arguments(text: str, end: int, hints: Mapping[str, Any]) -> tuple[list[str]
         alone = (not rest or rest[0] in ",;") and (not option.start() or text[: option.start()].endswith(_LIST_STARTS))
         typed = alone or rest.startswith(" --") or (bool(arguments) and "=" in arguments[-1])
         value, after = _value(name, hints[option[0]], word, typed=typed)
-        arguments.append(name + value)
+        if arguments and value[:2] == "={" == arguments[-1].removeprefix(name)[:2]:  # one dictionary takes all
+            arguments[-1] = f"{arguments[-1][:-1]}, {value[2:]}"
+        else:
+            arguments.append(name + value)
         end = after or option.end()
     return arguments, end
 

@@ -34,6 +34,7 @@ from backhand.data.raw_rows import RawRow, RowErrors
 from backhand.data.row_encoder import Prompt
 from backhand.data.rows import Purpose
 from backhand.errors import DataError, UsageError
+from backhand.loop.embed import rows_of
 from backhand.loop.evaluate import evaluate
 from backhand.options.command_options import (
     ClassifyOptions,
@@ -233,6 +234,14 @@ def test_a_table_for_decisions_is_answered_with_the_options_that_read_it(tmp_pat
     assert str(raised.value.next_step).startswith(r"add --state '{title}\n{face}' --question category;")
     options = DataOptions(data=faces, state=r"{title}\n{face}", question={"category": ""}, option_rows=0)
     assert prepare(options, byte_level(), purpose="decisions")[0].report.rows == 8
+    for given, advice in (
+        ({"question": {"category": "Which?"}}, r"add --state '{title}\n{face}'"),
+        ({"question": {"title": ""}}, r"add --state '{face}\n{category}'"),
+        ({"state": "title"}, "add --question category; --question COLUMN='…' also puts the question into words"),
+    ):
+        with pytest.raises(DataError, match="do not fit decisions") as raised:
+            prepare(DataOptions(data=faces, **given), byte_level(), purpose="decisions")
+        assert raised.value.next_step == advice, "the options given stay"
     other = written(tmp_path / "other.csv", "a,b\n" + "".join(f"{i},{i}\n" for i in range(8)))
     with pytest.raises(DataError, match="do not fit decisions") as raised:
         prepare(DataOptions(data=other), byte_level(), purpose="decisions")
@@ -345,6 +354,31 @@ def test_advice_about_columns_names_options_of_the_command(purpose: Purpose, opt
         detect(RawRow({"one": "a", "two": "b"}, "f:1"), purpose=purpose)
     named = set(re.findall(r"--[a-z-]+", f"{raised.value.why} {raised.value.next_step}"))
     assert named and named <= {field.option for field in option_fields(options)}
+
+
+@pytest.mark.parametrize(
+    ("purpose", "recorded", "columns", "what", "named"),
+    [
+        ("answers", {"prompt": "Sort: {a}", "completion": "b"}, "a,c", "'b', .* --completion b", "'Sort: {a}' --comp"),
+        ("classes", {"prompt": "{a}: {b}", "completion": "c"}, "a,c", "'b', .* --prompt '{a}: {b}'", "'{a}: {COLUMN}'"),
+        ("texts", {"prompt": "a"}, "b,c", "'a', .* --prompt a", "--prompt COLUMN"),
+        (
+            "embeddings",
+            {"columns": {"anchor": "a", "positive": "b"}},
+            "a,c",
+            "'b', .* --columns positive=b",
+            "--columns anchor=a --columns positive=COLUMN",
+        ),
+    ],
+)
+def test_rows_without_a_column_of_the_training_are_answered_with_it(
+    purpose: Purpose, recorded: dict[str, Any], columns: str, what: str, named: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path / "rows.csv", f"{columns}\n1,2\n")
+    with pytest.raises(DataError, match=f"no column {what}") as raised:
+        rows_of(RowSources(data=(path,)), NamedColumns(), purpose, NamedColumns(**recorded))
+    assert "rename the column of these rows to" in str(raised.value.next_step)
+    assert named in str(raised.value.next_step) and raised.value.where == f"{path}:2"
 
 
 def test_prompts_of_preference_pairs_are_answered() -> None:

@@ -755,13 +755,13 @@ def test_a_file_without_the_columns_of_training_is_answered_with_its_own(straigh
     path = tmp_path / "packages.csv"
     path.write_text("id,package,about,team\n1,apt,user asks list,team json\n")
     given: dict[str, Any] = {"model": straight.model.model, "adapter": adapter, "dtype": "float32", "data": path}
-    with pytest.raises(UsageError, match="no column 'name', and the adapter was trained with state=") as refused:
+    with pytest.raises(DataError, match="no column 'name', and the adapter was trained with state=") as refused:
         backhand.decide(**given)
     assert 'state="{package}\\n{about}"' in not_none(refused.value.next_step)
     assert refused.value.where == f"{path}:2" and "package" in not_none(refused.value.why)
     (answers,) = backhand.decide(**given, state="{package}: {about}")
     assert answers.keys() == {"team", "mood"}
-    with pytest.raises(UsageError, match="no column 'mood', and the adapter was trained with question") as refused:
+    with pytest.raises(DataError, match="no column 'mood', and the adapter was trained with question") as refused:
         backhand.evaluate(**given, state="about")
     assert "rename the column of these answers to mood" in not_none(refused.value.next_step)
     assert backhand.evaluate(**given, state="about", question={"team": ""}).rows == 1
@@ -792,7 +792,7 @@ def test_the_columns_of_training_are_found_again(named: dict[str, Any], tiny: Ti
     assert backhand.decide(data=others[:2], state="{title}", **given) == answers
     if "state" in named:
         return
-    with pytest.raises(DataError, match=r'next: add prompt="\{title\}", completion="team"$'):
+    with pytest.raises(DataError, match=r"trained with .*\n.*\n.*rename the column of these rows to .*COLUMN"):
         backhand.evaluate(data=others, **given)
     assert backhand.evaluate(data=others, prompt="{title}", completion="team", **given).rows == 8
     with pytest.raises(DataError, match=r'or give prompt=COLUMN, completion="team" instead of state and question$'):

@@ -119,17 +119,20 @@ def pair_options(
     return named + " ".join(f"--columns {name}={shlex.quote(one)}" for name, one in pair if name != one)
 
 
-def decision_options(columns: Iterable[str], classes: Sequence[str], without: Collection[str]) -> str | None:
+def decision_options(
+    columns: Iterable[str], classes: Sequence[str], without: Collection[str], *, needs_state: bool = True
+) -> str | None:
     """Return command-line options that read one of these classes as the answer to a question, or None.
 
     Args:
         columns: all columns. Those that are neither classes nor in `without` form the state.
         classes: columns that may contain answers.
         without: columns that need not be read, such as constant ones.
+        needs_state: False if an option names the state, which stays.
     """
     answers = [name for name in _usable(classes) if "=" not in name]
-    state = state_option(name for name in columns if name not in (*classes, *without))
-    return f"{state} --question {shlex.quote(class_of(answers))}" if answers and state else None
+    state = state_option(name for name in columns if name not in (*classes, *without)) if needs_state else ""
+    return f"{state} --question {shlex.quote(class_of(answers))}".strip() if answers and state is not None else None
 
 
 def state_option(columns: Iterable[str]) -> str | None:

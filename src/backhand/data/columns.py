@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain, combinations
 from typing import Any
@@ -94,6 +94,7 @@ class ColumnReader:
 
         Raises:
             UsageError: the first row lacks a column that an option names.
+        DataError: it lacks a column of the adapter's record that must be there.
         """
         first = next(raws, None)
         if first is None:
@@ -184,7 +185,23 @@ class ColumnReader:
                     "the model sees it before it answers"
                 )
 
-    def _not_as_trained(self, option: str, text: str, name: str, row: RawRow) -> UsageError:
+    def not_as_trained(self, row: RawRow) -> DataError | None:
+        """Return the error for a row of no form that lacks a column of the adapter's record, or None."""
+        texts = {} if self._recorded is None else _by_option(self._recorded) | _others(self._recorded)
+        read = {option: text for option, text in texts.items() if self._needs_answers or option in _ASKING}
+        lacking = [(*one, name) for one in read.items() for name in columns_named(one[1]) if name not in row.values]
+        if not lacking:
+            return None
+        missing = {name for _, _, name in lacking}
+        others = {option: _with_placeholder(text, missing) for option, text in read.items()}
+        named = " ".join(_typed(*one) for one in others.items())
+        next_step = f"rename the column of these rows to {lacking[0][2]}, or name others: {named}"
+        of_states = isinstance(self._recorded, DecisionColumns) and not self._needs_answers
+        return self._not_as_trained(*lacking[0], row, None if of_states else next_step)
+
+    def _not_as_trained(
+        self, option: str, text: str, name: str, row: RawRow, next_step: str | None = None
+    ) -> DataError:
         """Return the error for a column of the adapter's record that the rows do not have."""
         others = (column for column in row.values if column not in self._questions)
         other = "give --question with other questions"
@@ -194,11 +211,11 @@ class ColumnReader:
             "state": f"name columns of these rows: {state_option(others) or '--state COLUMN'}",
             "question": f"rename the column of these answers to {name}, or {other}",
         }
-        return UsageError(
-            f"there is no column {name!r}, and the adapter was trained with --{option} {shell_quoted(text)}",
+        return DataError(
+            f"there is no column {name!r}, and the adapter was trained with {_typed(option, text)}",
             where=row.source,
             why=f"the columns are {name_list(row.values)}",
-            next_step=next_steps[option],
+            next_step=next_step or next_steps.get(option, next_steps["state"]),
         )
 
     def _take_recorded(self, row: RawRow, recorded: NamedColumns) -> None:
@@ -213,9 +230,7 @@ class ColumnReader:
             return
         self.given.update(given)  # the reader of forms has the same mapping
         self._columns = columns
-        options = [f" --{option} {shell_quoted(text)}" for option, text in given.items()]
-        options += [f" --columns {shell_quoted(f'{name}={text}')}" for name, text in columns.items()]
-        self.note = f"{AS_TRAINED}:{''.join(options)}"
+        self.note = f"{AS_TRAINED}: {' '.join(_typed(*one) for one in (given | columns).items())}"
 
     def _guess_from(self, row: RawRow) -> None:
         names = common_names(row.values)
@@ -289,6 +304,20 @@ def _by_option(named: NamedColumns) -> dict[str, str]:
     columns = {option: named.columns[option] for option in _OPTIONS if option in named.columns}
     texts = columns | {option: text for option in _OPTIONS if (text := getattr(named, option)) is not None}
     return {option: texts[option] for option in _OPTIONS if option in texts}
+
+
+def _typed(name: str, text: str) -> str:
+    """Return the option that reads a column or a template under this name."""
+    if name in (*_OPTIONS, "state", "question"):
+        return f"--{name} {shell_quoted(text)}"
+    return f"--columns {shell_quoted(f'{name}={text}')}"
+
+
+def _with_placeholder(text: str, missing: Collection[str]) -> str:
+    """Return a column or a template with COLUMN instead of the missing columns."""
+    if not has_columns(text):
+        return "COLUMN" if text in missing else text
+    return PIECES.sub(lambda piece: "{COLUMN}" if piece[1] in missing else piece[0], text)
 
 
 def _of_decisions(named: object) -> DecisionColumns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ class FormReader:
     """Read the rows of one file, which must all have the form of its first valid row.
 
     Args:
-        allow_prompts, purpose, named: see `detect`.
+        allow_prompts, purpose, named, not_as_trained: see `detect`.
         questions: the questions of rows of decisions that do not contain their own.
         context_column: column in which rows name the context of the teacher; None without one.
         columns: names that `--columns` gives.
@@ -44,6 +44,7 @@ class FormReader:
         questions: Mapping[str, Question] | None = None,
         context_column: str | None = None,
         columns: Iterable[str] = (),
+        not_as_trained: Callable[[RawRow], DataError | None] | None = None,
     ) -> None:
         columns = [*columns]
         if purpose is None and "label" in columns:
@@ -57,6 +58,7 @@ class FormReader:
             named=named,
             renamed=columns,
             questions=[*self._questions],
+            not_as_trained=not_as_trained,
         )
         self._context_column = context_column
         self._misspelt = [(name, near) for name in columns if (near := nearest_known(name)) != [name]]

@@ -255,6 +255,7 @@ def detect(
     renamed: Collection[str] = (),
     questions: Collection[str] = (),
     following: Iterable[RawRow] | None = None,
+    not_as_trained: Callable[[RawRow], DataError | None] | None = None,
 ) -> Form:
     """Return the form of a row, from the names of its columns that are not null.
 
@@ -267,6 +268,7 @@ def detect(
         questions: names of the questions of decisions, if they are known; advice names columns of their answers.
         following: the rows after this one; None if they are not known. If it fits no form, some of them are consumed
             for the values of columns.
+        not_as_trained: returns the error for a row that lacks columns of an adapter's training, or None.
 
     Raises:
         DataError: the columns fit no form.
@@ -282,6 +284,8 @@ def detect(
         return form
     columns = _Columns(raw, present, given, following, answers=not allow_prompts)
     if error := columns.under_key() or columns.ignored_option(forms_for(purpose)):
+        raise error
+    if not_as_trained is not None and (error := not_as_trained(raw)):
         raise error
     if purpose in _NEEDED:
         needed, next_step = _NEEDED[purpose]
@@ -358,13 +362,15 @@ class _Columns:
 
     def with_class(self, purpose: Purpose | None) -> str | None:
         """Return the options that read a column with few repeating values as the answer, or None."""
-        if self.given or purpose not in ("decisions", "classes"):
+        state = self.given.get("state") if purpose == "decisions" else None
+        if purpose not in ("decisions", "classes") or self.given.keys() - {"state" if state else ""}:
             return None
+        read = (*self.given, *columns_named(state or ""))
         filled = [name for name in self.raw.values if name in self.present and str(self.raw.values[name]).strip()]
         values, rows = self._values
-        classes, more = values.names(rows), ""
+        classes, more = [name for name in values.names(rows) if name not in read], ""
         if purpose == "decisions":
-            options = decision_options(filled, classes, values.uninformative(rows))
+            options = decision_options(filled, classes, values.uninformative(rows), needs_state=not state)
             more = "; --question COLUMN='…' also puts the question into words"
         else:
             given = {"completion": class_of(classes)} if classes else {}
@@ -390,7 +396,8 @@ class _Columns:
             return state and f"name the columns of the states, for example {state}"
         if not answers:
             return f"rename the columns of the answers to the questions that they answer: {name_list(questions)}"
-        return state and f"add {state}" + "".join(f" --question {shell_quoted(name)}" for name in answers)
+        named = [] if len(answers) == len(questions) else answers  # without any, all questions are read
+        return state and f"add {state}" + "".join(f" --question {shell_quoted(name)}" for name in named)
 
     def with_pair(self, purpose: Purpose | None) -> str | None:
         """Return the options that read two columns of texts as chosen and rejected answers, or None."""

@@ -152,9 +152,10 @@ def training_questions(options: DataOptions, recorded: NamedColumns | None = Non
     def rows(name: str) -> Iterator[tuple[Form, RawRow]]:
         named = ColumnReader(options, options.system, recorded=recorded)
         raws = islice(named.rows(read_rows(name, bad), bad), options.max_rows)
+        form_of = partial(detect, purpose="decisions", named=named.given, questions=[*options.question])
         for raw in raws:
             try:
-                yield detect(raw, purpose="decisions", named=named.given, following=None if bad.skip_bad else raws), raw
+                yield form_of(raw, following=None if bad.skip_bad else raws), raw
             except DataError as error:
                 bad.add(error)
 
