@@ -176,7 +176,7 @@ class _Counter:
         self.done += 1
 
     def __call__(self) -> str:
-        worked = max(float(self.done), self.worked)
+        worked = self.worked or float(self.done)
         left_s = (time.monotonic() - self.began_s) / worked * (self.total - worked) if worked else 0.0
         about = "at most about" if self.worked else "about"  # a part may end before its largest size
         left = f", {about} {duration(left_s)} left" if left_s > _WORTH_SAYING_S else ""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from backhand import printing
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import inject
 from backhand.generation.completer import complete_greedily
@@ -71,6 +73,25 @@ def test_the_models_own_generation_settings_do_not_count() -> None:
     asked = prompts(6)
     expected = [greedy_by_full_forward(model("gpt2"), asked[0], 6, [])]
     assert complete_greedily(TransformersCompleter(ours), asked, max_new_tokens=6, stop_ids=()) == expected
+
+
+def test_the_time_left_is_that_of_the_longest_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, clock, shown = model("gpt2"), [0.0], list[str]()
+    monkeypatch.setattr(printing.time, "monotonic", lambda: clock[0])
+
+    def slow(number: int, ids: Sequence[int]) -> bool:
+        if number == 1:
+            clock[0] += 10.0
+            shown.append(printing.now())
+        return number == 0  # three answers have the full length
+
+    with printing.counting("answers", 4, "prompts") as done:
+        asked = prompts(5, 5, 9, 9)
+        complete_greedily(
+            TransformersCompleter(ours), asked, max_new_tokens=10, stop_ids=(), on_done=done, give_up=slow
+        )
+    # After two of twenty tokens, in two batches of ten; the third one has taken its 10 s, and is not counted yet.
+    assert shown[2] == "answers, 1 of 4 prompts, at most about 4 min 30 s left"
 
 
 def test_the_adapter_can_be_left_out() -> None:

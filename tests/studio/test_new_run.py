@@ -227,7 +227,8 @@ def test_the_list_has_the_result_of_each_run(client: Client, space: Workspace, f
     (_, first), *later = read_run(space.run("one")).held_out_losses()
     best = min(loss for _, loss in later)
     sentences = [one.text for one in part(client.get("")[1]).one("article", class_="run").children if one.tag == "p"]
-    assert f"Held-out loss {first:.1f} → {best:.3f}: it helped." in sentences
+    (sentence,) = (one for one in sentences if one.startswith("Held-out loss"))
+    assert f" {first:.1f} → {best:.3f} nats per token (" in sentence and sentence.endswith("): it helped.")
 
 
 def test_a_run_is_finished_while_its_process_writes_the_report(
@@ -401,6 +402,11 @@ def test_a_misspelt_model_is_shown_next_to_its_field(
     error = part(text).one("span", id="typed_model-error").text
     assert status == 409 and error.startswith(f"there is no model smolm2-135m: did you mean {SMOLLM2}?")
     assert "backhand models" not in error and part(text).one("input", id="typed_model").attributes["value"]
+    client.post("upload?name=faq.csv", body=TABLE)
+    for step in ("lint", "plan"):
+        named = "typed_model=smolm2-135m&data=rows-1.csv&objective=sft"
+        _, text, _ = client.get(f"part/{step}?{named}", X_Part="1")
+        assert part(text).one("a").attributes["href"].startswith(f"{client.address.root}/new?")
     monkeypatch.setattr("backhand.studio.commands.Commands.run", None)  # with a network, no process is started
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     assert client.get("new/rows?typed_model=owner/model")[0] == 200
@@ -955,6 +961,7 @@ def test_messages_name_buttons_instead_of_commands_or_mark_them_as_those_of_a_te
         "use backhand merge": "use backhand merge in a terminal",
         "backhand lint --data x.csv --show 3": "in a terminal: backhand lint --data x.csv --show 3",
         "backhand train --data x.csv --epochs 2": "in a terminal: backhand train --data x.csv --epochs 2",
+        "hf auth login, then: hf upload a/b 'x y/z'": "hf auth login, then: choose “Make the file” again",
         "`backhand lint` lists them": "the check of the rows lists them",
         "there is no file /x/backhand train.py": "there is no file /x/backhand train.py",
         "float32, backhand engine": "float32, backhand engine",

@@ -182,6 +182,17 @@ def test_decisions_and_labels_have_probabilities(
     assert "&lt;i&gt;the run stopped early; “rank” under More options 3, or “system” (in a terminal) X" in text
     words, rows = asked[0]
     assert words[0] == "decide" and words[-2:] == ["--data=-", "--state=state"] and rows == '{"state": "--state"}\n'
+    assert "it decides nothing" not in text
+    summary = (finished / "summary.json").read_text()
+    shares = ("accuracy", "majority", "f1_macro", "nll", "brier", "ece", "temperature")
+    figures: dict[str, Any] = dict.fromkeys(shares, 0.5)
+    figures |= {name: [] for name in ("reliability", "coverage", "thresholds", "surprises")}
+    figures |= {"rows": 4, "ece_interval": [0.0, 1.0], "confusion": {}}
+    decisions = {name: {**figures, "constant": name == "team"} for name in answers}
+    (finished / "summary.json").write_text(json.dumps(json.loads(summary) | {"adapted_decisions": decisions}))
+    _, text, _ = watched.post("runs/run/try", prompt="a")
+    assert text.count("it decides nothing") == 1
+    (finished / "summary.json").write_text(summary)
     (finished / "config.toml").write_text(config)
     answers = {side: {"completion": "x", "finish_reason": "length"} for side in ("base", "adapted")}
     monkeypatch.setattr(Outcome, "json", lambda _: answers)
@@ -232,6 +243,13 @@ def test_the_head_of_a_run_with_labels_answers(
     assert ("On 12 held-out rows, such numbers were off by about 2 " in text and "was off by 4." in text) is (not cells)
     words, rows = asked[0]
     assert words[0] == "classify" and words[-2:] == ["--data=-", "--prompt=text"] and rows == '{"text": "--text"}\n'
+
+
+def test_there_is_no_box_for_prompts_before_the_first_checkpoint(watched: Client, finished: Path) -> None:
+    assert shown(watched).every("section", id="try")
+    for name in ("adapter", "checkpoints"):
+        shutil.rmtree(finished / name, ignore_errors=True)
+    assert not shown(watched).every("section", id="try")
 
 
 def test_rankings_have_no_box_for_prompts(watched: Client, finished: Path) -> None:

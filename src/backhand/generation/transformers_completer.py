@@ -18,6 +18,7 @@ from torch import Tensor
 from backhand.generation.completer import Choose, Finished
 from backhand.nn.batch import PackedBatch
 from backhand.nn.right_padding import concat_losses, padding_obstacle, reset_dynamic_rope, supervised_losses
+from backhand.printing import advanced
 
 if TYPE_CHECKING:
     from backhand.adapters.inject import InjectedAdapter
@@ -84,18 +85,27 @@ class TransformersCompleter:
         if max_new_tokens < 1:
             return
         by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+        groups = [list(group) for _, group in groupby(by_length, key=lambda number: len(prompts[number]))]
+        batches = [numbers[at : at + batch_rows] for numbers in groups for at in range(0, len(numbers), batch_rows)]
+        # A batch goes on until its longest answer ends, so the number of ended ones tells nothing about its time.
+        per_token = len(prompts) / (len(batches) * max_new_tokens or 1)
         with self._adapter_state():
-            for _, group in groupby(by_length, key=lambda number: len(prompts[number])):
-                numbers = list(group)
-                for start in range(0, len(numbers), batch_rows):
-                    chosen = numbers[start : start + batch_rows]
-                    rows = [list(prompts[number]) for number in chosen]
-                    self._complete_equally_long(chosen, rows, choose, finished, max_new_tokens)
+            for chosen in batches:
+                rows = [list(prompts[number]) for number in chosen]
+                tokens = self._complete_equally_long(chosen, rows, choose, finished, max_new_tokens, per_token)
+                advanced((max_new_tokens - tokens) * per_token)
 
     @torch.no_grad()
     def _complete_equally_long(
-        self, numbers: list[int], rows: list[list[int]], choose: Choose, finished: Finished, max_new_tokens: int
-    ) -> None:
+        self,
+        numbers: list[int],
+        rows: list[list[int]],
+        choose: Choose,
+        finished: Finished,
+        max_new_tokens: int,
+        per_token: float,
+    ) -> int:
+        """Complete a batch, which advances the activity by `per_token`, and return the tokens of its longest answer."""
         from transformers import GenerationConfig
 
         done = [False] * len(numbers)
@@ -115,14 +125,16 @@ class TransformersCompleter:
             """Return (rows,) booleans: True if the answer is complete with its newest token."""
             for row, token in enumerate(input_ids[:, -1].tolist()):
                 done[row] = done[row] or finished(numbers[row], token)
+            advanced(per_token)
             return torch.tensor(done, device=input_ids.device)
 
         input_ids = torch.tensor(rows, device=self.model.device)
         reset_dynamic_rope(self.model)
-        self.model.generate(
+        completed = self.model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0),
             logits_processor=[leave_chosen],
             stopping_criteria=[complete],
         )
+        return int(completed.shape[1] - input_ids.shape[1])

@@ -272,6 +272,8 @@ async def _try(site: Site, request: Request) -> Response:
         raise CommandError(of_answers(error.text)) from None
     answers: dict[str, Any] = {"words": words, "notes": outcome.notes, "max_new_tokens": MAX_NEW_TOKENS}
     answers["usual_error"] = usual_error(run)
+    decisions = read_run(run.path).summary.get("adapted_decisions") or {}
+    answers["constant"] = [name for name, one in decisions.items() if one.get("constant")]
     if len(texts) > 1:  # the vectors have length 1
         one, other = (json.loads(line)["embedding"] for line in outcome.output.splitlines())
         return site.part("answers", **answers, cosine=sum(map(mul, one, other)))
@@ -453,7 +455,7 @@ async def _lint_part(site: Site, request: Request) -> Response:
         report = outcome.json()
     except CommandError as error:
         # Leaving out bad rows, at the last step, does not help if all rows are bad.
-        fields = [name for name in fields_named(error.text) if name != "more.skip_bad"]
+        fields = [name for name in _fields_of(draft, error) if name != "more.skip_bad"]
         return site.failure(request, error, _steps(draft, fields or [""]), draft.objective)
     train, held_out = report["train"], report["held_out"] or {"rows": 0}
     complete, mostly_bad = [], report["errors"] > train["rows"] + held_out["rows"]
@@ -468,6 +470,11 @@ async def _lint_part(site: Site, request: Request) -> Response:
     values |= {"words": words, "leave_out": leave_out, "objective": draft.objective, "complete": complete}
     can_leave_out = report["errors"] and report["can_skip"] and (complete or not mostly_bad)
     return site.part("lint", **values, can_leave_out=can_leave_out)
+
+
+def _fields_of(draft: Draft, error: CommandError) -> list[str]:
+    """Return the fields that the error of a command names; its first line names a model by its name alone."""
+    return ["model"] if draft.model in error.text.partition("\n")[0] else fields_named(error.text)
 
 
 async def _start_step(site: Site, request: Request) -> Response:
@@ -516,7 +523,12 @@ async def _plan_part(site: Site, request: Request) -> Response:
     draft = await _draft(site, request)
     words = ["plan", *draft.run_words(site.space, site.model_names)]
     words.append(f"--sample={_PLANNED_ROWS}")
-    outcome = await site.commands.checked([*words, "--json"], request.is_disconnected, work=_work(request))
+    try:
+        outcome = await site.commands.checked([*words, "--json"], request.is_disconnected, work=_work(request))
+    except CommandError as error:
+        # The fields of this step are below the message.
+        fields = [name for name in _fields_of(draft, error) if not name.startswith("more.")]
+        return site.failure(request, error, _steps(draft, fields), draft.objective)
     busy = any(run.at_work for run in all_runs(site.space))
     return site.part("plan", plan=outcome.json(), words=words, busy=busy, objective=draft.objective)
 

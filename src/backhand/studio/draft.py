@@ -523,6 +523,7 @@ def on_page(text: object, objective: str = "") -> str:
     text = re.sub(r"\n  next: backhand [a-z]+ --help[^\n]*", "", str(text))
     resume = r"(?:[Cc]ontinue|go on) with:? (?:backhand train )?--resume(?: --output (?:'[^']*'|\S+))?"
     text = re.sub(resume, "choose “Continue the run”", text)
+    text = re.sub(r"\bhf upload \S+ .*", "choose “Make the file” again", text)
     return "\n".join(_line_on_page(line, objective) for line in text.split("\n"))
 
 

@@ -43,7 +43,7 @@ async function insert(place, address, options = {}, wait = "") {
     const page = new DOMParser().parseFromString(await reply.text(), "text/html");
     place.replaceChildren(...page.body.childNodes);
     prepare(place);
-    allow(reply.ok, reply.ok ? "" : `Not yet possible. ${place.textContent.trim()}`);
+    allow(reply.ok, reply.ok ? "" : "Not yet possible: the message above says why.");
   } catch {
     if (!ended.signal.aborted) status.textContent = "The server does not answer. Start it again with the command in its terminal.";
     else {
