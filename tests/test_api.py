@@ -347,6 +347,12 @@ class Misspelt(backhand.Observer):
         (lambda: backhand.train(scoring="f1"), "depends on the objective alone"),
         (lambda: backhand.classify("a", candidate_labels=["a"]), "here it is labels"),
         (lambda: backhand.generate("a", stop=1), "next: give stop=[…]"),  # type: ignore[arg-type]
+        (lambda: backhand.train(task_type="SEQ_CLS"), 'next: here it is objective="classify"'),
+        (lambda: backhand.train(objective="ppo"), "next: here it is grpo"),
+        (
+            lambda: backhand.train(n_jobs=2, patience=2),
+            "- n_jobs: here it is threads\n    - patience: here it is early_stop",
+        ),
         (lambda: backhand.train(max_completion_length=3), "next: here it is max_new_tokens"),
         (lambda: backhand.train(num_generations=3), "next: here it is group"),
         (
@@ -571,6 +577,11 @@ def test_a_missing_file_of_rewards_is_answered_with_the_files_there(tmp_path: Pa
         (
             "--columns chosen=best --target-modules q_proj,k_proj",
             'columns={"chosen": "best"}, target_modules=["q_proj", "k_proj"]',
+        ),
+        ("give --columns a=b --columns 'c=d e' to it", 'give columns={"a": "b", "c": "d e"} to it'),
+        (
+            "--reward f.py:g --reward exact --reward-weights 1 --reward-weights 0.5",
+            'reward=["f.py:g", "exact"], reward_weights=[1, 0.5]',
         ),
         ("--question COLUMN='…' also puts", 'question={"COLUMN": "…"} also puts'),
         ("--prompt synopsis --completion section", 'prompt="synopsis", completion="section"'),

@@ -223,12 +223,20 @@ def _arguments(text: str, end: int, hints: Mapping[str, Any]) -> tuple[list[str]
         alone = (not rest or rest[0] in ",;") and (not option.start() or text[: option.start()].endswith(_LIST_STARTS))
         typed = alone or rest.startswith(" --") or (bool(arguments) and "=" in arguments[-1])
         value, after = _value(name, hints[option[0]], word, typed=typed)
-        if arguments and value[:2] == "={" == arguments[-1].removeprefix(name)[:2]:  # one dictionary takes all
-            arguments[-1] = f"{arguments[-1][:-1]}, {value[2:]}"
+        if value and arguments and arguments[-1].startswith(f"{name}="):  # an option that takes several values
+            arguments[-1] = _joined(arguments[-1], value)
         else:
             arguments.append(name + value)
         end = after or option.end()
     return arguments, end
+
+
+def _joined(argument: str, value: str) -> str:
+    """Return a keyword argument of a list or a mapping with a further value, which begins with "="."""
+    name, _, first = argument.partition("=")
+    if value.startswith("={"):
+        return f"{name}={first[:-1]}, {value[2:]}"
+    return f"{name}=[{first.strip('[]')}, {value[1:].strip('[]')}]"
 
 
 def _value(name: str, hint: Any, word: re.Match[str] | None, *, typed: bool) -> tuple[str, int]:

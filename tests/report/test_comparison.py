@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,18 @@ def test_runs_on_rewards_are_compared_by_the_rewards_of_their_rows(two: tuple[Pa
     assert "Reward on held-out rows, per answer: higher is better" in captions and "Loss" not in captions
     assert {row["value"] for row in shown.charts["held-out"]["data"]["values"]} == {0.05, 0.975}
     assert "→ 0.975" in " ".join(cell.text for cell in shown.every("td"))
+
+
+def test_equal_rankings_of_all_queries_leave_others_uncertain(two: tuple[Path, Path]) -> None:
+    figures = {"ndcg@10": 1.0, "queries": 4, "intervals": {"ndcg@10": [0.5, 1.0]}}
+    of_queries = {"adapted_retrieval": figures, "base_retrieval": figures | {"ndcg@10": 0.5}, "row_scores": [1.0] * 4}
+    runs = [
+        replace(run, config=run.config | {"objective": {"objective": "embed"}}, summary=run.summary | of_queries)
+        for run in map(read_run, two)
+    ]
+    lead = Page(comparison_page(runs)).one("p", class_="lead").text
+    low, high = map(float, re.findall(r"they differ by \+0.000 \(95 % interval (\S+) to (\S+)\)", lead)[0])
+    assert low == -high < -0.3
 
 
 def test_runs_on_labels_are_compared_by_their_scores(two: tuple[Path, Path]) -> None:

@@ -195,6 +195,9 @@ def test_evaluate_tells_the_rewards_of_base_and_adapter(straight: TrainConfig, f
     measured = [line["eval_reward"] for line in lines(run.output) if "eval_loss" in line]
     assert reported["rows"] == 4 and reported["base"]["reward"] == measured[0]
     assert reported["adapted"]["reward"] == reported["adapted"]["rewards/evens/mean"] == max(measured)
+    weighted = replace(asked, reward_weights=(0.5,))
+    evaluate_command(EvaluateOptions(straight.model, data, weighted))
+    assert json.loads(capsys.readouterr().out)["adapted"]["reward"] == max(measured) / 2
     failing = replace(asked, reward=(f"{functions}:few",), max_new_tokens=1)
     with pytest.raises(CheckError) as raised:
         evaluate_command(EvaluateOptions(straight.model, data, failing))
@@ -211,7 +214,9 @@ def test_evaluate_reads_the_columns_of_training(straight: TrainConfig, tmp_path:
     given = [{"prompt": one["asked"], "answer": one["said"]} for one in asked]
     columns = {"data": (str(named),), "eval_data": (), "eval_fraction": 0.0, "prompt": "asked", "max_steps": 1}
     made = with_options(straight, output=tmp_path / "rewarded", prove_resume=None, **columns)
-    train(with_options(made, columns={"answer": "said"}, reward=("length:4",)))
+    train(with_options(made, columns={"answer": "said"}, reward=("length:4",), reward_weights=(0.5,)))
+    summary = read_summary(made.run.output / "summary.json")
+    assert summary is not None and "--reward length:4 --reward-weights 0.5 --max-new-tokens 10" in str(summary.reading)
     answered = with_options(made, output=tmp_path / "answered", completion="said")
     train(replace(answered, objective=ObjectiveOptions(), rewards=RewardOptions()))
     reads = tmp_path / "reads.py"

@@ -50,7 +50,7 @@ def evaluate_rewards(options: EvaluateOptions) -> RewardEvaluation:
         CheckError: a reward function failed.
     """
     run, data = options.run, replace(options.data, eval_data=(), eval_fraction=0.0)
-    rewards = RewardOptions(reward=run.reward, max_new_tokens=run.max_new_tokens)
+    rewards = RewardOptions(reward=run.reward, reward_weights=run.reward_weights, max_new_tokens=run.max_new_tokens)
     with (
         RewardProcess(run.reward, rewards.reward_timeout, trains=False) as functions,
         loaded_model(options.model, run.adapter, template=data) as loaded,

@@ -35,7 +35,7 @@ from torch import Tensor
 from backhand.data.rows import TextIdentities
 from backhand.ops.info_nce import BLOCK_SCORES
 from backhand.ops.normalize import normalize_forward
-from backhand.runs.row_changes import SCORE_NAMES, mean_gain, row_scores, share_gain, unpaired_gain
+from backhand.runs.row_changes import SCORE_NAMES, query_gain, row_scores, unpaired_gain
 from backhand.words import count_of, share_interval
 
 Floats = npt.NDArray[np.float64]
@@ -287,16 +287,12 @@ def changes(base: Mapping[str, Floats], adapted: Mapping[str, Floats]) -> dict[s
         by name change, low and high; empty for a single query.
     """
     gains = {
-        name: (_spearman_gain if name == "spearman" else _query_gain)(base[name], after)
+        name: _spearman_gain(base[name], after)
+        if name == "spearman"
+        else query_gain(base[name].tolist(), after.tolist())
         for name, after in adapted.items()
     }
     return {name: list(gain) for name, gain in gains.items() if gain is not None}
-
-
-def _query_gain(before: Floats, after: Floats) -> tuple[float, float, float] | None:
-    """Return the mean change and its interval. If no query changed, others may: the interval is then that of shares."""
-    gain = mean_gain(before.tolist(), after.tolist())
-    return gain if gain is None or any(gain) else share_gain(before.tolist(), after.tolist())
 
 
 def _spearman_gain(before: Floats, after: Floats) -> tuple[float, float, float] | None:

@@ -16,7 +16,7 @@ from backhand.errors import UsageError
 from backhand.generation.options import LabelNames
 from backhand.nn.model_options import BaseModelOptions
 from backhand.options.config import TrainConfig, check_ranking_system
-from backhand.options.rewards import check_names
+from backhand.options.rewards import check_names, check_weights
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class EvaluateRunOptions(Options):
 
     reward: Annotated[GivenTexts, Check(check_names)] = ()  # type: ignore[assignment]
     """Reward functions for greedy answers, measured instead of losses (as in training with `--objective grpo`)."""
+
+    reward_weights: tuple[float, ...] = ()
+    """Weight of each reward function in the sum. Default: 1 each."""
 
     vectors: bool = False
     """Score the vectors of texts (retrieval, or rank correlation) instead of answers, for rows as in training with
@@ -93,6 +96,7 @@ class EvaluateOptions(Options):
         given = [name for name in measures if getattr(self.run, name)]
         if len(given) > 1:
             raise UsageError(f"{given[0]} and {given[1]} are both given", where=given[0], next_step="give one of them")
+        check_weights(self.run.reward, self.run.reward_weights)
         if given != ["vectors"] and (given or self.run.adapter is None):
             self.run.refuse_vector_options()
 

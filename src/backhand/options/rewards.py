@@ -122,6 +122,16 @@ def check_names(where: str, names: Any) -> None:
         check_name(where, name)
 
 
+def check_weights(reward: Sequence[str], weights: Sequence[float]) -> None:
+    """Raise UsageError if there are weights, but not one for each reward function."""
+    if weights and len(weights) != len(reward):
+        raise UsageError(
+            f"{len(weights)} weights for {len(reward)} reward functions",
+            where="reward_weights",
+            next_step="give one for each of --reward, in their order",
+        )
+
+
 @dataclass(frozen=True)
 class RewardOptions(Options):
     """Answers that the model samples and their rewards (objectives `grpo`, `bake` and `sdft`)."""
@@ -167,12 +177,7 @@ class RewardOptions(Options):
     """Number of updates with the answers of one step. With one update, nothing is clipped."""
 
     def _check_together(self) -> None:
-        if self.reward_weights and len(self.reward_weights) != len(self.reward):
-            raise UsageError(
-                f"{len(self.reward_weights)} weights for {len(self.reward)} reward functions",
-                where="reward_weights",
-                next_step="give one for each of --reward, in their order",
-            )
+        check_weights(self.reward, self.reward_weights)
 
     def resolved(self) -> RewardOptions:
         """With what is chosen by default written down."""

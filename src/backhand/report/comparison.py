@@ -39,6 +39,7 @@ from backhand.runs.row_changes import (
     loss_change,
     loss_words,
     mean_gain,
+    query_gain,
     share_gain,
     unpaired_gain,
 )
@@ -146,7 +147,7 @@ class _HeldOutScore(NamedTuple):
         """Return how much higher the score is than another one of the same rows, and its 95 % interval."""
         paired = None
         if len(second.of_rows) == len(self.of_rows) == self.rows:
-            paired = (share_gain if self.is_share else mean_gain)(second.of_rows, self.of_rows)
+            paired = (share_gain if self.is_share else query_gain)(second.of_rows, self.of_rows)
         return paired or unpaired_gain(second.value, second.interval, self.value, self.interval)
 
     def shown(self, value: float, sign: str = "") -> str:

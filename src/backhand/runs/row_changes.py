@@ -33,6 +33,12 @@ def mean_gain(base: Sequence[float], adapted: Sequence[float]) -> tuple[float, f
     return mean_interval([after - before for before, after in zip(base, adapted, strict=True)])
 
 
+def query_gain(base: Sequence[float], adapted: Sequence[float]) -> tuple[float, float, float] | None:
+    """Return the `mean_gain` of scores from 0 to 1. If no query changed, others may: the interval is `share_gain`'s."""
+    gain = mean_gain(base, adapted)
+    return gain if gain is None or any(gain) else share_gain(base, adapted)
+
+
 def share_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
     """Return the gain in the share of right answers to the same rows, and its 95 % interval.
 

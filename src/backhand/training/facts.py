@@ -274,9 +274,14 @@ def _reading(run: LoadedRun) -> str | None:
     """Return the options of `evaluate` for rows like those of the run; None if such rows need no answers."""
     if run.config.objective.objective == "bake" and run.config.objective.samples:
         return None
-    rewards = run.config.rewards.reward if run.config.objective.objective == "grpo" else ()
-    limit = f" --max-new-tokens {run.config.rewards.max_new_tokens}" * bool(rewards)
-    return reading_options(run.config.data) + "".join(f" --reward {shell_quoted(name)}" for name in rewards) + limit
+    reading = reading_options(run.config.data)
+    if run.config.objective.objective != "grpo":
+        return reading
+    options = run.config.rewards
+    functions = "".join(f" --reward {shell_quoted(name)}" for name in options.reward)
+    differ = len({*options.weights}) > 1 or options.weights[0] != 1
+    weights = "".join(f" --reward-weights {weight:g}" for weight in options.weights if differ)
+    return f"{reading}{functions}{weights} --max-new-tokens {options.max_new_tokens}"
 
 
 def _rewards(lines: Sequence[Mapping[str, Any]], progress: Progress) -> dict[str, Any]:
