@@ -94,7 +94,7 @@ class ColumnReader:
 
         Raises:
             UsageError: the first row lacks a column that an option names.
-        DataError: it lacks a column of the adapter's record that must be there.
+            DataError: it lacks a column of the adapter's record that must be there.
         """
         first = next(raws, None)
         if first is None:

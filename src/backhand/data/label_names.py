@@ -40,9 +40,8 @@ FEWEST_INTEGERS = 3
 
 def is_integer(text: str) -> bool:
     """Return True if a label is an integer, also as data frames write one in a column of floats, such as 1.0."""
-    return (
-        re.fullmatch(r"[+-]?[0-9]{1,4000}(?:\.0)?", text) is not None
-    )  # Python's `int` refuses more than 4,300 digits.
+    # Python's `int` refuses more than 4,300 digits.
+    return re.fullmatch(r"[+-]?[0-9]{1,4000}(?:\.0)?", text) is not None
 
 
 def integers_note(names: Collection[str]) -> str | None:

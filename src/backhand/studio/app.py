@@ -474,7 +474,7 @@ async def _lint_part(site: Site, request: Request) -> Response:
 
 def _fields_of(draft: Draft, error: CommandError) -> list[str]:
     """Return the fields that the error of a command names; its first line names a model by its name alone."""
-    return ["model"] if draft.model in error.text.partition("\n")[0] else fields_named(error.text)
+    return ["model"] if draft.model and draft.model in error.text.partition("\n")[0] else fields_named(error.text)
 
 
 async def _start_step(site: Site, request: Request) -> Response:

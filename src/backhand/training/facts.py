@@ -279,8 +279,7 @@ def _reading(run: LoadedRun) -> str | None:
         return reading
     options = run.config.rewards
     functions = "".join(f" --reward {shell_quoted(name)}" for name in options.reward)
-    differ = len({*options.weights}) > 1 or options.weights[0] != 1
-    weights = "".join(f" --reward-weights {weight:g}" for weight in options.weights if differ)
+    weights = "".join(f" --reward-weights {weight:g}" for weight in options.weights if {*options.weights} != {1.0})
     return f"{reading}{functions}{weights} --max-new-tokens {options.max_new_tokens}"
 
 
