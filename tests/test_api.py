@@ -307,7 +307,7 @@ def test_values_of_numpy_and_pandas_are_python_s() -> None:
     assert (rate, type(rate)) == (0.5, float)
     labels = pd.Series(["b", "a", "b"]).unique()
     answer = GenerateOptions(answer=AnswerOptions(labels=labels)).answer  # type: ignore[arg-type]
-    assert answer.labels == ["b", "a"]
+    assert answer.labels == ("b", "a")
     for several in ({"b", "a"}, {"a": 1, "b": 2}.keys(), iter("ab")):
         assert AnswerOptions(labels=several).validate().labels == ("a", "b")  # type: ignore[arg-type]
     (rows,) = backhand.DataOptions(data=iter([{"score": np.float64(1)}])).data
@@ -396,7 +396,11 @@ class Misspelt(backhand.Observer):
             "output is a data frame\n  next: give rows as data=…",
         ),
         (lambda: backhand.train(data=ROWS, objective=pd.DataFrame(ROWS)), "objective is a data frame"),
-        (lambda: backhand.classify("a", labels=[1, 2]), 'next: give texts, such as labels=["yes", "no"]'),  # type: ignore[call-overload]
+        (lambda: backhand.classify("a", labels=["a", None]), 'next: give texts, such as labels=["yes", "no"]'),  # type: ignore[call-overload]
+        (
+            lambda: backhand.train(data=ROWS, class_labels=[pd.DataFrame(ROWS)], objective="classify"),
+            "are not different labels",
+        ),
         (lambda: backhand.classify("a", adapter="b", compare=True), "compare: backhand.classify returns the prob"),
         (
             lambda: backhand.classify(data=ROWS, adapter="b", as_rows=True),

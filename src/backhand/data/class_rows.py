@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from backhand.data.forms import Form
+from backhand.data.label_names import as_label
 from backhand.data.raw_rows import RawRow, describe
 from backhand.data.rows import ClassRow
 from backhand.errors import DataError
@@ -46,9 +47,7 @@ def _parsed(value: str) -> Any:
 
 
 def _label(name: str, value: Any, source: str) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = str(value).strip() if isinstance(value, str | int) else ""
+    text = str(as_label(value)).strip() if isinstance(value, str | int) else ""
     if not text:
         raise DataError(
             f"{name} is {describe(value)}, not a label",

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 from backhand.errors import DataError
 from backhand.words import count_of, with_article
@@ -13,6 +14,18 @@ from backhand.words import count_of, with_article
 _SEPARATORS = ",;|/"
 _FEWEST_ALONE = 20
 """Fewest rows with a label of their own that stop a run. Fewer may be a first try."""
+
+
+def as_label(value: Any) -> Any:
+    """Return an integer or a truth value as the text that names it as a label, and any other value unchanged."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int) else value
+
+
+def as_labels(values: Any) -> Any:
+    """Return a list of labels with their names; any other value is returned unchanged."""
+    return tuple(map(as_label, values)) if isinstance(values, list | tuple) else values
 
 
 def joined_labels(names: Collection[str]) -> dict[str, tuple[str, ...]]:

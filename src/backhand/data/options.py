@@ -28,7 +28,7 @@ from backhand.bounds import (
 from backhand.data.rows import ProblemType, RankingLossName
 from backhand.errors import UsageError
 from backhand.printing import visible
-from backhand.words import shorten
+from backhand.words import shorten, shown
 
 RESERVED_TEMPLATE_ARGS = frozenset(
     (
@@ -226,7 +226,7 @@ def _table_of_texts(name: str, text: str) -> Check:
     def check(where: str, texts: Any) -> None:
         if not isinstance(texts, Mapping) or not all(isinstance(one, str) for pair in texts.items() for one in pair):
             raise UsageError(
-                f"{texts!r} is no table of texts",
+                f"{shown(texts)} is no table of texts",
                 where=where,
                 next_step=f"give --{where} {name}='{text}', or in a file {name} = '{text}' under [data.{where}]",
             )

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Annotated
 
 from backhand.adapters.config import parse_names
-from backhand.bounds import Bound, Check, Count, NotNegative, Options, Seed, Text, Words, given
+from backhand.bounds import Bound, Check, Convert, Count, NotNegative, Options, Seed, Text, Words, given
+from backhand.data.label_names import as_labels
 from backhand.data.options import RowSources, TemplateOptions
 from backhand.errors import UsageError
 from backhand.nn.model_options import BaseModelOptions
-from backhand.words import shorten
+from backhand.words import shorten, shown
 
 LOWEST_TEMPERATURE = 1e-6
 
@@ -35,7 +36,7 @@ MOST_NAMED_LABELS, LONGEST_NAMED_LABEL = 1000, 1000
 def _check_labels(where: str, names: object) -> None:
     if not isinstance(names, tuple | list) or not all(isinstance(name, str) and name.strip() for name in names):
         raise UsageError(
-            f"{names!r} is not a list of labels", where=where, next_step=f"give texts, such as --{where} yes,no"
+            f"{shown(names)} is not a list of labels", where=where, next_step=f"give texts, such as --{where} yes,no"
         )
     if len(names) > MOST_NAMED_LABELS:
         raise UsageError(f"{len(names):,} labels are more than {MOST_NAMED_LABELS:,}", where=where)
@@ -47,7 +48,12 @@ def _check_labels(where: str, names: object) -> None:
         raise UsageError(what, where=where, next_step="give two or more different ones, such as yes,no")
 
 
-LabelNames = Annotated[tuple[Text, ...], Check(_check_labels, "At most 1,000 of 1,000 characters."), Words(parse_names)]
+LabelNames = Annotated[
+    tuple[Text, ...],
+    Convert(as_labels),
+    Check(_check_labels, "At most 1,000 of 1,000 characters."),
+    Words(parse_names),
+]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, get_args
 
-from backhand.bounds import Bound, Check, GivenTexts, Options, Text
+from backhand.bounds import Bound, Check, Convert, GivenTexts, Options, Text
+from backhand.data.label_names import as_labels
 from backhand.data.rows import (
     INSTRUCTION,
     PURPOSES,
@@ -87,8 +88,8 @@ def _check_dims(where: str, dims: Any) -> None:
 
 def _check_labels(where: str, labels: Any) -> None:
     """Raise UsageError unless `labels` are different texts."""
-    if len({*labels}) < len(labels) or not all(isinstance(label, str) and label.strip() for label in labels):
-        raise UsageError(f"{list(labels)} are not different labels", where=where)
+    if not all(isinstance(label, str) and label.strip() for label in labels) or len({*labels}) < len(labels):
+        raise UsageError(f"{shown([*labels])} are not different labels", where=where)
 
 
 _SMALLEST, _LARGEST = 1e-6, 1e6
@@ -213,7 +214,7 @@ class ObjectiveOptions(Options):
     labels of a list (binary cross-entropy), or a number (squared error). Default: several labels if a row has a list,
     a number if (nearly) all labels are numbers and some are fractions, else one label."""
 
-    class_labels: Annotated[GivenTexts, Check(_check_labels)] = ()  # type: ignore[assignment]
+    class_labels: Annotated[GivenTexts, Convert(as_labels), Check(_check_labels)] = ()  # type: ignore[assignment]
     """Labels of `classify` in the order of the logits. Default: the labels of all rows, sorted."""
 
     def _check_together(self) -> None:
