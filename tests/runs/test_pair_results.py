@@ -80,6 +80,10 @@ def test_lengths_that_may_have_changed_by_chance_got_no_worse() -> None:
     *_, free = pair_clauses(PAIRS, 12, "dpo", moved)
     assert "6 → 55 tokens (95 % interval of the change -4 to +102)" in free
     assert free.endswith(": too few to tell whether they got worse")
+    *_, slightly = pair_clauses(PAIRS, 12, "dpo", lengths(6, 6) | {"length_change": (0.1, -0.1, 0.3)})
+    assert "(95 % interval of the change -0.1 to +0.3)" in slightly
+    *_, equal = pair_clauses(PAIRS, 12, "dpo", lengths(6, 6) | {"length_change": (0.0, 0.0, 0.0)})
+    assert "6 → 6 tokens (the length of no answer changed)" in equal
 
 
 def test_without_an_order_the_margin_is_named() -> None:
@@ -107,6 +111,7 @@ def test_without_an_order_the_margin_is_named() -> None:
             "0.15 more reward than 2 undesirable ones on average (too few rows for an interval)",
         ),
         ([2.0, 1.0], [], "no held-out answer is undesirable, so their rewards are not compared"),
+        ([0.0, 0.0], [0.0, 0.0], "the same reward as 2 undesirable ones"),
     ],
 )
 def test_labelled_answers_are_two_samples(good: list[float], bad: list[float], words: str) -> None:

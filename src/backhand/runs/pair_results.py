@@ -13,7 +13,7 @@ from typing import Any
 
 from backhand.runs.row_changes import first_and_best
 from backhand.runs.summary import AnswerLengths
-from backhand.words import count_of, difference_interval, interval_text, mean_interval
+from backhand.words import count_of, difference_interval, interval_text, mean_interval, signed
 
 PAIR_OBJECTIVES = frozenset(("dpo", "ipo", "orpo", "simpo", "kto"))
 """Objectives that compare answers, whose loss does not measure how good a free answer is."""
@@ -179,10 +179,13 @@ def _margin_clause(pairs: Mapping[str, float], names: tuple[str, str]) -> list[s
         return [f"{good} answers have {more} {bad} ones on average"]
     first = count_of(counts[0], f"{good} held-out answer")
     others = f"{counts[1]:,} {bad} one{'s' * (counts[1] > 1)}"
-    clause = f"{first} {'has' if counts[0] == 1 else 'have'} {more} {others} on average"
+    has = f"{first} {'has' if counts[0] == 1 else 'have'}"
+    clause = f"{has} {more} {others} on average"
     low, high = (pairs.get(f"rewards/margins_{end}") for end in ("low", "high"))
     if low is None or high is None:
         return [f"{clause} (too few rows for an interval)" if min(counts) < 2 else clause]
+    if not any((margin, low, high)):
+        return [f"{has} the same reward as {others}"]
     unclear = ": too few rows to tell the difference from chance" * (low <= 0 <= high)
     return [f"{clause} (95 % interval of the difference {low:+.3g} to {high:+.3g}{unclear})"]
 
@@ -208,7 +211,9 @@ def _length_interval(answers: AnswerLengths) -> str:
     """Return the interval of the change of the lengths in brackets, or "" if it is not known."""
     if (change := answers.get("length_change")) is None:
         return ""
-    return f" (95 % interval of the change {change[1]:+.0f} to {change[2]:+.0f})"
+    if not any(change):
+        return " (the length of no answer changed)"
+    return f" (95 % interval of the change {signed(change[1], 0)} to {signed(change[2], 0)})"
 
 
 def _moved_away(answers: AnswerLengths) -> bool:
