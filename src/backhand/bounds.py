@@ -176,6 +176,11 @@ _OF_COLUMNS = ("prompt", "completion", "state")
 """Options whose text may have columns in braces."""
 
 
+def comma_list(text: str) -> list[str]:
+    """Return the parts of a text between commas, without the spaces around them and without empty parts."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def check_text(where: str, text: Any) -> None:
     """Raise UsageError unless `text` is a string that can be written as UTF-8."""
     if not isinstance(text, str):

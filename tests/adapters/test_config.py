@@ -74,6 +74,7 @@ def test_a_value_out_of_range_is_named(fields: dict[str, object], where: str, sh
         ("All-Linear", "all-linear"),
         ("q_proj", ("q_proj",)),
         ("q_proj,v_proj", ("q_proj", "v_proj")),
+        (" q_proj, self_attn.v_proj ,", ("q_proj", "self_attn.v_proj")),
         (["q_proj", "self_attn.v_proj"], ("q_proj", "self_attn.v_proj")),
         ([r".*\.(q|v)_proj"], r".*\.(q|v)_proj"),
         ((), ()),

@@ -28,7 +28,7 @@ NAMES = [f"model.layers.{layer}.{part}" for layer in range(12) for part in ("sel
         ("first:2", [0, 1]),
         ("4-6", [4, 5, 6]),
         ("7", [7]),
-        ("0,last:1,4-5,4", [0, 4, 5, 11]),
+        ("0, last:1, 4-5,4", [0, 4, 5, 11]),
         ("last:12", list(range(12))),
     ],
 )

@@ -52,6 +52,9 @@ def test_a_table_becomes_an_adapter(client: Client, space: Workspace, tiny: Tiny
     assert [cell.text for cell in part(text).every("th")] == ["question", "answer"]
     draft |= {"objective": "sft", "prompt": "question", "completion": "answer", "eval_fraction": "0.25"}
     draft |= {"more.rank": "3", "more.dtype": "float32", "more.answers": "0", "more.max_steps": "2"}
+    status, text, _ = client.post("start", name="My FAQ", **draft | {"more.target_modules": "q_proj, v_prj"})
+    assert status == 409 and "did you mean" in text and not space.taken("My FAQ")
+    draft["more.target_modules"] = "q_proj, v_proj"
     _, text, _ = client.get(f"new/start?{urlencode(draft)}")
     assert "What to learn: Answers (question, answer)" in part(text).one("main").text
     shown = next(pre.text for pre in part(text).every("pre") if pre.text.startswith("backhand train"))

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated
 
-from backhand.bounds import Bound, Check, GivenTexts, Options, TextOrTexts, Words
+from backhand.bounds import Bound, Check, GivenTexts, Options, TextOrTexts, Words, comma_list
 from backhand.errors import UsageError
 
 ALL_LINEAR = "all-linear"
 _LAYER_WORDS = re.compile(r"(last|first):[1-9]\d{0,5}|\d{1,6}(-\d{1,6})?")
-_PLAIN_NAMES = re.compile(r"[\w-]+(\.[\w-]+)*(,[\w-]+(\.[\w-]+)*)*")
+_PLAIN_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
 def _is_number_from_zero(number: object) -> bool:
@@ -31,7 +31,8 @@ def _check_layers(where: str, layers: object) -> None:
 
 
 def _check_layer_words(where: str, words: object) -> None:
-    if not isinstance(words, str) or (words and not all(_LAYER_WORDS.fullmatch(word) for word in words.split(","))):
+    parts = map(str.strip, words.split(",")) if isinstance(words, str) else ()
+    if not isinstance(words, str) or (words and not all(map(_LAYER_WORDS.fullmatch, parts))):
         raise UsageError(
             f"{words!r} does not name layers",
             where=where,
@@ -68,7 +69,7 @@ def parse_names(values: str | Iterable[str]) -> tuple[str, ...]:
         UsageError: if words are given and contain no name, such as an empty shell variable.
     """
     given = [values] if isinstance(values, str) else list(values)
-    names = tuple(name.strip() for value in given for name in value.split(",") if name.strip())
+    names = tuple(name for value in given for name in comma_list(value))
     if given and not names:
         raise UsageError(f"{','.join(given)!r} contains no name", next_step="give names, or leave the option out")
     return names
@@ -77,15 +78,15 @@ def parse_names(values: str | Iterable[str]) -> tuple[str, ...]:
 def parse_modules(values: str | Iterable[str]) -> str | tuple[str, ...]:
     """Parse `target_modules` or `exclude_modules` from a command line or a TOML file.
 
-    `all-linear` is kept. `q_proj`, `q_proj,v_proj` and several values are names. A single value with any character
-    other than letters, digits, `_`, `-`, `.` and `,` is a regular expression.
+    `all-linear` is kept. `q_proj`, `q_proj,v_proj` and several values are names. A single value is a regular expression
+    if a part between its commas has any character other than letters, digits, `_`, `-` and `.`.
     """
     given = [values] if isinstance(values, str) else list(values)
     if len(given) == 1:
         (only,) = given
         if only.lower() == ALL_LINEAR:
             return ALL_LINEAR
-        if not _PLAIN_NAMES.fullmatch(only):
+        if not all(map(_PLAIN_NAME.fullmatch, comma_list(only) or [only])):
             return only
     return parse_names(given)
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from backhand.adapters.config import ALL_LINEAR, LoRAConfig
 from backhand.adapters.trained_tensors import resolve_trained
+from backhand.bounds import comma_list
 from backhand.errors import UsageError
 from backhand.nn.lora_parameters import AdapterLayout, LoRASlot
 from backhand.nn.module_shapes import ModuleShapes
@@ -222,7 +223,7 @@ def layer_numbers(names: Iterable[str]) -> tuple[int, ...]:
 def _numbers(words: str, count: int) -> set[int]:
     """Return the layers that `last:8`, `first:4`, `8-15` or a number name in a model with `count` layers."""
     wanted: set[int] = set()
-    for word in words.split(","):
+    for word in comma_list(words):
         kind, _, number = word.partition(":")
         low, _, high = word.partition("-")
         if kind in ("last", "first"):

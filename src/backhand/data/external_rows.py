@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from backhand.bounds import comma_list
 from backhand.data.options import named_value
 from backhand.data.raw_rows import RawRow, RowErrors, checked_row, without_padding
 from backhand.errors import DataError, UsageError, first_line, not_none
@@ -40,7 +41,7 @@ def read_gym(name: str) -> Iterator[RawRow]:
     """
     reasoning_gym = _needed("reasoning_gym", "these rows need the package", "rewards", name)
     task, _, settings_text = name.removeprefix(GYM).partition(":")
-    settings = dict(map(named_value, filter(None, settings_text.split(","))))
+    settings = dict(map(named_value, comma_list(settings_text)))
     try:
         entries = reasoning_gym.create_dataset(task, **{"seed": 0, "size": 500, **settings})
         for number in range(len(entries)):

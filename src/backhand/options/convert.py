@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from backhand.adapters.config import ALL_LINEAR, parse_modules
-from backhand.bounds import check_value, hints_of
+from backhand.bounds import check_value, comma_list, hints_of
 from backhand.errors import UsageError
 from backhand.files import write_atomically
 from backhand.options.command_options import ConvertOptions
@@ -196,7 +196,7 @@ def _listed_names(option: str) -> Callable[[Any, Mapping[str, Any]], Values]:
     def rule(value: Any, table: Mapping[str, Any]) -> Values:
         if not isinstance(value, str):
             return {option: value}
-        names = [name.strip() for name in value.split(",")]
+        names = comma_list(value)
         if unknown := [name for name in names if "/" not in name and not Path(name).suffix]:
             folder = Path(str(table.get("dataset_dir", "data")))
             raise UsageError(
@@ -216,7 +216,7 @@ def _target(value: Any, _: Mapping[str, Any]) -> Values:
     """Convert names of modules. LLaMA-Factory writes `all`, and separates names by commas."""
     if value in ("all", ["all"]):
         return {"target_modules": ALL_LINEAR}
-    parsed = parse_modules(value.replace(" ", "")) if isinstance(value, str) else value
+    parsed = parse_modules(value) if isinstance(value, str) else value
     return {"target_modules": list(parsed) if isinstance(parsed, tuple) else parsed}
 
 

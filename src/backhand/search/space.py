@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
+from backhand.bounds import comma_list
 from backhand.errors import UsageError
 from backhand.options.config import TrainConfig
 from backhand.options.config_file import config_from_table, config_table
@@ -143,7 +144,7 @@ def _dimension(word: str) -> Dimension:
     matched = _RANGE.fullmatch(text)
     # No option with numbers has a word that contains a colon. `layers` has words alone, such as last:8.
     if matched is None or not (kinds & {int, float} or all(map(_NUMBERS.fullmatch, matched.group(1, 2)))):
-        choices = tuple(dict.fromkeys(_value(one) for one in text.split(",") if one.strip()))
+        choices = tuple(dict.fromkeys(map(_value, comma_list(text))))
         dimension = Dimension(name, part, choices=choices)
     else:
         try:

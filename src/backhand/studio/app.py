@@ -521,16 +521,20 @@ def _steps(draft: Draft, fields: Sequence[str]) -> dict[str, str]:
 
 async def _plan_part(site: Site, request: Request) -> Response:
     draft = await _draft(site, request)
-    words = ["plan", *draft.run_words(site.space, site.model_names)]
-    words.append(f"--sample={_PLANNED_ROWS}")
+    words = ["plan", *draft.run_words(site.space, site.model_names), f"--sample={_PLANNED_ROWS}"]
     try:
         outcome = await site.commands.checked([*words, "--json"], request.is_disconnected, work=_work(request))
     except CommandError as error:
-        # The fields of this step are below the message.
-        fields = [name for name in _fields_of(draft, error) if not name.startswith("more.")]
-        return site.failure(request, error, _steps(draft, fields), draft.objective)
+        return _not_possible(site, request, draft, error)
+    site.planned.add(tuple(words))
     busy = any(run.at_work for run in all_runs(site.space))
     return site.part("plan", plan=outcome.json(), words=words, busy=busy, objective=draft.objective)
+
+
+def _not_possible(site: Site, request: Request, draft: Draft, error: CommandError) -> Response:
+    """Return the error of a plan, with the way to the steps that can mend it. The last step's fields are next to it."""
+    fields = [name for name in _fields_of(draft, error) if not name.startswith("more.")]
+    return site.failure(request, error, _steps(draft, fields), draft.objective)
 
 
 async def _start(site: Site, request: Request) -> Response:
@@ -542,6 +546,12 @@ async def _start(site: Site, request: Request) -> Response:
         raise UsageError(f"there is a run {name} already", next_step="give another name")
     await _with_models(site, request, draft)
     words = draft.train_words(site.space, site.model_names, output)
+    plan = ["plan", *draft.run_words(site.space, site.model_names), f"--sample={_PLANNED_ROWS}"]
+    if tuple(plan) not in site.planned:  # an option that the model refuses must not leave a run that cannot start
+        try:
+            await site.commands.checked([*plan, "--no-calibrate"], request.is_disconnected, work=_work(request))
+        except CommandError as error:
+            return _not_possible(site, request, draft, error)
     queue.enqueue(site.space, name, words, draft.query(name=""))
     return site.go_to_run(name)
 

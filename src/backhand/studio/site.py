@@ -43,6 +43,7 @@ class Site:
         watched: that run, or None.
         commands: runs Backhand's commands.
         models: the models on this machine, once they have been listed.
+        planned: the commands of plans that succeeded.
         opened: by name, whether a model that was opened predicts tokens; None if that is not known.
     """
 
@@ -53,6 +54,7 @@ class Site:
         # The configuration of a run that was started elsewhere may name the model relative to the current directory.
         self.commands = Commands(shown.root if isinstance(shown, Workspace) else Path.cwd())
         self.models: list[dict[str, Any]] | None = None
+        self.planned: set[tuple[str, ...]] = set()
         self.opened: dict[str, bool | None] = {}
         self._templates = _templates(self._on_page, in_studio=self.workspace is not None)
 
