@@ -508,7 +508,7 @@ def test_a_score_that_got_worse_at_a_lower_loss_asks_for_a_lower_rate(straight: 
     worse = replace(summary, base_retrieval=base, adapted_retrieval=adapted, **fell)
     config = replace(straight, optimization=replace(straight.optimization, learning_rate=3e-3))
     found = answer_advice(config, worse, Path("runs/one"))
-    assert found is not None and "--learning-rate 0.001 " in str(found[1])
+    assert found is not None and "--learning-rate 0.0015 " in str(found[1])
     assert found[0] == "nDCG@10 got clearly worse although the held-out loss fell: a lower rate changes it less."
     for other in (replace(worse, adapted_retrieval=base | {"change": {}}), replace(worse, best_eval_loss=1.5)):
         assert answer_advice(config, other, Path("runs/one")) is None

@@ -453,6 +453,59 @@ def test_a_short_run_is_not_repeated_with_one_step_less(tmp_path: Path) -> None:
     assert found is not None and "nearly all of its steps" in found[0] and found[1] is None
 
 
+def test_no_sequence_of_advice_leads_back_to_a_rate(tmp_path: Path) -> None:
+    """After a rate that was too high came a third of it, and after that a raised one: the first again."""
+    kinds = [
+        Curves([(10 * number, loss) for number, loss in enumerate(losses)], training, nats)
+        for losses, training, nats in (
+            ([2.0, 3.0, 2.9, 2.8, 2.6, 2.4], [], None),
+            ([2.0, 1.999, 1.998, 1.997, 1.996, 1.995], [], None),
+            ([2.0, 1.0, 0.6, 0.8, 0.5, 0.475], SPIKED, None),
+            ([2.0, 1.0, 0.6, 0.7, 0.8, 0.85], [], None),
+            (FALLING, [], 2.5),
+        )
+    ]
+
+    def follow(tried: list[float]) -> None:
+        assert len(tried) == len({*tried}), tried
+        for curves in kinds:
+            config = with_options(TrainConfig(), epochs=3, learning_rate=tried[-1])
+            found = advice(config, curves, 50, 1.08e-3, tmp_path)
+            if found is not None and "--learning-rate " in str(found[1]):
+                follow([*tried, float(str(found[1]).partition("--learning-rate ")[2].split()[0])])
+
+    for rate in (2e-5, 3.6e-4, 5e-4, 1.08e-3, 2e-3, 2e-2):
+        follow([rate])
+
+
+@pytest.mark.parametrize("problem", [None, "regression"])
+def test_chance_and_memorised_rows_are_no_question_of_the_rate(problem: str | None, tmp_path: Path) -> None:
+    def said(losses: Sequence[float], training: Sequence[float] = (), **known: Any) -> tuple[str, str | None]:
+        options = {"objective": "classify", "problem_type": problem} if problem else {}
+        config = with_options(TrainConfig(), epochs=3, learning_rate=1e-3, **options)
+        curves = Curves([(10 * number, loss) for number, loss in enumerate(losses)], training, first_loss=2.2)
+        found = advice(config, curves, 50, 1e-3, tmp_path, held_out_rows=16, all_rows=80, **known)
+        assert found is not None
+        return found
+
+    overshot, unsteady = [2.0, 2.6, 1.99, 2.3, 2.2, 2.15], [2.0, 1.0, 0.6, 0.8, 0.5, 0.475]
+    for losses in (overshot, unsteady):
+        sentence, command = said(losses, SPIKED, change=(0.05, -0.4, 0.5))
+        assert sentence.startswith("16 held-out rows are too few to tell the change of their loss from chance: more")
+        assert command is None
+    for clear in ((0.05, 0.02, 0.08), (0.005, -0.01, 0.02)):  # not by chance, or known to be small
+        sentence, command = said(overshot, change=clear)
+        assert sentence.endswith("of a constant answer: the learning rate is too high." if problem else "is too high.")
+        assert "--learning-rate 0.0005 " in str(command)
+    sentence, command = said(overshot, [2.0] * 5 + [0.01] * 20, change=(0.05, -0.4, 0.5))
+    reason = "their texts do not tell the number" if problem else "they say little about other rows"
+    assert sentence == (
+        "The training loss fell to 0.01, and the held-out loss did not follow: the rows are memorised. Either "
+        f"{reason}, or the rows are too few."
+    )
+    assert command is None
+
+
 def test_a_low_rate_is_raised_before_steps_are_added(tmp_path: Path) -> None:
     curves = Curves([(number, 2.0 - 0.2 * number) for number in range(6)], [])
     usual = 1e-3

@@ -16,6 +16,9 @@ end of a schedule are small. This has two consequences:
       n · (sum of the rates of the first k steps) / (sum of the rates of all n steps)
 
 `first_finding` checks the findings in a fixed order and returns the first that applies. docs/rates.md has a table.
+
+No sequence of advice leads back to a rate that was tried. Outside a range around `auto`'s rate, the advice is `auto`'s
+rate. Inside, a rate is only lowered, and not below the range, so that it is never raised again.
 """
 
 from __future__ import annotations
@@ -51,12 +54,13 @@ from backhand.runs.label_results import (
     lacks_held_out_rows,
 )
 from backhand.runs.pair_results import answers_far_from_chosen, answers_got_worse, chosen_change
-from backhand.runs.row_changes import FEWEST_ROWS, SCORE_NAMES, gain_verdict, main_score, score_verdict
+from backhand.runs.row_changes import FEWEST_ROWS, SCORE_NAMES, gain_verdict, loss_verdict, main_score, score_verdict
 from backhand.runs.summary import AnswerLengths, RunSummary, constant_name, forgetting, forgotten_nats
 from backhand.training.resume import original_adapter
 from backhand.words import capitalized, count_of, name_list, upper_first
 
 Finding = Literal[
+    "memorised",
     "unsteady",
     "not better",
     "above constant",
@@ -86,9 +90,11 @@ LATE = 0.5
 MIDDLE = 0.4
 """The last evaluation in the first half tells what came in the second one if it is after this share of the steps."""
 LOW = 1 / 3
-"""A rate below this share of `auto`'s rate may have learnt less than possible."""
+"""A rate below this share of `auto`'s rate may have learnt less than possible. No lower one is proposed."""
 HIGH = 1.5
 """Above this multiple of `auto`'s rate, `auto`'s rate is proposed first."""
+MEMORISED = 0.2
+"""Training rows are memorised if their loss falls below this share of the first one, and the held-out loss does not."""
 MOST = 0.9
 """If the best evaluation is after this share of the steps, a shorter run is not worth trying."""
 SAVED = 3
@@ -135,6 +141,14 @@ class Curves:
     def best(self) -> tuple[int, float]:
         """Step and loss of the lowest evaluation after the first one."""
         return min(self.held_out[1:], key=lambda one: one[1])
+
+    @property
+    def training_ends(self) -> tuple[float, float]:
+        """Mean training loss of the first and of the last fifth of the logged steps; not a number without any."""
+        few = max(1, len(self.training) // 5)
+        if not self.training:
+            return math.nan, math.nan
+        return statistics.fmean(self.training[:few]), statistics.fmean(self.training[-few:])
 
     @property
     def middle(self) -> int:
@@ -205,6 +219,9 @@ def first_finding(curves: Curves, until: Until, share: float = 1.0) -> Finding |
     if before is None:  # the evaluation before the first step is missing
         return None
     gain, rise, last = base - best, losses[-1] - best, dict(curves.held_out)[before] - losses[-1]
+    first, end = curves.training_ends
+    if share <= HIGH and gain < LITTLE * abs(base) and end < MEMORISED * min(base, first):
+        return "memorised"
     pieces = [one for one in curves.held_out if before < one[0] and until(one[0], steps) <= 1 - PIECE]
     # Without an evaluation inside the last fifth, the whole last fifth is the last piece.
     between, middle = pieces[-1] if pieces else (before, losses[-1] + last)
@@ -253,6 +270,8 @@ def advice(
     stopped: bool = False,
     slow: str | None = None,
     unlearned: str | None = None,
+    change: Sequence[float] | None = None,
+    held_out_rows: int = 0,
 ) -> tuple[str, str | None] | None:
     """Return a sentence about the run and the command to try next, or None for either.
 
@@ -268,12 +287,15 @@ def advice(
         stopped: True if the run ended before its last step, for example by a callback. More steps are then no advice.
         slow: sentence on numbers that a new head reaches only slowly, or None.
         unlearned: sentence on held-out labels that no training row has, or None. The curves then say nothing.
+        change: change of the held-out loss until the best step and its 95 % interval; None if it is not known.
+        held_out_rows: number of the held-out rows of `change`.
     """
     if unlearned:
         return capitalized(unlearned), None
     rate, objective = float(config.optimization.learning_rate), config.objective.objective
     until = rates_until(config.optimization, total_steps)
-    relative = rate / auto_rate if objective in SUPERVISED else 1.0
+    continued = config.objective.purpose == "pairs" and _start(config, run) is not None  # a low rate is on purpose
+    relative = rate / auto_rate if objective in SUPERVISED and not continued else 1.0
     options, twice = config.optimization, _twice_as_long(config, total_steps)
     if objective == "grpo":
         if curves.without_gradient:
@@ -296,10 +318,15 @@ def advice(
     if slow and finding not in ("rose", "forgot", "fine") and _start(config, run) is None:
         return capitalized(slow), None
     more_first = total_steps < FEWEST_STEPS and finding in ("above constant", "still falling") and not stopped
-    if few_rows and not more_first and _may_be_chance(finding, curves, relative):
-        what = f"Only {count_of(few_rows, 'row')} {'is' if few_rows == 1 else 'are'} held out"
-        enough = LARGEST_SHARE * all_rows >= FEWEST_ROWS
-        return f"{what}, too few for advice from their loss: {_holding_out_more(enough)}.", None
+    if not more_first and _may_be_chance(finding, curves, relative):
+        if few_rows:
+            what = f"Only {count_of(few_rows, 'row')} {'is' if few_rows == 1 else 'are'} held out"
+            enough = LARGEST_SHARE * all_rows >= FEWEST_ROWS
+            return f"{what}, too few for advice from their loss: {_holding_out_more(enough)}.", None
+        if finding != "still falling" and change is not None and _is_unclear(change, curves.held_out[0][1]):
+            what = f"{held_out_rows:,} held-out rows are too few to tell the change of their loss from chance"
+            enough = 2 * held_out_rows <= LARGEST_SHARE * all_rows and not config.data.eval_data
+            return f"{what}: {_holding_out_more(enough)}.", None
     if stopped and finding in ("above constant", "hardly moved", "still falling", "late", "fine"):
         return None
     step, forgotten = curves.best[0], curves.forgotten_nats or 0.0
@@ -308,29 +335,38 @@ def advice(
         return f"{unseen}, and the held-out loss was lowest at the last step.", _again(config, run, twice)
     if finding == "fine" and forgetting(forgotten):  # the summary says so, and how to forget less
         return None
-    higher = f"--learning-rate {auto_rate if rate < LOW * auto_rate else 3 * rate:.2g}"
+    auto, lower = f"--learning-rate {auto_rate:.2g}", _lower_rate(rate, auto_rate)
     fewer = max((options.warmup_steps or 0) + 1, round(until(step, total_steps) * total_steps))
-    lower = f"--learning-rate {auto_rate if rate > HIGH * auto_rate else rate / 3:.2g}"
     why, instead = "fewer steps would do", f"--max-steps {fewer} --eval-every {five_times(fewer)}"
     if rate > HIGH * auto_rate:
-        why, instead = "the learning rate is high", lower
+        why, instead = "the learning rate is high", auto
     elif fewer > MOST * total_steps or total_steps - fewer < SAVED:
         why, instead = "nearly all of its steps were needed", ""
     little = f"The held-out loss changed by less than {LITTLE:.0%}"  # the change may be clear all the same
-    hardly = f"{little}: the learning rate is too low, or the steps are too few.", higher
-    if total_steps < FEWEST_STEPS and relative >= LOW:
-        hardly = f"{little}: {count_of(total_steps, 'step')} say little about the learning rate.", twice
+    hardly = f"{little}: the learning rate is too low.", auto
+    if relative >= LOW:
+        few_steps = f"{count_of(total_steps, 'step')} say little about the learning rate"
+        why_little = (
+            few_steps if total_steps < FEWEST_STEPS else "more steps may teach more, or these rows teach little"
+        )
+        hardly = f"{little}: {why_little}.", twice
+    less, milder = _milder(rate, auto_rate, total_steps)
     constant = constant_name(objective, article=True)
     before = "before" if curves.first_loss is None else f"that of {constant}"
     first, best, base = (f"{loss:.4g}" for loss in (curves.first_loss or 0.0, curves.best[1], curves.held_out[0][1]))
     brief = f" of only {count_of(total_steps, 'step')}" if total_steps < FEWEST_STEPS else ""
+    memorised = f"The training loss fell to {curves.training_ends[1]:.2g}, and the held-out loss did not follow"
+    steadier, other = "the learning rate may be too high", "the learning rate is too high"
+    if not lower:
+        steadier = "the rate is low already, so steps need a larger --batch-rows"
+        other = "the rate is low already, so these rows are too few, or of another kind"
+    causes = {"regression": "their texts do not tell the number", "classify": "their texts do not tell the label"}
+    reason = causes.get(config.objective.problem_type or "", causes.get(objective, "they say little about other rows"))
     longer, middle = "more steps may get it there", f"{curves.middle} of {curves.held_out[-1][0]}"
     sentence, changes = {
-        "unsteady": ("The loss rose for a while, on held-out rows as well: the learning rate may be too high.", lower),
-        "not better": (
-            f"The held-out loss is no lower than {before}: the rate is too high, or these rows are of another kind.",
-            lower,
-        ),
+        "memorised": (f"{memorised}: the rows are memorised. Either {reason}, or the rows are too few.", ""),
+        "unsteady": (f"The loss rose for a while, on held-out rows as well: {steadier}.", lower),
+        "not better": (f"The held-out loss is no lower than {before}: {other}.", lower),
         "above constant": (
             f"The held-out loss fell from {first} to {best}, but not clearly below the {base} of {constant}: {longer}.",
             twice,
@@ -338,17 +374,27 @@ def advice(
         "hardly moved": hardly,
         "rose": (f"The held-out loss rose after step {step}, whose adapter is kept: {why}.", instead),
         "still falling": (f"The held-out loss was still falling at the end{brief}.", twice),
-        "forgot": (
-            f"It forgot much, {forgotten:.2f} nats a token of neutral texts: a lower rate keeps more.",
-            f"--learning-rate {rate / 2:.2g}",
-        ),
-        "low": (f"Its learning rate is far below {auto_rate:g}, which suits such runs: that may learn more.", higher),
+        "forgot": (f"It forgot much, {forgotten:.2f} nats a token of neutral texts: {less} less of them.", milder),
+        "low": (f"Its learning rate is far below {auto_rate:g}, which suits such runs: that may learn more.", auto),
         "late": (f"Most of what it learnt came after step {middle}: more steps may teach more.", twice),
         "fine": ("Nothing in its curves asks for another rate or more steps.", ""),
     }[finding]
     if not changes:
         return sentence, None
     return sentence, _again(config, run, changes)
+
+
+def _lower_rate(rate: float, auto_rate: float) -> str:
+    """Return the option of a lower rate, or "" if the rate is low already, see the module's docstring."""
+    lower = auto_rate if rate > HIGH * auto_rate else rate / 2
+    return f"--learning-rate {lower:.2g}" if lower >= LOW * auto_rate else ""
+
+
+def _milder(rate: float, auto_rate: float, steps: int) -> tuple[str, str]:
+    """Return what changes the model less, as the beginning of a clause, and its option."""
+    if lower := _lower_rate(rate, auto_rate):
+        return "a lower rate changes", lower
+    return "fewer steps change", f"--max-steps {max(1, steps // 2)}"
 
 
 def _start(config: TrainConfig, run: Path) -> str | None:
@@ -364,9 +410,16 @@ def _may_be_chance(finding: Finding, curves: Curves, share: float) -> bool:
     """
     if finding == "hardly moved":
         return share >= LOW
-    if finding == "not better":
-        return share <= HIGH and max(loss for _, loss in curves.held_out) <= SPIKE * abs(curves.held_out[0][1])
-    return finding != "unsteady" and finding != "forgot"
+    if finding in ("not better", "unsteady"):
+        losses = [loss for _, loss in curves.held_out]
+        return share <= HIGH and losses[-1] <= SPIKE * abs(max(losses[0], curves.first_loss or losses[0]))
+    return finding != "memorised" and finding != "forgot"
+
+
+def _is_unclear(change: Sequence[float], before: float) -> bool:
+    """Return True if a change of the loss may be chance, and is not known to be small either."""
+    _, low, high = change
+    return loss_verdict(change) == "unclear" and max(-low, high) > LITTLE * abs(before)
 
 
 def _holding_out_more(a_share: bool) -> str:
@@ -389,6 +442,7 @@ def answer_advice(
     curves: Curves | None = None,
     *,
     given: TrainConfig | None = None,
+    auto_rate: float | None = None,
 ) -> tuple[str, str | None] | None:
     """Return a sentence and a command if the answers of held-out rows ask for another run, or None for either.
 
@@ -400,15 +454,15 @@ def answer_advice(
         run: the run directory.
         curves: the losses of the run; None if they are not known.
         given: the configuration before the automatic choices; None for the resolved one.
+        auto_rate: the learning rate that `auto` chooses for this run; None for that of the run.
     """
     if summary.free_answers is not None:
         return _pair_advice(config, summary, summary.free_answers, run, given or config)
     if (worse := _worse_score(summary)) is not None:
-        sentence = (
-            f"{upper_first(worse)} got clearly worse although the held-out loss fell: a lower rate changes it less."
-        )
-        rate = float(config.optimization.learning_rate) / 3
-        return sentence, _again(config, run, f"--learning-rate {rate:.2g}")
+        rate = float(config.optimization.learning_rate)
+        less, changes = _milder(rate, auto_rate or rate, summary.steps)
+        sentence = f"{upper_first(worse)} got clearly worse although the held-out loss fell: {less} it less."
+        return sentence, _again(config, run, changes)
     base, adapted, rows = summary.base_labels, summary.adapted_labels, summary.exact_match_rows
     decided = summary.base_decisions or {}, summary.adapted_decisions or {}
     verdict, what, shares = decisions_verdict(*decided), "decisions", decision_shares(*decided)
@@ -444,7 +498,7 @@ def answer_advice(
                 None,
             )
     # The curves ask for another run already, or the model before the run had nothing to learn.
-    if summary.try_next is not None or all(one.base == 1 for one in shares):
+    if summary.try_next is not None or finding == "memorised" or all(one.base == 1 for one in shares):
         return None
     if summary.stopped_because is not None:
         steps = count_of(summary.steps, "step")

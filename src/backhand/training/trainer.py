@@ -300,8 +300,12 @@ class Trainer:
     def _advised(self, summary: RunSummary) -> RunSummary:
         """Write and return the summary, with other advice if the answers or scores of held-out rows ask for it."""
         curves = Curves.of(self.directory.lines(METRICS), summary.constant_loss)
-        given = self.run.inputs.config
-        suggestion = answer_advice(self.run.config, summary, self.directory.path, curves, given=given)
+        summary = self._with_advice(summary, curves)
+        suggestion = answer_advice(
+            *(self.run.config, summary, self.directory.path, curves),
+            given=self.run.inputs.config,
+            auto_rate=self._auto_rate(),
+        )
         if suggestion is not None:
             summary = replace(summary, advice=reworded(suggestion[0]), try_next=suggestion[1])
         summary = replace(summary, unmeasured=False)
@@ -410,23 +414,33 @@ class Trainer:
             unmeasured=self._measures_answers(),
         )
         if self.processes.is_main_process:
-            curves = Curves.of(self.directory.lines(METRICS), summary.constant_loss)
-            rate, _ = self.run.inputs.learning_rate(replace(self.run.config.optimization, learning_rate="auto"))
-            suggestion = advice(
-                *(self.run.config, curves, self.run.inputs.total_steps, rate, self.directory.path),
-                few_rows=0 if self.run.inputs.held_out is None else too_few_rows(self.run.inputs.held_out.report),
-                all_rows=summary.rows - summary.option_rows + summary.held_out_rows,
-                unseen_rows=summary.rows - not_none(summary.rows_seen),
-                stopped=summary.stopped_because is not None,
-                slow=scale_note(self.run.inputs.train.examples.facts(ClassLabel))
-                if self.run.config.objective.problem_type == NUMBER
-                else None,
-                unlearned=unlearned_note(summary.unlearned_rows, summary.held_out_rows),
-            )
-            said, again = (None, None) if suggestion is None else (reworded(suggestion[0]), suggestion[1])
-            summary = replace(summary, advice=said, try_next=again)
+            summary = self._with_advice(summary, Curves.of(self.directory.lines(METRICS), summary.constant_loss))
             self.directory.write(SUMMARY, summary.to_json())
         return summary
+
+    def _auto_rate(self) -> float:
+        """Return the learning rate that `auto` chooses for this run."""
+        inputs, options = self.run.inputs, self.run.config.optimization
+        return inputs.learning_rate(replace(options, learning_rate="auto"))[0]
+
+    def _with_advice(self, summary: RunSummary, curves: Curves) -> RunSummary:
+        """Return the summary with the advice from the curves of the run."""
+        inputs, config = self.run.inputs, self.run.config
+        suggestion = advice(
+            *(config, curves, inputs.total_steps, self._auto_rate(), self.directory.path),
+            few_rows=0 if inputs.held_out is None else too_few_rows(inputs.held_out.report),
+            all_rows=summary.rows - summary.option_rows + summary.held_out_rows,
+            unseen_rows=summary.rows - not_none(summary.rows_seen),
+            stopped=summary.stopped_because is not None,
+            slow=scale_note(inputs.train.examples.facts(ClassLabel))
+            if config.objective.problem_type == NUMBER
+            else None,
+            unlearned=unlearned_note(summary.unlearned_rows, summary.held_out_rows),
+            change=summary.loss_change,
+            held_out_rows=summary.held_out_rows,
+        )
+        said, again = (None, None) if suggestion is None else (reworded(suggestion[0]), suggestion[1])
+        return replace(summary, advice=said, try_next=again)
 
     def _prove_resume(self, loop: TrainingLoop, store: CheckpointStore, start: int, log: ProofLog) -> None:
         if loop.state.progress.step < self.run.inputs.total_steps:
