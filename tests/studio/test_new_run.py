@@ -678,6 +678,11 @@ def test_a_renamed_run_starts_again_in_its_own_directory(
             {"objective": "sft", "prompt": "Asked", "completion": None},
         ),
         (
+            "Tweet;Mean",
+            "the text of {n};{n},{n}85",
+            {"objective": "classify", "prompt": "Tweet", "completion": "Mean"},
+        ),
+        (
             "Headword,Meaning,Group,Comment",
             "word {n},it means {n},{k},{seldom}",
             {"objective": "decide", "state": "{Headword}\\n{Meaning}", "question": "Group"},

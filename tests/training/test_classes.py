@@ -807,19 +807,20 @@ def test_decimal_commas_are_read_as_numbers_or_answered(tiny: TinyRun, tmp_path:
         path.write_text("Entry;Effort\n" + "".join(f"text {n};{label}\n" for n, label in enumerate(labels)))
         return (str(path),)
 
-    def linted(*labels: str, held_out: Sequence[str] = ()) -> LintReport:
+    def linted(*labels: str, held_out: Sequence[str] = (), problem: ProblemType | None = None) -> LintReport:
         options = DataOptions(data=rows(path, labels), prompt="Entry", completion="Effort")
         if held_out:
             options = replace(options, eval_data=rows(tmp_path / "held_out.csv", held_out))
-        return lint(options, tokenizer, purpose="classes")[0]
+        return lint(options, tokenizer, purpose="classes", problem_type=problem)[0]
 
     numbers = [f"{n},{n % 10}5" for n in range(20)]
     report = linted(*numbers)
     assert not report.findings and not report.labels
     assert "the labels are read as numbers with a decimal comma, such as 0,05" in report.train.notes
-    first, second = linted(*numbers, "n/a", "1,250").findings
-    assert first.kind == second.kind == "malformed" and "'n/a', not a number" in first.what
-    assert (first.where, second.where) == ((f"{path}:22",), (f"{path}:23",))
+    (finding,) = linted(*numbers, "n/a", "1,250").findings  # the others settle what its comma is
+    assert finding.kind == "malformed" and "'n/a', not a number" in finding.what and finding.where == (f"{path}:22",)
+    assert linted(*numbers, "1,250", held_out=["-1,685", "2,041"], problem=NUMBER).errors == 0
+    assert linted(*(f"{n},685" for n in range(1, 21))).errors == 20
     (finding,) = (one for one in linted(*["0.5", "1.5"] * 9, "n/a").findings if one.kind == "not_numbers")
     assert finding.where == (f"{path}:20",) and "(n/a)" in finding.what
     integers = ["1", "2", "3", "3"] * 3

@@ -17,7 +17,7 @@ from backhand.data.data_report import TruncationStats
 from backhand.data.embedding_examples import pooled_document
 from backhand.data.examples import Example
 from backhand.data.label_names import FEWEST_INTEGERS, is_integer
-from backhand.data.raw_rows import number_of
+from backhand.data.raw_rows import has_unclear_comma, number_of, numbers_of
 from backhand.data.rows import ClassLabel, ClassRow, PoolingName, ProblemType
 from backhand.data.text_encoder import LONGEST_TEXT, TextEncoder, TokenIds, too_long
 from backhand.errors import DataError
@@ -76,7 +76,9 @@ class ClassEncoder:
             stats.truncated.append(row.source)
         tokens = self._format.read_tokens([*before, *ids[:room].tolist(), *after])
         label = None if row.label is None else ClassLabel(row.label)
-        if label and self._format.problem and (error := misfit(label, self._format.problem, row.source)):
+        problem = self._format.problem
+        unclear = label is not None and has_unclear_comma(label.value)  # all rows together tell what the comma is
+        if label and problem and not unclear and (error := misfit(label, problem, row.source)):
             return error
         return pooled_document(tokens, self._format.pooling, row.source, class_label=label)
 
@@ -101,6 +103,20 @@ def problem_of(labels: Iterable[ClassLabel]) -> ProblemType:
     numbers = _numbers_among(texts)
     most_differ = len(set(numbers)) > min(_MOST_NAMES, len(numbers) / 2)
     return NUMBER if numbers and (most_differ or all(number_of(text) is not None for text in texts)) else SINGLE
+
+
+def with_decimal_commas(labels: Sequence[ClassLabel], problem: ProblemType | None) -> list[ClassLabel]:
+    """Return the labels with the numbers whose comma is a decimal one only by what other labels are.
+
+    Args:
+        problem: the kind of problem that an option gives; None for that of the labels.
+    """
+    values = zip(labels, numbers_of(label.value for label in labels), strict=True)
+    settled = [
+        ClassLabel(number) if number is not None and has_unclear_comma(label.value) else label
+        for label, number in values
+    ]
+    return settled if (problem or problem_of(settled)) == NUMBER else list(labels)
 
 
 def names_of(labels: Iterable[ClassLabel], problem: ProblemType) -> tuple[str, ...]:
@@ -129,7 +145,7 @@ def target_of(
         if number is None:
             why = "numbers are learned, because nearly all labels are numbers or --problem-type says so"
             next_step = "correct the label, or leave the row out"
-            if isinstance(label.value, str) and re.fullmatch(r"[-+]?[0-9]+,[0-9]{3}", label.value.strip()):
+            if has_unclear_comma(label.value):
                 why = "the comma may be a decimal comma, or separate thousands"
                 next_step = "write all numbers with a decimal point and without separators of thousands"
             elif trained:

@@ -15,6 +15,7 @@ from typing import Any
 from backhand.bounds import check_fields
 from backhand.data import prepared_cache
 from backhand.data.chat import thoughts_off
+from backhand.data.class_examples import ClassFormat, with_decimal_commas
 from backhand.data.columns import ColumnReader
 from backhand.data.context import TeacherPrompts
 from backhand.data.data_report import DataReport, TruncationStats
@@ -29,7 +30,7 @@ from backhand.data.options import DataOptions, NamedColumns, RowSources, Templat
 from backhand.data.raw_rows import RawRow, RowErrors
 from backhand.data.row_encoder import EncodedRows, Prompt, RowEncoder, TextFormat
 from backhand.data.row_pipeline import RowPipeline
-from backhand.data.rows import Purpose
+from backhand.data.rows import ClassLabel, ProblemType, Purpose
 from backhand.data.sources import expand, neighbouring_held_out, read_rows
 from backhand.data.stored_examples import ExampleWriter, PreparedData, with_totals
 from backhand.errors import DataError
@@ -119,6 +120,8 @@ def prepare(
                 f"warning: {len(shared):,} of {len(held_out.examples):,} held-out documents also occur in the training "
                 f"data, for example {shared[0].source}; the held-out loss will be too low"
             )
+    if isinstance(text_format, ClassFormat):
+        train, held_out = _with_decimal_commas(text_format.problem, train, held_out)
     if purpose == "embeddings":
         train, held_out = with_pairs(train), None if held_out is None else with_pairs(held_out, held_out=True)
     if purpose == "decisions":
@@ -143,6 +146,19 @@ def prepare(
         notes = (*train.report.notes, *about)
         train = replace(train, questions=found, report=replace(train.report, notes=notes))
     return train, held_out
+
+
+def _with_decimal_commas(
+    problem: ProblemType | None, train: PreparedData, held_out: PreparedData | None
+) -> tuple[PreparedData, PreparedData | None]:
+    """Return the rows with the labels of `with_decimal_commas`, which all rows decide together."""
+    parts = [train] if held_out is None else [train, held_out]
+    labels = [label for part in parts for label in part.examples.facts(ClassLabel)]
+    settled = with_decimal_commas(labels, problem)
+    if settled != labels:
+        found = iter(settled)
+        parts = [replace(part, examples=part.examples.with_facts(islice(found, len(part.examples)))) for part in parts]
+    return parts[0], held_out and parts[1]
 
 
 def training_questions(options: DataOptions, recorded: NamedColumns | None = None) -> dict[str, Question]:

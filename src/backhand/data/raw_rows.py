@@ -153,12 +153,13 @@ def describe(value: object) -> str:
 
 
 _DECIMAL_COMMA = re.compile(r"[-+]?(?:0|[0-9]{4,}|[0-9]+(?=,(?:[0-9]{1,2}|[0-9]{4,})$)),[0-9]+")
+_UNCLEAR_COMMA = re.compile(r"[-+]?[1-9][0-9]{0,2},[0-9]{3}")
 
 
 def number_of(value: Any) -> float | None:
     """Return a finite number or the number in a text, also with a decimal comma; None for anything else.
 
-    Texts such as `1,234` are None, because they may be 1.234 or 1234.
+    Texts such as `1,234` are None, because they may be 1.234 or 1234. `numbers_of` decides by the column.
     """
     if isinstance(value, str) and _DECIMAL_COMMA.fullmatch(value.strip()):
         value = value.replace(",", ".")
@@ -167,6 +168,24 @@ def number_of(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
+
+
+def has_unclear_comma(value: Any) -> bool:
+    """Return True for a text such as `1,234`, which may be 1.234 or 1234."""
+    return isinstance(value, str) and _UNCLEAR_COMMA.fullmatch(value.strip()) is not None
+
+
+def numbers_of(values: Iterable[Any]) -> list[float | None]:
+    """Return `number_of` each value of a column. If one has a decimal comma, such as `0,116`, so has `1,234`."""
+    values = list(values)
+    numbers = list(map(number_of, values))
+    known = (value for value, number in zip(values, numbers, strict=True) if number is not None)
+    if not any(isinstance(value, str) and "," in value for value in known):
+        return numbers
+    return [
+        float(value.replace(",", ".")) if has_unclear_comma(value) else number
+        for value, number in zip(values, numbers, strict=True)
+    ]
 
 
 def without_padding(value: Any) -> Any:

@@ -298,6 +298,10 @@ class StoredExamples(Sequence[Example]):
         found = map(self.rows.get, chosen.tolist()) if self.rows else ()
         return [one for one in found if isinstance(one, kind)]
 
+    def with_facts(self, facts: Iterable[RowFacts]) -> StoredExamples:
+        """Return a copy with other facts of these examples, in their order."""
+        return replace(self, rows={**self.rows, **dict(zip(self.chosen.tolist(), facts, strict=True))})
+
     def take(self, which: slice | npt.NDArray[Any]) -> StoredExamples:
         """Select examples by a slice, numbers or a boolean mask."""
         return replace(self, chosen=self.chosen[which])

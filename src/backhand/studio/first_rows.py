@@ -15,7 +15,7 @@ from typing import Any
 from backhand.data.column_hints import ANSWERS, CLASSES, COUNTING, ClassColumns, class_of
 from backhand.data.columns import common_names
 from backhand.data.forms import SCORES
-from backhand.data.raw_rows import TRUTH, RowErrors, number_of
+from backhand.data.raw_rows import TRUTH, RowErrors, numbers_of
 from backhand.data.sources import expand, read_rows
 from backhand.errors import BackhandError, DataError
 from backhand.words import shorten
@@ -156,7 +156,9 @@ def _compared(columns: Sequence[str], texts: Sequence[str], rows: Sequence[Mappi
 
 def _is_score(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:
     """Return True if the values of a column are numbers, or yes and no."""
-    return all(number_of(value) is not None or str(value).strip().lower() in TRUTH for value in _values(column, rows))
+    values = _values(column, rows)
+    numbers = zip(values, numbers_of(values), strict=True)
+    return all(number is not None or str(value).strip().lower() in TRUTH for value, number in numbers)
 
 
 def _is_target(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -164,7 +166,7 @@ def _is_target(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:
     values = _values(column, rows)
     if values and all(isinstance(value, list) or re.fullmatch(r"\[.*\]", str(value).strip()) for value in values):
         return True
-    numbers = [number_of(value) for value in values]
+    numbers = numbers_of(values)
     others = {name for name in rows[0] if name != column and name.strip(" .#:").lower() not in COUNTING}
     named = column.strip().lower() in (*CLASSES, *SCORES, "rating") or len(others) == 1
     mostly = 10 * numbers.count(None) <= len(numbers)  # a few mistakes, which `lint` names
