@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -458,6 +459,8 @@ def test_a_long_row_is_left_out_and_counted(tmp_path: Path) -> None:
     data = read(lines(tmp_path / "rows.jsonl", rows), max_length=200)
     assert len(data.examples) == 3 and data.report.dropped_long == 1
     assert "1 row longer than max_length, left out: " in data.report.left_out()[0]
+    assert data.report.rows == 3 and data.report.too_long() == "1 of 4 rows is longer than --max-length and left out"
+    assert " of 3 rows with " in replace(data.report, documents=9).lines()[1]
 
 
 def test_rows_that_are_all_too_long_are_answered_with_their_lengths(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_counts_of_what_was_cut_and_left_out(tmp_path: Path) -> None:
         "{",
     ]
     report = prepared(tmp_path, rows, max_length=40, skip_bad=True).report
-    assert (report.rows, report.documents) == (4, 2)
+    assert (report.rows, report.documents) == (2, 2)
     assert (report.truncated, report.dropped_long, report.dropped_unsupervised, report.skipped_bad) == (1, 1, 1, 2)
     assert [error.where for error in report.bad_rows] == [f"{tmp_path / 'rows.jsonl'}:{i}" for i in (5, 6)]
     report = prepared(tmp_path, rows, max_length=40, skip_bad=True, long_rows="drop").report

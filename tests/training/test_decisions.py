@@ -363,7 +363,12 @@ def test_a_lower_loss_of_decisions_is_no_help_alone(
         advised = answer_advice(straight, alike, straight.run.output)
         assert advised is not None and advised[1] is None
         said = "The adapter gives the same answer to all held-out rows of team, of which 72% have the most frequent one"
-        assert advised[0].startswith(said)
+        assert advised[0].startswith(said) and advised[0].endswith("add training rows with the other answers.")
+        cut = replace(alike, too_long="190 of 272 rows are longer than --max-length and left out")
+        assert "190 of 272 rows are longer than --max-length and left out." in closing_lines(cut)
+        advised = answer_advice(straight, cut, straight.run.output)
+        assert advised is not None
+        assert advised[0] == f"{said}: {cut.too_long}, so a larger one may add rows with the other answers."
         # With few held-out rows, the curves alone ask for nothing.
         falling = Curves([(step, 2 - step / 20) for step in range(0, 21, 2)], [1.0] * 20)
         few = replace(alike, steps=20, try_next=None)

@@ -24,7 +24,7 @@ class DataReport:
 
     Attributes:
         sources: the form detected in each file.
-        rows: valid rows that were read.
+        rows: valid rows, without those that were left out.
         documents: documents in use. They outnumber the rows if a conversation became several documents.
         tokens, supervised_tokens: totals of the documents in use. No token of vectors, rankings and classes counts as
             supervised, since their loss is not one of tokens.
@@ -77,6 +77,16 @@ class DataReport:
         """Return the number of documents, and the number of their rows if rows have several documents."""
         rows = f" of {count_of(self.rows, 'row')}" if self.documents > self.rows > 0 else ""
         return f"{count_of(self.documents, unit)}{rows}"
+
+    def too_long(self, *others: DataReport) -> str | None:
+        """Return a clause on what was left out as longer than `max_length`, also of other reports; None for nothing."""
+        reports = (self, *others)
+        if not (long := sum(one.dropped_long for one in reports)):
+            return None
+        kept = sum((one.rows - one.option_rows) if self.cut_unit == "row" else one.documents for one in reports)
+        given = kept + long + sum(one.dropped_unsupervised for one in reports)
+        verb = "is" if long == 1 else "are"
+        return f"{long:,} of {count_of(given, self.cut_unit)} {verb} longer than --max-length and left out"
 
     def left_out(self) -> list[str]:
         """Return one line per reason for which documents or rows were cut or left out."""

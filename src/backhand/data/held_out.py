@@ -14,7 +14,7 @@ from backhand.data.data_report import DataReport
 from backhand.data.examples import Example
 from backhand.data.random_order import random_order
 from backhand.data.rows import RankedTexts, TextIdentities
-from backhand.data.stored_examples import PreparedData, StoredExamples, stored, with_totals
+from backhand.data.stored_examples import PreparedData, StoredExamples, count_sources, stored, with_totals
 from backhand.errors import DataError
 from backhand.words import count_of
 
@@ -44,7 +44,7 @@ def split(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedData,
     count = min(max(round(len(distinct) * fraction), 1), len(distinct) - 1)
     held = np.isin(groups, distinct[random_order(len(distinct), seed, _STREAM)[:count]])
     sides = [examples.take(side) for side in (~held, held)]
-    trained_on, held_out = (len(np.unique(side.column("source_digest"))) for side in sides)
+    trained_on, held_out = map(count_sources, sides)
     # Rows that were left out or cut are reported once, with the training data.
     both = count_of(trained_on + held_out, "row")
     note = f"{held_out:,} of these {both}, of which the other {trained_on:,} are trained on"

@@ -32,7 +32,7 @@ from backhand.data.row_encoder import EncodedRows, Prompt, RowEncoder, TextForma
 from backhand.data.row_pipeline import RowPipeline
 from backhand.data.rows import ClassLabel, ProblemType, Purpose
 from backhand.data.sources import expand, neighbouring_held_out, read_rows
-from backhand.data.stored_examples import ExampleWriter, PreparedData, with_totals
+from backhand.data.stored_examples import ExampleWriter, PreparedData, count_sources, with_totals
 from backhand.errors import DataError
 from backhand.words import count_of
 
@@ -262,6 +262,8 @@ def read_examples(
     examples = writer.stored()
     if not examples:
         raise _nothing_left(report, names, options, stats.needed)
+    if stats.dropped_long or stats.dropped_unsupervised:
+        report = replace(report, rows=count_sources(examples))
     return with_totals(examples, report)
 
 

@@ -379,6 +379,11 @@ def tokens_of_documents(examples: StoredExamples) -> npt.NDArray[np.int32]:
     return tokens - (isinstance(facts, WITHOUT_TARGETS) and not answered)
 
 
+def count_sources(examples: StoredExamples) -> int:
+    """Return the number of rows from which the examples were made."""
+    return len(np.unique(examples.column("source_digest")))
+
+
 def with_totals(examples: Iterable[Example], report: DataReport) -> PreparedData:
     """Combine examples with a report whose totals are recomputed from them; its other counts are unchanged."""
     examples = stored(examples)

@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from backhand.data.packing import RowPacker
 from backhand.data.prepare import check_first_rows, prepare
 from backhand.data.row_encoder import Prompt
 from backhand.data.rows import Purpose
+from backhand.data.stored_examples import count_sources
 from backhand.distributed.communicator import Communicator
 from backhand.errors import CheckError, DataError, not_none
 from backhand.generation.completer import complete_greedily
@@ -225,7 +225,7 @@ def evaluation_rows(data: DataOptions, loaded: LoadedModel, run: EvaluateRunOpti
     notes = [*examples.report.left_out(), *examples.report.notes]
     if without_reply := len(all_prompts) - len(prompts):
         notes.append(f"{count_of(without_reply, 'row')} without a reply at the end: no exact match, the loss alone")
-    rows = len(np.unique(examples.examples.column("source_digest"))) - len(undesirable)
+    rows = count_sources(examples.examples) - len(undesirable)
     if undesirable:
         are = "is" if len(undesirable) == 1 else "are"
         notes.append(f"{count_of(len(undesirable), 'answer')} labelled undesirable {are} left out")

@@ -177,6 +177,7 @@ class RunSummary:
     base_architecture: str | None = ""  # of the base model in GGUF files, see `TrainedAdapter`; empty in older files
     adapter_form: str = "factors"  # in which other programs than PEFT read the adapter, see `TrainedAdapter`
     option_rows: int = 0  # number of `rows` that were added, whose text is the name of an option
+    too_long: str | None = None  # clause on rows that were left out because of `max_length`, or None
     repeated_rows: int = 0  # number of held-out rows that also occur in the training data
     rows_seen: int | None = None  # number of different `rows` in the steps done; None in older files
     # held-out loss before the first step; differs from base_eval_loss if the run started from an adapter

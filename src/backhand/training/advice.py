@@ -493,10 +493,10 @@ def answer_advice(
             return f"{same}{why}: more steps come first.", more
         if any(share > BALANCED / max(2, len(decided[1][name]["confusion"])) for name, share in constant.items()):
             common = name_list(f"{share:.0%}" for share in constant.values())
-            return (
-                f"{same}, of which {common} have the most frequent one: add training rows with the other answers.",
-                None,
-            )
+            more_rows = "add training rows with the other answers"
+            if summary.too_long:
+                more_rows = f"{summary.too_long}, so a larger one may add rows with the other answers"
+            return f"{same}, of which {common} have the most frequent one: {more_rows}.", None
     # The curves ask for another run already, or the model before the run had nothing to learn.
     if summary.try_next is not None or finding == "memorised" or all(one.base == 1 for one in shares):
         return None

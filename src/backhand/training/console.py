@@ -308,6 +308,8 @@ def closing_lines(summary: RunSummary) -> list[str]:
     lines.append(f"Peak memory {in_words(summary.peak_rss_bytes)}{predicted}.")
     if summary.skipped_steps:
         lines.append(f"{summary.skipped_steps} steps were skipped: their loss or gradient was not finite.")
+    if summary.too_long:
+        lines.append(capitalized(reworded(summary.too_long)))
     if summary.malformed_rows:
         lines.append(f"Left out: {count_of(summary.malformed_rows, 'malformed row')}.")
     if summary.stopped_because:

@@ -223,6 +223,7 @@ def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_si
         rows_seen=_rows_seen(run, progress.step),
         held_out_rows=0 if run.inputs.held_out is None else len(run.inputs.held_out.examples),
         malformed_rows=report.skipped_bad,
+        too_long=report.too_long(*([] if run.inputs.held_out is None else [run.inputs.held_out.report])),
         repeated_rows=0 if run.inputs.held_out is None else run.inputs.held_out.report.repeated,
         world_size=world_size,
         objective=run.config.objective.objective,
