@@ -593,7 +593,7 @@ def test_a_missing_file_of_rewards_is_answered_with_the_files_there(tmp_path: Pa
         ("if pairs are meant, add: --completion chosen", 'if pairs are meant, add: completion="chosen"'),
         ("give --model '/home/me/my models/x'", 'give model="/home/me/my models/x"'),
         ("leave --prompt out", "leave prompt out"),
-        ("--prompt and --completion name others", "prompt and completion name others"),
+        ("others are named with --prompt and --completion", "others are named with prompt and completion"),
         ("give --prompt or --completion", "give prompt or completion"),
         ("--chat-template none, --objective dpo", 'chat_template="none", objective="dpo"'),
         ("`backhand lint --data FILE` lists them", "`backhand.lint(data=…)` lists them"),
@@ -682,8 +682,10 @@ def test_a_long_call_prints_what_it_does_unless_it_is_quiet(
 def test_results_and_files_name_options_as_the_call_does(tiny: TinyRun, tmp_path: Path) -> None:
     rows = [{"request": row["prompt"], "reply": row["completion"]} for row in ROWS]
     linted = backhand.lint(data=[*rows, rows[0]], model=tiny.model)
-    assert linted["train"]["notes"] == (
-        "the column request is read as the prompt and reply as its completion; prompt and completion name others",
+    (note,) = linted["train"]["notes"]
+    assert note == (
+        "the column request is read as the prompt and reply as its completion; "
+        "others are named with prompt and completion"
     )
     assert linted["findings"][0]["where"][0] == "data row 13 = data row 1"
     assert "skip_bad=True" in backhand.lint(data=[*ROWS, {}], model=tiny.model)["findings"][0]["remedy"]
@@ -694,7 +696,8 @@ def test_results_and_files_name_options_as_the_call_does(tiny: TinyRun, tmp_path
     first, *others = backhand.plan(data=many, **planned)["notes"]
     assert first == "data: prompt/completion, 60 rows"
     held_out = (
-        "6 of these 60 rows, of which the other 54 are trained on; drawn at random with the seed; eval_fraction=0 "
+        "6 of these 60 rows, of which the other 54 are trained on; drawn at random with the seed; "
+        "to train on these too, give eval_fraction=0"
     )
     assert any(note.startswith("held out: 6 documents") and held_out in note for note in others)
     made = options(tiny, tmp_path / "run", data=ROWS, learning_rate=0.1, epochs=4, eval_every=1)

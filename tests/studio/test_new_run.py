@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from backhand.cli.main import main
+from backhand.data.label_names import integers_note
 from backhand.errors import DataError, UsageError
 from backhand.nn.loading.stores import MINILM, SMOLLM2
 from backhand.report.run_record import read_run
@@ -912,6 +913,10 @@ def test_messages_name_fields_instead_of_options() -> None:
     assert on_page("if whole texts are meant, add: --train-on text") == (
         "if whole texts are meant, set “train on” under More options to text"
     )
+    assert on_page("give another --output, or train with --dropout 0.1 or --loss-type sigmoid, as it does") == (
+        "give another name of the run, or train with “dropout” (0.1) under More options or “loss type” (sigmoid) "
+        "under More options, as it does"
+    )
     assert on_page("leave them out with --skip-bad") == "leave them out with “skip bad” under More options"
     assert on_page("add: --prompt a --train-on text") == (
         "choose a at “Question”, set “train on” under More options to text"
@@ -954,6 +959,14 @@ def test_messages_name_fields_instead_of_options() -> None:
         ),
         ("dpo", "the chosen answers are cut", "the chosen answers are cut"),
         ("embed", "Author is empty: no completion", "Author is empty: no “Text that belongs to it”"),
+        (
+            "classify",
+            integers_note(["1", "2", "3"]),
+            (
+                "the 3 integers are read as names; "
+                "to learn them as numbers, give “problem type” (regression) under More options"
+            ),
+        ),
         ("classify", "add --prompt a --completion b", "choose a at “Text”, b at “Label, or number to predict”"),
     ],
 )

@@ -139,7 +139,7 @@ def test_a_run_learns_labels(straight: TrainConfig) -> None:
     assert found is not None and ("labels themselves are not" in found[0] or "whether the labels" in found[0])
     integers = replace(straight, objective=replace(straight.objective, class_labels=("1", "2", "3")))
     found = answer_advice(integers, replace(unclear, try_next="backhand train …"), output)
-    regression = "he 3 integers are read as names; --problem-type regression learns them as numbers"
+    regression = "he 3 integers are read as names; to learn them as numbers, give --problem-type regression"
     assert found == (f"The labels themselves are not clearly learnt. T{regression}.", None)
     assert not any("gguf" in line for line in shown)
     card = (output / "adapter" / "README.md").read_text()
@@ -704,7 +704,7 @@ def test_lint_reports_labels_that_contradict_and_labels_of_few_rows(tiny: TinyRu
     assert "context" not in {finding.kind for finding in report.findings}
     stars = write_named(tmp_path / "stars.jsonl", [1, 2, 3, 4, 5, 5, 5, 5])
     options, tokenizer = DataOptions(data=(stars,)), open_model(str(tiny.model)).tokenizer()
-    note = "the 5 integers are read as names; --problem-type regression learns them as numbers"
+    note = "the 5 integers are read as names; to learn them as numbers, give --problem-type regression"
     report, _ = lint(options, tokenizer, purpose="classes")
     assert note in report.train.notes and [one.remedy.endswith(note) for one in report.findings if "rare" in one.kind]
     report, _ = lint(options, tokenizer, purpose="classes", problem_type=SINGLE)

@@ -240,7 +240,7 @@ class ColumnReader:
         self.given = {"prompt": prompt, "completion": answer}
         self.note = (
             f"the column {prompt} is read as the prompt and {answer} as its completion; "
-            "--prompt and --completion name others"
+            "others are named with --prompt and --completion"
         )
 
 

@@ -61,7 +61,7 @@ def integers_note(names: Collection[str]) -> str | None:
     """Return a clause if all labels are integers, which are read as names, or None."""
     if len(names) < FEWEST_INTEGERS or not all(map(is_integer, names)):
         return None
-    return f"the {len(names):,} integers are read as names; --problem-type regression learns them as numbers"
+    return f"the {len(names):,} integers are read as names; to learn them as numbers, give --problem-type regression"
 
 
 def refuse_labels_of_one_row(rows: Sequence[tuple[Collection[str], str]], next_step: str, what: str = "label") -> None:

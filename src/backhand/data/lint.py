@@ -69,7 +69,7 @@ CHECKS = {
         "left out because no token carries loss",
         "add a reply with a weight other than 0",
     ),
-    "context": Check("longer than the model's context", "longer than the model's {:,} tokens", "--max-length {}"),
+    "context": Check("longer than the model's context", "longer than the model's {:,} tokens", "give --max-length {}"),
     "no_end": Check(
         "no end token carries loss",
         "in which no end token carries loss, so the model does not learn to stop",

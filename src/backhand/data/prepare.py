@@ -112,7 +112,7 @@ def prepare(
         held_out = read(held_out_files, held_out=True)
     elif options.eval_fraction is None and purpose != "prompts" and (share := default_held_out_share(train)):
         train, held_out = split(train, share, seed)
-        held_out = held_out.with_note("drawn at random with the seed; --eval-fraction 0 trains on these too")
+        held_out = held_out.with_note("drawn at random with the seed; to train on these too, give --eval-fraction 0")
     if held_out is not None:
         shared = overlap(train.examples, held_out.examples)
         if shared:

@@ -490,6 +490,7 @@ _COMMANDS = {
 """Parts of the page that do what a command does, by its name."""
 IN_TERMINAL = "in a terminal: "
 """Words before a command that the page has no field or button for."""
+_UNDER = " under More options"
 _PLACES = {
     "model": "the model",
     "data": "the file of rows",
@@ -521,8 +522,9 @@ def on_page(text: object, objective: str = "") -> str:
         objective: that of the form, whose columns have labels of their own.
     """
     text = re.sub(r"\n  next: backhand [a-z]+ --help[^\n]*", "", str(text))
-    resume = r"(?:[Cc]ontinue|go on) with:? (?:backhand train )?--resume(?: --output (?:'[^']*'|\S+))?"
+    resume = r"(?:(?:[Cc]ontinue|go on) with:?|give) (?:backhand train )?--resume(?: --output (?:'[^']*'|\S+))?"
     text = re.sub(resume, "choose “Continue the run”", text)
+    text = re.sub(r"(?<!search )--resume --output (?:'[^']*'|\S+)", "“Continue the run”", text)
     text = re.sub(r"\bhf upload \S+ .*", "choose “Make the file” again", text)
     return "\n".join(_line_on_page(line, objective) for line in text.split("\n"))
 
@@ -611,23 +613,24 @@ def _line_on_page(line: str, objective: str) -> str:
         field = more.get(option)
         if field is None and option not in _PLACES:
             return match[0]
-        place = _PLACES.get(option) or f"“{option.replace('-', ' ')}” under More options"
+        name, under = (_PLACES[option], "") if option in _PLACES else (f"“{option.replace('-', ' ')}”", _UNDER)
+        place = name + under
         if field is not None and field.hint is bool:
             return f"set {place} to yes{f' {word}' if word else ''}" if add else f"{place}{f' {word}' if word else ''}"
-        is_value = add or word.startswith("'") or word.isupper() or word[:1].isdigit() or word in OBJECTIVES
+        is_value = add or word.isupper() or word in OBJECTIVES or re.search(r"^'|[\d:_]", word)
         if word in ("COLUMN", "FILE"):
             return place + end
         if is_value or (field is not None and word in choices_of(field)):
             value = _title(word) if option == "objective" else word
-            shown = f"to {value}" if add else value if field is not None else f"({value})"
-            return f"{'set ' if add else ''}{place} {shown}{end}"
+            return f"set {place} to {value}{end}" if add else f"{name} ({value}){under}{end}"
         return f"{place}{f' {word}' if word else ''}"
 
-    line = line.replace(" or --eval-data FILE", "")
+    if "--eval-fraction" in line:  # the page has this field for both
+        line = re.sub(r",? or --eval-data(?: FILE)?(?: with [a-z ]+)?", "", line)
     labels = {role.name: f"“{role.label.partition(' (')[0]}”" for role in _roles(objective)}
     line = _ROLE.sub(lambda role: labels.get(role[0], role[0]), line)
     line = _SEVERAL.sub(lambda several: f"“What to learn” ({re.sub(r'[a-z]{3,}', _titled, several[1])})", line)
-    line = _OPTION.sub(named, line)
+    line = re.sub(r"\b(another|larger|no) the ", r"\1 ", _OPTION.sub(named, line))
     return _COMMAND.sub(lambda match: _COMMANDS.get(match[1], f"{match[0].strip('`')} in a terminal"), line)
 
 

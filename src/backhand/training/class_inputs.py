@@ -173,8 +173,8 @@ def with_labels(
     if problem == SINGLE and not chosen and options.problem_type is None and (others := not_numbers(learned)):
         said.append(
             f"warning: most labels are numbers, but not those of {count_of(len(others), 'row')} "
-            f"({texts_at(others, learned)}), so that all are read as names; --problem-type regression --skip-bad "
-            "leaves these rows out and learns numbers"
+            f"({texts_at(others, learned)}), so that all are read as names; to leave these rows out and learn "
+            "numbers, give --problem-type regression --skip-bad"
         )
     if problem == SINGLE and not chosen and options.problem_type is None and (note := integers_note(labels)):
         said.append(note)
