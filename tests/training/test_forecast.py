@@ -112,6 +112,8 @@ def test_a_run_says_its_time_with_its_plan(
         # Two batches of seven prompts by each model, one of which ends like the rows with the adapter, after 8 tokens;
         # and the exact match of both, up to 8 tokens longer than the rows.
         ("answers", 64 + 8 + 2 * 64 + 2 * (8 + 8)),
+        # Longer answers differ from the rows' own after a few tokens, which ends them.
+        ("texts", 64 + 40 + 2 * 64 + 2 * 4),
         # Besides, the answers of both models and of the teacher.
         ("bake", 64 + 8 + 2 * 64 + 2 * (8 + 8) + 2 * 64 + 8),
     ],
@@ -119,11 +121,19 @@ def test_a_run_says_its_time_with_its_plan(
 def test_the_end_counts_all_answers(
     kind: str, passes: int, tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With one second for each pass. The end was predicted shorter than it was: 19 s where 25 followed."""
+    """With one second for each pass. The end was predicted shorter than it was: 19 s where 25 followed.
+
+    That of long answers was predicted to be two to four times as long.
+    """
     monkeypatch.setattr(calibration, "fastest_calls", lambda calls, *_, **__: [1.0] * len(calls))
     options: dict[str, Any] = {"quiet": False, "answers": 2, "max_steps": 2, "eval_every": 2}
     if kind == "bake":
         options |= {"objective": "bake", "context": "the assistant answers in json", "answers_from": "rows"}
+    if kind == "texts":
+        rows = tmp_path / "rows.jsonl"
+        row = {"prompt": "the user asks", "completion": "json " * 13}
+        rows.write_text("".join(json.dumps(row | {"prompt": f"user {number}"}) + "\n" for number in range(8)))
+        options |= {"data": (str(rows),), "eval_data": (), "eval_fraction": 0.5, "micro_batch_rows": 4}
     started = Started()
     summary = train(tiny.config(tmp_path / "run", **options), callbacks=[started])
     assert summary.adapted_exact_match is not None

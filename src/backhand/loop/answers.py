@@ -422,7 +422,12 @@ def _are_free_texts(prompts: Sequence[Prompt], tokens: Sequence[int]) -> bool:
     """
     replies = [one.reply or "" for one in prompts]
     several_words = median(len(reply.split()) for reply in replies) > 1
-    return median(tokens) > _LABEL_TOKENS or (several_words and len({*replies}) == len(replies))
+    return are_long(tokens) or (several_words and len({*replies}) == len(replies))
+
+
+def are_long(tokens: Iterable[int]) -> bool:
+    """Return True if most answers, of which these are the numbers of tokens, are longer than labels."""
+    return median(tokens) > _LABEL_TOKENS
 
 
 def _parts(example: Example, longest: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

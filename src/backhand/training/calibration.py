@@ -29,7 +29,7 @@ from backhand.engines.machine import Machine
 from backhand.engines.memory_probe import trial_pass
 from backhand.errors import not_none
 from backhand.generation.sampling import ROWS_AT_ONCE
-from backhand.loop.answers import EXTRA_TOKENS, MOST_ROWS, SHORT_TOKENS, answered_at_once, answered_rows
+from backhand.loop.answers import EXTRA_TOKENS, MOST_ROWS, SHORT_TOKENS, answered_at_once, answered_rows, are_long
 from backhand.loop.distilled_figures import MOST_ANSWERED, TIMED
 from backhand.loop.forecast import Busy, Forecast
 from backhand.loop.step import AdapterOptimizer
@@ -228,13 +228,17 @@ def _end_s(plan: RunPlan, seconds: Seconds, work: float) -> float:
         passes += batches * (2 * MAX_NEW_TOKENS + min(shown, MAX_NEW_TOKENS))
         end_s += 2 * evaluation_s
     if (objective.objective == "sft" or objective.answers_by == "rows") and longest <= SHORT_TOKENS:
-        # Exact match: losses, the probabilities of labels and free answers, each of both models.
-        rows = min(len(held_out), MOST_ROWS)
-        end_s += 5 * rows / len(held_out) * evaluation_s
-        passes += 2 * -(-rows // micro_batch_rows) * (longest + EXTRA_TOKENS)
+        # Exact match: losses, prompts and free answers, of both models. Those to texts end at the first difference.
+        rows, texts = min(len(held_out), MOST_ROWS), are_long(example.supervised_tokens for example in held_out)
+        end_s += (_OF_TEXTS if texts else _OF_LABELS) * rows / len(held_out) * evaluation_s
+        passes += 2 * -(-rows // micro_batch_rows) * (_EQUAL_TOKENS if texts else longest + EXTRA_TOKENS)
     return end_s + passes * seconds.decode
 
 
+_OF_TEXTS, _OF_LABELS = 3, 5
+"""Exact match of both models in evaluations: losses and prompts, and the probabilities of labels."""
+_EQUAL_TOKENS = 4
+"""Tokens after which a generated text differs from the row's own. Of labels, all tokens may be equal."""
 _REPORT_PER_MODULE_S = 0.002
 """Seconds for reading, measuring and drawing one module's factors."""
 
@@ -274,7 +278,8 @@ def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float
     few_s = [0.0] * len(models)
     if not (isinstance(short.model, Decoder) and not short.model.config.has_head):  # an encoder answers nothing
         decoders = [partial(model.logits, few) for model in models]
-        few_s = fastest_calls(decoders, machine.device, 0.0, at_least=_DECODING_PASSES)
+        until = time.perf_counter() + _DECODING_S
+        few_s = fastest_calls(decoders, machine.device, until, at_least=_DECODING_PASSES)
     tokens, seconds = timed(_PROBE_TOKENS, 0.0)
     affordable = int((deadline - time.perf_counter()) / (_PASSES * sum(seconds) / tokens))
     if affordable > tokens:
@@ -308,7 +313,9 @@ _OWN_SHARE = 0.75
 """Share of the measurement in which the main thread computes. If it is smaller, other work slows the process."""
 
 
-_PROBE_TOKENS, _DECODED_TOGETHER, _DECODING_PASSES = 64, 8, 5
+_PROBE_TOKENS, _DECODED_TOGETHER = 64, 8
+_DECODING_PASSES, _DECODING_S = 5, 0.5
+"""Smallest number of passes for the time of a token, and the seconds for more of them."""
 _PASSES = 3
 """Cost of a measurement in passes: one that compiles kernels, which takes as long as two, and one that is timed."""
 
