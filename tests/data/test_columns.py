@@ -8,6 +8,7 @@ import math
 import re
 import shlex
 import subprocess
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -634,6 +635,22 @@ def test_one_text_for_two_columns_of_a_form_is_refused(
         lint(DataOptions(data=(str(path),), **columns), byte_level(), purpose=purpose)
     assert "rows.csv:2 has body, team, n" in str(refused.value) and "--train-on" not in str(refused.value)
     assert refused.value.why == why
+
+
+@pytest.mark.parametrize(("by", "looked_up"), [("ABCDE", True), ("ABCDEFG", False)])
+def test_a_column_whose_values_each_have_one_answer_is_not_proposed_and_noted(
+    by: str, looked_up: bool, tmp_path: Path
+) -> None:
+    lines = [f"the speech {n},Mr {by[n % len(by)]},{'LR'[n % 5 % 2]}\n" for n in range(60)]
+    path = written(tmp_path / "rows.csv", "".join(["text,speaker,side\n", *lines]))
+    rows = DataOptions(data=(str(path),))
+    with pytest.raises(DataError) as refused:
+        lint(rows, byte_level(), purpose="classes")
+    assert (r"{text}\n{speaker}" in str(refused.value)) is not looked_up
+    named = replace(rows, prompt=r"{text}\n{speaker}", completion="side", max_rows=50)
+    notes = lint(named, byte_level(), purpose="classes")[0].train.notes
+    told = "each speaker has only one side, so that the model learns these names instead of the text"
+    assert any(told in note for note in notes) is looked_up
 
 
 def test_an_answer_inside_the_prompt_or_the_state_is_noted(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_rows_of_a_stopped_run_are_not_lost_silently_and_can_be_given_again(
     client.post("upload?name=faq.csv", body=TABLE)
     finished.rename(space.run("one"))
     config, status = space.run("one") / "config.toml", space.run("one") / "status.json"
-    rows = f"data = {json.dumps([str(space.rows / 'rows-1.csv')])}"
+    rows = f"data = {json.dumps([str(space.rows / 'rows-1.csv')])}\nprompt = '{{question}} ({{group}})'"
     config.write_text(re.sub(r"(?m)^data = .*", rows, config.read_text()))
     status.write_text(status.read_text().replace('"finished"', '"interrupted"'))
     code, text, _ = client.post("delete-rows", data="rows-1.csv")
@@ -174,6 +174,7 @@ def test_rows_of_a_stopped_run_are_not_lost_silently_and_can_be_given_again(
     monkeypatch.setattr(queue, "enqueue", lambda _, name, words, form="": started.append((words, form)))
     page = part(client.get("runs/one")[1])
     assert "The rows of this run were deleted (rows-1.csv)" in page.one("div", id="state").text
+    assert "this was the text {question} ({group}), with the columns in" in page.one("p", id="trained-on").text
     code, text, _ = client.post("runs/one/resume")
     assert code == 409 and "rows of this run were deleted" in text and "did you mean" not in text and not started
     client.post("upload?name=faq.csv", body=TABLE)
@@ -682,6 +683,11 @@ def test_a_renamed_run_starts_again_in_its_own_directory(
             "Tweet;Mean",
             "the text of {n};{n},{n}85",
             {"objective": "classify", "prompt": "Tweet", "completion": "Mean"},
+        ),
+        (
+            "Speech;By;Party",
+            "the text of {n};{k} Smith;{k}",
+            {"objective": "decide", "state": "Speech", "question": "Party"},
         ),
         (
             "Headword,Meaning,Group,Comment",

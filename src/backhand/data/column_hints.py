@@ -172,6 +172,10 @@ _NUMBER = re.compile(
 _FEWEST_ROWS = 4
 """Fewest rows from which a column counts as constant, or as empty in most rows."""
 _NEARLY_ALL = 0.9
+_MOST_ROWS = 2_000
+"""Number of rows whose values are compared with each other."""
+_CHANCE = 1e-6
+"""Probability below which equal answers of equal values are no chance."""
 
 
 class ClassColumns:
@@ -181,11 +185,15 @@ class ClassColumns:
     """
 
     def __init__(self) -> None:
+        self._rows: list[dict[str, str]] = []  # the short values of the first rows
         self._seen: dict[str, dict[str, None]] = {}  # the first distinct values per column, truncated
         self._filled: Counter[str] = Counter()  # number of rows with more than white space per column
 
     def add(self, values: Mapping[str, Any]) -> None:
         """Record the values of a row."""
+        if len(self._rows) < _MOST_ROWS:
+            texts = ((name, str(value)) for name, value in values.items() if value is not None)
+            self._rows.append({name: text.strip() for name, text in texts if len(text) <= _LONGEST and text.strip()})
         for name, value in values.items():
             if value is not None:
                 text = str(value)[: _LONGEST + 1]
@@ -212,14 +220,35 @@ class ClassColumns:
     def uninformative(self, rows: int) -> list[str]:
         """Return the columns that a prompt need not contain.
 
-        These are the constant columns, and numbers and dates if other columns contain a text and an answer.
+        These are the constant columns, those that determine the answer, and numbers and dates if other columns contain
+        a text and an answer.
         """
         constant, classes = self.constant(rows), self.names(rows)
         answer = class_of(classes) if classes else None
         others = [name for name in _usable(self._seen) if name not in constant and name != answer]
         texts = [name for name in others if not self._has_numbers(name)]
+        constant += self.determining(answer, texts)
         numbers = [name for name in others if name not in texts]
         return constant + numbers if texts and len(texts) + len(classes[:1]) > 1 else constant
+
+    def determining(self, answer: str | None, columns: Sequence[str]) -> list[str]:
+        """Return the columns of repeating short values that each have one answer, [] if no other column remains.
+
+        Such values are names to look up, next to which a text need not be read. For answers that are independent of the
+        column, equal values have equal answers with a probability of at most p^repeats, p being the share of the most
+        frequent answer.
+        """
+        answers = Counter(row[answer] for row in self._rows if answer in row) if answer is not None else Counter()
+        found = []
+        for name in columns if 1 < len(answers) <= _MOST else ():
+            pairs = [
+                (row[name], row[answer]) for row in self._rows if answer is not None and {name, answer} <= row.keys()
+            ]
+            values = {value for value, _ in pairs}
+            repeats, most = len(pairs) - len(values), max(answers.values()) / answers.total()
+            if len({*pairs}) == len(values) <= repeats >= len(self._rows) // 4 and most**repeats < _CHANCE:
+                found.append(name)
+        return found if len(found) < len(columns) else []
 
     def _has_numbers(self, name: str) -> bool:
         values = [value for value in self._seen[name] if value.strip()]

@@ -14,7 +14,7 @@ from functools import partial
 from itertools import chain, combinations
 from typing import Any
 
-from backhand.data.column_hints import COUNTING, state_option
+from backhand.data.column_hints import COUNTING, ClassColumns, state_option
 from backhand.data.decision_rows import ANSWERS, LABEL
 from backhand.data.forms import fits
 from backhand.data.options import (
@@ -57,6 +57,7 @@ class ColumnReader:
         given: column or template by option, without `columns`.
         used: columns that were read.
         note: sentence about guessed columns, or None.
+        values: values of the columns of a text and of answers, if several columns form the text.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class ColumnReader:
         self._may_be_equal = may_be_equal
         self.used: frozenset[str] = frozenset()
         self.note: str | None = None
+        self.values = ClassColumns()
 
     def rows(self, raws: Iterator[RawRow], bad: RowErrors) -> Iterator[RawRow]:
         """Yield every row with its columns renamed.
@@ -109,11 +111,31 @@ class ColumnReader:
         self._check_answers(first)
         texts = (*self.given.values(), *self._columns.values(), self._system or "", *self._answers)
         self.used = frozenset(name for text in texts for name in columns_named(text))
+        _, asked, answers = self._text_and_answers()
         for raw in chain([first], raws):
+            if len(asked) > 1:
+                self.values.add({name: raw.values.get(name) for name in (*asked, *answers)})
             try:
                 yield self._renamed(raw) if self.given or self._columns else raw
             except DataError as error:
                 bad.add(error)
+
+    def _text_and_answers(self) -> tuple[str, list[str], list[str]]:
+        """Return the option of the text, its columns, and the columns of its answers."""
+        option = "state" if "state" in self.given else "prompt"
+        answers = self._answers or ((self.given["completion"],) if "completion" in self.given else ())
+        return option, columns_named(self.given.get(option, "")), [_alone(text) for text in answers]
+
+    def notes(self) -> list[str]:
+        """Return sentences about the rows that were read."""
+        option, asked, answers = self._text_and_answers()
+        others = [name for name in asked if name not in answers]
+        looked_up = ((name, answer) for answer in answers for name in self.values.determining(answer, others))
+        return ([] if self.note is None else [self.note]) + [
+            f"warning: each {name} has only one {answer}, so that the model learns these names instead of the text: "
+            f"leave {name} out of --{option}, unless new texts have the same ones"
+            for name, answer in looked_up
+        ]
 
     def _renamed(self, raw: RawRow) -> RawRow:
         values = {name: value for name, value in raw.values.items() if not self.given or name not in _DECIDING}

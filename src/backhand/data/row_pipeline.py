@@ -121,8 +121,7 @@ class RowPipeline:
                 others = [column for column in reader.columns if column not in (*named.used, self.context_column)]
                 unread |= dict.fromkeys(reader.form.unread(others, conversation=conversation))
                 classes |= dict.fromkeys(reader.class_columns.names(rows))
-            if named.note is not None:
-                notes.append(named.note)
+            notes += named.notes()
             forms.append(SourceForm(name, reader.form.name, rows))
             total += rows
         if unread:

@@ -22,12 +22,13 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Mount, Route
 
+from backhand.data.options import has_columns
 from backhand.data.sources import data_suffix
 from backhand.errors import UsageError
 from backhand.files import FileLayer, remove_tree
 from backhand.reading import read_plain
 from backhand.report.page import trained_adapter
-from backhand.report.run_record import read_run
+from backhand.report.run_record import RunRecord, read_run
 from backhand.runs.directory import CONFIG, REPORT
 from backhand.studio import queue
 from backhand.studio.access import SANDBOX_POLICY, Refused, refusal
@@ -192,6 +193,7 @@ async def _run_page(site: Site, request: Request) -> Response:
                 if (one.to, one.options) in usable
             },
             "objective": "" if record is None else record.objective,
+            "trained_on": "" if record is None else _text_of_training(record),
             "can_try": record is not None and _can_be_tried(run, record.summary.get("try_next") or ""),
             "made": site.space.exported(run.name) if site.workspace is not None else [],
             "charts": {},
@@ -206,6 +208,14 @@ async def _run_page(site: Site, request: Request) -> Response:
 def _form_of(run: ListedRun) -> Draft:
     """Return the form that a run was started with, without fields if there is none."""
     return Draft.of(parse_qsl(run.job.form if run.job is not None else ""))
+
+
+def _text_of_training(record: RunRecord) -> str:
+    """Return the column of the texts of a run, or the text with columns in braces; "" if none is named."""
+    text = record.config.get("data", {}).get("state" if record.objective == "decide" else "prompt")
+    if not isinstance(text, str) or not text:
+        return ""
+    return f"the text {text}, with the columns in braces filled in" if has_columns(text) else f"the column {text}"
 
 
 def _can_be_tried(run: ListedRun, suggested: str) -> bool:

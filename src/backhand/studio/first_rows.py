@@ -49,11 +49,15 @@ def first_rows(name: str) -> dict[str, Any]:
     classes = ClassColumns()
     for row in rows:
         classes.add(row)
+    names, texts = classes.names(len(rows)), _texts(columns, rows, classes.constant(len(rows)))
+    answer = class_of(names) if names else None
+    determining = classes.determining(answer, [name for name in texts if name not in names])
+    texts = [name for name in texts if name not in determining]
     return {
         "columns": columns,
         "rows": [{column: _text(row.get(column)) for column in columns} for row in rows[:SHOWN_ROWS]],
         "complete": classes.complete(len(rows)),
-        **_suggested(columns, classes.names(len(rows)), _texts(columns, rows, classes.constant(len(rows))), rows),
+        **_suggested(columns, names, texts, rows),
     }
 
 
