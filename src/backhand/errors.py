@@ -135,6 +135,13 @@ def first_line(error: BaseException) -> str:
     return (text.splitlines() or [type(error).__name__])[0]
 
 
+def error_text(error: BackhandError | OSError) -> str:
+    """Return an error as a message, the system's without its number and with its path."""
+    if isinstance(error, BackhandError):
+        return str(error)
+    return f"{error.filename}: {short_reason(error)}" if error.filename else short_reason(error)
+
+
 def short_reason(error: BaseException) -> str:
     """Return the message of another library's exception on one line, for `why`; of the system's, without its number.
 

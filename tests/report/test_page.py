@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import re
@@ -16,6 +17,7 @@ import pytest
 
 from backhand.errors import ArtifactError, CheckError, UsageError
 from backhand.loop.observers import Observer
+from backhand.report import command
 from backhand.report.headline import headline
 from backhand.report.page import SECTIONS, result_sentence, run_page
 from backhand.report.run_record import read_run
@@ -318,7 +320,7 @@ def test_a_run_of_an_older_version_without_the_new_files(finished: Path) -> None
 
 
 def test_a_page_that_cannot_be_written_takes_nothing_from_the_run(
-    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Block(Observer):
         def ended(self, summary: Any) -> None:
@@ -327,6 +329,14 @@ def test_a_page_that_cannot_be_written_takes_nothing_from_the_run(
     summary = train(tiny.config(tmp_path / "run", max_steps=1), callbacks=[Block()])
     assert summary.steps == 1
     assert "the report could not be written" in capsys.readouterr().err
+
+    def full(_run: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device", "/runs/report.html")
+
+    monkeypatch.setattr(command, "write_report", full)
+    train(tiny.config(tmp_path / "other", max_steps=1))
+    said = "the report could not be written: /runs/report.html: No space left on device\n"
+    assert said in capsys.readouterr().err
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

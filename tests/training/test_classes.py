@@ -517,6 +517,10 @@ def test_numbers_are_judged_by_the_squared_errors_of_the_rows(tiny: TinyRun, tmp
         DataError, match=r"not a number\n  why: the adapter learned numbers\n  next: .* leave the row out$"
     ):
         backhand.evaluate(data=[{"text": "a", "label": "high"}], adapter=tmp_path / "run/adapter", model=tiny.model)
+    mixed: list[dict[str, Any]] = [*rows[:8], {"text": "a", "label": "high"}]
+    fitting = backhand.evaluate(data=mixed, adapter=tmp_path / "run/adapter", model=tiny.model, skip_bad=True)
+    assert isinstance(fitting, Evaluation) and fitting.adapted is not None and fitting.adapted.classes is not None
+    assert fitting.adapted.classes.gain == evaluated.adapted.classes.gain, "as without the row that does not fit"
     backhand.train(data=rows, eval_data=rows[:8], output=tmp_path / "other", max_steps=3, **common)
     page = comparison_page([read_run(tmp_path / name) for name in ("run", "other")]).decode()
     assert "in squared error per row; compared with " in page and "too few rows to tell the change from chance" in page

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from backhand.loop import forecast as forecasts
-from backhand.loop.forecast import BUSY, Forecast
+from backhand.loop.forecast import BUSY, Busy, Forecast
 from backhand.loop.observers import Observer, RunStart
 from backhand.options.config import RunOptions, TrainConfig
 from backhand.training import calibration
@@ -41,6 +41,12 @@ def test_steps_that_are_slower_than_predicted_make_the_rest_longer(clock: list[f
         clock[0] += 2.0
         left = forecast.left_s(step, 2.0 * step + 30.0)  # the first step compiled for 30 seconds
     assert left == pytest.approx(2 * (50 + 1 + 10), rel=0.05)
+
+
+def test_a_prediction_next_to_other_work_does_not_count_after_two_steps(clock: list[float]) -> None:
+    forecast = Forecast([4.0] * 10, {}, 8.0, busy=Busy(0.5, 1.0))
+    forecast.begin(0, 0.0)
+    assert [forecast.left_s(step, float(step)) for step in (1, 2)][-1] == 8 + 2
 
 
 def test_long_steps_that_are_still_to_come_count(clock: list[float]) -> None:

@@ -33,7 +33,9 @@ class ClassFormat:
 
     pooling: PoolingName
     padding_id: int | None = None  # the padding token of the model, or None
-    problem: ProblemType | None = None  # kind of problem that an option gives; rows that do not fit it are malformed
+    # kind of problem that an option or a trained head gives; rows that do not fit it are malformed
+    problem: ProblemType | None = None
+    names: tuple[str, ...] | None = None  # the labels of a trained head, which other labels do not fit
 
     def read_tokens(self, tokens: list[int]) -> list[int]:
         """Return the tokens of a text that transformers reads, without padding tokens at the end of a decoder's."""
@@ -78,7 +80,7 @@ class ClassEncoder:
         label = None if row.label is None else ClassLabel(row.label)
         problem = self._format.problem
         unclear = label is not None and has_unclear_comma(label.value)  # all rows together tell what the comma is
-        if label and problem and not unclear and (error := misfit(label, problem, row.source)):
+        if label and problem and not unclear and (error := misfit(label, problem, row.source, self._format.names)):
             return error
         return pooled_document(tokens, self._format.pooling, row.source, class_label=label)
 
@@ -176,10 +178,12 @@ def target_of(
     return [float(name in label.names) for name in names]
 
 
-def misfit(label: ClassLabel, problem: ProblemType, source: str) -> DataError | None:
-    """Return the error for a label that does not fit the kind of problem, or None."""
+def misfit(
+    label: ClassLabel, problem: ProblemType, source: str, trained: Sequence[str] | None = None
+) -> DataError | None:
+    """Return the error for a label that does not fit the kind of problem or the labels of a trained head, or None."""
     try:
-        target_of(label, problem, label.names, source)
+        target_of(label, problem, label.names if trained is None else trained, source, trained=trained is not None)
     except DataError as error:
         return error
     return None

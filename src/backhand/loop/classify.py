@@ -182,7 +182,7 @@ def evaluate_classes(
     """
     classifier = Classifier.of(loaded, micro_batch_rows)
     data = replace(data, eval_data=(), eval_fraction=0.0, max_length=min(data.max_length, classifier.max_length))
-    text_format = classifier.text_format
+    text_format = replace(classifier.text_format, problem=classifier.problem, names=tuple(classifier.labels))
     prepared, _ = prepare(data, loaded.tokenizer, purpose="classes", text_format=text_format, recorded=loaded.columns)
     show_notes(prepared.report.left_out())
     examples, problem = prepared.examples, classifier.problem

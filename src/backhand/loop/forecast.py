@@ -94,6 +94,8 @@ class Forecast:
         self._measured, self._predicted = kept * self._measured + measured, kept * self._predicted + predicted
         self._last, self._logged = (step, train_s), self._logged + 1
         prior = self._until[-1] / max(1, len(self.steps_s))  # the prediction counts as one step
+        if self.busy is not None and self._logged > 1:
+            prior = 0.0  # it was slowed by other work, which may have ended
         slower = (self._measured + prior) / ((self._predicted + prior) or 1.0)
         first, first_s = self._began_at
         paused = {after: seconds for after, seconds in self.pauses_s.items() if first <= after < step}

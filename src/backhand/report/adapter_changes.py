@@ -12,7 +12,7 @@ from typing import NamedTuple
 from backhand.adapters.contents import TENSOR_FILE
 from backhand.arithmetic.adapter_factors import read_factors
 from backhand.arithmetic.inspect import ModuleInspection, inspect_modules
-from backhand.errors import BackhandError
+from backhand.errors import BackhandError, error_text
 from backhand.report.run_record import RunRecord, is_number
 from backhand.runs.checkpoint import newest_checkpoint
 
@@ -48,7 +48,7 @@ def changes_of(run: RunRecord) -> AdapterChanges:
             written_ns = (directory / TENSOR_FILE).stat().st_mtime_ns
             changes, also_trained = _read(directory, written_ns, norms)
         except (BackhandError, OSError) as error:
-            return AdapterChanges([], f"the adapter cannot be read: {error}")
+            return AdapterChanges([], f"the adapter cannot be read: {error_text(error)}")
         return AdapterChanges(list(changes), str(directory.relative_to(run.path)), also_trained)
     return AdapterChanges([], "there is no adapter yet")
 

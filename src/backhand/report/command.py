@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from backhand.errors import BackhandError
+from backhand.errors import BackhandError, error_text
 from backhand.files import FileLayer, make_directory, replace_file, replaceable_mode, save_errors
 from backhand.printing import say
 from backhand.report.comparison import comparison_page
@@ -68,7 +68,7 @@ def report_kept(run: Path | None) -> Iterator[None]:
             try:
                 write_report(run)
             except (BackhandError, OSError) as error:
-                say(*f"the report could not be written: {error}".split("\n"))
+                say(*f"the report could not be written: {error_text(error)}".split("\n"))
 
 
 def _proofs_version(run: Path | None) -> tuple[int, int] | None:

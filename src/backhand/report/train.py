@@ -12,7 +12,7 @@ from backhand.bounds import check_kind
 from backhand.data.given_rows import GivenRows
 from backhand.distributed.launch import in_process_group
 from backhand.engines.engine import RunCache
-from backhand.errors import BackhandError, UsageError
+from backhand.errors import BackhandError, UsageError, error_text
 from backhand.loop.observers import Callback, Observer, RunStart, as_callbacks
 from backhand.options.config import TrainConfig
 from backhand.printing import going_on, say, visible
@@ -42,7 +42,7 @@ class _ReportWriter(Observer):
             with going_on("writing the report"):
                 target = write_report(self._directory)
         except (BackhandError, OSError) as error:
-            message, out = f"the report could not be written: {error}", sys.stderr
+            message, out = f"the report could not be written: {error_text(error)}", sys.stderr
         else:
             message, out = visible(f"Report: {shlex.quote(str(target))}"), sys.stdout
         if out is sys.stderr or not self._quiet:
