@@ -346,6 +346,9 @@ class Misspelt(backhand.Observer):
         (lambda: backhand.train(class_weight="balanced"), "rows have equal weights"),
         (lambda: backhand.train(scoring="f1"), "depends on the objective alone"),
         (lambda: backhand.classify("a", candidate_labels=["a"]), "here it is labels"),
+        (lambda: backhand.embed(["a"], query=True), "next: here it is queries=True"),
+        (lambda: backhand.embed(query="a"), "next: here it is texts"),
+        (lambda: backhand.rank("a", docs=["b"]), "next: here it is documents, or for a file of rows data"),
         (lambda: backhand.generate("a", stop=1), "next: give stop=[…]"),  # type: ignore[arg-type]
         (lambda: backhand.train(task_type="SEQ_CLS"), 'next: here it is objective="classify"'),
         (lambda: backhand.train(objective="ppo"), "next: here it is grpo"),

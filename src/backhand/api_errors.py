@@ -63,14 +63,14 @@ def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]
 
     A long call prints its progress as a command does, unless it is quiet.
     """
-    hints = {as_option(field.name): field.hint for kind in kinds for field in option_fields(kind)}
+    of_options = {as_option(field.name): field.hint for kind in kinds for field in option_fields(kind)}
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        _HINTS[function.__name__] = hints
+        named = [one for one in inspect.signature(function).parameters.values() if one.kind is not one.VAR_KEYWORD]
+        arguments = {as_option(one.name): str for one in named}  # some are no options of the command
+        _HINTS[function.__name__] = hints = arguments | of_options
         _REQUIRED[function.__name__] = {
-            one.name
-            for place, one in enumerate(inspect.signature(function).parameters.values())
-            if one.kind is not one.VAR_KEYWORD and (one.default is one.empty or not place)
+            one.name for place, one in enumerate(named) if one.default is one.empty or not place
         }
 
         @wraps(function)

@@ -138,7 +138,7 @@ def suggestion(
     if aliases.get(field) in known:
         return f"{HERE}{aliases[field]}"
     field = aliases.get(field, field)
-    if (same := text_meant(name, text, known)) is not None:
+    if not isinstance(value, bool) and (same := text_meant(name, text, known)) is not None:
         return f"{HERE}{same}"
     for near in nearest_names(field, known, count=1, cutoff=0.9):
         if near != field:  # the name of a table of options may be written as an option

@@ -14,11 +14,11 @@ import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 _UNSEEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 """Unicode categories without a visible form: control, format, surrogates, line and paragraph separators."""
@@ -112,6 +112,8 @@ def show_what_libraries_say() -> None:
 # A limit on silence.
 
 
+T = TypeVar("T")
+
 SILENCE_S, LATER_SILENCE_S = 10.0, 60.0
 """Longest silence in the first minutes of a command, and later, when nobody waits for every line."""
 _FIRST_MINUTES_S = 180.0
@@ -179,6 +181,8 @@ class _Counter:
         worked = self.worked or float(self.done)
         left_s = (time.monotonic() - self.began_s) / worked * (self.total - worked) if worked else 0.0
         about = "at most about" if self.worked else "about"  # a part may end before its largest size
+        if worked and _rounds:
+            left_s, about = _rounds[-1].left(left_s)
         left = f", {about} {duration(left_s)} left" if left_s > _WORTH_SAYING_S else ""
         return f"{self.what}, {self.done:,} of {self.total:,} {self.many}{left}"
 
@@ -192,6 +196,52 @@ def counting(what: str, total: int, many: str = "rows") -> Iterator[Callable[...
     counter = _Counter(what, total, many)
     with going_on(counter):
         yield counter.count
+
+
+class _Rounds:
+    """Rounds of the same work. See `in_rounds`."""
+
+    def __init__(self, costs: Sequence[float]) -> None:
+        self._costs = costs
+        self._began: list[float] = []  # when each round began
+
+    def begin(self) -> None:
+        self._began.append(time.monotonic())
+
+    def left(self, of_activity_s: float) -> tuple[float, str]:
+        """Return the time until the last round ends, and how exact it is."""
+        now_s, (first, *others) = time.monotonic(), self._began
+        if not others:  # the activities of the first round that are still to come are not known
+            share = sum(self._costs[1:]) / self._costs[0]
+            return of_activity_s + share * (now_s - first + of_activity_s), "at least" if share else "about"
+        of_rounds_s = sum(self._costs[len(others) :]) / self._costs[0] * (others[0] - first)
+        return max(of_activity_s, of_rounds_s - (now_s - others[-1])), "about"
+
+
+_rounds: list[_Rounds] = []
+
+
+@contextmanager
+def in_rounds(subjects: Sequence[T], costs: Sequence[float] = ()) -> Iterator[Iterator[T]]:
+    """Yield an iterator over the subjects of rounds of the same work, such as the measurements of two models.
+
+    Activities that count then contain the time until the last round ends, not only the activity itself.
+
+    Args:
+        costs: the expected time of each round, relative to the others; equal times if it is empty.
+    """
+    rounds = _Rounds(costs or [1.0] * len(subjects))
+
+    def one_by_one() -> Iterator[T]:
+        for one in subjects:
+            rounds.begin()
+            yield one
+
+    _rounds.append(rounds)
+    try:
+        yield one_by_one()
+    finally:
+        _rounds.remove(rounds)
 
 
 def advanced(parts: float) -> None:

@@ -87,6 +87,30 @@ def test_what_is_counted_says_how_long_the_rest_takes(clock: list[float]) -> Non
         assert printing.now() == "answers, 299 of 300 rows"
 
 
+def test_the_time_left_has_all_rounds_of_the_same_work(clock: list[float]) -> None:
+    lefts: dict[tuple[str, str], str] = {}
+    with printing.in_rounds(("base", "adapted"), costs=(1.0, 2.0)) as models:
+        for model in models:
+            for part in ("losses", "labels", "orders")[: 2 + (model == "adapted")]:
+                with printing.counting(part, 10) as done:
+                    for row in range(20 if part == "orders" else 10):
+                        clock[0] += 1.0
+                        done()
+                        if row == 1:
+                            lefts[model, part] = printing.now().partition("rows, ")[2]
+    assert lefts == {
+        ("base", "losses"): "at least 28 s left",  # the labels are not known
+        ("base", "labels"): "at least 48 s left",
+        ("adapted", "losses"): "about 38 s left",
+        ("adapted", "labels"): "about 28 s left",
+        ("adapted", "orders"): "about 18 s left",
+    }
+    with printing.counting("texts", 10) as done:
+        clock[0] += 1.0
+        done()
+        assert printing.now().endswith(", about 9.0 s left"), "the rounds are over"
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_function_that_fails_is_no_end_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     with printing.never_silent("lint"), printing.going_on(lambda: str(1 / 0)):

@@ -781,7 +781,9 @@ def test_a_file_without_the_columns_of_training_is_answered_with_its_own(straigh
         {"state": "about", "question": {"kind": "Which?"}},
     ],
 )
-def test_the_columns_of_training_are_found_again(named: dict[str, Any], tiny: TinyRun, tmp_path: Path) -> None:
+def test_the_columns_of_training_are_found_again(
+    named: dict[str, Any], tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [{"id": n, "about": f"user asks {word}", "kind": word} for n, word in enumerate(["json", "list"] * 4)]
     made = tiny.config(tmp_path / "run", data=GivenRows.of(rows), eval_data=(), max_steps=1, epochs=None, **named)
     train(replace(made, objective=ObjectiveOptions(objective="decide")))
@@ -791,6 +793,9 @@ def test_the_columns_of_training_are_found_again(named: dict[str, Any], tiny: Ti
     answers = backhand.decide(data=states, **given)
     assert backhand.decide(data=[row | {"kind": ""} for row in states], **given) == answers
     assert backhand.decide(data=states, state="about", **given) == answers
+    assert "a dict is a state" not in capsys.readouterr().err
+    assert backhand.decide(states=states, **given) != answers, "the states are JSON"
+    assert "give rows with the columns of training as data=… (a path, a list" in capsys.readouterr().err
     others = [{"title": row["about"], "team": row["kind"]} for row in rows]
     with pytest.raises(BackhandError, match=r"next: name .* state=\"\{title\}"):
         backhand.decide(data=others, **given)

@@ -15,6 +15,7 @@ from backhand.data.decision_examples import DecisionEncoder
 from backhand.data.decisions import PROMPT_VERSION, Asked, DecisionRow, Question, QuestionType, question_of
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, check_vocabulary
+from backhand.data.given_rows import GivenRows
 from backhand.data.options import DataOptions, NamedColumns, TemplateOptions
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import prepare
@@ -30,7 +31,7 @@ from backhand.loop.decision_scores import DecisionScore, Outcome, outcomes_of, s
 from backhand.loop.objectives.objective import document_sums
 from backhand.nn.compute import resolve_device, resolve_dtype
 from backhand.options.command_options import DecideOptions
-from backhand.printing import counting
+from backhand.printing import counting, in_rounds
 from backhand.reading import read_plain
 from backhand.runs.row_changes import right_words
 from backhand.terminal import console_for_tables, table_of, working
@@ -136,7 +137,7 @@ class Decider:
             decided: the outcomes in canonical order.
         """
         changed: dict[str, list[bool]] = {}
-        numbers = [n for n, row in enumerate(rows) if any(one.question.type == "choice" for one in row.asked)]
+        numbers = _with_choices(rows)
         choices = [rows[n] for n in numbers]
         with counting("adapted model: decisions in random orders", RANDOM_ORDERS * len(numbers)) as done:
             for seed in range(1, RANDOM_ORDERS + 1):
@@ -186,6 +187,11 @@ def decided_rows(
     return prepared.examples.facts(DecisionRow)
 
 
+def _with_choices(rows: Sequence[DecisionRow]) -> list[int]:
+    """Return the numbers of the rows with a choice."""
+    return [n for n, row in enumerate(rows) if any(one.question.type == "choice" for one in row.asked)]
+
+
 def evaluate_decisions(
     loaded: LoadedModel, data: DataOptions, micro_batch_rows: int
 ) -> tuple[int, list[tuple[float, int, dict[str, DecisionScore]]]]:
@@ -198,17 +204,19 @@ def evaluate_decisions(
     decider = Decider.of(loaded, data, micro_batch_rows)
     rows = decided_rows(decider, data, decider.questions, answered=True)
     results = []
-    for adapter in (False, True):
-        loaded.model.use_adapter(adapter)
-        who = "adapted model" if adapter else "base model"
-        with counting(f"{who}: decisions", len(rows)) as done:
-            by_row = list(decider.outcomes(rows, on_row=done))
-        flips = decider.flips(rows, by_row) if adapter else {}
-        every = [one for outcomes in by_row for one in outcomes]
-        scores = score_questions(every, decider.temperatures if adapter else {}, flips)
-        answers = sum(score.rows for score in scores.values())
-        loss = sum(score.rows * score.nll for score in scores.values()) / answers
-        results.append((loss, answers, scores))
+    of_orders = RANDOM_ORDERS * len(_with_choices(rows)) / len(rows)
+    with in_rounds((False, True), costs=(1.0, 1.0 + of_orders)) as models:
+        for adapter in models:
+            loaded.model.use_adapter(adapter)
+            who = "adapted model" if adapter else "base model"
+            with counting(f"{who}: decisions", len(rows)) as done:
+                by_row = list(decider.outcomes(rows, on_row=done))
+            flips = decider.flips(rows, by_row) if adapter else {}
+            every = [one for outcomes in by_row for one in outcomes]
+            scores = score_questions(every, decider.temperatures if adapter else {}, flips)
+            answers = sum(score.rows for score in scores.values())
+            loss = sum(score.rows * score.nll for score in scores.values()) / answers
+            results.append((loss, answers, scores))
     return len(rows), results
 
 
@@ -288,6 +296,7 @@ def decide(options: DecideOptions) -> list[dict[str, Any]]:
             values = {field.name: getattr(given, field.name) for field in fields(given)}
             data = DataOptions(**values, max_length=loaded.model.context_tokens)
             rows = decided_rows(decider, data, questions, answered=False)
+            show_notes(_json_notes(given.data, decider))
         else:
             asked = tuple(Asked(question, None) for question in _required(questions))
             rows = [DecisionRow(not_none(given.state), asked, "state")]
@@ -296,6 +305,15 @@ def decide(options: DecideOptions) -> list[dict[str, Any]]:
         dtype = resolve_dtype(options.model, resolve_device(options.model))
         show_notes(_tie_notes(answers, "" if dtype.itemsize >= 4 else str(dtype).removeprefix("torch.")))
     return answers
+
+
+def _json_notes(data: Sequence[str], decider: Decider) -> list[str]:
+    """Return a note if dicts are given as states, although the states of training were made of the columns of rows."""
+    states = [row["state"] for one in data if isinstance(one, GivenRows) and one.option for row in one.rows]
+    of_columns = decider.state is not None or decider.loaded.columns not in (None, NamedColumns())
+    if not of_columns or not any(isinstance(state, Mapping) for state in states):
+        return []
+    return ["a dict is a state in JSON here, with all its keys; give rows with the columns of training as --data FILE"]
 
 
 def _tie_notes(lines: Sequence[Mapping[str, Any]], rounding: str) -> list[str]:

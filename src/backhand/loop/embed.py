@@ -40,7 +40,7 @@ from backhand.nn.loading.sentence_transformers import read_embedding_files
 from backhand.ops.info_nce import BLOCK_SCORES
 from backhand.ops.normalize import normalize_forward
 from backhand.options.command_options import EmbedOptions, EvaluateRunOptions, MineOptions, VectorOptions
-from backhand.printing import counting, say
+from backhand.printing import counting, in_rounds, say
 from backhand.runs.row_changes import SCORE_NAMES, main_score, score_words
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import count_of, shorten, show_notes
@@ -276,17 +276,18 @@ def evaluate_vectors(loaded: LoadedModel, data: DataOptions, run: EvaluateRunOpt
     options = VectorOptions(run.pooling, run.query_prompt, run.document_prompt, run.micro_batch_rows)
     embedder = Embedder.of(loaded, options)
     scores = {}
-    for adapter in (False,) if run.adapter is None else (False, True):
-        loaded.model.use_adapter(adapter)
-        name = "adapted" if adapter else "base"
-        documents = embedder.vectors(texts, what=f"{name} model: texts")
-        queries = embedder.vectors(asked, queries=True, what=f"{name} model: anchors")
-        vectors = [
-            queries[query_of[text]] if _has_query(row) and place == 0 else documents[number_of[text]]
-            for row in rows
-            for place, text in enumerate(row.texts)
-        ]
-        scores[name] = score_vectors(identities, torch.stack(vectors))
+    with in_rounds((False,) if run.adapter is None else (False, True)) as models:
+        for adapter in models:
+            loaded.model.use_adapter(adapter)
+            name = "adapted" if adapter else "base"
+            documents = embedder.vectors(texts, what=f"{name} model: texts")
+            queries = embedder.vectors(asked, queries=True, what=f"{name} model: anchors")
+            vectors = [
+                queries[query_of[text]] if _has_query(row) and place == 0 else documents[number_of[text]]
+                for row in rows
+                for place, text in enumerate(row.texts)
+            ]
+            scores[name] = score_vectors(identities, torch.stack(vectors))
     return VectorEvaluation(len(rows), *({"retrieval": one} for one in with_changes(scores).values()))
 
 

@@ -64,7 +64,7 @@ from backhand.loop.rank import evaluate_rankings
 from backhand.loop.retrieval_scores import scores_text
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.objectives import ObjectiveOptions
-from backhand.printing import counting
+from backhand.printing import counting, in_rounds
 from backhand.runs.label_results import Accuracies, constant_answer, verdict_words
 from backhand.runs.pair_results import ROW_ANSWERS, change_bounds, pair_clauses
 from backhand.runs.row_changes import (
@@ -500,9 +500,11 @@ def evaluate(options: EvaluateOptions) -> Evaluation | VectorEvaluation:
             return Evaluation(count, *(_of_rankings(*result) for result in ranked))
         rows = evaluation_rows(data, loaded, run)
         show_notes(rows.notes)
-        models = (False,) if run.adapter is None else (False, True)
-        scores = [score(loaded, rows, run, adapter=adapter) for adapter in models]
-        scores = compared(loaded, rows, run, scores) if rows.pairs else scores
+        of_pairs = 4.0 if rows.pairs else 0.0  # two answers of each row by two models
+        costs = (1.0,) if run.adapter is None else (1.0, 1.0 + of_pairs)
+        with in_rounds((False, True)[: len(costs)], costs) as models:
+            scores = [score(loaded, rows, run, adapter=adapter) for adapter in models]
+            scores = compared(loaded, rows, run, scores) if rows.pairs else scores
     return Evaluation(rows.rows, *_compared(*scores), undesirable=rows.undesirable)
 
 

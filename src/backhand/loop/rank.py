@@ -40,7 +40,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.options.command_options import RankOptions
 from backhand.options.config import check_ranking_system
 from backhand.options.objectives import ObjectiveOptions
-from backhand.printing import counting
+from backhand.printing import counting, in_rounds
 from backhand.terminal import working
 from backhand.words import count_of, show_notes
 
@@ -231,15 +231,16 @@ def evaluate_rankings(
     examples = stored(reranker.encoded(rows, TruncationStats()))
     check_targets(options, examples)
     ranking_loss, every, losses, scored = RankingLoss(examples, options), range(len(rows)), {}, {}
-    for adapter in (False, True) if adapted else (False,):
-        loaded.model.use_adapter(adapter)
-        name = "adapted" if adapter else "base"
-        scores = torch.zeros(sum(len(row.documents) for row in rows), dtype=torch.float64)
-        if not reranker.is_blank:
-            by_row = reranker.scores(rows, f"{name} model: rankings")
-            scores = torch.tensor([score for row in by_row for score in row], dtype=torch.float64)
-            scored[name] = ranking_loss.scored(every, scores)
-        losses[name] = float(ranking_loss.of_scores(every, scores).losses.mean())
+    with in_rounds((False, True) if adapted else (False,)) as models:
+        for adapter in models:
+            loaded.model.use_adapter(adapter)
+            name = "adapted" if adapter else "base"
+            scores = torch.zeros(sum(len(row.documents) for row in rows), dtype=torch.float64)
+            if not reranker.is_blank:
+                by_row = reranker.scores(rows, f"{name} model: rankings")
+                scores = torch.tensor([score for row in by_row for score in row], dtype=torch.float64)
+                scored[name] = ranking_loss.scored(every, scores)
+            losses[name] = float(ranking_loss.of_scores(every, scores).losses.mean())
     figures = with_changes(scored)
     return len(rows), [(loss, len(scores), figures.get(name)) for name, loss in losses.items()]
 
