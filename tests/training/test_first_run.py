@@ -30,7 +30,7 @@ from backhand.options.rewards import RewardOptions
 from backhand.report.headline import headline
 from backhand.report.run_record import read_run
 from backhand.runs.interruption import Interrupted
-from backhand.runs.row_changes import training_reward_words
+from backhand.runs.row_changes import recorded_rise, training_reward_words
 from backhand.training.advice import Curves, Until, advice, first_finding, rates_until, too_few_rows
 from backhand.training.console import closing_lines
 from backhand.training.inputs import scaled_matrices, weight_scale
@@ -196,6 +196,7 @@ def even(steps: int) -> Until:
     return rates_until(OptimizationOptions(schedule="linear", warmup_steps=0), steps)
 
 
+CLEARLY_WORSE = {"step": 60, "eval_loss": 0.9, "row_scores": [0.0] * 36}
 FALLING = [2.0, 1.0, 0.6, 0.5, 0.48, 0.475]
 SPIKED = [2.0, 1.9, 1.5, 1.0, 0.9, 0.8, 3.0, 0.7, 0.6, 0.5]  # a hard batch, if the held-out loss does not rise as well
 
@@ -229,6 +230,8 @@ def test_what_the_curves_say(finding: str | None, losses: Sequence[float | None]
 def test_a_low_rate_without_another_finding_is_reported() -> None:
     curves = Curves([(10 * number, loss) for number, loss in enumerate(FALLING)], [])
     assert [first_finding(curves, even(50), share) for share in (0.33, 0.34, 3.0)] == ["low", "fine", "fine"]
+    rose = Curves([(10 * number, loss) for number, loss in enumerate([0.7, 0.69, 0.65, 0.64, 0.65, 0.67])], [])
+    assert [first_finding(rose, even(50), share) for share in (0.33, 0.34)] == ["low", "rose"]
 
 
 def test_a_step_or_two_at_the_end_do_not_hide_that_the_loss_was_falling() -> None:
@@ -323,7 +326,7 @@ def test_the_next_run_on_rows_of_a_program_is_a_call(tmp_path: Path) -> None:
 
 
 def test_few_held_out_rows_and_rows_not_seen_change_the_advice(tmp_path: Path) -> None:
-    def said(losses: Sequence[float], objective: str = "sft", **counts: int) -> tuple[str, str | None] | None:
+    def said(losses: Sequence[float], objective: str = "sft", **counts: Any) -> tuple[str, str | None] | None:
         config = with_options(
             TrainConfig(objective=ObjectiveOptions(objective=objective)), epochs=3, learning_rate=1e-3
         )
@@ -338,6 +341,16 @@ def test_few_held_out_rows_and_rows_not_seen_change_the_advice(tmp_path: Path) -
     assert (
         brief is not None and "still falling at the end of only 6 steps" in brief[0] and "--epochs 6" in str(brief[1])
     )
+    right = [[1.0] * 24 + [0.0] * 12, [1.0] * 22 + [0.0] * 14]
+    records = [{"step": step, "eval_loss": 0.7, "row_scores": one} for step, one in zip((20, 50), right, strict=True)]
+    rows = {"rise": recorded_rise(records, 20), "held_out_rows": 36, "all_rows": 360}
+    unclear = said([2.0, 1.0, 0.6, 0.6, 0.61, 0.63], **rows)
+    assert unclear is not None and unclear[0] == (
+        "36 held-out rows are too few to tell whether it got worse after step 20, whose adapter is kept: "
+        "--eval-fraction 0.3 or --eval-data FILE holds out more."
+    )
+    clear = said([2.0, 1.0, 0.6, 0.6, 0.61, 0.63], **rows | {"rise": recorded_rise([*records, CLEARLY_WORSE], 20)})
+    assert clear is not None and clear[0].endswith("whose adapter is kept: fewer steps would do.")
     many = said([2.0, 1.0, 0.6, 0.7, 0.8, 0.85], few_rows=5, all_rows=60)
     assert many is not None and "--eval-fraction 0.3" in many[0]
     still, worse = [2.0, 1.999, 1.998, 1.997, 1.996, 1.995], [2.0, 1.99, 2.1, 2.2, 2.3, 2.4]

@@ -114,6 +114,23 @@ def recorded_loss_change(
     return loss_change(*first_and_best(records, ROW_NATS, best_step), first_and_best(records, ROW_TOKENS, best_step)[0])
 
 
+def recorded_rise(records: Sequence[Mapping[str, Any]], best_step: int | None) -> tuple[float, float, float] | None:
+    """Return the `loss_change` from the best evaluation to the last one, or that of the scores if these were recorded.
+
+    It is None if neither was recorded, or the last evaluation is the best one.
+    """
+    last_step = max((line["step"] for line in records if "eval_loss" in line), default=None)
+    if last_step == best_step:
+        return None
+
+    def best_and_last(key: str) -> tuple[Sequence[float], Sequence[float]]:
+        return first_and_best(records, key, best_step)[1], first_and_best(records, key, last_step)[1]
+
+    gain = mean_gain(*best_and_last(ROW_SCORES))
+    tokens = first_and_best(records, ROW_TOKENS, best_step)[0]
+    return loss_change(*best_and_last(ROW_NATS), tokens=tokens) or (gain and as_loss(gain))
+
+
 Verdict = Literal["helped", "hurt", "unclear"]
 
 

@@ -237,12 +237,12 @@ def first_finding(curves: Curves, until: Until, share: float = 1.0) -> Finding |
         return "unsteady"
     if gain < LITTLE * abs(base):
         if measured[0] - best >= LITTLE * abs(base) and rise <= RISEN * abs(best):
-            return "above constant"
+            return "low" if share < LOW else "above constant"
         return "hardly moved" if max(losses) - base < LITTLE * abs(base) else "not better"
-    if rise > RISEN * abs(best):
-        return "rose"
     if share < LOW:
         return "low"
+    if rise > RISEN * abs(best):
+        return "rose"
     if falling:
         return "still falling"
     if curves.forgotten_nats is not None and curves.forgotten_nats > FORGOTTEN_NATS:
@@ -271,6 +271,7 @@ def advice(
     slow: str | None = None,
     unlearned: str | None = None,
     change: Sequence[float] | None = None,
+    rise: Sequence[float] | None = None,
     held_out_rows: int = 0,
 ) -> tuple[str, str | None] | None:
     """Return a sentence about the run and the command to try next, or None for either.
@@ -288,6 +289,7 @@ def advice(
         slow: sentence on numbers that a new head reaches only slowly, or None.
         unlearned: sentence on held-out labels that no training row has, or None. The curves then say nothing.
         change: change of the held-out loss until the best step and its 95 % interval; None if it is not known.
+        rise: the same from the best step to the last one.
         held_out_rows: number of the held-out rows of `change`.
     """
     if unlearned:
@@ -323,8 +325,13 @@ def advice(
             what = f"Only {count_of(few_rows, 'row')} {'is' if few_rows == 1 else 'are'} held out"
             enough = LARGEST_SHARE * all_rows >= FEWEST_ROWS
             return f"{what}, too few for advice from their loss: {_holding_out_more(enough)}.", None
+        unclear = None
         if finding != "still falling" and change is not None and _is_unclear(change, curves.held_out[0][1]):
-            what = f"{held_out_rows:,} held-out rows are too few to tell the change of their loss from chance"
+            unclear = "the change of their loss from chance"
+        elif finding == "rose" and rise is not None and loss_verdict(rise) == "unclear" and rate <= HIGH * auto_rate:
+            unclear = f"whether it got worse after step {curves.best[0]}, whose adapter is kept"
+        if unclear is not None:
+            what = f"{held_out_rows:,} held-out rows are too few to tell {unclear}"
             enough = 2 * held_out_rows <= LARGEST_SHARE * all_rows and not config.data.eval_data
             return f"{what}: {_holding_out_more(enough)}.", None
     if stopped and finding in ("above constant", "hardly moved", "still falling", "late", "fine"):
@@ -413,7 +420,7 @@ def _may_be_chance(finding: Finding, curves: Curves, share: float) -> bool:
     if finding in ("not better", "unsteady"):
         losses = [loss for _, loss in curves.held_out]
         return share <= HIGH and losses[-1] <= SPIKE * abs(max(losses[0], curves.first_loss or losses[0]))
-    return finding != "memorised" and finding != "forgot"
+    return finding not in ("memorised", "forgot", "low")
 
 
 def _is_unclear(change: Sequence[float], before: float) -> bool:

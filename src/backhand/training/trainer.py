@@ -59,6 +59,7 @@ from backhand.printing import going_on, reworded
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import ANSWERS, CONFIG, FACTS, METRICS, SUMMARY, Proof, ProofLog, RunDirectory, proof_log
 from backhand.runs.interruption import Interrupted, Interruption
+from backhand.runs.row_changes import recorded_rise
 from backhand.runs.status import resume_command, status_kept
 from backhand.runs.summary import RunSummary, read_summary
 from backhand.system import available_bytes
@@ -437,6 +438,7 @@ class Trainer:
             else None,
             unlearned=unlearned_note(summary.unlearned_rows, summary.held_out_rows),
             change=summary.loss_change,
+            rise=recorded_rise(self.directory.lines(METRICS), summary.best_step),
             held_out_rows=summary.held_out_rows,
         )
         said, again = (None, None) if suggestion is None else (reworded(suggestion[0]), suggestion[1])
