@@ -317,7 +317,7 @@ def label_figures(accuracy: float, **supports: int) -> LabelFigures:
 @pytest.mark.parametrize(
     ("base", "adapted", "words", "verdict"),
     [
-        (0.25, 0.425, "not clearly better than the base model or a constant answer", "unclear"),
+        (0.25, 0.425, "not clearly better than the base model (+17.5 points, 95 % interval", "unclear"),
         (0.25, 0.90, "better than the base model and a constant answer", "helped"),
         (0.90, 0.25, "the base model is better", "hurt"),
     ],
@@ -386,7 +386,10 @@ def test_too_few_held_out_labels_ask_for_more_of_them(ended: RunSummary) -> None
     measured = replace(measured, held_out_rows=21, base_labels=before, adapted_labels=after, **risen)  # type: ignore[arg-type]
     suggested = answer_advice(config, measured, Path("runs/one"))
     assert suggested is not None and suggested[0].startswith("21 held-out rows are too few")
-    assert any("not clearly better than the base model; 21 rows" in line for line in closing_lines(measured))
+    (line,) = (
+        line for line in closing_lines(measured) if "not clearly better than the base model (+23.8 points" in line
+    )
+    assert "21 rows are too few to tell this from chance" in line
 
 
 def test_few_rows_do_not_tell_a_higher_accuracy_from_chance(ended: RunSummary) -> None:
@@ -396,8 +399,8 @@ def test_few_rows_do_not_tell_a_higher_accuracy_from_chance(ended: RunSummary) -
     before, after = label_figures(0.5, spam=3, ham=3), label_figures(1.0, spam=3, ham=3, other=0)
     right = {"base_exact_match": 0.0, "adapted_exact_match": 1.0, "exact_match_rows": 6}
     measured = replace(ended, base_labels=before, adapted_labels=after, **right)  # type: ignore[arg-type]
-    words = "not clearly better than the base model or a constant answer; 6 rows are too few to tell the change"
-    assert any(words in line for line in closing_lines(measured))
+    words = "or a constant answer (+50.0 points, 95 % interval "
+    assert any(words in line and "; 6 rows are too few to tell this" in line for line in closing_lines(measured))
     run = replace(read_run(Path(ended.output)), summary=json.loads(measured.to_json()))
     result = Page(run_page(run)).one("section", id="result").text
     assert words in result and "not clear whether it helped" in result and "it helped;" not in result
@@ -546,7 +549,7 @@ def test_the_same_accuracies_are_clear_if_few_rows_changed(ended: RunSummary) ->
     nested, other = right[:39] + ["d"] * 21, ["d"] * 21 + right[21:]
     for given, words in (
         (nested, "better than the base model and"),
-        (other, "not clearly better than the base model;"),
+        (other, "not clearly better than the base model (+16.7 points, 95 % interval "),
     ):
         adapted = label_score(right, given, "abcd", right).compared_with(base).to_json()
         assert json.loads(json.dumps(adapted))["accuracy"] == 0.65 and "row_scores" not in adapted

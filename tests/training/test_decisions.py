@@ -337,7 +337,7 @@ def test_the_end_of_a_run_shows_each_question(straight: TrainConfig) -> None:
 @pytest.mark.parametrize(
     ("base", "adapted", "words", "judged"),
     [
-        (0.25, 5 / 12, "not clearly better than the base model or a constant answer", "unclear"),
+        (0.25, 5 / 12, "not clearly better than the base model (+16.7 points", "unclear"),
         (0.25, 1.0, "better than the base model and a constant answer", "helped"),
         (11 / 12, 0.25, "the base model is better", "hurt"),
     ],

@@ -29,8 +29,7 @@ from backhand.data.packing import RowPacker
 from backhand.data.prepare import prepare
 from backhand.data.ranking_examples import SYSTEM, RankingEncoder, RankingFormat
 from backhand.data.rows import RankedTexts, RankingRow
-from backhand.engines.machine import resolve_machine
-from backhand.errors import ArtifactError, CheckError, DataError, UsageError
+from backhand.errors import ArtifactError, CheckError, DataError, UsageError, not_none
 from backhand.interop.command import export_command
 from backhand.interop.options import ExportOptions
 from backhand.loop.evaluate import Evaluation, evaluate, evaluate_command
@@ -47,8 +46,8 @@ from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.runs.row_changes import score_words
 from backhand.runs.summary import read_summary
+from backhand.training.advice import Curves, answer_advice
 from backhand.training.console import closing_lines
-from backhand.training.plan import plan_run
 from backhand.training.run import train
 from backhand.verify.command import prove_run
 from backhand.verify.report import MODEL
@@ -444,15 +443,40 @@ def test_scores_are_compared_with_a_random_order_and_the_base_rate(straight: Tra
     assert verdict(replace(run, summary={**below, "adapted_retrieval": {**adapted, "chance": {}}})) == "helped"
 
 
-def test_rows_that_rank_nothing_are_noted_and_have_no_scores(straight: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("gain", "steps", "words"),
+    [
+        (
+            (0.02, -0.04, 0.09),
+            60,
+            "loss was lowest after step 15 already: more rows come before more steps.",
+        ),
+        ((0.02, -0.04, 0.09), 8, "not clearly learnt after 8 steps; such rows have"),
+        ((0.04, -0.02, 0.1), 60, "2 held-out rows are too few to tell whether the rankings are learnt"),
+        ((0.04, 0.01, 0.1), 60, None),
+    ],
+)
+def test_a_ranking_that_may_be_chance_asks_for_no_fewer_steps(
+    gain: tuple[float, float, float], steps: int, words: str | None, straight: TrainConfig
+) -> None:
+    summary = not_none(read_summary(straight.run.output / "summary.json"))
+    scores = not_none(summary.adapted_retrieval) | {"change": {"ndcg@10": gain}}
+    measured = replace(summary, adapted_retrieval=scores, held_out_rows=2, steps=steps, try_next="… --max-steps 19")
+    rose = Curves([(steps * part // 4, loss) for part, loss in enumerate((0.69, 0.642, 0.66, 0.67, 0.68))], [])
+    advised = answer_advice(straight, measured, straight.run.output, rose)
+    assert advised is None if words is None else advised is not None and words in advised[0]
+
+
+def test_rows_that_rank_nothing_are_refused_and_have_no_scores(straight: TrainConfig, tmp_path: Path) -> None:
     """Spearman's correlation with equal targets was 0.000, and the fall of the loss was called help."""
-    for name in ("rows", "held_out"):
-        rows = [{"query": f"asks {name} {n}", "positive": f"answer {n}"} for n in range(6)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = {"data": (str(tmp_path / "rows.jsonl"),), "eval_data": (str(tmp_path / "held_out.jsonl"),)}
-    made = with_options(straight, **given, output=tmp_path / "run", max_steps=2, prove_resume=None)
-    assert "there is nothing to rank" in "".join(plan_run(made, resolve_machine(made)).inputs.notes)
-    summary = train(made)
+    rows = [{"query": f"asks {n}", "positive": f"answer {n}"} for n in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = with_options(straight, output=tmp_path / "run", max_steps=2, prove_resume=None)
+    alike = (str(tmp_path / "rows.jsonl"),)
+    with pytest.raises(DataError, match="there is nothing to rank") as refused:
+        train(with_options(made, data=alike))
+    assert "backhand mine --data FILE finds" in str(refused.value.next_step) and not (tmp_path / "run").exists()
+    summary = train(with_options(made, eval_data=alike))
     assert summary.adapted_retrieval is not None and not summary.adapted_retrieval["intervals"]
     assert "Held-out rows: no score, since all documents are equally relevant." in closing_lines(summary)
     assert verdict(read_run(tmp_path / "run")) == "unclear"

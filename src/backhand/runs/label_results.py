@@ -84,9 +84,13 @@ def verdict_words(shares: Accuracies, before: str = "the base model") -> str:
     if verdict == "hurt":
         return f"{before} is better"
     compared = {before: shares.gain, "a constant answer": shares.gain_over_constant}
-    unclear = " or ".join(name for name, gain in compared.items() if gain_verdict(gain) != "helped")
+    unclear = " or ".join(
+        f"{name} ({gain:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f})"
+        for name, (gain, low, high) in ((name, (100 * one for one in gain)) for name, gain in compared.items())
+        if low <= 0
+    )
     rows = shares.rows
-    too_few = f"; {count_of(rows, 'row')} {'is' if rows == 1 else 'are'} too few to tell the change from chance"
+    too_few = f"; {count_of(rows, 'row')} {'is' if rows == 1 else 'are'} too few to tell this from chance"
     higher = shares.adapted > max(shares.base, shares.constant)
     return f"that is not clearly better than {unclear}{too_few if higher else ''}"
 
@@ -105,8 +109,13 @@ def lacks_held_out_rows(shares: Accuracies) -> bool:
     if label_verdict(shares) != "unclear" or before == shares.rows:
         return False
     at_best = share_gain([1.0] * before + [0.0] * (shares.rows - before), [1.0] * shares.rows)
-    root, gains = math.sqrt(_MORE_ROWS), (shares.gain, shares.gain_over_constant)
-    return at_best[1] <= 0 or all(gain - (gain - low) / root > 0 for gain, low, _ in gains)
+    return at_best[1] <= 0 or all(map(is_clear_on_more_rows, (shares.gain, shares.gain_over_constant)))
+
+
+def is_clear_on_more_rows(change: Sequence[float]) -> bool:
+    """Return True if the same gain with its interval would not contain 0 on more rows that a user can be asked for."""
+    gain, low, _ = change
+    return gain - (gain - low) / math.sqrt(_MORE_ROWS) > 0
 
 
 def label_clause(base: LabelFigures, adapted: LabelFigures, rows: int, before_it: str = "the base model") -> str:

@@ -50,11 +50,20 @@ from backhand.runs.label_results import (
     accuracies_of_labels,
     decision_shares,
     decisions_verdict,
+    is_clear_on_more_rows,
     label_verdict,
     lacks_held_out_rows,
 )
 from backhand.runs.pair_results import answers_far_from_chosen, answers_got_worse, chosen_change
-from backhand.runs.row_changes import FEWEST_ROWS, SCORE_NAMES, gain_verdict, loss_verdict, main_score, score_verdict
+from backhand.runs.row_changes import (
+    FEWEST_ROWS,
+    SCORE_NAMES,
+    gain_verdict,
+    loss_verdict,
+    main_score,
+    score_gain,
+    score_verdict,
+)
 from backhand.runs.summary import AnswerLengths, RunSummary, constant_name, forgetting, forgotten_nats
 from backhand.training.resume import original_adapter
 from backhand.words import capitalized, count_of, name_list, upper_first
@@ -391,6 +400,11 @@ def advice(
     return sentence, _again(config, run, changes)
 
 
+def _rate_is_usual(config: TrainConfig, auto_rate: float | None) -> bool:
+    rate = float(config.optimization.learning_rate)
+    return rate <= HIGH * (auto_rate or rate)
+
+
 def _lower_rate(rate: float, auto_rate: float) -> str:
     """Return the option of a lower rate, or "" if the rate is low already, see the module's docstring."""
     lower = auto_rate if rate > HIGH * auto_rate else rate / 2
@@ -483,6 +497,9 @@ def answer_advice(
         answers = f"All {most:,} held-out answers were" if most > 1 else "The only held-out answer was"
         answers += " right before the run already"
         return f"{answers}: only other rows, with harder questions, can show what it learnt.", None
+    ranking = _ranking_gain(summary)
+    if ranking is not None:
+        verdict, what = gain_verdict(ranking), "rankings"
     if verdict in (None, "helped"):
         return None
     finding = None if curves is None else first_finding(curves, rates_until(config.optimization, summary.steps), 1.0)
@@ -504,24 +521,46 @@ def answer_advice(
             if summary.too_long:
                 more_rows = f"{summary.too_long}, so a larger one may add rows with the other answers"
             return f"{same}, of which {common} have the most frequent one: {more_rows}.", None
-    # The curves ask for another run already, or the model before the run had nothing to learn.
-    if summary.try_next is not None or finding == "memorised" or all(one.base == 1 for one in shares):
+    # The curves ask for another run already, or the model before the run had nothing to learn. Fewer steps are no such
+    # run, since they would learn the same too little.
+    asked = summary.try_next is not None and not (finding == "rose" and _rate_is_usual(config, auto_rate))
+    if asked or finding == "memorised" or (shares and all(one.base == 1 for one in shares)):
         return None
     if summary.stopped_because is not None:
         steps = count_of(summary.steps, "step")
         return f"The {what} themselves are not clearly learnt after the {steps} until the run was stopped.", None
-    if verdict == "unclear" and any(map(lacks_held_out_rows, shares)):
-        measured = max(one.rows for one in shares)
+    lacks_rows = any(map(lacks_held_out_rows, shares)) or (ranking is not None and is_clear_on_more_rows(ranking))
+    if verdict == "unclear" and lacks_rows:
+        measured = max((one.rows for one in shares), default=summary.held_out_rows)
         held_out = f"{count_of(measured, 'held-out row')} {'is' if measured == 1 else 'are'} too few"
         all_rows = summary.rows - summary.option_rows + summary.held_out_rows
         enough = 2 * summary.held_out_rows <= LARGEST_SHARE * all_rows
         more = _holding_out_more(enough and not config.data.eval_data)
         return f"{held_out} to tell whether the {what} are learnt: {more}.", None
+    usual = _usual_steps(config, summary)
+    if verdict == "unclear" and 2 * summary.steps <= usual:
+        steps = count_of(summary.steps, "step")
+        sentence = f"The {what} themselves are not clearly learnt after {steps}; such rows have {usual:,} by default."
+        return sentence, _again(config, run, _longer(config, summary.steps, usual))
     if curves is not None and finding in ("rose", "not better"):
         lowest = f"the held-out loss was lowest after step {curves.best[0]} already"
         return f"The {what} themselves are not clearly learnt, and {lowest}: more rows come before more steps.", None
     sentence = f"The {what} themselves are not clearly learnt: more rows, or more steps, may teach them."
     return sentence, _again(config, run, _twice_as_long(config, summary.steps))
+
+
+def _ranking_gain(summary: RunSummary) -> Sequence[float] | None:
+    """Return the gain of held-out rankings and its interval, or None if they were not measured."""
+    scores = summary.adapted_retrieval or {}
+    name = main_score(scores) if summary.objective == "rank" else None
+    return None if name is None else score_gain(summary.base_retrieval or {}, scores, name)
+
+
+def _usual_steps(config: TrainConfig, summary: RunSummary) -> int:
+    """Return the number of steps that a run on the same rows has if no option gives it."""
+    rows = summary.rows
+    epochs = replace(config, optimization=replace(config.optimization, epochs=None)).epochs_of(rows)
+    return epochs * -(-rows // config.optimization.batch_rows)
 
 
 def _worse_score(summary: RunSummary) -> str | None:
@@ -628,11 +667,18 @@ def _typed(name: str, value: Any) -> str:
 
 
 def _twice_as_long(config: TrainConfig, total_steps: int) -> str:
-    """Return the options for twice the steps. The rate keeps its relation to the one that `auto` would choose."""
+    """Return the options for twice the steps."""
+    return _longer(config, total_steps, 2 * total_steps)
+
+
+def _longer(config: TrainConfig, total_steps: int, steps: int) -> str:
+    """Return the options for more steps. The rate keeps its relation to the one that `auto` would choose."""
     options, objective = config.optimization, config.objective.objective
-    twice = f"--max-steps {2 * total_steps}" if options.max_steps else f"--epochs {2 * not_none(options.epochs)}"
-    change = short_run_factor(objective, 2 * total_steps) / short_run_factor(objective, total_steps)
-    return twice if change == 1.0 else f"{twice} --learning-rate {float(options.learning_rate) * change:.2g}"
+    longer = f"--max-steps {steps}"
+    if not options.max_steps:
+        longer = f"--epochs {round(steps / total_steps * not_none(options.epochs))}"
+    change = short_run_factor(objective, steps) / short_run_factor(objective, total_steps)
+    return longer if change == 1.0 else f"{longer} --learning-rate {float(options.learning_rate) * change:.2g}"
 
 
 def has_rows_in_memory(config: TrainConfig) -> bool:

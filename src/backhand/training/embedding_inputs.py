@@ -72,12 +72,15 @@ def check_positions(engine: Engine, longest: int) -> None:
         )
 
 
-def ranking_notes(train: PreparedData) -> tuple[str, ...]:
-    """Return a note if the rows rank nothing."""
-    if not have_one_target(train.examples.facts(RankedTexts)):
-        return ()
-    what = "all documents of the rows have the same score, so there is nothing to rank"
-    return (f"{what}: a model that says yes to everything has a loss of 0. Add negatives (backhand mine finds them)",)
+def check_scores_differ(train: PreparedData) -> None:
+    """Raise DataError if the rows rank nothing."""
+    if have_one_target(train.examples.facts(RankedTexts)):
+        raise DataError(
+            "all documents of the rows have the same score, so there is nothing to rank",
+            why="a model that says yes to everything has a loss of 0",
+            next_step="add negatives, which backhand mine --data FILE finds; or train vectors, which need none: "
+            "--objective embed",
+        )
 
 
 def equal_text_notes(options: ObjectiveOptions, train: PreparedData, *, has_dropout: bool) -> tuple[str, ...]:

@@ -51,9 +51,9 @@ from backhand.training.class_inputs import (
 from backhand.training.contexts import count_contexts, with_context_text
 from backhand.training.embedding_inputs import (
     check_positions,
+    check_scores_differ,
     equal_text_notes,
     format_of,
-    ranking_notes,
     with_loss,
     with_pooling,
 )
@@ -167,7 +167,7 @@ def read_inputs(
         if purpose in ("embeddings", "rankings"):
             config = replace(config, objective=with_loss(config.objective, train, held_out))
         if purpose == "rankings":
-            notes = (*notes, *ranking_notes(train))
+            check_scores_differ(train)
         if purpose == "embeddings":
             notes = (*notes, *equal_text_notes(config.objective, train, has_dropout=_has_dropout(layout)))
         head = None
