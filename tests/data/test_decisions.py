@@ -460,6 +460,10 @@ def test_a_long_row_is_left_out_and_counted(tmp_path: Path) -> None:
     assert len(data.examples) == 3 and data.report.dropped_long == 1
     assert "1 row longer than max_length, left out: " in data.report.left_out()[0]
     assert data.report.rows == 3 and data.report.too_long() == "1 of 4 rows is longer than --max-length and left out"
+    assert not any("longer than" in note for note in data.report.notes)
+    longer = [row | {"text": f"words {n} " * (100 if n else 1)} for n, row in enumerate(rows)]
+    note = read(lines(tmp_path / "longer.jsonl", longer), max_length=200).report.notes[0]
+    assert note.startswith("warning: 3 of 4 rows are longer than --max-length and left out; --max-length ")
     assert " of 3 rows with " in replace(data.report, documents=9).lines()[1]
 
 

@@ -351,6 +351,12 @@ def test_few_held_out_rows_and_rows_not_seen_change_the_advice(tmp_path: Path) -
     )
     clear = said([2.0, 1.0, 0.6, 0.6, 0.61, 0.63], **rows | {"rise": recorded_rise([*records, CLEARLY_WORSE], 20)})
     assert clear is not None and clear[0].endswith("whose adapter is kept: fewer steps would do.")
+    cut = said(
+        [2.0, 1.0, 0.6, 0.7, 0.8, 0.85], few_rows=5, too_long="9 of 14 rows are longer than --max-length and left out"
+    )
+    assert cut is not None and cut[0].endswith(
+        ": 9 of 14 rows are longer than --max-length and left out, and a larger one keeps more."
+    )
     many = said([2.0, 1.0, 0.6, 0.7, 0.8, 0.85], few_rows=5, all_rows=60)
     assert many is not None and "--eval-fraction 0.3" in many[0]
     still, worse = [2.0, 1.999, 1.998, 1.997, 1.996, 1.995], [2.0, 1.99, 2.1, 2.2, 2.3, 2.4]

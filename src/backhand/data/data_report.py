@@ -78,13 +78,17 @@ class DataReport:
         rows = f" of {count_of(self.rows, 'row')}" if self.documents > self.rows > 0 else ""
         return f"{count_of(self.documents, unit)}{rows}"
 
+    @property
+    def kept(self) -> int:
+        """Number of rows, or of documents where these are left out one by one, without those that were added."""
+        return self.rows - self.option_rows if self.cut_unit == "row" else self.documents
+
     def too_long(self, *others: DataReport) -> str | None:
         """Return a clause on what was left out as longer than `max_length`, also of other reports; None for nothing."""
         reports = (self, *others)
         if not (long := sum(one.dropped_long for one in reports)):
             return None
-        kept = sum((one.rows - one.option_rows) if self.cut_unit == "row" else one.documents for one in reports)
-        given = kept + long + sum(one.dropped_unsupervised for one in reports)
+        given = sum(one.kept for one in reports) + long + sum(one.dropped_unsupervised for one in reports)
         verb = "is" if long == 1 else "are"
         return f"{long:,} of {count_of(given, self.cut_unit)} {verb} longer than --max-length and left out"
 

@@ -264,7 +264,12 @@ def read_examples(
         raise _nothing_left(report, names, options, stats.needed)
     if stats.dropped_long or stats.dropped_unsupervised:
         report = replace(report, rows=count_sources(examples))
-    return with_totals(examples, report)
+    train = with_totals(examples, report)
+    if len(stats.dropped_long) > train.report.kept:
+        keeps = f"--max-length {_keeping(stats.needed)} keeps at least {_MOST_KEPT:.0%} of them"
+        note = f"warning: {train.report.too_long()}; {keeps}"
+        return replace(train, report=replace(train.report, notes=(*train.report.notes, note)))
+    return train
 
 
 def check_first_rows(options: DataOptions, purpose: Purpose | None = None) -> None:
@@ -332,13 +337,17 @@ def prepare_prompts(
 
 
 _MOST_KEPT = 0.9
-"""Share of the rows that the suggested `max_length` keeps, if all are too long."""
+"""Share of the rows that the suggested `max_length` keeps, if all or most are too long."""
+
+
+def _keeping(needed: Sequence[int]) -> int:
+    """Return a `max_length` that keeps most of the documents that are too long."""
+    return sorted(needed)[math.ceil(_MOST_KEPT * len(needed)) - 1]
 
 
 def _nothing_left(report: DataReport, names: Sequence[str], options: DataOptions, needed: Sequence[int]) -> DataError:
     where = ", ".join(names)
     if report.dropped_long and not (report.skipped_bad or report.dropped_unsupervised or report.truncated):
-        kept = sorted(needed)[math.ceil(_MOST_KEPT * len(needed)) - 1]
         shortest, longest = min(needed), max(needed)
         cut = report.cut_unit == "document" and options.long_rows == "truncate"
         return DataError(
@@ -347,7 +356,7 @@ def _nothing_left(report: DataReport, names: Sequence[str], options: DataOptions
             why=("" if shortest == longest else f"{shortest:,} to ")
             + f"{longest:,} tokens"
             + "; cut at max_length, they have nothing left to learn" * cut,
-            next_step=f"give --max-length {kept}, which keeps at least {_MOST_KEPT:.0%} of them",
+            next_step=f"give --max-length {_keeping(needed)}, which keeps at least {_MOST_KEPT:.0%} of them",
         )
     facts = (
         (report.skipped_bad, f"malformed row{'' if report.skipped_bad == 1 else 's'}"),

@@ -282,6 +282,7 @@ def advice(
     change: Sequence[float] | None = None,
     rise: Sequence[float] | None = None,
     held_out_rows: int = 0,
+    too_long: str | None = None,
 ) -> tuple[str, str | None] | None:
     """Return a sentence about the run and the command to try next, or None for either.
 
@@ -300,6 +301,7 @@ def advice(
         change: change of the held-out loss until the best step and its 95 % interval; None if it is not known.
         rise: the same from the best step to the last one.
         held_out_rows: number of the held-out rows of `change`.
+        too_long: clause on rows that were left out because of `max_length`, or None.
     """
     if unlearned:
         return capitalized(unlearned), None
@@ -333,7 +335,7 @@ def advice(
         if few_rows:
             what = f"Only {count_of(few_rows, 'row')} {'is' if few_rows == 1 else 'are'} held out"
             enough = LARGEST_SHARE * all_rows >= FEWEST_ROWS
-            return f"{what}, too few for advice from their loss: {_holding_out_more(enough)}.", None
+            return f"{what}, too few for advice from their loss: {_holding_out_more(enough, too_long)}.", None
         unclear = None
         if finding != "still falling" and change is not None and _is_unclear(change, curves.held_out[0][1]):
             unclear = "the change of their loss from chance"
@@ -342,7 +344,7 @@ def advice(
         if unclear is not None:
             what = f"{held_out_rows:,} held-out rows are too few to tell {unclear}"
             enough = 2 * held_out_rows <= LARGEST_SHARE * all_rows and not config.data.eval_data
-            return f"{what}: {_holding_out_more(enough)}.", None
+            return f"{what}: {_holding_out_more(enough, too_long)}.", None
     if stopped and finding in ("above constant", "hardly moved", "still falling", "late", "fine"):
         return None
     step, forgotten = curves.best[0], curves.forgotten_nats or 0.0
@@ -443,8 +445,10 @@ def _is_unclear(change: Sequence[float], before: float) -> bool:
     return loss_verdict(change) == "unclear" and max(-low, high) > LITTLE * abs(before)
 
 
-def _holding_out_more(a_share: bool) -> str:
+def _holding_out_more(a_share: bool, too_long: str | None) -> str:
     """Return a clause about holding out more rows: a share of the rows, or further rows if that is not enough."""
+    if too_long and not a_share:
+        return f"{too_long}, and a larger one keeps more"
     if not a_share:
         return "more rows are needed, for example as --eval-data FILE"
     return f"--eval-fraction {LARGEST_SHARE} or --eval-data FILE holds out more"
@@ -535,7 +539,7 @@ def answer_advice(
         held_out = f"{count_of(measured, 'held-out row')} {'is' if measured == 1 else 'are'} too few"
         all_rows = summary.rows - summary.option_rows + summary.held_out_rows
         enough = 2 * summary.held_out_rows <= LARGEST_SHARE * all_rows
-        more = _holding_out_more(enough and not config.data.eval_data)
+        more = _holding_out_more(enough and not config.data.eval_data, summary.too_long)
         return f"{held_out} to tell whether the {what} are learnt: {more}.", None
     usual = _usual_steps(config, summary)
     if verdict == "unclear" and 2 * summary.steps <= usual:

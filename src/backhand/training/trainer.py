@@ -440,6 +440,7 @@ class Trainer:
             change=summary.loss_change,
             rise=recorded_rise(self.directory.lines(METRICS), summary.best_step),
             held_out_rows=summary.held_out_rows,
+            too_long=summary.too_long,
         )
         said, again = (None, None) if suggestion is None else (reworded(suggestion[0]), suggestion[1])
         return replace(summary, advice=said, try_next=again)
