@@ -27,6 +27,19 @@ MAX_TABLES_BYTES = 2**28
 _PIPE_WAIT_S = 30
 
 
+def name_file(path: Path) -> Path:
+    """Return the path of the file with the name that an uploaded file had before."""
+    return path.with_name(f"{path.name}.name")
+
+
+def uploaded_name(path: Path) -> str:
+    """Return the name that an uploaded file had before, or the file's own name."""
+    try:
+        return read_settings(name_file(path)) or path.name
+    except OSError:
+        return path.name
+
+
 def open_plain(path: Path | str, *, or_pipe: bool = False, private: bool = False) -> io.BufferedReader:
     """Open a regular file for reading, without waiting. A link is followed.
 

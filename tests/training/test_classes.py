@@ -341,6 +341,9 @@ def test_merged_models_have_the_head(
         assert isinstance(code["model"], peft.PeftModelForSequenceClassification)
         for name in ("adapter_model.safetensors", "config.json"):
             assert (tmp_path / f"peft-{number}" / name).read_bytes() == (adapter / name).read_bytes()
+    card = (tmp_path / "peft-0" / "README.md").read_text()
+    assert "| labels | json, list, other |" in card
+    assert re.search(r"\| result \| Held-out loss .* right \(95 % interval .*(so it helped|from chance)", card)
     with pytest.raises(ArtifactError, match="head for classification, for which a GGUF file has no place"):
         merge_command(MergeOptions(adapter, tmp_path / "model.gguf", str(model), quiet=True))
     for to in ("gguf", "mlx"):

@@ -82,11 +82,14 @@ def test_one_step_is_not_called_steps(tiny: TinyRun, tmp_path: Path, capsys: pyt
 
 
 def test_the_card_names_base_data_and_licence(tiny: TinyRun, tmp_path: Path) -> None:
-    config = tiny.config(tmp_path / "run", max_steps=1)
-    train(config)
+    uploaded = tmp_path / "rows-1.csv"
+    uploaded.write_text("question,answer\na?,a\nb?,b\n")
+    uploaded.with_name("rows-1.csv.name").write_text("my rows.csv")
+    named = {"data": (str(uploaded),), "eval_data": (), "prompt": "{question}", "completion": "answer"}
+    train(tiny.config(tmp_path / "run", **named, max_steps=1))
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
-    data = Path(config.data.data[0]).name.replace("_", "\\_")
-    assert re.search(r"\| base as trained \| .*, dense, computed in float32 \|", card) and f"| data | {data} |" in card
+    assert "| text | {question} |" in card and "| answers | answer |" in card and "| data | my rows.csv |" in card
+    assert re.search(r"\| base as trained \| .*, dense, computed in float32 \|", card)
     assert "| licence | not said" in card and "license: unknown" in card
 
 

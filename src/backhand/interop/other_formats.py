@@ -40,7 +40,10 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.stores import OLLAMA
 from backhand.nn.loading.wrappers import EncoderWrapper, Wrapper
 from backhand.nn.lora_parameters import LoRASlot
+from backhand.runs.directory import ADAPTER, SUMMARY, run_of
 from backhand.runs.status import unfinished
+from backhand.runs.summary import read_summary
+from backhand.training.console import held_out_results
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapters.safetensors"
@@ -182,6 +185,14 @@ def described_for_peft(opened: OpenedAdapter, *, text_model: bool = False) -> tu
     return named, wrapper
 
 
+def _card_of_results(adapter: Path) -> dict[str, str]:
+    """Return the line of the card on the held-out rows of a finished run, {} for a checkpoint."""
+    run = run_of(adapter)
+    if run is None or adapter.resolve() != run / ADAPTER or (summary := read_summary(run / SUMMARY)) is None:
+        return {}
+    return {"result": " ".join(held_out_results(summary))} if summary.best_eval_loss is not None else {}
+
+
 def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False, text_model: bool = False) -> dict[str, bytes]:
     """Return the files by name in the order in which to write them; see `peft_saving.adapter_files`.
 
@@ -193,6 +204,7 @@ def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False, text_m
     described, wrapper = described_for_peft(opened, text_model=text_model)
     left = unfinished(loaded.directory)
     card = facts_of_card(loaded.directory) | ({} if left is None else {"training": f"the run {left.fact}"})
+    card |= _card_of_results(loaded.directory)
     if not uniform:
         parts = AdapterParts(described, loaded.targets, loaded.shapes, loaded.factors, loaded.trained)
         files = adapter_files(parts, record=loaded.record, card=card, module_names=names, wrapper=wrapper)

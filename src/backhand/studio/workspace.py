@@ -26,7 +26,7 @@ from typing import NamedTuple, TypedDict
 from backhand.data.sources import SUFFIXES, data_suffix
 from backhand.errors import DataError, ResourceError, UsageError, short_reason
 from backhand.files import FileLayer, remove_tree, replace_file, save_errors
-from backhand.reading import read_json, read_settings
+from backhand.reading import name_file, read_json, uploaded_name
 from backhand.runs.directory import TEMPORARY
 from backhand.system import PLAIN, others_can_write
 
@@ -177,8 +177,7 @@ class Workspace:
                 names = (_UPLOAD.fullmatch(path.name) for path in self.rows.iterdir())
                 number = max((int(name[1]) for name in names if name), default=0) + 1
                 stored = self.rows / f"rows-{number}{suffix}"
-                label = stored.with_name(f"{stored.name}.name")
-                replace_file(FileLayer(), label, name[:200].encode("utf-8", "replace"))
+                replace_file(FileLayer(), name_file(stored), name[:200].encode("utf-8", "replace"))
                 temporary.rename(stored)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -190,7 +189,7 @@ class Workspace:
         path.unlink()
         self.mark_unreadable(name, unreadable=False)
         # An empty label remains, so that a command with this path never reads the rows of a later upload.
-        replace_file(FileLayer(), path.with_name(f"{path.name}.name"), b"")
+        replace_file(FileLayer(), name_file(path), b"")
 
     def mark_unreadable(self, name: str, *, unreadable: bool) -> None:
         """Remember whether an upload could be read."""
@@ -233,7 +232,7 @@ class Workspace:
         ).encode("utf-8", "surrogateescape")
 
     def _own_name(self, upload: str) -> str:
-        return _text(self.rows / f"{upload}.name") or upload
+        return uploaded_name(self.rows / upload)
 
     def save_context(self, text: str) -> str:
         """Write a prompt that a run turns into an adapter, under a name made from its text; return the name.
@@ -334,12 +333,5 @@ def checked_name(name: str) -> str:
 
 
 def _upload(path: Path) -> Upload:
-    label, status = _text(path.with_name(f"{path.name}.name")), path.stat()
-    return Upload(label or path.name, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC).isoformat())
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return read_settings(path)
-    except OSError:
-        return None
+    status = path.stat()
+    return Upload(uploaded_name(path), status.st_size, datetime.fromtimestamp(status.st_mtime, UTC).isoformat())

@@ -263,31 +263,10 @@ def closing_lines(summary: RunSummary) -> list[str]:
         f"{duration(summary.train_s)}, {summary.tokens_per_s:,.0f} tokens/s ({summary.dtype}, {summary.engine} engine)."
     )
     lines = [what, *([f"SLOWER: {summary.engine_note}"] if summary.engine_note else [])]
-    lines += _improvement(summary)
+    before_it, since = before_name(summary.compared_with_start), since_start(summary.compared_with_start)
+    lines += _results(summary, before_it, since)
     if same := same_answers(vars(summary)):
         lines.append(capitalized(same))
-    before_it, since = before_name(summary.compared_with_start), since_start(summary.compared_with_start)
-    if summary.repeated_rows:
-        lines.append(repeated_rows(summary.repeated_rows))
-    if (pairs := summary.held_out_pairs) is not None:
-        clauses = pair_clauses(pairs, summary.held_out_rows, summary.objective, summary.free_answers)
-        lines += map(capitalized, clauses)
-    if summary.adapted_retrieval:
-        scores = scores_text(summary.adapted_retrieval, summary.base_retrieval)
-        lines += [f"Held-out rows{since}: {scores}.", *_scores_verdict(summary)]
-    if summary.neutral_drift is not None:
-        lines.append(f"Cosines of neutral texts changed by {summary.neutral_drift:.3f} on average.")
-    if summary.base_classes and summary.adapted_classes:
-        lines.append(_class_line(summary.base_classes, summary.adapted_classes))
-        gain = None if "mse" in summary.adapted_classes else summary.adapted_classes.get("gain")
-        if gain and not unlearned_note(summary.unlearned_rows, summary.adapted_classes["rows"]):
-            words = upper_first(right_words(gain, "a constant answer"))
-            lines.append(f"{words}{_effect(summary, gain_verdict(gain))}.")
-    if summary.distilled is not None:
-        lines += distilled_sentences(summary.distilled, summary.objective, since)
-    for name, one in (summary.adapted_decisions or {}).items():
-        clause = decision_clause(name, (summary.base_decisions or {}).get(name), one, before_it)
-        lines.append(f"{clause}.")
     if forgot := forgetting(summary.forgotten_nats):
         if not (summary.advice or "").startswith("It forgot"):
             lines.append(f"{capitalized(forgot)} {reworded(REMEMBERING)}")
@@ -331,6 +310,39 @@ def closing_lines(summary: RunSummary) -> list[str]:
     commands = [trained.backhand()[0], *evaluate, *trained.llama_cpp()[:1]]
     lines.append(f"Adapter: {shlex.quote(summary.adapter)}")
     return [*lines, *(f"{'      ' if number else 'Next: '}{one}" for number, one in enumerate(commands))]
+
+
+def held_out_results(summary: RunSummary) -> list[str]:
+    """Return the sentences on held-out rows, with the verdict."""
+    before_it, since = before_name(summary.compared_with_start), since_start(summary.compared_with_start)
+    return [*_results(summary, before_it, since), *_right(summary, before_it, since)]
+
+
+def _results(summary: RunSummary, before_it: str, since: str) -> list[str]:
+    """Return the lines on losses and scores of held-out rows."""
+    lines = _improvement(summary)
+    if summary.repeated_rows:
+        lines.append(repeated_rows(summary.repeated_rows))
+    if (pairs := summary.held_out_pairs) is not None:
+        clauses = pair_clauses(pairs, summary.held_out_rows, summary.objective, summary.free_answers)
+        lines += map(capitalized, clauses)
+    if summary.adapted_retrieval:
+        scores = scores_text(summary.adapted_retrieval, summary.base_retrieval)
+        lines += [f"Held-out rows{since}: {scores}.", *_scores_verdict(summary)]
+    if summary.neutral_drift is not None:
+        lines.append(f"Cosines of neutral texts changed by {summary.neutral_drift:.3f} on average.")
+    if summary.base_classes and summary.adapted_classes:
+        lines.append(_class_line(summary.base_classes, summary.adapted_classes))
+        gain = None if "mse" in summary.adapted_classes else summary.adapted_classes.get("gain")
+        if gain and not unlearned_note(summary.unlearned_rows, summary.adapted_classes["rows"]):
+            words = upper_first(right_words(gain, "a constant answer"))
+            lines.append(f"{words}{_effect(summary, gain_verdict(gain))}.")
+    if summary.distilled is not None:
+        lines += distilled_sentences(summary.distilled, summary.objective, since)
+    for name, one in (summary.adapted_decisions or {}).items():
+        clause = decision_clause(name, (summary.base_decisions or {}).get(name), one, before_it)
+        lines.append(f"{clause}.")
+    return lines
 
 
 def _scores_verdict(summary: RunSummary) -> list[str]:

@@ -56,6 +56,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.options.config_file import config_table, dump_config, load_config
 from backhand.options.objectives import DISTILLED
 from backhand.printing import going_on, reworded
+from backhand.reading import uploaded_name
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import ANSWERS, CONFIG, FACTS, METRICS, SUMMARY, Proof, ProofLog, RunDirectory, proof_log
 from backhand.runs.interruption import Interrupted, Interruption
@@ -81,7 +82,7 @@ from backhand.training.resume import (
     state_digests,
 )
 from backhand.training.teaching import distilled_steps, teach
-from backhand.words import name_list
+from backhand.words import label_text, name_list
 
 
 @dataclass
@@ -540,6 +541,7 @@ class Trainer:
         card: dict[str, object] = {
             "base as trained": f"{base}, {form}, computed in {model.dtype}",
             "data": name_list(map(_published_name, self.run.config.data.data)),
+            **self._card_of_columns(),
             "training rows": f"{len(self.run.inputs.train.examples):,}",
             "steps": f"{progress.step:,} of {self.run.inputs.total_steps:,}",
         }
@@ -547,6 +549,18 @@ class Trainer:
             card["system message of every row"] = f"{len(system):,} characters, see backhand.json"
         card |= held_out_card(self.run, progress)
         return card
+
+    def _card_of_columns(self) -> dict[str, object]:
+        """Return the lines of the card on the texts that the options read, and on their answers."""
+        data, inputs = self.run.config.data, self.run.inputs
+        lists = {"labels": self.run.config.objective.class_labels or tuple(self.run.identity.labels)}
+        lists |= {f"options of {name}": one.keys for name, one in inputs.train.questions.items()}
+        lines = {
+            "text": data.state or data.prompt,
+            "answers": data.completion or name_list(data.question),
+            **{name: name_list(map(label_text, labels), limit=_MOST_LABELS) for name, labels in lists.items()},
+        }
+        return {name: text for name, text in lines.items() if text}
 
     def stop_message(self, *, restored: bool) -> str:
         """Describe the directory after an immediate stop.
@@ -567,7 +581,11 @@ class Trainer:
 
 def _published_name(name: str) -> str:
     """Return the last part of a path, because cards are published; return other names, such as hub ids, unchanged."""
-    return Path(name).name if Path(name).exists() else name
+    return uploaded_name(Path(name)) if Path(name).exists() else name
+
+
+_MOST_LABELS = 50
+"""Number of labels in a card."""
 
 
 def _unwritten(_proof: Proof) -> None:
