@@ -96,6 +96,10 @@ def test_problems_of_rows_are_under_the_name_of_the_uploaded_file(client: Client
     assert finding.text.count("iconv") == 1 and "Orders 2026.csv:2, Orders 2026.csv:3: this line" in finding.text
     assert "Documents per answer: a 4, b 4." in text
     assert "error: Orders 2026.csv:2: training would stop" in text and "Leave out the 2 bad rows" in text
+    (again,) = (link for link in page.every("a") if link.text == "upload it again")
+    assert str(again.attributes["href"]).endswith(
+        f"new/rows?{urlencode({k: v for k, v in draft.items() if k != 'data'})}"
+    )
     rows = b"text;label;note\n" + b"f\xfcr;a;\nf\xe4r;b;\n" * 5 + b"one;a;\nlist;b;\n" * 2
     client.post("upload?name=o.csv", body=rows)
     query = urlencode(draft | {"data": "rows-2.csv", "prompt": "text", "completion": "label"})
@@ -733,7 +737,7 @@ def test_a_column_that_is_empty_in_most_rows_is_questioned(client: Client, tiny:
     client.post("upload?name=faq.csv", body="\n".join(["text,group", *(f"asks {n}," for n in range(9))]).encode())
     query = urlencode(draft | {"data": "rows-2.csv", "completion": "group"})
     failure = part(client.get(f"part/lint?{query}", X_Part="1")[1])
-    assert [link.text for link in failure.every("a")] == ["Change it at the step “What to learn”"]
+    assert [link.text for link in failure.every("a")] == ["Change it at the step “What to learn”", "“Rows”"]
 
 
 def test_an_encoder_is_offered_what_it_can_learn(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -466,7 +466,7 @@ async def _lint_part(site: Site, request: Request) -> Response:
     except CommandError as error:
         # Leaving out bad rows, at the last step, does not help if all rows are bad.
         fields = [name for name in _fields_of(draft, error) if name != "more.skip_bad"]
-        return site.failure(request, error, _steps(draft, fields or [""]), draft.objective)
+        return site.failure(request, error, _steps(draft, fields or ["", "data"]), draft.objective)
     train, held_out = report["train"], report["held_out"] or {"rows": 0}
     complete, mostly_bad = [], report["errors"] > train["rows"] + held_out["rows"]
     if mostly_bad:
@@ -477,7 +477,13 @@ async def _lint_part(site: Site, request: Request) -> Response:
             complete = first["complete"]
     values = {"report": report, "messages": outcome.messages if outcome.code else "", "most": _MAX_SHOWN_TOKENS}
     leave_out = draft.query(**{"more.skip_bad": "True"})
-    values |= {"words": words, "leave_out": leave_out, "objective": draft.objective, "complete": complete}
+    values |= {
+        "words": words,
+        "leave_out": leave_out,
+        "other_file": draft.query(data=""),
+        "objective": draft.objective,
+        "complete": complete,
+    }
     can_leave_out = report["errors"] and report["can_skip"] and (complete or not mostly_bad)
     return site.part("lint", **values, can_leave_out=can_leave_out)
 

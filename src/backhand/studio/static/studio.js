@@ -70,7 +70,7 @@ function upload(form) {
     if (request.status === 200) location.assign(`${form.dataset.next}&data=${encodeURIComponent(request.responseText)}`);
     else status.textContent = new DOMParser().parseFromString(request.responseText, "text/html").body.textContent.trim();
   });
-  request.addEventListener("error", () => { status.textContent = "The file could not be sent: the server does not answer."; });
+  request.addEventListener("error", () => { status.textContent = "The file could not be sent: it has changed since it was chosen, or the server does not answer. Choose it again."; });
   status.textContent = "0 % sent";
   request.send(file);
 }
