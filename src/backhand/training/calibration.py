@@ -336,8 +336,9 @@ def _update_s(layout: AdapterLayout, machine: Machine) -> float:
     return min(times)
 
 
-_ENOUGH_PASSES, _ENOUGH_S = 10, 1.0
-"""After this number of passes and this number of seconds, the fastest pass hardly improves."""
+_ENOUGH_PASSES, _ENOUGH_S, _MOST_PASSES = 10, 1.0, 200
+"""After this number of passes and this number of seconds, the fastest pass hardly improves; nor after the last number,
+whatever the clock says."""
 
 
 def fastest(models: Sequence[Trainable], batch: PackedBatch, deadline: float) -> list[float]:
@@ -357,7 +358,7 @@ def fastest_calls(
     """Return the seconds of each function's fastest call, of `at_least` calls or more; see `fastest`."""
     best = [math.inf] * len(calls)
     passes, round_s, start = 0, 0.0, time.perf_counter()
-    while passes < at_least or time.perf_counter() + round_s < deadline:
+    while passes < at_least or (passes < _MOST_PASSES and time.perf_counter() + round_s < deadline):
         if passes >= _ENOUGH_PASSES and time.perf_counter() - start > _ENOUGH_S:
             break
         began = time.perf_counter()
