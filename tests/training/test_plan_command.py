@@ -95,6 +95,9 @@ def test_the_longest_documents_are_named(plan: Plan, tiny: TinyRun, tmp_path: Pa
     assert json.loads(plan(*words[:-2], "--json")[1])["longest"] == []
     code, _, err = plan(*words[:-1], "-1")
     assert code == 2 and "--show" in err
+    labels = ("--objective", "classify", "--problem-type", "single_label_classification")
+    (text,) = json.loads(plan(*words[:-1], "1", "--json", "--max-length", "8", *labels)[1])["longest"]
+    assert (text["tokens"], text["supervised_tokens"]) == (8, 0), "a placeholder is no token of the text"
 
 
 def test_a_sample_of_a_large_file_has_the_figures_of_all_rows(plan: Plan, tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from backhand.data.examples import Example
 from backhand.data.ranking_examples import documents_of_texts
 from backhand.data.row_sample import RowSample, sampled
+from backhand.data.rows import WITHOUT_TARGETS
+from backhand.data.stored_examples import StoredExamples, tokens_of_documents
 from backhand.engines.machine import Machine, resolve_machine
 from backhand.engines.memory.plan import LIVE_VIEW, HeldBase
 from backhand.errors import BackhandError, not_none
@@ -47,7 +48,8 @@ class PlanReport:
     held_out_rows: int
     steps: int
     notes: tuple[str, ...]  # sentences for people
-    longest: tuple[Example, ...] = ()  # the longest training documents, the longest first, for `--show`
+    # the longest training documents for `--show`, the longest first: location, tokens and supervised tokens
+    longest: tuple[tuple[str, int, int], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON values, with sizes in bytes and durations in seconds."""
@@ -86,8 +88,8 @@ class PlanReport:
             **(asdict(self.speed) if self.speed else dict.fromkeys(Speed.__dataclass_fields__)),
             "notes": list(map(reworded, self.notes)),
             "longest": [
-                {"where": reworded(one.source), "tokens": len(one), "supervised_tokens": int(one.supervised.sum())}
-                for one in self.longest
+                {"where": reworded(source), "tokens": tokens, "supervised_tokens": supervised}
+                for source, tokens, supervised in self.longest
             ],
         }
 
@@ -150,8 +152,16 @@ def plan(options: PlanOptions) -> PlanReport:
             if speed is not None:
                 speed = replace(speed, evaluate_s=speed.evaluate_s * sample.factor)
     examples = inputs.train.examples
-    longest = examples.take(np.argsort(-examples.column("tokens"), kind="stable")[: options.plan.show])
-    return PlanReport(run_plan, machine, speed, rows, held_out_rows, steps, (*notes, *run_plan.notes), tuple(longest))
+    places = np.argsort(-examples.column("tokens"), kind="stable")[: options.plan.show]
+    longest = tuple(_shown(examples.take(places[number : number + 1])) for number in range(len(places)))
+    return PlanReport(run_plan, machine, speed, rows, held_out_rows, steps, (*notes, *run_plan.notes), longest)
+
+
+def _shown(example: StoredExamples) -> tuple[str, int, int]:
+    """Return location, tokens and supervised tokens of an example's first document, without a placeholder."""
+    placeholder = isinstance(example[0].facts, WITHOUT_TARGETS)
+    supervised = 0 if placeholder else int(example[0].supervised.sum())
+    return example[0].source, int(tokens_of_documents(example)[0]), supervised
 
 
 @contextmanager
@@ -213,8 +223,8 @@ def _print(console: Console, report: PlanReport) -> None:
     console.print(shown)
     if report.longest:
         rows = table_of("longest documents", "tokens", "supervised", right=("tokens", "supervised"))
-        for example in report.longest:
-            rows.add_row(example.source, f"{len(example):,}", f"{int(example.supervised.sum()):,}")
+        for source, *counts in report.longest:
+            rows.add_row(source, *(f"{count:,}" for count in counts))
         console.print(rows)
     if report.speed is not None:
         _print_speed(console, report, report.speed)
