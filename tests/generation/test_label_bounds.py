@@ -101,6 +101,6 @@ def test_evaluate_looks_at_the_rows_before_it_writes_any_label(
 def test_from_python_labels_are_bounded_as_well() -> None:
     from backhand.errors import UsageError
 
-    for labels in (("x" * 1001, "y"), tuple(map(str, range(1001))), "", [""], (1, 2)):
+    for labels in (("x" * 1001, "y"), tuple(map(str, range(1001))), "", [""], (None, 2)):
         with pytest.raises(UsageError):
             GenerateOptions(answer=AnswerOptions(prompt="x", labels=labels)).validate()  # type: ignore[arg-type]

@@ -179,7 +179,7 @@ def test_decisions_and_labels_have_probabilities(
     cells = [[cell.text for cell in row.children if cell.text] for row in Page(text.encode()).every("tr")]
     assert cells == [["<b>", "75.0%"], ["sales", "25.0%"], ["yes", "90.0%"]]
     assert "One of the options is always chosen" in text and "noise" not in text
-    assert "&lt;i&gt;the run stopped early; “rank” under More options 3, or “system” (in a terminal) X" in text
+    assert "&lt;i&gt;the run stopped early; “rank” (3) under More options, or “system” (in a terminal) X" in text
     words, rows = asked[0]
     assert words[0] == "decide" and words[-2:] == ["--data=-", "--state=state"] and rows == '{"state": "--state"}\n'
     assert "it decides nothing" not in text

@@ -140,7 +140,10 @@ def test_a_run_learns_labels(straight: TrainConfig) -> None:
     integers = replace(straight, objective=replace(straight.objective, class_labels=("1", "2", "3")))
     found = answer_advice(integers, replace(unclear, try_next="backhand train …"), output)
     regression = "he 3 integers are read as names; to learn them as numbers, give --problem-type regression"
-    assert found == (f"The labels themselves are not clearly learnt. T{regression}.", None)
+    assert found is not None and found[0] == f"The labels themselves are not clearly learnt. T{regression}."
+    assert f"{output.name}/config.toml --problem-type regression --output " in str(found[1])
+    several = replace(integers, objective=replace(integers.objective, problem_type="multi_label_classification"))
+    assert regression not in str(answer_advice(several, unclear, output)), "a list is no number"
     assert not any("gguf" in line for line in shown)
     card = (output / "adapter" / "README.md").read_text()
     first = lines(output, "eval_loss")[0]["eval_loss"]  # of the random head, which is no baseline
@@ -657,6 +660,17 @@ def test_options_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(error, match=words):
         train(config(tiny, tmp_path, tmp_path / "run", **options))
+
+
+@pytest.mark.parametrize(
+    ("label", "words"), [([2, 1, 2], "a list of 3 labels, in which '2' is repeated"), ({"a": 0.5, "b": 0.5}, "a table")]
+)
+def test_votes_and_probabilities_are_no_labels(label: object, words: str, tiny: TinyRun, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "user asks", "label": label}) + "\n")
+    made = config(tiny, tmp_path, tmp_path / "run", data=(str(tmp_path / "rows.jsonl"),))
+    with pytest.raises(DataError, match=words) as refused:
+        train(made)
+    assert "--objective decide" in str(refused.value.next_step)
 
 
 def test_a_plan_needs_no_rows(tiny: TinyRun, tmp_path: Path) -> None:

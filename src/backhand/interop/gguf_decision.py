@@ -34,6 +34,7 @@ from backhand.interop.proving import Prover
 from backhand.loop.decide import Decider
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading.opening import open_model
+from backhand.words import count_of
 
 TYPE = "lfm2-d1"
 BOUND = 1e-3
@@ -156,12 +157,13 @@ def prove_decisions(path: Path, opened: OpenedAdapter, prover: Prover, *, exact:
                 else [(p, theirs["probabilities"][key]) for key, p in answer["probabilities"].items()]
             )
             largest = max(largest, *(abs(one - other) for one, other in pairs))
-    statement = f"llama.cpp's /v1/systemone gives the same probabilities for {len(rows)} states"
+    compared = count_of(len(rows), "state")
+    statement = f"llama.cpp's /v1/systemone gives the same probabilities for {compared}, with -fa off -ctk f32 -ctv f32"
     if exact:
         prover.check(statement, largest, BOUND, "train more steps: another spelling of a label may be more probable")
     else:
-        said = f"largest difference of a probability from llama.cpp's: {largest:.2g}"
-        prover.say(f"{said} (with a base in float32, the bound is {BOUND})")
+        said = f"largest difference of a probability from llama.cpp's in {compared}: {largest:.2g}"
+        prover.say(f"{said}; others may differ more (with --dtype float32, the bound is {BOUND})")
 
 
 _LONGEST_PROMPT = 2048

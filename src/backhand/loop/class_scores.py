@@ -47,6 +47,11 @@ class ClassScores(RowScores):
     surprises: list[dict[str, Any]]
     accuracy_interval: tuple[float, float] | None  # 95 % interval of the accuracy; None for numbers
 
+    @property
+    def accuracy(self) -> float | None:
+        """Share of rows with exactly the right labels; None for numbers."""
+        return self.values.get("accuracy")
+
     def gain_over(self, before: Sequence[float]) -> Gain | None:
         return mean_gain(before, self.row_scores) if self.problem_type == NUMBER else super().gain_over(before)
 

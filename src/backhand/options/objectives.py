@@ -266,12 +266,6 @@ class ObjectiveOptions(Options):
                 where="positive_weight",
                 next_step="leave it out, or give --ranking-loss pointwise",
             )
-        if self.problem_type == "regression" and self.class_labels:
-            raise UsageError(
-                "class_labels are given, but a number has no labels",
-                where="class_labels",
-                next_step="leave them out, or --problem-type regression",
-            )
         if self.beta == 0 and self.objective != "grpo":
             raise UsageError("beta 0.0 is not a finite number above 0", where="beta")
         if self.beta is not None and 0 < self.beta < _SMALLEST:

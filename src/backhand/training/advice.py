@@ -507,8 +507,10 @@ def answer_advice(
     if verdict in (None, "helped"):
         return None
     finding = None if curves is None else first_finding(curves, rates_until(config.optimization, summary.steps), 1.0)
-    if of_head is not None and not _start(config, run) and (note := integers_note(config.objective.class_labels)):
-        return f"The labels themselves are not clearly learnt. {capitalized(note)}", None
+    names = config.objective.class_labels if config.objective.problem_type != "multi_label_classification" else ()
+    if of_head is not None and not _start(config, run) and (note := integers_note(names)):
+        sentence = f"The labels themselves are not clearly learnt. {capitalized(note)}"
+        return sentence, _again(config, run, "--problem-type regression")
     if constant := {name: one["majority"] for name, one in decided[1].items() if one["constant"]}:
         same = f"The adapter gives the same answer to all held-out rows of {name_list(constant)}"
         few = summary.steps < FEWEST_STEPS

@@ -138,6 +138,7 @@ def with_labels(
         commas = decimal_comma_note((row.facts_as(ClassLabel), row.source) for row in (*of_train, *of_held_out))
         said = [f"a number is learned from {count_of(len(learned), 'row')}, with squared error"]
         said += [commas] if commas else []
+        said += ["--class-labels are not used, because a number has no labels"] if options.class_labels else []
         if start is None and (note := scale_note(learned)):
             said.append(f"warning: {note}")
         return replace(options, problem_type=problem, class_labels=()), 0, tuple(said)
