@@ -168,6 +168,13 @@ def test_a_single_table_with_a_list_of_tables_contains_the_rows() -> None:
             detect(row, following=following)
 
 
+def test_no_list_is_proposed_as_an_answer() -> None:
+    rows = [RawRow({"snippet": f"words {n}", "kind": "ab"[n % 2], "votes": [n % 2, 1]}, f"f:{n}") for n in range(9)]
+    with pytest.raises(DataError, match="fit no form of row") as refused:
+        detect(rows[0], following=rows[1:])
+    assert "votes" not in str(refused.value.next_step) and "kind" in str(refused.value.next_step)
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [

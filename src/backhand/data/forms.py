@@ -481,7 +481,8 @@ class _Columns:
             how += f" to train on whole texts; to train on another column as their answer: {label}" if label else ""
         else:
             near = [form.name for form in _ANSWERS if self.present.intersection(form.columns)] or _USUAL_FORMS
-            filled = [name for name in self.raw.values if name in self.present and str(self.raw.values[name]).strip()]
+            texts = [name for name, one in self.raw.values.items() if not isinstance(one, list | Mapping)]
+            filled = [name for name in texts if name in self.present and str(self.raw.values[name]).strip()]
             by_name = naming_advice((), filled, self.given, *self._values, with_answer=self.answers)
             how = f"a row has {' or '.join(near)}" + (f"; or name the columns: {by_name}" if by_name else "")
         what = f"{self._half_named}; its columns" if self._half_named else "the columns fit no form of row"
