@@ -31,7 +31,7 @@ _RUN_MADE = re.compile(r"--output[ =]runs/(\w+)(?![\w/])")
 _ROWS_OF_RUNS = {
     "classes": "--data docs/recipes/tickets.jsonl --objective classify",
     "decided": "--data docs/recipes/tickets.jsonl --objective decide",
-    "ranked": "--data pairs.jsonl --objective rank",
+    "ranked": "--data ranked.jsonl --objective rank",
     "vectors": "--data pairs.jsonl --objective embed --pooling mean",
 }
 """Rows and objective of runs that are not trained on `ROWS`."""
@@ -64,6 +64,11 @@ class World:
         (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
         pairs = [{"anchor": row["prompt"], "positive": row["completion"]} for row in ROWS]
         (directory / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        ranked = [
+            {"query": row["prompt"], "positive": row["completion"], "negative": other["completion"]}
+            for row, other in zip(ROWS, ROWS[1:] + ROWS[:1], strict=True)
+        ]
+        (directory / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ranked))
         texts = [{"text": row["completion"]} for row in ROWS]
         (directory / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
         (directory / "axolotl.yaml").write_text("base_model: smollm2-135m\nlora_r: 8\nsample_packing: true\n")
