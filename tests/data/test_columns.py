@@ -664,3 +664,21 @@ def test_an_answer_inside_the_prompt_or_the_state_is_noted(tmp_path: Path) -> No
     assert any("--state contains team, which --question names as the answer" in note for note in notes)
     with pytest.raises(UsageError, match="state and question are the same text, 'team'"):
         asked(path, state="team", **decides)
+
+
+def test_an_error_calls_a_renamed_column_by_its_name_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "completion.jsonl"
+    path.write_text('{"review": "good", "ratings": [3, 4], "stars": 3}\n')
+    with pytest.raises(DataError, match=rf"{re.escape(str(path))}:1: ratings is a list of 2, not text"):
+        prepare(DataOptions(data=(str(path),), prompt="review", completion="ratings"), byte_level())
+    with pytest.raises(DataError, match="stars is the number 3, not text") as raised:
+        prepare(DataOptions(data=(str(path),), columns={"text": "stars"}), byte_level())
+    assert raised.value.next_step == "write stars in quotes"
+
+
+def test_a_misspelt_question_of_rows_without_a_state_is_corrected(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"review": "good", "ratings": "high"}\n{"review": "bad", "ratings": "low"}\n')
+    with pytest.raises(DataError) as raised:
+        prepare(DataOptions(data=(str(path),), question={"ratngs": ""}), byte_level(), purpose="decisions")
+    assert raised.value.next_step == "did you mean ratings? Also add --state '{review}'"

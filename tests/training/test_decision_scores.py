@@ -7,6 +7,7 @@ import pytest
 from sklearn.metrics import brier_score_loss, f1_score, log_loss
 
 from backhand.data.decisions import Question
+from backhand.loop.decide import about_score
 from backhand.loop.decision_scores import (
     RESAMPLES,
     Outcome,
@@ -15,6 +16,7 @@ from backhand.loop.decision_scores import (
     score_questions,
     thresholds,
 )
+from backhand.runs.label_results import soft_target_words
 from backhand.words import share_interval
 
 KEYS = ("a", "b", "c")
@@ -185,3 +187,22 @@ def test_surprises_are_the_least_probable_answers() -> None:
     score = score_questions(outcomes, {})["team"]
     of_answers = sorted(float(one.probabilities(1.0)[one.targets.argmax()]) for one in outcomes)
     assert [one["probability"] for one in score.surprises] == pytest.approx(of_answers[:5])
+
+
+def test_soft_targets_bound_the_accuracy_and_the_loss() -> None:
+    votes = [np.array(shares) for shares in ((0.7, 0.3, 0.0), (0.5, 0.25, 0.25), (0.1, 0.9, 0.0))]
+    perfect = [Outcome(QUESTION, np.log(np.maximum(one, 1e-300)), one, f"rows:{n}") for n, one in enumerate(votes)]
+    score = score_questions(perfect, {})["team"]
+    assert score.accuracy == score.ceiling == pytest.approx(2.1 / 3)
+    entropy = -sum(float(p) * np.log(p) for one in votes for p in one if p) / 3
+    assert [score.nll, score.nll_floor] == pytest.approx([entropy, entropy])
+    assert score.majority == pytest.approx((0.3 + 0.25 + 0.9) / 3)  # of the option with the most votes, b
+    assert score.constant_scores == pytest.approx([0.3, 0.25, 0.9])
+    words = soft_target_words(score.to_json())
+    assert "at most 70.0% can be right" in words and f"{score.nll_floor:.4f}" in words
+    assert any(words in line for line in about_score("team", score))
+
+
+def test_certain_answers_have_no_bounds() -> None:
+    score = score_questions(drawn(40, 1.0), {})["team"]
+    assert (score.ceiling, score.nll_floor, soft_target_words(score.to_json())) == (1.0, 0.0, "")

@@ -120,6 +120,18 @@ class ColumnReader:
             except DataError as error:
                 bad.add(error)
 
+    def name_columns(self, error: DataError) -> None:
+        """Call a column that has another name in the file by that name, in an error that begins with the column."""
+        for usual, text in {**self.given, **self._columns}.items():
+            column = _alone(text)
+            if re.match(rf"{re.escape(usual)}\b", error.what) and not has_columns(column):
+                error.what = error.what.replace(usual, column, 1)
+                error.args = (error.what,)
+                if error.next_step:  # which also has options and words of these names
+                    place = rf"(?<=write ){re.escape(usual)}\b|(?<=\['){re.escape(usual)}(?='\])"
+                    error.next_step = re.sub(place, lambda _: column, error.next_step)
+                return
+
     def _text_and_answers(self) -> tuple[str, list[str], list[str]]:
         """Return the option of the text, its columns, and the columns of its answers."""
         option = "state" if "state" in self.given else "prompt"

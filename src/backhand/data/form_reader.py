@@ -28,6 +28,7 @@ class FormReader:
         questions: the questions of rows of decisions that do not contain their own.
         context_column: column in which rows name the context of the teacher; None without one.
         columns: names that `--columns` gives.
+        name_columns: names a renamed column in an error as the file does, see `ColumnReader.name_columns`.
 
     Attributes:
         form: the form of the file, or None before the first valid row.
@@ -45,8 +46,10 @@ class FormReader:
         context_column: str | None = None,
         columns: Iterable[str] = (),
         not_as_trained: Callable[[RawRow], DataError | None] | None = None,
+        name_columns: Callable[[DataError], object] | None = None,
     ) -> None:
         columns = [*columns]
+        self._name_columns = name_columns or (lambda error: None)
         if purpose is None and "label" in columns:
             purpose = "labelled"
         self._purpose: Purpose | None = purpose
@@ -119,6 +122,7 @@ class FormReader:
             try:
                 row = self.read(raw, None if bad.skip_bad else rows)
             except DataError as error:
+                self._name_columns(error)
                 if bad.skip_bad and self.form is None and len(self._refused) <= MOST_FOLLOWING:
                     self._refused.append(raw)
                 bad.add(error)

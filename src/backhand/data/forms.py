@@ -394,6 +394,10 @@ class _Columns:
         state = state_option(name for name in filled if name not in without)
         if purpose == "states":
             return state and f"name the columns of the states, for example {state}"
+        near = [other for name in questions for other in nearest_names(name, filled, cutoff=0.7)]
+        if not answers and near:
+            state = state_option(name for name in filled if name not in {*without, *near})
+            return f"did you mean {' or '.join(dict.fromkeys(near))}?" + (f" Also add {state}" if state else "")
         if not answers:
             return f"rename the columns of the answers to the questions that they answer: {name_list(questions)}"
         named = [] if len(answers) == len(questions) else answers  # without any, all questions are read

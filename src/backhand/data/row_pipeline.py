@@ -74,6 +74,7 @@ class RowPipeline:
             context_column=self.context_column,
             columns=self.named.columns,
             not_as_trained=named.not_as_trained,
+            name_columns=named.name_columns,
         )
         prompts = self.allow_prompts or self.purpose == "prompts"
         raws = read_rows(name, self.bad, held_out=self.held_out, prompts=prompts)

@@ -33,6 +33,7 @@ from backhand.nn.compute import resolve_device, resolve_dtype
 from backhand.options.command_options import DecideOptions
 from backhand.printing import counting, in_rounds
 from backhand.reading import read_plain
+from backhand.runs.label_results import soft_target_words
 from backhand.runs.row_changes import right_words
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import count_of, name_list, shorten, show_notes
@@ -240,8 +241,10 @@ def print_decisions(model: str, scores: Mapping[str, DecisionScore]) -> None:
 
 
 def about_score(name: str, score: DecisionScore) -> list[str]:
-    """Return sentences about a question: gain, thresholds of probability, the worst surprise, and the flips."""
+    """Return sentences about a question: gain, soft targets, thresholds of probability, the worst surprise, flips."""
     gained = [] if score.gain is None else [f"{name}: {right_words(score.gain, 'the base model')}"]
+    if soft := soft_target_words({"ceiling": score.ceiling, "nll_floor": score.nll_floor}):
+        gained.append(f"{name}: {soft}")
     if score.constant:
         return [*gained, f"{name}: the model gives the same answer to all rows"]
     if score.majority == 1:

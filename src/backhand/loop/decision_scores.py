@@ -13,8 +13,10 @@ for support vector machines, 1999, §2.2]:
     u_k = (n t_k + τ / K) / (n + 1),   n rows of this type
 
     accuracy   share of rows whose most probable option is the answer;   for soft targets, the mean of their target
-    majority   accuracy of always giving the most frequent answer of these rows
+    majority   accuracy of always giving the same answer, the one with the largest mean target of these rows
     NLL        mean -Σ_k t_k log p_k;   Brier score: mean Σ_k (p_k - t_k)²
+    ceiling    mean max_k t_k / τ, the highest accuracy: 1 without soft targets
+    NLL floor  mean -Σ_k t_k log (t_k / τ), the lowest NLL: 0 without soft targets
     ECE        Σ_bins (rows in the bin / rows) |mean confidence - accuracy|, bins with equal numbers of rows
 
 The confidence is the largest probability. The interval of the ECE is that of the basic bootstrap (`_ece_interval`).
@@ -24,6 +26,7 @@ Thresholds are of those who decide the most confident rows themselves, and pass 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -132,6 +135,9 @@ class DecisionScore(RowScores):
     confusion: dict[str, dict[str, int]]  # number of rows by answer, then by decision
     surprises: list[dict[str, Any]]  # the least probable answers: source, answer, decision, probability of the answer
     flips: float | None = None  # share of decisions that change if the options come in a random order
+    # the accuracy and the NLL of deciding and predicting the targets themselves, see the module docstring
+    ceiling: float = 1.0
+    nll_floor: float = 0.0
 
 
 def score_questions(
@@ -169,10 +175,24 @@ def right_answers(outcomes: Iterable[Outcome]) -> dict[str, Tensor]:
 
 def _hits(outcomes: Sequence[Outcome]) -> tuple[list[float], list[float]]:
     """Return the scores of a question's answers, and those of the most frequent answer."""
-    right = [int(one.targets.argmax()) for one in outcomes]
-    most_frequent = max(right, key=right.count)
     hits = [float(one.targets[one.scores.argmax()] / one.targets.sum()) for one in outcomes]
-    return hits, [float(one == most_frequent) for one in right]
+    return hits, _constant_scores(outcomes)
+
+
+def _constant_scores(outcomes: Sequence[Outcome]) -> list[float]:
+    """Return the scores of always giving the same answer, the one with the largest mean target."""
+    shares = [dict(zip(one.question.keys, one.targets / one.targets.sum(), strict=True)) for one in outcomes]
+    totals: Counter[str] = Counter()
+    for share in shares:
+        totals.update(share)
+    answer = max(totals, key=totals.__getitem__)
+    return [float(share.get(answer, 0.0)) for share in shares]
+
+
+def _nll_floor(targets: Floats) -> float:
+    """Return the lowest loss, that of p_k = t_k / τ."""
+    certain = targets[targets > 0]
+    return -float((certain * np.log(certain / certain.sum())).sum())
 
 
 def _by_question(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
@@ -197,11 +217,12 @@ def _score(
     given = [one.question.keys[best] for one, best in zip(outcomes, chosen, strict=True)]
     keys = dict.fromkeys(key for one in outcomes for key in one.question.keys)
     labels = label_score(right, given, keys, right)
+    constant_scores = _constant_scores(outcomes)
     return DecisionScore(
         rows=len(outcomes),
         accuracy=float(hits.mean()),
         accuracy_interval=share_interval(float(hits.mean()), len(outcomes)),
-        majority=max(map(right.count, {*right})) / len(right),
+        majority=float(np.mean(constant_scores)),
         f1_macro=labels.f1_macro,
         nll=float(np.mean([-(one.targets * log).sum() for one, log in zip(outcomes, log_p, strict=True)])),
         brier=float(np.mean([((one - out.targets) ** 2).sum() for one, out in zip(p, outcomes, strict=True)])),
@@ -218,8 +239,10 @@ def _score(
         confusion=labels.confusion,
         surprises=_surprises(outcomes, p, right, given),
         flips=flips,
+        ceiling=float(np.mean([one.targets.max() / one.targets.sum() for one in outcomes])),
+        nll_floor=float(np.mean([_nll_floor(one.targets) for one in outcomes])),
         row_scores=hits.tolist(),
-        constant_scores=labels.constant_scores,
+        constant_scores=constant_scores,
     )
 
 

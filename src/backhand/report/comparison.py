@@ -25,6 +25,7 @@ from backhand.report.page import differences, expected, prompt_parts
 from backhand.report.proof_tables import proof_tables
 from backhand.report.rendering import NOT_KNOWN, figure, render, size, time_taken
 from backhand.report.run_record import RunRecord, is_number
+from backhand.runs.label_results import soft_target_words
 from backhand.runs.pair_results import PAIR_OBJECTIVES
 from backhand.runs.row_changes import (
     ROW_NATS,
@@ -166,7 +167,10 @@ def _held_out_score(run: RunRecord) -> _HeldOutScore | None:
     if (right := right_answers(run)) is not None:
         before, share, rows = right
         interval = share_interval(share, rows)
-        return _HeldOutScore("right answers", before, share, interval, rows, of_rows, is_share=True)
+        # Decisions by shares of votes and by single answers do not compare.
+        soft = any(map(soft_target_words, (run.summary.get("adapted_decisions") or {}).values()))
+        what = "right answers by probability" if soft else "right answers"
+        return _HeldOutScore(what, before, share, interval, rows, of_rows, is_share=True)
     if (ranked := ranking_scores(run)) is None:
         return None
     name, base, scores = ranked

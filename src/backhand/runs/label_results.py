@@ -186,6 +186,21 @@ def decision_shares(
     ]
 
 
+def soft_target_words(figures: Mapping[str, Any]) -> str:
+    """Return a clause about the highest accuracy and the lowest loss that soft targets allow, or "" for certain ones.
+
+    Args:
+        figures: as in `DecisionFigures`.
+    """
+    ceiling, floor = figures.get("ceiling", 1.0), figures.get("nll_floor", 0.0)
+    if ceiling == 1:
+        return ""
+    return (
+        f"the answers are probabilities: a decision counts as right by the probability of its option, so that at most "
+        f"{ceiling:.1%} can be right, and the lowest possible loss is {floor:.4f}"
+    )
+
+
 def decision_clause(
     name: str, base: Mapping[str, Any] | None, adapted: Mapping[str, Any], before_it: str = "the base model"
 ) -> str:
@@ -199,9 +214,10 @@ def decision_clause(
     if base is not None:
         (shares,) = decision_shares({name: base}, {name: adapted})
         verdict = f": {verdict_words(shares, before_it)}"
+    soft = soft_target_words(adapted)
     clause = (
         f"{name}: {before}{right:.1%} of {count_of(rows, 'held-out answer')} right ({interval_text(right, rows)}; "
-        f"{adapted['majority']:.1%} by the most frequent answer){verdict}"
+        f"{adapted['majority']:.1%} by the most frequent answer){verdict}{'; ' * bool(soft)}{soft}"
     )
     if "ece" not in adapted:
         return clause

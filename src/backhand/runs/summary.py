@@ -72,6 +72,9 @@ class DecisionFigures(TypedDict):
     # share of decisions that change if the options come in a random order; None if it was not measured, missing in
     # older files
     flips: NotRequired[float | None]
+    # highest accuracy and lowest NLL that the targets allow, 1 and 0 if every answer is certain; missing in older files
+    ceiling: NotRequired[float]
+    nll_floor: NotRequired[float]
 
 
 class AnswerLengths(TypedDict):
