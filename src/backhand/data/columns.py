@@ -129,7 +129,7 @@ class ColumnReader:
                 error.args = (error.what,)
                 if error.next_step:  # which also has options and words of these names
                     place = rf"(?<=write ){re.escape(usual)}\b|(?<=\['){re.escape(usual)}(?='\])"
-                    error.next_step = re.sub(place, lambda _: column, error.next_step)
+                    error.next_step = re.sub(place, column.replace("\\", r"\\"), error.next_step)
                 return
 
     def _text_and_answers(self) -> tuple[str, list[str], list[str]]:

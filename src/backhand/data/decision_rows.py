@@ -70,7 +70,8 @@ def read_decision(
         if unanswered or name in answers
     )
     if not asked:
-        columns = form.columns[1:2] if form.columns[0] != "state" else [*(raw.values.get(ANSWERS) or questions or [ANSWERS])]
+        named = raw.values.get(ANSWERS) or questions or [ANSWERS]
+        columns = form.columns[1:2] if form.columns[0] != "state" else [*named]
         raise DataError(
             "no question of this row has an answer",
             where=raw.source,

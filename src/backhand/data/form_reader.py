@@ -49,7 +49,7 @@ class FormReader:
         name_columns: Callable[[DataError], object] | None = None,
     ) -> None:
         columns = [*columns]
-        self._name_columns = name_columns or (lambda error: None)
+        self._name_columns = name_columns or (lambda _: None)
         if purpose is None and "label" in columns:
             purpose = "labelled"
         self._purpose: Purpose | None = purpose
