@@ -968,7 +968,11 @@ def test_messages_name_fields_instead_of_options() -> None:
             "error: “Worse answer”: “Better answer” and “Worse answer” are the same text, 'rejected'",
         ),
         ("dpo", "the chosen answers are cut", "the chosen answers are cut"),
-        ("embed", "Author is empty: no completion", "Author is empty: no “Text that belongs to it”"),
+        (
+            "embed",
+            "Author is empty, so that the row has no completion",
+            "Author is empty, so that the row has no “Text that belongs to it”",
+        ),
         (
             "classify",
             integers_note(["1", "2", "3"]),

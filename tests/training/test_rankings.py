@@ -257,6 +257,7 @@ def test_columns_of_a_table_can_be_named(tmp_path: Path) -> None:
         ({"query": "q", "positive": " "}, "positive is empty"),
         ({"query": "q", "docs": ["a", "b"], "labels": [1]}, "2 documents and 1 scores"),
         ({"query": "q", "document": "a", "score": "high"}, "not a number"),
+        ({"query": "q", "document": "a", "score": "1,234"}, "may be a number with a decimal comma"),
         ({"text": "a"}, "do not fit rankings"),
     ],
 )

@@ -381,7 +381,8 @@ def _filled(option: str, text: str, raw: RawRow) -> Any:
     if missing := [name for name in names if name not in raw.values]:
         raise DataError(f"there is no {missing[0]} in this row", where=raw.source)
     if all(_is_empty(raw.values[name]) for name in names):
-        raise DataError(f"{name_list(names)} {'is' if len(names) == 1 else 'are'} empty: no {option}", where=raw.source)
+        are = "is" if len(names) == 1 else "are"
+        raise DataError(f"{name_list(names)} {are} empty, so that the row has no {option}", where=raw.source)
     if _alone(text) == names[0]:
         value = raw.values[names[0]]
         return value if isinstance(value, list) else _as_text(value, raw.source)

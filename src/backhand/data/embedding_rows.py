@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from backhand.data.forms import LABELLED_TEXT, LISTED_SCORES, SCORES, Form, negative_columns
-from backhand.data.raw_rows import TRUTH, RawRow, describe, number_of
+from backhand.data.raw_rows import TRUTH, RawRow, describe, has_unclear_comma, number_of
 from backhand.data.rows import EmbeddingRow, RankingRow
 from backhand.errors import DataError
 
@@ -107,6 +107,12 @@ def _score(name: str, value: Any, source: str) -> float:
     if isinstance(value, bool | str) and (truth := TRUTH.get(str(value).strip().lower())) is not None:
         return float(truth)
     score = number_of(value)
+    if has_unclear_comma(value):
+        raise DataError(
+            f"{name} is {value!r}, which may be a number with a decimal comma or one of thousands",
+            where=source,
+            next_step="write it with a decimal point and without separators of thousands",
+        )
     if score is None:
         raise DataError(
             f"{name} is {describe(value)}, not a number",

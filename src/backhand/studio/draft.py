@@ -588,7 +588,10 @@ def _column_on_page(option: str, key: str, value: str, objective: str) -> tuple[
     return ("write", f"{column} in the field next to {label}") if "{" in column else ("choose", f"{column} at {label}")
 
 
-_ROLE = re.compile(r"(?<=: no )(?:prompt|completion)\b|(?<![\w'“`={-])(?:chosen|rejected)(?![\w'”`=}-]| answers?\b)")
+_ROLE = re.compile(
+    r"(?<=the row has no )(?:prompt|completion)\b"
+    r"|(?<![\w'“`={-])(?:chosen|rejected)(?![\w'”`=}-]| answers?\b)"
+)
 """Names of parts of a row in an error, which the page calls by the labels of their fields."""
 
 

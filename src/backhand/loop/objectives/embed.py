@@ -252,7 +252,7 @@ def check_pooling(pooling: Pooling, *, causal: bool) -> None:
             "the first token of a text does not see the others in this model",
             where="pooling",
             why="its attention is causal, so that all texts would have the same vector",
-            next_step="give --pooling last or mean",
+            next_step="give --pooling last or --pooling mean",
         )
 
 
