@@ -133,19 +133,32 @@ def _is_json_object(text: str) -> bool:
         return False
 
 
+_LIKE_MESSAGES = re.compile(r'\s*(\[\s*\{\s*"|\{\s*"(messages|role)"\s*:)')
+"""The beginning of a text that is meant as messages in JSON."""
+
+
 def context_messages(text: str) -> tuple[Message, ...]:
-    """Return the messages of a context: those of a JSON list of messages, else one system message.
+    """Return the messages of a context: those of a JSON list of messages or of a row, else one system message.
 
     Raises:
-        DataError: a message of the list is malformed.
+        DataError: a message of the list is malformed, or the JSON is.
     """
-    if text.lstrip().startswith("["):
+    listed: object = None
+    if text.lstrip().startswith("[") or _LIKE_MESSAGES.match(text):
         try:
             listed = json.loads(text)
-        except (ValueError, RecursionError):
-            listed = None
-        if isinstance(listed, list):
-            return tuple(message for message, _ in read_turns("context", listed, "context"))
+        except (ValueError, RecursionError) as error:
+            if _LIKE_MESSAGES.match(text):
+                raise DataError(
+                    "the context begins as messages in JSON, and is no valid JSON",
+                    where="context",
+                    why=short_reason(error),
+                    next_step="correct the JSON; a text that is no list of messages must not begin like one",
+                ) from None
+    if isinstance(listed, dict):
+        listed = listed.get("messages", [listed])
+    if isinstance(listed, list):
+        return tuple(message for message, _ in read_turns("context", listed, "context"))
     return ({"role": "system", "content": text.strip()},)
 
 

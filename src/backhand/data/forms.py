@@ -455,7 +455,8 @@ class _Columns:
         answers = sorted(self.present & known)
         read = {column for text in self.given.values() for column in columns_named(text)}
         others = [name for name in self.raw.values if name in self.present - {*asking.columns, *self.given, *read}]
-        by_name = naming_advice(asking.columns, others, self.given, *self._values, with_answer=self.answers)
+        texts = [name for name in others if not isinstance(self.raw.values[name], list | Mapping)]
+        by_name = naming_advice(asking.columns, texts, self.given, *self._values, with_answer=self.answers)
         state = "an empty" if answer in self.raw.values else "no"
         return DataError(
             self._half_named or f"the row has {asking.columns[0]} but {state} {answer}",

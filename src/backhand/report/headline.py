@@ -348,7 +348,11 @@ def _outcome(run: RunRecord) -> str:
         return "; ".join([f"{change} {loss_unit(run.objective)}", *clauses])
     if run.objective in DISTILLED:
         figures = run.summary.get("distilled")
-        words = f"{agreement_words(figures)}{since_start(run.compared_with_start)}" if figures else ""
+        words = (
+            f"{agreement_words(figures, count_of(figures['tokens'], 'token'))}{since_start(run.compared_with_start)}"
+            if figures
+            else ""
+        )
         agreed = f", and the most probable token is the teacher's in {words}" if figures else ""
         return f"{change} {loss_unit(run.objective)}{agreed}{_effect(run)}"
     if run.objective in ("embed", "rank"):

@@ -29,9 +29,14 @@ def top_1_gain(base: Sequence[int], adapted: Sequence[int], tokens: int) -> tupl
     return gain, max(low, 0.0 - before), min(high, 1.0 - before)
 
 
-def agreement_words(figures: DistilledFigures) -> str:
-    """Return the shares of tokens on which base and adapted model agree with the teacher, and the interval."""
-    shares = f"{figures['base_top_1']:.1%} → {figures['adapted_top_1']:.1%} of them"
+def agreement_words(figures: DistilledFigures, of: str = "them") -> str:
+    """Return the shares of tokens on which base and adapted model agree with the teacher, and the interval.
+
+    Args:
+        figures: from summary.json.
+        of: the tokens.
+    """
+    shares = f"{figures['base_top_1']:.1%} → {figures['adapted_top_1']:.1%} of {of}"
     if (gain := figures.get("top_1_gain")) is None:
         return shares
     _, low, high = (signed(100 * value, 1) for value in gain)

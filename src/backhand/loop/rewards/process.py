@@ -192,8 +192,9 @@ class RewardProcess:
                 where="reward",
                 why=f"{failed.how}, at {failed.place}" if failed.place else failed.how,
                 next_step=failed.next_step
-                or "correct its file or its name; the current directory is no place to import "
-                "from: name a file.py:function",
+                or "correct its file or its name"
+                + "; the current directory is no place to import from: name a file.py:function"
+                * (parse_name(failed.function).kind == "module"),
             ) from failed.trace
         return self
 
