@@ -637,11 +637,15 @@ def test_one_text_for_two_columns_of_a_form_is_refused(
     assert refused.value.why == why
 
 
-@pytest.mark.parametrize(("by", "looked_up"), [("ABCDE", True), ("ABCDEFG", False)])
+@pytest.mark.parametrize(
+    ("by", "mistyped", "looked_up"),
+    [("ABCDE", 0, True), ("ABCDEFG", 0, False), ("ABCDE", 1, True), ("ABCDE", 2, False)],
+)
 def test_a_column_whose_values_each_have_one_answer_is_not_proposed_and_noted(
-    by: str, looked_up: bool, tmp_path: Path
+    by: str, mistyped: int, looked_up: bool, tmp_path: Path
 ) -> None:
     lines = [f"the speech {n},Mr {by[n % len(by)]},{'LR'[n % 5 % 2]}\n" for n in range(60)]
+    lines[:mistyped] = [line.replace(",L", ",left").replace(",R", ",right") for line in lines[:mistyped]]
     path = written(tmp_path / "rows.csv", "".join(["text,speaker,side\n", *lines]))
     rows = DataOptions(data=(str(path),))
     with pytest.raises(DataError) as refused:
@@ -649,7 +653,7 @@ def test_a_column_whose_values_each_have_one_answer_is_not_proposed_and_noted(
     assert (r"{text}\n{speaker}" in str(refused.value)) is not looked_up
     named = replace(rows, prompt=r"{text}\n{speaker}", completion="side", max_rows=50)
     notes = lint(named, byte_level(), purpose="classes")[0].train.notes
-    told = "each speaker has only one side, so that the model learns these names instead of the text"
+    told = "each speaker has only one side, but for a few rows at most, so that the model learns these values"
     assert any(told in note for note in notes) is looked_up
 
 

@@ -716,6 +716,25 @@ def test_columns_suggest_what_to_learn(header: str, row: str, suggested: dict[st
     assert first["columns"] == re.split("[,;]", header)
 
 
+@pytest.mark.parametrize("blemish", ["n/a", "unclear"])
+def test_numbers_with_a_few_blemishes_are_no_part_of_the_text(blemish: str, tmp_path: Path) -> None:
+    rows = [f"{n % 9 - 4},5;the tweet {n};{'down' if n % 9 < 4 else 'up'}" for n in range(60)]
+    rows[5] = rows[5].replace("1,5", blemish)
+    rows[7] = rows[7].replace("up", "Up")
+    rows[11] = rows[11].replace("down", "")
+    (tmp_path / "rows.csv").write_text("\n".join(["Mean;Tweet;Verdict", *rows]))
+    assert first_rows(str(tmp_path / "rows.csv"))["state"] == "Tweet"
+
+
+def test_the_page_says_that_it_proposes_a_text_of_several_columns(client: Client) -> None:
+    rows = "".join(f"word {n};it means {n};{'AB'[n % 2]}\n" for n in range(20))
+    client.post("upload?name=words.csv", body=f"Headword;Meaning;Group\n{rows}".encode())
+    said = "This text joins several columns"
+    assert said in client.get("part/rows?data=rows-1.csv")[1]
+    chosen = urlencode({"data": "rows-1.csv", "objective": "decide", "typed_state": "{Headword} {Meaning}"})
+    assert said not in client.get(f"part/rows?{chosen}")[1]
+
+
 def test_a_misspelt_column_in_braces_is_shown_at_its_field(client: Client, tiny: TinyRun) -> None:
     client.post("upload?name=faq.csv", body=TABLE)
     draft = {"typed_model": str(tiny.model), "data": "rows-1.csv", "objective": "sft"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections import Counter
@@ -176,6 +177,8 @@ _MOST_ROWS = 2_000
 """Number of rows whose values are compared with each other."""
 _CHANCE = 1e-6
 """Probability below which equal answers of equal values are no chance."""
+_EXCEPTIONS = 0.02
+"""Largest share of rows whose answer differs from the usual one of their value, such as a mistyped answer."""
 
 
 class ClassColumns:
@@ -234,9 +237,9 @@ class ClassColumns:
     def determining(self, answer: str | None, columns: Sequence[str]) -> list[str]:
         """Return the columns of repeating short values that each have one answer, [] if no other column remains.
 
-        Such values are names to look up, next to which a text need not be read. For answers that are independent of the
-        column, equal values have equal answers with a probability of at most p^repeats, p being the share of the most
-        frequent answer.
+        Such values are names to look up, next to which a text need not be read. Mistyped answers are exceptions: at
+        most 2 % of the rows. If answers are independent of the column, n rows with so few exceptions have a probability
+        of at most comb(n, exceptions) p^(repeats - exceptions). Here, p is the share of the most frequent answer.
         """
         answers = Counter(row[answer] for row in self._rows if answer in row) if answer is not None else Counter()
         found = []
@@ -244,15 +247,20 @@ class ClassColumns:
             pairs = [
                 (row[name], row[answer]) for row in self._rows if answer is not None and {name, answer} <= row.keys()
             ]
-            values = {value for value, _ in pairs}
-            repeats, most = len(pairs) - len(values), max(answers.values()) / answers.total()
-            if len({*pairs}) == len(values) <= repeats >= len(self._rows) // 4 and most**repeats < _CHANCE:
+            counts = Counter(pairs)
+            usual = {value: count for (value, _), count in sorted(counts.items(), key=lambda one: one[1])}
+            repeats, exceptions = len(pairs) - len(usual), len(pairs) - sum(usual.values())
+            most = max(answers.values()) / answers.total()
+            chance = math.comb(len(pairs), exceptions) * most ** (repeats - exceptions)
+            enough = len(usual) <= 2 * repeats and repeats >= len(self._rows) // 4
+            if enough and exceptions <= _EXCEPTIONS * len(pairs) and chance < _CHANCE:
                 found.append(name)
         return found if len(found) < len(columns) else []
 
     def _has_numbers(self, name: str) -> bool:
         values = [value for value in self._seen[name] if value.strip()]
-        return bool(values) and all(_NUMBER.fullmatch(value.strip()) for value in values)
+        numbers = sum(bool(_NUMBER.fullmatch(value.strip())) for value in values)
+        return bool(values) and numbers >= _NEARLY_ALL * len(values)
 
     def constant(self, rows: int) -> list[str]:
         """Return the columns with the same short value in all of these rows, or with none in most of them.

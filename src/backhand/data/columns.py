@@ -144,8 +144,8 @@ class ColumnReader:
         others = [name for name in asked if name not in answers]
         looked_up = ((name, answer) for answer in answers for name in self.values.determining(answer, others))
         return ([] if self.note is None else [self.note]) + [
-            f"warning: each {name} has only one {answer}, so that the model learns these names instead of the text: "
-            f"leave {name} out of --{option}, unless new texts have the same ones"
+            f"warning: each {name} has only one {answer}, but for a few rows at most, so that the model learns these "
+            f"values instead of the text: leave {name} out of --{option}, unless new texts have the same ones"
             for name, answer in looked_up
         ]
 

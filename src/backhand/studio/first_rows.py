@@ -188,9 +188,9 @@ def _texts(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], without: S
 
 
 def _numbers_rows(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Return True if the values of a column are numbers, empty, or different single words with digits."""
-    values = [str(row[column]).strip() for row in rows if row.get(column) is not None]
-    if all(re.fullmatch(r"[-+]?[\d.,]*", value) for value in values):
+    """Return True if nine in ten values of a column are numbers, or all are different single words with digits."""
+    values = [text for value in _values(column, rows) if (text := str(value).strip())]
+    if 10 * sum(not re.fullmatch(r"[-+]?[\d.,]+", value) for value in values) <= len(values):
         return True
     single = all(re.fullmatch(r"\S*\d\S*", value) for value in values)
     return single and len({*values}) == len(values) > 1
