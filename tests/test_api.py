@@ -341,7 +341,7 @@ class Misspelt(backhand.Observer):
         (lambda: backhand.generate("a", max_tokens=8), "here it is max_new_tokens"),
         (lambda: backhand.generate("a", max_length=8), "here it is max_new_tokens"),
         (lambda: backhand.train(data=ROWS, dtype=torch.bfloat16), "did you mean bfloat16?"),
-        (lambda: backhand.plan(data=[]), "there is no data"),
+        (lambda: backhand.plan(data=[]), "the list of rows is empty"),
         (lambda: backhand.train(data=ROWS, report_to="none"), "leave report_to out: no tracker is the default"),
         (lambda: backhand.train(class_weight="balanced"), "rows have equal weights"),
         (lambda: backhand.train(scoring="f1"), "depends on the objective alone"),
@@ -418,7 +418,7 @@ class Misspelt(backhand.Observer):
         ),  # type: ignore[arg-type]
         (lambda: backhand.evaluate(data=["rows.jsonl", *ROWS]), "data: row 1 is 'rows.jsonl', not a dict"),
         (lambda: backhand.train(data=ROWS, eval_data=5), "in Python also a path, a list of dicts or a data frame"),
-        (lambda: backhand.train(data=[]), "next: give data=… (a path, a list of dicts or a data frame)"),
+        (lambda: backhand.train(), "next: give data=… (a path, a list of dicts or a data frame)"),
         (lambda: backhand.classify(["a", "b"]), "prompt is a list\n  next: backhand.classify('…') for one prompt"),  # type: ignore[call-overload]
         (lambda: backhand.train(data=ROWS, reward=len), "is a function, not the name of one"),
         (lambda: backhand.train(data=ROWS, reward=[len]), 'write it to a file, and give reward=["file.py:len"]'),

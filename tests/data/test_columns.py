@@ -382,9 +382,13 @@ def test_rows_without_a_column_of_the_training_are_answered_with_it(
     assert named in str(raised.value.next_step) and raised.value.where == f"{path}:2"
 
 
-def test_prompts_of_preference_pairs_are_answered() -> None:
+def test_prompts_of_preference_pairs_are_answered(tmp_path: Path) -> None:
     pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
     assert detect(RawRow(pair, "f:1"), allow_prompts=True).name == "prompt"
+    path = written(tmp_path / "rows.csv", "ask,good,bad\n1,2,3\n")
+    with pytest.raises(DataError, match="preference pairs") as named:
+        prepare(DataOptions((str(path),), columns={"prompt": "ask", "chosen": "good", "rejected": "bad"}), byte_level())
+    assert str(named.value.next_step).endswith("with --prompt ask --completion good instead of --columns")
     with pytest.raises(DataError) as raised:
         detect(RawRow({"chosen": "c", "rejected": "r"}, "f:1"), allow_prompts=True)
     assert "--objective" not in str(raised.value.next_step) and "--completion" not in str(raised.value.next_step)

@@ -69,6 +69,15 @@ def test_template_args_from_the_command_line() -> None:
         assert raised.value.where == "template_args"
 
 
+def test_a_file_as_a_system_message_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "style.txt"
+    file.write_text("Be terse.")
+    with pytest.raises(UsageError, match="is a file, and the message is expected itself") as raised:
+        DataOptions(data=("rows.jsonl",), system=str(file)).validate()
+    assert raised.value.where == "system" and raised.value.next_step == f'give its contents: --system "$(cat {file})"'
+    DataOptions(data=("rows.jsonl",), system="style.txt").validate()
+
+
 def test_every_field_has_a_docstring_below_it() -> None:
     source = Path(options_file.__file__).read_text(encoding="utf-8")
     documented = {

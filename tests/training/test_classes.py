@@ -19,10 +19,10 @@ import transformers
 
 import backhand
 from backhand.cli.main import main
-from backhand.data.class_examples import MULTI, NUMBER, SINGLE, names_of, problem_of, target_of
+from backhand.data.class_examples import names_of, problem_of, target_of
 from backhand.data.lint import LintReport, lint
 from backhand.data.options import DataOptions
-from backhand.data.rows import ClassLabel, ProblemType
+from backhand.data.rows import MULTI, NUMBER, SINGLE, ClassLabel, ProblemType
 from backhand.engines.machine import resolve_machine
 from backhand.errors import ArtifactError, BackhandError, DataError, UsageError, not_none
 from backhand.interop.command import export_command

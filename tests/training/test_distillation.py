@@ -269,6 +269,9 @@ def test_a_list_of_messages_is_in_front_of_the_prompt() -> None:
     assert [message["content"] for message in taught.messages] == ["Calculate.\n\nBe terse.", "2+2", "4", "3+3", "6"]
     assert taught.supervised == (False, False, False, False, True)
     assert context_messages("[not JSON] Answer tersely.")[0]["role"] == "system"
+    with pytest.raises(DataError, match="begins as messages in JSON, and is no valid JSON"):
+        context_messages(json.dumps(examples)[:-1])
+    assert context_messages(json.dumps({"messages": examples})) == tuple(examples)
     with pytest.raises(DataError, match="unknown role"):
         context_messages('[{"role": "wizard", "content": "x"}]')
 

@@ -468,6 +468,7 @@ def test_a_misspelt_function_leaves_nothing_that_blocks_the_corrected_command(
     with pytest.raises(UsageError, match="cannot be loaded") as raised:
         train(config(tiny, functions, tmp_path / "run", "evenz"))
     assert f"{functions} has no function evenz; did you mean evens?" in str(raised.value.why)
+    assert raised.value.next_step == "correct its file or its name"
     assert not (tmp_path / "run").exists()
     train(config(tiny, functions, tmp_path / "run", "evens", max_steps=1))
 

@@ -9,6 +9,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from backhand.errors import BackhandError, CheckError, DataError, UsageError
 from backhand.loop.distillation import DistilledPacker, DistilledPrompts, Lesson, agreement
 from backhand.loop.distilled_steps import DistilledSteps
 from backhand.loop.hidden_state_cache import MemoryStateStore
+from backhand.loop.observers import Observer
 from backhand.loop.sampled_answers import AnswerSampler
 from backhand.loop.step import AdapterOptimizer
 from backhand.ops.linear_divergence import Divergence, DivergenceKind
@@ -344,7 +346,8 @@ def test_the_end_of_a_run_compares_answers_with_the_teacher(tiny: TinyRun, tmp_p
     """Learned at a high rate, the answers without the prompt become those with it."""
     output = tmp_path / "run"
     options = {"epochs": 8, "learning_rate": 2e-2, "answers": 2}
-    summary = train(config(tiny, output, "teacher", eval_data=(str(tiny.rows),), **options))
+    observer = Mock(spec=Observer)
+    summary = train(config(tiny, output, "teacher", eval_data=(str(tiny.rows),), **options), callbacks=[observer])
     figures = summary.distilled
     assert figures is not None
     assert figures["adapted_kl"] < 0.5 * figures["base_kl"]
@@ -357,6 +360,17 @@ def test_the_end_of_a_run_compares_answers_with_the_teacher(tiny: TinyRun, tmp_p
     )
     lines = " ".join(closing_lines(summary))
     assert f"{figures['tokens']} held-out tokens" in lines and "tokens before the answer instead" in lines
+    answers = [
+        line["tokens"]
+        for line in map(json.loads, (output / "teacher_answers.jsonl").read_text().splitlines())
+        if line.get("set") == "held_out"
+    ]
+    assert 0 < figures["teacher_cut_off"] <= sum(len(tokens) == 5 for tokens in answers) / len(answers)
+    assert f"{figures['teacher_cut_off']:.0%} of the teacher's answers were cut off" in lines
+    (warning,) = (call.args[0] for call in observer.noted.call_args_list)
+    assert "answers were cut off at 5 tokens" in warning and "--max-new-tokens" in warning
+    whole = replace(summary, distilled=figures | {"teacher_cut_off": 0.0})
+    assert "cut off" not in " ".join(closing_lines(whole))
     assert len(figures["first_token_ratios"]) >= 3 and min(figures["first_token_ratios"]) > 0
     for ratios, said in (([0.5, 0.25, 0.75], "of it in 3 pairs"), ([0.5, 1.25, 0.75], "")):
         timed = figures | {"first_token_ratios": ratios, "first_token_s": 0.1, "prompted_first_token_s": 0.2}
@@ -369,12 +383,13 @@ def test_the_end_of_a_run_compares_answers_with_the_teacher(tiny: TinyRun, tmp_p
     assert len(shown) == 2 and all(isinstance(line["prompted"], str) for line in shown)
     page = run_page(read_run(output)).decode()
     assert "sampled by the teacher" in page and "expected answer" not in page
+    assert "teacher_answers.jsonl of the run directory" in page
     assert "teacher, with its prompt" in page and "base model without the prompt" in page
     both = Page(comparison_page([read_run(output)] * 2)).one("section", id="answers").text
     assert "sampled by the teacher" in both and "expected answer" not in both
     assert "teacher, with its prompt" in both and "base model without the prompt" in both
     assert all(line["prompted"] in both for line in shown)
-    judged = r"divergence from its teacher, and the most probable token is the teacher's in .*points\), so it helped;"
+    judged = r"and the most probable token is the teacher's in .*of \d+ tokens .*points\), so it helped;"
     assert re.search(judged, headline(read_run(output)))
     # Chance: in four rows, as many tokens became the teacher's as ceased to be.
     run = read_run(output)

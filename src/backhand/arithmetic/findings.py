@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import shlex
 import sys
@@ -11,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -186,9 +186,9 @@ def draw_map(
         return
     kinds = list(by_kind(values))
     layers = sorted({layer_of(module) or 0 for module in values})
-    grid = np.full((len(kinds), len(layers)), np.nan)
+    grid = [[math.nan] * len(layers) for _ in kinds]
     for module, value in values.items():
-        grid[kinds.index(kind_of(module)), layers.index(layer_of(module) or 0)] = value
+        grid[kinds.index(kind_of(module))][layers.index(layer_of(module) or 0)] = value
     image = axes.imshow(grid, cmap="gray_r", vmin=vmin, vmax=vmax, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(kinds)), kinds, fontsize="small")
     step = max(1, len(layers) // 10)

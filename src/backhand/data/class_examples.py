@@ -18,13 +18,9 @@ from backhand.data.embedding_examples import pooled_document
 from backhand.data.examples import Example
 from backhand.data.label_names import FEWEST_INTEGERS, is_integer
 from backhand.data.raw_rows import has_unclear_comma, number_of, numbers_of
-from backhand.data.rows import ClassLabel, ClassRow, PoolingName, ProblemType
+from backhand.data.rows import MULTI, NUMBER, SINGLE, ClassLabel, ClassRow, PoolingName, ProblemType
 from backhand.data.text_encoder import LONGEST_TEXT, TextEncoder, TokenIds, too_long
 from backhand.errors import DataError
-
-SINGLE: ProblemType = "single_label_classification"
-MULTI: ProblemType = "multi_label_classification"
-NUMBER: ProblemType = "regression"
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from backhand.data.class_examples import NUMBER, SINGLE, misfit, not_numbers
+from backhand.data.class_examples import misfit, not_numbers
 from backhand.data.decision_lint import MOST_FREQUENT, named_alike
 from backhand.data.examples import Example
 from backhand.data.label_names import as_list, integers_note, joined_labels, refuse_labels_of_one_row
 from backhand.data.raw_rows import RowErrors, number_of
-from backhand.data.rows import ClassLabel, ProblemType
+from backhand.data.rows import NUMBER, SINGLE, ClassLabel, ProblemType
 from backhand.errors import DataError
 from backhand.words import count_of, label_text, name_list, shorten
 

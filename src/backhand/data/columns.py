@@ -121,7 +121,16 @@ class ColumnReader:
                 bad.add(error)
 
     def name_columns(self, error: DataError) -> None:
-        """Call a column that has another name in the file by that name, in an error that begins with the column."""
+        """Call a column that has another name in the file by that name, in an error that begins with the column.
+
+        An option of the next step that reads a column of `--columns` replaces it.
+        """
+        step = error.next_step or ""
+        option = re.search(r"(--completion|--messages) (\w+)$", step)
+        if option and option[2] in self._columns:
+            prompt = f"--prompt {shell_quoted(self.given['prompt'])} " if "prompt" in self.given else ""
+            named = f"{option[1]} {shell_quoted(self._columns[option[2]])}"
+            error.next_step = f"{step[: option.start()]}{prompt}{named} instead of --columns"
         for usual, text in {**self.given, **self._columns}.items():
             column = _alone(text)
             if re.match(rf"{re.escape(usual)}\b", error.what) and not has_columns(column):

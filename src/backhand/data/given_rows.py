@@ -142,6 +142,8 @@ def as_sources(value: Any) -> Any:
         return (GivenRows.of(_rows_of_frame(value)),)
     if isinstance(value, Iterable) and not isinstance(value, Mapping | bytes):
         parts = plain_value(list(value))
+        if not parts and isinstance(value, list):
+            raise UsageError("the list of rows is empty", where="data", next_step="give a list of one dict per row")
         if parts and all(hasattr(part, "__arrow_c_stream__") and _columns(part) for part in parts):
             return (GivenRows.of([row for frame in parts for row in _rows_of_frame(frame)]),)
         if parts and all(isinstance(part, Mapping) for part in parts):

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from backhand.data.class_examples import NUMBER, SINGLE, ClassFormat, decimal_comma_note, problem_of
+from backhand.data.class_examples import ClassFormat, decimal_comma_note, problem_of
 from backhand.data.class_lint import add_misfits, check_names, problems_of_classes, scale_of
 from backhand.data.data_report import DataReport, TruncationStats
 from backhand.data.decision_lint import problems_of_decisions
@@ -30,7 +30,7 @@ from backhand.data.ranking_examples import RankingFormat, documents_of_texts
 from backhand.data.ranking_lint import problems_of_rankings, target_fault
 from backhand.data.raw_rows import RowErrors
 from backhand.data.row_encoder import TextFormat
-from backhand.data.rows import ClassLabel, ProblemType, Purpose, RankedTexts, RankingLossName
+from backhand.data.rows import NUMBER, SINGLE, ClassLabel, ProblemType, Purpose, RankedTexts, RankingLossName
 from backhand.data.stored_examples import PreparedData, StoredExamples, tokens_of_documents
 from backhand.data.template_report import describe_template
 from backhand.data.text_encoder import TokenIds

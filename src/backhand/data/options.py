@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from backhand.bounds import (
@@ -291,6 +292,20 @@ class DecisionColumns:
     sooner which letter each option has."""
 
 
+def _check_no_file(where: str, text: object) -> None:
+    """Raise UsageError if a message is the name of a file, whose contents are meant."""
+    if isinstance(text, str) and len(text.split()) == 1 and len(text) <= _LONGEST_PATH and Path(text).is_file():
+        raise UsageError(
+            f"{shorten(text)!r} is a file, and the message is expected itself",
+            where=where,
+            next_step=f'give its contents: --{where} "$(cat {shell_quoted(text)})"',
+        )
+
+
+_LONGEST_PATH = 255
+"""Largest number of characters of a message that is taken for the name of a file."""
+
+
 @dataclass(frozen=True)
 class TemplateOptions:
     """Rendering of conversations as text."""
@@ -306,7 +321,7 @@ class TemplateOptions:
     )
     """Variables for the chat template, as a JSON object or as `NAME=VALUE`: for example `enable_thinking=false`."""
 
-    system: Text | None = None
+    system: Annotated[Text, Check(_check_no_file)] | None = None
     """A system message for every conversation that does not start with its own. If `prompt`, `completion` or `messages`
     names a column, columns in braces are filled in here too, for rows without a `system` column."""
 

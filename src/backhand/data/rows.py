@@ -188,6 +188,9 @@ PoolingName = Literal["mean", "cls", "last"]
 RankingLossName = Literal["pointwise", "listwise", "listnet"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 """Use of the logits of a classification head, named as in transformers: one label, several labels, or a number."""
+SINGLE: ProblemType = "single_label_classification"
+MULTI: ProblemType = "multi_label_classification"
+NUMBER: ProblemType = "regression"
 
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 """Instruction of Qwen3-Reranker for a task that is not described otherwise."""

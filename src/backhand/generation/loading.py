@@ -14,8 +14,8 @@ from backhand.adapters.loading import LoadedAdapter, check_source, load_adapter_
 from backhand.adapters.peft_saving import CLASS_TASK
 from backhand.adapters.record import AdapterRecord
 from backhand.data.chat import NO_TEMPLATE, OWN_TEMPLATE, read_template, stopping_role_ids
-from backhand.data.class_examples import NUMBER, SINGLE
 from backhand.data.options import NamedColumns, TemplateOptions, system_option
+from backhand.data.rows import NUMBER, SINGLE
 from backhand.errors import UsageError
 from backhand.generation.completer import Completer, EngineCompleter
 from backhand.generation.held_base import stays_quantized

@@ -73,7 +73,8 @@ class SamplingOptions(Options):
     """Draw only from this number of most probable tokens; not given: from all tokens."""
 
     seed: Seed = 0
-    """Seed of the random numbers. The same seed, model and prompt give the same answer."""
+    """Seed of the random numbers. The same seed, model and prompt give the same answer on the same machine;
+    prompts that are answered together may round differently from one alone."""
 
     max_new_tokens: Count = 512
     """Longest answer, in tokens."""

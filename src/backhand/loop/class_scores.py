@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backhand.data.class_examples import MULTI, NUMBER
 from backhand.data.examples import Example
-from backhand.data.rows import ProblemType
+from backhand.data.rows import MULTI, NUMBER, ProblemType
 from backhand.loop.label_scores import Gain, RowScores, label_score
 from backhand.loop.retrieval_scores import spearman
 from backhand.ops.binary_cross_entropy import binary_cross_entropy_forward

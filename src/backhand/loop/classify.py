@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from backhand.bounds import check_kind
-from backhand.data.class_examples import MULTI, NUMBER, ClassEncoder, ClassFormat
+from backhand.data.class_examples import ClassEncoder, ClassFormat
 from backhand.data.columns import column_of_texts
 from backhand.data.data_report import TruncationStats
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.options import DataOptions, NamedColumns, RowSources
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import prepare
-from backhand.data.rows import ClassRow, ProblemType
+from backhand.data.rows import MULTI, NUMBER, ClassRow, ProblemType
 from backhand.data.sources import expand
 from backhand.data.stored_examples import StoredExamples, stored
 from backhand.data.text_encoder import TextEncoder

@@ -25,14 +25,13 @@ import torch
 from torch import Tensor
 
 from backhand.bounds import check_kind
-from backhand.data.class_examples import NUMBER
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import check_first_rows, prepare
 from backhand.data.row_encoder import Prompt
-from backhand.data.rows import Purpose
+from backhand.data.rows import NUMBER, Purpose
 from backhand.data.stored_examples import count_sources
 from backhand.distributed.communicator import Communicator
 from backhand.errors import CheckError, DataError, not_none

@@ -77,6 +77,11 @@ def answer_measures(answers: Sequence[Sampled]) -> dict[str, float]:
     }
 
 
+def share_cut_off(answers: Sequence[Sequence[int]], stop_ids: Collection[int]) -> float:
+    """Return the share of answers, which are token ids, that do not end with a token that ends an answer."""
+    return sum(answer[-1] not in stop_ids for answer in answers) / len(answers)
+
+
 def answered(prompt: Example, answer: Iterable[int]) -> Example:
     """Return the prompt continued by the answer, whose tokens are supervised."""
     prompt_ids = prompt_of(prompt)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from backhand.data.class_examples import NUMBER
 from backhand.data.label_names import unlearned_note
+from backhand.data.rows import NUMBER
 from backhand.json_shape import required_keys
 from backhand.options.objectives import DISTILLED
 from backhand.report.run_record import RunRecord, is_number

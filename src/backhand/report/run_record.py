@@ -17,7 +17,17 @@ from backhand.files import FileLayer
 from backhand.json_shape import fitting, parse
 from backhand.options.config_file import parse_toml
 from backhand.reading import read_settings
-from backhand.runs.directory import ADAPTER, ANSWERS, CONFIG, FACTS, METRICS, PROOFS, SUMMARY, RunDirectory
+from backhand.runs.directory import (
+    ADAPTER,
+    ANSWERS,
+    CONFIG,
+    FACTS,
+    METRICS,
+    PROOFS,
+    SUMMARY,
+    TEACHER_ANSWERS,
+    RunDirectory,
+)
 from backhand.runs.records import RowFacts, RunFacts
 from backhand.runs.status import RunStatus, read_status, state_of
 from backhand.runs.summary import RunSummary, has_fresh_head
@@ -88,6 +98,14 @@ class RunRecord:
     def objective(self) -> str:
         """Value of `--objective`."""
         return str(self.config.get("objective", {}).get("objective", "sft"))
+
+    @property
+    def has_teacher_answers(self) -> bool:
+        """True if the run trains on answers that a teacher has sampled."""
+        return (
+            self.config.get("objective", {}).get("answers_from") != "student"
+            and (self.path / TEACHER_ANSWERS).is_file()
+        )
 
     @property
     def trains_head(self) -> bool:

@@ -63,6 +63,11 @@ def distilled_sentences(figures: DistilledFigures, objective: str, since: str = 
             f"Greedy answers equal to those of {teacher}: {base:.1%} → {adapted:.1%} "
             f"({interval_text(adapted, figures['rows'])}) of {count_of(figures['rows'], 'held-out prompt')}{since}."
         )
+    if cut_off := figures.get("teacher_cut_off"):
+        sentences.append(
+            f"{cut_off:.0%} of the teacher's answers were cut off at the limit of tokens (--max-new-tokens), so that "
+            "they have no end to learn."
+        )
     if objective == "bake":
         sentences.append(
             f"A call has {figures['prompt_tokens']:,.0f} tokens before the answer instead of "

@@ -113,6 +113,8 @@ class DistilledFigures(TypedDict):
     # base_equal, adapted_equal: share of answers that equal the teacher's; None if the teacher's answers are long
     base_equal: float | None
     adapted_equal: float | None
+    # share of the teacher's sampled answers that reached the limit of tokens; missing if the rows contain the answers
+    teacher_cut_off: NotRequired[float]
     # prompt_tokens, prompted_tokens: mean number of tokens before an answer, of the model and of the teacher
     prompt_tokens: float
     prompted_tokens: float

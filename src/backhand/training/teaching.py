@@ -25,7 +25,7 @@ from backhand.loop.answers import stop_ids
 from backhand.loop.distillation import DistilledPacker, DistilledPrompts, computing_with
 from backhand.loop.distilled_steps import DistilledSteps
 from backhand.loop.hidden_state_cache import DiskStateStore, MemoryStateStore, StateStore
-from backhand.loop.sampled_answers import AnswerSampler
+from backhand.loop.sampled_answers import AnswerSampler, share_cut_off
 from backhand.loop.step_plan import derived_seed
 from backhand.nn.decoder.decoder import Decoder
 from backhand.printing import counting
@@ -33,6 +33,7 @@ from backhand.reading import read_plain
 from backhand.runs.directory import TEACHER_ANSWERS, RunDirectory
 from backhand.training.loaded_run import LoadedRun
 from backhand.training.reference import Start, remember_start
+from backhand.words import count_of
 
 _Answers = dict[str, list[list[int]]]
 """Token ids of the answers to the prompts of each set, `train` and `held_out`."""
@@ -56,7 +57,8 @@ def teach(
         directory: the run directory.
         processes: the processes that share the sampling.
         start: the model that the run starts from, which is the teacher.
-        notify: receives a sentence if stored answers are sampled again, or states do not fit on the disk.
+        notify: receives a sentence if stored answers are sampled again, many were cut off, or states do not fit on the
+            disk.
         resources: closes files at the end of the run.
 
     Raises:
@@ -76,6 +78,7 @@ def teach(
     with computing_with(model, start.values):
         if prompts:
             answers = _answers(run, directory, processes, start, prompts, notify)
+            _warn_of_cut_off(run, [answer for of_set in answers.values() for answer in of_set], notify)
             packers |= {name: one.answered(range(len(one.examples)), answers[name]) for name, one in prompts.items()}
         for packer in packers.values():
             if isinstance(packer, DistilledPacker):
@@ -159,6 +162,20 @@ def _answers(
     if processes.is_main_process:
         _write(directory, digest, prompts, answers, run.inputs.source.tokenizer())
     return answers
+
+
+_MOST_CUT_OFF = 0.1
+"""Largest share of the teacher's answers that may be cut off without a warning."""
+
+
+def _warn_of_cut_off(run: LoadedRun, answers: Sequence[Sequence[int]], notify: Callable[[str], None]) -> None:
+    share = share_cut_off(answers, stop_ids(run.inputs.source, run.config.data))
+    if share > _MOST_CUT_OFF:
+        limit = run.config.rewards.max_new_tokens
+        notify(
+            f"warning: {share:.0%} of the teacher's {count_of(len(answers), 'answer')} were cut off at {limit} tokens, "
+            "so that the adapter learns no end from them: give a larger --max-new-tokens, or ask for shorter answers"
+        )
 
 
 def _digest(run: LoadedRun, start: Start) -> str:

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from backhand.adapters.contents import RECORD_FILE
 from backhand.adapters.record import read_record
-from backhand.data.class_examples import NUMBER
 from backhand.data.decisions import QuestionType
 from backhand.data.label_names import unlearned_note
 from backhand.data.lint import scale_note
-from backhand.data.rows import ClassLabel
+from backhand.data.rows import NUMBER, ClassLabel
 from backhand.distributed.communicator import Communicator
 from backhand.distributed.launch import broadcast_checkpoint, comparable_settings
 from backhand.engines.engine import RunCache
@@ -48,6 +47,7 @@ from backhand.loop.rewards.guards import BOUNDS, LogprobCheck, RewardGuard
 from backhand.loop.rewards.process import RewardProcess
 from backhand.loop.rewards.rollout import Rollout
 from backhand.loop.rewards.steps import HeldOutRewards, RewardedSteps
+from backhand.loop.sampled_answers import share_cut_off
 from backhand.loop.state import Progress, RunState, Saver
 from backhand.loop.step import AdapterOptimizer
 from backhand.loop.step_plan import StepPlan, derived_seed
@@ -280,6 +280,9 @@ class Trainer:
                 *(stop_ids(run.inputs.source, run.config.data), run.plan.memory.micro_batch_rows),
                 shown=run.config.run.answers,
             )
+            if figures is not None and run.config.objective.samples:
+                own = [example.input_ids[-1:].tolist() for example in packer.examples]
+                figures["teacher_cut_off"] = share_cut_off(own, stop_ids(run.inputs.source, run.config.data))
             summary = replace(summary, distilled=figures)
         if isinstance(objective, DecideObjective):
             decisions = objective.held_out_outcomes(run.bound, run.plan.memory.micro_batch_rows, self._started)

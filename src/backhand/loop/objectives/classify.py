@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backhand.data.class_examples import MULTI, NUMBER, target_of
+from backhand.data.class_examples import target_of
 from backhand.data.packing import RowPacker
-from backhand.data.rows import ClassLabel, ProblemType
+from backhand.data.rows import MULTI, NUMBER, ClassLabel, ProblemType
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import BoundModel, Trainable
 from backhand.errors import not_none
