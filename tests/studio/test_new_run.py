@@ -745,6 +745,17 @@ def test_a_misspelt_column_in_braces_is_shown_at_its_field(client: Client, tiny:
     assert status == 409 and "Change it at the step" in text and "new/learn?" in text
 
 
+def test_an_answer_inside_the_text_is_a_warning(client: Client, tiny: TinyRun) -> None:
+    rows = [f"the user asks {n},{'ab'[n % 2]}" for n in range(20)]
+    client.post("upload?name=faq.csv", body="\n".join(["text,group", *rows]).encode())
+    draft = {"typed_model": str(tiny.model), "data": "rows-1.csv", "objective": "decide", "question0": "group"}
+    for state, warned in (("{text} {group}", True), ("text", False)):
+        page = part(client.get(f"part/lint?{urlencode(draft | {'typed_state': state})}")[1])
+        said = [one.text for one in page.every("div", class_="finding") if "The answer group is also in" in one.text]
+        assert bool(said) is warned and bool(page.every("p", class_="good")) is not warned
+        assert not warned or said[0].endswith("it answers: leave it out of “The text to decide about”")
+
+
 def test_a_column_that_is_empty_in_most_rows_is_questioned(client: Client, tiny: TinyRun) -> None:
     rows = [f"the user asks {n},{'ab'[n % 2]},{'' if n % 4 else 'checked'}" for n in range(20)]
     client.post("upload?name=faq.csv", body="\n".join(["text,group,comment", *rows]).encode())

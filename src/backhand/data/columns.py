@@ -224,8 +224,8 @@ class ColumnReader:
                 )
             if has_answer and {*columns_named(again)} <= {*columns_named(text)} and not self._may_be_equal:
                 self.note = (
-                    f"--{one} contains {name_list(columns_named(again))}, which --{other} names as the answer: "
-                    "the model sees it before it answers"
+                    f"warning: the answer {name_list(columns_named(again))} is also in --{one}, so that the model sees "
+                    f"it before it answers: leave it out of --{one}"
                 )
 
     def not_as_trained(self, row: RawRow) -> DataError | None:

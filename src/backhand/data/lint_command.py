@@ -159,7 +159,7 @@ def print_lint(console: Console, report: LintReport) -> None:
         console.print(Text(visible(f"documents per answer: {', '.join(shown)}{more}")), soft_wrap=True)
     console.print(_checks(report))
     for note in (*train.notes, *report.template):
-        console.print(f"note: {note}", soft_wrap=True)
+        console.print(note if note.startswith("warning: ") else f"note: {note}", soft_wrap=True)
     for remedy, findings in groupby(report.findings, lambda finding: finding.remedy):
         for finding in findings:
             console.print(_problem(finding), soft_wrap=True)
@@ -193,6 +193,7 @@ def _problem(finding: Finding) -> Text:
 
 def _verdict(report: LintReport) -> Text:
     warnings = sum(finding.severity == "warning" for finding in report.findings)
+    warnings += sum(note.startswith("warning: ") for note in report.train.notes)
     if warnings:
         return Text(f"training can start; {count_of(warnings, 'kind')} of problems to look at", style="yellow")
     return Text("no problems found", style="bold green")
