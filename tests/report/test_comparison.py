@@ -95,7 +95,7 @@ def test_runs_on_rewards_are_compared_by_the_rewards_of_their_rows(two: tuple[Pa
     beaten = "other has the highest reward on the same 4 held-out rows: 0.9750; compared with run, reward gained"
     assert lead(worse, better).startswith(f"{beaten} per row +0.925 (95 % interval +0.7727 to +1.077)")
     close, same = with_rewards(one, 1.0, 1.0, 0.8, 1.0), with_rewards(one, 0.9, 1.0, 1.0, 1.0)
-    assert "too few rows to tell the change from chance" in lead(close, better)
+    assert "too few rows to be sure of the change" in lead(close, better)
     assert lead(same, better).startswith("other and run have the same reward on the same 4 held-out rows: 0.9750")
     punished = with_rewards(one, -0.5), with_rewards(other, -0.5)
     assert lead(*punished).startswith("other and run have the same reward on the same 4 held-out rows: -0.5000")

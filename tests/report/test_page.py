@@ -69,6 +69,11 @@ def test_the_result_in_one_sentence(finished: Path) -> None:
     values = {"base_decisions": {"team": decided}, "adapted_decisions": {"team": decided | {"accuracy": 0.9}}}
     sentences = {
         "right answers 40% → 90% (95 % interval 83–94 %): it helped.": values,
+        "right answers 40% → 90% (95 % interval 83–94 %): clearly better than the base model, but not than a constant "
+        "answer.": {
+            "base_decisions": {"team": decided},
+            "adapted_decisions": {"team": decided | {"accuracy": 0.9, "majority": 0.85}},
+        },
         "right answers 25% → 50% (95 % interval 40–60 %): it helped.": {
             "base_classes": {"accuracy": 0.25},
             "adapted_classes": {"accuracy": 0.5, "rows": 100},
@@ -156,7 +161,7 @@ def test_a_run_that_did_not_help_says_so(finished: Path) -> None:
 
     assert "so it did not help" in lead(1.0, 1.1, 0.9, 1.0)
     for few in (lead(1.0, -3.0, 0.5, 0.1), lead(-1.0, 3.0, -0.5, -3.0)):
-        assert "too few rows to tell the change from chance" in few and "so it" not in few
+        assert "too few rows to be sure of the change" in few and "so it" not in few
     older = [
         {name: one for name, one in line.items() if name != "row_nats"} for line in lines(finished / "metrics.jsonl")
     ]

@@ -129,7 +129,7 @@ def test_a_run_learns_labels(straight: TrainConfig) -> None:
         f"Right answers changed by {100 * summary.adapted_classes['gain'][0]:+.1f} points from a constant answer (95"
     )
     (change,) = (line for line in shown if line.startswith(gained))
-    assert change.endswith((", so it helped.", ": too few rows to tell the change from chance."))
+    assert change.endswith((", so it helped.", ": too few rows to be sure of the change."))
     assert any(line.startswith("Next: backhand classify") for line in shown)
     # The loss fell, but the labels are no better than those of a constant answer.
     unclear = replace(
@@ -346,7 +346,7 @@ def test_merged_models_have_the_head(
             assert (tmp_path / f"peft-{number}" / name).read_bytes() == (adapter / name).read_bytes()
     card = (tmp_path / "peft-0" / "README.md").read_text()
     assert "| labels | json, list, other |" in card
-    assert re.search(r"\| result \| Held-out loss .* right \(95 % interval .*(so it helped|from chance)", card)
+    assert re.search(r"\| result \| Held-out loss .* right \(95 % interval .*(so it helped|of the change)", card)
     with pytest.raises(ArtifactError, match="head for classification, for which a GGUF file has no place"):
         merge_command(MergeOptions(adapter, tmp_path / "model.gguf", str(model), quiet=True))
     for to in ("gguf", "mlx"):
@@ -512,7 +512,7 @@ def test_numbers_are_judged_by_the_squared_errors_of_the_rows(tiny: TinyRun, tmp
     assert low < 0 < high and tuple(run.adapted_classes["gain"]) == (-change, -high, -low)
     text = headline(read_run(tmp_path / "run"))
     assert f"loss changed by {change:+.4f} in squared error per row (95 % interval" in text
-    assert "too few rows to tell the change from chance" in text and "helped" not in text
+    assert "too few rows to be sure of the change" in text and "helped" not in text
     stopped = headline(replace(read_run(tmp_path / "run"), summary={}))
     assert text.partition(", and squared")[2] in stopped and f"loss changed by {change:+.4f} in squared" in stopped
     evaluated = backhand.evaluate(data=rows[:8], adapter=tmp_path / "run/adapter", model=tiny.model)
@@ -529,7 +529,7 @@ def test_numbers_are_judged_by_the_squared_errors_of_the_rows(tiny: TinyRun, tmp
     assert fitting.adapted.classes.gain == evaluated.adapted.classes.gain, "as without the row that does not fit"
     backhand.train(data=rows, eval_data=rows[:8], output=tmp_path / "other", max_steps=3, **common)
     page = comparison_page([read_run(tmp_path / name) for name in ("run", "other")]).decode()
-    assert "in squared error per row; compared with " in page and "too few rows to tell the change from chance" in page
+    assert "in squared error per row; compared with " in page and "too few rows to be sure of the change" in page
 
 
 def test_numbers_far_from_0_are_noted_before_the_run_and_in_its_advice(

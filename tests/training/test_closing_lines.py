@@ -206,9 +206,7 @@ def test_the_change_of_the_loss_has_its_interval_over_the_rows(ended: RunSummary
     assert [line["step"] for line in ended.records if "row_tokens" in line] == [0], "they never change"
     clear, unclear = (replace(ended, loss_change=one) for one in ((-0.2, -0.3, -0.1), (-0.2, -0.5, 0.1)))
     assert "Loss changed by -0.2000 nats per token (95 % interval -0.3000 to -0.1000)." in closing_lines(clear)
-    assert any(
-        line.endswith("+0.1000): too few rows to tell the change from chance.") for line in closing_lines(unclear)
-    )
+    assert any(line.endswith("+0.1000): too few rows to be sure of the change.") for line in closing_lines(unclear))
     evaluated = evaluate(
         EvaluateOptions(
             model=ModelOptions(model=ended.model, dtype="float32", threads=1),
@@ -318,7 +316,7 @@ def label_figures(accuracy: float, **supports: int) -> LabelFigures:
     ("base", "adapted", "words", "verdict"),
     [
         (0.25, 0.425, "not clearly better than the base model (+17.5 points, 95 % interval", "unclear"),
-        (0.25, 0.90, "better than the base model and a constant answer", "helped"),
+        (0.25, 0.90, "clearly better than the base model (+", "helped"),
         (0.90, 0.25, "the base model is better", "hurt"),
     ],
 )
@@ -336,7 +334,11 @@ def test_a_lower_loss_helped_only_if_the_labels_are_clearly_better(
         adapted_labels=after,
     )
     (line,) = (line for line in closing_lines(measured) if line.startswith("The accuracy"))
-    assert words in line and "always answering 'animals' is right in 27.5%" in line and f"{base:.1%} (95 %" in line
+    assert (
+        words in line
+        and "always answering 'animals', the most frequent of these rows, is right in 27.5%" in line
+        and f"{base:.1%} (95 %" in line
+    )
     stored = json.loads(Path(ended.output, "summary.json").read_text()) | json.loads(measured.to_json())
     run = replace(read_run(Path(ended.output)), summary=stored)
     assert " nats per token; loss changed by " in headline(run)
@@ -389,7 +391,7 @@ def test_too_few_held_out_labels_ask_for_more_of_them(ended: RunSummary) -> None
     (line,) = (
         line for line in closing_lines(measured) if "not clearly better than the base model (+23.8 points" in line
     )
-    assert "21 rows are too few to tell this from chance" in line
+    assert "21 rows are too few to be sure" in line
 
 
 def test_few_rows_do_not_tell_a_higher_accuracy_from_chance(ended: RunSummary) -> None:
@@ -400,7 +402,7 @@ def test_few_rows_do_not_tell_a_higher_accuracy_from_chance(ended: RunSummary) -
     right = {"base_exact_match": 0.0, "adapted_exact_match": 1.0, "exact_match_rows": 6}
     measured = replace(ended, base_labels=before, adapted_labels=after, **right)  # type: ignore[arg-type]
     words = "or a constant answer (+50.0 points, 95 % interval "
-    assert any(words in line and "; 6 rows are too few to tell this" in line for line in closing_lines(measured))
+    assert any(words in line and "; 6 rows are too few to be sure" in line for line in closing_lines(measured))
     run = replace(read_run(Path(ended.output)), summary=json.loads(measured.to_json()))
     result = Page(run_page(run)).one("section", id="result").text
     assert words in result and "not clear whether it helped" in result and "it helped;" not in result
@@ -463,7 +465,7 @@ def test_a_gain_of_reward_has_an_interval() -> None:
     base = [0.5] * 4
     unclear = gain_words(mean_gain(base, [0.8, 0.3, 0.6, 0.4]))
     assert unclear.startswith("reward gained per row +0.025 (95 % interval -0.3278 to +0.3778)")
-    assert unclear.endswith("too few rows to tell the change from chance")
+    assert unclear.endswith("too few rows to be sure of the change")
     assert "too few" not in gain_words(mean_gain(base, [0.6] * 4))
     assert "too few" in gain_words(mean_gain(base[:1], base[:1]))
     assert gain_words(mean_gain(base, base)) == "the reward of no held-out row changed"
@@ -503,7 +505,7 @@ def test_a_reward_that_may_have_risen_by_chance_did_not_help(ended: RunSummary) 
 
     result, sentence, line = judged(1)
     assert result.endswith(": not clear whether it helped.") and "so it" not in sentence
-    assert "too few rows to tell" in sentence and line.endswith("too few rows to tell the change from chance.")
+    assert "too few rows to be sure" in sentence and line.endswith("too few rows to be sure of the change.")
     result, sentence, line = judged(2)
     assert result.endswith(": it helped.") and ", so it helped" in sentence and "too few" not in line
     assert recorded_gain(records, None) is None and recorded_gain(records[1:], 2) is None
@@ -548,7 +550,7 @@ def test_the_same_accuracies_are_clear_if_few_rows_changed(ended: RunSummary) ->
     base = label_score(right, right[:29] + ["d"] * 31, "abcd", right)
     nested, other = right[:39] + ["d"] * 21, ["d"] * 21 + right[21:]
     for given, words in (
-        (nested, "better than the base model and"),
+        (nested, "that is clearly better than the base model (+16.7 points, 95 % interval "),
         (other, "not clearly better than the base model (+16.7 points, 95 % interval "),
     ):
         adapted = label_score(right, given, "abcd", right).compared_with(base).to_json()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import brier_score_loss, f1_score, log_loss
 
-from backhand.data.decisions import Question
+from backhand.data.decisions import Asked, DecisionRow, Question
 from backhand.loop.decide import about_score
 from backhand.loop.decision_scores import (
     RESAMPLES,
@@ -15,8 +15,9 @@ from backhand.loop.decision_scores import (
     fit_temperatures,
     score_questions,
     thresholds,
+    usual_answers,
 )
-from backhand.runs.label_results import soft_target_words
+from backhand.runs.label_results import decision_clause, soft_target_words
 from backhand.words import share_interval
 
 KEYS = ("a", "b", "c")
@@ -206,3 +207,25 @@ def test_soft_targets_bound_the_accuracy_and_the_loss() -> None:
 def test_certain_answers_have_no_bounds() -> None:
     score = score_questions(drawn(40, 1.0), {})["team"]
     assert (score.ceiling, score.nll_floor, soft_target_words(score.to_json())) == (1.0, 0.0, "")
+
+
+def test_answers_are_compared_with_the_most_frequent_one_of_the_training_rows() -> None:
+    """Of balanced rows, the answer that is rare in training is frequent in the held-out rows."""
+    rows = [DecisionRow("", (Asked(QUESTION, tuple(np.eye(3)[key])),), "row") for key in (0, 1, 1, 2)]
+    held_out = [Outcome(QUESTION, np.eye(3)[key], np.eye(3)[key], "row") for key in [0] * 14 + [1] * 3 + [2] * 3]
+    wrong = [one._replace(scores=np.eye(3)[2]) for one in held_out]
+    usual = usual_answers(rows)
+    assert usual == {"team": "b"}
+    base, adapted = (score_questions(outcomes, {}, usual=usual)["team"] for outcomes in (wrong, held_out))
+    assert (adapted.majority, adapted.majority_answer) == (0.15, "b")
+    figures = adapted.compared_with(base).to_json()
+    clause = decision_clause("team", base.to_json(), figures)
+    assert "; 15.0% by always answering 'b', the most frequent answer of the training rows)" in clause
+    assert "clearly better than the base model (+85.0" in clause and " and a constant answer (+85.0" in clause
+    unknown = score_questions(held_out, {})["team"].compared_with(base).to_json()
+    assert unknown["majority"] == 0.7
+    words = decision_clause("team", base.to_json(), unknown | {"gain_over_constant": (0.3, -0.1, 0.7)})
+    assert "70.0% by the most frequent answer): that is clearly better than the base model (+85.0 points" in words
+    assert (
+        ", but not clearly better than a constant answer (+30.0" in words and "20 rows are too few to be sure" in words
+    )

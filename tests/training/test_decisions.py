@@ -326,7 +326,9 @@ def test_the_end_of_a_run_shows_each_question(straight: TrainConfig) -> None:
         figures = summary.adapted_decisions[name]
         assert figures["temperature"] == pytest.approx(record["decisions"]["temperatures"][kind], rel=1e-3)
         (line,) = [line for line in closing_lines(summary) if line.startswith(f"{name}: ")]
-        assert ("decides nothing" if figures["constant"] else f"{figures['majority']:.1%} by the most") in line
+        assert (
+            "decides nothing" if figures["constant"] else f"{figures['majority']:.1%} by always answering '"
+        ) in line
         assert figures["constant"] or "on the same answers, which also fitted the temperature" in line
     shown = closing_lines(summary)
     assert any(line.startswith("Next: backhand decide") for line in shown)
@@ -338,7 +340,7 @@ def test_the_end_of_a_run_shows_each_question(straight: TrainConfig) -> None:
     ("base", "adapted", "words", "judged"),
     [
         (0.25, 5 / 12, "not clearly better than the base model (+16.7 points", "unclear"),
-        (0.25, 1.0, "better than the base model and a constant answer", "helped"),
+        (0.25, 1.0, "clearly better than the base model (+", "helped"),
         (11 / 12, 0.25, "the base model is better", "hurt"),
     ],
 )
@@ -699,9 +701,10 @@ def test_sentences_about_a_question_name_flips_and_a_better_constant_answer() ->
     scores, targets = np.array([[0.0, -1.0], [-1.0, 0.0]]), np.eye(2)
     outcomes = [Outcome(question, scores[n % 2], targets[n // 2], f"row {n}") for n in range(4)]
     score = score_questions(outcomes, {})["q"]
-    assert about_score("q", score) == ["q: always giving the most frequent answer is right as often (50.0%)"]
+    always = "q: always giving the most frequent answer of these rows is right"
+    assert about_score("q", score) == [f"{always} as often (50.0%)"]
     worse = about_score("q", replace(score, accuracy=0.4))
-    assert worse == ["q: always giving the most frequent answer is right more often (50.0%)"]
+    assert worse == [f"{always} more often (50.0%)"]
     better = about_score("q", replace(score, accuracy=0.8, flips=0.819))
     assert "82% of the decisions change" in better[-1] and "--option-order random" in better[-1]
     assert not any("decisions change" in line for line in about_score("q", replace(score, accuracy=0.8, flips=0.0)))

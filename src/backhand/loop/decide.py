@@ -251,7 +251,10 @@ def about_score(name: str, score: DecisionScore) -> list[str]:
         return [*gained, f"{name}: all rows have the same answer, so that a constant answer is always right"]
     if score.accuracy <= score.majority:
         often = "as often" if score.accuracy == score.majority else "more often"
-        return [*gained, f"{name}: always giving the most frequent answer is right {often} ({score.majority:.1%})"]
+        return [
+            *gained,
+            f"{name}: always giving the most frequent answer of these rows is right {often} ({score.majority:.1%})",
+        ]
     worst = score.surprises[0]
     thresholds = [_about_threshold(name, score.rows, point) for point in score.thresholds]
     surprise = (

@@ -13,7 +13,8 @@ for support vector machines, 1999, §2.2]:
     u_k = (n t_k + τ / K) / (n + 1),   n rows of this type
 
     accuracy   share of rows whose most probable option is the answer;   for soft targets, the mean of their target
-    majority   accuracy of always giving the same answer, the one with the largest mean target of these rows
+    majority   accuracy of always giving the same answer, the one with the largest mean target of the training rows;
+               without training rows, of these rows
     NLL        mean -Σ_k t_k log p_k;   Brier score: mean Σ_k (p_k - t_k)²
     ceiling    mean max_k t_k / τ, the highest accuracy: 1 without soft targets
     NLL floor  mean -Σ_k t_k log (t_k / τ), the lowest NLL: 0 without soft targets
@@ -29,6 +30,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,6 +121,7 @@ class DecisionScore(RowScores):
     accuracy: float
     accuracy_interval: tuple[float, float]  # 95 % interval
     majority: float
+    majority_answer: str | None  # most frequent answer of the training rows; None if it is not known
     f1_macro: float
     nll: float
     brier: float
@@ -144,48 +147,69 @@ def score_questions(
     outcomes: Iterable[Outcome],
     temperatures: Mapping[QuestionType, float],
     flips: Mapping[str, float] | None = None,
+    usual: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, DecisionScore]:
     """Return the scores of every question that has an answer, by its name.
 
     Args:
         temperatures: of each type; 1 for types without one.
         flips: share of decisions that change under random orders, by question.
+        usual: `usual_answers` of the training rows, if known.
     """
     groups = _by_question(outcomes).items()
-    return {name: _score(group, temperatures, (flips or {}).get(name)) for name, group in groups}
+    return {name: _score(group, temperatures, (flips or {}).get(name), usual.get(name)) for name, group in groups}
 
 
-def question_shares(outcomes: Iterable[Outcome]) -> dict[str, float]:
-    """Return the metrics by which a run is judged: answers, accuracy and majority of each question, `NAME/QUESTION`."""
+def usual_answers(rows: Iterable[DecisionRow]) -> dict[str, str]:
+    """Return the answer to each question that has the largest sum of targets, by the question's name."""
+    totals: dict[str, Counter[str]] = {}
+    for asked in (asked for row in rows for asked in row.asked):
+        if asked.targets is not None:
+            of_question = totals.setdefault(asked.question.name, Counter[str]())
+            of_question.update(dict(zip(asked.question.keys, asked.targets, strict=True)))
+    return {name: max(of_question, key=of_question.__getitem__) for name, of_question in totals.items()}
+
+
+def question_shares(outcomes: Iterable[Outcome], usual: Mapping[str, str]) -> dict[str, float]:
+    """Return the metrics by which a run is judged: answers, accuracy and majority of each question, `NAME/QUESTION`.
+
+    Args:
+        usual: as in `score_questions`.
+    """
     shares: dict[str, float] = {}
     for name, group in _by_question(outcomes).items():
-        hits, constant = _hits(group)
+        hits, constant = _hits(group, usual.get(name))
         shares[f"answers/{name}"] = len(group)
         shares[f"accuracy/{name}"] = float(np.mean(hits))
         shares[f"majority/{name}"] = float(np.mean(constant))
     return shares
 
 
-def right_answers(outcomes: Iterable[Outcome]) -> dict[str, Tensor]:
-    """Return the values per answer of an evaluation, with the names of metrics.jsonl, in the order of the questions."""
-    of_questions = [_hits(group) for group in _by_question(outcomes).values()]
+def right_answers(outcomes: Iterable[Outcome], usual: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the values per answer of an evaluation, with the names of metrics.jsonl, in the order of the questions.
+
+    Args:
+        usual: as in `score_questions`.
+    """
+    of_questions = [_hits(group, usual.get(name)) for name, group in _by_question(outcomes).items()]
     hits, constant = ([one for question in of_questions for one in question[side]] for side in (0, 1))
     return {ROW_SCORES: torch.tensor(hits), ROW_CONSTANT_SCORES: torch.tensor(constant)}
 
 
-def _hits(outcomes: Sequence[Outcome]) -> tuple[list[float], list[float]]:
+def _hits(outcomes: Sequence[Outcome], usual: str | None) -> tuple[list[float], list[float]]:
     """Return the scores of a question's answers, and those of the most frequent answer."""
     hits = [float(one.targets[one.scores.argmax()] / one.targets.sum()) for one in outcomes]
-    return hits, _constant_scores(outcomes)
+    return hits, _constant_scores(outcomes, usual)
 
 
-def _constant_scores(outcomes: Sequence[Outcome]) -> list[float]:
-    """Return the scores of always giving the same answer, the one with the largest mean target."""
+def _constant_scores(outcomes: Sequence[Outcome], answer: str | None) -> list[float]:
+    """Return the scores of always giving this answer, or if it is None, the one with the largest mean target."""
     shares = [dict(zip(one.question.keys, one.targets / one.targets.sum(), strict=True)) for one in outcomes]
-    totals: Counter[str] = Counter()
-    for share in shares:
-        totals.update(share)
-    answer = max(totals, key=totals.__getitem__)
+    if answer is None:
+        totals: Counter[str] = Counter()
+        for share in shares:
+            totals.update(share)
+        answer = max(totals, key=totals.__getitem__)
     return [float(share.get(answer, 0.0)) for share in shares]
 
 
@@ -205,7 +229,7 @@ def _by_question(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def _score(
-    outcomes: Sequence[Outcome], temperatures: Mapping[QuestionType, float], flips: float | None
+    outcomes: Sequence[Outcome], temperatures: Mapping[QuestionType, float], flips: float | None, usual: str | None
 ) -> DecisionScore:
     temperature = temperatures.get(outcomes[0].question.type, 1.0)
     p = [one.probabilities(temperature) for one in outcomes]
@@ -217,12 +241,13 @@ def _score(
     given = [one.question.keys[best] for one, best in zip(outcomes, chosen, strict=True)]
     keys = dict.fromkeys(key for one in outcomes for key in one.question.keys)
     labels = label_score(right, given, keys, right)
-    constant_scores = _constant_scores(outcomes)
+    constant_scores = _constant_scores(outcomes, usual)
     return DecisionScore(
         rows=len(outcomes),
         accuracy=float(hits.mean()),
         accuracy_interval=share_interval(float(hits.mean()), len(outcomes)),
         majority=float(np.mean(constant_scores)),
+        majority_answer=usual,
         f1_macro=labels.f1_macro,
         nll=float(np.mean([-(one.targets * log).sum() for one, log in zip(outcomes, log_p, strict=True)])),
         brier=float(np.mean([((one - out.targets) ** 2).sum() for one, out in zip(p, outcomes, strict=True)])),

@@ -17,6 +17,7 @@ from backhand.runs.label_results import (
     Accuracies,
     accuracies_of_labels,
     decision_clause,
+    decision_shares,
     decisions_verdict,
     label_clause,
     label_verdict,
@@ -76,6 +77,18 @@ def verdict(run: RunRecord) -> str:
     judged = _verdict_of_scores(run)
     rose = has_risen(*base_and_best(run)) and run.objective != "grpo"
     return "unclear" if judged == "helped" and rose else judged
+
+
+def unclear_words(run: RunRecord) -> str:
+    """Return a clause if answers are clearly better than before, but not than a constant answer, otherwise ""."""
+    if (labels := _labels(run)) is not None:
+        shares = [accuracies_of_labels(*labels)]
+    else:
+        shares = decision_shares(*decisions_of(run))
+    better = shares and all(gain_verdict(one.gain) == "helped" for one in shares)
+    if better and any(label_verdict(one) == "unclear" for one in shares):
+        return f"clearly better than {before_name(run.compared_with_start)}, but not than a constant answer"
+    return ""
 
 
 def _verdict_of_scores(run: RunRecord) -> str:

@@ -19,6 +19,7 @@ from backhand.report.headline import (
     held_out_rows,
     ranking_scores,
     right_answers,
+    unclear_words,
     verdict,
 )
 from backhand.report.proof_tables import ProofTable, proof_tables
@@ -199,7 +200,10 @@ def _result_tile(run: RunRecord) -> tuple[str, str, str]:
 
 def _verdict_words(run: RunRecord) -> tuple[str, str]:
     """Return the verdict in words and its colour. A run that helped and forgot is not good."""
-    words, colour = VERDICTS[verdict(run)]
+    judged = verdict(run)
+    words, colour = VERDICTS[judged]
+    if judged == "unclear":
+        words = unclear_words(run) or words
     return (f"{words}, and it forgot", "bad") if forgot(run) and not run.is_running else (words, colour)
 
 

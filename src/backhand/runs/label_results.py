@@ -1,7 +1,7 @@
 """Results of label rows and of decisions in words: accuracy with its interval, and that of the most frequent answer.
 
 The loss of such rows falls as soon as the model knows the form of the answers. A run has helped only if its answers are
-better than those of the base model and than one constant answer, by more than chance explains.
+better than those of the base model and than one constant answer, by more than the luck of few rows explains.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def most_frequent(per_label: Mapping[str, Mapping[str, Any]]) -> tuple[str, floa
 def constant_answer(per_label: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a clause about the accuracy of always giving the most frequent label."""
     label, share = most_frequent(per_label)
-    return f"always answering {shorten(label)!r} is right in {share:.1%}"
+    return f"always answering {shorten(label)!r}, the most frequent of these rows, is right in {share:.1%}"
 
 
 class Accuracies(NamedTuple):
@@ -73,26 +73,29 @@ def label_verdict(shares: Accuracies) -> Verdict:
 
 
 def verdict_words(shares: Accuracies, before: str = "the base model") -> str:
-    """Return `label_verdict` in words. A higher accuracy that may be chance is said to be from too few rows.
+    """Return `label_verdict` in words: which gains are clear and which are not, with their intervals.
 
     Args:
         before: name of the model that `shares.base` is the accuracy of.
     """
-    verdict = label_verdict(shares)
-    if verdict == "helped":
-        return f"that is better than {before} and a constant answer"
-    if verdict == "hurt":
+    if label_verdict(shares) == "hurt":
         return f"{before} is better"
-    compared = {before: shares.gain, "a constant answer": shares.gain_over_constant}
-    unclear = " or ".join(
-        f"{name} ({gain:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f})"
-        for name, (gain, low, high) in ((name, (100 * one for one in gain)) for name, gain in compared.items())
-        if low <= 0
+    clear, unclear = list[str](), list[str]()
+    for name, gains in ((before, shares.gain), ("a constant answer", shares.gain_over_constant)):
+        gain, low, high = (100 * one for one in gains)
+        words = f"{name} ({gain:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f})"
+        (clear if low > 0 else unclear).append(words)
+    better = f"that is clearly better than {' and '.join(clear)}"
+    if not unclear:
+        return better
+    others = " or ".join(unclear)
+    rows, higher = shares.rows, shares.adapted > max(shares.base, shares.constant)
+    too_few = f"; {count_of(rows, 'row')} {'is' if rows == 1 else 'are'} too few to be sure" if higher else ""
+    return (
+        f"{better}, but not clearly better than {others}{too_few}"
+        if clear
+        else f"that is not clearly better than {others}{too_few}"
     )
-    rows = shares.rows
-    too_few = f"; {count_of(rows, 'row')} {'is' if rows == 1 else 'are'} too few to tell this from chance"
-    higher = shares.adapted > max(shares.base, shares.constant)
-    return f"that is not clearly better than {unclear}{too_few if higher else ''}"
 
 
 _MORE_ROWS = 4
@@ -201,6 +204,12 @@ def soft_target_words(figures: Mapping[str, Any]) -> str:
     )
 
 
+def _constant_name(figures: Mapping[str, Any]) -> str:
+    if (answer := figures.get("majority_answer")) is None:
+        return "the most frequent answer"
+    return f"always answering {shorten(answer)!r}, the most frequent answer of the training rows"
+
+
 def decision_clause(
     name: str, base: Mapping[str, Any] | None, adapted: Mapping[str, Any], before_it: str = "the base model"
 ) -> str:
@@ -217,7 +226,7 @@ def decision_clause(
     soft = soft_target_words(adapted)
     clause = (
         f"{name}: {before}{right:.1%} of {count_of(rows, 'held-out answer')} right ({interval_text(right, rows)}; "
-        f"{adapted['majority']:.1%} by the most frequent answer){verdict}{'; ' * bool(soft)}{soft}"
+        f"{adapted['majority']:.1%} by {_constant_name(adapted)}){verdict}{'; ' * bool(soft)}{soft}"
     )
     if "ece" not in adapted:
         return clause

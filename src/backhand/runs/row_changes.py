@@ -23,7 +23,7 @@ FEWEST_ROWS = 16
 """On fewer held-out rows, the course of a loss is mostly chance, unless they have many tokens."""
 MOST_RECORDED = 2000
 """Number of held-out rows up to which a run records their values; the intervals of more rows are narrow."""
-_TOO_FEW = ": too few rows to tell the change from chance"
+_TOO_FEW = ": too few rows to be sure of the change"
 
 
 def mean_gain(base: Sequence[float], adapted: Sequence[float]) -> tuple[float, float, float] | None:

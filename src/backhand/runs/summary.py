@@ -56,7 +56,10 @@ class DecisionFigures(TypedDict):
     accuracy_interval: NotRequired[tuple[float, float]]
     gain: NotRequired[tuple[float, float, float]]
     gain_over_constant: NotRequired[tuple[float, float, float]]
+    # accuracy of always giving `majority_answer`, the most frequent one of the training rows. If it is None, or missing
+    # as in older files, that of the most frequent answer of these rows
     majority: float
+    majority_answer: NotRequired[str | None]
     f1_macro: float
     nll: float
     brier: float

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.data.decisions import DecisionRow
 from backhand.data.packing import RowPacker
 from backhand.distributed.communicator import Communicator
 from backhand.distributed.launch import versions
@@ -30,6 +31,7 @@ from backhand.engines.engine import BoundModel
 from backhand.errors import CheckError, not_none
 from backhand.json_shape import ShapeError, convert, load
 from backhand.kernels.builds import describe
+from backhand.loop.decision_scores import usual_answers
 from backhand.loop.distillation import computing_with
 from backhand.loop.guards import tensor_digest
 from backhand.loop.hidden_state_cache import HiddenStateCache
@@ -106,8 +108,9 @@ def run_objectives(
             return None
         packer, reference, others_name = sets[name][0], sums.get(name), f"{name}_others"
         if options.objective == "decide":
-            smoothing = options.label_smoothing if name == "train" else 0.0
-            return DecideObjective(packer, label_smoothing=smoothing)
+            if name == "train":
+                return DecideObjective(packer, label_smoothing=options.label_smoothing)
+            return DecideObjective(packer, usual=usual_answers(inputs.packer.examples.facts(DecisionRow)))
         if options.objective == "embed":
             return EmbedObjective(packer, options=options)
         if options.objective == "rank" and inputs.trains_head:

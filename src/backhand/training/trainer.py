@@ -286,7 +286,7 @@ class Trainer:
             summary = replace(summary, distilled=figures)
         if isinstance(objective, DecideObjective):
             decisions = objective.held_out_outcomes(run.bound, run.plan.memory.micro_batch_rows, self._started)
-            summary = replace(summary, **decision_figures(decisions))
+            summary = replace(summary, **decision_figures(decisions, objective.usual))
             answers = free_answers(run.bound, run.inputs.source, (), run.config, start=self._started)
             answers = replace(answers, held_out=decided_answers(*decisions, run.config.run.answers))
         else:

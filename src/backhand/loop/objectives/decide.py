@@ -16,7 +16,7 @@ probabilities are too even, which the temperatures correct.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -54,9 +54,11 @@ class DecideObjective(AnswerObjective):
 
     Attributes:
         label_smoothing: ε; 0 for held-out rows.
+        usual: `usual_answers` of the training rows, for held-out rows.
     """
 
     label_smoothing: float = 0.0
+    usual: Mapping[str, str] = field(default_factory=dict)
 
     def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
         """Compute the losses of the rows. Their metrics are the accuracy and the probability of all labels together."""
@@ -94,7 +96,9 @@ class DecideObjective(AnswerObjective):
             plain = losses.index_add(0, owner, (smoothed - target) * documents.sums)
             parts = plain[torch.tensor(is_asked)].split([len(row.asked) for row in decisions])
             measured["label_loss"] = (sum(float(part.mean()) for part in parts), len(rows))
-        return RowLosses(of_rows, decide_backward(weight, saved).d_scores, measured, right_answers(outcomes))
+        return RowLosses(
+            of_rows, decide_backward(weight, saved).d_scores, measured, right_answers(outcomes, self.usual)
+        )
 
     def decisions(self, rows: Sequence[int]) -> list[DecisionRow]:
         """Return the questions of these rows."""
@@ -137,17 +141,23 @@ class DecideObjective(AnswerObjective):
             for _ in range(size)
         ]
         calibrated = self.of_sums(rows, sums / torch.tensor(of_documents, dtype=sums.dtype)).losses
-        return calibrated, {"uncalibrated_loss": float(losses.mean()), **question_shares(outcomes)}
+        return calibrated, {"uncalibrated_loss": float(losses.mean()), **question_shares(outcomes, self.usual)}
 
 
 def _even(asked: Asked) -> list[float]:
     return [1 / len(asked.question.keys)] * len(asked.question.keys)
 
 
-def decision_figures(decisions: HeldOutDecisions) -> dict[str, Any]:
-    """Return the fields of summary.json. The temperatures are fitted to these rows, and are 1 for the base model."""
-    base = score_questions(decisions.base, {})
-    adapted = score_questions(decisions.adapted, fit_temperatures(decisions.adapted))
+def decision_figures(decisions: HeldOutDecisions, usual: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields of summary.json. The temperatures are fitted to these rows, and are 1 for the base model.
+
+    Args:
+        decisions: the outcomes of the held-out rows.
+        usual: `usual_answers` of the training rows.
+    """
+    base = score_questions(decisions.base, {}, usual=usual)
+    temperatures = fit_temperatures(decisions.adapted)
+    adapted = score_questions(decisions.adapted, temperatures, usual=usual)
     return {
         "base_decisions": {name: one.to_json() for name, one in base.items()},
         "adapted_decisions": {name: one.compared_with(base[name]).to_json() for name, one in adapted.items()},
