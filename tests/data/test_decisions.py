@@ -309,7 +309,7 @@ def test_more_options_than_labels_are_an_error(tmp_path: Path) -> None:
     rows = [{"text": "words", "label": f"label {n}"} for n in range(27)]
     with pytest.raises(DataError, match="27 options, but there are labels for 26"):
         read(lines(tmp_path / "rows.jsonl", rows))
-    with pytest.raises(DataError, match="--objective classify --problem-type regression --prompt COLUMN --completion"):
+    with pytest.raises(DataError, match="name another column with --question; or, if they are amounts instead"):
         read(lines(tmp_path / "numbers.jsonl", [{"text": "words", "label": n / 2} for n in range(27)]))
 
 

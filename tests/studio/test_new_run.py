@@ -745,6 +745,32 @@ def test_a_misspelt_column_in_braces_is_shown_at_its_field(client: Client, tiny:
     assert status == 409 and "Change it at the step" in text and "new/learn?" in text
 
 
+def test_an_error_of_a_plan_names_no_step_whose_fields_do_not_cause_it(client: Client, tiny: TinyRun) -> None:
+    client.post("upload?name=faq.csv", body=TABLE)
+    draft = {"typed_model": str(tiny.model), "data": "rows-1.csv", "objective": "sft", "more.layers": "last:99"}
+    text = client.get(f"part/plan?{urlencode(draft)}", X_Part="1")[1]
+    assert "“layers” under More options: last:99 names layers" in text and "at the step" not in text
+
+
+def test_a_column_with_two_questions_is_refused(client: Client, tiny: TinyRun) -> None:
+    client.post("upload?name=faq.csv", body=TABLE)
+    draft = {"typed_model": str(tiny.model), "data": "rows-1.csv", "objective": "decide", "state": "question"}
+    draft |= {"question0": "answer", "question1": "answer", "asked1": "How many?"}
+    status, text, _ = client.get(f"part/lint?{urlencode(draft)}", X_Part="1")
+    error = part(text).one("pre", class_="error").text
+    assert status == 409 and "“Column with the answers”: the column 'answer' is named twice" in error
+
+
+def test_a_column_of_numbers_of_rows_is_not_counted_as_one_malformed_row(client: Client, tiny: TinyRun) -> None:
+    rows = [f"{n + 100},the user asks {n}" for n in range(40)]
+    client.post("upload?name=faq.csv", body="\n".join(["Id,text", *rows]).encode())
+    draft = {"typed_model": str(tiny.model), "data": "rows-1.csv", "objective": "classify", "prompt": "text"}
+    page = part(client.get(f"part/lint?{urlencode(draft | {'completion': 'Id', 'eval_fraction': '0.1'})}")[1])
+    error = page.one("pre", class_="error").text
+    assert "training would stop: 36 of 36 training rows have a label that no other training row has" in error
+    assert "if they are amounts instead of numbers of rows, give “problem type” (regression)" in error
+
+
 def test_an_answer_inside_the_text_is_a_warning(client: Client, tiny: TinyRun) -> None:
     rows = [f"the user asks {n},{'ab'[n % 2]}" for n in range(20)]
     client.post("upload?name=faq.csv", body="\n".join(["text,group", *rows]).encode())
@@ -998,6 +1024,20 @@ def test_messages_name_fields_instead_of_options() -> None:
             "error: “Worse answer”: “Better answer” and “Worse answer” are the same text, 'rejected'",
         ),
         ("dpo", "the chosen answers are cut", "the chosen answers are cut"),
+        ("rank", "prompt and completion are the same text, 'a'", "“Query” and “Document” are the same text, 'a'"),
+        (
+            "decide",
+            "error: state and question are the same text, 'a'",
+            "error: “The text to decide about” and “Column with the answers” are the same text, 'a'",
+        ),
+        (
+            "decide",
+            "add --objective classify --problem-type regression, with the text as --prompt",
+            (
+                "set “What to learn” to Labels or a number, set “problem type” under More options to regression, "
+                "with the text as “Text”"
+            ),
+        ),
         (
             "embed",
             "Author is empty, so that the row has no completion",

@@ -301,8 +301,9 @@ def _checked(question: Question, source: str) -> Question:
             f"{question.name} has {len(question.keys):,} options, but there are labels for {len(labels)}",
             where=source,
             why=f"the labels {labels[0]} to {labels[-1]} are one token each, as servers read them",
-            next_step="learn a number instead: --objective classify --problem-type regression "
-            "--prompt COLUMN --completion COLUMN, which are the columns of the texts and of the numbers"
+            next_step="name another column with --question; or, if they are amounts instead of numbers of rows, "
+            "add --objective classify --problem-type regression, with the text as --prompt and the number as "
+            "--completion"
             if all(number_of(key) is not None for key in question.keys)
             else f"train several labels of a text with --objective classify, and {as_list(next(iter(joined.values())))}"
             if joined

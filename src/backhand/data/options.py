@@ -260,12 +260,16 @@ def parse_questions(values: str | Iterable[str]) -> dict[str, str]:
     """Parse `question` of a command line: `COLUMN=INSTRUCTIONS`, or a column alone.
 
     Raises:
-        UsageError: a value names no column.
+        UsageError: a value names no column, or two values name the same one.
     """
     pairs = [value.partition("=") for value in ([values] if isinstance(values, str) else values)]
     if any(not name.strip() for name, _, _ in pairs):
         raise UsageError("there is a question without a column", where="question", next_step="give COLUMN='QUESTION'")
-    return {name.strip(): text.strip() for name, _, text in pairs}
+    questions = {name.strip(): text.strip() for name, _, text in pairs}
+    if len(questions) < len(pairs):
+        name = next(name for name in questions if sum(other.strip() == name for other, _, _ in pairs) > 1)
+        raise UsageError(f"the column {name!r} is named twice", where="question", next_step="name each column once")
+    return questions
 
 
 @dataclass(frozen=True)

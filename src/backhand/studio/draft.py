@@ -555,7 +555,8 @@ def fields_named(text: str) -> list[str]:
     """Return the fields of the form whose options a message names, outside commands to type."""
     more = {field.option[2:]: f"more.{field.name}" for fields in more_fields().values() for field in fields}
     named = re.findall(r"(?:--|^error: (?=[a-z-]+: ))([a-z][a-z-]*[a-z])", _TYPED.sub("", text), re.MULTILINE)
-    fields = more | {option: option for option in _PLACES} | {"tokenizer": "model"}
+    no_field = ("help", "output", "resume")
+    fields = more | {option: option for option in _PLACES if option not in no_field} | {"tokenizer": "model"}
     return [fields[option] for option in named if option in fields]
 
 
@@ -591,6 +592,7 @@ def _column_on_page(option: str, key: str, value: str, objective: str) -> tuple[
 _ROLE = re.compile(
     r"(?<=the row has no )(?:prompt|completion)\b"
     r"|(?<![\w'“`={-])(?:chosen|rejected)(?![\w'”`=}-]| answers?\b)"
+    r"|\b\w+(?=(?: and \w+)? are the same text)"
 )
 """Names of parts of a row in an error, which the page calls by the labels of their fields."""
 
@@ -600,6 +602,7 @@ def _line_on_page(line: str, objective: str) -> str:
     if typed := _TYPED.search(line):
         return f"{_line_on_page(line[: typed.start()], objective)}{_place_of(typed[0]) or IN_TERMINAL + typed[0]}"
     end_of_added, verb_before = -1, ""  # of options that follow one after `add`
+    aim = re.search(r"--objective (\w+)", line)
 
     def named(match: re.Match[str]) -> str:
         nonlocal end_of_added, verb_before
@@ -608,7 +611,7 @@ def _line_on_page(line: str, objective: str) -> str:
         end_of_added = match.end() + 1 if add else -1
         end = "," if match.string.startswith(" --", match.end()) else ""
         if option in ("prompt", "completion", "columns", "state", "question"):
-            verb, shown = _column_on_page(option, key, word, objective)
+            verb, shown = _column_on_page(option, key, word, aim[1] if aim else objective)
             again = verb == verb_before and not match[1]
             verb_before = verb
             return f"{f'{verb} ' if add and verb and not again else ''}{shown}{end}"
@@ -631,6 +634,7 @@ def _line_on_page(line: str, objective: str) -> str:
     if "--eval-fraction" in line:  # the page has this field for both
         line = re.sub(r",? or --eval-data(?: FILE)?(?: with [a-z ]+)?", "", line)
     labels = {role.name: f"“{role.label.partition(' (')[0]}”" for role in _roles(objective)}
+    labels = labels or {name: _PLACES[name] for name in ("state", "question")}
     line = _ROLE.sub(lambda role: labels.get(role[0], role[0]), line)
     line = _SEVERAL.sub(lambda several: f"“What to learn” ({re.sub(r'[a-z]{3,}', _titled, several[1])})", line)
     line = re.sub(r"\b(another|larger|no) the ", r"\1 ", _OPTION.sub(named, line))
