@@ -207,7 +207,16 @@ def test_the_plan_counts_starts_and_the_end_of_each_run(
 ) -> None:
     plans: list[RunPlan] = []
     busy = Busy(0.5, 2.0)
-    speed = Speed(tokens_per_s=1.0, train_s=60.0, evaluate_s=36.0, finish_s=51.0, end_s=24.0, measured_s=0.0, busy=busy)
+    speed = Speed(
+        tokens_per_s=1.0,
+        train_s=60.0,
+        evaluate_s=36.0,
+        teacher_s=0.0,
+        finish_s=51.0,
+        end_s=24.0,
+        measured_s=0.0,
+        busy=busy,
+    )
     monkeypatch.setattr(command, "calibrate", lambda plan, *_, **_options: (plans.append(plan), speed)[1])
     made = search_config(tiny, tmp_path / "search", {"trials": 2}, quiet=False, eval_every=None)
     monkeypatch.setattr(command, "time", clock := Clock())

@@ -63,6 +63,20 @@ def test_the_line_of_the_base_counts_cached_states(plan: Plan, tiny: TinyRun) ->
     assert f"takes {peak}, " in out
 
 
+def test_the_teacher_of_a_baked_run_takes_time_before_the_first_step(
+    plan: Plan, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backhand.training.calibration._measure", lambda *_: Seconds(1e-9, 0.0, 0.0, 1.0, further=0.5))
+    words = ("--data", str(tiny.rows), "--objective", "bake", "--context", "the assistant answers in json")
+    sampled = plan(*words, "--max-new-tokens", "3", "--json")[1]
+    rows = json.loads(sampled)["rows"] + json.loads(sampled)["held_out_rows"]
+    assert json.loads(sampled)["teacher_s"] == pytest.approx(3 * (-(-rows // 64) + 0.5 * max(0, rows - 8)))
+    for origin in (("rows",), ("student", "--max-new-tokens", "3")):
+        others = json.loads(plan(*words, "--answers-from", *origin, "--json")[1])
+        assert others["teacher_s"] < 1e-3, origin
+    assert "the teacher's answers and states before them about" in plan(*words, "--max-new-tokens", "3")[1]
+
+
 def test_processes_share_the_steps_and_the_memory(plan: Plan, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("--data", str(tiny.rows), "--batch-rows", "4", "--memory", "15 GB", "--no-calibrate", "--json")
     alone, three = (json.loads(plan(*words, "--workers", workers)[1]) for workers in ("1", "3"))

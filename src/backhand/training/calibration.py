@@ -22,6 +22,7 @@ import torch
 
 from backhand.data.held_out import neutral_prompts
 from backhand.data.packing import RowPacker
+from backhand.data.stored_examples import StoredExamples
 from backhand.distributed.gradient_sums import assign
 from backhand.engines.decoder_engine import DecoderEngine
 from backhand.engines.engine import ShortModel, Trainable
@@ -30,6 +31,7 @@ from backhand.engines.memory_probe import trial_pass
 from backhand.errors import not_none
 from backhand.generation.sampling import ROWS_AT_ONCE
 from backhand.loop.answers import EXTRA_TOKENS, MOST_ROWS, SHORT_TOKENS, answered_at_once, answered_rows, are_long
+from backhand.loop.distillation import DistilledPacker, DistilledPrompts
 from backhand.loop.distilled_figures import MOST_ANSWERED, TIMED
 from backhand.loop.forecast import Busy, Forecast
 from backhand.loop.step import AdapterOptimizer
@@ -58,6 +60,7 @@ class Speed:
     tokens_per_s: float  # trained tokens per second of all processes, without padding
     train_s: float  # seconds of all steps
     evaluate_s: float  # seconds of all evaluations of the held-out rows
+    teacher_s: float  # seconds of the teacher's answers and states before the first step
     finish_s: float  # seconds of the checkpoints, and of the answers and files at the end
     end_s: float  # seconds of the answers and files at the end, a part of `finish_s`
     measured_s: float  # seconds of the measurement
@@ -77,8 +80,14 @@ class Seconds(NamedTuple):
     below: float  # of a token in the frozen blocks below them
     update: float  # of an update of the adapter
     decode: float  # of the next token of a few answers
+    further: float = 0.0  # of that of each further answer
     pair: float = 0.0  # of a pair of a query and a key (`attention_time`), in tokens of `trained`
     busy: Busy | None = None  # None if the processor was free during the measurement
+
+    def sampled(self, answers: float, tokens: int) -> float:
+        """Return the seconds for sampling answers of this length."""
+        batches, answers_more = math.ceil(answers / ROWS_AT_ONCE), max(0.0, answers - _DECODED_TOGETHER)
+        return tokens * (batches * self.decode + answers_more * self.further)
 
 
 def calibrate(plan: RunPlan, machine: Machine, *, budget_s: float = BUDGET_S) -> Speed:
@@ -109,6 +118,7 @@ def calibrate(plan: RunPlan, machine: Machine, *, budget_s: float = BUDGET_S) ->
         tokens_per_s=tokens / sum(predicted.steps_s),
         train_s=sum(predicted.steps_s),
         evaluate_s=sum(evaluations.values()),
+        teacher_s=_teacher_s(plan, machine, seconds),
         finish_s=sum(predicted.pauses_s.values()) - sum(evaluations.values()) + predicted.end_s,
         end_s=predicted.end_s,
         measured_s=time.perf_counter() - began,
@@ -145,7 +155,7 @@ def _forecast(plan: RunPlan, machine: Machine, seconds: Seconds, evaluated: floa
     if sampled:
         group = config.rewards.group if config.objective.objective == "grpo" else 1
         answers = config.optimization.batch_rows * group / machine.world_size
-        sampling_s = math.ceil(answers / ROWS_AT_ONCE) * config.rewards.max_new_tokens * seconds.decode
+        sampling_s = seconds.sampled(answers, config.rewards.max_new_tokens)
     trained = seconds.trained
     if config.objective.purpose == "embeddings" and plan.memory.micro_batch_rows < config.optimization.batch_rows:
         trained *= 1 + _FORWARD_SHARE  # vectors of several micro-batches are computed before the loss
@@ -185,7 +195,7 @@ def _evaluations_s(plan: RunPlan, machine: Machine, seconds: Seconds, work: floa
     first = work * (forward + seconds.below)
     later = work * (forward + (0.0 if plan.hidden_states.where != "off" else seconds.below))
     if config.objective.purpose == "prompts":
-        first = later = math.ceil(rows / ROWS_AT_ONCE) * config.rewards.max_new_tokens * seconds.decode
+        first = later = seconds.sampled(rows, config.rewards.max_new_tokens)
     if config.optimization.average_share:
         later *= 2  # the average and the newest values
     neutral = 2 * _SHORT_TEXTS * sum(inputs.neutral.lengths) * (forward + seconds.below)
@@ -226,13 +236,50 @@ def _end_s(plan: RunPlan, seconds: Seconds, work: float) -> float:
         # The answers of both models and of the teacher to up to all rows, and the agreement of both models.
         batches = -(-min(len(held_out), MOST_ANSWERED) // max(micro_batch_rows, TIMED))
         passes += batches * (2 * MAX_NEW_TOKENS + min(shown, MAX_NEW_TOKENS))
-        end_s += 2 * evaluation_s
+        end_s += 2 * evaluation_s + _prompts_s(plan, seconds)
     if (objective.objective == "sft" or objective.answers_by == "rows") and longest <= SHORT_TOKENS:
         # Exact match: losses, prompts and free answers, of both models. Those to texts end at the first difference.
         rows, texts = min(len(held_out), MOST_ROWS), are_long(example.supervised_tokens for example in held_out)
         end_s += (_OF_TEXTS if texts else _OF_LABELS) * rows / len(held_out) * evaluation_s
         passes += 2 * -(-rows // micro_batch_rows) * (_EQUAL_TOKENS if texts else longest + EXTRA_TOKENS)
     return end_s + passes * seconds.decode
+
+
+def _teacher_s(plan: RunPlan, machine: Machine, seconds: Seconds) -> float:
+    """Predict the seconds of the teacher before the first step: answers of full length, and states at their tokens."""
+    answers, tokens, config = 0, 0, plan.inputs.config
+    packers = plan.inputs.packer, plan.inputs.held_out_packer
+    for packer in packers:
+        if not isinstance(packer, DistilledPacker | DistilledPrompts):
+            continue
+        sampled = isinstance(packer, DistilledPrompts)
+        if sampled and packer is packers[0] and config.objective.trains_on_samples:
+            continue
+        answers += len(packer.examples) * sampled
+        tokens += packer.teacher_pass_tokens(len(packer.examples))
+    sampled_s = seconds.sampled(answers, config.rewards.max_new_tokens) / machine.world_size
+    return sampled_s + tokens * (_FORWARD_SHARE * seconds.trained + seconds.below)
+
+
+def _prompts_s(plan: RunPlan, seconds: Seconds) -> float:
+    """Predict the seconds for the prompts of student and teacher that are answered at the end of a distilled run.
+
+    Both models and the teacher read up to `MOST_ANSWERED` prompts, the teacher's context once. Then student and teacher
+    read `TIMED` prompts, and one before them, one at a time.
+    """
+    packer = plan.inputs.held_out_packer
+    if not isinstance(packer, DistilledPacker | DistilledPrompts):
+        return 0.0
+    student, teacher = (
+        sum(_prompt_lengths(examples)) / len(examples) for examples in (packer.examples, packer.teachers)
+    )
+    asked = min(len(packer.examples), MOST_ANSWERED)
+    tokens = 3 * asked * student + len(packer.groups) * teacher + (TIMED + 1) * (student + teacher)
+    return tokens * (_FORWARD_SHARE * seconds.trained + seconds.below)
+
+
+def _prompt_lengths(examples: StoredExamples) -> list[int]:
+    return [example.last_answer[0] for example in examples]
 
 
 _OF_TEXTS, _OF_LABELS = 3, 5
@@ -274,12 +321,15 @@ def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float
         shape = memory.shape.cut(tokens)
         return shape.tokens, fastest(models, shape.batch(vocab_size, machine.device), deadline)
 
-    few = torch.arange(_DECODED_TOGETHER, device=machine.device) % vocab_size
-    few_s = [0.0] * len(models)
+    few, many = (torch.arange(n, device=machine.device) % vocab_size for n in (_DECODED_TOGETHER, ROWS_AT_ONCE))
+    few_s, many_s = [0.0] * len(models), [0.0] * len(models)
     if not (isinstance(short.model, Decoder) and not short.model.config.has_head):  # an encoder answers nothing
         decoders = [partial(model.logits, few) for model in models]
         until = time.perf_counter() + _DECODING_S
         few_s = fastest_calls(decoders, machine.device, until, at_least=_DECODING_PASSES)
+        if plan.inputs.config.objective.samples:
+            decoders = [partial(model.logits, many) for model in models]
+            many_s = fastest_calls(decoders, machine.device, time.perf_counter() + _DECODING_S)
     tokens, seconds = timed(_PROBE_TOKENS, 0.0)
     affordable = int((deadline - time.perf_counter()) / (_PASSES * sum(seconds) / tokens))
     if affordable > tokens:
@@ -292,6 +342,7 @@ def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float
             short.model.dtype, machine.device, recompute=memory.recompute, deadline=deadline
         )
         trained_s = max(trained_s / 2, trained_s - pair_s * attention.pairs(shape.lengths, shape.parents))
+    decode_s = whole(short, few_s)
     update_s = _update_s(plan.inputs.layout, machine)
     own, busy = (time.thread_time() - computed) / (time.perf_counter() - began), None
     if machine.device.type == "cpu" and own < _OWN_SHARE:
@@ -303,7 +354,8 @@ def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float
         trained=trained_s / tokens,
         below=short.below * block / tokens,
         update=update_s,
-        decode=whole(short, few_s),
+        decode=decode_s,
+        further=max(0.0, whole(short, many_s) - decode_s) / (ROWS_AT_ONCE - _DECODED_TOGETHER),
         pair=pair_s * tokens / trained_s,
         busy=busy,
     )

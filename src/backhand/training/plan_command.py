@@ -256,6 +256,8 @@ def _print_speed(console: Console, report: PlanReport, speed: Speed) -> None:
     )
     if speed.evaluate_s:
         text += f", evaluations {duration(speed.evaluate_s)} more"
+    if speed.teacher_s:
+        text += f", the teacher's answers and states before them about {duration(speed.teacher_s)}"
     text += f", checkpoints, answers and report {duration(speed.finish_s)}"
     if speed.kept_s:
         text += f"; cached hidden states save {duration(speed.kept_s)}"
