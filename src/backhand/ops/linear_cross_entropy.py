@@ -18,6 +18,11 @@ only, and its gradient is computed right after the chunk's forward: nothing is s
 other function of the log-probabilities -ℓ (pairs, rewards) determines one w_i per row from the ℓ of the forward. The
 backward then computes each chunk's logits again, since they are never held as a whole.
 
+Logits near 20 are rounded to multiples of 1/8 in bfloat16, so that different targets often have the same loss. Without
+gradients and dropout, the target's logit z is therefore computed again in float32, from X and row t of W. This ẑ
+replaces z in ℓ:
+    ℓ̂ = log(e^{ℓ + z} - e^z + e^ẑ) - ẑ = ℓ + δ + log(1 + e^{-ℓ} (e^{-δ} - 1)),   δ = z - ẑ
+
 Memory: the logits of one chunk, (chunk, vocab), in the compute dtype, and the softmax of a few of its rows in float32;
 both are reused. Chunks below 256 rows read W too often (64 rows take 1.4 to 1.8 times as long), while the softmax is
 fastest on as few rows as fit into the caches. Every chunk reads W twice, and unpacks it if it is quantized. Wide
@@ -38,9 +43,9 @@ from torch import Tensor
 from backhand.kernels import softmax_losses as kernels
 from backhand.kernels.dense_product import amx_available
 from backhand.ops.cross_entropy import losses_in_place
-from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
+from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear, frozen_rows
 from backhand.ops.head_factors import AdaptedHead, HeadFactors
-from backhand.ops.logits_rule import PLAIN, LogitsRule, ruled_reference
+from backhand.ops.logits_rule import PLAIN, LogitsRule, capped, ruled_reference
 from backhand.ops.weight_tiles import FrozenMatrix
 
 CHUNK_ROWS, LONG_CHUNK_ROWS = 256, 512
@@ -158,6 +163,17 @@ def head_backward(
     return losses, LinearCrossEntropyGrads(d_x, adapted.d_lora_A, adapted.d_lora_B)
 
 
+def _target_logits(
+    x: Tensor, weight: FrozenMatrix, targets: Tensor, head: HeadFactors | None, rule: LogitsRule
+) -> Tensor:
+    """Return γ Z of each row's target in float32, (rows,). The head's adapter has no dropout."""
+    x = x.float()
+    logits = (x * frozen_rows(weight, targets).float()).sum(1)
+    if head is not None:
+        logits += head.scaling * ((x @ head.lora_A.float().T) * head.lora_B[targets].float()).sum(1)
+    return logits.mul_(rule.scaling)
+
+
 def linear_cross_entropy_forward(
     x: Tensor,
     weight: FrozenMatrix,
@@ -182,7 +198,12 @@ def linear_cross_entropy_forward(
     """
 
     def loss(chunk: Tensor, part: slice, losses: Tensor) -> None:
+        rounded = chunk.gather(1, targets[part, None]).squeeze(1).to(losses.dtype)
         _softmax_losses(chunk, targets[part], losses, rule.cap, gradient=False)
+        if chunk.dtype != losses.dtype and (head is None or head.dropout is None):
+            exact = _target_logits(x[part], weight, targets[part], head, rule)
+            delta = rounded - exact if rule.cap is None else capped(rounded, rule.cap)[0] - capped(exact, rule.cap)[0]
+            losses.add_(torch.log1p(torch.exp(-losses) * torch.expm1(-delta)).add_(delta))
 
     return head_forward(x, weight, loss, head, rule, logits=logits)
 
