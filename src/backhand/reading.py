@@ -36,7 +36,7 @@ def uploaded_name(path: Path) -> str:
     """Return the name that an uploaded file had before, or the file's own name."""
     try:
         return read_settings(name_file(path)) or path.name
-    except OSError:
+    except (OSError, ValueError):  # a record of another machine may contain a path that is none
         return path.name
 
 

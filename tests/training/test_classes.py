@@ -512,6 +512,7 @@ def test_numbers_are_judged_by_the_squared_errors_of_the_rows(tiny: TinyRun, tmp
     assert low < 0 < high and tuple(run.adapted_classes["gain"]) == (-change, -high, -low)
     text = headline(read_run(tmp_path / "run"))
     assert f"loss changed by {change:+.4f} in squared error per row (95 % interval" in text
+    assert text.count("the best constant answer") == 1
     assert "too few rows to be sure of the change" in text and "helped" not in text
     stopped = headline(replace(read_run(tmp_path / "run"), summary={}))
     assert text.partition(", and squared")[2] in stopped and f"loss changed by {change:+.4f} in squared" in stopped

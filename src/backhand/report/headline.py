@@ -11,6 +11,7 @@ from backhand.data.label_names import unlearned_note
 from backhand.data.rows import NUMBER
 from backhand.json_shape import required_keys
 from backhand.options.objectives import DISTILLED
+from backhand.reading import uploaded_name
 from backhand.report.run_record import RunRecord, is_number
 from backhand.runs.distilled_results import agreement_words
 from backhand.runs.label_results import (
@@ -309,7 +310,7 @@ def _verb(run: RunRecord) -> str:
 
 def _rows(run: RunRecord) -> str:
     sources = run.config.get("data", {}).get("data") or ()
-    names = ", ".join(Path(str(source)).name for source in sources)
+    names = ", ".join(uploaded_name(Path(str(source))) for source in sources)
     rows = run.summary.get("rows", run.rows.get("examples", run.rows.get("documents")))  # a pair is two documents
     seen = run.summary.get("rows_seen")
     if not is_number(rows):
@@ -383,12 +384,9 @@ def _outcome(run: RunRecord) -> str:
         return f"{change} {loss_unit(run.objective)}{scores}{_effect(run)}"
     if run.objective == "classify":
         before, after = classes_of(run)
-        score = next((name for name in _OF_CLASSES if is_number(after.get(name))), None)
-        scores = (
-            ""
-            if score is None
-            else f", and {_OF_CLASSES[score]} from {before[score]:.3f} ({constant}) to {after[score]:.3f}"
-        )
+        scores = ""  # the loss of numbers is their squared error
+        if is_number(after.get("accuracy")):
+            scores = f", and accuracy from {before['accuracy']:.3f} ({constant}) to {after['accuracy']:.3f}"
         if (right := right_answers(run)) is not None:
             scores += f" ({interval_text(*right[1:])})"
         unit, ending = loss_unit(run.objective, after), _effect(run)
@@ -401,10 +399,6 @@ def _outcome(run: RunRecord) -> str:
         return f"{change} {nats}{_effect(run)}{_by_how_much(run, base, best)}"
     changed = loss_words(by_row, loss_unit(run.objective))
     return f"{change} {nats}; {changed}{_effect(run, unclear='')}{_by_how_much(run, base, best)}"
-
-
-_OF_CLASSES = {"accuracy": "accuracy", "mse": "squared error"}
-"""The main score of a head by its name in summary.json."""
 
 
 def held_out_rows(run: RunRecord) -> int:

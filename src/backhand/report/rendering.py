@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from importlib.metadata import version
 from importlib.resources import files
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -23,6 +23,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from backhand.printing import duration
+from backhand.reading import uploaded_name
 from backhand.report.run_record import is_number
 from backhand.runs.label_results import soft_target_words
 from backhand.words import count_of, in_words, interval_range, interval_text, label_text
@@ -126,7 +127,13 @@ def moment(text: object) -> str:
 
 
 def place(source: object) -> str:
-    """Format `/data/valid.jsonl:3` as `valid.jsonl, line 3`; return any other text unchanged, also the row after it."""
+    """Format `/data/valid.jsonl:3` as `valid.jsonl, line 3`, with the name that an uploaded file had before.
+
+    Any other text stays unchanged, also the row after the number.
+    """
     file, colon, number = str(source).rpartition(":")
     line, space, row = number.partition(" ")
-    return f"{PurePath(file).name}, line {line}{space}{row}" if colon and line.isdecimal() and file else str(source)
+    if colon and line.isdecimal() and file:
+        return f"{uploaded_name(Path(file))}, line {line}{space}{row}"
+    name = uploaded_name(path := Path(str(source)))
+    return str(source) if name == path.name else name

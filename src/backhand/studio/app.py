@@ -241,8 +241,7 @@ async def _report(site: Site, request: Request) -> Response:
     path = site.run(request).path / REPORT
     if not path.is_file() or path.is_symlink():
         raise UsageError("there is no report yet", next_step="wait for the end of the run")
-    page = read_plain(path)
-    return _shown_report(page if site.workspace is None else site.space.named_report(page))
+    return _shown_report(read_plain(path))
 
 
 def _shown_report(page: bytes) -> Response:
@@ -257,7 +256,7 @@ async def _compare(site: Site, request: Request) -> Response:
     with tempfile.TemporaryDirectory(dir=site.space.exports) as folder:
         output = Path(folder) / "comparison.html"
         await site.commands.checked(["report", *paths, f"--output={output}"], request.is_disconnected)
-        return _shown_report(site.space.named_report(output.read_bytes()))
+        return _shown_report(output.read_bytes())
 
 
 async def _progress(site: Site, request: Request) -> Response:

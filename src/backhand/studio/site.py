@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from backhand.errors import BackhandError
-from backhand.report.rendering import environment, place
+from backhand.report.rendering import environment
 from backhand.studio.commands import CommandError, Commands, readable, shown
 from backhand.studio.draft import IN_TERMINAL, Draft, help_on_page, of_answers, on_page
 from backhand.studio.runs import ListedRun, listed_run, run_of
@@ -166,7 +166,6 @@ def _templates(on_page: Callable[..., str], *, in_studio: bool) -> Environment:
     templates = environment().overlay(loader=loader)
     templates.filters = {**templates.filters, "command": shown, "moment": _local_moment, "on_page": on_page}
     templates.filters |= {"of_answers": of_answers, "help_on_page": help_on_page}
-    templates.filters["place"] = lambda source: on_page(place(source))
     templates.filters["upper_first"] = upper_first
     if in_studio:  # a page of one run has no buttons, so that the report's commands stay
         templates.filters["worded"] = on_page

@@ -223,14 +223,6 @@ class Workspace:
             text.replace(f"{self.rows}{os.sep}", "").replace(f"{self.root}{os.sep}", ""),
         )
 
-    def named_report(self, page: bytes) -> bytes:
-        """Return a report with the names that uploads had in the browser. Paths in its commands stay."""
-        return re.sub(
-            rf"(?<![/\\]){_UPLOAD_IN_TEXT.pattern}",
-            lambda found: html.escape(self._own_name(found[0])),
-            page.decode("utf-8", "surrogateescape"),
-        ).encode("utf-8", "surrogateescape")
-
     def _own_name(self, upload: str) -> str:
         return uploaded_name(self.rows / upload)
 
