@@ -768,7 +768,7 @@ def test_a_column_of_numbers_of_rows_is_not_counted_as_one_malformed_row(client:
     page = part(client.get(f"part/lint?{urlencode(draft | {'completion': 'Id', 'eval_fraction': '0.1'})}")[1])
     error = page.one("pre", class_="error").text
     assert "training would stop: 36 of 36 training rows have a label that no other training row has" in error
-    assert "if they are amounts instead of numbers of rows, give “problem type” (regression)" in error
+    assert "if they are quantities rather than row numbers, give “problem type” (regression)" in error
 
 
 def test_an_answer_inside_the_text_is_a_warning(client: Client, tiny: TinyRun) -> None:

@@ -101,7 +101,7 @@ def check_names(
         return
     rows = [(one.facts_as(ClassLabel).names, one.source) for one in trained]
     numbers = all(number_of(name) is not None for names, _ in rows for name in names)
-    learned = "or, if they are amounts instead of numbers of rows, give --problem-type regression, " * numbers
+    learned = "or, if they are quantities rather than row numbers, give --problem-type regression, " * numbers
     refuse_labels_of_one_row(rows, f"name another column with --completion, {learned}{keep} to train all the same")
 
 

@@ -301,7 +301,7 @@ def _checked(question: Question, source: str) -> Question:
             f"{question.name} has {len(question.keys):,} options, but there are labels for {len(labels)}",
             where=source,
             why=f"the labels {labels[0]} to {labels[-1]} are one token each, as servers read them",
-            next_step="name another column with --question; or, if they are amounts instead of numbers of rows, "
+            next_step="name another column with --question; or, if they are quantities rather than row numbers, "
             "add --objective classify --problem-type regression, with the text as --prompt and the number as "
             "--completion"
             if all(number_of(key) is not None for key in question.keys)
