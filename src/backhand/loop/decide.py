@@ -114,8 +114,9 @@ class Decider:
             check_vocabulary(whole.beyond(model.vocab_size), model.vocab_size, self.loaded.tokenizer)
             packer = RowPacker(whole, share_prefixes=model.shares_prefixes)
             every = range(len(part))
-            sums = not_none(document_sums(model, packer, every, self.micro_batch_rows, Communicator(), on_row=on_row))
-            require_finite(sums)
+            at_once = self.micro_batch_rows
+            sums = document_sums(model, packer, every, at_once, Communicator(), exact_targets=True, on_row=on_row)
+            require_finite(sums := not_none(sums))
             asked = iter(outcomes_of((one.facts_as(DecisionRow) for one in examples), sums.tolist()))
             for row in part:
                 yield [next(asked) for _ in row.asked]

@@ -18,9 +18,8 @@ only, and its gradient is computed right after the chunk's forward: nothing is s
 other function of the log-probabilities -ℓ (pairs, rewards) determines one w_i per row from the ℓ of the forward. The
 backward then computes each chunk's logits again, since they are never held as a whole.
 
-Logits near 20 are rounded to multiples of 1/8 in bfloat16, so that different targets often have the same loss. Without
-gradients and dropout, the target's logit z is therefore computed again in float32, from X and row t of W. This ẑ
-replaces z in ℓ:
+Logits near 20 are rounded to multiples of 1/8 in bfloat16, so that different targets often have the same loss. To tell
+targets apart, the target's logit z can be computed again in float32, from X and row t of W. This ẑ replaces z in ℓ:
     ℓ̂ = log(e^{ℓ + z} - e^z + e^ẑ) - ẑ = ℓ + δ + log(1 + e^{-ℓ} (e^{-δ} - 1)),   δ = z - ẑ
 
 Memory: the logits of one chunk, (chunk, vocab), in the compute dtype, and the softmax of a few of its rows in float32;
@@ -182,6 +181,7 @@ def linear_cross_entropy_forward(
     rule: LogitsRule = PLAIN,
     *,
     logits: Tensor | None = None,
+    exact_targets: bool = False,
 ) -> Tensor:
     """Compute ℓ of every row, without gradients.
 
@@ -192,6 +192,7 @@ def linear_cross_entropy_forward(
         head: the head's adapter, or None.
         rule: the logits' multiplier and cap.
         logits: a buffer of `chunk_shape` and x's dtype, or None.
+        exact_targets: compute the target's logit in float32. The head's adapter must have no dropout.
 
     Returns:
         (rows,) losses in nats, float32 or wider.
@@ -200,7 +201,7 @@ def linear_cross_entropy_forward(
     def loss(chunk: Tensor, part: slice, losses: Tensor) -> None:
         rounded = chunk.gather(1, targets[part, None]).squeeze(1).to(losses.dtype)
         _softmax_losses(chunk, targets[part], losses, rule.cap, gradient=False)
-        if chunk.dtype != losses.dtype and (head is None or head.dropout is None):
+        if exact_targets and chunk.dtype != losses.dtype:
             exact = _target_logits(x[part], weight, targets[part], head, rule)
             delta = rounded - exact if rule.cap is None else capped(rounded, rule.cap)[0] - capped(exact, rule.cap)[0]
             losses.add_(torch.log1p(torch.exp(-losses) * torch.expm1(-delta)).add_(delta))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ class DecideObjective(AnswerObjective):
         usual: `usual_answers` of the training rows, for held-out rows.
     """
 
+    compares_documents: ClassVar[bool] = True
     label_smoothing: float = 0.0
     usual: Mapping[str, str] = field(default_factory=dict)
 
@@ -118,7 +119,8 @@ class DecideObjective(AnswerObjective):
         rows = self.decisions(every)
 
         def outcomes() -> list[Outcome]:
-            sums = document_sums(bound.model, self.packer, every, micro_batch_rows, Communicator())
+            packer, model = self.packer, bound.model
+            sums = document_sums(model, packer, every, micro_batch_rows, Communicator(), exact_targets=True)
             return outcomes_of(rows, not_none(sums).tolist())
 
         with computing_with(bound.model, start):

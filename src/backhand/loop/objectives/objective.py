@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,6 +109,8 @@ class Objective(ABC):
 class AnswerObjective(Objective):
     """A loss of the log-probabilities of the rows' answers."""
 
+    # True if a row's documents are compared with each other, so that their log-probabilities must not be rounded alike
+    compares_documents: ClassVar[bool] = False
     # s of every document of the rows under the model that the run starts from; None without a reference
     reference: Tensor | None = None
     # of decisions: fitted in the most recent evaluation, by type of question; empty before it, and for other objectives
@@ -221,6 +223,7 @@ class HeldOutObjective(HeldOut):
             self._micro_batch_rows,
             processes,
             hidden_states=self._hidden_states,
+            exact_targets=objective.compares_documents,
             interruptible=interruptible,
         )
         if sums is None:
@@ -280,6 +283,7 @@ def document_sums(
     processes: Communicator,
     *,
     hidden_states: HiddenStateCache | None = None,
+    exact_targets: bool = False,
     interruptible: bool = False,
     on_row: Callable[[], None] = lambda: None,
 ) -> Tensor | None:
@@ -288,6 +292,7 @@ def document_sums(
     Args:
         model: the model; it computes without gradients and without dropout.
         hidden_states: cache of the rows' hidden states.
+        exact_targets: as in `Decoder.token_losses`, for documents that are compared with each other.
         interruptible: return None if a process has been asked to stop.
         on_row: called once per row of this process as soon as its micro-batch is computed.
     """
@@ -295,7 +300,7 @@ def document_sums(
 
     def sums(number: int) -> list[float]:
         group = groups[number]
-        losses = model.token_losses(batch(number).to(model.device)).double().cpu()
+        losses = model.token_losses(batch(number).to(model.device), exact_targets=exact_targets).double().cpu()
         owner, counts = token_owners(packer, group)
         result: list[float] = (-torch.zeros(len(counts), dtype=torch.float64).index_add_(0, owner, losses)).tolist()
         for _ in group:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -125,6 +125,7 @@ class RankingLoss:
 class RankObjective(AnswerObjective):
     """The loss of rankings by a decoder."""
 
+    compares_documents: ClassVar[bool] = True
     options: ObjectiveOptions = field(default_factory=lambda: ObjectiveOptions("rank"))
 
     @cached_property
@@ -151,8 +152,9 @@ class RankObjective(AnswerObjective):
         every, scores = range(len(self.packer.examples)), {}
         for name in ("base", "adapted"):
             with computing_with(bound.model, start) if name == "base" else nullcontext():
-                sums = not_none(document_sums(bound.model, self.packer, every, micro_batch_rows, Communicator()))
-            scores[name] = self.loss.scored(every, scores_of(sums))
+                packer, model = self.packer, bound.model
+                sums = document_sums(model, packer, every, micro_batch_rows, Communicator(), exact_targets=True)
+            scores[name] = self.loss.scored(every, scores_of(not_none(sums)))
         return summary_scores(scores)
 
 

@@ -81,17 +81,22 @@ def head_factors(adapter: GroupAdapter) -> HeadFactors | None:
     return HeadFactors(factors.lora_A, factors.lora_B, factors.scaling, adapter.lora.dropout)
 
 
-def head_losses(x: Tensor, targets: Tensor, head: Head, logits: Tensor | None = None) -> Tensor:
+def head_losses(
+    x: Tensor, targets: Tensor, head: Head, logits: Tensor | None = None, *, exact_targets: bool = False
+) -> Tensor:
     """Return losses in nats, (rows,), without gradients.
 
     Args:
         x: (rows, hidden), the normalized output of the last block at the supervised positions.
         targets: (rows,) int64.
         logits: buffer of `chunk_shape` for a plain head, or None.
+        exact_targets: as in `linear_cross_entropy_forward`, for a plain head.
     """
     if head.plain:
         factors = head_factors(head.adapter_of(0))
-        return linear_cross_entropy_forward(x, head.weight, targets, factors, head.rule, logits=logits)
+        return linear_cross_entropy_forward(
+            x, head.weight, targets, factors, head.rule, logits=logits, exact_targets=exact_targets
+        )
     losses = []
     for number, start in enumerate(range(0, x.shape[0], CHUNK_ROWS)):
         part = slice(start, start + CHUNK_ROWS)
