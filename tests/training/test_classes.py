@@ -515,7 +515,7 @@ def test_numbers_are_judged_by_the_squared_errors_of_the_rows(tiny: TinyRun, tmp
     assert text.count("the best constant answer") == 1
     assert "too few rows to be sure of the change" in text and "helped" not in text
     stopped = headline(replace(read_run(tmp_path / "run"), summary={}))
-    assert text.partition(", and squared")[2] in stopped and f"loss changed by {change:+.4f} in squared" in stopped
+    assert text.partition("; loss changed")[2] in stopped and f"loss changed by {change:+.4f} in squared" in stopped
     evaluated = backhand.evaluate(data=rows[:8], adapter=tmp_path / "run/adapter", model=tiny.model)
     assert isinstance(evaluated, Evaluation) and evaluated.adapted is not None and evaluated.adapted.classes is not None
     assert evaluated.adapted.classes.gain == pytest.approx((-change, -high, -low))
