@@ -701,13 +701,14 @@ def test_rows_must_fit_the_loss(straight: TrainConfig, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"query": "json", "docs": ["a list", "a json"], "labels": [0, 3]}\n' * 2)
     made = with_options(straight, data=(str(path),), eval_data=(), eval_fraction=0.0, output=tmp_path / "run")
-    with pytest.raises(DataError, match="score 3 is not from 0 to 1"):
+    with pytest.raises(DataError, match="a score is not from 0 to 1"):
         train(made)
     options = DataOptions(data=(str(path),), eval_fraction=0.0)
     found = lint(options, answering_tokenizer(), purpose="rankings")[0]
     (finding, *_) = found.findings
     assert (finding.severity, found.errors, found.can_skip) == ("error", 2, False)
-    assert finding.what.startswith("the score 3 is not from 0 to 1") and "--ranking-loss listnet" in finding.remedy
+    assert finding.what.startswith("a score is not from 0 to 1: the first one is 3") and finding.count == 2
+    assert "by (score - smallest) / (largest - smallest), or give --ranking-loss listnet" in finding.remedy
     assert not lint(options, answering_tokenizer(), purpose="rankings", ranking_loss="listnet")[0].errors
     path.write_text('{"query": "json", "document": "a list", "label": 1}\n' * 2)
     with pytest.raises(DataError, match="one document in this row"):

@@ -47,15 +47,17 @@ def target_fault(loss: RankingLossName, row: RankedTexts) -> tuple[str, str | No
         )
     if loss == "pointwise" and (outside := [one for one in targets if not 0 <= one <= 1]):
         return (
-            f"the score {outside[0]:g} is not from 0 to 1",
-            "pointwise learns the probability that a document is relevant",
-            "divide the scores by the largest one, or give --ranking-loss listnet",
+            "a score is not from 0 to 1",
+            f"the first one is {outside[0]:g}, and pointwise learns the probability that a document is relevant",
+            "replace every score by (score - smallest) / (largest - smallest), or give --ranking-loss listnet",
         )
     if loss == "listwise" and (min(targets) < 0 or not sum(targets)):
         return (
             "no document of this row is relevant" if min(targets) >= 0 else "a score is below 0",
             "listwise learns the share of each document in the sum of the scores",
-            "remove the row, or give --ranking-loss pointwise or listnet",
+            "remove the row, or give --ranking-loss pointwise or listnet"
+            if min(targets) >= 0
+            else "subtract the smallest of all scores from every score, or give --ranking-loss listnet",
         )
     return None
 
