@@ -53,6 +53,15 @@ def test_each_side_counts_its_own_rows_and_left_out_rows_are_reported_once() -> 
     ]
 
 
+def test_groups_that_stay_together_change_the_share_and_the_note_says_so() -> None:
+    """Three equal texts are one of four groups."""
+    several = [example(min(i, 3), f"f:{i}") for i in range(6)]
+    for seed in range(8):
+        rows = len((held := split(with_totals(several, DataReport(rows=6)), 0.25, seed)[1]).examples)
+        share = "17%" if rows == 1 else "50%"
+        assert held.report.lines()[-1].endswith(f" stay together: {share} are held out, not 25%")
+
+
 @pytest.mark.parametrize(("fraction", "held"), [(0.001, 1), (0.999, 4), (0.5, 2)])
 def test_both_sides_keep_a_row(fraction: float, held: int) -> None:
     assert len(split(data(5), fraction, seed=0)[1].examples) == held

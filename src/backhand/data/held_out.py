@@ -48,11 +48,16 @@ def split(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedData,
     # Rows that were left out or cut are reported once, with the training data.
     both = count_of(trained_on + held_out, "row")
     note = f"{held_out:,} of these {both}, of which the other {trained_on:,} are trained on"
+    share = held_out / (trained_on + held_out)
+    if len(distinct) < len(examples) and abs(share - fraction) > _OTHER_SHARE:
+        note += f"; rows of the same query, text or label stay together: {share:.0%} are held out, not {fraction:.0%}"
     drawn = DataReport(rows=held_out, notes=(note,))
     train = replace(with_totals(sides[0], replace(data.report, rows=trained_on)), held_out_share=fraction)
     return train, with_totals(sides[1], drawn)
 
 
+_OTHER_SHARE = 0.03
+"""Difference from the requested share of held-out rows from which on it is noted."""
 USUAL_SHARE = 0.1
 
 
