@@ -513,6 +513,13 @@ def test_numbers_are_judged_by_the_squared_errors_of_the_rows(tiny: TinyRun, tmp
     text = headline(read_run(tmp_path / "run"))
     assert f"loss changed by {change:+.4f} in squared error per row (95 % interval" in text
     assert text.count("the best constant answer") == 1
+    for name, words in (("r2", "R² is"), ("spearman", "Spearman's correlation")):
+        least, most = run.adapted_classes["intervals"][name]
+        value = run.adapted_classes[name]
+        assert least < value < most
+        said = f"(95 % interval {least:.3f} to {most:.3f})"
+        assert any(f"{words} {value:.3f} {said}" in line for line in closing_lines(run))
+        assert said in run_page(read_run(tmp_path / "run")).decode()
     assert "too few rows to be sure of the change" in text and "helped" not in text
     stopped = headline(replace(read_run(tmp_path / "run"), summary={}))
     assert text.partition("; loss changed")[2] in stopped and f"loss changed by {change:+.4f} in squared" in stopped

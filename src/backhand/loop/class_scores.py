@@ -4,7 +4,7 @@
     several labels  accuracy, the share of rows with exactly the right labels; macro F1 over labels; NLL, the mean
                     binary cross-entropy per label. A label is given if its probability is above 1/2
     a number        MSE, the mean squared error; R², its improvement over the mean of the numbers; Spearman's
-                    correlation of the ranks
+                    correlation of the ranks; both with 95 % intervals, of resampled rows
 
 The best constant answer gives the same output to every row: the frequencies of the labels, or the mean of the numbers.
 A model that is not better has learned nothing from the texts.
@@ -13,16 +13,18 @@ A model that is not better has learned nothing from the texts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.rows import MULTI, NUMBER, ProblemType
 from backhand.loop.label_scores import Gain, RowScores, label_score
-from backhand.loop.retrieval_scores import spearman
+from backhand.loop.retrieval_scores import Floats, resampled, resampled_spearman, spearman
 from backhand.ops.binary_cross_entropy import binary_cross_entropy_forward
 from backhand.ops.cross_entropy import cross_entropy_forward
 from backhand.runs.row_changes import mean_gain
@@ -45,14 +47,27 @@ class ClassScores(RowScores):
     # rows with the largest losses: source, answer, given, loss; also text, see `add_texts`
     surprises: list[dict[str, Any]]
     accuracy_interval: tuple[float, float] | None  # 95 % interval of the accuracy; None for numbers
+    numbers: Floats | None = field(default=None, repr=False)  # given numbers and right ones, (2, rows); None for labels
 
     @property
     def accuracy(self) -> float | None:
         """Share of rows with exactly the right labels; None for numbers."""
         return self.values.get("accuracy")
 
+    @cached_property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % intervals of `r2` and `spearman`; empty for labels, for one row, and if all answers are equal."""
+        if self.numbers is None or self.constant or self.rows < 2:
+            return {}
+        return {"r2": resampled(_r2, *self.numbers), "spearman": resampled_spearman(*self.numbers)}
+
     def gain_over(self, before: Sequence[float]) -> Gain | None:
         return mean_gain(before, self.row_scores) if self.problem_type == NUMBER else super().gain_over(before)
+
+    def to_json(self) -> dict[str, Any]:
+        values = super().to_json()
+        del values["numbers"]
+        return values | ({"intervals": self.intervals} if self.intervals else {})
 
     def figures(self) -> dict[str, Any]:
         """Return `to_json` in the form of summary.json, where the values have no name of their own."""
@@ -95,14 +110,12 @@ def score_classes(
     """
     losses = row_losses(logits, targets, problem)
     confusion: dict[str, dict[str, int]] = {}
+    numbers: Floats | None = None
     right, given = ([_shown(row, problem, labels) for row in each] for each in (targets, _decided(logits, problem)))
     if problem == NUMBER:
-        mse, spread = float(losses.mean()), float(targets.var(unbiased=False))
-        ranks = spearman(logits[:, 0].numpy(), targets[:, 0].numpy())
+        numbers = np.stack((logits[:, 0].numpy(), targets[:, 0].numpy()))
         of_rows: list[float] = (-losses).tolist()
-        # Rounded, so that the mean of the numbers has exactly 0.
-        r2 = round(1 - mse / spread, 12) + 0.0 if spread else 0.0
-        values = {"mse": mse, "r2": r2, "spearman": ranks}
+        values = {"mse": float(losses.mean()), "r2": _r2(*numbers), "spearman": spearman(*numbers)}
     else:
         of_rows = [float(one == other) for one, other in zip(right, given, strict=True)]
         values = {"accuracy": sum(of_rows) / len(of_rows), "nll": float(losses.mean())}
@@ -118,7 +131,7 @@ def score_classes(
     constant = len({*given}) == 1 and len({*right}) > 1
     interval = None if problem == NUMBER else share_interval(values["accuracy"], len(targets))
     return ClassScores(
-        *(len(targets), problem, float(losses.mean()), values, constant, confusion, surprises, interval),
+        *(len(targets), problem, float(losses.mean()), values, constant, confusion, surprises, interval, numbers),
         row_scores=of_rows,
     )
 
@@ -139,6 +152,12 @@ def add_texts(scores: Mapping[str, Any], examples: Iterable[Example], tokenizer:
     }
     for row in rows:
         row["text"] = texts[row["source"]]
+
+
+def _r2(given: Floats, right: Floats) -> float:
+    """Return R², rounded so that the mean of the numbers has exactly 0; 0 if all numbers are equal."""
+    spread = float(right.var())
+    return round(1 - float(((given - right) ** 2).mean()) / spread, 12) + 0.0 if spread else 0.0
 
 
 def _decided(logits: Tensor, problem: ProblemType) -> Tensor:

@@ -33,7 +33,7 @@ from backhand.loop.objectives.head import head_logits
 from backhand.options.command_options import ClassifyOptions
 from backhand.printing import counting
 from backhand.runs.row_changes import as_loss, loss_words, right_words
-from backhand.runs.summary import CLASS_SCORES, loss_unit
+from backhand.runs.summary import CLASS_SCORES, interval_of, loss_unit
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import count_of, interval_text, shorten, show_notes
 
@@ -226,4 +226,6 @@ def print_classes(scores: Mapping[str, ClassScores]) -> None:
 
 def _cell(scores: ClassScores, name: str) -> str:
     value = scores.values[name]
-    return f"{value:.1%} ({interval_text(value, scores.rows)})" if name == "accuracy" else f"{value:.4f}"
+    if name == "accuracy":
+        return f"{value:.1%} ({interval_text(value, scores.rows)})"
+    return f"{value:.4f}{interval_of({'intervals': scores.intervals}, name)}"

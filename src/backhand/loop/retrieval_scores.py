@@ -23,7 +23,7 @@ the queries do.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -264,13 +264,18 @@ def resampled_mean(scores: Floats) -> tuple[float, float]:
     return _interval([float(scores[pick].mean()) for pick in _draws(len(scores))])
 
 
+def resampled(score: Callable[[Floats, Floats], float], one: Floats, other: Floats) -> tuple[float, float]:
+    """Return the interval that contains 95 % of the scores of resampled pairs."""
+    return _interval([score(one[pick], other[pick]) for pick in _draws(len(one))])
+
+
 def resampled_spearman(one: Floats, other: Floats) -> tuple[float, float]:
     """Return the 95 % interval of the correlation: the correlations of resampled pairs.
 
     If all of these are equal, it is twice Wilson's interval of (1 + correlation) / 2 as a share of n / 2 disjoint and
     so independent pairs of rows that are in the same order on both sides, minus 1.
     """
-    low, high = _interval([spearman(one[pick], other[pick]) for pick in _draws(len(one))])
+    low, high = resampled(spearman, one, other)
     if high - low >= _EQUAL:
         return low, high
     low, high = share_interval((1 + spearman(one, other)) / 2, len(one) // 2)

@@ -26,6 +26,7 @@ from backhand.printing import duration
 from backhand.reading import uploaded_name
 from backhand.report.run_record import is_number
 from backhand.runs.label_results import soft_target_words
+from backhand.runs.summary import interval_of
 from backhand.words import count_of, in_words, interval_range, interval_text, label_text
 
 NOT_KNOWN = "–"
@@ -64,7 +65,7 @@ def environment() -> Environment:
     )
     templates.filters |= {"figure": figure, "percent": percent, "place": place, "json": _json, "moment": moment}
     templates.filters |= {"time_taken": time_taken, "size": size, "count_of": count_of, "label_text": label_text}
-    templates.filters |= {"interval_text": interval_text, "interval_range": interval_range}
+    templates.filters |= {"interval_text": interval_text, "interval_range": interval_range, "interval_of": interval_of}
     templates.filters["soft_targets"] = soft_target_words
     templates.filters["worded"] = str  # the studio names its fields instead of commands
     templates.globals["studio"] = False

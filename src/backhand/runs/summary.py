@@ -325,6 +325,14 @@ CLASS_SCORES = {
 """Names of the scores of a classification head, in the order of tables."""
 
 
+def interval_of(scores: Mapping[str, Any], name: str) -> str:
+    """Return the 95 % interval of R² or Spearman's correlation, such as ` (95 % interval 0.6 to 0.8)`, or ""."""
+    if (interval := scores.get("intervals", {}).get(name)) is None:
+        return ""
+    low, high = interval
+    return f" (95 % interval {low:.3f} to {high:.3f})"
+
+
 def constant_name(objective: str, *, article: bool = False) -> str:
     """Return the name of the best constant answer, whose loss a new head is compared with: it gives equal scores."""
     return "equal scores" if objective == "rank" else f"{'a ' * article}constant answer"

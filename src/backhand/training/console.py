@@ -55,6 +55,7 @@ from backhand.runs.summary import (
     exact_match_says,
     forgetting,
     has_fresh_head,
+    interval_of,
     labels_unmeasured,
     loss_unit,
     measuring_labels,
@@ -439,8 +440,9 @@ def _class_line(base: Mapping[str, Any], adapted: Mapping[str, Any]) -> str:
         return f"The adapter gives the same answer to all {rows}; they show nothing learned from the texts."
     if "mse" in adapted:
         return (
-            f"Squared error {base['mse']:.4g} → {adapted['mse']:.4g} (R² {adapted['r2']:.3f}, Spearman "
-            f"{adapted['spearman']:.3f}) on {rows}; the first is that of the mean of their numbers."
+            f"Squared error {base['mse']:.4g} → {adapted['mse']:.4g} on {rows}; the first is that of the mean of their "
+            f"numbers. R² is {adapted['r2']:.3f}{interval_of(adapted, 'r2')}, and Spearman's correlation "
+            f"{adapted['spearman']:.3f}{interval_of(adapted, 'spearman')}."
         )
     right = adapted["accuracy"]
     what = _ALL_LABELS.get(adapted["problem_type"], "right")
