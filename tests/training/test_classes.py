@@ -869,3 +869,13 @@ def test_decimal_commas_are_read_as_numbers_or_answered(tiny: TinyRun, tmp_path:
     with pytest.raises(DataError, match="'1,250', not a number") as refused:
         target_of(ClassLabel("1,250"), NUMBER, (), "here")
     assert "with a decimal point" in str(refused.value.next_step)
+
+
+def test_the_rows_with_the_largest_losses_have_the_text_of_the_file(tiny: TinyRun, tmp_path: Path) -> None:
+    texts = [f"user  ASKS json number {n} of many" for n in range(12)]
+    rows = [{"text": text, "label": n / 4} for n, text in enumerate(texts)]
+    common: dict[str, Any] = {"model": tiny.model, "objective": "classify", "problem_type": "regression", "answers": 0}
+    run = backhand.train(data=rows, eval_data=rows[:4], output=tmp_path / "run", max_steps=1, max_length=6, **common)
+    surprises = not_none(run.adapted_classes)["surprises"]
+    assert surprises and {row["text"] for row in surprises} <= {*texts}, "also where the tokens are cut"
+    assert ClassLabel("a", "one text") == ClassLabel("a") and repr(ClassLabel("a", "one text")) == repr(ClassLabel("a"))

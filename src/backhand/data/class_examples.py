@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from backhand.data.data_report import TruncationStats
 from backhand.data.embedding_examples import pooled_document
@@ -21,6 +21,7 @@ from backhand.data.raw_rows import has_unclear_comma, number_of, numbers_of
 from backhand.data.rows import MULTI, NUMBER, SINGLE, ClassLabel, ClassRow, PoolingName, ProblemType
 from backhand.data.text_encoder import LONGEST_TEXT, TextEncoder, TokenIds, too_long
 from backhand.errors import DataError
+from backhand.words import shorten
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class ClassEncoder:
                 return None
             stats.truncated.append(row.source)
         tokens = self._format.read_tokens([*before, *ids[:room].tolist(), *after])
-        label = None if row.label is None else ClassLabel(row.label)
+        label = None if row.label is None else ClassLabel(row.label, shorten(row.text))
         problem = self._format.problem
         unclear = label is not None and has_unclear_comma(label.value)  # all rows together tell what the comma is
         if label and problem and not unclear and (error := misfit(label, problem, row.source, self._format.names)):
@@ -111,7 +112,7 @@ def with_decimal_commas(labels: Sequence[ClassLabel], problem: ProblemType | Non
     """
     values = zip(labels, numbers_of(label.value for label in labels), strict=True)
     settled = [
-        ClassLabel(number) if number is not None and has_unclear_comma(label.value) else label
+        replace(label, value=number) if number is not None and has_unclear_comma(label.value) else label
         for label, number in values
     ]
     return settled if (problem or problem_of(settled)) == NUMBER else list(labels)

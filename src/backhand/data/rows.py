@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from backhand.data.decisions import DecisionRow
@@ -132,10 +132,12 @@ class ClassRow:
     source: str
 
 
-class ClassLabel(NamedTuple):
+@dataclass(frozen=True)
+class ClassLabel:
     """The label of a text: a name, the names of all labels that apply, or a number."""
 
     value: str | float | tuple[str, ...]
+    text: str = field(default="", compare=False, repr=False)  # beginning of the text, which tokens may not give again
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from backhand.data.examples import Example
-from backhand.data.rows import MULTI, NUMBER, ProblemType
+from backhand.data.rows import MULTI, NUMBER, ClassLabel, ProblemType
 from backhand.loop.label_scores import Gain, RowScores, label_score
 from backhand.loop.retrieval_scores import Floats, resampled, resampled_spearman, spearman
 from backhand.ops.binary_cross_entropy import binary_cross_entropy_forward
 from backhand.ops.cross_entropy import cross_entropy_forward
 from backhand.runs.row_changes import mean_gain
-from backhand.words import share_interval, shorten
+from backhand.words import share_interval
 
 _SURPRISES = 5
 
@@ -136,7 +136,7 @@ def score_classes(
     )
 
 
-def add_texts(scores: Mapping[str, Any], examples: Iterable[Example], tokenizer: Any) -> None:
+def add_texts(scores: Mapping[str, Any], examples: Iterable[Example]) -> None:
     """Add the beginning of its text to each row with a large loss.
 
     Args:
@@ -145,11 +145,7 @@ def add_texts(scores: Mapping[str, Any], examples: Iterable[Example], tokenizer:
     """
     rows = [row for name in ("base_classes", "adapted_classes") for row in scores[name]["surprises"]]
     places = {row["source"] for row in rows}
-    texts = {
-        one.source: shorten(tokenizer.decode(one.input_ids, skip_special_tokens=True))
-        for one in examples
-        if one.source in places
-    }
+    texts = {one.source: one.facts_as(ClassLabel).text for one in examples if one.source in places}
     for row in rows:
         row["text"] = texts[row["source"]]
 

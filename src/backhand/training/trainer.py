@@ -265,7 +265,7 @@ class Trainer:
             else:
                 scores = objective.held_out_scores(run.bound, run.plan.memory.micro_batch_rows, self._started)
             if isinstance(objective, ClassifyObjective):
-                add_texts(scores, objective.packer.examples, run.inputs.source.tokenizer())
+                add_texts(scores, objective.packer.examples)
             return self._advised(replace(summary, **scores))
         if not self._measures_answers() or not self.processes.is_main_process:
             return summary
