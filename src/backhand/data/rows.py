@@ -132,7 +132,7 @@ class ClassRow:
     source: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ClassLabel:
     """The label of a text: a name, the names of all labels that apply, or a number."""
 
