@@ -492,6 +492,20 @@ def test_whole_texts_are_not_learned_by_mistake_next_to_their_class(tmp_path: Pa
         prepare(DataOptions(data=other, train_on="text"), byte_level())
 
 
+def test_a_column_of_numbers_next_to_a_text_and_lists_is_proposed_as_a_number() -> None:
+    rows: list[dict[str, Any]] = [{"text": f"film {i}", "label": i / 8, "votes": [i, 2]} for i in range(40)]
+    with pytest.raises(DataError, match="label would not be read") as raised:
+        prepare(DataOptions(data=rows), byte_level())
+    assert raised.value.why == "label has the name of an answer, and values such as 0.0, 0.125, 0.25, 0.375"
+    _, number, digits, _ = str(raised.value.next_step).split("\n    - ")
+    assert number.endswith("number label, add: --objective classify --prompt '{text}' --completion label")
+    assert digits == "to learn its digits as text, add: --prompt '{text}' --completion label"
+    renamed = [{"film": row["text"], "rating": row["label"], "votes": row["votes"]} for row in rows]
+    with pytest.raises(DataError, match="fit no form") as raised:
+        prepare(DataOptions(data=renamed), byte_level())
+    assert str(raised.value.next_step).endswith("--prompt '{film}' --completion rating")
+
+
 @pytest.mark.parametrize("options", [{"prompt": "{text}", "completion": "section"}, {"messages": "text"}])
 def test_whole_texts_and_named_columns_contradict(options: dict[str, str]) -> None:
     with pytest.raises(UsageError, match="reads the column text, and other columns are named"):

@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from backhand.data.label_names import is_integer
 from backhand.data.options import columns_named
+from backhand.data.raw_rows import number_of
 
 COUNTING = frozenset(("", "id", "index", "no", "nr", "number", "row", "unnamed: 0", "date", "time", "timestamp"))
 """Names, in lower case, of columns that number or date rows."""
@@ -181,6 +183,10 @@ _EXCEPTIONS = 0.02
 """Largest share of rows whose answer differs from the usual one of their value, such as a mistyped answer."""
 
 
+def _is_table(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
 class ClassColumns:
     """Find columns next to a text that may contain its class: by their names, or by few distinct short values.
 
@@ -191,6 +197,7 @@ class ClassColumns:
         self._rows: list[dict[str, str]] = []  # the short values of the first rows
         self._seen: dict[str, dict[str, None]] = {}  # the first distinct values per column, truncated
         self._filled: Counter[str] = Counter()  # number of rows with more than white space per column
+        self._no_texts: dict[str, None] = {}  # columns of tables, and of lists other than lists of messages
 
     def add(self, values: Mapping[str, Any]) -> None:
         """Record the values of a row."""
@@ -201,6 +208,8 @@ class ClassColumns:
             if value is not None:
                 text = str(value)[: _LONGEST + 1]
                 self._filled[name] += bool(text.strip())
+                if isinstance(value, Mapping) or (isinstance(value, list) and not any(map(_is_table, value))):
+                    self._no_texts[name] = None
                 if len(seen := self._seen.setdefault(name, {})) <= _MOST:
                     seen[text] = None
 
@@ -216,6 +225,16 @@ class ClassColumns:
         """Return the first distinct values of a column."""
         return list(self._seen[name])
 
+    def has_few(self, name: str) -> bool:
+        """Return True if a column has few distinct values, which are short."""
+        return len(self._seen[name]) <= _MOST and not self.has_long_texts(name)
+
+    def has_decimals(self, name: str) -> bool:
+        """Return True if nearly all first values of a column are numbers, and some are no integers."""
+        values = [value for value in self._seen[name] if value.strip()]
+        numbers = [value for value in values if number_of(value) is not None]
+        return len(numbers) >= _NEARLY_ALL * len(values) and not all(map(is_integer, numbers))
+
     def has_long_texts(self, name: str) -> bool:
         """Return True if a value of a column is longer than the name of a class."""
         return max(map(len, self._seen.get(name, ())), default=0) > _LONGEST
@@ -223,10 +242,10 @@ class ClassColumns:
     def uninformative(self, rows: int) -> list[str]:
         """Return the columns that a prompt need not contain.
 
-        These are the constant columns, those that determine the answer, and numbers and dates if other columns contain
-        a text and an answer.
+        These are the constant columns, lists and tables, columns that determine the answer, and numbers and dates if
+        other columns contain a text and an answer.
         """
-        constant, classes = self.constant(rows), self.names(rows)
+        constant, classes = list(dict.fromkeys([*self.constant(rows), *self._no_texts])), self.names(rows)
         answer = class_of(classes) if classes else None
         others = [name for name in _usable(self._seen) if name not in constant and name != answer]
         texts = [name for name in others if not self._has_numbers(name)]

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from backhand.data.column_hints import class_of, suggestion
+from backhand.data.column_hints import ClassColumns, class_of, suggestion
 from backhand.data.columns import ColumnReader
 from backhand.data.data_report import DataReport, SourceForm
 from backhand.data.decisions import Question
@@ -131,7 +131,7 @@ class RowPipeline:
                 label, useless = class_of(labels), reader.class_columns.uninformative(rows)
                 filled = filter(reader.class_columns.filled, reader.columns)
                 if options := suggestion((), filled, {"completion": label}, useless):
-                    values = reader.class_columns.values(label)
+                    values = reader.class_columns
                     raise _class_next_to_text(names, label, values, options, prompts=self.allow_prompts)
             several = "s" if len(unread) > 1 else ""
             notes.append(f"not read: the column{several} {name_list(map(shorten, unread))}")
@@ -228,7 +228,7 @@ def _no_answers(name: str, reader: FormReader, rows: int, empty_sides: Collectio
 
 
 def _class_next_to_text(
-    names: Sequence[str], label: str, values: Sequence[str], options: str, *, prompts: bool
+    names: Sequence[str], label: str, columns: ClassColumns, options: str, *, prompts: bool
 ) -> DataError:
     """Return the error with the options to add, which are the same for all commands that read answers.
 
@@ -241,11 +241,18 @@ def _class_next_to_text(
             "to continue whole texts": "--prompt '{text}' --chat-template none",
         }
     else:
-        choices = {f"if {shorten(label)} is the answer": options, "if whole texts are meant": "--train-on text"}
+        choices = {f"if {shorten(label)} is the answer": options}
+        if columns.has_decimals(label):
+            of_numbers = f"--objective classify {options}"
+            choices = {f"to learn the number {shorten(label)}": of_numbers, "to learn its digits as text": options}
+        choices |= {"if whole texts are meant": "--train-on text"}
+    values = [*map(label_text, columns.values(label))]
     return DataError(
         f"the column text would be read as it is, and {shorten(label)} would not be read",
         where=", ".join(names),
-        why=f"{shorten(label)} has few, short values, as a class has: {name_list(map(label_text, values), limit=4)}",
+        why=f"{shorten(label)} has few, short values, as a class has: {name_list(values, limit=4)}"
+        if columns.has_few(label)
+        else f"{shorten(label)} has the name of an answer, and values such as {name_list(values[:4])}",
         next_step="".join(f"\n    - {case}, add: {added}" for case, added in choices.items()),
     )
 
