@@ -147,6 +147,20 @@ def test_the_end_counts_all_answers(
     assert forecast is not None and passes - 6 <= forecast.end_s < passes + 15
 
 
+def test_steps_with_cached_hidden_states_are_predicted_without_the_frozen_layers(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one second for a pass, of which the frozen layer takes three quarters."""
+    monkeypatch.setattr(calibration, "fastest_calls", lambda calls, *_, **__: [1.0, 0.75][: len(calls)])
+    started = Started()
+    config = tiny.config(tmp_path / "run", quiet=False, layers="last:1", cache_frozen="memory")
+    train(config, callbacks=[started])
+    forecast = started.starts[0].forecast
+    assert forecast is not None and len(forecast.steps_s) == 6
+    first, second = sum(forecast.steps_s[:3]), sum(forecast.steps_s[3:])
+    assert first == pytest.approx(4 * second, rel=0.1)
+
+
 @pytest.mark.parametrize("computing", [0.1, 1.0])
 def test_time_measured_next_to_other_work_is_a_range(
     computing: float, tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -316,10 +316,18 @@ def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float
     began, computed = time.perf_counter(), time.thread_time()
     memory, vocab_size = plan.memory, plan.inputs.engine.vocab_size
     models = [short.model, *(more.model for more in short.more)]
+    frozen = plan.hidden_states.frozen.layer
 
-    def timed(tokens: int, deadline: float) -> tuple[int, list[float]]:
+    def timed(tokens: int, deadline: float) -> tuple[int, list[float], float]:
         shape = memory.shape.cut(tokens)
-        return shape.tokens, fastest(models, shape.batch(vocab_size, machine.device), deadline)
+        batch = shape.batch(vocab_size, machine.device)
+        calls: list[Callable[[], object]] = [partial(trial_pass, model, batch) for model in models]
+        if frozen and not short.more and isinstance(short.model, Decoder):
+            *seconds, below_s = fastest_calls(
+                [*calls, partial(short.model.layer_input, batch, frozen)], machine.device, deadline
+            )
+            return shape.tokens, seconds, min(below_s, _MOST_BELOW * seconds[0])
+        return shape.tokens, fastest_calls(calls, machine.device, deadline), 0.0
 
     few, many = (torch.arange(n, device=machine.device) % vocab_size for n in (_DECODED_TOGETHER, ROWS_AT_ONCE))
     few_s, many_s = [0.0] * len(models), [0.0] * len(models)
@@ -330,12 +338,12 @@ def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float
         if plan.inputs.config.objective.samples:
             decoders = [partial(model.logits, many) for model in models]
             many_s = fastest_calls(decoders, machine.device, time.perf_counter() + _DECODING_S)
-    tokens, seconds = timed(_PROBE_TOKENS, 0.0)
+    tokens, seconds, below_s = timed(_PROBE_TOKENS, 0.0)
     affordable = int((deadline - time.perf_counter()) / (_PASSES * sum(seconds) / tokens))
     if affordable > tokens:
-        tokens, seconds = timed(affordable, deadline)
+        tokens, seconds, below_s = timed(affordable, deadline)
     block = _FORWARD_SHARE / memory.recompute_cost * mean_block(short, seconds)
-    engine, pair_s, trained_s = plan.inputs.engine, 0.0, whole(short, seconds)
+    engine, pair_s, trained_s = plan.inputs.engine, 0.0, whole(short, seconds) - below_s
     if tokens < memory.shape.tokens and isinstance(engine, DecoderEngine):
         attention, shape = Attention(engine, plan.inputs.layout), memory.shape.cut(tokens)
         pair_s = attention.pair_seconds(
@@ -352,7 +360,7 @@ def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float
         busy = Busy(alone, max(1.0, alone / max(own, 0.01)))
     return Seconds(
         trained=trained_s / tokens,
-        below=short.below * block / tokens,
+        below=(short.below * block + below_s) / tokens,  # one of both is 0: the whole model has all blocks
         update=update_s,
         decode=decode_s,
         further=max(0.0, whole(short, many_s) - decode_s) / (ROWS_AT_ONCE - _DECODED_TOGETHER),
@@ -361,6 +369,8 @@ def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float
     )
 
 
+_MOST_BELOW = 0.9
+"""Upper bound of the share of the frozen blocks in a pass of the whole model, because measured times vary."""
 _OWN_SHARE = 0.75
 """Share of the measurement in which the main thread computes. If it is smaller, other work slows the process."""
 
