@@ -22,10 +22,13 @@ from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 from backhand.bounds import Options, check_names, plain_value, split_hint, union_members
 from backhand.cli.exit_status import is_secondary_process
+from backhand.cli.openmp_spin import adaptive_spinning, set_spin_count
 from backhand.cli.option_fields import as_option, is_mapping, option_fields, takes_several, value_of
 from backhand.data.given_rows import GivenRows
 from backhand.errors import BackhandError, UsageError
 from backhand.printing import may_be_silent, never_silent, wording
+
+set_spin_count()  # before a function imports torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,7 +64,7 @@ _REQUIRED: dict[str, set[str]] = {}
 def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator: errors and notes of a function name the options of these dataclasses as keyword arguments.
 
-    A long call prints its progress as a command does, unless it is quiet.
+    A long call prints its progress as a command does, unless it is quiet, and its threads wait like those of one.
     """
     of_options = {as_option(field.name): field.hint for kind in kinds for field in option_fields(kind)}
 
@@ -83,6 +86,7 @@ def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]
                     if is_secondary_process() or _is_quiet((*args, *kwargs.values()), kwargs):
                         stack.enter_context(may_be_silent())
                     stack.enter_context(never_silent(f"backhand.{function.__name__}"))
+                    stack.enter_context(adaptive_spinning())
                     return function(*map(plain_value, args), **plain_value(kwargs))
             except BackhandError as error:
                 error.reword(words)

@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 
+import backhand
 from backhand.cli import openmp_spin
 from backhand.cli.command import Prepared
 from backhand.cli.main import run_prepared
@@ -74,6 +75,22 @@ def test_a_command_is_watched_while_it_runs(monkeypatch):
     run_prepared(Prepared(lambda: seen.extend(t.name for t in threading.enumerate()), None, lambda _: None))
     assert "OpenMP contention" in seen
     del os.environ["GOMP_SPINCOUNT"]  # what this test has not set, monkeypatch would put back
+
+
+@needs_counts
+def test_a_function_of_the_package_is_watched_while_it_runs(monkeypatch, tmp_path):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    seen: list[str] = []
+
+    class Row(dict):
+        def items(self):
+            seen.extend(thread.name for thread in threading.enumerate())
+            return super().items()
+
+    backhand.lint(data=[Row(prompt="a", completion="b")])
+    assert "OpenMP contention" in seen
+    assert "OpenMP contention" not in [thread.name for thread in threading.enumerate()]
 
 
 class Recorded:

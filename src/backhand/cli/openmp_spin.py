@@ -11,6 +11,8 @@ waited for a core (/proc/self/task/*/schedstat). From a tenth of the time on, ot
 has been over for a second, the process holds more OpenMP threads than there are cores. These threads sleep: only their
 number matters. Results do not change.
 
+The Python API does the same. If torch was loaded before it, libgomp's own spin count stays, which is far larger.
+
 If the wait time cannot be read, or the machine has many cores, for which as many threads would be needed,
 UNWATCHED_SPINS is set and stays. Settings in the environment are never changed. This file does not import torch, so
 that the command line can use it before torch is loaded.
@@ -49,8 +51,8 @@ def set_spin_count(environment: MutableMapping[str, str] = os.environ) -> None:
 
 @contextmanager
 def adaptive_spinning() -> Iterator[None]:
-    """Inside the context, threads sleep at once while other programs want the cores, and otherwise spin SPINS times."""
-    set_here = os.environ.get(VARIABLE) == str(SPINS) and _POLICY not in os.environ
+    """Inside the context, threads sleep at once while other programs want the cores, and otherwise spin as before."""
+    set_here = os.environ.get(VARIABLE, str(SPINS)) == str(SPINS) and _POLICY not in os.environ
     if not set_here or _run_queue_wait_s() is None:
         yield
         return
