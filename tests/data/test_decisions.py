@@ -309,7 +309,7 @@ def test_more_options_than_labels_are_an_error(tmp_path: Path) -> None:
     rows = [{"text": "words", "label": f"label {n}"} for n in range(27)]
     with pytest.raises(DataError, match="27 options, but there are labels for 26"):
         read(lines(tmp_path / "rows.jsonl", rows))
-    with pytest.raises(DataError, match="name another column with --question; or, if they are amounts instead"):
+    with pytest.raises(DataError, match="name another column with --question; or, if they are quantities"):
         read(lines(tmp_path / "numbers.jsonl", [{"text": "words", "label": n / 2} for n in range(27)]))
 
 
@@ -390,6 +390,27 @@ def test_answers_made_of_others_are_noted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="30 options") as refused:
         read(lines(tmp_path / "many.jsonl", many))
     assert "several labels of a text as a list" in str(refused.value.next_step)
+
+
+def test_a_column_of_shares_is_named_as_the_answer_and_a_list_of_votes_is_refused(tmp_path: Path) -> None:
+    rows = [{"text": f"words {n}", "shares": {"bad": n / 8, "good": 1 - n / 8}, "votes": [n, 1]} for n in range(8)]
+    cells = [{**row, "shares": json.dumps(row["shares"])} for row in rows]
+    for path in (lines(tmp_path / "rows.jsonl", rows), table(tmp_path / "rows.csv", cells)):
+        for columns in ({"prompt": "text", "completion": "shares"}, {"state": "text", "question": {"shares": ""}}):
+            data = read(path, **columns)
+            (question,) = data.questions.values()
+            assert question.keys == ("bad", "good")
+            assert [one.asked[0].targets for one in data.examples.facts(DecisionRow)][2] == (0.25, 0.75)
+    with pytest.raises(DataError, match="the answer to votes is a list, and a decision is one answer") as refused:
+        read(str(tmp_path / "rows.jsonl"), state="text", question={"votes": ""})
+    assert "the share of each in a table" in str(refused.value.next_step)
+
+
+def test_negative_levels_are_noted(tmp_path: Path) -> None:
+    for first, noted in ((-3, True), (0, False)):
+        rows = [{"text": f"words {n}", "label": first + n % 7} for n in range(28)]
+        notes = read(lines(tmp_path / f"{first}.jsonl", rows)).report.notes
+        assert any("order of these numbers, add 3 to each" in note for note in notes) == noted
 
 
 def findings(data: str, **options: Any) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from backhand.data.lint import CHECKS, LintReport, lint
 from backhand.data.mojibake import find_mojibake
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare
+from backhand.data.rows import Purpose
 from backhand.data.template_report import default_system, describe_template
 from backhand.data.token_view import token_lines, token_texts, view_tokens
 from backhand.errors import DataError
-from support.tiny_tokenizer import CHAT_TEMPLATE
+from support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 from support.tokenizer_kinds import (
     ALTERNATING,
     INSTRUCTION_BRACKETS,
@@ -111,6 +112,22 @@ def test_one_fault_of_many_lines_is_one_finding(tmp_path: Path) -> None:
     many, one = report.findings
     assert (many.count, len(many.where), many.where[0]) == (30, 5, f"{path}:3") and "iconv" in many.remedy
     assert (one.count, one.what) == (1, "1 more malformed rows after this one")
+
+
+@pytest.mark.parametrize("purpose", ["classes", "embeddings", "decisions"])
+def test_text_that_looks_wrongly_decoded_is_found_for_every_use(purpose: Purpose, tmp_path: Path) -> None:
+    rows = [{"prompt": "cafÃ©" if n == 2 else f"q{n}", "completion": "ab"[n % 2]} for n in range(8)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(one)}\n" for one in rows))
+    report, _ = lint(DataOptions(data=(str(path),), eval_fraction=0.0), tiny_tokenizer(), purpose=purpose)
+    assert places(report)["mojibake"] == ["3"]
+
+
+def test_numbers_as_answers_are_noted() -> None:
+    for answers, noted in (([n / 8 for n in range(24)], True), ([*range(24)], False), (["1.5", "2.5"] * 12, False)):
+        rows = [{"prompt": f"film {n}", "completion": str(answer)} for n, answer in enumerate(answers)]
+        notes = lint(DataOptions(data=rows), byte_level())[0].train.notes
+        assert any("learn them as numbers, train with --objective classify" in one for one in notes) == noted
 
 
 def test_prompts_have_no_answers_to_check(tmp_path: Path) -> None:

@@ -7,12 +7,15 @@ questions are the answers that occur in the training rows. These are read once b
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from backhand.data.decisions import (
+    LABELS,
     Asked,
     DecisionRow,
     Question,
@@ -22,7 +25,7 @@ from backhand.data.decisions import (
     state_text,
 )
 from backhand.data.forms import Form
-from backhand.data.label_names import as_list, joined_labels, refuse_labels_of_one_row
+from backhand.data.label_names import as_list, is_integer, joined_labels, refuse_labels_of_one_row
 from backhand.data.options import shell_quoted
 from backhand.data.raw_rows import RawRow, RowErrors, describe
 from backhand.errors import DataError
@@ -89,7 +92,23 @@ def _answers(form: Form, raw: RawRow) -> dict[str, Any]:
         answers = raw.values.get(ANSWERS) or {}
     if not isinstance(answers, Mapping):
         raise DataError(f"answers is {describe(answers)}, not a table of answers by question", where=raw.source)
-    return {str(name): answer for name, answer in answers.items() if not _is_missing(answer)}
+    for name, answer in answers.items():
+        if isinstance(answer, list | tuple):
+            raise DataError(
+                f"the answer to {name} is a list, and a decision is one answer",
+                where=raw.source,
+                next_step='give one answer, or the share of each in a table, such as {"yes": 0.7, "no": 0.3}; '
+                "several labels of a text are learned with --objective classify",
+            )
+    return {str(name): _read_table(answer) for name, answer in answers.items() if not _is_missing(answer)}
+
+
+def _read_table(answer: Any) -> Any:
+    """Return the table of probabilities that a cell contains as JSON, and any other answer unchanged."""
+    if isinstance(answer, str) and answer.lstrip().startswith("{"):
+        with suppress(ValueError):
+            return json.loads(answer)
+    return answer
 
 
 def _is_missing(answer: Any) -> bool:
@@ -181,6 +200,17 @@ def find_questions(
     return finder.questions()
 
 
+def _negative_levels(question: Question) -> str:
+    """Return a clause about a choice of successive integers that would be levels if none was negative, or ""."""
+    if question.type != "choice" or not all(map(is_integer, question.keys)):
+        return ""
+    numbers = sorted(int(key.removesuffix(".0")) for key in question.keys)
+    successive = numbers == [*range(numbers[0], numbers[-1] + 1)]
+    if not successive or not len(LABELS["noul"]) < len(numbers) <= len(LABELS["score"]):
+        return ""
+    return f"; to learn the order of these numbers, add {-numbers[0]} to each: the levels of a score are not negative"
+
+
 def question_notes(questions: Mapping[str, Question], answered: Mapping[str, int], rows: int) -> list[str]:
     """Return one sentence on the documents of a row, and one or two per question about its type and options.
 
@@ -197,6 +227,7 @@ def question_notes(questions: Mapping[str, Question], answered: Mapping[str, int
         [several]
         + [
             f"the question {name} is {types[one.type].format(name_list(label_text(str(key)) for key in shown[name]))}"
+            + _negative_levels(one)
             + "; llama.cpp cannot ask it, since its options are single letters" * one.has_letters
             + f"; {answered.get(name, 0):,} of {count_of(rows, 'row')} to train on answer it"
             * (answered.get(name, 0) < rows)

@@ -21,14 +21,13 @@ from backhand.data.embedding_examples import EmbeddingFormat
 from backhand.data.embedding_lint import problems_of_embeddings
 from backhand.data.examples import Example
 from backhand.data.held_out import equal_neighbours, overlap
-from backhand.data.label_names import integers_note
-from backhand.data.mojibake import find_mojibake
+from backhand.data.label_names import integers_note, is_integer
 from backhand.data.options import DataOptions
 from backhand.data.pair_examples import PairFormat
 from backhand.data.prepare import prepare
 from backhand.data.ranking_examples import RankingFormat, documents_of_texts
 from backhand.data.ranking_lint import problems_of_rankings, target_fault
-from backhand.data.raw_rows import RowErrors
+from backhand.data.raw_rows import RowErrors, number_of
 from backhand.data.row_encoder import TextFormat
 from backhand.data.rows import NUMBER, SINGLE, ClassLabel, ProblemType, Purpose, RankedTexts, RankingLossName
 from backhand.data.stored_examples import PreparedData, StoredExamples, tokens_of_documents
@@ -212,7 +211,6 @@ CHECKS = {
         "text that looks wrongly decoded",
         "with text that looks wrongly decoded, such as {!r}",
         "decode the original file again, as UTF-8",
-        form="documents",
     ),
 }
 """Kinds of findings. `_finding` fills in the braces."""
@@ -304,7 +302,8 @@ def lint(
     text_format = text_format or (None if purpose is None else _TEXT_FORMATS.get(purpose))
     if isinstance(text_format, ClassFormat):
         text_format = replace(text_format, problem=problem_type)
-    bad, truncation = RowErrors(skip_bad=True, keep=SHOWN_BAD_ROWS), TruncationStats()
+    garbled: dict[str, str] = {}
+    bad, truncation = RowErrors(skip_bad=True, keep=SHOWN_BAD_ROWS, garbled=garbled), TruncationStats()
     train, held_out = prepare(
         replace(options, skip_bad=True, option_rows=0 if purpose == "decisions" else options.option_rows),
         tokenizer,
@@ -320,6 +319,7 @@ def lint(
         ("truncated", truncation.truncated, options.max_length, longer and f"{longer}, "),
         ("too_long", truncation.dropped_long, longer and f"{longer} or "),
         ("unsupervised", truncation.dropped_unsupervised),
+        ("mojibake", [*garbled], next(iter(garbled.values()), "")),
     ]
     labels: dict[str, int] = {}
     mixed = RowErrors(skip_bad=True, keep=SHOWN_BAD_ROWS)  # which --skip-bad does not leave out
@@ -368,6 +368,8 @@ def lint(
         problems += [("spelling", places, what) for what, places in spellings]
         counts = _answer_counts(tokenizer, train.examples)
         labels = {ways.most_common(1)[0][0]: ways.total() for ways in counts.values()}
+        of_numbers = numbers_note(tokenizer, train.examples)
+        train = train if of_numbers is None else train.with_note(of_numbers)
         forms |= {"labels"} if labels or spellings else set()
     not_checked = {}
     if held_out is None:
@@ -398,6 +400,21 @@ def lint(
         can_skip=not mixed.count,
     )
     return report, train
+
+
+def numbers_note(tokenizer: Any, examples: StoredExamples) -> str | None:
+    """Return a sentence if nearly all first answers are decimal numbers, which are learned as text, or None."""
+    texts = [_answer_text(tokenizer, _answer(examples[place])) for place in range(min(len(examples), _FIRST_ANSWERS))]
+    numbers = {text for text in texts if number_of(text) is not None}
+    count = sum(text in numbers for text in texts)
+    if len(numbers) < _FEWEST_NUMBERS or count < _NEARLY_ALL * len(texts) or all(map(is_integer, numbers)):
+        return None
+    return (
+        "the answers are numbers, which are learned as text; to learn them as numbers, train with --objective classify"
+    )
+
+
+_FIRST_ANSWERS, _FEWEST_NUMBERS, _NEARLY_ALL = 200, 10, 0.9
 
 
 def scale_note(labels: Iterable[ClassLabel]) -> str | None:
@@ -457,8 +474,7 @@ def _in_documents(documents: Iterable[Example], tokenizer: Any, truncation: Trun
     ends.add(tokenizer.eos_token_id)
     bos = tokenizer.bos_token_id
     truncated = set(truncation.truncated)
-    places: dict[str, list[str]] = {kind: [] for kind in ("no_end", "empty_reply", "doubled_bos", "mojibake")}
-    garbled = None
+    places: dict[str, list[str]] = {kind: [] for kind in ("no_end", "empty_reply", "doubled_bos")}
 
     def says_nothing(ids: TokenIds) -> bool:
         """Return True if a supervised span contains at most white space before its end token."""
@@ -467,17 +483,14 @@ def _in_documents(documents: Iterable[Example], tokenizer: Any, truncation: Trun
     for example in documents:
         ids, targets = example.input_ids, np.flatnonzero(example.supervised)
         stretches = np.split(ids[targets], np.flatnonzero(np.diff(targets) > 1) + 1)
-        piece = find_mojibake(tokenizer.decode(ids))
-        garbled = garbled or piece
         wrong = {
             "no_end": example.source not in truncated and int(ids[targets[-1]]) not in ends,
             "empty_reply": any(map(says_nothing, stretches)),
             "doubled_bos": bos is not None and ids[:2].tolist() == [bos, bos],
-            "mojibake": piece is not None,
         }
         for kind in filter(wrong.__getitem__, wrong):
             places[kind].append(example.source)
-    return [(kind, where, garbled) for kind, where in places.items()]
+    return [*places.items()]
 
 
 _MOST_LABELS, _LONGEST_LABEL, _ROWS_PER_LABEL = 128, 60, 3

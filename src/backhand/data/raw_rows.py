@@ -54,6 +54,7 @@ class RowErrors:
     first_of_file: DataError | None = None
     # list to which errors are appended instead, if they are counted later, in the order of the rows
     waiting: list[Any] | None = None
+    garbled: dict[str, str] | None = None  # by location, excerpts of wrongly decoded texts, if they are collected
 
     def add(self, error: DataError) -> None:
         """Raise `error`, or count it."""

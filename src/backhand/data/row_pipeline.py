@@ -12,11 +12,13 @@ from backhand.data.data_report import DataReport, SourceForm
 from backhand.data.decisions import Question
 from backhand.data.form_reader import FormReader
 from backhand.data.forms import check_options
+from backhand.data.mojibake import find_mojibake
 from backhand.data.options import NamedColumns, RowSources
 from backhand.data.raw_rows import IN_MEMORY, RowErrors
 from backhand.data.row_encoder import EncodedRows, RowEncoder, size_of
 from backhand.data.rows import (
     Conversation,
+    PlainText,
     PromptRow,
     Purpose,
     Row,
@@ -101,6 +103,8 @@ class RowPipeline:
             named, reader, read = self.open_file(name)
             for row in self._encode(read, None if most is None else most - total, encoder, take):
                 rows += 1
+                if bad.garbled is not None and (excerpt := find_mojibake(_text_of(row))):
+                    bad.garbled.setdefault(row.source, excerpt)
                 answered += not (sides := empty_answers(row))
                 empty_sides.update(sides)
                 if len(systems) < 2:
@@ -204,6 +208,18 @@ class RowPipeline:
                 raise encoder.renderer.worker_error(ended) from None
         if failure is not None:
             raise failure
+
+
+def _text_of(row: Row) -> str:
+    """Return all texts of a row as one."""
+    return "\n".join(
+        text.text
+        if isinstance(text, PlainText)
+        else "\n".join(message["content"] for message in text.messages)
+        if isinstance(text, Conversation)
+        else f"{text.prompt}\n{text.completion or ''}"
+        for text in texts_of(row)
+    )
 
 
 def _no_answers(name: str, reader: FormReader, rows: int, empty_sides: Collection[int]) -> DataError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -18,6 +17,7 @@ from backhand.data.context import TeacherPrompts
 from backhand.data.data_report import DataReport
 from backhand.data.decisions import DecisionRow
 from backhand.data.examples import Example, check_vocabulary
+from backhand.data.lint import numbers_note
 from backhand.data.packing import RowPacker, Sampler
 from backhand.data.prepare import prepare
 from backhand.data.row_encoder import TextFormat
@@ -262,7 +262,12 @@ def _read_rows(
     epochs = min(config.optimization.epochs or _MOST_FORMS, _MOST_FORMS)
     choices: dict[str, Any] = {"seed": config.run.seed, "purpose": config.objective.purpose, "teacher": teacher}
     choices |= {"text_format": text_format, "epochs": epochs}
-    read = partial(prepare, config.data, tokenizer, **choices)
+
+    def read() -> tuple[PreparedData, PreparedData | None]:
+        train, held_out = prepare(config.data, tokenizer, **choices)
+        note = numbers_note(tokenizer, train.examples) if config.objective.objective == "sft" else None
+        return train if note is None else train.with_note(note), held_out
+
     return run_cache.get_or_create("rows", (config.data, choices), read, only_newest=True)
 
 
