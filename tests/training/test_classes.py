@@ -29,7 +29,7 @@ from backhand.interop.command import export_command
 from backhand.interop.merging import merge_command
 from backhand.interop.options import ExportOptions, MergeOptions
 from backhand.loop.class_scores import constant_logits, row_losses, score_classes
-from backhand.loop.classify import Classifier, classify, classify_command
+from backhand.loop.classify import Classifier, classify, classify_command, print_classes
 from backhand.loop.evaluate import Evaluation, evaluate_command
 from backhand.loop.objectives.classify import loss_and_gradient
 from backhand.nn.loading.opening import open_model
@@ -650,6 +650,16 @@ def test_no_constant_answer_is_better_than_the_best(problem: ProblemType) -> Non
         assert row_losses(other, targets, problem).mean() > least
     scores = score_classes(best, targets, problem, ["a", "b", "c"][:outputs], ["row"] * 20)
     assert scores.constant and scores.loss == pytest.approx(float(least))
+
+
+def test_labels_that_are_never_given_are_said(straight: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    targets, given = (torch.eye(3, dtype=torch.float64)[rows] for rows in ([0, 0, 1, 2, 2], [0, 0, 1, 0, 1]))
+    scores = score_classes(given, targets, SINGLE, ["a", "b", "c"], ["row"] * 5)
+    print_classes({"adapted": scores})
+    assert "never given: 'c' (2 rows)" in capsys.readouterr().out
+    summary = not_none(read_summary(straight.run.output / "summary.json"))
+    figures = {"base_classes": not_none(summary.base_classes), "adapted_classes": scores.figures()}
+    assert any("; never given: 'c' (2 rows)." in line for line in closing_lines(replace(summary, **figures)))
 
 
 @pytest.mark.parametrize(

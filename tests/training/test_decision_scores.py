@@ -11,11 +11,11 @@ from backhand.loop.decide import about_score
 from backhand.loop.decision_scores import (
     RESAMPLES,
     Outcome,
+    answer_counts,
     expected_calibration_error,
     fit_temperatures,
     score_questions,
     thresholds,
-    usual_answers,
 )
 from backhand.runs.label_results import decision_clause, soft_target_words
 from backhand.words import share_interval
@@ -209,20 +209,40 @@ def test_certain_answers_have_no_bounds() -> None:
     assert (score.ceiling, score.nll_floor, soft_target_words(score.to_json())) == (1.0, 0.0, "")
 
 
+def test_equal_options_and_answers_that_are_never_given_are_said() -> None:
+    right, given = [0] * 6 + [1] * 6 + [2] * 2, [0, 1] * 7
+    outcomes = [Outcome(QUESTION, np.eye(3)[g], np.eye(3)[key], "row") for g, key in zip(given, right, strict=True)]
+    score = score_questions(outcomes, {})["team"]
+    clause = decision_clause("team", None, score.to_json())
+    assert score.ties == 0 and "equal:" not in clause and "; never given: 'c' (2 rows)" in clause
+    assert "team: never given: 'c' (2 rows)" in about_score("team", score)
+    score = score_questions([outcomes[0]._replace(scores=np.array([2.0, 1.0, 2.0])), *outcomes], {})["team"]
+    said = "the two most probable answers are equal: 1 row; the first one is given"
+    assert score.ties == 1 and f"team: {said}" in about_score("team", score)
+    assert f"; {said}" in decision_clause("team", None, score.to_json())
+
+
 def test_answers_are_compared_with_the_most_frequent_one_of_the_training_rows() -> None:
     """Of balanced rows, the answer that is rare in training is frequent in the held-out rows."""
     rows = [DecisionRow("", (Asked(QUESTION, tuple(np.eye(3)[key])),), "row") for key in (0, 1, 1, 2)]
     held_out = [Outcome(QUESTION, np.eye(3)[key], np.eye(3)[key], "row") for key in [0] * 14 + [1] * 3 + [2] * 3]
     wrong = [one._replace(scores=np.eye(3)[2]) for one in held_out]
-    usual = usual_answers(rows)
-    assert usual == {"team": "b"}
+    usual = answer_counts(rows)
+    assert usual == {"team": {"a": 1, "b": 2, "c": 1}}
     base, adapted = (score_questions(outcomes, {}, usual=usual)["team"] for outcomes in (wrong, held_out))
     assert (adapted.majority, adapted.majority_answer) == (0.15, "b")
     figures = adapted.compared_with(base).to_json()
     clause = decision_clause("team", base.to_json(), figures)
     assert "; 15.0% by always answering 'b', the most frequent answer of the training rows)" in clause
     assert "clearly better than the base model (+85.0" in clause and " and a constant answer (+85.0" in clause
+    shares = np.array([1 + 1 / 3, 2 + 1 / 3, 1 + 1 / 3]) / 5
+    losses = [-np.log(shares[key]) for key in [0] * 14 + [1] * 3 + [2] * 3]
+    assert adapted.constant_nll == pytest.approx(np.mean(losses)) and adapted.nll_change is not None
+    assert adapted.nll_change[0] == pytest.approx(adapted.nll - adapted.constant_nll)
+    said = f"; the loss is {adapted.nll:.4f}, and {adapted.constant_nll:.4f} by always giving the answers' shares of "
+    assert f"{said}the training rows (difference -" in clause and "95 % interval -" in clause
     unknown = score_questions(held_out, {})["team"].compared_with(base).to_json()
+    assert unknown["constant_nll"] < adapted.constant_nll, "of their own shares"
     assert unknown["majority"] == 0.7
     words = decision_clause("team", base.to_json(), unknown | {"gain_over_constant": (0.3, -0.1, 0.7)})
     assert "70.0% by the most frequent answer): that is clearly better than the base model (+85.0 points" in words

@@ -32,6 +32,7 @@ from backhand.loop.objectives.classify import targets_of
 from backhand.loop.objectives.head import head_logits
 from backhand.options.command_options import ClassifyOptions
 from backhand.printing import counting
+from backhand.runs.label_results import never_given
 from backhand.runs.row_changes import as_loss, loss_words, right_words
 from backhand.runs.summary import CLASS_SCORES, interval_of, loss_unit
 from backhand.terminal import console_for_tables, table_of, working
@@ -216,6 +217,8 @@ def print_classes(scores: Mapping[str, ClassScores]) -> None:
         console.print(words, soft_wrap=True)
     if last.constant:
         console.print("the model gives the same answer to all rows", soft_wrap=True)
+    if missing := never_given(last.confusion):
+        console.print(missing, soft_wrap=True)
     for row in (one for one in last.surprises[:1] if one["answer"] != one["given"]):
         console.print(
             f"the largest loss is at {row['source']}: the answer is {shorten(row['answer'])}, and the model gives "

@@ -33,7 +33,7 @@ from backhand.nn.compute import resolve_device, resolve_dtype
 from backhand.options.command_options import DecideOptions
 from backhand.printing import counting, in_rounds
 from backhand.reading import read_plain
-from backhand.runs.label_results import soft_target_words
+from backhand.runs.label_results import constant_loss_words, never_given, soft_target_words, tie_words
 from backhand.runs.row_changes import right_words
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import count_of, name_list, shorten, show_notes
@@ -246,6 +246,9 @@ def about_score(name: str, score: DecisionScore) -> list[str]:
     gained = [] if score.gain is None else [f"{name}: {right_words(score.gain, 'the base model')}"]
     if soft := soft_target_words({"ceiling": score.ceiling, "nll_floor": score.nll_floor}):
         gained.append(f"{name}: {soft}")
+    ties = tie_words(count_of(score.ties, "row")) if score.ties else ""
+    clauses = constant_loss_words(vars(score)), never_given(score.confusion), ties
+    gained += [f"{name}: {clause}" for clause in clauses if clause]
     if score.constant:
         return [*gained, f"{name}: the model gives the same answer to all rows"]
     if score.majority == 1:
@@ -337,7 +340,7 @@ def _tie_notes(lines: Sequence[Mapping[str, Any]], rounding: str) -> list[str]:
         ties[name] = ties.get(name, 0) + (first == second)
     tied = name_list(f"{name} in {count_of(count, 'state')}" for name, count in ties.items() if count)
     more = f"; {rounding} rounds the scores, and --dtype float32 tells them apart" if rounding else ""
-    return [f"the two most probable answers are equal: {tied}; the first one is given{more}"] if tied else []
+    return [f"{tie_words(tied)}{more}"] if tied else []
 
 
 def decide_command(options: DecideOptions) -> list[dict[str, Any]]:

@@ -16,6 +16,8 @@ for support vector machines, 1999, §2.2]:
     majority   accuracy of always giving the same answer, the one with the largest mean target of the training rows;
                without training rows, of these rows
     NLL        mean -Σ_k t_k log p_k;   Brier score: mean Σ_k (p_k - t_k)²
+    constant   the NLL of always giving each answer its share of the training rows, or without them, of these rows. One
+    NLL        more answer counts as drawn from the K options, so that no share is 0
     ceiling    mean max_k t_k / τ, the highest accuracy: 1 without soft targets
     NLL floor  mean -Σ_k t_k log (t_k / τ), the lowest NLL: 0 without soft targets
     ECE        Σ_bins (rows in the bin / rows) |mean confidence - accuracy|, bins with equal numbers of rows
@@ -39,8 +41,8 @@ import torch
 from torch import Tensor
 
 from backhand.data.decisions import DecisionRow, Question, QuestionType
-from backhand.loop.label_scores import RowScores, label_score
-from backhand.runs.row_changes import ROW_CONSTANT_SCORES, ROW_SCORES
+from backhand.loop.label_scores import Gain, RowScores, label_score
+from backhand.runs.row_changes import ROW_CONSTANT_SCORES, ROW_SCORES, mean_gain
 from backhand.words import share_interval
 
 Floats = npt.NDArray[np.float64]
@@ -141,36 +143,43 @@ class DecisionScore(RowScores):
     # the accuracy and the NLL of deciding and predicting the targets themselves, see the module docstring
     ceiling: float = 1.0
     nll_floor: float = 0.0
+    constant_nll: float = 0.0  # see the module docstring
+    nll_change: Gain | None = None  # of the NLL from `constant_nll`, with its 95 % interval; None for a single row
+    ties: int = 0  # number of rows whose two most probable options are equally probable
+
+
+Counts = Mapping[str, Mapping[str, float]]
+"""Sum of the targets of every answer to each question."""
 
 
 def score_questions(
     outcomes: Iterable[Outcome],
     temperatures: Mapping[QuestionType, float],
     flips: Mapping[str, float] | None = None,
-    usual: Mapping[str, str] = MappingProxyType({}),
+    usual: Counts = MappingProxyType({}),
 ) -> dict[str, DecisionScore]:
     """Return the scores of every question that has an answer, by its name.
 
     Args:
         temperatures: of each type; 1 for types without one.
         flips: share of decisions that change under random orders, by question.
-        usual: `usual_answers` of the training rows, if known.
+        usual: `answer_counts` of the training rows, if known.
     """
     groups = _by_question(outcomes).items()
     return {name: _score(group, temperatures, (flips or {}).get(name), usual.get(name)) for name, group in groups}
 
 
-def usual_answers(rows: Iterable[DecisionRow]) -> dict[str, str]:
-    """Return the answer to each question that has the largest sum of targets, by the question's name."""
+def answer_counts(rows: Iterable[DecisionRow]) -> dict[str, Counter[str]]:
+    """Return the sum of the targets of every answer to each question, by the question's name."""
     totals: dict[str, Counter[str]] = {}
     for asked in (asked for row in rows for asked in row.asked):
         if asked.targets is not None:
             of_question = totals.setdefault(asked.question.name, Counter[str]())
             of_question.update(dict(zip(asked.question.keys, asked.targets, strict=True)))
-    return {name: max(of_question, key=of_question.__getitem__) for name, of_question in totals.items()}
+    return totals
 
 
-def question_shares(outcomes: Iterable[Outcome], usual: Mapping[str, str]) -> dict[str, float]:
+def question_shares(outcomes: Iterable[Outcome], usual: Counts) -> dict[str, float]:
     """Return the metrics by which a run is judged: answers, accuracy and majority of each question, `NAME/QUESTION`.
 
     Args:
@@ -185,7 +194,7 @@ def question_shares(outcomes: Iterable[Outcome], usual: Mapping[str, str]) -> di
     return shares
 
 
-def right_answers(outcomes: Iterable[Outcome], usual: Mapping[str, str]) -> dict[str, Tensor]:
+def right_answers(outcomes: Iterable[Outcome], usual: Counts) -> dict[str, Tensor]:
     """Return the values per answer of an evaluation, with the names of metrics.jsonl, in the order of the questions.
 
     Args:
@@ -196,21 +205,38 @@ def right_answers(outcomes: Iterable[Outcome], usual: Mapping[str, str]) -> dict
     return {ROW_SCORES: torch.tensor(hits), ROW_CONSTANT_SCORES: torch.tensor(constant)}
 
 
-def _hits(outcomes: Sequence[Outcome], usual: str | None) -> tuple[list[float], list[float]]:
+def _hits(outcomes: Sequence[Outcome], usual: Mapping[str, float] | None) -> tuple[list[float], list[float]]:
     """Return the scores of a question's answers, and those of the most frequent answer."""
     hits = [float(one.targets[one.scores.argmax()] / one.targets.sum()) for one in outcomes]
-    return hits, _constant_scores(outcomes, usual)
+    return hits, _constant_scores(outcomes, _counts(outcomes) if usual is None else usual)
 
 
-def _constant_scores(outcomes: Sequence[Outcome], answer: str | None) -> list[float]:
-    """Return the scores of always giving this answer, or if it is None, the one with the largest mean target."""
-    shares = [dict(zip(one.question.keys, one.targets / one.targets.sum(), strict=True)) for one in outcomes]
-    if answer is None:
-        totals: Counter[str] = Counter()
-        for share in shares:
-            totals.update(share)
-        answer = max(totals, key=totals.__getitem__)
+def _counts(outcomes: Sequence[Outcome]) -> Counter[str]:
+    """Return the sum of the shares of every answer in these targets."""
+    totals: Counter[str] = Counter()
+    for one in outcomes:
+        totals.update(dict(zip(one.question.keys, map(float, one.targets / one.targets.sum()), strict=True)))
+    return totals
+
+
+def _most_frequent(counts: Mapping[str, float]) -> str:
+    return max(counts, key=counts.__getitem__)
+
+
+def _constant_scores(outcomes: Sequence[Outcome], counts: Mapping[str, float]) -> list[float]:
+    """Return the scores of always giving the most frequent answer."""
+    answer = _most_frequent(counts)
+    shares = (dict(zip(one.question.keys, one.targets / one.targets.sum(), strict=True)) for one in outcomes)
     return [float(share.get(answer, 0.0)) for share in shares]
+
+
+def _constant_losses(outcomes: Sequence[Outcome], counts: Mapping[str, float]) -> list[float]:
+    """Return the losses of always giving every answer its share of these counts, see the module docstring."""
+    losses = []
+    for one in outcomes:
+        smoothed = np.array([counts.get(key, 0.0) for key in one.question.keys]) + 1 / len(one.question.keys)
+        losses.append(-float((one.targets * np.log(smoothed / smoothed.sum())).sum()))
+    return losses
 
 
 def _nll_floor(targets: Floats) -> float:
@@ -229,7 +255,10 @@ def _by_question(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def _score(
-    outcomes: Sequence[Outcome], temperatures: Mapping[QuestionType, float], flips: float | None, usual: str | None
+    outcomes: Sequence[Outcome],
+    temperatures: Mapping[QuestionType, float],
+    flips: float | None,
+    usual: Mapping[str, float] | None,
 ) -> DecisionScore:
     temperature = temperatures.get(outcomes[0].question.type, 1.0)
     p = [one.probabilities(temperature) for one in outcomes]
@@ -241,15 +270,17 @@ def _score(
     given = [one.question.keys[best] for one, best in zip(outcomes, chosen, strict=True)]
     keys = dict.fromkeys(key for one in outcomes for key in one.question.keys)
     labels = label_score(right, given, keys, right)
-    constant_scores = _constant_scores(outcomes, usual)
+    counts = _counts(outcomes) if usual is None else usual
+    constant_scores, constant_losses = _constant_scores(outcomes, counts), _constant_losses(outcomes, counts)
+    losses = [-float((one.targets * log).sum()) for one, log in zip(outcomes, log_p, strict=True)]
     return DecisionScore(
         rows=len(outcomes),
         accuracy=float(hits.mean()),
         accuracy_interval=share_interval(float(hits.mean()), len(outcomes)),
         majority=float(np.mean(constant_scores)),
-        majority_answer=usual,
+        majority_answer=None if usual is None else _most_frequent(usual),
         f1_macro=labels.f1_macro,
-        nll=float(np.mean([-(one.targets * log).sum() for one, log in zip(outcomes, log_p, strict=True)])),
+        nll=float(np.mean(losses)),
         brier=float(np.mean([((one - out.targets) ** 2).sum() for one, out in zip(p, outcomes, strict=True)])),
         ece=expected_calibration_error(confidence, hits),
         ece_interval=_ece_interval(confidence, hits),
@@ -266,6 +297,9 @@ def _score(
         flips=flips,
         ceiling=float(np.mean([one.targets.max() / one.targets.sum() for one in outcomes])),
         nll_floor=float(np.mean([_nll_floor(one.targets) for one in outcomes])),
+        constant_nll=float(np.mean(constant_losses)),
+        nll_change=mean_gain(constant_losses, losses),
+        ties=sum(bool(np.ptp(np.sort(one.scores)[-2:]) == 0) for one in outcomes),
         row_scores=hits.tolist(),
         constant_scores=constant_scores,
     )

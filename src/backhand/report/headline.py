@@ -22,6 +22,7 @@ from backhand.runs.label_results import (
     decisions_verdict,
     label_clause,
     label_verdict,
+    never_given,
     recorded_decisions,
     recorded_gains,
 )
@@ -389,6 +390,8 @@ def _outcome(run: RunRecord) -> str:
             scores = f", and accuracy from {before['accuracy']:.3f} ({constant}) to {after['accuracy']:.3f}"
         if (right := right_answers(run)) is not None:
             scores += f" ({interval_text(*right[1:])})"
+        if missing := never_given(after.get("confusion", {})):
+            scores += f"; {missing}"
         unit, ending = loss_unit(run.objective, after), _effect(run)
         if (of_numbers := held_out_loss_change(run)) is not None:
             ending = f"; {loss_words(of_numbers, unit)}{_effect(run, unclear='')}"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from backhand.runs.row_changes import ROW_CONSTANT_SCORES, ROW_SCORES, Verdict, gain_verdict, share_gain, unpaired_gain
 from backhand.runs.summary import LabelFigures
-from backhand.words import count_of, interval_text, share_interval, shorten
+from backhand.words import count_of, interval_text, name_list, share_interval, shorten, signed
 
 
 def most_frequent(per_label: Mapping[str, Mapping[str, Any]]) -> tuple[str, float]:
@@ -125,10 +125,11 @@ def label_clause(base: LabelFigures, adapted: LabelFigures, rows: int, before_it
     """Return a clause about the accuracy of both models, their intervals, and a constant answer."""
     before, after = (f"{one['accuracy']:.1%} ({interval_text(one['accuracy'], rows)})" for one in (base, adapted))
     verdict = verdict_words(accuracies_of_labels(base, adapted, rows), before_it)
+    missing = never_given(adapted.get("confusion", {}))
     return (
         f"the accuracy by the most probable of {len(adapted['per_label'])} labels went from {before} to {after}, "
         f"macro F1 from {base['f1_macro']:.3f} to {adapted['f1_macro']:.3f}; "
-        f"{constant_answer(adapted['per_label'])}: {verdict}"
+        f"{constant_answer(adapted['per_label'])}: {verdict}{'; ' * bool(missing)}{missing}"
     )
 
 
@@ -204,6 +205,43 @@ def soft_target_words(figures: Mapping[str, Any]) -> str:
     )
 
 
+def constant_loss_words(figures: Mapping[str, Any]) -> str:
+    """Return a clause about the loss, and that of always giving the answers' shares, or "" if it is not known.
+
+    Args:
+        figures: as in `DecisionFigures`.
+    """
+    if (constant := figures.get("constant_nll")) is None:
+        return ""
+    rows = "these" if figures.get("majority_answer") is None else "the training"
+    words = f"the loss is {figures['nll']:.4f}, and {constant:.4f} by always giving the answers' shares of {rows} rows"
+    if (change := figures.get("nll_change")) is None:
+        return words
+    mean, low, high = (signed(value, 4) for value in change)
+    return f"{words} (difference {mean}, 95 % interval {low} to {high})"
+
+
+def never_given(confusion: Mapping[str, Mapping[str, int]]) -> str:
+    """Return a clause about the answers that rows have and a model never gives, or "" without any.
+
+    Args:
+        confusion: number of rows by right answer, then by given one.
+    """
+    given = {answer for row in confusion.values() for answer, count in row.items() if count}
+    rows = {answer: sum(row.values()) for answer, row in confusion.items() if answer not in given}
+    missing = [f"{shorten(answer)!r} ({count_of(count, 'row')})" for answer, count in rows.items() if count]
+    return f"never given: {name_list(missing, limit=3)}" if missing and len(given) > 1 else ""
+
+
+def tie_words(ties: str) -> str:
+    """Return a clause about decisions of equally probable options.
+
+    Args:
+        ties: their number per question, in words.
+    """
+    return f"the two most probable answers are equal: {ties}; the first one is given"
+
+
 def _constant_name(figures: Mapping[str, Any]) -> str:
     if (answer := figures.get("majority_answer")) is None:
         return "the most frequent answer"
@@ -228,6 +266,9 @@ def decision_clause(
         f"{name}: {before}{right:.1%} of {count_of(rows, 'held-out answer')} right ({interval_text(right, rows)}; "
         f"{adapted['majority']:.1%} by {_constant_name(adapted)}){verdict}{'; ' * bool(soft)}{soft}"
     )
+    ties = tie_words(count_of(adapted["ties"], "row")) if adapted.get("ties") else ""
+    more = [constant_loss_words(adapted), never_given(adapted.get("confusion", {})), ties]
+    clause = "; ".join([clause, *filter(None, more)])
     if "ece" not in adapted:
         return clause
     low, high = adapted["ece_interval"]

@@ -78,6 +78,11 @@ class DecisionFigures(TypedDict):
     # highest accuracy and lowest NLL that the targets allow, 1 and 0 if every answer is certain; missing in older files
     ceiling: NotRequired[float]
     nll_floor: NotRequired[float]
+    # constant_nll: NLL of always giving the shares of the answers in the training rows. nll_change: the difference from
+    # it with its interval. ties: number of rows whose two most probable options are equal. Missing in older files
+    constant_nll: NotRequired[float]
+    nll_change: NotRequired[tuple[float, float, float] | None]
+    ties: NotRequired[int]
 
 
 class AnswerLengths(TypedDict):

@@ -29,7 +29,7 @@ from backhand.loop.rewards.guards import BOUNDS
 from backhand.options.objectives import WITHOUT_TARGETS
 from backhand.printing import duration, going_on, line_due, may_be_silent, now, reworded, say, visible
 from backhand.runs.distilled_results import distilled_sentences
-from backhand.runs.label_results import decision_clause, label_clause
+from backhand.runs.label_results import decision_clause, label_clause, never_given
 from backhand.runs.pair_results import PAIR_OBJECTIVES, pair_clauses
 from backhand.runs.row_changes import (
     UNCLEAR_RISE,
@@ -446,9 +446,11 @@ def _class_line(base: Mapping[str, Any], adapted: Mapping[str, Any]) -> str:
         )
     right = adapted["accuracy"]
     what = _ALL_LABELS.get(adapted["problem_type"], "right")
+    missing = never_given(adapted.get("confusion", {}))
     return (
         f"{right:.1%} of {rows} {what} ({interval_text(right, adapted['rows'])}; {base['accuracy']:.1%} by a constant "
-        f"answer), macro F1 {base['f1_macro']:.3f} (constant answer) → {adapted['f1_macro']:.3f}."
+        f"answer), macro F1 {base['f1_macro']:.3f} (constant answer) → {adapted['f1_macro']:.3f}"
+        f"{'; ' * bool(missing)}{missing}."
     )
 
 

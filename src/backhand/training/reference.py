@@ -31,7 +31,7 @@ from backhand.engines.engine import BoundModel
 from backhand.errors import CheckError, not_none
 from backhand.json_shape import ShapeError, convert, load
 from backhand.kernels.builds import describe
-from backhand.loop.decision_scores import usual_answers
+from backhand.loop.decision_scores import answer_counts
 from backhand.loop.distillation import computing_with
 from backhand.loop.guards import tensor_digest
 from backhand.loop.hidden_state_cache import HiddenStateCache
@@ -110,7 +110,7 @@ def run_objectives(
         if options.objective == "decide":
             if name == "train":
                 return DecideObjective(packer, label_smoothing=options.label_smoothing)
-            return DecideObjective(packer, usual=usual_answers(inputs.packer.examples.facts(DecisionRow)))
+            return DecideObjective(packer, usual=answer_counts(inputs.packer.examples.facts(DecisionRow)))
         if options.objective == "embed":
             return EmbedObjective(packer, options=options)
         if options.objective == "rank" and inputs.trains_head:

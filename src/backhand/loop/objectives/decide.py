@@ -27,6 +27,7 @@ from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import BoundModel
 from backhand.errors import not_none
 from backhand.loop.decision_scores import (
+    Counts,
     Outcome,
     fit_temperatures,
     outcomes_of,
@@ -54,12 +55,12 @@ class DecideObjective(AnswerObjective):
 
     Attributes:
         label_smoothing: ε; 0 for held-out rows.
-        usual: `usual_answers` of the training rows, for held-out rows.
+        usual: `answer_counts` of the training rows, for held-out rows.
     """
 
     compares_documents: ClassVar[bool] = True
     label_smoothing: float = 0.0
-    usual: Mapping[str, str] = field(default_factory=dict)
+    usual: Counts = field(default_factory=dict)
 
     def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
         """Compute the losses of the rows. Their metrics are the accuracy and the probability of all labels together."""
@@ -150,12 +151,12 @@ def _even(asked: Asked) -> list[float]:
     return [1 / len(asked.question.keys)] * len(asked.question.keys)
 
 
-def decision_figures(decisions: HeldOutDecisions, usual: Mapping[str, str]) -> dict[str, Any]:
+def decision_figures(decisions: HeldOutDecisions, usual: Counts) -> dict[str, Any]:
     """Return the fields of summary.json. The temperatures are fitted to these rows, and are 1 for the base model.
 
     Args:
         decisions: the outcomes of the held-out rows.
-        usual: `usual_answers` of the training rows.
+        usual: `answer_counts` of the training rows.
     """
     base = score_questions(decisions.base, {}, usual=usual)
     temperatures = fit_temperatures(decisions.adapted)
