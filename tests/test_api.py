@@ -247,8 +247,8 @@ OF_ROWS = {
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (FRAME, "is a data frame\n  next: give one of its columns, such as {plural}=frame['section']"),
-        (pa.Table.from_pandas(FRAME), "such as {plural}=frame['section']"),
+        (FRAME, "is a data frame\n  next: give one of its columns, such as {plural}=frame['synopsis']"),
+        (pa.Table.from_pandas(FRAME), "such as {plural}=frame['synopsis']"),
         (Path("prompts.jsonl"), "is a PosixPath\n  next: backhand."),
         (42, "is 42\n  next: backhand."),
         (["a", None], "[1] is None\n  next: write it as text"),
@@ -281,8 +281,18 @@ def test_several_states_given_as_one_are_refused(tmp_path: Path) -> None:
             backhand.decide(state, adapter=tmp_path)
 
 
+def test_an_encoder_without_a_head_is_not_evaluated_and_a_label_is_a_completion() -> None:
+    rows = [{"prompt": "a", "completion": "b"}]
+    with pytest.raises(UsageError, match=r"(?s)this model has no head.*give an adapter with a head"):
+        backhand.evaluate(data=rows, model="all-minilm-l6-v2")
+    with pytest.raises(UsageError, match="no option label\n  next: here it is completion, the column"):
+        backhand.lint(data=rows, label="completion")
+
+
 def test_texts_given_as_rows_are_refused_with_the_form_of_rows() -> None:
-    for texts in (FRAME.synopsis + " and two more words", ["some words " * 99, "others"], "some words\n"):
+    with pytest.raises(UsageError, match=r"data is one column of texts, not rows\n  next: give the data frame"):
+        backhand.evaluate(data=FRAME.synopsis)
+    for texts in (["some words " * 99, "others"], "some words\n"):
         with pytest.raises(DataError, match=r"not the name of a file\n  next: give texts as rows, such as {.text.: "):
             backhand.evaluate(data=texts)
     for call in OF_ROWS.values():

@@ -24,7 +24,7 @@ from backhand.bounds import Options, check_names, plain_value, split_hint, union
 from backhand.cli.exit_status import is_secondary_process
 from backhand.cli.openmp_spin import adaptive_spinning, set_spin_count
 from backhand.cli.option_fields import as_option, is_mapping, option_fields, takes_several, value_of
-from backhand.data.given_rows import GivenRows
+from backhand.data.given_rows import GivenRows, refuse_column
 from backhand.errors import BackhandError, UsageError
 from backhand.printing import may_be_silent, never_silent, wording
 
@@ -82,6 +82,8 @@ def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]
             token = wording.set(words)
             try:
                 _check_arguments(function, args, kwargs, kinds)
+                for option in _ROWS:
+                    refuse_column(option, kwargs.get(option))
                 with ExitStack() as stack:
                     if is_secondary_process() or _is_quiet((*args, *kwargs.values()), kwargs):
                         stack.enter_context(may_be_silent())

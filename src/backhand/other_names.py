@@ -140,8 +140,9 @@ def suggestion(
     field = aliases.get(field, field)
     if not isinstance(value, bool) and (same := text_meant(name, text, known)) is not None:
         return f"{HERE}{same}"
+    of_column = field == "label" and isinstance(value, str) and value and {"completion", "labels"} <= {*known}
     for near in nearest_names(field, known, count=1, cutoff=0.9):
-        if near != field:  # the name of a table of options may be written as an option
+        if near != field and not of_column:  # the name of a table of options may be written as an option
             return f"did you mean {near}?"
 
     def placed(option: str) -> str:

@@ -110,6 +110,18 @@ def _columns(value: Any) -> list[Any]:
     return [] if columns is None else list(columns)
 
 
+def _longest_texts(frame: Any, columns: Sequence[Any]) -> Any:
+    """Return the column of a data frame with the longest texts in its first rows; the first column if it has none."""
+    with suppress(Exception):  # any type with columns may be given
+        rows = _rows_of_frame(frame[:_FIRST_ROWS])
+        lengths = [sum(len(text) for row in rows if isinstance(text := row[str(name)], str)) for name in columns]
+        return columns[lengths.index(max(lengths))]
+    return columns[0]
+
+
+_FIRST_ROWS = 20
+
+
 def _not_texts(option: str, value: Any, next_step: str, plural: str | None = None) -> UsageError:
     """Return the error for a value that is no text, or no list of texts. `plural` is that of `list_of_texts`."""
     if columns := _columns(value):
@@ -117,7 +129,8 @@ def _not_texts(option: str, value: Any, next_step: str, plural: str | None = Non
         takes_column = option.partition("[")[0] if plural is None else plural
         if takes_column:
             rows = " or its rows: data=frame" if "(data=" in next_step else ""
-            next_step = f"give one of its columns, such as {takes_column}=frame[{columns[0]!r}]{rows and ',' + rows}"
+            column = _longest_texts(value, columns)
+            next_step = f"give one of its columns, such as {takes_column}=frame[{column!r}]{rows and ',' + rows}"
     elif isinstance(value, list) and value and all(isinstance(one, Mapping) and "role" in one for one in value):
         what = "a conversation"
         if "(data=" in next_step and plural == "prompts":
@@ -129,6 +142,17 @@ def _not_texts(option: str, value: Any, next_step: str, plural: str | None = Non
     else:
         what = with_article(type(value).__name__)
     return UsageError(f"{option} is {what}", where=option.partition("[")[0], next_step=next_step)
+
+
+def refuse_column(option: str, value: Any) -> None:
+    """Raise UsageError if rows are given as one column of texts, whose values would be names of files."""
+    is_column = (hasattr(value, "to_list") or hasattr(value, "to_pylist")) and not _columns(value)
+    if is_column and isinstance(next(iter(plain_value(list(value))), None), str):
+        raise UsageError(
+            f"{option} is one column of texts, not rows",
+            where=option,
+            next_step=f"give the data frame that has the column, {option}=frame, or a list of one dict per row",
+        )
 
 
 def as_sources(value: Any) -> Any:

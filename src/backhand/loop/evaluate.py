@@ -34,8 +34,8 @@ from backhand.data.row_encoder import Prompt
 from backhand.data.rows import NUMBER, Purpose
 from backhand.data.stored_examples import count_sources
 from backhand.distributed.communicator import Communicator
-from backhand.errors import CheckError, DataError, not_none
-from backhand.generation.completer import complete_greedily
+from backhand.errors import CheckError, DataError, UsageError, not_none
+from backhand.generation.completer import EngineCompleter, complete_greedily
 from backhand.generation.labels import (
     AUTO,
     NONE,
@@ -497,6 +497,13 @@ def evaluate(options: EvaluateOptions) -> Evaluation | VectorEvaluation:
                 *(loaded, data, data, data, run.micro_batch_rows), adapted=run.adapter is not None
             )
             return Evaluation(count, *(_of_rankings(*result) for result in ranked))
+        if isinstance(loaded.model, EngineCompleter) and not loaded.model.decoder.config.has_head:
+            raise UsageError(
+                "this model has no head, so there is nothing to evaluate",
+                where="model",
+                why="it computes vectors of texts",
+                next_step="give an adapter with a head: --adapter DIRECTORY; or measure the vectors with --vectors",
+            )
         rows = evaluation_rows(data, loaded, run)
         show_notes(rows.notes)
         of_pairs = 4.0 if rows.pairs else 0.0  # two answers of each row by two models
