@@ -28,6 +28,14 @@ def shown(value: object) -> str:
     return repr(shorten(value)) if isinstance(value, str) else shorten(repr(value))
 
 
+def short_repr(result: object, names: Iterable[str]) -> str:
+    """Return a result's fields that are set, without collections: of some results, their full repr fills pages."""
+    values = {name: getattr(result, name) for name in names}
+    given = {name: value for name, value in values.items() if value or type(value) in (int, float)}
+    short = [f"{name}={value!r}" for name, value in given.items() if not isinstance(value, (dict, list, tuple))]
+    return f"{type(result).__name__}({', '.join([*short, *['…'] * (len(short) < len(given))])})"
+
+
 def with_article(noun: str) -> str:
     """Return the name of a kind with "a" or "an" in front of it."""
     return f"{'an' if noun[:1] in set('aeioAEIO') else 'a'} {noun}"

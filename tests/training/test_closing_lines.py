@@ -21,7 +21,7 @@ from backhand.generation.command import generate_command
 from backhand.generation.options import AnswerOptions, GenerateOptions
 from backhand.loop import evaluate as evaluation
 from backhand.loop.answers import rows_to_show
-from backhand.loop.evaluate import evaluate
+from backhand.loop.evaluate import Evaluation, Score, evaluate
 from backhand.loop.label_scores import label_score
 from backhand.nn.model_options import BaseModelOptions, pretrained_arguments
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
@@ -67,6 +67,14 @@ def test_labels_of_a_run_without_an_end_are_not_judged_by_their_loss(ended: RunS
     assert ending.partition(". ")[2] in Page(run_page(finished)).one("section", id="result").text
     nothing = [line for line in run.metrics if "loss" in line]
     assert verdict(replace(finished, metrics=nothing)) == "unknown", "nothing is held out"
+
+
+def test_the_repr_of_a_summary_is_short(ended: RunSummary) -> None:
+    shown = repr(replace(ended, base_decisions={"team": {}}, skipped_steps=0))  # type: ignore[typeddict-item]
+    assert shown.startswith("RunSummary(output=") and shown.endswith(", …)") and len(shown) < 1500
+    assert "skipped_steps=0" in shown and "None" not in shown and "decisions" not in shown
+    evaluation = repr(Evaluation(4, Score(1.5, None, None, 7, pairs={"margin": 1.0})))
+    assert evaluation == "Evaluation(rows=4, base=Score(loss=1.5, supervised_tokens=7, …), adapted=None, undesirable=0)"
 
 
 def test_equal_answers_stand_next_to_the_loss(ended: RunSummary) -> None:

@@ -17,7 +17,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
 
@@ -83,6 +83,7 @@ from backhand.words import (
     label_text,
     name_list,
     share_interval,
+    short_repr,
     shorten,
     show_notes,
 )
@@ -113,6 +114,9 @@ class Score:
     # nats and number of supervised tokens of each row, by its place; empty if the loss is not that of tokens
     row_losses: dict[str, tuple[float, int]] = field(default_factory=dict, repr=False)
     row_matches: tuple[bool, ...] = field(default=(), repr=False)  # `exact_match` of each row
+
+    def __repr__(self) -> str:
+        return short_repr(self, [one.name for one in fields(self) if one.repr])
 
     def compared_with(self, base: Score) -> Score:
         """Return these scores with their gains over those of the base model on the same rows."""

@@ -13,7 +13,7 @@ from typing import Any, NotRequired, TypedDict
 from backhand.files import FileLayer
 from backhand.reading import read_json
 from backhand.runs.directory import METRICS, RunDirectory
-from backhand.words import apart, count_of, label_text, name_list, shorten
+from backhand.words import apart, count_of, label_text, name_list, short_repr, shorten
 
 
 class LabelRow(TypedDict):
@@ -280,6 +280,9 @@ class RunSummary:
     def eval_losses(self) -> dict[int, float]:
         """The held-out loss of each evaluation, by the step's number; 0 is the model before the first step."""
         return _by_step(self.records, "eval_loss")
+
+    def __repr__(self) -> str:
+        return short_repr(self, [one.name for one in dataclasses.fields(self)])
 
     def __fspath__(self) -> str:
         """Return the adapter's directory, so that a summary can be given where an adapter is expected."""
