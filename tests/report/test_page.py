@@ -285,13 +285,15 @@ def test_an_interrupted_run_has_its_page(number: signal.Signals, tiny: TinyRun, 
                 signal.raise_signal(number)
 
     with pytest.raises(Interrupted):
-        train(tiny.config(tmp_path / "run"), callbacks=[Stop()])
+        train(tiny.config(tmp_path / "run", eval_every=2, batch_rows=2, epochs=1), callbacks=[Stop()])
     page = Page((tmp_path / "run" / "report.html").read_bytes())
-    assert "3 of 6 steps until it was interrupted" in page.one("p", class_="lead").text
+    lead = page.one("p", class_="lead").text
+    assert "3 of 6 steps until it was interrupted, on 6 of 11 rows" in lead
+    assert re.search(r" to [\d.]+ at step 2 nats per token", lead) and "; the adapter of that step is in " in lead
     assert page.one("p", class_="state").text.startswith("Interrupted:")
     assert len(page.charts["loss"]["data"]["values"]) > 3 and "moved" in page.charts
     # Continued, the page is that of the whole run.
-    train(tiny.config(tmp_path / "run", resume=True))
+    train(tiny.config(tmp_path / "run", eval_every=2, batch_rows=2, epochs=1, resume=True))
     page = Page((tmp_path / "run" / "report.html").read_bytes())
     assert "for 6 steps" in page.one("p", class_="lead").text and not page.every("p", class_="state")
 

@@ -218,6 +218,7 @@ SPIKED = [2.0, 1.9, 1.5, 1.0, 0.9, 0.8, 3.0, 0.7, 0.6, 0.5]  # a hard batch, if 
         ("forgot", FALLING, {"forgotten_nats": 2.5}),
         ("late", [1.75, 1.74, 1.74, 1.72, 0.90, 0.889], {}),
         ("fine", [3.0, 2.9, None, None, 1.01, 1.0], {}),  # nothing tells in which half it fell
+        ("late", [0.529, 0.528, 0.527, 0.48, 0.56, 0.488], {}),  # it ended above an earlier loss
         (None, [2.0, 1.0], {}),
     ],
 )

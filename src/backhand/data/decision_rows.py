@@ -106,7 +106,7 @@ def _answers(form: Form, raw: RawRow) -> dict[str, Any]:
 def _read_table(answer: Any) -> Any:
     """Return the table of probabilities that a cell contains as JSON, and any other answer unchanged."""
     if isinstance(answer, str) and answer.lstrip().startswith("{"):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             return json.loads(answer)
     return answer
 

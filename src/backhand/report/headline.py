@@ -294,9 +294,18 @@ def model_name(run: RunRecord) -> str:
     return name.rstrip("/").rpartition("/")[2] or name
 
 
+def _steps_done(run: RunRecord) -> int:
+    return max(run.status.step if run.status else 0, *(int(line["step"]) for line in run.metrics), 0)
+
+
+def _measured_step(run: RunRecord) -> int | None:
+    """Return the step of the results of a run that ended early, or None if that is the last one, or not known."""
+    ended_early, step = run.state in ("interrupted", "failed", "killed"), best_step(run)
+    return step if ended_early and step is not None and step < _steps_done(run) else None
+
+
 def _verb(run: RunRecord) -> str:
-    written = run.status.step if run.status else 0
-    done = max([written, *(line["step"] for line in run.metrics)])
+    done = _steps_done(run)
     total = run.facts.get("total_steps")
     of_all = f"{done:,} of {total:,} steps" if is_number(total) and done < total else count_of(done, "step")
     verbs = {
@@ -314,6 +323,8 @@ def _rows(run: RunRecord) -> str:
     names = ", ".join(uploaded_name(Path(str(source))) for source in sources)
     rows = run.summary.get("rows", run.rows.get("examples", run.rows.get("documents")))  # a pair is two documents
     seen = run.summary.get("rows_seen")
+    if seen is None and is_number(batch_rows := run.config.get("optimization", {}).get("batch_rows")):
+        seen = _steps_done(run) * batch_rows or None  # at most, in the first epoch
     if not is_number(rows):
         return f"on rows of {names}" if names else "on rows"
     return f"on {rows_trained_on(rows, seen if is_number(seen) else None, run.rows.get('option_rows', 0), names)}"
@@ -341,7 +352,8 @@ def _outcome(run: RunRecord) -> str:
     constant = f"the best {constant_name(run.objective)}"
     of_start = f" ({before_it})" if run.compared_with_start else f" ({constant})" if run.fresh_head else ""
     before_loss, after_loss = apart(base, best, 3)
-    change = f": the loss on {rows} went from {before_loss}{of_start} to {after_loss}"
+    at = "" if (step := _measured_step(run)) is None else f" at step {step:,}"
+    change = f": the loss on {rows} went from {before_loss}{of_start} to {after_loss}{at}"
     if run.is_running and not decisions:
         return f"{change} so far"
     if (labels := _labels(run)) is not None:
@@ -429,7 +441,8 @@ def _by_how_much(run: RunRecord, base: float, best: float) -> str:
 def _adapter_place(run: RunRecord) -> str:
     if not run.adapter.is_dir():
         return "; there is no adapter yet" if run.state in ("running", "preparing") else "; it left no adapter"
-    return f"; the adapter is in {run.adapter}"
+    of_step = "" if _measured_step(run) is None else " of that step"
+    return f"; the adapter{of_step} is in {run.adapter}"
 
 
 def _exp(value: float) -> float:

@@ -10,8 +10,9 @@ one in the first four fifths of the steps:
 The progress of a run is measured by the sum of its learning rates instead of the number of steps, because steps at the
 end of a schedule are small. This has two consequences:
 
-- The loss is still falling if `last` is a clear share of the gain or of e_n. The last piece of the last fifth must also
-  have reduced it, per unit of this sum, at least half as much as the whole last fifth.
+- The loss is still falling if `last` is a clear share of the gain or of e_n, and the lowest loss is in the last fifth.
+  The last piece of the last fifth must also have reduced it, per unit of this sum, at least half as much as the whole
+  last fifth.
 - If a run of n steps was best at step k, a shorter run with its own schedule learns as much. Its number of steps is
       n · (sum of the rates of the first k steps) / (sum of the rates of all n steps)
 
@@ -236,7 +237,7 @@ def first_finding(curves: Curves, until: Until, share: float = 1.0) -> Finding |
     between, middle = pieces[-1] if pieces else (before, losses[-1] + last)
     share_of_stretch = (1 - until(between, steps)) / (1 - until(before, steps))
     much = last > FALLING * gain or (last > FALLING * losses[-1] and last > OF_THE_REST * gain)
-    falling = much and middle - losses[-1] >= SLOWER * last * share_of_stretch
+    falling = curves.best[0] > before and much and middle - losses[-1] >= SLOWER * last * share_of_stretch
     few = max(1, len(curves.training) // 10)
     later = curves.training[2 * few :] if len(curves.training) >= 4 * few else ()
     # Batches differ in difficulty, so a spike of the training loss alone is no evidence.
