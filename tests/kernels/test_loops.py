@@ -20,7 +20,7 @@ from backhand.ops.frozen_matrix import frozen_linear
 from backhand.ops.gated_conv import gated_conv_backward, gated_conv_forward
 from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta_rule_forward
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
-from backhand.ops.linear_cross_entropy import _softmax_losses
+from backhand.ops.linear_cross_entropy import softmax_losses
 from backhand.ops.linear_divergence import DIVERGENCES, Divergence, divergences_in_place
 from backhand.ops.lora_group import LoRAGroup
 from backhand.ops.low_rank import LoRAFactors, add_lora_A_gradients, add_up_projection, down_projection, h_gradient
@@ -322,11 +322,11 @@ def test_softmax_losses_of_any_size(build, both_forms, dtype, rows, n):
     def compute(cast):
         z = cast(logits) if cast(logits) is not logits else logits.clone()
         losses = torch.empty(rows, dtype=cast(torch.empty(0, dtype=wide)).dtype)
-        _softmax_losses(z, targets, losses, gradient=True)
+        softmax_losses(z, targets, losses, gradient=True)
         return z, losses
 
     assert_close(*both_forms(compute), dtype)
-    _softmax_losses(logits, targets, torch.empty(rows, dtype=wide), gradient=True)
+    softmax_losses(logits, targets, torch.empty(rows, dtype=wide), gradient=True)
     assert marks_intact(logits)
 
 
@@ -351,7 +351,7 @@ def test_divergences_of_any_size(build, both_forms, kind, dtype, rows, n):
 def test_a_target_that_is_no_class_is_an_error(build):
     for target in (-100, 7):
         with pytest.raises(IndexError):
-            _softmax_losses(torch.zeros(2, 7), torch.tensor([0, target]), torch.empty(2), gradient=False)
+            softmax_losses(torch.zeros(2, 7), torch.tensor([0, target]), torch.empty(2), gradient=False)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -363,7 +363,7 @@ def test_what_is_not_finite_shows(build, value, dtype):
     _, saved = rms_norm_forward(row, torch.ones(37, dtype=dtype), 1e-5)
     assert not rms_norm_apply(*saved)[0].isfinite().all()
     losses = torch.empty(2)
-    _softmax_losses(row.clone(), torch.tensor([5, 5]), losses, gradient=True)
+    softmax_losses(row.clone(), torch.tensor([5, 5]), losses, gradient=True)
     assert not losses[0].isfinite()
     assert losses[1].isfinite()
     y, _ = glu_forward(torch.ones_like(row), row, "silu")
@@ -552,7 +552,7 @@ def test_the_same_bits_each_time_whatever_the_threads(build, dtype, by_parts, mo
         results += [of_unit.d_gate_up, of_unit.d_h, own, down]
         logits, losses = gate_up.clone(), torch.empty(600)
         results.append(frozen_linear(x[:5], x.repeat(8, 1)))
-        _softmax_losses(logits, torch.arange(600) % 192, losses, gradient=True)
+        softmax_losses(logits, torch.arange(600) % 192, losses, gradient=True)
         return [*results, y, *glu_backward(x, glu_saved), logits, losses]
 
     threads = torch.get_num_threads()

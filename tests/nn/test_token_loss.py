@@ -9,8 +9,9 @@ import torch
 
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.head_factors import HeadFactors
-from backhand.ops.linear_cross_entropy import linear_cross_entropy_forward, linear_cross_entropy_reference
+from backhand.ops.linear_cross_entropy import linear_cross_entropy_reference
 from backhand.ops.logits_rule import LogitsRule
+from backhand.ops.target_logits import exact_targets_forward
 from support.parity import decoder_like, our_gradients, peft_gradients, relative_error, supervise
 from support.tiny_models import attach_lora, tiny_documents, tiny_model
 
@@ -91,7 +92,7 @@ def test_losses_in_bfloat16_tell_targets_apart_whose_logits_are_rounded_alike(ca
     factors = 0.1 * torch.randn(4, 64, generator=draw), 0.1 * torch.randn(40, 4, generator=draw)
     head = HeadFactors(*(one.bfloat16() for one in factors), scaling=0.5) if adapted else None
     rule, targets = LogitsRule(1.5, cap), torch.arange(40)
-    losses = linear_cross_entropy_forward(x.expand(40, -1), weight, targets, head, rule, exact_targets=True)
+    losses = exact_targets_forward(x.expand(40, -1), weight, targets, head, rule)
     wide = None if head is None else HeadFactors(head.lora_A.double(), head.lora_B.double(), head.scaling)
     exact = linear_cross_entropy_reference(x.double().expand(40, -1), weight.double(), targets, wide, rule)
     assert len({*losses.tolist()}) == 40 and bool((losses > 0).all())

@@ -145,7 +145,7 @@ class TransformersModel:
         return total
 
     @torch.no_grad()
-    def token_losses(self, batch: PackedBatch, *, exact_targets: bool = False) -> Tensor:  # noqa: ARG002
+    def token_losses(self, batch: PackedBatch, *, exact: bool = False) -> Tensor:  # noqa: ARG002
         return batch.per_document(concat_losses(self._losses(batch), self.device))
 
     def _losses(self, batch: PackedBatch) -> Iterator[Tensor]:

@@ -52,11 +52,11 @@ class LanguageModel(Protocol):
     def shares_prefixes(self) -> bool:
         """True if documents of a batch may share prefixes."""
 
-    def token_losses(self, batch: PackedBatch, *, exact_targets: bool = False) -> Tensor:
+    def token_losses(self, batch: PackedBatch, *, exact: bool = False) -> Tensor:
         """Compute (supervised tokens,) losses in nats, in the batch's order of documents, without gradients.
 
         Args:
-            exact_targets: as in `Decoder.token_losses`; other engines leave it out.
+            exact: as in `Decoder.token_losses`; other engines leave it out.
         """
 
 
@@ -113,9 +113,9 @@ class EngineCompleter:
         # Tokens in the cache. After an interruption the list may be longer than the cache.
         self._cached_ids: list[int] = []
 
-    def token_losses(self, batch: PackedBatch, *, exact_targets: bool = False) -> Tensor:
+    def token_losses(self, batch: PackedBatch, *, exact: bool = False) -> Tensor:
         """Compute (supervised tokens,) losses in nats."""
-        return self.decoder.token_losses(batch, exact_targets=exact_targets)
+        return self.decoder.token_losses(batch, exact=exact)
 
     def use_adapter(self, wanted: bool) -> None:
         """Attach or detach the adapter. Raises ValueError if there is none."""

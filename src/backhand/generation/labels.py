@@ -147,7 +147,7 @@ def label_log_probabilities(
     for group in micro_batches(range(len(units)), lengths, max_rows=batch_rows):
         documents = [_document(prompts[units[unit][0]], ending) for unit in group for ending in parts[units[unit][1]]]
         batch = pad_to_bucket(pack(documents, share=model.shares_prefixes)).to(model.device)
-        nats = model.token_losses(batch, exact_targets=True).double().cpu().split(batch.document_tokens)
+        nats = model.token_losses(batch, exact=True).double().cpu().split(batch.document_tokens)
         log_p[group] = -torch.stack([losses.sum() for losses in nats]).view(len(group), together)
         for unit in group:
             if units[unit][1] == len(parts) - 1:

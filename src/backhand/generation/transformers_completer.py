@@ -62,7 +62,7 @@ class TransformersCompleter:
         return nullcontext() if self._use_adapter or self.injected is None else self.injected.disabled()
 
     @torch.no_grad()
-    def token_losses(self, batch: PackedBatch, *, exact_targets: bool = False) -> Tensor:  # noqa: ARG002
+    def token_losses(self, batch: PackedBatch, *, exact: bool = False) -> Tensor:  # noqa: ARG002
         """Compute (supervised tokens,) losses in nats."""
         with self._adapter_state():
             return batch.per_document(concat_losses(supervised_losses(self.model, batch, self._may_pad), self.device))

@@ -115,7 +115,7 @@ class Decider:
             packer = RowPacker(whole, share_prefixes=model.shares_prefixes)
             every = range(len(part))
             at_once = self.micro_batch_rows
-            sums = document_sums(model, packer, every, at_once, Communicator(), exact_targets=True, on_row=on_row)
+            sums = document_sums(model, packer, every, at_once, Communicator(), exact=True, on_row=on_row)
             require_finite(sums := not_none(sums))
             asked = iter(outcomes_of((one.facts_as(DecisionRow) for one in examples), sums.tolist()))
             for row in part:

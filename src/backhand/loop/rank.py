@@ -145,7 +145,7 @@ class Reranker:
             found = not_none(head_logits(model.decoder, packer, rows, Communicator(), done=on_row)).squeeze(1)
         else:
             every = range(len(examples))
-            sums = document_sums(model, packer, every, rows, Communicator(), exact_targets=True, on_row=on_row)
+            sums = document_sums(model, packer, every, rows, Communicator(), exact=True, on_row=on_row)
             found = scores_of(not_none(sums))
         require_finite(found)
         return iter([part.tolist() for part in found.split(counts)])

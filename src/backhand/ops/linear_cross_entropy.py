@@ -18,10 +18,6 @@ only, and its gradient is computed right after the chunk's forward: nothing is s
 other function of the log-probabilities -ℓ (pairs, rewards) determines one w_i per row from the ℓ of the forward. The
 backward then computes each chunk's logits again, since they are never held as a whole.
 
-Logits near 20 are rounded to multiples of 1/8 in bfloat16, so that different targets often have the same loss. To tell
-targets apart, the target's logit z can be computed again in float32, from X and row t of W. This ẑ replaces z in ℓ:
-    ℓ̂ = log(e^{ℓ + z} - e^z + e^ẑ) - ẑ = ℓ + δ + log(1 + e^{-ℓ} (e^{-δ} - 1)),   δ = z - ẑ
-
 Memory: the logits of one chunk, (chunk, vocab), in the compute dtype, and the softmax of a few of its rows in float32;
 both are reused. Chunks below 256 rows read W too often (64 rows take 1.4 to 1.8 times as long), while the softmax is
 fastest on as few rows as fit into the caches. Every chunk reads W twice, and unpacks it if it is quantized. Wide
@@ -42,9 +38,9 @@ from torch import Tensor
 from backhand.kernels import softmax_losses as kernels
 from backhand.kernels.dense_product import amx_available
 from backhand.ops.cross_entropy import losses_in_place
-from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear, frozen_rows
+from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
 from backhand.ops.head_factors import AdaptedHead, HeadFactors
-from backhand.ops.logits_rule import PLAIN, LogitsRule, capped, ruled_reference
+from backhand.ops.logits_rule import PLAIN, LogitsRule, ruled_reference
 from backhand.ops.weight_tiles import FrozenMatrix
 
 CHUNK_ROWS, LONG_CHUNK_ROWS = 256, 512
@@ -65,7 +61,7 @@ def chunk_logits(x: Tensor, weight: FrozenMatrix, rule: LogitsRule, out: Tensor)
     return out if rule.scaling == 1.0 else out.mul_(rule.scaling)
 
 
-def _softmax_losses(
+def softmax_losses(
     logits: Tensor, targets: Tensor, losses: Tensor, cap: float | None = None, *, gradient: bool
 ) -> None:
     """Write ℓ of one chunk, (rows,), to `losses`; with `gradient`, replace the logits by ∂ℓ/∂Z."""
@@ -76,7 +72,7 @@ def _softmax_losses(
 def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
     """Compute ℓ, (rows,) float32 or wider, of given logits (rows, vocab), with the bits of the fused head."""
     losses = torch.empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
-    _softmax_losses(logits, targets, losses, gradient=False)
+    softmax_losses(logits, targets, losses, gradient=False)
     return losses
 
 
@@ -162,17 +158,6 @@ def head_backward(
     return losses, LinearCrossEntropyGrads(d_x, adapted.d_lora_A, adapted.d_lora_B)
 
 
-def _target_logits(
-    x: Tensor, weight: FrozenMatrix, targets: Tensor, head: HeadFactors | None, rule: LogitsRule
-) -> Tensor:
-    """Return γ Z of each row's target in float32, (rows,). The head's adapter has no dropout."""
-    x = x.float()
-    logits = (x * frozen_rows(weight, targets).float()).sum(1)
-    if head is not None:
-        logits += head.scaling * ((x @ head.lora_A.float().T) * head.lora_B[targets].float()).sum(1)
-    return logits.mul_(rule.scaling)
-
-
 def linear_cross_entropy_forward(
     x: Tensor,
     weight: FrozenMatrix,
@@ -181,7 +166,6 @@ def linear_cross_entropy_forward(
     rule: LogitsRule = PLAIN,
     *,
     logits: Tensor | None = None,
-    exact_targets: bool = False,
 ) -> Tensor:
     """Compute ℓ of every row, without gradients.
 
@@ -192,19 +176,13 @@ def linear_cross_entropy_forward(
         head: the head's adapter, or None.
         rule: the logits' multiplier and cap.
         logits: a buffer of `chunk_shape` and x's dtype, or None.
-        exact_targets: compute the target's logit in float32. The head's adapter must have no dropout.
 
     Returns:
         (rows,) losses in nats, float32 or wider.
     """
 
     def loss(chunk: Tensor, part: slice, losses: Tensor) -> None:
-        rounded = chunk.gather(1, targets[part, None]).squeeze(1).to(losses.dtype)
-        _softmax_losses(chunk, targets[part], losses, rule.cap, gradient=False)
-        if exact_targets and chunk.dtype != losses.dtype:
-            exact = _target_logits(x[part], weight, targets[part], head, rule)
-            delta = rounded - exact if rule.cap is None else capped(rounded, rule.cap)[0] - capped(exact, rule.cap)[0]
-            losses.add_(torch.log1p(torch.exp(-losses) * torch.expm1(-delta)).add_(delta))
+        softmax_losses(chunk, targets[part], losses, rule.cap, gradient=False)
 
     return head_forward(x, weight, loss, head, rule, logits=logits)
 
@@ -237,7 +215,7 @@ def linear_cross_entropy_backward(
     """
 
     def loss(chunk: Tensor, part: slice, losses: Tensor) -> None:
-        _softmax_losses(chunk, targets[part], losses, rule.cap, gradient=True)
+        softmax_losses(chunk, targets[part], losses, rule.cap, gradient=True)
 
     return head_backward(x, weight, loss, head, multiplier, rule, out=out, logits=logits)
 

@@ -121,7 +121,7 @@ class DecideObjective(AnswerObjective):
 
         def outcomes() -> list[Outcome]:
             packer, model = self.packer, bound.model
-            sums = document_sums(model, packer, every, micro_batch_rows, Communicator(), exact_targets=True)
+            sums = document_sums(model, packer, every, micro_batch_rows, Communicator(), exact=True)
             return outcomes_of(rows, not_none(sums).tolist())
 
         with computing_with(bound.model, start):

@@ -223,7 +223,7 @@ class HeldOutObjective(HeldOut):
             self._micro_batch_rows,
             processes,
             hidden_states=self._hidden_states,
-            exact_targets=objective.compares_documents,
+            exact=objective.compares_documents,
             interruptible=interruptible,
         )
         if sums is None:
@@ -283,7 +283,7 @@ def document_sums(
     processes: Communicator,
     *,
     hidden_states: HiddenStateCache | None = None,
-    exact_targets: bool = False,
+    exact: bool = False,
     interruptible: bool = False,
     on_row: Callable[[], None] = lambda: None,
 ) -> Tensor | None:
@@ -292,7 +292,7 @@ def document_sums(
     Args:
         model: the model; it computes without gradients and without dropout.
         hidden_states: cache of the rows' hidden states.
-        exact_targets: as in `Decoder.token_losses`, for documents that are compared with each other.
+        exact: as in `Decoder.token_losses`, for documents that are compared with each other.
         interruptible: return None if a process has been asked to stop.
         on_row: called once per row of this process as soon as its micro-batch is computed.
     """
@@ -300,7 +300,7 @@ def document_sums(
 
     def sums(number: int) -> list[float]:
         group = groups[number]
-        losses = model.token_losses(batch(number).to(model.device), exact_targets=exact_targets).double().cpu()
+        losses = model.token_losses(batch(number).to(model.device), exact=exact).double().cpu()
         owner, counts = token_owners(packer, group)
         result: list[float] = (-torch.zeros(len(counts), dtype=torch.float64).index_add_(0, owner, losses)).tolist()
         for _ in group:

@@ -153,7 +153,7 @@ class RankObjective(AnswerObjective):
         for name in ("base", "adapted"):
             with computing_with(bound.model, start) if name == "base" else nullcontext():
                 packer, model = self.packer, bound.model
-                sums = document_sums(model, packer, every, micro_batch_rows, Communicator(), exact_targets=True)
+                sums = document_sums(model, packer, every, micro_batch_rows, Communicator(), exact=True)
             scores[name] = self.loss.scored(every, scores_of(not_none(sums)))
         return summary_scores(scores)
 

@@ -31,6 +31,7 @@ from backhand.ops.head_factors import HeadFactors
 from backhand.ops.linear_cross_entropy import CHUNK_ROWS, linear_cross_entropy_backward, linear_cross_entropy_forward
 from backhand.ops.linear_divergence import linear_divergence_backward, linear_divergence_forward, softened
 from backhand.ops.logits_rule import LogitsRule, ruled, ruled_backward
+from backhand.ops.target_logits import exact_targets_forward
 from backhand.ops.weight_tiles import FrozenMatrix
 
 
@@ -81,22 +82,19 @@ def head_factors(adapter: GroupAdapter) -> HeadFactors | None:
     return HeadFactors(factors.lora_A, factors.lora_B, factors.scaling, adapter.lora.dropout)
 
 
-def head_losses(
-    x: Tensor, targets: Tensor, head: Head, logits: Tensor | None = None, *, exact_targets: bool = False
-) -> Tensor:
+def head_losses(x: Tensor, targets: Tensor, head: Head, logits: Tensor | None = None, *, exact: bool = False) -> Tensor:
     """Return losses in nats, (rows,), without gradients.
 
     Args:
         x: (rows, hidden), the normalized output of the last block at the supervised positions.
         targets: (rows,) int64.
         logits: buffer of `chunk_shape` for a plain head, or None.
-        exact_targets: as in `linear_cross_entropy_forward`, for a plain head.
+        exact: use `exact_targets_forward`, for a plain head.
     """
     if head.plain:
         factors = head_factors(head.adapter_of(0))
-        return linear_cross_entropy_forward(
-            x, head.weight, targets, factors, head.rule, logits=logits, exact_targets=exact_targets
-        )
+        forward = exact_targets_forward if exact else linear_cross_entropy_forward
+        return forward(x, head.weight, targets, factors, head.rule, logits=logits)
     losses = []
     for number, start in enumerate(range(0, x.shape[0], CHUNK_ROWS)):
         part = slice(start, start + CHUNK_ROWS)

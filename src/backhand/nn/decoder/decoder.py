@@ -160,21 +160,18 @@ class Decoder(ForwardBackward):
         return torch.cat(tokens)
 
     @torch.no_grad()
-    def token_losses(
-        self, batch: PackedBatch, dropout_seed: int | None = None, *, exact_targets: bool = False
-    ) -> Tensor:
+    def token_losses(self, batch: PackedBatch, dropout_seed: int | None = None, *, exact: bool = False) -> Tensor:
         """Return losses in nats, (supervised tokens,), document by document, without gradients.
 
         Args:
             dropout_seed: as in `loss_and_gradients`; None for no dropout.
-            exact_targets: compute the logit of each target in float32, to compare targets with each other.
+            exact: compute the logit of each target in float32, to compare targets with each other.
         """
         head = self._head_of(dropout_seed)
         normed = self.final_states(batch, batch.supervised_positions, dropout_seed)
         if batch.teacher is not None:
             return batch.per_document(distillation_losses(normed, head, batch.teacher))
-        targets = batch.labels[batch.supervised_positions]
-        return batch.per_document(head_losses(normed, targets, head, exact_targets=exact_targets))
+        return batch.per_document(head_losses(normed, batch.labels[batch.supervised_positions], head, exact=exact))
 
     @torch.no_grad()
     def supervised_states(self, batch: PackedBatch) -> Tensor:
