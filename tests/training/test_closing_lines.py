@@ -147,7 +147,7 @@ def test_pairs_are_rows_and_measured_where_some_are_held_out(tiny: TinyRun, tmp_
     summary = train(replace(made, objective=ObjectiveOptions(objective="dpo")))
     record = read_run(tmp_path / "run")
     assert " on 4 of 9 rows of pairs.jsonl" in headline(record)
-    assert " on 9 rows of pairs.jsonl" in headline(replace(record, summary={})), "before it is over"
+    assert " on 4 of 9 rows of pairs.jsonl" in headline(replace(record, summary={})), "before it is over"
     (line,) = (line for line in closing_lines(summary) if "nothing was held out" in line)
     unknown = "so the margins, the accuracy and the length of its free answers on other rows are not known"
     assert line.endswith(f"{unknown}: train with --eval-data FILE to measure them."), "a tenth of 9 rows is none"
