@@ -713,7 +713,7 @@ def test_sentences_about_a_question_name_flips_and_a_better_constant_answer() ->
     point: dict[str, Any] = {"wanted": 0.95, "threshold": 0.93, "coverage": 0.25, "accuracy": 1.0}
     point["accuracy_interval"] = share_interval(1.0, 17)
     decided = replace(score, rows=68, accuracy=0.8, flips=None, thresholds=[point])
-    threshold, surprise = about_score("q", decided)
+    _, threshold, surprise = about_score("q", decided)
     assert "above a probability of 0.930" in threshold and "the most surprising answer" in surprise
     assert threshold.endswith("pass the other 75% of the rows on (17 of 17 rows right, 95 % interval from 82%)")
 
