@@ -223,7 +223,7 @@ def test_equal_options_and_answers_that_are_never_given_are_said() -> None:
 
 
 def test_answers_are_compared_with_the_most_frequent_one_of_the_training_rows() -> None:
-    """Of balanced rows, the answer that is rare in training is frequent in the held-out rows."""
+    """The split of balanced rows makes the rarer answer of the training rows the more frequent one held out."""
     rows = [DecisionRow("", (Asked(QUESTION, tuple(np.eye(3)[key])),), "row") for key in (0, 1, 1, 2)]
     held_out = [Outcome(QUESTION, np.eye(3)[key], np.eye(3)[key], "row") for key in [0] * 14 + [1] * 3 + [2] * 3]
     wrong = [one._replace(scores=np.eye(3)[2]) for one in held_out]

@@ -208,7 +208,7 @@ class ClassColumns:
             if value is not None:
                 text = str(value)[: _LONGEST + 1]
                 self._filled[name] += bool(text.strip())
-                if isinstance(value, Mapping) or (isinstance(value, list) and not any(map(_is_table, value))):
+                if _is_table(value) or (isinstance(value, list) and not any(map(_is_table, value))):
                     self._no_texts[name] = None
                 if len(seen := self._seen.setdefault(name, {})) <= _MOST:
                     seen[text] = None
