@@ -206,6 +206,12 @@ def test_a_template_that_is_no_jinja_names_its_line() -> None:
 
 
 @pytest.mark.usefixtures("own_worker")
+def test_compiling_does_not_count_as_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_template, "SECONDS_TOGETHER", 0.0)
+    assert BoundedTemplate("{{ 'a' * 9 }}").render(variables()) == "a" * 9
+
+
+@pytest.mark.usefixtures("own_worker")
 def test_many_conversations_share_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded_template, "SECONDS_TOGETHER", 0.01)
     monkeypatch.setattr(bounded_template, "SECONDS_EACH", 0.0)

@@ -13,7 +13,7 @@ from backhand.verify.scaffold import kind
 
 # Files of `ops` that hold no op: the list of them, and parts of others.
 NO_OPS = {"__init__", "registry", "activation", "chunk_steps", "delta_chunks", "document_groups", "head_factors"}
-NO_OPS |= {"logits_rule", "low_rank", "weight_tiles"}
+NO_OPS |= {"logits_rule", "low_rank", "target_logits", "weight_tiles"}
 FILES = sorted(path.stem for path in Path(backhand.ops.__file__).parent.glob("*.py") if path.stem not in NO_OPS)
 
 

@@ -124,7 +124,7 @@ class _LimitedTemplate:
     def __init__(self, source: str) -> None:
         self._rendered, self._seconds = 0, 0.0
         self._template = self._within_limits(partial(_compile, source), "is nested too deeply")
-        self._rendered = 0
+        self._rendered, self._seconds = 0, 0.0  # the limit together is for rendering
 
     def render(self, variables: Mapping[str, Any]) -> str:
         if self._seconds > SECONDS_TOGETHER + SECONDS_EACH * self._rendered:
