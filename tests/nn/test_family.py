@@ -14,7 +14,7 @@ import transformers
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.weights import empty_weights, named_views
 from backhand.nn.families.family import LayerConfig, RotaryConfig, ShortConv
-from backhand.nn.families.family_parsing import FAMILIES, UnsupportedModel, decoder_config
+from backhand.nn.families.family_parsing import FAMILIES, UnsupportedModel, decoder_config, predicts_tokens
 from backhand.nn.families.mixed_families import OF_MAMBA, WITHOUT_EXPERTS
 from backhand.nn.families.neutral_fields import NEUTRAL
 from support.tiny_models import VARIANTS, full_logits, randomise, tiny_config, tiny_documents, tiny_model
@@ -516,3 +516,16 @@ def test_tiny_models_are_random_where_it_matters() -> None:
         other = tiny_model(variant, seed=1)
         randomise(other, seed=0)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_with_a_head_is_known_by_few_fields(variant: str) -> None:
+    config = tiny_config(variant).to_dict()
+    assert predicts_tokens(config) is decoder_config(config).has_head is True
+    assert predicts_tokens({**config, "model_type": "none"}) is None
+
+
+def test_an_encoder_is_known_by_few_fields() -> None:
+    both = tiny_config("gemma3_text", use_bidirectional_attention=True).to_dict()
+    for config in (both, transformers.BertConfig().to_dict(), transformers.ModernBertConfig().to_dict()):
+        assert predicts_tokens(config) is decoder_config(config).has_head is False

@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlencode
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -761,6 +761,36 @@ def test_a_column_with_two_questions_is_refused(client: Client, tiny: TinyRun) -
     assert status == 409 and "“Column with the answers”: the column 'answer' is named twice" in error
 
 
+def test_a_question_without_a_column_of_answers_is_refused_at_its_field(client: Client, tiny: TinyRun) -> None:
+    client.post("upload?name=faq.csv", body=TABLE)
+    draft = {"typed_model": str(tiny.model), "data": "rows-1.csv", "objective": "decide", "state": "question"}
+    draft |= {"question0": "answer", "asked1": "How many?"}
+    text = client.get(f"new/learn?{urlencode(draft)}")[1]
+    assert "the question “How many?” has no answers: choose the column with its answers" in html.unescape(text)
+    field = part(client.get(f"part/rows?{urlencode(draft)}", X_Part="1")[1])
+    assert [one.text for one in field.every("span", id="asked1-error")] and not field.every("span", id="asked0-error")
+
+
+def test_rows_with_text_instead_of_a_number_are_left_out_at_once(client: Client, tiny: TinyRun) -> None:
+    rows = [f"the user asks {n},{n / 7:.2f}" for n in range(1, 41)]
+    rows[4:7] = "the user asks,n/a", "a list,unknown", "is it,"
+    client.post("upload?name=faq.csv", body="\n".join(["text,score", *rows]).encode())
+    draft = {"typed_model": str(tiny.model), "data": "rows-1.csv", "objective": "classify"}
+    draft |= {"prompt": "text", "completion": "score"}
+    page = part(client.get(f"part/lint?{urlencode(draft)}", X_Part="1")[1])
+    (link,) = (link for link in page.every("a") if link.text == "Leave out the 3 bad rows")
+    query = urlsplit(str(link.attributes["href"])).query
+    assert {("more.problem_type", "regression"), ("more.skip_bad", "True")} <= {*parse_qsl(query)}
+    text = client.get(f"part/lint?{query}", X_Part="1")[1]
+    assert "37 rows" in text and not part(text).every("pre", class_="error")
+
+
+def test_rows_that_cannot_be_read_are_counted_below_the_first_ones(client: Client) -> None:
+    client.post("upload?name=faq.csv", body=b"text,label\none,a\ntwo,b\nthree,a,c\nfour,b\n")
+    text = client.get("part/rows?data=rows-1.csv", X_Part="1")[1]
+    assert "1 row cannot be read, and is not shown above: faq.csv:4: " in text
+
+
 def test_a_column_of_numbers_of_rows_is_not_counted_as_one_malformed_row(client: Client, tiny: TinyRun) -> None:
     rows = [f"{n + 100},the user asks {n}" for n in range(40)]
     client.post("upload?name=faq.csv", body="\n".join(["Id,text", *rows]).encode())
@@ -912,7 +942,7 @@ LINTED = {
     "train": {"rows": 1, "documents": 1, "tokens": 2, "supervised_tokens": 1, "notes": [ATTACK]},
     "held_out": None,
     "errors": 1,
-    "can_skip": True,
+    "skip_with": ["--skip-bad"],
     "findings": [{"severity": "error", "count": 9, "where": [ATTACK], "what": ATTACK, "remedy": ATTACK}],
     "labels": {ATTACK: 1},
     "template": [ATTACK],

@@ -540,6 +540,15 @@ def test_numbers_are_judged_by_the_squared_errors_of_the_rows(tiny: TinyRun, tmp
     assert "in squared error per row; compared with " in page and "too few rows to be sure of the change" in page
 
 
+def test_numbers_far_from_all_others_are_found(tiny: TinyRun) -> None:
+    rows = [{"text": f"user asks {n}", "label": n / 10} for n in range(1, 41)]
+    for values, found in (((99,), ["99"]), ((99, 98), []), ((11,), [])):
+        far = [{"text": f"a list of {value}", "label": float(value)} for value in values]
+        findings = backhand.lint(data=[*rows, *far], model=tiny.model, classes=True)["findings"]
+        said = [one["what"] for one in findings if one["kind"] == "far_number"]
+        assert len(said) == len(found) and all(f"a number far from all others ({found[0]}" in one for one in said)
+
+
 def test_numbers_far_from_0_are_noted_before_the_run_and_in_its_advice(
     tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -794,7 +803,7 @@ def test_labels_that_teach_something_else_stop_before_training(
     assert "--problem-type single_label_classification" in str(refused.value.next_step)
     report, _ = lint(options, tokenizer, purpose="classes")
     (found,) = (finding for finding in report.findings if finding.severity == "error")
-    assert what in found.what and found.remedy == refused.value.next_step and not report.can_skip
+    assert what in found.what and found.remedy == refused.value.next_step and not report.skip_with
     chosen = replace(made, objective=replace(made.objective, problem_type=SINGLE))
     assert len(plan_run(chosen, resolve_machine(chosen)).inputs.config.objective.class_labels) == len(
         {*map(str, labels)}

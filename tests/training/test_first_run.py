@@ -20,7 +20,7 @@ from backhand.data.data_report import DataReport
 from backhand.data.options import DataOptions, shell_quoted
 from backhand.errors import UsageError
 from backhand.loop.observers import Observer, RunStart
-from backhand.loop.step_plan import COMPARING_RATE, HIGHEST_RATE, RATE, chosen_rate
+from backhand.loop.step_plan import COMPARING_RATE, HIGHEST_RATE, RATE, chosen_rate, rate_note
 from backhand.nn.loading import open_model
 from backhand.nn.lora_parameters import AdapterLayout, LoRASlot
 from backhand.options.config import OptimizationOptions, TrainConfig
@@ -168,6 +168,21 @@ def test_a_number_stays_and_other_words_are_refused() -> None:
     for value in ("fast", True, 0.0):
         with pytest.raises(UsageError, match="learning_rate"):
             OptimizationOptions(learning_rate=value).validate()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rate", "objective", "said"),
+    [
+        (0.8, "sft", "far above the usual ones of sft, so that training probably diverges"),
+        (1e-9, "dpo", "far below the usual ones of dpo, so that the adapter hardly changes"),
+        (HIGHEST_RATE, "sft", None),
+        (1e-5, "embed", None),
+        ("auto", "sft", None),
+    ],
+)
+def test_a_rate_far_from_the_usual_ones_is_a_warning(rate: float | str, objective: str, said: str | None) -> None:
+    note = rate_note(rate, objective)
+    assert note is None if said is None else note is not None and note.startswith("warning: ") and said in note
 
 
 def test_the_rate_follows_the_weights() -> None:

@@ -706,7 +706,7 @@ def test_rows_must_fit_the_loss(straight: TrainConfig, tmp_path: Path) -> None:
     options = DataOptions(data=(str(path),), eval_fraction=0.0)
     found = lint(options, answering_tokenizer(), purpose="rankings")[0]
     (finding, *_) = found.findings
-    assert (finding.severity, found.errors, found.can_skip) == ("error", 2, False)
+    assert (finding.severity, found.errors, found.skip_with) == ("error", 2, ())
     assert finding.what.startswith("a score is not from 0 to 1: the first one is 3") and finding.count == 2
     assert "by (score - smallest) / (largest - smallest), or give --ranking-loss listnet" in finding.remedy
     assert not lint(options, answering_tokenizer(), purpose="rankings", ranking_loss="listnet")[0].errors

@@ -17,6 +17,7 @@ from backhand.errors import DataError
 from backhand.words import count_of, label_text, name_list, shorten
 
 _FEWEST_ROWS = 4
+_FEWEST_NUMBERS, _TIMES_AS_FAR = 20, 5
 _FAR = 10.0
 """Mean or deviation of numbers from which a new head, whose outputs are near 0, is far from them."""
 
@@ -40,8 +41,9 @@ def problems_of_classes(
     rows = [(one.source, one.facts, one.input_ids.tobytes()) for one in examples if isinstance(one.facts, ClassLabel)]
     labels = [label for _, label, _ in rows]
     if problem == NUMBER:
-        scale = scale_of(labels)
-        return [("scale", [rows[0][0]], *scale)] if scale else [], {}
+        far, scale = far_numbers(labels), scale_of(labels)
+        of_scale = [("scale", [rows[0][0]], *scale)] if scale else []
+        return [("far_number", [rows[place][0] for place in far], texts_at(far, labels)), *of_scale], {}
     others = [] if chosen else not_numbers(labels)
     label_of: dict[bytes, ClassLabel] = {}
     contradicting = [source for source, label, ids in rows if label_of.setdefault(ids, label) != label]
@@ -103,6 +105,21 @@ def check_names(
     numbers = all(number_of(name) is not None for names, _ in rows for name in names)
     learned = "or, if they are quantities rather than row numbers, give --problem-type regression, " * numbers
     refuse_labels_of_one_row(rows, f"name another column with --completion, {learned}{keep} to train all the same")
+
+
+def far_numbers(labels: Sequence[ClassLabel]) -> list[int]:
+    """Return the indices of numbers that are far from the others, such as 99 for a missing score from 0 to 5.
+
+    They are at most one in 50, and five times as far from the median as the farthest other number.
+    """
+    numbers = [(place, number) for place, one in enumerate(labels) if (number := number_of(one.value)) is not None]
+    if len(numbers) < _FEWEST_NUMBERS:
+        return []
+    median = statistics.median(number for _, number in numbers)
+    distances = sorted((abs(number - median), place) for place, number in numbers)
+    few = max(1, len(distances) // 50)
+    most = distances[-few - 1][0]
+    return sorted(place for distance, place in distances[-few:] if distance > _TIMES_AS_FAR * most > 0)
 
 
 def scale_of(labels: Iterable[ClassLabel]) -> tuple[float, float] | None:

@@ -197,6 +197,12 @@ CHECKS = {
         "subtract the mean from the numbers of the rows and divide by the deviation, and undo it on the answers",
         form="classes",
     ),
+    "far_number": Check(
+        "numbers far from all others",
+        "with a number far from all others ({}), which weighs most in the squared error",
+        "correct it, or remove the row if it stands for a missing number",
+        form="classes",
+    ),
     "doubled_bos": Check(
         "two begin-of-sequence tokens",
         "starting with two begin-of-sequence tokens",
@@ -249,7 +255,8 @@ class LintReport:
     not_checked: dict[str, str]  # kinds of findings that could not be checked, with the reason
     checked: tuple[str, ...]  # kinds of findings that concern these rows
     labels: dict[str, int]  # training documents per answer, most frequent first; empty unless answers are labels
-    can_skip: bool = True  # --skip-bad leaves out every row at which training would stop
+    # options that leave out every row at which training would stop, () if there are none
+    skip_with: tuple[str, ...] = ("--skip-bad",)
 
     @property
     def errors(self) -> int:
@@ -266,7 +273,7 @@ class LintReport:
             "not_checked": self.not_checked,
             "labels": self.labels,
             "errors": self.errors,
-            "can_skip": self.can_skip,
+            "skip_with": list(self.skip_with),
             "findings": [
                 asdict(finding)
                 | {name: reworded(getattr(finding, name)) for name in ("what", "remedy")}
@@ -322,7 +329,9 @@ def lint(
         ("mojibake", [*garbled], next(iter(garbled.values()), "")),
     ]
     labels: dict[str, int] = {}
-    mixed = RowErrors(skip_bad=True, keep=SHOWN_BAD_ROWS)  # which --skip-bad does not leave out
+    mixed = RowErrors(skip_bad=True, keep=SHOWN_BAD_ROWS)  # which --skip-bad alone does not leave out
+    skip_with: tuple[str, ...] = ("--skip-bad",)
+    misfits = 0  # rows of `mixed` that further options leave out
     forms: set[str] = {""}
     if purpose in ("embeddings", "decisions", "rankings", "classes"):
         forms.add(str(purpose))
@@ -344,6 +353,8 @@ def lint(
         found, labels = problems_of_classes(train.examples, problem, chosen=problem_type is not None)
         problems += [*found, ("duplicate", _repeated(train.examples))]
         add_misfits(rows, problem, mixed)
+        misfits = mixed.count if problem == NUMBER else 0
+        skip_with = (*["--problem-type=regression"] * bool(misfits), *skip_with)
         if problem_type is None and problem != NUMBER:
             try:
                 check_names(problem, rows[: len(train.examples)], rows[len(train.examples) :])
@@ -397,7 +408,7 @@ def lint(
         not_checked=not_checked,
         checked=checked,
         labels=dict(sorted(labels.items(), key=lambda label: -label[1])),
-        can_skip=not mixed.count,
+        skip_with=() if mixed.count > misfits else skip_with,
     )
     return report, train
 

@@ -48,13 +48,14 @@ def lint_command(options: LintOptions) -> LintReport:
     if report.errors:
         stops = [finding for finding in report.findings if finding.severity == "error"]
         good = sum(part.rows for part in (report.train, report.held_out) if part is not None)
-        of_column = report.errors == 1 and not report.can_skip  # an error that counts the rows itself
+        needs_more = report.skip_with != ("--skip-bad",)
+        of_column = report.errors == 1 and needs_more  # an error that counts the rows itself
         count = f"{report.errors:,} malformed row{'s' if report.errors > 1 else ''} in all"
         raise DataError(
             f"training would stop: {stops[0].what if of_column else count}",
             where=stops[0].where[0],
             next_step=stops[0].remedy
-            if report.errors > good or not report.can_skip  # the cause is that of the file, or the rows do not fit
+            if report.errors > good or needs_more  # the cause is that of the file, or the rows do not fit
             else "correct them, or leave them out with --skip-bad",
         )
     return report

@@ -59,8 +59,24 @@ def short_run_factor(objective: str, total_steps: int) -> float:
     return min(2.0, max(1.0, _SHORT_STEPS / total_steps)) if objective == "decide" else 1.0
 
 
+def rate_note(rate: float | str, objective: str) -> str | None:
+    """Return a warning of a given rate that is far from those that train an adapter, or None."""
+    if rate == "auto":
+        return None
+    lowest, highest = _RATES if objective in SUPERVISED else _COMPARING_RATES
+    if lowest <= float(rate) <= highest:
+        return None
+    effect = "training probably diverges" if float(rate) > highest else "the adapter hardly changes"
+    return (
+        f"warning: the learning rate {rate:g} is far {'above' if float(rate) > highest else 'below'} the usual ones of "
+        f"{objective}, so that {effect}; leave out --learning-rate to choose one automatically"
+    )
+
+
 RATE, HIGHEST_RATE = 5.2e-4, 5e-3
 COMPARING_RATE = 2e-4
+_RATES, _COMPARING_RATES = (1e-6, 10 * HIGHEST_RATE), (1e-7, 50 * COMPARING_RATE)
+"""Rates between which a run may be meant: those of docs/rates.md with a wide margin."""
 _SHORT_STEPS = 200  # runs of `decide` with fewer steps have a higher rate
 SUPERVISED = ("sft", "orpo", "decide", "rank", "classify")
 """Objectives that learn the answers of the rows, which the rule is for. The loss of `orpo` is mainly that of `sft`."""

@@ -26,6 +26,8 @@ from backhand.nn.model_options import peft_code
 SCORED_DECODERS = ("qwen3",)
 """Architectures of decoders for which llama.cpp has a score head."""
 _LLAMA_CPP = {"decide": "llama-server", "embed": "llama-server --embedding", "rank": "llama-server --reranking"}
+NOT_GENERATED = ("decide", "embed", "rank", "classify")
+"""Objectives whose adapters do not generate text, and have a command of their own."""
 _MAX_LORA_RANKS = (16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's option, of which the first is the default."""
 

@@ -475,7 +475,8 @@ async def _lint_part(site: Site, request: Request) -> Response:
         if {*(draft.columns() or first["columns"])} - {*first["complete"]}:  # else other values than those are missing
             complete = first["complete"]
     values = {"report": report, "messages": outcome.messages if outcome.code else "", "most": _MAX_SHOWN_TOKENS}
-    leave_out = draft.query(**{"more.skip_bad": "True"})
+    given = (option.removeprefix("--").partition("=") for option in report["skip_with"])
+    leave_out = draft.query(**{f"more.{name.replace('-', '_')}": value or "True" for name, _, value in given})
     values |= {
         "words": words,
         "leave_out": leave_out,
@@ -483,7 +484,7 @@ async def _lint_part(site: Site, request: Request) -> Response:
         "objective": draft.objective,
         "complete": complete,
     }
-    can_leave_out = report["errors"] and report["can_skip"] and (complete or not mostly_bad)
+    can_leave_out = report["errors"] and report["skip_with"] and (complete or not mostly_bad)
     return site.part("lint", **values, can_leave_out=can_leave_out)
 
 

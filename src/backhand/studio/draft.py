@@ -26,7 +26,7 @@ from backhand.options.config import TrainConfig
 from backhand.options.objectives import objectives_with
 from backhand.options.rewards import SAMPLING
 from backhand.studio.workspace import Workspace
-from backhand.words import nearest_names
+from backhand.words import nearest_names, shorten
 
 OBJECTIVES = {
     "sft": "Answers: the model learns to answer as the rows do",
@@ -272,15 +272,23 @@ class Draft:
         """Return the options of the rows. Raises FieldError: there are none, or this page may not read them."""
         words = [f"--data={self.rows_path(workspace)}"]
         if self.objective == "decide":
-            words += self._options("state")
-            for number in range(_QUESTIONS):
-                if column := self.get(f"question{number}"):
-                    asked = self.get(f"asked{number}")
-                    words.append(f"--question={column}={asked}" if asked else f"--question={column}")
+            words += [*self._options("state"), *self._question_words()]
         else:
             words += self._column_words()
         if self.get("eval_fraction"):
             words.append(f"--eval-fraction={self._number('eval_fraction')}")
+        return words
+
+    def _question_words(self) -> list[str]:
+        """Return the options of the questions. Raises FieldError: one has no column with its answers."""
+        words = []
+        for number in range(_QUESTIONS):
+            column, asked = self.get(f"question{number}"), self.get(f"asked{number}")
+            if asked and not column:
+                step = "choose the column with its answers, or remove the question"
+                raise FieldError(f"asked{number}", f"the question “{shorten(asked)}” has no answers", next_step=step)
+            if column:
+                words.append(f"--question={column}={asked}" if asked else f"--question={column}")
         return words
 
     def rows_path(self, workspace: Workspace) -> Path:
@@ -330,8 +338,13 @@ class Draft:
         return words
 
     def errors(self) -> dict[str, str]:
-        """Return the errors of all numbers, by their field."""
+        """Return the errors of all numbers and questions, by their field."""
         errors = {}
+        if self.objective == "decide":
+            try:
+                self._question_words()
+            except FieldError as error:
+                errors[error.field] = f"{error.what}: {error.next_step}"
         for name in ("eval_fraction", *(["reward_length"] if self.objective == "grpo" else []), *self._numbers()):
             try:
                 if self.get(name) and self.get(name) not in _WORDS:

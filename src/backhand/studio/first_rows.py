@@ -27,7 +27,8 @@ _LONGEST = 300
 def first_rows(name: str) -> dict[str, Any]:
     """Return `columns`, `rows`, `objective`, and the columns that it reads, such as `state` and `question`.
 
-    `complete` are the columns that have a value in nearly every row.
+    `complete` are the columns that have a value in nearly every row, and `unread` is the number of rows that cannot be
+    read, with the `first_unread` one.
 
     Raises:
         DataError: the file cannot be read, contains no valid row, or its first line is a row.
@@ -57,6 +58,8 @@ def first_rows(name: str) -> dict[str, Any]:
         "columns": columns,
         "rows": [{column: _text(row.get(column)) for column in columns} for row in rows[:SHOWN_ROWS]],
         "complete": classes.complete(len(rows)),
+        "unread": bad.count,
+        "first_unread": f"{bad.errors[0].where}: {bad.errors[0].what}" if bad.errors else "",
         **_suggested(columns, names, texts, rows),
     }
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from backhand.errors import BackhandError
-from backhand.nn.families.family_parsing import decoder_config
+from backhand.nn.families.family_parsing import predicts_tokens
 from backhand.nn.loading.opening import open_model
 from backhand.studio.draft import is_owned
 
@@ -27,10 +26,7 @@ def facts_of(name: str) -> dict[str, Any]:
         source = open_model(name if is_owned(name) else Path(name))  # a path is never a name on the hub
     except BackhandError as error:
         return {"error": {"what": error.what, "why": error.why, "next_step": error.next_step}, "answers": None}
-    answers = None
-    with suppress(BackhandError):
-        answers = decoder_config(source.config).has_head
-    return {"error": {}, "answers": answers}
+    return {"error": {}, "answers": predicts_tokens(source.config)}
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from backhand.generation.sampling import ROWS_AT_ONCE
 from backhand.loop.distillation import DistilledPacker, DistilledPrompts
 from backhand.loop.process_memory import settled_rss_bytes
 from backhand.loop.sampled_answers import PromptPacker
+from backhand.loop.step_plan import rate_note
 from backhand.options.config import Recompute, TrainConfig
 from backhand.printing import going_on
 from backhand.training.inputs import RunInputs, read_inputs
@@ -75,6 +76,8 @@ def plan_run(
         bases, budget_bytes = _plan_bases(inputs, machine, run_cache, held, watched=watched)
     hidden_states = _plan_hidden_states(inputs, machine, bases.chosen, budget_bytes, row_factor)
     notes = list(inputs.notes)
+    if note := rate_note(config.optimization.learning_rate, inputs.config.objective.objective):
+        notes.append(note)
     if bases.chosen.base == "quantized" and (slow := inputs.source.slow_types):
         notes.append(
             f"{', '.join(slow)}: no compiled kernel unpacks this type here; the gguf package does, several times slower"

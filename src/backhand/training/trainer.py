@@ -63,6 +63,7 @@ from backhand.runs.interruption import Interrupted, Interruption
 from backhand.runs.row_changes import recorded_rise
 from backhand.runs.status import resume_command, status_kept
 from backhand.runs.summary import RunSummary, read_summary
+from backhand.runs.uses import NOT_GENERATED, TrainedAdapter
 from backhand.system import available_bytes
 from backhand.training.advice import Curves, advice, answer_advice, has_rows_in_memory, too_few_rows
 from backhand.training.calibration import forecast_run
@@ -82,7 +83,7 @@ from backhand.training.resume import (
     state_digests,
 )
 from backhand.training.teaching import distilled_steps, teach
-from backhand.words import label_text, name_list
+from backhand.words import count_of, label_text, name_list
 
 
 @dataclass
@@ -545,13 +546,19 @@ class Trainer:
             "base as trained": f"{base}, {form}, computed in {model.dtype}",
             "data": name_list(map(_published_name, self.run.config.data.data)),
             **self._card_of_columns(),
-            "training rows": f"{len(self.run.inputs.train.examples):,}",
+            "training rows": self._rows_of_card(),
             "steps": f"{progress.step:,} of {self.run.inputs.total_steps:,}",
         }
         if system := self.run.inputs.train.report.system:
             card["system message of every row"] = f"{len(system):,} characters, see backhand.json"
         card |= held_out_card(self.run, progress)
+        if (objective := self.run.config.objective.objective) in NOT_GENERATED:
+            card["use"] = TrainedAdapter(objective, base, "path/to/this/directory").backhand()[0]
         return card
+
+    def _rows_of_card(self) -> str:
+        rows, added = len(self.run.inputs.train.examples), self.run.inputs.train.report.option_rows
+        return f"{rows - added:,}" + (f", and {count_of(added, 'name')} of options" if added else "")
 
     def _card_of_columns(self) -> dict[str, object]:
         """Return the lines of the card on the texts that the options read, and on their answers."""
@@ -561,6 +568,7 @@ class Trainer:
         lines = {
             "text": data.state or data.prompt,
             "answers": data.completion or name_list(data.question),
+            **{f"question {name}": one.instructions for name, one in inputs.train.questions.items()},
             **{name: name_list(map(label_text, labels), limit=_MOST_LABELS) for name, labels in lists.items()},
         }
         return {name: text for name, text in lines.items() if text}

@@ -108,6 +108,19 @@ def decoder_config(config: Mapping[str, object]) -> DecoderConfig:
     return replace(result, padding_id=_padding_id(fields, result.vocab_size), notes=_notes(fields, str(model_type)))
 
 
+def predicts_tokens(config: Mapping[str, object]) -> bool | None:
+    """Return `has_head` of `decoder_config` without reading the other fields, or None for an unknown model.
+
+    Other fields may need their defaults in transformers, which takes seconds to import.
+    """
+    model_type = config.get("model_type")
+    if model_type in _ENCODERS or config.get(HEADLESS):
+        return False
+    if model_type == "gemma3_text":
+        return not config.get("use_bidirectional_attention")
+    return True if model_type in _FAMILIES else None
+
+
 def _is_mxfp4(quantization: object, model_type: str) -> bool:
     """Return True for OpenAI's checkpoints, whose MXFP4 blocks can be read."""
     if not isinstance(quantization, Mapping) or model_type != "gpt_oss":
