@@ -13,6 +13,7 @@ import transformers
 
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.weights import empty_weights, named_views
+from backhand.nn.families.config_fields import HEADLESS
 from backhand.nn.families.family import LayerConfig, RotaryConfig, ShortConv
 from backhand.nn.families.family_parsing import FAMILIES, UnsupportedModel, decoder_config, predicts_tokens
 from backhand.nn.families.mixed_families import OF_MAMBA, WITHOUT_EXPERTS
@@ -527,5 +528,6 @@ def test_a_model_with_a_head_is_known_by_few_fields(variant: str) -> None:
 
 def test_an_encoder_is_known_by_few_fields() -> None:
     both = tiny_config("gemma3_text", use_bidirectional_attention=True).to_dict()
-    for config in (both, transformers.BertConfig().to_dict(), transformers.ModernBertConfig().to_dict()):
+    headless = {**tiny_config("llama").to_dict(), HEADLESS: True}
+    for config in (both, headless, transformers.BertConfig().to_dict(), transformers.ModernBertConfig().to_dict()):
         assert predicts_tokens(config) is decoder_config(config).has_head is False

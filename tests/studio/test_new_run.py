@@ -956,7 +956,11 @@ DECIDED = {"type": "choice", "choice": ATTACK, "probabilities": {ATTACK: 0.5, "x
 @pytest.mark.parametrize(
     ("place", "answer"),
     [
-        ("part/rows", {"columns": [ATTACK], "rows": [{ATTACK: ATTACK}], "objective": "decide", "state": ATTACK}),
+        (
+            "part/rows",
+            {"columns": [ATTACK], "rows": [{ATTACK: ATTACK}], "objective": "decide", "state": ATTACK}
+            | {"unread": 1, "first_unread": ATTACK},
+        ),
         ("part/lint", LINTED),
         ("part/plan", PLANNED | {"notes": [ATTACK]}),
         ("part/models", [LISTED | {"file_bytes": 1, "memory_bytes": None, "fits": None, "note": ATTACK}]),

@@ -540,6 +540,17 @@ def test_numbers_are_judged_by_the_squared_errors_of_the_rows(tiny: TinyRun, tmp
     assert "in squared error per row; compared with " in page and "too few rows to be sure of the change" in page
 
 
+def test_options_that_leave_bad_numbers_out_are_given_only_if_they_do(tiny: TinyRun) -> None:
+    rows = [{"text": f"user asks {n}", "label": f"{n / 7:.2f}"} for n in range(1, 41)]
+    common: dict[str, Any] = {"model": tiny.model, "classes": True, "eval_fraction": 0.0}
+    for label, options in (("n/a", ["--problem-type=regression", "--skip-bad"]), ("1,234", [])):
+        bad = [*rows, {"text": "a list", "label": label}]
+        found = backhand.lint(data=bad, **common)
+        assert (found["errors"], found["skip_with"]) == (1, options)
+        left_out = backhand.lint(data=bad, problem_type="regression", skip_bad=True, **common)
+        assert bool(left_out["errors"]) is not bool(options)
+
+
 def test_numbers_far_from_all_others_are_found(tiny: TinyRun) -> None:
     rows = [{"text": f"user asks {n}", "label": n / 10} for n in range(1, 41)]
     for values, found in (((99,), ["99"]), ((99, 98), []), ((11,), [])):

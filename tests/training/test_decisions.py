@@ -543,7 +543,7 @@ def test_without_held_out_rows_there_is_no_temperature(tiny: TinyRun, tmp_path: 
     record = json.loads((tmp_path / "run" / "adapter" / "backhand.json").read_text())
     assert record["decisions"]["temperatures"] == {}
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
-    assert "| training rows | 12, and 3 names of options |" in card and "\n| question " in card
+    assert "| training rows | 12 rows and 3 names of options |" in card and "\n| question " in card
     assert "| use | backhand decide --model " in card
     assert summary.rows == 15 and " on 12 rows and 3 names of options: " in closing_lines(summary)[0]
     assert " on 12 rows of twelve.jsonl and 3 names of options" in headline(read_run(tmp_path / "run"))

@@ -11,7 +11,7 @@ from backhand.data.class_examples import misfit, not_numbers
 from backhand.data.decision_lint import MOST_FREQUENT, named_alike
 from backhand.data.examples import Example
 from backhand.data.label_names import as_list, integers_note, joined_labels, refuse_labels_of_one_row
-from backhand.data.raw_rows import RowErrors, number_of
+from backhand.data.raw_rows import RowErrors, has_unclear_comma, number_of
 from backhand.data.rows import NUMBER, SINGLE, ClassLabel, ProblemType
 from backhand.errors import DataError
 from backhand.words import count_of, label_text, name_list, shorten
@@ -22,11 +22,17 @@ _FAR = 10.0
 """Mean or deviation of numbers from which a new head, whose outputs are near 0, is far from them."""
 
 
-def add_misfits(examples: Iterable[Example], problem: ProblemType, bad: RowErrors) -> None:
-    """Count the rows whose label does not fit the kind of problem as malformed."""
+def add_misfits(examples: Iterable[Example], problem: ProblemType, bad: RowErrors, no_numbers: RowErrors) -> None:
+    """Count the rows whose label does not fit the kind of problem as malformed.
+
+    Args:
+        bad: where no option leaves the rows out.
+        no_numbers: where `--problem-type regression` with `--skip-bad` leaves them out.
+    """
     for one in examples:
-        if error := misfit(one.facts_as(ClassLabel), problem, one.source):
-            bad.add(error)
+        label = one.facts_as(ClassLabel)
+        if error := misfit(label, problem, one.source):
+            (bad if problem != NUMBER or has_unclear_comma(label.value) else no_numbers).add(error)
 
 
 def problems_of_classes(

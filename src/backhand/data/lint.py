@@ -329,9 +329,8 @@ def lint(
         ("mojibake", [*garbled], next(iter(garbled.values()), "")),
     ]
     labels: dict[str, int] = {}
-    mixed = RowErrors(skip_bad=True, keep=SHOWN_BAD_ROWS)  # which --skip-bad alone does not leave out
-    skip_with: tuple[str, ...] = ("--skip-bad",)
-    misfits = 0  # rows of `mixed` that further options leave out
+    mixed = RowErrors(skip_bad=True, keep=SHOWN_BAD_ROWS)  # which no option leaves out
+    no_numbers = RowErrors(skip_bad=True, keep=SHOWN_BAD_ROWS)  # which --skip-bad alone does not leave out
     forms: set[str] = {""}
     if purpose in ("embeddings", "decisions", "rankings", "classes"):
         forms.add(str(purpose))
@@ -352,9 +351,7 @@ def lint(
         problem = problem_type or problem_of(one.facts_as(ClassLabel) for one in rows)
         found, labels = problems_of_classes(train.examples, problem, chosen=problem_type is not None)
         problems += [*found, ("duplicate", _repeated(train.examples))]
-        add_misfits(rows, problem, mixed)
-        misfits = mixed.count if problem == NUMBER else 0
-        skip_with = (*["--problem-type=regression"] * bool(misfits), *skip_with)
+        add_misfits(rows, problem, mixed, no_numbers)
         if problem_type is None and problem != NUMBER:
             try:
                 check_names(problem, rows[: len(train.examples)], rows[len(train.examples) :])
@@ -392,7 +389,8 @@ def lint(
     else:
         long = documents.take(tokens > context_length)
         problems.append(("context", [document.source for document in long], context_length))
-    malformed = [*_malformed(mixed, "error"), *_malformed(bad, "warning" if options.skip_bad else "error")]
+    malformed = [*_malformed(no_numbers, "error"), *_malformed(mixed, "error")]
+    malformed += _malformed(bad, "warning" if options.skip_bad else "error")
     unit = train.report.cut_unit
     checked = tuple(kind for kind, check in CHECKS.items() if check.form in forms)
     findings = [*malformed, *(_finding(unit, *one) for one in problems if one[1] and one[0] in checked)]
@@ -408,7 +406,7 @@ def lint(
         not_checked=not_checked,
         checked=checked,
         labels=dict(sorted(labels.items(), key=lambda label: -label[1])),
-        skip_with=() if mixed.count > misfits else skip_with,
+        skip_with=() if mixed.count else (*["--problem-type=regression"] * bool(no_numbers.count), "--skip-bad"),
     )
     return report, train
 

@@ -61,16 +61,14 @@ def short_run_factor(objective: str, total_steps: int) -> float:
 
 def rate_note(rate: float | str, objective: str) -> str | None:
     """Return a warning of a given rate that is far from those that train an adapter, or None."""
-    if rate == "auto":
-        return None
     lowest, highest = _RATES if objective in SUPERVISED else _COMPARING_RATES
-    if lowest <= float(rate) <= highest:
+    if isinstance(rate, str) or lowest <= rate <= highest:
         return None
-    effect = "training probably diverges" if float(rate) > highest else "the adapter hardly changes"
-    return (
-        f"warning: the learning rate {rate:g} is far {'above' if float(rate) > highest else 'below'} the usual ones of "
-        f"{objective}, so that {effect}; leave out --learning-rate to choose one automatically"
-    )
+    far = "above the usual ones of {}, so that training probably diverges"
+    if rate < lowest:
+        far = "below the usual ones of {}, so that the adapter hardly changes"
+    remedy = "leave out --learning-rate to choose one automatically"
+    return f"warning: the learning rate {rate:g} is far {far.format(objective)}; {remedy}"
 
 
 RATE, HIGHEST_RATE = 5.2e-4, 5e-3

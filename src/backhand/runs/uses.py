@@ -26,8 +26,13 @@ from backhand.nn.model_options import peft_code
 SCORED_DECODERS = ("qwen3",)
 """Architectures of decoders for which llama.cpp has a score head."""
 _LLAMA_CPP = {"decide": "llama-server", "embed": "llama-server --embedding", "rank": "llama-server --reranking"}
-NOT_GENERATED = ("decide", "embed", "rank", "classify")
-"""Objectives whose adapters do not generate text, and have a command of their own."""
+OWN_COMMANDS = {
+    "decide": "backhand decide {} --state '…'",
+    "embed": "backhand embed {} --data FILE --output vectors.npy",
+    "rank": "backhand rank {} --query '…' --data FILE",
+    "classify": "backhand classify {} --text '…'",
+}
+"""Commands of adapters that do not generate text, by objective, with a place for `TrainedAdapter.given`."""
 _MAX_LORA_RANKS = (16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's option, of which the first is the default."""
 
@@ -83,14 +88,8 @@ class TrainedAdapter:
 
     def backhand(self) -> list[str]:
         """Return Backhand's own commands, the most useful one first."""
-        for_objective = {
-            "decide": f"backhand decide {self.given} --state '…'",
-            "embed": f"backhand embed {self.given} --data FILE --output vectors.npy",
-            "rank": f"backhand rank {self.given} --query '…' --data FILE",
-            "classify": f"backhand classify {self.given} --text '…'",
-        }
-        if self.objective in for_objective:
-            return [for_objective[self.objective]]
+        if self.objective in OWN_COMMANDS:
+            return [OWN_COMMANDS[self.objective].format(self.given)]
         labels = " --labels auto" if self.labelled else ""
         answer = f"backhand generate {self.given}{labels} --compare{self.asking}"
         if self.labelled or not self.has_template:

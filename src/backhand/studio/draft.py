@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, is_dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -340,17 +340,14 @@ class Draft:
     def errors(self) -> dict[str, str]:
         """Return the errors of all numbers and questions, by their field."""
         errors = {}
-        if self.objective == "decide":
+        numbers = ("eval_fraction", *(["reward_length"] if self.objective == "grpo" else []), *self._numbers())
+        checks: list[Callable[[], object]] = [self._question_words] if self.objective == "decide" else []
+        checks += [partial(self._number, name) for name in numbers if self.get(name) and self.get(name) not in _WORDS]
+        for check in checks:
             try:
-                self._question_words()
+                check()
             except FieldError as error:
                 errors[error.field] = f"{error.what}: {error.next_step}"
-        for name in ("eval_fraction", *(["reward_length"] if self.objective == "grpo" else []), *self._numbers()):
-            try:
-                if self.get(name) and self.get(name) not in _WORDS:
-                    self._number(name)
-            except FieldError as error:
-                errors[name] = f"{error.what}: {error.next_step}"
         return errors
 
     def missing_columns(self, columns: Iterable[str]) -> dict[str, str]:

@@ -62,8 +62,8 @@ from backhand.runs.directory import ANSWERS, CONFIG, FACTS, METRICS, SUMMARY, Pr
 from backhand.runs.interruption import Interrupted, Interruption
 from backhand.runs.row_changes import recorded_rise
 from backhand.runs.status import resume_command, status_kept
-from backhand.runs.summary import RunSummary, read_summary
-from backhand.runs.uses import NOT_GENERATED, TrainedAdapter
+from backhand.runs.summary import RunSummary, read_summary, rows_trained_on
+from backhand.runs.uses import OWN_COMMANDS, TrainedAdapter
 from backhand.system import available_bytes
 from backhand.training.advice import Curves, advice, answer_advice, has_rows_in_memory, too_few_rows
 from backhand.training.calibration import forecast_run
@@ -83,7 +83,7 @@ from backhand.training.resume import (
     state_digests,
 )
 from backhand.training.teaching import distilled_steps, teach
-from backhand.words import count_of, label_text, name_list
+from backhand.words import label_text, name_list
 
 
 @dataclass
@@ -538,7 +538,7 @@ class Trainer:
         return HeldOutEmbeddings(objective, rows, hidden_states)
 
     def _card(self, progress: Progress) -> dict[str, object]:
-        model = self.run.config.model
+        model, train = self.run.config.model, self.run.inputs.train
         form = "quantized" if self.run.plan.memory.base == "quantized" else "dense"
         form += f", quantized to {model.quantize} on reading" if model.quantize else ""
         base = _published_name(self.run.inputs.source.origin or model.model)
@@ -546,19 +546,15 @@ class Trainer:
             "base as trained": f"{base}, {form}, computed in {model.dtype}",
             "data": name_list(map(_published_name, self.run.config.data.data)),
             **self._card_of_columns(),
-            "training rows": self._rows_of_card(),
+            "training rows": rows_trained_on(len(train.examples), None, train.report.option_rows),
             "steps": f"{progress.step:,} of {self.run.inputs.total_steps:,}",
         }
-        if system := self.run.inputs.train.report.system:
+        if system := train.report.system:
             card["system message of every row"] = f"{len(system):,} characters, see backhand.json"
         card |= held_out_card(self.run, progress)
-        if (objective := self.run.config.objective.objective) in NOT_GENERATED:
+        if (objective := self.run.config.objective.objective) in OWN_COMMANDS:
             card["use"] = TrainedAdapter(objective, base, "path/to/this/directory").backhand()[0]
         return card
-
-    def _rows_of_card(self) -> str:
-        rows, added = len(self.run.inputs.train.examples), self.run.inputs.train.report.option_rows
-        return f"{rows - added:,}" + (f", and {count_of(added, 'name')} of options" if added else "")
 
     def _card_of_columns(self) -> dict[str, object]:
         """Return the lines of the card on the texts that the options read, and on their answers."""
