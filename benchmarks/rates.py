@@ -38,6 +38,7 @@ from machine import describe_machine
 
 from backhand.loop.step_plan import RATE, chosen_rate, default_warmup_steps
 from backhand.options.config import OptimizationOptions
+from backhand.options.objectives import ObjectiveOptions
 
 TARGET = Path(__file__).parent / "results" / "rates.json"
 LABELS = ("asyncio", "decimal", "email", "http", "logging", "mailbox", "tkinter", "unittest")
@@ -432,7 +433,7 @@ def tell_rule(stored: dict[str, Any]) -> None:
 
 def auto_rate(case: Case) -> float:
     """Return the value that `auto` chooses."""
-    return chosen_rate(OptimizationOptions(), "sft", 1, lambda: GAINS[case.model])[0]
+    return chosen_rate(OptimizationOptions(), ObjectiveOptions(), 1, lambda: GAINS[case.model])[0]
 
 
 def _grids(stored: dict[str, Any]) -> Iterator[tuple[Case, dict[str, dict[str, Any]]]]:

@@ -163,7 +163,7 @@ def test_the_chosen_rate_is_said_stored_and_kept_by_a_resumed_run(tiny: TinyRun,
 
 
 def test_a_number_stays_and_other_words_are_refused() -> None:
-    assert chosen_rate(OptimizationOptions(learning_rate=3e-5), "sft", 1, lambda: 1.0) == (3e-5, None)
+    assert chosen_rate(OptimizationOptions(learning_rate=3e-5), ObjectiveOptions(), 1, lambda: 1.0) == (3e-5, None)
     assert config_from_table({"optimization": {"learning_rate": "auto"}}, "x").optimization.learning_rate == "auto"
     for value in ("fast", True, 0.0):
         with pytest.raises(UsageError, match="learning_rate"):
@@ -181,13 +181,13 @@ def test_a_number_stays_and_other_words_are_refused() -> None:
     ],
 )
 def test_a_rate_far_from_the_usual_ones_is_a_warning(rate: float | str, objective: str, said: str | None) -> None:
-    note = rate_note(rate, objective)
+    note = rate_note(rate, ObjectiveOptions(objective))
     assert note is None if said is None else note is not None and note.startswith("warning: ") and said in note
 
 
 def test_the_rate_follows_the_weights() -> None:
     def rate(gain: float, objective: str = "sft", steps: int = 1) -> float:
-        return chosen_rate(OptimizationOptions(), objective, steps, lambda: gain)[0]
+        return chosen_rate(OptimizationOptions(), ObjectiveOptions(objective), steps, lambda: gain)[0]
 
     assert rate(1.0) == RATE and rate(6.25) == 2.5 * RATE
     assert rate(100.0) == HIGHEST_RATE

@@ -169,8 +169,7 @@ TEMPLATE_PLACES = ("{prompt}", "{privileged_context}")
 
 OneText = Conversation | Completion | PlainText
 Row = OneText | Pair | UnpairedRow | PromptRow | DecisionRow | EmbeddingRow | RankingRow | ClassRow
-_Learned = Literal["answers", "pairs", "labels", "prompts", "decisions", "embeddings", "rankings", "classes"]
-Purpose = Literal[_Learned, "labelled", "states", "texts", "candidates"]
+Purpose = str
 """Use of rows: answers to learn, pairs of answers, answers with a label, prompts to answer, questions about a state
 with their answers, texts to compare, queries with documents of known relevance, or texts with the label that a
 classification head learns; answers to evaluate, with a label if the rows have one; states to decide, texts whose

@@ -103,9 +103,9 @@ def answered_rows(examples: Sequence[Example], config: TrainConfig, *, fixed: bo
         config: the configuration of the run.
         fixed: True if other files have answers of evenly spaced rows, so that the same rows are shown.
     """
-    pairs = config.objective.purpose == "pairs"
+    pairs = config.objective.traits.rows == "pairs"
     count = max(config.run.answers, _MEASURED_PAIRS if pairs else 0)
-    fixed = fixed or config.objective.trains_on_samples
+    fixed = fixed or config.objective.traits.trains_on_samples
     short = not pairs and not fixed and all(0 < end - begin <= _LABEL_TOKENS for begin, end in _spans(examples))
     return _CANDIDATES * count if short else count, count
 
@@ -142,8 +142,8 @@ def free_answers(
     model, tokenizer, stops = bound.completer(), source.tokenizer(), stop_ids(source, config.data)
     new_tokens = max(1, min(MAX_NEW_TOKENS, model.context_tokens // 2))
     longest = min(_LONGEST_PROMPT, model.context_tokens - new_tokens)
-    pairs = config.objective.purpose == "pairs"
-    if config.objective.purpose == "labels":  # an undesirable answer is no reference
+    pairs = config.objective.traits.rows == "pairs"
+    if config.objective.traits.rows == "labels":  # an undesirable answer is no reference
         examples = [example for example in examples if example.desirable] or examples
     candidates, count = answered_rows(examples, config, fixed=bool(prompted))
     chosen = {number: examples[number] for number in evenly_spaced(len(examples), candidates)}
@@ -365,7 +365,7 @@ def measured_answers(
         start: values of the adapter that the run started from; None for the base model.
     """
     spans = list(_spans(examples))
-    own_answers = config.objective.objective == "sft" or config.objective.answers_by == "rows"
+    own_answers = config.objective.objective == "sft" or config.objective.traits.answers_from == "rows"
     if not own_answers or not all(0 < end - begin <= SHORT_TOKENS for begin, end in spans):
         return {}
     model, new_tokens = bound.completer(), max(end - begin for begin, end in spans) + EXTRA_TOKENS

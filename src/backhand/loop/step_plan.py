@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from backhand.errors import not_none
 from backhand.loop.step import LearningRate
 from backhand.options.config import OptimizationOptions, RunOptions, TrainConfig
+from backhand.options.objectives import ObjectiveOptions
 
 DEFAULT_WARMUP_SHARE = 0.03
 
@@ -24,7 +25,7 @@ def default_warmup_steps(total_steps: int) -> int:
 
 
 def chosen_rate(
-    options: OptimizationOptions, objective: str, total_steps: int, weight_scale: Callable[[], float]
+    options: OptimizationOptions, objective: ObjectiveOptions, total_steps: int, weight_scale: Callable[[], float]
 ) -> tuple[float, str | None]:
     """Return the learning rate of a run, and the reason for it, or None if the rate was given as a number.
 
@@ -34,50 +35,49 @@ def chosen_rate(
     rate. The constant c and the root were measured. Measurements also show that the best rate does not depend on the
     adapter's rank, the number of steps, or the supervised tokens per step (docs/rates.md).
 
-    The factor k is 1, except in short runs of `decide`. The labels mean nothing to the model at first, and at k = 1 the
-    rate falls to zero before they do. k is 2 in runs of at most 100 steps, and falls to 1 at 200 steps.
+    The factor k is 1, except in short runs of objectives whose labels mean nothing to the model at first. At k = 1, the
+    rate falls to zero before they mean something. k is at most `Traits.short_run_factor`. It falls to 1 at 200 steps.
 
     Args:
         options: the options of the optimizer.
-        objective: the name of the objective.
+        objective: the options of the objective.
         total_steps: number of steps of the run.
         weight_scale: returns g = rms(W) √in of the adapted matrices, which is |W x| / |x| for an x unrelated to W.
     """
     rate = options.learning_rate
     if rate != "auto":
         return rate, None
-    if objective not in SUPERVISED:
-        return COMPARING_RATE, f"{COMPARING_RATE:g}, the usual one for {objective}; another by --learning-rate"
+    if not objective.traits.is_supervised:
+        usual = f"{COMPARING_RATE:g}, the usual one for {objective.objective}; another by --learning-rate"
+        return COMPARING_RATE, usual
     factor = short_run_factor(objective, total_steps)
     rate = float(f"{min(HIGHEST_RATE, RATE * factor * math.sqrt(weight_scale())):.2g}")
-    reasons = "the size of the frozen weights" + " and the number of steps" * (objective == "decide")
+    reasons = "the size of the frozen weights" + " and the number of steps" * (objective.traits.short_run_factor > 1)
     return rate, f"{rate:g}, chosen by {reasons}; another by --learning-rate"
 
 
-def short_run_factor(objective: str, total_steps: int) -> float:
+def short_run_factor(objective: ObjectiveOptions, total_steps: int) -> float:
     """Return k of `chosen_rate`."""
-    return min(2.0, max(1.0, _SHORT_STEPS / total_steps)) if objective == "decide" else 1.0
+    return min(objective.traits.short_run_factor, max(1.0, _SHORT_STEPS / total_steps))
 
 
-def rate_note(rate: float | str, objective: str) -> str | None:
+def rate_note(rate: float | str, objective: ObjectiveOptions) -> str | None:
     """Return a warning of a given rate that is far from those that train an adapter, or None."""
-    lowest, highest = _RATES if objective in SUPERVISED else _COMPARING_RATES
+    lowest, highest = _RATES if objective.traits.is_supervised else _COMPARING_RATES
     if isinstance(rate, str) or lowest <= rate <= highest:
         return None
     far = "above the usual ones of {}, so that training probably diverges"
     if rate < lowest:
         far = "below the usual ones of {}, so that the adapter hardly changes"
     remedy = "leave out --learning-rate to choose one automatically"
-    return f"warning: the learning rate {rate:g} is far {far.format(objective)}; {remedy}"
+    return f"warning: the learning rate {rate:g} is far {far.format(objective.objective)}; {remedy}"
 
 
 RATE, HIGHEST_RATE = 5.2e-4, 5e-3
 COMPARING_RATE = 2e-4
 _RATES, _COMPARING_RATES = (1e-6, 10 * HIGHEST_RATE), (1e-7, 50 * COMPARING_RATE)
 """Rates between which a run may be meant: those of docs/rates.md with a wide margin."""
-_SHORT_STEPS = 200  # runs of `decide` with fewer steps have a higher rate
-SUPERVISED = ("sft", "orpo", "decide", "rank", "classify")
-"""Objectives that learn the answers of the rows, which the rule is for. The loss of `orpo` is mainly that of `sft`."""
+_SHORT_STEPS = 200  # runs with fewer steps may have a higher rate
 
 
 def five_times(total_steps: int) -> int:

@@ -121,10 +121,8 @@ class ModelOptions(BaseModelOptions):
 
 
 _EPOCHS = 3
-_DECIDE_AVERAGE, _AVERAGED_FROM = 0.6, 50
-_NEW_LABELS, _LABEL_STEPS, _MOST_EPOCHS = ("decide", "rank"), 100, 15
-"""The labels of these objectives mean nothing to a model before it is trained. Fewer steps leave it close to guessing.
-"""
+_AVERAGED_FROM = 50  # steps
+_MOST_EPOCHS = 15  # by default
 
 
 @dataclass(frozen=True)
@@ -300,16 +298,14 @@ class TrainConfig(Options):
         optimization = self.optimization
         if optimization.epochs is not None:
             return optimization.epochs
-        if self.objective.objective not in _NEW_LABELS:
-            return _EPOCHS
         steps_per_epoch = -(-rows // optimization.batch_rows)
-        return min(max(_EPOCHS, -(-_LABEL_STEPS // steps_per_epoch)), _MOST_EPOCHS)
+        return min(max(_EPOCHS, -(-self.objective.traits.fewest_steps // max(1, steps_per_epoch))), _MOST_EPOCHS)
 
     def average_share_of(self, steps: int) -> float | None:
         """Return the share of the steps over which values are averaged in a run of this number of steps."""
         given = self.optimization.average_share
-        long_enough = self.objective.objective == "decide" and steps >= _AVERAGED_FROM
-        return _DECIDE_AVERAGE if given is None and long_enough else given
+        usual = self.objective.traits.average_share
+        return usual if given is None and usual and steps >= _AVERAGED_FROM else given
 
     @property
     def run_config(self) -> TrainConfig:
@@ -326,12 +322,12 @@ class TrainConfig(Options):
                 where="average_share",
                 next_step="leave one of them out",
             )
-        if not self.objective.predicts_tokens:
+        if not self.objective.traits.predicts_tokens:
             self.check_states()
         if self.objective.objective == "rank":
             check_ranking_system(self.data.system)
         train_on, objective = self.data.train_on, self.objective.objective
-        check_options(self.data, self.objective.purpose, objective, "give --objective {}".format)
+        check_options(self.data, self.objective.traits.rows, objective, "give --objective {}".format)
         if train_on != "completions" and objective != "sft":
             raise UsageError(
                 f"train_on {train_on!r} would compare prompts, and {objective} compares answers",
@@ -375,9 +371,9 @@ class TrainConfig(Options):
     def _check_rewards(self) -> None:
         objective = self.objective
         rewarded, given = objective.objective == "grpo", self.rewards.given()
-        unused = [name for name in given if not (rewarded or (objective.samples and name in SAMPLING))]
+        unused = [name for name in given if not (rewarded or (objective.traits.samples and name in SAMPLING))]
         if unused and not self.run.resume:
-            without = "no rewards" if objective.samples else "no rewards and samples no answers"
+            without = "no rewards" if objective.traits.samples else "no rewards and samples no answers"
             raise UsageError(
                 f"{unused[0]} is given, and {objective.objective} has {without}",
                 where=unused[0],
@@ -387,13 +383,13 @@ class TrainConfig(Options):
             raise UsageError(
                 "grpo rewards nothing", where="reward", next_step="give --reward NAME or --reward FILE.py:FUNCTION"
             )
-        if objective.trains_on_samples and self.adapter.dropout:
+        if objective.traits.trains_on_samples and self.adapter.dropout:
             raise UsageError(
                 f"dropout {self.adapter.dropout} would train another model than the one that samples",
                 where="dropout",
                 next_step="leave out --dropout",
             )
-        if objective.samples and self.model.engine == "transformers":
+        if objective.traits.samples and self.model.engine == "transformers":
             raise UsageError(
                 "answers are sampled and trained on by the backhand engine alone",
                 where="engine",

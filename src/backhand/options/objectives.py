@@ -12,14 +12,14 @@ from backhand.bounds import Bound, Check, Convert, GivenTexts, Options, Text
 from backhand.data.label_names import as_labels
 from backhand.data.rows import (
     INSTRUCTION,
-    PURPOSES,
     TEMPLATE_PLACES,
     PoolingName,
     ProblemType,
-    Purpose,
     RankingLossName,
 )
 from backhand.errors import UsageError
+from backhand.objective.registry import objective
+from backhand.objective.spec import AnswersFrom, Traits
 from backhand.words import shown
 
 ObjectiveName = Literal[
@@ -31,10 +31,6 @@ _Sorted = Literal["aot", "aot_unpaired"]
 _OfLabels = Literal["kto", "apo_zero_unpaired"]
 EmbeddingLoss = Literal["infonce", "symmetric", "triplet", "cosent"]
 DivergenceKind = Literal["forward", "reverse", "jensen-shannon"]
-AnswersFrom = Literal["teacher", "student", "rows"]
-DISTILLED = ("bake", "sdft")
-WITHOUT_TARGETS = ("embed", "rank", "classify")
-"""Objectives whose loss is one of vectors or scores of texts, so that no token is a target."""
 DEMONSTRATION_TEMPLATE = """{prompt}
 
 This is an example for a response to the question:
@@ -304,48 +300,16 @@ class ObjectiveOptions(Options):
         loss_type = self.form if "loss_type" in _TAKEN[self.objective] else None
         resolved = replace(self, beta=beta, loss_type=loss_type)
         if self.objective == "bake":
-            return replace(resolved, divergence=self.divergence or "forward", answers_from=self.answers_by)
+            return replace(resolved, divergence=self.divergence or "forward", answers_from=self.traits.answers_from)
         if self.objective == "sdft":
             template = self.teacher_prompt_template or DEMONSTRATION_TEMPLATE
             return replace(resolved, divergence=self.divergence or "reverse", teacher_prompt_template=template)
         return resolved
 
     @property
-    def answers_by(self) -> AnswersFrom | None:
-        """Origin of the answers of a distilled run; None for other objectives."""
-        if self.objective == "sdft":
-            return "student"
-        return (self.answers_from or "teacher") if self.objective == "bake" else None
-
-    @property
-    def samples(self) -> bool:
-        """True if the model samples answers."""
-        return self.objective == "grpo" or self.answers_by in ("teacher", "student")
-
-    @property
-    def trains_on_samples(self) -> bool:
-        """True if the adapted model samples the answers of each step."""
-        return self.objective == "grpo" or self.answers_by == "student"
-
-    @property
-    def purpose(self) -> Purpose:
-        """Kind of rows that the objective needs."""
-        return PURPOSES[self.objective]
-
-    @property
-    def predicts_tokens(self) -> bool:
-        """True if the loss is one of tokens, so that the model answers texts afterwards."""
-        return self.objective not in ("embed", "classify")
-
-    @property
-    def unit(self) -> str:
-        """Name of one text that is trained on."""
-        return "text" if not self.predicts_tokens else "prompt" if self.trains_on_samples else "document"
-
-    @property
-    def has_reference(self) -> bool:
-        """True if the loss compares with the model that the run starts from."""
-        return self.objective in ("dpo", "ipo", "kto")
+    def traits(self) -> Traits:
+        """Facts of the objective under these options."""
+        return objective(self.objective).traits(self)
 
     @property
     def strength(self) -> float:

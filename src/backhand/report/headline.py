@@ -10,7 +10,6 @@ from typing import Any, Literal
 from backhand.data.label_names import unlearned_note
 from backhand.data.rows import NUMBER
 from backhand.json_shape import required_keys
-from backhand.options.objectives import DISTILLED
 from backhand.reading import uploaded_name
 from backhand.report.run_record import RunRecord, is_number
 from backhand.runs.distilled_results import agreement_words
@@ -111,7 +110,7 @@ def _verdict_of_scores(run: RunRecord) -> str:
         return gain_verdict(_reward_gain(run))
     if base is None or best is None or run.objective in PAIR_OBJECTIVES:
         return "unknown"
-    if run.objective in DISTILLED:
+    if run.traits.has_teacher:
         return gain_verdict(_gain((run.summary.get("distilled") or {}).get("top_1_gain")))
     if (change := held_out_loss_change(run)) is not None:
         return loss_verdict(change)
@@ -373,7 +372,7 @@ def _outcome(run: RunRecord) -> str:
         answers = run.summary.get("free_answers")
         clauses = [] if pairs is None else pair_clauses(pairs, held_out_rows(run), run.objective, answers)
         return "; ".join([f"{change} {loss_unit(run.objective)}", *clauses])
-    if run.objective in DISTILLED:
+    if run.traits.has_teacher:
         figures = run.summary.get("distilled")
         words = (
             f"{agreement_words(figures, count_of(figures['tokens'], 'token'))}{since_start(run.compared_with_start)}"

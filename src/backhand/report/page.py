@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from backhand.options.objectives import DISTILLED
 from backhand.report import charts
 from backhand.report.headline import (
     base_and_best,
@@ -282,7 +281,7 @@ def _change(before: float | None, after: float, words: Callable[[float], str] = 
 
 def expected(run: RunRecord) -> str:
     """Return the name of the reference answers. The teacher samples them if the rows of distillation have none."""
-    sampled = run.objective in DISTILLED and run.config["objective"].get("answers_from") != "rows"
+    sampled = run.traits.has_teacher and run.traits.samples
     return "sampled by the teacher" if sampled else "expected answer"
 
 

@@ -15,6 +15,8 @@ from typing import Any, TypedDict, TypeGuard
 from backhand.errors import ArtifactError, UsageError, short_reason
 from backhand.files import FileLayer
 from backhand.json_shape import fitting, parse
+from backhand.objective.registry import recorded_traits
+from backhand.objective.spec import Traits
 from backhand.options.config_file import parse_toml
 from backhand.reading import read_settings
 from backhand.runs.directory import (
@@ -98,6 +100,11 @@ class RunRecord:
     def objective(self) -> str:
         """Value of `--objective`."""
         return str(self.config.get("objective", {}).get("objective", "sft"))
+
+    @property
+    def traits(self) -> Traits:
+        """Facts of the objective under the options of the run."""
+        return recorded_traits(self.config.get("objective", {}))
 
     @property
     def has_teacher_answers(self) -> bool:

@@ -43,7 +43,7 @@ from backhand.data.raw_rows import any_in_memory
 from backhand.errors import not_none
 from backhand.loop.rewards.guards import constant_rewards_remedy
 from backhand.loop.step import LearningRate
-from backhand.loop.step_plan import SUPERVISED, five_times, short_run_factor
+from backhand.loop.step_plan import five_times, short_run_factor
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.runs.directory import CONFIG
 from backhand.runs.label_results import (
@@ -308,8 +308,8 @@ def advice(
         return capitalized(unlearned), None
     rate, objective = float(config.optimization.learning_rate), config.objective.objective
     until = rates_until(config.optimization, total_steps)
-    continued = config.objective.purpose == "pairs" and _start(config, run) is not None  # a low rate is on purpose
-    relative = rate / auto_rate if objective in SUPERVISED and not continued else 1.0
+    continued = config.objective.traits.rows == "pairs" and _start(config, run) is not None  # a low rate is on purpose
+    relative = rate / auto_rate if config.objective.traits.is_supervised and not continued else 1.0
     options, twice = config.optimization, _twice_as_long(config, total_steps)
     if objective == "grpo":
         if curves.without_gradient:
@@ -680,11 +680,11 @@ def _twice_as_long(config: TrainConfig, total_steps: int) -> str:
 
 def _longer(config: TrainConfig, total_steps: int, steps: int) -> str:
     """Return the options for more steps. The rate keeps its relation to the one that `auto` would choose."""
-    options, objective = config.optimization, config.objective.objective
+    options = config.optimization
     longer = f"--max-steps {steps}"
     if not options.max_steps:
         longer = f"--epochs {round(steps / total_steps * not_none(options.epochs))}"
-    change = short_run_factor(objective, steps) / short_run_factor(objective, total_steps)
+    change = short_run_factor(config.objective, steps) / short_run_factor(config.objective, total_steps)
     return longer if change == 1.0 else f"{longer} --learning-rate {float(options.learning_rate) * change:.2g}"
 
 

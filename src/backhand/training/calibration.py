@@ -40,7 +40,6 @@ from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.options.config import OptimizationOptions
-from backhand.options.objectives import DISTILLED
 from backhand.printing import going_on
 from backhand.runs.records import MAX_NEW_TOKENS
 from backhand.training.attention_time import Attention
@@ -146,7 +145,7 @@ def _forecast(plan: RunPlan, machine: Machine, seconds: Seconds, evaluated: floa
         evaluated: work of an evaluation, see `_held_out_work`.
     """
     inputs, config = plan.inputs, plan.inputs.config
-    total, sampled = inputs.total_steps, config.objective.trains_on_samples
+    total, sampled = inputs.total_steps, config.objective.traits.trains_on_samples
     counted = [inputs.sampler.rows_of(step) for step in range(min(total, _STEPS_COUNTED))]
     busiest = [largest for _, largest in _work_of(plan, machine, counted, seconds.pair)]
     busiest += [sum(busiest) / len(busiest)] * (total - len(busiest))
@@ -157,7 +156,7 @@ def _forecast(plan: RunPlan, machine: Machine, seconds: Seconds, evaluated: floa
         answers = config.optimization.batch_rows * group / machine.world_size
         sampling_s = seconds.sampled(answers, config.rewards.max_new_tokens)
     trained = seconds.trained
-    if config.objective.purpose == "embeddings" and plan.memory.micro_batch_rows < config.optimization.batch_rows:
+    if config.objective.traits.rows == "embeddings" and plan.memory.micro_batch_rows < config.optimization.batch_rows:
         trained *= 1 + _FORWARD_SHARE  # vectors of several micro-batches are computed before the loss
     steps_s = [
         work * (trained + (seconds.below if step < cached_from else 0.0)) + seconds.update + sampling_s
@@ -194,7 +193,7 @@ def _evaluations_s(plan: RunPlan, machine: Machine, seconds: Seconds, work: floa
     forward = _FORWARD_SHARE * seconds.trained
     first = work * (forward + seconds.below)
     later = work * (forward + (0.0 if plan.hidden_states.where != "off" else seconds.below))
-    if config.objective.purpose == "prompts":
+    if config.objective.traits.rows == "prompts":
         first = later = seconds.sampled(rows, config.rewards.max_new_tokens)
     if config.optimization.average_share:
         later *= 2  # the average and the newest values
@@ -216,28 +215,28 @@ def _end_s(plan: RunPlan, seconds: Seconds, work: float) -> float:
     if not held_out:
         return report_s
     evaluation_s = work * (_FORWARD_SHARE * seconds.trained + seconds.below)
-    if objective.purpose in ("embeddings", "rankings", "classes"):
+    if objective.traits.rows in ("embeddings", "rankings", "classes"):
         return report_s + 2 * evaluation_s  # of base and adapter
     if not config.run.answers:
         return report_s
-    if objective.purpose == "decisions":  # the neutral prompts alone are answered
+    if objective.traits.rows == "decisions":  # the neutral prompts alone are answered
         return report_s + 2 * (evaluation_s + MAX_NEW_TOKENS * seconds.decode)
     # Of each model, one batch has the neutral prompts, whose answers are long. Those of the adapter end like the rows.
     answered = [min(len(held_out), rows) + len(neutral_prompts()) for rows in answered_rows(held_out, config)]
     micro_batch_rows = plan.memory.micro_batch_rows
     adapted, base = (-(-rows // answered_at_once(micro_batch_rows)) for rows in answered)
     longest = max(example.supervised_tokens for example in held_out)
-    shown = config.rewards.max_new_tokens if objective.samples else longest  # tokens of an answer like the rows'
+    shown = config.rewards.max_new_tokens if objective.traits.samples else longest  # tokens of an answer like the rows'
     passes = (adapted - 1) * min(shown, MAX_NEW_TOKENS) + (1 + base) * MAX_NEW_TOKENS
-    if objective.purpose == "pairs" and config.run.from_adapter is not None:
+    if objective.traits.rows == "pairs" and config.run.from_adapter is not None:
         passes += base * MAX_NEW_TOKENS
     end_s = report_s
-    if objective.objective in DISTILLED:
+    if objective.traits.has_teacher:
         # The answers of both models and of the teacher to up to all rows, and the agreement of both models.
         batches = -(-min(len(held_out), MOST_ANSWERED) // max(micro_batch_rows, TIMED))
         passes += batches * (2 * MAX_NEW_TOKENS + min(shown, MAX_NEW_TOKENS))
         end_s += 2 * evaluation_s + _prompts_s(plan, seconds)
-    if (objective.objective == "sft" or objective.answers_by == "rows") and longest <= SHORT_TOKENS:
+    if (objective.objective == "sft" or objective.traits.answers_from == "rows") and longest <= SHORT_TOKENS:
         # Exact match: losses, prompts and free answers, of both models. Those to texts end at the first difference.
         rows, texts = min(len(held_out), MOST_ROWS), are_long(example.supervised_tokens for example in held_out)
         end_s += (_OF_TEXTS if texts else _OF_LABELS) * rows / len(held_out) * evaluation_s
@@ -253,7 +252,7 @@ def _teacher_s(plan: RunPlan, machine: Machine, seconds: Seconds) -> float:
         if not isinstance(packer, DistilledPacker | DistilledPrompts):
             continue
         sampled = isinstance(packer, DistilledPrompts)
-        if sampled and packer is packers[0] and config.objective.trains_on_samples:
+        if sampled and packer is packers[0] and config.objective.traits.trains_on_samples:
             continue
         answers += len(packer.examples) * sampled
         tokens += packer.teacher_pass_tokens(len(packer.examples))
@@ -335,7 +334,7 @@ def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float
         decoders = [partial(model.logits, few) for model in models]
         until = time.perf_counter() + _DECODING_S
         few_s = fastest_calls(decoders, machine.device, until, at_least=_DECODING_PASSES)
-        if plan.inputs.config.objective.samples:
+        if plan.inputs.config.objective.traits.samples:
             decoders = [partial(model.logits, many) for model in models]
             many_s = fastest_calls(decoders, machine.device, time.perf_counter() + _DECODING_S)
     tokens, seconds, below_s = timed(_PROBE_TOKENS, 0.0)

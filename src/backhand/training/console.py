@@ -26,7 +26,7 @@ from backhand.loop.forecast import Forecast
 from backhand.loop.observers import Observer, RunStart
 from backhand.loop.retrieval_scores import scores_text
 from backhand.loop.rewards.guards import BOUNDS
-from backhand.options.objectives import WITHOUT_TARGETS
+from backhand.objective.registry import recorded_traits
 from backhand.printing import duration, going_on, line_due, may_be_silent, now, reworded, say, visible
 from backhand.runs.distilled_results import distilled_sentences
 from backhand.runs.label_results import decision_clause, label_clause, never_given
@@ -255,9 +255,10 @@ def _number(value: float | None) -> str:
 
 def closing_lines(summary: RunSummary) -> list[str]:
     """Return the closing summary, one line per fact."""
+    traits = recorded_traits({"objective": summary.objective})
     own = "its own answers to prompts of " if summary.objective in ("grpo", "sdft") else ""
     trained_on = own + rows_trained_on(summary.rows, summary.rows_seen, summary.option_rows)
-    supervised = "" if summary.objective in WITHOUT_TARGETS else f" ({summary.supervised_tokens:,} supervised)"
+    supervised = f" ({summary.supervised_tokens:,} supervised)" if traits.has_targets else ""
     what = (
         f"Trained {summary.trained_parameters:,} parameters in {summary.adapted_modules} modules of {summary.model} "
         f"on {trained_on}: {count_of(summary.steps, 'step')}, {summary.tokens:,} tokens{supervised} in "
@@ -508,11 +509,11 @@ def opening_facts(
             )
         )
     objective = run.config.objective
-    unit = objective.unit
+    unit = objective.traits.unit
     facts += [f"data: {reworded(line)}" for line in report.lines(unit)]
-    if objective.purpose == "pairs" and report.documents == 2 * report.rows:
+    if objective.traits.rows == "pairs" and report.documents == 2 * report.rows:
         facts.append("data: each row has two documents, with the chosen and with the rejected answer")
-    if objective.purpose == "rankings":
+    if objective.traits.rows == "rankings":
         facts.append(f"data: {documents_of_texts(head=run.inputs.trains_head)}")
     if run.inputs.held_out is not None:
         facts.append(f"held out: {reworded('; '.join(run.inputs.held_out.report.lines(unit)))}")

@@ -273,7 +273,7 @@ def _rows_seen(run: LoadedRun, steps: int) -> int:
 
 def _reading(run: LoadedRun) -> str | None:
     """Return the options of `evaluate` for rows like those of the run; None if such rows need no answers."""
-    if run.config.objective.objective == "bake" and run.config.objective.samples:
+    if run.config.objective.objective == "bake" and run.config.objective.traits.samples:
         return None
     reading = reading_options(run.config.data)
     if run.config.objective.objective != "grpo":

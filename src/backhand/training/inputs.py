@@ -39,7 +39,7 @@ from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.config import OptimizationOptions, TrainConfig
-from backhand.options.objectives import DISTILLED, ObjectiveOptions
+from backhand.options.objectives import ObjectiveOptions
 from backhand.training.class_inputs import (
     class_notes,
     head_format,
@@ -92,7 +92,7 @@ class RunInputs:
 
     def learning_rate(self, options: OptimizationOptions) -> tuple[float, str | None]:
         """Return the learning rate under these options, and the reason for it, or None if it was given."""
-        return chosen_rate(options, self.config.objective.objective, self.total_steps, self.weight_scale)
+        return chosen_rate(options, self.config.objective, self.total_steps, self.weight_scale)
 
     def weight_scale(self) -> float:
         """Return `weight_scale` of the adapted matrices."""
@@ -148,7 +148,7 @@ def read_inputs(
     config = replace(config, objective=objective)
     if objective.objective == "embed":
         config = replace(config, objective=with_pooling(objective, source, engine, layout))
-    predicts_tokens = objective.predicts_tokens and not has_head
+    predicts_tokens = objective.traits.predicts_tokens and not has_head
     if predicts_tokens and isinstance(engine, DecoderEngine):
         require_head(engine.config)
     text_format = head_format(config, source, engine, layout) if has_head else format_of(config.objective)
@@ -163,7 +163,7 @@ def read_inputs(
         train, held_out = _read_rows(config, tokenizer, text_format, run_cache)
         # A resumed run states its epochs, and reads the rows of these only.
         train = train.up_to_epoch(config.epochs_of(len(train.examples)))
-        purpose = config.objective.purpose
+        purpose = config.objective.traits.rows
         if purpose in ("embeddings", "rankings"):
             config = replace(config, objective=with_loss(config.objective, train, held_out))
         if purpose == "rankings":
@@ -260,7 +260,7 @@ def _read_rows(
     """Return training rows, and held-out rows or None. Runs that share a cache and these options read them once."""
     teacher = _teacher_prompts(config.objective)
     epochs = min(config.optimization.epochs or _MOST_FORMS, _MOST_FORMS)
-    choices: dict[str, Any] = {"seed": config.run.seed, "purpose": config.objective.purpose, "teacher": teacher}
+    choices: dict[str, Any] = {"seed": config.run.seed, "purpose": config.objective.traits.rows, "teacher": teacher}
     choices |= {"text_format": text_format, "epochs": epochs}
 
     def read() -> tuple[PreparedData, PreparedData | None]:
@@ -304,23 +304,23 @@ def _packers(
     has_dropout = _has_dropout(layout)
     objective, options, shares = config.objective, config.rewards, engine.shares_prefixes
     lesson = None
-    if objective.objective in DISTILLED and config.data.data:
+    if objective.traits.has_teacher and config.data.data:
         lesson = Lesson.of(objective, count_contexts(objective))
 
     def packer(rows: PreparedData, share_prefixes: bool) -> RowPacker:
         sharing = {"share_prefixes": share_prefixes, "teacher_shares": shares}
-        if lesson is not None and objective.samples:
+        if lesson is not None and objective.traits.samples:
             return DistilledPrompts(rows, lesson, options.max_new_tokens, **sharing)
         if lesson is not None:
             return DistilledPacker(rows, lesson, **sharing)
         # A step of thousands of pairs has micro-batches of far more and far fewer tokens than the mean.
         return RowPacker(rows.of_all_epochs, share_prefixes=share_prefixes, even_tokens=objective.objective == "embed")
 
-    if objective.objective in DISTILLED:
+    if objective.traits.has_teacher:
         _check_distilled(engine, layout)
     of_held_out = None if held_out is None else packer(held_out, shares)
     of_train = packer(train, shares and not has_dropout)
-    if objective.purpose == "prompts":
+    if objective.traits.rows == "prompts":
         of_train = PromptPacker(
             train.examples, options.group, options.max_new_tokens, share_prefixes=shares and not has_dropout
         )
@@ -340,13 +340,13 @@ def _packers(
 
 def _teacher_prompts(objective: ObjectiveOptions) -> TeacherPrompts | None:
     """Return the teacher's prompts, or None for an objective without a teacher."""
-    if objective.objective not in DISTILLED:
+    if not objective.traits.has_teacher:
         return None
     return TeacherPrompts(
         context=objective.context,
         column=objective.context_column,
         template=objective.resolved().teacher_prompt_template or "",
-        sampled=objective.samples,
+        sampled=objective.traits.samples,
     )
 
 
@@ -377,9 +377,9 @@ def _assumed_rows(config: TrainConfig, has_head: bool) -> PreparedData:
     supervised = np.ones(length, dtype=np.bool_)
     supervised[0] = False
     row = Example(np.ones(length, dtype=np.int32), supervised, "assumed")
-    if config.objective.purpose == "pairs":
+    if config.objective.traits.rows == "pairs":
         row = replace(row, rejected=row)
-    if config.objective.purpose == "embeddings":
+    if config.objective.traits.rows == "embeddings":
         if config.objective.pooling == "last":
             row = replace(row, supervised=np.arange(length) == length - 1)
         texts = 3 if config.objective.embedding_loss == "triplet" else 2
@@ -391,9 +391,9 @@ def _assumed_rows(config: TrainConfig, has_head: bool) -> PreparedData:
         rows = [[text(number * texts + place) for place in range(texts)] for number in range(count)]
         examples = [replace(first, others=tuple(others), facts=identities) for first, *others in rows]
         return with_totals(examples, DataReport())
-    if config.objective.purpose == "rankings":
+    if config.objective.traits.rows == "rankings":
         row = replace(row, supervised=np.arange(length) == length - 1)
         row = replace(row, others=() if has_head else (row,), facts=RankedTexts(0, (0,), (1.0,)))
-    if config.objective.purpose == "classes":
+    if config.objective.traits.rows == "classes":
         row = replace(row, supervised=np.arange(length) == length - 1, facts=ClassLabel("0"))
     return with_totals([row] * count, DataReport())

@@ -82,7 +82,7 @@ def load_run(
     resolved = _resolved_config(plan, machine, rate)
     set_values(resolved, bound)
     # Without answers, which are sampled later, there is no loss to measure.
-    answered = () if config.objective.samples else (inputs.held_out, inputs.train)
+    answered = () if config.objective.traits.samples else (inputs.held_out, inputs.train)
     documents = chain.from_iterable(rows.examples.documents for rows in answered if rows)
     quantized = quantization_notes(inputs.source, documents, memory.micro_batch_rows, machine.dtype, machine.device)
     return LoadedRun(

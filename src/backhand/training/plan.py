@@ -76,7 +76,7 @@ def plan_run(
         bases, budget_bytes = _plan_bases(inputs, machine, run_cache, held, watched=watched)
     hidden_states = _plan_hidden_states(inputs, machine, bases.chosen, budget_bytes, row_factor)
     notes = list(inputs.notes)
-    if note := rate_note(config.optimization.learning_rate, inputs.config.objective.objective):
+    if note := rate_note(config.optimization.learning_rate, inputs.config.objective):
         notes.append(note)
     if bases.chosen.base == "quantized" and (slow := inputs.source.slow_types):
         notes.append(
@@ -110,7 +110,7 @@ def _plan_hidden_states(
     repeated = cached_tokens(inputs.packer) * row_factor if inputs.total_steps > new_steps else 0.0
     evaluated = cached_tokens(held_out) * (1.0 if config.data.eval_data else row_factor)
     return plan_hidden_states(
-        "off" if config.objective.samples else config.model.cache_frozen,
+        "off" if config.objective.traits.samples else config.model.cache_frozen,
         frozen,
         round(repeated + evaluated),
         memory,

@@ -105,7 +105,7 @@ def plan(options: PlanOptions) -> PlanReport:
     sample = None
     if options.plan.sample is not None and config.data.data:
         most = max(options.plan.sample, 2 * config.optimization.batch_rows)  # the memory is that of whole steps
-        sample = sampled(config.data, most, splits=config.objective.purpose != "prompts")
+        sample = sampled(config.data, most, splits=config.objective.traits.rows != "prompts")
         config = config if sample is None else replace(config, data=sample.options)
     rewards = config.rewards
     machine = resolve_machine(config)
@@ -122,15 +122,15 @@ def plan(options: PlanOptions) -> PlanReport:
     notes = [*([run_plan.inputs.engine.note] if run_plan.inputs.engine.note else []), *run_plan.inputs.engine.notes]
     if not config.data.data:
         notes.append(_ASSUMED.format(length=config.data.max_length))
-        if config.objective.purpose == "embeddings":
+        if config.objective.traits.rows == "embeddings":
             texts = len(run_plan.inputs.train.examples[0].documents)
             notes[-1] += f"; a row has {texts} texts, and each further negative adds one"
     else:
-        notes += run_plan.inputs.train.report.lines(config.objective.unit)
-        if config.objective.purpose == "rankings":
+        notes += run_plan.inputs.train.report.lines(config.objective.traits.unit)
+        if config.objective.traits.rows == "rankings":
             notes.append(documents_of_texts(head=run_plan.inputs.trains_head))
         if run_plan.inputs.held_out is not None:
-            held_out = run_plan.inputs.held_out.report.lines(config.objective.unit)
+            held_out = run_plan.inputs.held_out.report.lines(config.objective.traits.unit)
             notes.append(_HELD_OUT + "; ".join(held_out))
     if not run_plan.size.measured:
         notes.append(_ESTIMATED)
@@ -251,7 +251,7 @@ def _print_speed(console: Console, report: PlanReport, speed: Speed) -> None:
     text = (
         f"{speed.tokens_per_s:,.0f} tokens/s{of_all} (measured for {speed.measured_s:.0f} s): "
         f"{report.steps:,} steps take about {between(speed.train_s, speed.train_s, speed.busy)}"
-        + FULL_LENGTH * plan.inputs.config.objective.trains_on_samples
+        + FULL_LENGTH * plan.inputs.config.objective.traits.trains_on_samples
         + BUSY * (speed.busy is not None)
     )
     if speed.evaluate_s:

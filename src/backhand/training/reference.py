@@ -89,7 +89,7 @@ def run_objectives(
         CheckError: stored values differ from computed ones, or the adapter that the run started from has changed.
     """
     options, inputs = run.config.objective, run.inputs
-    if options.purpose in ("answers", "prompts"):
+    if options.traits.rows in ("answers", "prompts"):
         return None, None
     packed = partial(RowPacker, share_prefixes=inputs.engine.shares_prefixes)
     sets: dict[str, _Set] = {"train": (inputs.packer, caches.train)}
@@ -99,7 +99,7 @@ def run_objectives(
         for name, (rows, _) in list(sets.items()):
             sets[f"{name}_others"] = packed(mismatched(rows.examples, run.config.data.max_length)), None
     sums: dict[str, Tensor] = {}
-    if options.has_reference:
+    if options.traits.has_reference:
         with computing_with(run.bound.model, start.values):
             sums = _reference(run, directory, processes, sets, _digests(run, start), log, notify)
 

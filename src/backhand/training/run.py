@@ -208,7 +208,7 @@ class RunProcess:
         machine = resolve_machine(config, processes)
         run_cache = self.run_cache or RunCache()
         # The functions are loaded first, so that one that cannot be loaded leaves no directory.
-        rewarded = config.objective.purpose == "prompts" and processes.is_main_process
+        rewarded = config.objective.traits.rows == "prompts" and processes.is_main_process
         options = config.rewards
         reward_process = RewardProcess(options.reward, options.reward_timeout) if rewarded else nullcontext()
         with (

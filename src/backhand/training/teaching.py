@@ -73,7 +73,7 @@ def teach(
     model = run.bound.model
     assert isinstance(model, Decoder)
     prompts = {name: one for name, one in packers.items() if isinstance(one, DistilledPrompts)}
-    if run.config.objective.trains_on_samples:
+    if run.config.objective.traits.trains_on_samples:
         prompts.pop("train", None)
     with computing_with(model, start.values):
         if prompts:

@@ -54,7 +54,6 @@ from backhand.loop.step_plan import StepPlan, derived_seed
 from backhand.nn.compute import gc_frozen
 from backhand.nn.decoder.decoder import Decoder
 from backhand.options.config_file import config_table, dump_config, load_config
-from backhand.options.objectives import DISTILLED
 from backhand.printing import going_on, reworded
 from backhand.reading import uploaded_name
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
@@ -281,7 +280,7 @@ class Trainer:
                 *(stop_ids(run.inputs.source, run.config.data), run.plan.memory.micro_batch_rows),
                 shown=run.config.run.answers,
             )
-            if figures is not None and run.config.objective.samples:
+            if figures is not None and run.config.objective.traits.samples:
                 own = [example.input_ids[-1:].tolist() for example in packer.examples]
                 figures["teacher_cut_off"] = share_cut_off(own, stop_ids(run.inputs.source, run.config.data))
             summary = replace(summary, distilled=figures)
@@ -469,7 +468,7 @@ class Trainer:
             started_from = original_adapter(self.directory.path)
         started_from = self.processes.broadcast_object(started_from)
         objective = run.config.objective
-        learns_from_it = objective.has_reference or objective.objective in DISTILLED
+        learns_from_it = objective.traits.has_reference or objective.traits.has_teacher
         measures_it = run.inputs.held_out is not None
         adapter = started_from if learns_from_it or measures_it else None
         try:
@@ -486,7 +485,7 @@ class Trainer:
     def _sampled(self, log: ProofLog, start: Start) -> SampledSteps | None:
         """Return the steps on sampled answers, or None if the rows contain the answers."""
         run, processes = self.run, self.processes
-        if not run.config.objective.trains_on_samples:
+        if not run.config.objective.traits.trains_on_samples:
             return None
         if run.config.objective.objective != "grpo":
             return distilled_steps(run, processes, start)

@@ -232,9 +232,9 @@ def _documents(
 
     Rows are pairs, decisions or rankings.
     """
-    several = objective.purpose in ("decisions", "rankings")
+    several = objective.traits.rows in ("decisions", "rankings")
     if data.data:
-        purpose: Purpose | None = objective.purpose if several else None
+        purpose: Purpose | None = objective.traits.rows if several else None
         examples: Sequence[Example] = read_examples(
             data,
             data.data,

@@ -1,0 +1,1 @@
+"""The objectives, a folder for each family. The core reaches them through `objective.registry` alone."""

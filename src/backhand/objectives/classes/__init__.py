@@ -1,0 +1,1 @@
+"""Labels or a number, by a head on hidden states."""

@@ -1,0 +1,20 @@
+"""Labels or a number, by a head on hidden states.
+
+This module imports no torch, because `--help` imports it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backhand.objective.spec import Spec, Traits
+
+
+class _Classify(Spec):
+    name = "classify"
+
+    def traits(self, options: Any) -> Traits:  # noqa: ARG002
+        return Traits(rows="classes", predicts_tokens=False, has_targets=False, is_supervised=True)
+
+
+CLASSIFY = _Classify()

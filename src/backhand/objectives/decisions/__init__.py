@@ -1,0 +1,1 @@
+"""Questions with a fixed set of answers, and the probability of each."""

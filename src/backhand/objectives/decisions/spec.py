@@ -1,0 +1,21 @@
+"""Questions with a fixed set of answers, and the probability of each.
+
+This module imports no torch, because `--help` imports it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backhand.objective.spec import Spec, Traits
+
+
+class _Decide(Spec):
+    name = "decide"
+
+    def traits(self, options: Any) -> Traits:  # noqa: ARG002
+        # The labels mean nothing to a model before it is trained, and few steps leave it close to guessing.
+        return Traits(rows="decisions", is_supervised=True, short_run_factor=2.0, fewest_steps=100, average_share=0.6)
+
+
+DECIDE = _Decide()

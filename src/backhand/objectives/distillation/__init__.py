@@ -1,0 +1,1 @@
+"""Answers as a teacher gives them, which is the model with a longer prompt."""

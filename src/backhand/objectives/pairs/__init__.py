@@ -1,0 +1,1 @@
+"""Pairs of answers, and answers that are labelled desirable or undesirable."""

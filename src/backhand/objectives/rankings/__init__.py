@@ -1,0 +1,1 @@
+"""Scores of a document and a query."""

@@ -1,0 +1,20 @@
+"""Scores of a document and a query.
+
+This module imports no torch, because `--help` imports it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backhand.objective.spec import Spec, Traits
+
+
+class _Rank(Spec):
+    name = "rank"
+
+    def traits(self, options: Any) -> Traits:  # noqa: ARG002
+        return Traits(rows="rankings", has_targets=False, is_supervised=True, fewest_steps=100)
+
+
+RANK = _Rank()
