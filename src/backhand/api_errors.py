@@ -22,13 +22,15 @@ from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 from backhand.bounds import Options, check_names, plain_value, split_hint, union_members
 from backhand.cli.exit_status import is_secondary_process
+from backhand.cli.openmp_limits import remove_limits
 from backhand.cli.openmp_spin import adaptive_spinning, set_spin_count
 from backhand.cli.option_fields import as_option, is_mapping, option_fields, takes_several, value_of
 from backhand.data.given_rows import GivenRows, refuse_column
 from backhand.errors import BackhandError, UsageError
 from backhand.printing import may_be_silent, never_silent, wording
 
-set_spin_count()  # before a function imports torch
+remove_limits()  # before a function imports torch
+set_spin_count()
 
 P = ParamSpec("P")
 R = TypeVar("R")

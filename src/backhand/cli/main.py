@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from backhand.cli.exit_status import BUG, TERMINATED, exit_status, is_secondary_process
+from backhand.cli.openmp_limits import remove_limits
 from backhand.cli.openmp_spin import adaptive_spinning, set_spin_count
 from backhand.cli.streams import accept_any_text, discard_output, open_missing_streams, tolerate_stderr_errors
 from backhand.errors import UsageError
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(words: list[str]) -> int:
     debug = "--debug" in words
     interrupted: list[float] = []
+    remove_limits()
     set_spin_count()  # for OpenMP libraries that read it when they are loaded; `nn.compute` sets it for later ones
     try:
         open_missing_streams()

@@ -15,7 +15,7 @@ import torch
 
 from backhand.errors import ResourceError, UsageError, first_line
 from backhand.kernels.large_pages import grow_heap_again, grow_heap_in_large_pages
-from backhand.nn.model_options import BaseModelOptions
+from backhand.nn.model_options import MOST_THREADS, BaseModelOptions
 from backhand.system import affinity_cores, available_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -66,7 +66,7 @@ def resolve_threads(options: BaseModelOptions) -> int:
     """Return the requested number of threads, or torch's (and OMP_NUM_THREADS'), limited to available cores."""
     if options.threads is not None:
         return options.threads
-    return max(1, min(torch.get_num_threads(), available_cores()))
+    return max(1, min(torch.get_num_threads(), available_cores(), _openmp("omp_get_thread_limit") or MOST_THREADS))
 
 
 def available_cores() -> int:
@@ -175,6 +175,9 @@ def compute_settings(
     """Apply threads, float32 library, allocator and kernel caches of a command.
 
     The first two are restored afterwards.
+
+    Raises:
+        ResourceError: the threads cannot be started, or parallel regions get fewer of them.
     """
     threads_before, precision_before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     limit_kernel_caches()
@@ -185,10 +188,52 @@ def compute_settings(
     if device.type == "cpu" and dtype == torch.float32 and medium_precision_pays():
         torch.set_float32_matmul_precision("medium")
     try:
-        yield
+        with _whole_teams():
+            if device.type == "cpu":
+                _check_product(threads, dtype)
+            yield
     finally:
         torch.set_num_threads(threads_before)
         torch.set_float32_matmul_precision(precision_before)
+
+
+def _openmp(function: str, *arguments: int) -> int | None:
+    """Call a function of the OpenMP library that this process uses, or return None if there is none to be found."""
+    call = getattr(ctypes.CDLL(None), function, None) if os.name == "posix" else None
+    return None if call is None else int(call(*arguments))
+
+
+@contextmanager
+def _whole_teams() -> Iterator[None]:
+    """Inside the context, a parallel region of this thread gets the threads that it asks for, up to OMP_THREAD_LIMIT.
+
+    The command line removes such settings before torch is loaded (`cli.openmp_limits`). A Python program may have
+    loaded torch with them.
+    """
+    dynamic, levels = _openmp("omp_get_dynamic"), _openmp("omp_get_max_active_levels")
+    if dynamic is None or levels is None:
+        yield
+        return
+    _openmp("omp_set_dynamic", 0)
+    _openmp("omp_set_max_active_levels", max(1, levels))
+    try:
+        yield
+    finally:
+        _openmp("omp_set_dynamic", dynamic)
+        _openmp("omp_set_max_active_levels", levels)
+
+
+def _check_product(threads: int, dtype: torch.dtype) -> None:
+    """Raise ResourceError if a product whose entries are all known lacks the parts of some threads."""
+    rows, size = 64 * threads, 64  # a part for each thread
+    product = torch.ones(rows, size, dtype=dtype) @ torch.ones(size, size, dtype=dtype)
+    if not bool((product == size).all()):
+        raise ResourceError(
+            f"torch computes only a part of a matrix product with {threads} threads",
+            where="threads",
+            why="OpenMP starts fewer than torch asks for, as OMP_THREAD_LIMIT in the environment makes it do",
+            next_step="give --threads 1, or unset OMP_THREAD_LIMIT before Python starts",
+        )
 
 
 _OTHER_THREADS = 2
