@@ -384,7 +384,7 @@ def test_rows_without_a_column_of_the_training_are_answered_with_it(
 
 def test_prompts_of_preference_pairs_are_answered(tmp_path: Path) -> None:
     pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
-    assert detect(RawRow(pair, "f:1"), allow_prompts=True).name == "prompt"
+    assert detect(RawRow(pair, "f:1"), allow_prompts=True)[1].name == "prompt"
     path = written(tmp_path / "rows.csv", "ask,good,bad\n1,2,3\n")
     with pytest.raises(DataError, match="preference pairs") as named:
         prepare(DataOptions((str(path),), columns={"prompt": "ask", "chosen": "good", "rejected": "bad"}), byte_level())

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from backhand.cli.main import main
-from backhand.data.lint import CHECKS
+from backhand.data.lint import FIRST_CHECKS, LAST_CHECKS
+from backhand.data.row_kind import row_kinds
 from support.tiny_models import save_tiny, tiny_model
 
 GOOD = [{"prompt": f"question {i}", "completion": "yes"} for i in range(3)]
@@ -45,9 +46,10 @@ def test_good_rows_pass(lint: Lint) -> None:
     assert (code, err) == (0, "")
     assert "prompt/completion" in out and "3 training documents" in out
     assert "no problems found" in out
-    forms = ("", "documents", "answers", "labels")
-    concerned = {kind: check.words for kind, check in CHECKS.items() if check.form in forms}
-    assert not any(check.words in out for kind, check in CHECKS.items() if kind not in concerned)
+    checks = FIRST_CHECKS | {name: check for kind in row_kinds() for name, check in kind.checks.items()} | LAST_CHECKS
+    of_answers = ("no_end", "empty_reply", "spelling", "doubled_bos")
+    concerned = {name: checks[name].words for name in (*FIRST_CHECKS, *of_answers, *LAST_CHECKS)}
+    assert not any(check.words in out for name, check in checks.items() if name not in concerned)
     for kind, words in concerned.items():
         (line,) = (line for line in out.splitlines() if words in line)
         assert ("no held-out rows" if kind == "overlap" else "none") in line

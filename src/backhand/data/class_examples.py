@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from backhand.data.data_report import TruncationStats
+from backhand.data.documents import RowRenderer
 from backhand.data.embedding_examples import pooled_document
 from backhand.data.examples import Example
 from backhand.data.label_names import FEWEST_INTEGERS, is_integer
@@ -33,6 +34,10 @@ class ClassFormat:
     # kind of problem that an option or a trained head gives; rows that do not fit it are malformed
     problem: ProblemType | None = None
     names: tuple[str, ...] | None = None  # the labels of a trained head, which other labels do not fit
+
+    def encoder(self, renderer: RowRenderer, max_length: int, *, drop: bool) -> ClassEncoder:
+        """Return the encoder of rows, see `row_encoder.TextFormat`."""
+        return ClassEncoder(renderer.encoder, self, max_length, drop=drop)
 
     def read_tokens(self, tokens: list[int]) -> list[int]:
         """Return the tokens of a text that transformers reads, without padding tokens at the end of a decoder's."""

@@ -11,6 +11,7 @@ from backhand.data.class_examples import misfit, not_numbers
 from backhand.data.decision_lint import MOST_FREQUENT, named_alike
 from backhand.data.examples import Example
 from backhand.data.label_names import as_list, integers_note, joined_labels, refuse_labels_of_one_row
+from backhand.data.lint_rows import Check
 from backhand.data.raw_rows import RowErrors, has_unclear_comma, number_of
 from backhand.data.rows import NUMBER, SINGLE, ClassLabel, ProblemType
 from backhand.errors import DataError
@@ -136,3 +137,17 @@ def scale_of(labels: Iterable[ClassLabel]) -> tuple[float, float] | None:
     numbers = [number for label in labels if (number := number_of(label.value)) is not None]
     mean, deviation = (statistics.fmean(numbers), statistics.pstdev(numbers)) if numbers else (0.0, 0.0)
     return (mean, deviation) if max(abs(mean), deviation) > _FAR else None
+
+
+SCALE = Check(
+    "numbers far from 0",
+    "of numbers around {:.4g} with a deviation of {:.4g}, which a new head reaches only slowly",
+    "subtract the mean from the numbers of the rows and divide by the deviation, and undo it on the answers",
+)
+
+
+def scale_note(labels: Iterable[ClassLabel]) -> str | None:
+    """Return a sentence about numbers that a new head reaches only slowly, with the remedy, or None."""
+    if (scale := scale_of(labels)) is None:
+        return None
+    return f"the labels are {SCALE.what.removeprefix('of ').format(*scale)}; {SCALE.remedy}"

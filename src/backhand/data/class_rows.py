@@ -11,9 +11,9 @@ import math
 from collections import Counter
 from typing import Any
 
-from backhand.data.forms import Form
 from backhand.data.label_names import as_label
 from backhand.data.raw_rows import RawRow, describe
+from backhand.data.row_kind import Form
 from backhand.data.rows import ClassRow
 from backhand.errors import DataError
 from backhand.words import shorten

@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
+from backhand.data.chat import Document
+from backhand.data.data_report import TruncationStats
+from backhand.data.document_encoder import DocumentEncoder, prompt_examples
+from backhand.data.documents import RowRenderer
+from backhand.data.examples import Example
 from backhand.data.messages import read_turns
+from backhand.data.options import DataOptions
 from backhand.data.rows import TEMPLATE_PLACES, Completion, Conversation, Message, OneText, PlainText, Row
 from backhand.errors import DataError, UsageError, short_reason
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
@@ -243,6 +251,10 @@ class TeacherPrompts:
         """The file name of each context by its name without suffix."""
         return {Path(name).stem: name for name in self._contexts}
 
+    def encoder(self, renderer: RowRenderer, options: DataOptions) -> DocumentEncoder:
+        """Return the encoder of rows for both the model and the teacher."""
+        return _TaughtEncoder(renderer, options, self)
+
     def of(self, row: Row) -> OneText:
         """Return the row as the teacher reads it. Raises DataError if the row has not the necessary form."""
         if self.context is None:
@@ -258,3 +270,37 @@ class TeacherPrompts:
                 next_step=f"did you mean {' or '.join(near)}?" if near else None,
             )
         return with_context(row, messages)
+
+
+class _TaughtEncoder(DocumentEncoder):
+    """Make examples with a second document, `rejected`, which is the teacher's."""
+
+    def __init__(self, renderer: RowRenderer, options: DataOptions, teacher: TeacherPrompts) -> None:
+        super().__init__(renderer, options)
+        self._teacher = teacher
+
+    def documents(self, row: Row) -> list[list[Document]]:
+        texts = row.parts[0], self._teacher.of(row)
+        if self._teacher.sampled:
+            return [[self.renderer.prompt(text)[0]] for text in texts]
+        return [self.renderer.documents(text) for text in texts]
+
+    def examples(self, row: Row, parts: list[list[Example]], stats: TruncationStats) -> list[Example]:
+        if self._teacher.sampled:
+            both = prompt_examples(row.source, [part[0] for part in parts], self.options, stats)
+            return [replace(student, rejected=teacher) for student, teacher in zip(both[::2], both[1::2], strict=True)]
+        examples = []
+        for student, teacher in zip(*parts, strict=True):
+            if len(teacher) > self.options.max_length:
+                stats.drop(row.source, len(teacher))
+                continue
+            answer, expected = (example.input_ids[example.supervised] for example in (student, teacher))
+            if not np.array_equal(answer, expected):
+                raise DataError(
+                    "the answer is rendered differently with the context in front",
+                    where=row.source,
+                    why="the chat template writes other text into a reply if there is a system message",
+                    next_step="leave out the row, or give a chat template (--chat-template) that does not",
+                )
+            examples += [replace(one, rejected=teacher) for one in self.truncated(row, [student], stats)]
+        return examples

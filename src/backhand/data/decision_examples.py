@@ -25,10 +25,10 @@ from itertools import chain, islice
 
 import numpy as np
 
-from backhand.data.decisions import Asked, DecisionRow, LabelTokens
+from backhand.data.decisions import Asked, DecisionRow, LabelTokens, decision_text
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, encode_document
-from backhand.data.rows import Completion, decision_text
+from backhand.data.rows import Completion
 from backhand.data.stored_examples import ExampleWriter, StoredExamples
 from backhand.data.text_encoder import TokenIds
 

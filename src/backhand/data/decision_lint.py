@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -32,7 +31,7 @@ def problems_of_decisions(rows: Iterable[DecisionRow], held_out: Iterable[Decisi
     firsts: dict[str, str] = {}  # location of the first row with these contents
     repeated: list[str] = []
     for row in rows:
-        if (first := firsts.setdefault(json.dumps(row.to_json()), row.source)) != row.source:
+        if (first := firsts.setdefault(row.key, row.source)) != row.source:
             repeated.append(f"{row.source} = {first}")
         for asked in row.asked:
             if asked.targets is not None:

@@ -24,10 +24,10 @@ from backhand.data.decisions import (
     questions_of,
     state_text,
 )
-from backhand.data.forms import Form
 from backhand.data.label_names import as_list, is_integer, joined_labels, refuse_labels_of_one_row
 from backhand.data.options import shell_quoted
 from backhand.data.raw_rows import RawRow, RowErrors, describe
+from backhand.data.row_kind import Form
 from backhand.errors import DataError
 from backhand.words import count_of, label_text, name_list
 

@@ -29,13 +29,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from string import ascii_uppercase, digits
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from backhand.data.label_names import as_list, joined_labels
 from backhand.data.raw_rows import describe, number_of
-from backhand.errors import DataError
+from backhand.data.rows import Completion, OneText, Row
+from backhand.errors import DataError, not_none
 from backhand.other_names import value_suggestion
 from backhand.words import begin_alike, label_text, name_list, nearest_names, shorten
+
+Document = TypeVar("Document")
 
 PROMPT_VERSION = 1
 """Version of the prompt's wording and labels, as SGLang counts them."""
@@ -342,7 +345,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class DecisionRow:
+class DecisionRow(Row):
     """A state with questions about it."""
 
     state: str
@@ -351,6 +354,38 @@ class DecisionRow:
     # number of spellings that each question has as options that are never right
     spellings: tuple[int, ...] = ()
     by_name: bool = False  # True if every choice is asked a second time, with the names of its options as answers
+
+    kind = "decisions"
+    has_targets = True
+
+    @property
+    def parts(self) -> tuple[OneText, ...]:
+        return tuple(decision_text(self, place, one.question.canonical_order) for place, one in enumerate(self.asked))
+
+    @property
+    def key(self) -> str:
+        return json.dumps(
+            [self.state, [[one.question.name, one.question.to_json(), one.targets] for one in self.asked]]
+        )
+
+    def placeholders(self, documents: int) -> int:  # noqa: ARG002
+        return 0
+
+    def answered(self, documents: Sequence[Document]) -> list[Document]:
+        """Return the documents that end in the label of the row's own answer, one per question.
+
+        Args:
+            documents: all documents of the row.
+        """
+        first, answered = 0, []
+        for asked, size in zip(self.asked, self.sizes, strict=True):
+            targets = not_none(asked.targets)
+            answered.append(documents[first + targets.index(max(targets))])
+            first += size
+        return answered
+
+    def shown(self, documents: Sequence[Any]) -> list[tuple[Any, str]]:
+        return [(document, "") for document in self.answered(documents)]
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -367,9 +402,16 @@ class DecisionRow:
         """Number of names of each question that is asked a second time."""
         return tuple(len(one.question.keys) for one in self.named)
 
-    def to_json(self) -> Any:
-        """Return everything that the loss depends on, for digests."""
-        return [self.state, [[one.question.name, one.question.to_json(), one.targets] for one in self.asked]]
+
+def decision_text(row: DecisionRow, place: int, order: Sequence[int]) -> Completion:
+    """Return the prompt of a question of a row with its first label as the completion.
+
+    Args:
+        place: index of the question in the row.
+        order: index of the option that has each label.
+    """
+    question = row.asked[place].question
+    return Completion(question.prompt(row.state, order), question.labels[0], "\n", None, row.source)
 
 
 class LabelTokens:

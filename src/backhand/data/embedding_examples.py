@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from backhand.data.data_report import TruncationStats
+from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example
 from backhand.data.rows import ClassLabel, EmbeddingRow, PoolingName, TextIdentities
 from backhand.data.text_encoder import LONGEST_TEXT, TextEncoder, TokenIds, too_long
@@ -32,6 +33,10 @@ class EmbeddingFormat:
     pooling: PoolingName
     query_prompt: str = ""  # text before anchors
     document_prompt: str = ""  # text before all other texts
+
+    def encoder(self, renderer: RowRenderer, max_length: int, *, drop: bool) -> EmbeddingEncoder:
+        """Return the encoder of rows, see `row_encoder.TextFormat`."""
+        return EmbeddingEncoder(renderer.encoder, self, max_length, drop=drop)
 
     def prompts(self, row: EmbeddingRow) -> list[str]:
         """Return the prompt of each text of a row. Both texts of a scored pair are documents."""

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from backhand.data.forms import LABELLED_TEXT, LISTED_SCORES, SCORES, Form, negative_columns
+from backhand.data.forms import LABELLED_TEXT, LISTED_SCORES, SCORES
 from backhand.data.raw_rows import TRUTH, RawRow, describe, has_unclear_comma, number_of
+from backhand.data.row_kind import Form, negative_columns
 from backhand.data.rows import EmbeddingRow, RankingRow
 from backhand.errors import DataError
 
@@ -38,8 +39,11 @@ def read_embedding(form: Form, raw: RawRow) -> EmbeddingRow:
     return EmbeddingRow(tuple(texts), score, raw.source)
 
 
-def read_ranking(form: Form, raw: RawRow) -> RankingRow:
+def read_ranking(form: Form, raw: RawRow, *, has_positives: bool) -> RankingRow:
     """Read a row. A positive has the target 1, and a negative 0.
+
+    Args:
+        has_positives: documents without a score are positives; otherwise they have no target.
 
     Raises:
         DataError: a text is empty or no text, a score is no number, or the numbers of documents and scores differ.
@@ -62,7 +66,7 @@ def read_ranking(form: Form, raw: RawRow) -> RankingRow:
                 next_step="give one number per document",
             )
         targets = [_score(name, one, raw.source) for one in scores]
-    elif form.purpose == "rankings":
+    elif has_positives:
         negatives = _negatives(raw)
         targets = [1.0] * len(documents) + [0.0] * len(negatives)
         documents += negatives

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -13,11 +12,10 @@ import numpy.typing as npt
 
 from backhand.data.chat import Document
 from backhand.data.data_report import TruncationStats
-from backhand.data.decisions import DecisionRow
 from backhand.data.options import DataOptions
-from backhand.data.rows import PromptRow, RowFacts
+from backhand.data.rows import RowFacts
 from backhand.data.text_encoder import EncodedText, TextEncoder, TokenIds
-from backhand.errors import DataError, not_none
+from backhand.errors import DataError
 
 T = TypeVar("T")
 
@@ -61,16 +59,6 @@ class Example:
         return (self, *self.others) if self.rejected is None else (self, self.rejected)
 
     @property
-    def answered_questions(self) -> tuple[Example, ...]:
-        """The documents of a row of decisions that end in the label of its own answer, one per question."""
-        row, first, answered = self.facts_as(DecisionRow), 0, []
-        for asked, size in zip(row.asked, row.sizes, strict=True):
-            targets = not_none(asked.targets)
-            answered.append(self.documents[first + targets.index(max(targets))])
-            first += size
-        return tuple(answered)
-
-    @property
     def supervised_tokens(self) -> int:
         """Number of supervised tokens of all its documents."""
         return sum(int(document.supervised.sum()) for document in self.documents)
@@ -93,12 +81,8 @@ class Example:
         """SHA-256 of tokens, supervision and label. Two examples have equal keys if all three are equal."""
         parts = [part for document in self.documents for part in (document.input_ids, document.supervised)]
         label = [] if self.desirable is None else [b"desirable" if self.desirable else b"undesirable"]
-        if isinstance(facts := self.facts, PromptRow):
-            label.append(json.dumps([facts.prompt, facts.columns], sort_keys=True, default=str).encode())
-        elif isinstance(facts, DecisionRow):
-            label.append(json.dumps(facts.to_json()).encode())
-        elif facts is not None:
-            label.append(repr(facts).encode())
+        if self.facts is not None:
+            label.append(self.facts.key.encode())
         return hashlib.sha256(b"|".join([*(part.tobytes() for part in parts), *label])).digest()
 
 

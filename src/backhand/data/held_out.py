@@ -131,3 +131,12 @@ def equal_neighbours(values: npt.NDArray[Any]) -> tuple[list[int], list[int]]:
     values = values[order]
     again = np.flatnonzero(values[1:] == values[:-1])
     return order[again].tolist(), order[again + 1].tolist()
+
+
+def repeated(examples: StoredExamples) -> list[str]:
+    """Return the locations of duplicates, each with the location of the first occurrence."""
+    before, again = equal_neighbours(examples.column("token_digest"))
+    firsts: dict[int, int] = {}
+    for one, other in zip(before, again, strict=True):
+        firsts[other] = firsts.get(one, one)
+    return [f"{examples[one].source} = {examples[first].source}" for one, first in sorted(firsts.items())]

@@ -14,10 +14,9 @@ from rich.text import Text
 
 from backhand.data.data_report import DataReport
 from backhand.data.forms import check_options
-from backhand.data.lint import CHECKS, Finding, LintReport, lint
-from backhand.data.options import DataOptions, LintOptions
-from backhand.data.pair_examples import PairFormat
-from backhand.data.rows import PURPOSES, Purpose
+from backhand.data.lint import Finding, LintReport, lint
+from backhand.data.options import DataOptions, LintOptions, LintRunOptions
+from backhand.data.row_kind import RowKind, row_kind, row_kinds
 from backhand.data.token_view import ShownDocument, documents_to_show, token_lines, view_tokens
 from backhand.errors import DataError
 from backhand.nn.decoder.forward_backward import require_head
@@ -26,6 +25,7 @@ from backhand.nn.families.family import DecoderConfig
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
+from backhand.objective.registry import recorded_traits
 from backhand.printing import say, visible
 from backhand.terminal import console_for_tables, table_of
 from backhand.words import count_of, label_text
@@ -88,18 +88,10 @@ def _checked(options: LintOptions) -> tuple[LintReport, Sequence[ShownDocument],
     config = _engine_config(source)
     context = source.config.get("max_position_embeddings")
     tokenizer = source.tokenizer()
-    chosen_by: dict[Purpose, bool] = {
-        "prompts": options.lint.prompts,
-        "labels": options.lint.labels,
-        "pairs": options.lint.pairs,
-        "decisions": options.lint.decisions,
-        "embeddings": options.lint.embeddings,
-        "rankings": options.lint.rankings,
-        "classes": options.lint.classes,
-    }
-    purpose = next((purpose for purpose, chosen in chosen_by.items() if chosen), None)
-    _check_options(options.data, purpose)
-    if config is not None and purpose not in ("embeddings", "rankings", "classes"):
+    purpose = next((kind.name for kind in row_kinds() if getattr(options.lint, kind.name, False)), None)
+    kind = row_kind(purpose)
+    _check_options(options.data, kind, purpose)
+    if config is not None and kind.is_rendered:
         require_head(config)
     report, train = lint(
         options.data,
@@ -107,22 +99,21 @@ def _checked(options: LintOptions) -> tuple[LintReport, Sequence[ShownDocument],
         seed=options.lint.seed,
         purpose=purpose,
         context_length=context if isinstance(context, int) else None,
-        # A model that attends in both directions scores documents with a head.
-        text_format=PairFormat("cls") if purpose == "rankings" and config and not config.causal else None,
+        causal=config is None or config.causal,
         problem_type=options.lint.problem_type,
         ranking_loss=options.lint.ranking_loss,
     )
     return report, documents_to_show(train.examples, options.lint.show), tokenizer
 
 
-def _check_options(data: DataOptions, purpose: Purpose | None) -> None:
+def _check_options(data: DataOptions, kind: RowKind, purpose: str | None) -> None:
     """Raise UsageError for an option of columns that these rows do not have."""
 
     def give(objectives: str) -> str:
-        use = PURPOSES[objectives.split(maxsplit=1)[0]]
-        return f"leave out --{purpose}" if use == "answers" else f"give --{use}"
+        rows = recorded_traits({"objective": objectives.split(maxsplit=1)[0]}).rows
+        return f"give --{rows}" if hasattr(LintRunOptions, rows) else f"leave out --{purpose}"
 
-    check_options(data, purpose, "lint" if purpose is None else f"lint --{purpose}", give)
+    check_options(data, kind, "lint" if purpose is None else f"lint --{purpose}", give)
 
 
 def _engine_config(source: ModelSource) -> DecoderConfig | None:
@@ -173,8 +164,7 @@ def print_lint(console: Console, report: LintReport) -> None:
 
 def _checks(report: LintReport) -> Table:
     table = table_of("check", "found", right=("found",))
-    for kind in report.checked:
-        check = CHECKS[kind]
+    for kind, check in report.checked.items():
         findings = [finding for finding in report.findings if finding.kind == kind]
         count = sum(finding.count for finding in findings)
         if kind in report.not_checked:

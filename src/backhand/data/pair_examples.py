@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from backhand.data.class_examples import ClassFormat
 from backhand.data.data_report import TruncationStats
+from backhand.data.documents import RowRenderer
 from backhand.data.embedding_examples import identity, pooled_document
 from backhand.data.examples import Example
 from backhand.data.rows import RankedTexts, RankingRow
@@ -28,6 +29,10 @@ class PairFormat(ClassFormat):
     """The way from a query and a document to the tokens whose states the score head reads."""
 
     token_types: bool = False  # the model tells the two texts apart by token types
+
+    def encoder(self, renderer: RowRenderer, max_length: int, *, drop: bool) -> PairEncoder:  # type: ignore[override]
+        """Return the encoder of rows, see `row_encoder.TextFormat`."""
+        return PairEncoder(renderer.encoder, self, max_length, drop=drop)
 
 
 class PairEncoder:

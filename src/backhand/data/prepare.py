@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -14,23 +13,17 @@ from typing import Any
 
 from backhand.bounds import check_fields
 from backhand.data import prepared_cache
-from backhand.data.chat import thoughts_off
-from backhand.data.class_examples import ClassFormat, with_decimal_commas
-from backhand.data.columns import ColumnReader
 from backhand.data.context import TeacherPrompts
 from backhand.data.data_report import DataReport, TruncationStats
-from backhand.data.decision_examples import DecisionEncoder
-from backhand.data.decision_rows import find_questions, question_notes
-from backhand.data.decisions import DecisionRow, Question
+from backhand.data.decisions import Question
 from backhand.data.documents import RowRenderer
-from backhand.data.forms import Form, detect
 from backhand.data.held_out import default_held_out_share, overlap, split
-from backhand.data.label_pairs import with_pairs
 from backhand.data.options import DataOptions, NamedColumns, RowSources, TemplateOptions, no_data
-from backhand.data.raw_rows import RawRow, RowErrors
+from backhand.data.raw_rows import RowErrors
 from backhand.data.row_encoder import EncodedRows, Prompt, RowEncoder, TextFormat
+from backhand.data.row_kind import SettleContext, row_kind
 from backhand.data.row_pipeline import RowPipeline
-from backhand.data.rows import ClassLabel, ProblemType, Purpose
+from backhand.data.rows import Purpose
 from backhand.data.sources import expand, neighbouring_held_out, read_rows
 from backhand.data.stored_examples import ExampleWriter, PreparedData, count_sources, with_totals
 from backhand.errors import DataError
@@ -81,7 +74,8 @@ def prepare(
     options.validate()
     if not options.data:
         raise no_data()
-    found = questions or (training_questions(options, recorded) if purpose == "decisions" else {})
+    kind = row_kind(purpose)
+    found = questions or kind.find_questions(options, recorded)
     examples_of = partial(
         read_examples,
         options,
@@ -110,7 +104,7 @@ def prepare(
         train, held_out = split(train, options.eval_fraction, seed)
     elif held_out_files := neighbouring_held_out(options.data):
         held_out = read(held_out_files, held_out=True)
-    elif options.eval_fraction is None and purpose != "prompts" and (share := default_held_out_share(train)):
+    elif options.eval_fraction is None and kind.has_answers and (share := default_held_out_share(train)):
         train, held_out = split(train, share, seed)
         held_out = held_out.with_note("drawn at random with the seed; to train on these too, give --eval-fraction 0")
     if held_out is not None:
@@ -120,62 +114,8 @@ def prepare(
                 f"warning: {len(shared):,} of {len(held_out.examples):,} held-out documents also occur in the training "
                 f"data, for example {shared[0].source}; the held-out loss will be too low"
             )
-    if isinstance(text_format, ClassFormat):
-        train, held_out = _with_decimal_commas(text_format.problem, train, held_out)
-    if purpose == "embeddings":
-        train, held_out = with_pairs(train), None if held_out is None else with_pairs(held_out, held_out=True)
-    if purpose == "decisions":
-        answered = Counter(one.question.name for row in train.examples.facts(DecisionRow) for one in row.asked)
-        about = question_notes(found, answered, train.report.rows)
-        if questions is None:
-            encoder = DecisionEncoder(RowRenderer(tokenizer, thoughts_off(options, tokenizer)), options.max_length)
-            draws: list[tuple[int, ...]] = [()]
-            if options.option_order == "random":
-                draws = [(seed, epoch) for epoch in range(epochs)]
-            by_epoch = encoder.for_training(train.examples, draws, options.option_rows)
-            of_one_epoch = by_epoch[: len(by_epoch) // len(draws)]
-            added = len(of_one_epoch) - len(train.examples)
-            rows = train.report.rows + added
-            first = with_totals(of_one_epoch, replace(train.report, rows=rows, option_rows=added))
-            if added:
-                first = first.with_note(
-                    f"{added:,} of these {rows:,} rows were added: the text is the name of an option (--option-rows); "
-                    f"the other {train.report.rows:,} are from the data"
-                )
-            train = replace(train, examples=first.examples, report=first.report, by_epoch=by_epoch)
-        notes = (*train.report.notes, *about)
-        train = replace(train, questions=found, report=replace(train.report, notes=notes))
-    return train, held_out
-
-
-def _with_decimal_commas(
-    problem: ProblemType | None, train: PreparedData, held_out: PreparedData | None
-) -> tuple[PreparedData, PreparedData | None]:
-    """Return the rows with the labels of `with_decimal_commas`, which all rows decide together."""
-    parts = [train] if held_out is None else [train, held_out]
-    labels = [label for part in parts for label in part.examples.facts(ClassLabel)]
-    settled = with_decimal_commas(labels, problem)
-    if settled != labels:
-        found = iter(settled)
-        parts = [replace(part, examples=part.examples.with_facts(islice(found, len(part.examples)))) for part in parts]
-    return parts[0], held_out and parts[1]
-
-
-def training_questions(options: DataOptions, recorded: NamedColumns | None = None) -> dict[str, Question]:
-    """Return the questions of the rows of `data`, see `decision_rows.find_questions`."""
-    bad = RowErrors(options.skip_bad)
-
-    def rows(name: str) -> Iterator[tuple[Form, RawRow]]:
-        named = ColumnReader(options, options.system, recorded=recorded)
-        raws = islice(named.rows(read_rows(name, bad), bad), options.max_rows)
-        form_of = partial(detect, purpose="decisions", named=named.given, questions=[*options.question])
-        for raw in raws:
-            try:
-                yield form_of(raw, following=None if bad.skip_bad else raws), raw
-            except DataError as error:
-                bad.add(error)
-
-    return find_questions(expand(options.data), rows, options.question, bad)
+    context = SettleContext(options, tokenizer, seed, epochs, found, questions is None, text_format)
+    return kind.settle(train, held_out, context)
 
 
 def read_examples(
@@ -203,8 +143,8 @@ def read_examples(
     Raises:
         UsageError, DataError: as `prepare`.
     """
-    if purpose in ("decisions", "states"):
-        options = thoughts_off(options, tokenizer)
+    kind = row_kind(purpose)
+    options = kind.template_options(options, tokenizer)
     renderer = RowRenderer(tokenizer, options, train_on_all=options.train_on == "all")
     encoder = RowEncoder(
         renderer, options, None if prompts is None else RowRenderer(tokenizer, options), teacher, text_format
@@ -221,7 +161,7 @@ def read_examples(
             prompts.extend(rows.prompts)
 
     prompts_suffice = teacher is not None and teacher.sampled and teacher.context is not None
-    answers_only = options.train_on == "completions" and purpose != "prompts" and not prompts_suffice
+    answers_only = options.train_on == "completions" and kind.has_answers and not prompts_suffice
     pipeline = RowPipeline(
         options,
         options,
@@ -232,7 +172,7 @@ def read_examples(
         allow_prompts=prompts_suffice,
         answers_only=answers_only,
         questions=questions,
-        refuses_classes=answers_only and purpose in ("answers", "labelled", None),
+        refuses_classes=answers_only and kind.by_document,
         texts_only=options.train_on == "text",
         recorded=recorded,
         context_column=None if teacher is None else teacher.column,
@@ -244,11 +184,10 @@ def read_examples(
         notes.append(
             f"{count} with an empty answer, which teaches the model to answer nothing: fill it in, or remove the row"
         )
-    by_row = purpose not in ("answers", "labelled", None)
-    stats = stats.of_rows() if by_row else stats
+    stats = stats if kind.by_document else stats.of_rows()
     report = replace(
         report,
-        cut_unit="row" if by_row else "document",
+        cut_unit="document" if kind.by_document else "row",
         truncated=len(stats.truncated),
         dropped_long=len(stats.dropped_long),
         dropped_unsupervised=len(stats.dropped_unsupervised),

@@ -59,6 +59,10 @@ class RankingFormat:
 
     instruction: str = INSTRUCTION
 
+    def encoder(self, renderer: RowRenderer, max_length: int, *, drop: bool) -> RankingEncoder:
+        """Return the encoder of rows, see `row_encoder.TextFormat`."""
+        return RankingEncoder(renderer, self, max_length, drop=drop)
+
     def text(self, query: str, document: str, source: str, *, system: bool = True) -> Completion:
         """Return the prompt with the answer `yes`.
 

@@ -16,15 +16,13 @@ from backhand.data.mojibake import find_mojibake
 from backhand.data.options import NamedColumns, RowSources
 from backhand.data.raw_rows import IN_MEMORY, RowErrors
 from backhand.data.row_encoder import EncodedRows, RowEncoder, size_of
+from backhand.data.row_kind import row_kind
 from backhand.data.rows import (
     Conversation,
     PlainText,
-    PromptRow,
     Purpose,
     Row,
-    empty_answers,
     system_of,
-    texts_of,
 )
 from backhand.data.sources import expand, read_rows
 from backhand.data.workers import WorkerEndedError, parallel_map
@@ -59,14 +57,15 @@ class RowPipeline:
     def open_file(self, name: str) -> tuple[ColumnReader, FormReader, Iterator[Row]]:
         """Return the readers of a file's columns and form, and its valid rows."""
         evaluation = f"an evaluation of {self.purpose or 'answers'}"  # training checks its options before
-        check_options(self.named, self.purpose, evaluation, "use an adapter of --objective {}".format)
+        kind = row_kind(self.purpose)
+        check_options(self.named, kind, evaluation, "use an adapter of --objective {}".format)
         named = ColumnReader(
             self.named,
             self.system,
-            guess=self.purpose in ("answers", "labelled", None),
+            guess=kind.by_document,
             recorded=self.recorded,
-            answers=not self.allow_prompts and self.purpose not in ("states", "prompts"),
-            may_be_equal=self.purpose == "embeddings",
+            answers=not self.allow_prompts and kind.has_answers,
+            may_be_equal=kind.may_be_equal,
         )
         reader = FormReader(
             allow_prompts=self.allow_prompts,
@@ -78,7 +77,7 @@ class RowPipeline:
             not_as_trained=named.not_as_trained,
             name_columns=named.name_columns,
         )
-        prompts = self.allow_prompts or self.purpose == "prompts"
+        prompts = self.allow_prompts or not kind.has_answers
         raws = read_rows(name, self.bad, held_out=self.held_out, prompts=prompts)
         return named, reader, reader.read_all(named.rows(raws, self.bad), self.bad)
 
@@ -99,21 +98,21 @@ class RowPipeline:
             rows = answered = 0
             empty_sides: set[int] = set()
             bad_before, bad.first_of_file = bad.count, None
-            conversation = rewarded = False
+            conversation = reads_all = False
             named, reader, read = self.open_file(name)
             for row in self._encode(read, None if most is None else most - total, encoder, take):
                 rows += 1
                 if bad.garbled is not None and (excerpt := find_mojibake(_text_of(row))):
                     bad.garbled.setdefault(row.source, excerpt)
-                answered += not (sides := empty_answers(row))
+                answered += not (sides := row.empty_answers)
                 empty_sides.update(sides)
                 if len(systems) < 2:
                     systems.add(system_of(row, self.system))
-                rewarded |= isinstance(row, PromptRow)
-                conversation |= isinstance(texts_of(row)[0], Conversation)
+                reads_all |= row.reads_all_columns
+                conversation |= isinstance(row.parts[0], Conversation)
             if reader.form is None:
                 raise _no_rows(name, bad, bad.count - bad_before, reader.explained(bad.first_of_file))
-            if self.texts_only and reader.form.kind != "text":
+            if self.texts_only and reader.form.reader != "text":
                 raise DataError(
                     f"the rows have the form {reader.form.name}, and train_on 'text' reads texts",
                     where=name,
@@ -122,7 +121,7 @@ class RowPipeline:
             if self.answers_only and rows and not answered:
                 raise _no_answers(name, reader, rows, empty_sides)
             empty += rows - answered
-            if not rewarded:  # reward functions are given every column
+            if not reads_all:
                 others = [column for column in reader.columns if column not in (*named.used, self.context_column)]
                 unread |= dict.fromkeys(reader.form.unread(others, conversation=conversation))
                 classes |= dict.fromkeys(reader.class_columns.names(rows))
@@ -218,18 +217,18 @@ def _text_of(row: Row) -> str:
         else "\n".join(message["content"] for message in text.messages)
         if isinstance(text, Conversation)
         else f"{text.prompt}\n{text.completion or ''}"
-        for text in texts_of(row)
+        for text in row.parts
     )
 
 
 def _no_answers(name: str, reader: FormReader, rows: int, empty_sides: Collection[int]) -> DataError:
     form = reader.form
     assert form is not None
-    conversation = form.kind == "conversation"
+    conversation = form.reader == "conversation"
     others = form.unread(reader.columns, conversation=conversation)
     columns = " and ".join(form.answer_columns)
     what, next_step = f"every answer is empty, in {count_of(rows, 'row')}", "fill in the answers, or leave out the file"
-    if form.kind == "pair":
+    if len(form.answer_columns) > 1:
         sides = [form.answer_columns[side] for side in sorted(empty_sides)]
         what = f"{' or '.join(sides)} is empty in every pair, in {count_of(rows, 'row')}"
     elif not conversation:

@@ -2,19 +2,70 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
-from backhand.data.decisions import DecisionRow
 from backhand.errors import DataError
 
 Message = dict[str, Any]
 """A message for a chat template: role, content (always text), and tool_calls, name, tool_call_id, reasoning_content."""
 
 
+class Row:
+    """A row of a file. Each kind of rows has classes of its own.
+
+    Attributes:
+        kind: name of the kind whose `RowKind.encoder` encodes the row.
+        reads_all_columns: True if no column of the row is left unread.
+        source: location of the row.
+    """
+
+    kind: ClassVar[str] = "answers"
+    reads_all_columns: ClassVar[bool] = False
+    source: str
+
+    @property
+    def parts(self) -> tuple[OneText, ...]:
+        """The texts that are rendered separately. The first contains the prompt, if the row has one."""
+        raise NotImplementedError
+
+    @property
+    def empty_answers(self) -> list[int]:
+        """The indices of parts whose answer contains only white space."""
+        return [place for place, text in enumerate(self.parts) if _says_nothing(text)]
+
+    @property
+    def has_reference_reply(self) -> bool:
+        """True if a good answer to the prompt resembles the row's own."""
+        return True
+
+
+class RowFacts(Protocol):
+    """Facts of a row that its loss, its rewards or its scores read in addition to the tokens."""
+
+    @property
+    def has_targets(self) -> bool:
+        """True if supervised tokens are targets, not places of hidden states or placeholders for answers."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """Everything that the loss depends on, for digests."""
+        ...
+
+    def placeholders(self, documents: int) -> int:
+        """Return the number of tokens at the end of each of the row's documents that are no part of a text."""
+        ...
+
+    def shown(self, documents: Sequence[Any]) -> list[tuple[Any, str]]:
+        """Return the documents that show the row, each with a label or ""."""
+        ...
+
+
 @dataclass(frozen=True)
-class Conversation:
+class Conversation(Row):
     """Messages of a conversation, and the mask of those that carry loss."""
 
     messages: tuple[Message, ...]  # as the chat template reads them
@@ -24,6 +75,10 @@ class Conversation:
     source: str
     context: str = ""  # name of the context of the teacher, see `data.context`; empty if rows do not name it
 
+    @property
+    def parts(self) -> tuple[OneText, ...]:
+        return (self,)
+
     @classmethod
     def of(cls, messages: Sequence[Message], source: str) -> Conversation:
         """Return a conversation without tools in which every assistant turn carries loss."""
@@ -31,7 +86,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Completion:
+class Completion(Row):
     """A prompt and its completion."""
 
     # prompt, completion: unchanged from the row; completion is None if the row has only a prompt
@@ -42,41 +97,87 @@ class Completion:
     source: str
     context: str = ""  # as for `Conversation`
 
+    @property
+    def parts(self) -> tuple[OneText, ...]:
+        return (self,)
+
 
 @dataclass(frozen=True)
-class PlainText:
+class PlainText(Row):
     """A document of which every token is supervised."""
 
     text: str
     source: str
 
+    @property
+    def parts(self) -> tuple[OneText, ...]:
+        return (self,)
+
 
 @dataclass(frozen=True)
-class Pair:
+class Pair(Row):
     """Two answers to one prompt, each with the prompt. The first answer is better than the second."""
 
     chosen: Conversation | Completion
     rejected: Conversation | Completion
     source: str
 
+    kind = "pairs"
+
+    @property
+    def parts(self) -> tuple[OneText, ...]:
+        return self.chosen, self.rejected
+
 
 @dataclass(frozen=True)
-class UnpairedRow:
+class UnpairedRow(Row):
     """A prompt with one answer and its label: desirable or undesirable."""
 
     answer: Conversation | Completion
     desirable: bool
     source: str
 
+    kind = "labels"
+
+    @property
+    def parts(self) -> tuple[OneText, ...]:
+        return (self.answer,)
+
+    @property
+    def has_reference_reply(self) -> bool:
+        return self.desirable
+
 
 @dataclass(frozen=True)
-class PromptRow:
+class PromptRow(Row):
     """A prompt whose sampled answers are rewarded."""
 
     question: Conversation | Completion  # to be rendered
     prompt: Any  # for reward functions: text, or a list of messages
     columns: Mapping[str, Any]  # all other columns of the row by name
     source: str  # location of the row
+
+    kind = "prompts"
+    reads_all_columns = True  # reward functions are given every column
+    has_targets = False
+
+    @property
+    def parts(self) -> tuple[OneText, ...]:
+        return (self.question,)
+
+    @property
+    def empty_answers(self) -> list[int]:
+        return []
+
+    @property
+    def key(self) -> str:
+        return json.dumps([self.prompt, self.columns], sort_keys=True, default=str)
+
+    def placeholders(self, documents: int) -> int:  # noqa: ARG002
+        return 1
+
+    def shown(self, documents: Sequence[Any]) -> list[tuple[Any, str]]:
+        return [(document, "") for document in documents]
 
     @property
     def reference(self) -> str | None:
@@ -86,7 +187,7 @@ class PromptRow:
 
 
 @dataclass(frozen=True)
-class EmbeddingRow:
+class EmbeddingRow(Row):
     """Texts whose vectors are compared, or one text."""
 
     # anchor, positive and hard negatives, or both texts of a scored pair
@@ -94,6 +195,12 @@ class EmbeddingRow:
     score: float | None  # similarity of a scored pair; None for other rows
     source: str
     label: str | None = None  # label of a single text, which belongs to the texts with the same label; else None
+
+    kind = "embeddings"
+
+    @property
+    def parts(self) -> tuple[OneText, ...]:
+        return tuple(PlainText(text, self.source) for text in self.texts)
 
 
 class TextIdentities(NamedTuple):
@@ -103,9 +210,23 @@ class TextIdentities(NamedTuple):
     score: float | None  # as in `EmbeddingRow`
     label: int | None = None  # a digest of the label of both texts; None for rows without labels
 
+    @property
+    def has_targets(self) -> bool:
+        return False
+
+    @property
+    def key(self) -> str:
+        return repr(self)
+
+    def placeholders(self, documents: int) -> int:  # noqa: ARG002
+        return 1
+
+    def shown(self, documents: Sequence[Any]) -> list[tuple[Any, str]]:
+        return [(document, "" if self.score is None else f"score {self.score:g}") for document in documents]
+
 
 @dataclass(frozen=True)
-class RankingRow:
+class RankingRow(Row):
     """A query with documents to rank."""
 
     query: str
@@ -113,6 +234,12 @@ class RankingRow:
     targets: tuple[float, ...]  # relevance of each document; empty for documents to score
     source: str
     listed: bool = False  # True if the row has a list of documents
+
+    kind = "rankings"
+
+    @property
+    def parts(self) -> tuple[OneText, ...]:
+        return tuple(PlainText(text, self.source) for text in (self.query, *self.documents))
 
 
 class RankedTexts(NamedTuple):
@@ -122,14 +249,40 @@ class RankedTexts(NamedTuple):
     documents: tuple[int, ...]  # a digest of each document
     targets: tuple[float, ...]  # as in `RankingRow`
 
+    @property
+    def has_targets(self) -> bool:
+        return False
+
+    @property
+    def key(self) -> str:
+        return repr(self)
+
+    def placeholders(self, documents: int) -> int:
+        return 0 if self._answered(documents) else 1
+
+    def shown(self, documents: Sequence[Any]) -> list[tuple[Any, str]]:
+        """Return each document once, not with both answers."""
+        labels = (f"relevance {target:g}" for target in self.targets)
+        return list(zip(documents[:: 1 + self._answered(len(documents))], labels, strict=False))
+
+    def _answered(self, documents: int) -> bool:
+        """Return True if each text has two documents, which end in yes and in no."""
+        return documents == 2 * len(self.targets)
+
 
 @dataclass(frozen=True)
-class ClassRow:
+class ClassRow(Row):
     """A text with its label, several labels or a number; the label is None for a text to classify."""
 
     text: str
     label: str | float | tuple[str, ...] | None
     source: str
+
+    kind = "classes"
+
+    @property
+    def parts(self) -> tuple[OneText, ...]:
+        return (PlainText(self.text, self.source),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,26 +293,26 @@ class ClassLabel:
     text: str = field(default="", compare=False, repr=False)  # beginning of the text, which tokens may not give again
 
     @property
+    def has_targets(self) -> bool:
+        return False
+
+    @property
+    def key(self) -> str:
+        return repr(self)
+
+    def placeholders(self, documents: int) -> int:  # noqa: ARG002
+        return 1
+
+    def shown(self, documents: Sequence[Any]) -> list[tuple[Any, str]]:
+        return [(document, ", ".join(self.names) or "no label") for document in documents]
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The names of the labels that apply."""
         if isinstance(self.value, tuple):
             return self.value
         return (f"{self.value:g}" if isinstance(self.value, float) else self.value,)
 
-
-WITHOUT_TARGETS = (PromptRow, TextIdentities, RankedTexts, ClassLabel)
-"""Facts of rows without target tokens. Supervised tokens select hidden states, or are placeholders for answers."""
-RowFacts = PromptRow | DecisionRow | TextIdentities | RankedTexts | ClassLabel
-"""Facts of a row that its loss, its rewards or its scores read in addition to the tokens:
-
-- `PromptRow`: a prompt whose answers are sampled and rewarded. The row's document has one supervised token at its end
-  as a placeholder for the answers.
-- `DecisionRow`: questions. Each label of each question is a document of the row, which ends in that label.
-- `TextIdentities`: texts whose vectors are compared. Each text is a document of the row.
-- `RankedTexts`: a query with texts. Each text has two documents, which end in yes and in no; or one document, which is
-  a pair of query and text, for a score head.
-- `ClassLabel`: the label of a text that a classification head learns.
-"""
 
 REFERENCES = ("answer", "completion", "response", "output", "solution", "ground_truth", "target")
 """Columns that may contain the reference answer to a prompt, in order of precedence."""
@@ -168,23 +321,11 @@ TEMPLATE_PLACES = ("{prompt}", "{privileged_context}")
 """Places of a row's prompt and of its demonstration in a template of the teacher's prompt, named as in TRL."""
 
 OneText = Conversation | Completion | PlainText
-Row = OneText | Pair | UnpairedRow | PromptRow | DecisionRow | EmbeddingRow | RankingRow | ClassRow
 Purpose = str
 """Use of rows: answers to learn, pairs of answers, answers with a label, prompts to answer, questions about a state
 with their answers, texts to compare, queries with documents of known relevance, or texts with the label that a
 classification head learns; answers to evaluate, with a label if the rows have one; states to decide, texts whose
 vectors are computed, or queries with documents to score."""
-PURPOSES: dict[str, Purpose] = {
-    **dict.fromkeys(("sft", "bake", "sdft"), "answers"),
-    **dict.fromkeys(("dpo", "ipo", "orpo", "simpo"), "pairs"),
-    "kto": "labels",
-    "grpo": "prompts",
-    "decide": "decisions",
-    "embed": "embeddings",
-    "rank": "rankings",
-    "classify": "classes",
-}
-"""Use of the rows of training by objective."""
 PoolingName = Literal["mean", "cls", "last"]
 RankingLossName = Literal["pointwise", "listwise", "listnet"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -195,34 +336,6 @@ NUMBER: ProblemType = "regression"
 
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 """Instruction of Qwen3-Reranker for a task that is not described otherwise."""
-
-
-def texts_of(row: Row) -> tuple[OneText, ...]:
-    """Return the parts of a row that are rendered separately. The first contains the prompt, if the row has one."""
-    if isinstance(row, OneText):
-        return (row,)
-    if isinstance(row, Pair):
-        return row.chosen, row.rejected
-    if isinstance(row, EmbeddingRow):
-        return tuple(PlainText(text, row.source) for text in row.texts)
-    if isinstance(row, RankingRow):
-        return tuple(PlainText(text, row.source) for text in (row.query, *row.documents))
-    if isinstance(row, ClassRow):
-        return (PlainText(row.text, row.source),)
-    if isinstance(row, DecisionRow):
-        return tuple(decision_text(row, place, one.question.canonical_order) for place, one in enumerate(row.asked))
-    return (row.answer if isinstance(row, UnpairedRow) else row.question,)
-
-
-def decision_text(row: DecisionRow, place: int, order: Sequence[int]) -> Completion:
-    """Return the prompt of a question of a row with its first label as the completion.
-
-    Args:
-        place: index of the question in the row.
-        order: index of the option that has each label.
-    """
-    question = row.asked[place].question
-    return Completion(question.prompt(row.state, order), question.labels[0], "\n", None, row.source)
 
 
 def with_answer(row: OneText, answer: str) -> dict[str, Any]:
@@ -251,20 +364,13 @@ def system_of(row: Row, default: str | None) -> str | None:
     Args:
         default: system message for rows without their own.
     """
-    text = texts_of(row)[0]
+    text = row.parts[0]
     if isinstance(text, PlainText):
         return None
     if isinstance(text, Completion):
         return text.system or default
     system = [message["content"] for message in text.messages[:1] if message["role"] == "system"]
     return next((content for content in system if isinstance(content, str)), None) if system else default
-
-
-def empty_answers(row: Row) -> list[int]:
-    """Return the indices of empty answers, which contain only white space: 0, or 1 for the rejected side of a pair."""
-    return (
-        [] if isinstance(row, PromptRow) else [place for place, text in enumerate(texts_of(row)) if _says_nothing(text)]
-    )
 
 
 def _says_nothing(text: OneText) -> bool:

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from backhand.data.data_report import DataReport
 from backhand.data.decisions import Question
 from backhand.data.examples import Example
-from backhand.data.rows import WITHOUT_TARGETS, RankedTexts, RowFacts
+from backhand.data.rows import RowFacts
 from backhand.data.text_encoder import TokenIds
 from backhand.errors import ResourceError
 from backhand.files import reason
@@ -374,9 +374,8 @@ class PreparedData:
 def tokens_of_documents(examples: StoredExamples) -> npt.NDArray[np.int32]:
     """Return the number of tokens of each document, without the placeholder at the end of texts without targets."""
     tokens = examples.documents.column("tokens")
-    facts = examples[0].facts if len(examples) else None
-    answered = isinstance(facts, RankedTexts) and len(examples[0].documents) == 2 * len(facts.targets)
-    return tokens - (isinstance(facts, WITHOUT_TARGETS) and not answered)
+    first = examples[0] if len(examples) else None
+    return tokens if first is None or first.facts is None else tokens - first.facts.placeholders(len(first.documents))
 
 
 def count_sources(examples: StoredExamples) -> int:
@@ -388,7 +387,8 @@ def with_totals(examples: Iterable[Example], report: DataReport) -> PreparedData
     """Combine examples with a report whose totals are recomputed from them; its other counts are unchanged."""
     examples = stored(examples)
     documents, tokens = examples.documents, tokens_of_documents(examples)
-    has_targets = not (len(examples) and isinstance(examples[0].facts, WITHOUT_TARGETS))
+    facts = examples[0].facts if len(examples) else None
+    has_targets = facts is None or facts.has_targets
     return PreparedData(
         examples,
         replace(

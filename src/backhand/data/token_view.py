@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from backhand.data.decisions import DecisionRow
 from backhand.data.examples import Example
-from backhand.data.rows import WITHOUT_TARGETS, ClassLabel, RankedTexts, TextIdentities
 from backhand.data.stored_examples import StoredExamples
 
 
@@ -36,34 +34,22 @@ def documents_to_show(examples: StoredExamples, count: int) -> list[ShownDocumen
 
     Of rows whose loss is not one of tokens, these are the texts as the model reads them, without a supervised token.
     """
-    facts = examples[0].facts if len(examples) else None
-    if isinstance(facts, DecisionRow):
-        answered = (document for example in examples[:count] for document in example.answered_questions)
-        return [ShownDocument(document) for document in islice(answered, count)]
-    if isinstance(facts, WITHOUT_TARGETS):
-        return list(islice((shown for example in examples[:count] for shown in _texts(example)), count))
-    return list(islice((shown for example in examples[:count] for shown in _answers(example)), count))
+    return list(islice((shown for example in examples[:count] for shown in _shown(example)), count))
 
 
-def _answers(example: Example) -> Iterator[ShownDocument]:
-    """Yield the document of a row, or both answers of a pair."""
-    labels = ("chosen", "rejected") if example.rejected is not None else ("",)
-    return map(ShownDocument, example.documents, labels)
-
-
-def _texts(example: Example) -> Iterator[ShownDocument]:
-    """Yield the texts of a row without the placeholder at their end, or without the answers yes and no."""
-    facts, documents, labels = example.facts, example.documents, [""]
-    answered = isinstance(facts, RankedTexts) and len(documents) == 2 * len(facts.targets)
-    if isinstance(facts, RankedTexts):
-        labels, documents = [f"relevance {target:g}" for target in facts.targets], documents[:: 1 + answered]
-    elif isinstance(facts, ClassLabel):
-        labels = [", ".join(facts.names) or "no label"]
-    elif isinstance(facts, TextIdentities) and facts.score is not None:
-        labels = [f"score {facts.score:g}"]
-    for number, document in enumerate(documents):
-        label = labels[min(number, len(labels) - 1)]
-        ids = document.input_ids[: document.prompt_tokens if answered else -1]
+def _shown(example: Example) -> Iterator[ShownDocument]:
+    """Yield the documents of a row: its texts without a placeholder or an answer, or both answers of a pair."""
+    facts, documents = example.facts, example.documents
+    if facts is None:
+        labels = ("chosen", "rejected") if example.rejected is not None else ("",)
+        yield from map(ShownDocument, documents, labels)
+        return
+    placeholders = facts.placeholders(len(documents))
+    for document, label in facts.shown(documents):
+        if facts.has_targets:
+            yield ShownDocument(document, label)
+            continue
+        ids = document.input_ids[: -placeholders or document.prompt_tokens]
         yield ShownDocument(replace(document, input_ids=ids, supervised=np.zeros(len(ids), dtype=np.bool_)), label)
 
 

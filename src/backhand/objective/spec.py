@@ -60,6 +60,6 @@ class Spec:
     training: str = "backhand.objectives.answers.training:AnswerTraining"
     use: str = "backhand.objectives.answers.use:AnswerUse"
 
-    def traits(self, options: Any) -> Traits:  # noqa: ARG002 - those of other objectives depend on them
+    def traits(self, options: Any) -> Traits:  # noqa: ARG002
         """Return the facts of the objective under these options, which have the defaults filled in."""
         return Traits()

@@ -28,6 +28,7 @@ from backhand.bounds import (
 )
 from backhand.data.forms import check_options
 from backhand.data.options import DataOptions
+from backhand.data.row_kind import row_kind
 from backhand.errors import UsageError, not_utf8
 from backhand.nn.model_options import BaseModelOptions
 from backhand.options.objectives import ObjectiveOptions
@@ -327,7 +328,7 @@ class TrainConfig(Options):
         if self.objective.objective == "rank":
             check_ranking_system(self.data.system)
         train_on, objective = self.data.train_on, self.objective.objective
-        check_options(self.data, self.objective.traits.rows, objective, "give --objective {}".format)
+        check_options(self.data, row_kind(self.objective.traits.rows), objective, "give --objective {}".format)
         if train_on != "completions" and objective != "sft":
             raise UsageError(
                 f"train_on {train_on!r} would compare prompts, and {objective} compares answers",

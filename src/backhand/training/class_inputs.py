@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 from backhand.adapters.classifier_config import padding_id
 from backhand.data.class_examples import ClassFormat, decimal_comma_note, names_of, not_numbers, problem_of, target_of
-from backhand.data.class_lint import check_names, texts_at
+from backhand.data.class_lint import check_names, scale_note, texts_at
 from backhand.data.label_names import integers_note, unlearned_note, unlearned_rows
-from backhand.data.lint import scale_note
 from backhand.data.rows import INSTRUCTION, NUMBER, SINGLE, ClassLabel, ProblemType
 from backhand.data.stored_examples import PreparedData
 from backhand.engines.decoder_engine import DecoderEngine, with_hidden_states

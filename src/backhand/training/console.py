@@ -15,9 +15,9 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn
 from rich.text import Text
 
+from backhand.data.answer_lint import label_spellings
 from backhand.data.held_out import FEWEST_ROWS, USUAL_SHARE
 from backhand.data.label_names import unlearned_note
-from backhand.data.lint import label_spellings
 from backhand.data.options import system_option
 from backhand.data.ranking_examples import documents_of_texts
 from backhand.distributed.communicator import Communicator

@@ -13,11 +13,11 @@ import numpy as np
 from backhand.adapters.base_facts import BaseFacts
 from backhand.adapters.peft_config import peft_notes
 from backhand.adapters.targets import in_numbers
+from backhand.data.answer_lint import numbers_note
 from backhand.data.context import TeacherPrompts
 from backhand.data.data_report import DataReport
 from backhand.data.decisions import DecisionRow
 from backhand.data.examples import Example, check_vocabulary
-from backhand.data.lint import numbers_note
 from backhand.data.packing import RowPacker, Sampler
 from backhand.data.prepare import prepare
 from backhand.data.row_encoder import TextFormat

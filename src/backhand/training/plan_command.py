@@ -15,7 +15,6 @@ from rich.console import Console
 
 from backhand.data.ranking_examples import documents_of_texts
 from backhand.data.row_sample import RowSample, sampled
-from backhand.data.rows import WITHOUT_TARGETS
 from backhand.data.stored_examples import StoredExamples, tokens_of_documents
 from backhand.engines.machine import Machine, resolve_machine
 from backhand.engines.memory.plan import LIVE_VIEW, HeldBase
@@ -159,7 +158,7 @@ def plan(options: PlanOptions) -> PlanReport:
 
 def _shown(example: StoredExamples) -> tuple[str, int, int]:
     """Return location, tokens and supervised tokens of an example's first document, without a placeholder."""
-    placeholder = isinstance(example[0].facts, WITHOUT_TARGETS)
+    placeholder = example[0].facts is not None and not example[0].facts.has_targets
     supervised = 0 if placeholder else int(example[0].supervised.sum())
     return example[0].source, int(tokens_of_documents(example)[0]), supervised
 

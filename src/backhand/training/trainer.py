@@ -16,9 +16,9 @@ from torch import Tensor
 
 from backhand.adapters.contents import RECORD_FILE
 from backhand.adapters.record import read_record
+from backhand.data.class_lint import scale_note
 from backhand.data.decisions import QuestionType
 from backhand.data.label_names import unlearned_note
-from backhand.data.lint import scale_note
 from backhand.data.rows import NUMBER, ClassLabel
 from backhand.distributed.communicator import Communicator
 from backhand.distributed.launch import broadcast_checkpoint, comparable_settings

@@ -24,9 +24,10 @@ from backhand.data.embedding_examples import EmbeddingFormat
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.held_out import neutral_texts
 from backhand.data.options import DataOptions, NamedColumns
-from backhand.data.prepare import read_examples, training_questions
+from backhand.data.prepare import read_examples
 from backhand.data.ranking_examples import RankingFormat
 from backhand.data.row_encoder import TextFormat
+from backhand.data.row_kind import row_kind
 from backhand.data.rows import ClassRow, Purpose
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import ArtifactError, DataError, UsageError
@@ -240,7 +241,7 @@ def _documents(
             data.data,
             tokenizer,
             purpose=purpose,
-            questions=training_questions(data) if purpose == "decisions" else {},
+            questions=row_kind(purpose).find_questions(data, None),
             text_format=RankingFormat(objective.instruction) if purpose == "rankings" else None,
             recorded=recorded,
         ).examples

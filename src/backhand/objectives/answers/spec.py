@@ -12,8 +12,9 @@ from backhand.objective.spec import Spec, Traits
 
 class _SFT(Spec):
     name = "sft"
+    row_kinds = {"answers": "backhand.objectives.answers.rows:ANSWERS"}
 
-    def traits(self, options: Any) -> Traits:  # noqa: ARG002
+    def traits(self, options: Any) -> Traits:
         return Traits(is_supervised=True)
 
 

@@ -12,8 +12,9 @@ from backhand.objective.spec import Spec, Traits
 
 class _Classify(Spec):
     name = "classify"
+    row_kinds = {"classes": "backhand.objectives.classes.rows:CLASSES"}
 
-    def traits(self, options: Any) -> Traits:  # noqa: ARG002
+    def traits(self, options: Any) -> Traits:
         return Traits(rows="classes", predicts_tokens=False, has_targets=False, is_supervised=True)
 
 

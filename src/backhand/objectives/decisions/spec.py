@@ -12,8 +12,12 @@ from backhand.objective.spec import Spec, Traits
 
 class _Decide(Spec):
     name = "decide"
+    row_kinds = {
+        "decisions": "backhand.objectives.decisions.rows:DECISIONS",
+        "states": "backhand.objectives.decisions.rows:STATES",
+    }
 
-    def traits(self, options: Any) -> Traits:  # noqa: ARG002
+    def traits(self, options: Any) -> Traits:
         # The labels mean nothing to a model before it is trained, and few steps leave it close to guessing.
         return Traits(rows="decisions", is_supervised=True, short_run_factor=2.0, fewest_steps=100, average_share=0.6)
 

@@ -24,7 +24,7 @@ class _Bake(Spec):
 class _SDFT(Spec):
     name = "sdft"
 
-    def traits(self, options: Any) -> Traits:  # noqa: ARG002
+    def traits(self, options: Any) -> Traits:
         return Traits(has_teacher=True, answers_from="student", samples=True, trains_on_samples=True)
 
 

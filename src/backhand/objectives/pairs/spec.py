@@ -18,10 +18,16 @@ class _Compared(Spec):
         traits: its facts.
     """
 
+    row_kinds = {
+        "pairs": "backhand.objectives.pairs.rows:PAIRS",
+        "labels": "backhand.objectives.pairs.rows:LABELS",
+        "labelled": "backhand.objectives.pairs.rows:LABELLED",
+    }
+
     def __init__(self, name: str, traits: Traits) -> None:
         self.name, self._traits = name, traits
 
-    def traits(self, options: Any) -> Traits:  # noqa: ARG002
+    def traits(self, options: Any) -> Traits:
         return self._traits
 
 

@@ -12,8 +12,9 @@ from backhand.objective.spec import Spec, Traits
 
 class _GRPO(Spec):
     name = "grpo"
+    row_kinds = {"prompts": "backhand.objectives.rewards.rows:PROMPTS"}
 
-    def traits(self, options: Any) -> Traits:  # noqa: ARG002
+    def traits(self, options: Any) -> Traits:
         return Traits(rows="prompts", samples=True, trains_on_samples=True)
 
 

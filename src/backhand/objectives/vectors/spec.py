@@ -12,8 +12,12 @@ from backhand.objective.spec import Spec, Traits
 
 class _Embed(Spec):
     name = "embed"
+    row_kinds = {
+        "embeddings": "backhand.objectives.vectors.rows:EMBEDDINGS",
+        "texts": "backhand.objectives.vectors.rows:TEXTS",
+    }
 
-    def traits(self, options: Any) -> Traits:  # noqa: ARG002
+    def traits(self, options: Any) -> Traits:
         return Traits(rows="embeddings", predicts_tokens=False, has_targets=False, compares_rows=True)
 
 
