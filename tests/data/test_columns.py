@@ -539,7 +539,7 @@ def test_an_evaluation_names_columns_of_the_file_and_the_option_that_it_does_not
 
 def test_a_completion_is_not_passed_over_among_pairs() -> None:
     pair = {"prompt": "p", "chosen": "c", "rejected": "r", "completion": "x"}
-    assert detect(RawRow(pair, "f:1"), purpose=None, named={"completion": "completion"}).name == "prompt/completion"
+    assert detect(RawRow(pair, "f:1"), purpose=None, named={"completion": "completion"})[1].columns[1] == "completion"
     with pytest.raises(DataError, match="--completion would be ignored"):
         detect(RawRow(pair, "f:1"), purpose="pairs", named={"completion": "completion"})
 
