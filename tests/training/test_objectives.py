@@ -527,8 +527,8 @@ def test_what_does_not_go_together_is_refused(options: dict[str, Any], said: str
 
 
 def test_numbers_by_default() -> None:
-    assert ObjectiveOptions(objective="dpo").resolved() == ObjectiveOptions("dpo", 0.1, "sigmoid")
-    assert ObjectiveOptions(objective="kto").resolved() == ObjectiveOptions("kto", 0.1, "kto")
+    assert ObjectiveOptions(objective="dpo").resolved() == ObjectiveOptions("dpo", beta=0.1, loss_type="sigmoid")
+    assert ObjectiveOptions(objective="kto").resolved() == ObjectiveOptions("kto", beta=0.1, loss_type="kto")
     assert ObjectiveOptions(objective="simpo").resolved() == replace(ObjectiveOptions("simpo"), beta=2.0)
     assert ObjectiveOptions().resolved() == ObjectiveOptions()
     for name in ("dpo", "ipo", "orpo", "simpo", "kto"):

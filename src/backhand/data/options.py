@@ -466,3 +466,14 @@ class LintOptions(Options):
             )
         if not self.data.data:
             raise no_data()
+
+
+def check_ranking_system(system: str | None) -> None:
+    """Raise UsageError if a system message is given for rankings, which have their own."""
+    if system is not None:
+        raise UsageError(
+            "a system message is given, but rank has its own",
+            where="system",
+            why="the prompt of rankings is the one that programs ask rerankers with",
+            next_step="leave it out; --instruction describes the task",
+        )

@@ -34,7 +34,7 @@ from backhand.loop.hidden_state_cache import StateStore
 from backhand.loop.sampled_answers import PromptPacker, answered
 from backhand.nn.batch import PackedBatch, TeacherStates
 from backhand.nn.decoder.decoder import Decoder
-from backhand.ops.linear_divergence import Divergence
+from backhand.ops.linear_divergence import Divergence, DivergenceKind
 from backhand.options.objectives import ObjectiveOptions
 
 
@@ -49,7 +49,7 @@ class Lesson:
     @classmethod
     def of(cls, options: ObjectiveOptions, contexts: int = 1) -> Lesson:
         """Return the loss that the options describe, with a teacher that has this number of contexts."""
-        kind = options.resolved().divergence or "forward"
+        kind: DivergenceKind = options.resolved().divergence or "forward"
         return cls(Divergence(kind, options.divergence_share), options.divergence_temperature, contexts)
 
 

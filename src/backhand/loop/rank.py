@@ -18,7 +18,7 @@ from backhand.data.columns import column_of_texts
 from backhand.data.data_report import TruncationStats
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, check_vocabulary
-from backhand.data.options import NamedColumns, RowSources, TemplateOptions
+from backhand.data.options import NamedColumns, RowSources, TemplateOptions, check_ranking_system
 from backhand.data.packing import RowPacker
 from backhand.data.pair_examples import PairEncoder
 from backhand.data.ranking_examples import RankingEncoder, RankingFormat
@@ -38,7 +38,6 @@ from backhand.loop.retrieval_scores import with_changes
 from backhand.nn.decoder.class_head import has_score_head
 from backhand.nn.decoder.decoder import Decoder
 from backhand.options.command_options import RankOptions
-from backhand.options.config import check_ranking_system
 from backhand.options.objectives import ObjectiveOptions
 from backhand.printing import counting, in_rounds
 from backhand.terminal import working

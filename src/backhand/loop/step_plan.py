@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from backhand.errors import not_none
 from backhand.loop.step import LearningRate
+from backhand.objective.spec import Traits
 from backhand.options.config import OptimizationOptions, RunOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
 
@@ -58,7 +59,8 @@ def chosen_rate(
 
 def short_run_factor(objective: ObjectiveOptions, total_steps: int) -> float:
     """Return k of `chosen_rate`."""
-    return min(objective.traits.short_run_factor, max(1.0, _SHORT_STEPS / total_steps))
+    traits: Traits = objective.traits
+    return min(traits.short_run_factor, max(1.0, _SHORT_STEPS / total_steps))
 
 
 def rate_note(rate: float | str, objective: ObjectiveOptions) -> str | None:

@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from backhand.errors import UsageError
+
 AnswersFrom = Literal["teacher", "student", "rows"]
 
 
@@ -51,11 +53,17 @@ class Spec:
     Attributes:
         name: value of `--objective`.
         row_kinds: kinds of rows that this objective defines, by name, each the text `module:name` of its `RowKind`.
+        options: text `module:name` of the class of its options; "" without any.
+        has_rewards: the options of rewards are read.
+        reads: names of the options that it reads, of those that not all objectives read.
         results, training, use: texts `module:name`, see the module docstring.
     """
 
     name: str
     row_kinds: Mapping[str, str] = MappingProxyType({})
+    options: str = ""
+    has_rewards = False
+    reads: tuple[str, ...] = ()
     results: str = "backhand.objectives.answers.results:AnswerResults"
     training: str = "backhand.objectives.answers.training:AnswerTraining"
     use: str = "backhand.objectives.answers.use:AnswerUse"
@@ -63,3 +71,19 @@ class Spec:
     def traits(self, options: Any) -> Traits:  # noqa: ARG002
         """Return the facts of the objective under these options, which have the defaults filled in."""
         return Traits()
+
+    def defaults(self, options: Any) -> dict[str, Any]:  # noqa: ARG002
+        """Return the options whose default follows from other options, with their values."""
+        return {}
+
+    def check_options(self, options: Any) -> None:
+        """Raise UsageError if options of the loss contradict one another."""
+
+    def check(self, config: Any) -> None:
+        """Raise UsageError if the options of a run, a `TrainConfig`, do not fit the objective."""
+        if config.data.train_on != "completions":
+            raise UsageError(
+                f"train_on {config.data.train_on!r} would compare prompts, and {self.name} compares answers",
+                where="train_on",
+                next_step="leave out --train-on, or give --objective sft",
+            )

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Annotated
 
 from backhand.bounds import Check, Count, CountFromZero, GivenTexts, OptionalPath, Options, Share, Text
-from backhand.data.options import DataOptions, RowSources, Sources, TemplateOptions, no_data
+from backhand.data.options import DataOptions, RowSources, Sources, TemplateOptions, check_ranking_system, no_data
 from backhand.data.rows import PoolingName
 from backhand.errors import UsageError
 from backhand.generation.options import LabelNames
 from backhand.nn.model_options import BaseModelOptions
-from backhand.options.config import TrainConfig, check_ranking_system
+from backhand.options.config import TrainConfig
 from backhand.options.rewards import check_names, check_weights
 
 

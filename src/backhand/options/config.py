@@ -31,6 +31,8 @@ from backhand.data.options import DataOptions
 from backhand.data.row_kind import row_kind
 from backhand.errors import UsageError, not_utf8
 from backhand.nn.model_options import BaseModelOptions
+from backhand.objective.registry import objectives
+from backhand.objective.spec import Traits
 from backhand.options.objectives import ObjectiveOptions
 from backhand.options.rewards import SAMPLING, RewardOptions
 from backhand.words import shown
@@ -300,7 +302,8 @@ class TrainConfig(Options):
         if optimization.epochs is not None:
             return optimization.epochs
         steps_per_epoch = -(-rows // optimization.batch_rows)
-        return min(max(_EPOCHS, -(-self.objective.traits.fewest_steps // max(1, steps_per_epoch))), _MOST_EPOCHS)
+        traits: Traits = self.objective.traits
+        return min(max(_EPOCHS, -(-traits.fewest_steps // max(1, steps_per_epoch))), _MOST_EPOCHS)
 
     def average_share_of(self, steps: int) -> float | None:
         """Return the share of the steps over which values are averaged in a run of this number of steps."""
@@ -316,28 +319,32 @@ class TrainConfig(Options):
     def _check_together(self) -> None:
         for part in (self.model, self.data, self.adapter, self.optimization, self.run, self.objective, self.rewards):
             _check_utf8(part)
-        self._check_rewards()
-        if self.objective.teacher_update_rate and self.optimization.average_share:
+        check_options(
+            self.data, row_kind(self.objective.traits.rows), self.objective.objective, "give --objective {}".format
+        )
+        self._check_sections()
+        self.objective.spec.check(self)
+
+    def _check_sections(self) -> None:
+        """Raise UsageError for options of rewards and of sampling that the objective does not read."""
+        spec, traits = self.objective.spec, self.objective.traits
+        read = SAMPLING if traits.samples else ()
+        unused = [] if spec.has_rewards else [name for name in self.rewards.given() if name not in read]
+        if unused and not self.run.resume:
+            without = "no rewards" if traits.samples else "no rewards and samples no answers"
+            others = " or ".join(one.name for one in objectives() if one.has_rewards)
             raise UsageError(
-                "average_share is given together with teacher_update_rate, which averages the values of the teacher",
-                where="average_share",
-                next_step="leave one of them out",
-            )
-        if not self.objective.traits.predicts_tokens:
-            self.check_states()
-        if self.objective.objective == "rank":
-            check_ranking_system(self.data.system)
-        train_on, objective = self.data.train_on, self.objective.objective
-        check_options(self.data, row_kind(self.objective.traits.rows), objective, "give --objective {}".format)
-        if train_on != "completions" and objective != "sft":
-            raise UsageError(
-                f"train_on {train_on!r} would compare prompts, and {objective} compares answers",
-                where="train_on",
-                next_step="leave out --train-on, or give --objective sft",
+                f"{unused[0]} is given, and {spec.name} has {without}",
+                where=unused[0],
+                next_step=f"leave it out, or give --objective {others}",
             )
 
-    def check_states(self) -> None:
-        """Raise UsageError for options that a loss of hidden states does not use."""
+    def check_states(self, also: str = "") -> None:
+        """Raise UsageError for options that a loss of hidden states does not use.
+
+        Args:
+            also: what can be done instead, after "leave it out".
+        """
         objective = self.objective.objective
         unused = {
             "system": self.data.system,
@@ -351,8 +358,7 @@ class TrainConfig(Options):
                     f"{name} {shown(value)} is given, but {objective} does not use it",
                     where=name,
                     why="texts are encoded without a chat template, and the model predicts no tokens",
-                    next_step="leave it out"
-                    + "; --query-prompt and --document-prompt are put in front of texts" * (objective == "embed"),
+                    next_step=f"leave it out{also}",
                 )
         if self.model.engine == "transformers":
             raise UsageError(
@@ -361,53 +367,6 @@ class TrainConfig(Options):
                 why="the transformers engine does not give hidden states",
                 next_step="leave out --engine",
             )
-        if objective == "embed" and self.optimization.batch_rows < 2:
-            raise UsageError(
-                "batch_rows 1 leaves nothing to compare",
-                where="batch_rows",
-                why="the other rows of a step are the negatives of a row",
-                next_step="give as many as you have time for: memory does not depend on it",
-            )
-
-    def _check_rewards(self) -> None:
-        objective = self.objective
-        rewarded, given = objective.objective == "grpo", self.rewards.given()
-        unused = [name for name in given if not (rewarded or (objective.traits.samples and name in SAMPLING))]
-        if unused and not self.run.resume:
-            without = "no rewards" if objective.traits.samples else "no rewards and samples no answers"
-            raise UsageError(
-                f"{unused[0]} is given, and {objective.objective} has {without}",
-                where=unused[0],
-                next_step="leave it out, or give --objective grpo",
-            )
-        if rewarded and not self.rewards.reward and not self.run.resume:
-            raise UsageError(
-                "grpo rewards nothing", where="reward", next_step="give --reward NAME or --reward FILE.py:FUNCTION"
-            )
-        if objective.traits.trains_on_samples and self.adapter.dropout:
-            raise UsageError(
-                f"dropout {self.adapter.dropout} would train another model than the one that samples",
-                where="dropout",
-                next_step="leave out --dropout",
-            )
-        if objective.traits.samples and self.model.engine == "transformers":
-            raise UsageError(
-                "answers are sampled and trained on by the backhand engine alone",
-                where="engine",
-                why="its sampler and its training pass are one computation",
-                next_step="leave out --engine",
-            )
-
-
-def check_ranking_system(system: str | None) -> None:
-    """Raise UsageError if a system message is given for rankings, which have their own."""
-    if system is not None:
-        raise UsageError(
-            "a system message is given, but rank has its own",
-            where="system",
-            why="the prompt of rankings is the one that programs ask rerankers with",
-            next_step="leave it out; --instruction describes the task",
-        )
 
 
 def _check_utf8(part: Any) -> None:

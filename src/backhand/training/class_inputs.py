@@ -41,7 +41,7 @@ def trains_head(objective: ObjectiveOptions, engine: Engine) -> bool:
     """Return True if the objective trains a head on hidden states: labels, or the scores of an encoder."""
     if objective.objective == "rank":
         return isinstance(engine, DecoderEngine) and not engine.config.causal
-    return objective.objective == "classify"
+    return bool(objective.objective == "classify")
 
 
 def not_learned(objective: ObjectiveOptions, engine: Engine) -> tuple[str, ...]:

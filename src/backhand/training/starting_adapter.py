@@ -23,7 +23,7 @@ from backhand.loop.step_plan import derived_seed
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.config import TrainConfig
-from backhand.options.objectives import ObjectiveName, ObjectiveOptions
+from backhand.options.objectives import ObjectiveOptions
 from backhand.training.class_inputs import StartingHead
 from backhand.words import name_list, shorten
 
@@ -107,7 +107,7 @@ class StartingAdapter:
         names = [slot.name for slot in layout.slots]
         return check_source(self.contents.record, self.origin, self.source, names, **checks)
 
-    def check_no_head(self, objective: ObjectiveName) -> None:
+    def check_no_head(self, objective: str) -> None:
         """Raise UsageError if the adapter's record has a head, which this objective does not train."""
         record = self.contents.record
         if record is None or not record.classification:
@@ -120,7 +120,7 @@ class StartingAdapter:
             next_step=f"give --objective {own}, or leave out --from-adapter for a fresh adapter",
         )
 
-    def head(self, engine: DecoderEngine, objective: ObjectiveName) -> StartingHead:
+    def head(self, engine: DecoderEngine, objective: str) -> StartingHead:
         """Return the adapter's head. Raises UsageError if it has none, or none for this objective."""
         record = self.contents.record
         known = {} if record is None else record.classification

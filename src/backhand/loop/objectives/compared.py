@@ -34,11 +34,14 @@ from backhand.engines.engine import Trainable
 from backhand.errors import DataError, not_none
 from backhand.loop.objectives.objective import AnswerObjective, Documents, Measured, RowLosses, document_sums
 from backhand.ops.preference import PreferenceRule, log_odds, preference_backward, preference_forward
-from backhand.options.objectives import SORTED, ObjectiveOptions
+from backhand.options.objectives import ObjectiveOptions
 from backhand.runs.pair_results import ROW_ANSWERS
 
 AVERAGED = frozenset({"ipo", "sigmoid_norm"})
 """Forms of DPO that compare means over an answer's tokens, not sums."""
+
+
+SORTED = ("aot", "aot_unpaired")
 
 
 @dataclass

@@ -17,5 +17,8 @@ class _SFT(Spec):
     def traits(self, options: Any) -> Traits:
         return Traits(is_supervised=True)
 
+    def check(self, config: Any) -> None:
+        """Accept all options: prompts and whole texts can be trained on as well."""
+
 
 SFT = _SFT()

@@ -12,6 +12,8 @@ from backhand.objective.spec import Spec, Traits
 
 class _Decide(Spec):
     name = "decide"
+    options = "backhand.objectives.decisions.options:DecisionOptions"
+    reads = ("label_smoothing",)
     row_kinds = {
         "decisions": "backhand.objectives.decisions.rows:DECISIONS",
         "states": "backhand.objectives.decisions.rows:STATES",

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from backhand.data.options import check_ranking_system
 from backhand.objective.spec import Spec, Traits
+from backhand.objectives.rankings.options import check_weight
 
 
 class _Rank(Spec):
     name = "rank"
+    options = "backhand.objectives.rankings.options:RankingOptions"
+    reads = ("ranking_loss", "positive_weight", "instruction")
     row_kinds = {
         "rankings": "backhand.objectives.rankings.rows:RANKINGS",
         "candidates": "backhand.objectives.rankings.rows:CANDIDATES",
@@ -19,6 +23,13 @@ class _Rank(Spec):
 
     def traits(self, options: Any) -> Traits:
         return Traits(rows="rankings", has_targets=False, is_supervised=True, fewest_steps=100)
+
+    def check_options(self, options: Any) -> None:
+        check_weight(options)
+
+    def check(self, config: Any) -> None:
+        super().check(config)
+        check_ranking_system(config.data.system)
 
 
 RANK = _Rank()
