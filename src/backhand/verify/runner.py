@@ -39,7 +39,9 @@ from backhand.verify.scaffold import Case, OpProof, Tensors, kind
 
 # Proofs of what is composed of ops.
 COMPOSITES = {"block": "block", "decoder": "decoder", "decoder_kinds": "decoder_kinds"}
-PROOF_FILES = {**OPS, **COMPOSITES}
+# Forwards that only evaluations use. The cases prove them without a backward.
+WITHOUT_BACKWARD = {"target_logits": "target_logits"}
+PROOF_FILES = {**OPS, **WITHOUT_BACKWARD, **COMPOSITES}
 FLOAT64_BOUND = 1e-12
 # Far above any rounding error, and below the smallest deliberate mistake, a factor of 1 + 1e-6.
 MISTAKE_BOUND = 1e-7
