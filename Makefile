@@ -122,7 +122,7 @@ wheels: $(VENV)/.wheels
 # Each way of installing the package, in bare environments: pip, uv, uvx, pipx, the newest and the oldest dependencies.
 INSTALL_PATHS :=
 test-install: | $(BIN)/python
-	@$(BIN)/python tools/install_paths.py $(INSTALL_PATHS)
+	@$(BIN)/python -m tools.install_paths $(INSTALL_PATHS)
 
 # The wheels' kernels for Windows under Wine, and for ARM under qemu-user, against those of Linux on x86-64. Of Debian 13
 # it takes the packages wine, qemu-user and libc6-arm64-cross.
@@ -202,8 +202,8 @@ test-mps: $(VENV)/.test $(VENV)/.model
 # Hostile files, drawn from numbers, each read by a command in a child with limits; the files of failures are kept.
 # A minute on two cores; an hour by hand: make fuzz FUZZ_ARGS='--seconds 3600'. Linux alone.
 fuzz: $(VENV)/.test kernels
-	@PYTHONPATH=tests HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-		$(BIN)/python -m fuzz --keep runs/fuzz $(FUZZ_ARGS)
+	@PYTHONPATH=$(CURDIR) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m tests.fuzz --keep runs/fuzz $(FUZZ_ARGS)
 
 bench: $(VENV)/.bench $(VENV)/.test $(VENV)/.model kernels
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m bench $(PYTEST_ARGS)
@@ -242,7 +242,7 @@ size: $(VENV)/.demo
 	@$(BIN)/python tools/size.py
 
 docs: $(VENV)/.docs
-	PYTHONPATH=tools $(BIN)/python -m docsite.build
+	PYTHONPATH=$(CURDIR) $(BIN)/python -m tools.docsite.build
 	$(BIN)/zensical build --strict --clean -f build/site/zensical.toml 2>&1 | tee build/site/log
 	@! grep --quiet '^griffe:' build/site/log   # docstrings that mkdocstrings cannot read are no warning to --strict
 

@@ -57,8 +57,8 @@ def write_variant(path: Path, model: str, name: str) -> dict[str, int]:
     from backhand.nn.loading.gguf_model import GGUFModel
     from backhand.nn.loading.gguf_values import dequantized
 
-    sys.path.append(str(HERE.parent / "tests"))
-    quantized_rows: Callable[..., Any] = import_module("support.llama_cpp").quantized_rows
+    sys.path.insert(0, str(HERE.parent))
+    quantized_rows: Callable[..., Any] = import_module("tests.support.llama_cpp").quantized_rows
     source = open_model(model)
     if not isinstance(source, GGUFModel):
         raise SystemExit(f"{model} is no GGUF file")

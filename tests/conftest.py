@@ -30,8 +30,8 @@ from hypothesis import HealthCheck, settings
 from backhand.engines import memory_probe as probe
 from backhand.loop import forgetting
 from backhand.training import trainer
-from support import measured_once, processes
-from support.for_each import seed
+from tests.support import measured_once, processes
+from tests.support.for_each import seed
 
 # PEFT would import it, and torch's compiler with it: a second of each test process. No test quantizes by it.
 sys.modules["bitsandbytes"] = None  # type: ignore[assignment]

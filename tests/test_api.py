@@ -42,8 +42,8 @@ from backhand.runs.interruption import Interrupted
 from backhand.runs.status import read_status
 from backhand.terminal import console
 from backhand.words import show_notes
-from support.ranks import free_port
-from support.tiny_run import TinyRun
+from tests.support.ranks import free_port
+from tests.support.tiny_run import TinyRun
 
 
 async def awaited(record: object) -> None:

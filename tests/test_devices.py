@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from support.processes import device_tests, run
+from tests.support.processes import device_tests, run
 
 
 def test_everything_runs_where_its_tensors_are(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 
-from support.for_each import for_each
+from tests.support.for_each import for_each
 
 
 def test_each_case_is_tried_with_the_same_random_numbers() -> None:

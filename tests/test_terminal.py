@@ -11,7 +11,7 @@ import pytest
 
 from backhand.cli.main import main
 from backhand.terminal import console, console_for_tables, working
-from support.tiny_run import TinyRun
+from tests.support.tiny_run import TinyRun
 
 # To rich: a closing tag of nothing, a colour, an emoji, a link, and style that is never closed.
 MARKUP = "a[/b] [red]x :smile: [link=https://example.com]y [bold]"

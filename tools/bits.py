@@ -158,9 +158,9 @@ def _write_inputs(place: Path) -> None:
     """Write rows of each kind, contexts of the teacher, and three random models."""
     import transformers
 
-    from support.tiny_encoders import ENCODERS, random_encoder
-    from support.tiny_models import save_tiny, tiny_model
-    from support.tiny_tokenizer import pair_tokenizer, tiny_tokenizer
+    from tests.support.tiny_encoders import ENCODERS, random_encoder
+    from tests.support.tiny_models import save_tiny, tiny_model
+    from tests.support.tiny_tokenizer import pair_tokenizer, tiny_tokenizer
 
     draw = random.Random(0)
     for name, count in (("", 12), ("held_out_", 6)):
@@ -324,7 +324,7 @@ def record(names: Sequence[str], source: Path, keep: Path, jobs: int) -> dict[st
         "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "BACKHAND_ROWS_CACHE": "off",
         "PYTHONPATH": str(source), "MPLBACKEND": "agg",
     }  # fmt: skip
-    sys.path[:0] = [str(source), str(PROJECT / "tests")]
+    sys.path[:0] = [str(source), str(PROJECT)]
     import torch
 
     import backhand.cli.main

@@ -22,7 +22,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests" / "kernels")]
+sys.path.insert(0, str(ROOT))
 
 PLACE, ARENA_BYTES = "100000000000", 2**34
 """Where both processes have the file, in hexadecimal. It takes the memory that is written to; Wine maps no more."""
@@ -100,15 +100,15 @@ def main() -> int:
             "BACKHAND_FOREIGN": json.dumps({"name": options.set, "command": served}),
             "BACKHAND_AGAINST": str(ours),
             "PYTHONMALLOC": "malloc",
-            "PYTHONPATH": os.pathsep.join((str(ROOT / "tools"), str(ROOT / "tests"), str(ROOT / "tests" / "kernels"))),
+            "PYTHONPATH": str(ROOT),
         }
         first, *rest = options.what or ["compare"]
         if first == "pytest":
-            command = ["-m", "pytest", "-p", "foreign.kernels", "-p", "no:cacheprovider", *rest]
+            command = ["-m", "pytest", "-p", "tools.foreign.kernels", "-p", "no:cacheprovider", *rest]
         elif first == "compare":
-            command = ["-m", "foreign.compare", *rest]
+            command = ["-m", "tools.foreign.compare", *rest]
         else:
-            command = ["-c", "import foreign.kernels; from backhand.cli.main import main; main()", first, *rest]
+            command = ["-c", "import tools.foreign.kernels; from backhand.cli.main import main; main()", first, *rest]
         return subprocess.run([sys.executable, *command], env={**os.environ, **added}, check=False).returncode
 
 

@@ -1,6 +1,6 @@
 """Install the package in each of the ways that people install packages, in a bare environment, and train with it.
 
-    python tools/install_paths.py [pip] [uv] [uvx] [pipx] [newest] [oldest]
+    python -m tools.install_paths [pip] [uv] [uvx] [pipx] [newest] [oldest]
 
 `newest` and `oldest` are environments with the newest and with the oldest release of every dependency that
 pyproject.toml allows, PyTorch aside: its old releases come with CUDA's libraries, `--old-torch` takes them. A run is
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from by_uv import settings
+from tools.by_uv import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = ("pip", "uv", "uvx", "pipx", "newest", "oldest")

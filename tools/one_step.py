@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
+PROJECT = Path(__file__).resolve().parents[1]
 BEGINS, ENDS = "TrainingLoop._step", "AdapterOptimizer.step"
 _STEP = 2
 
@@ -79,8 +79,8 @@ class StepFiles:
 
 def prepare(directory: Path) -> list[str]:
     """Make a tiny model and a few rows; the command line that trains on them."""
-    sys.path.append(str(TESTS))
-    tiny_models = import_module("support.tiny_models")
+    sys.path.insert(0, str(PROJECT))
+    tiny_models = import_module("tests.support.tiny_models")
     tiny = tiny_models.tiny_model("llama-tied", num_hidden_layers=2)
     model = tiny_models.save_tiny(tiny, directory / "model")
     asked = "the user asks the assistant for a number, and the number is"

@@ -75,7 +75,7 @@ def scaling_section(kind: str) -> str:
 
 def decisions_section(name: str) -> str:
     """A section of docs/decisions.md."""
-    sys.path.append(str(PROJECT / "benchmarks"))
+    sys.path.insert(0, str(PROJECT / "benchmarks"))
     return str(getattr(_module(PROJECT / "benchmarks" / "decision_tables.py"), f"{name}_section")())
 
 

@@ -24,7 +24,7 @@ from backhand.adapters.contents import parse_json_object, read_tensors
 from backhand.adapters.peft_config import read_peft_config
 from backhand.errors import ArtifactError, BackhandError
 from backhand.nn.lora_parameters import LoRAParameters
-from support.saved_adapters import load_adapter, resolve_slots, save_adapter
+from tests.support.saved_adapters import load_adapter, resolve_slots, save_adapter
 
 SHAPES = {"layers.0.q_proj": (5, 7), "layers.0.k_proj": (3, 7), "layers.1.q_proj": (5, 7)}
 QUICK = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

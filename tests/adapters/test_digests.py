@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from backhand.adapters.record import base_digest, text_digest, tokenizer_digest
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 
 def test_the_same_values_agree_in_every_dtype_and_order() -> None:

@@ -22,10 +22,17 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.lora_parameters import LoRAParameters, expert_factors
-from support.in_memory import InMemoryModel
-from support.parity import relative_error
-from support.saved_adapters import load_adapter, resolve_slots, save_adapter
-from support.tiny_models import EXPERT_PARAMETERS, attach_lora, full_logits, tiny_config, tiny_documents, tiny_model
+from tests.support.in_memory import InMemoryModel
+from tests.support.parity import relative_error
+from tests.support.saved_adapters import load_adapter, resolve_slots, save_adapter
+from tests.support.tiny_models import (
+    EXPERT_PARAMETERS,
+    attach_lora,
+    full_logits,
+    tiny_config,
+    tiny_documents,
+    tiny_model,
+)
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -32,7 +32,7 @@ from backhand.errors import ArtifactError, BackhandError
 from backhand.interop.gguf_adapter_writer import write_gguf_adapter
 from backhand.nn.loading.gguf_layouts import StoredSizes
 from backhand.nn.lora_parameters import LoRAParameters
-from support.saved_adapters import load_adapter, resolve_slots, save_adapter
+from tests.support.saved_adapters import load_adapter, resolve_slots, save_adapter
 
 SHAPES = {"layers.0.q_proj": (5, 7), "layers.0.k_proj": (3, 7), "layers.1.q_proj": (5, 7)}
 LLAMA = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}

@@ -18,7 +18,7 @@ from backhand.adapters.contents import UnusableAdapterError
 from backhand.adapters.inject import inject, inject_from
 from backhand.errors import ArtifactError, UsageError
 from backhand.nn.modules.lora_module import LoRAModule
-from support.any_models import (
+from tests.support.any_models import (
     KINDS,
     PREFIX,
     Pictures,

@@ -16,7 +16,7 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import UnusableAdapterError
 from backhand.adapters.inject import inject, inject_from
 from backhand.errors import UsageError
-from support.any_models import (
+from tests.support.any_models import (
     KINDS,
     PREFIX,
     Pictures,
@@ -30,7 +30,7 @@ from support.any_models import (
     their_factors,
     word_ids,
 )
-from support.tiny_models import tiny_model
+from tests.support.tiny_models import tiny_model
 
 
 @pytest.mark.parametrize("name", KINDS)

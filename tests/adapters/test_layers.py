@@ -15,8 +15,8 @@ from backhand.adapters.injection_plan import plan_injection
 from backhand.adapters.targets import in_numbers, resolve_targets
 from backhand.errors import UsageError
 from backhand.training.run import train
-from support.tiny_models import tiny_model
-from support.tiny_run import TinyRun
+from tests.support.tiny_models import tiny_model
+from tests.support.tiny_run import TinyRun
 
 NAMES = [f"model.layers.{layer}.{part}" for layer in range(12) for part in ("self_attn.q_proj", "mlp.up_proj")]
 

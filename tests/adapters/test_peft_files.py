@@ -22,9 +22,9 @@ from backhand.adapters.peft_saving import facts_of_card
 from backhand.adapters.record import AdapterRecord, base_differences, read_record, record_bytes, wrong_base
 from backhand.errors import ArtifactError, CheckError, UsageError
 from backhand.nn.lora_parameters import LoRAParameters
-from support.parity import decoder_like, relative_error
-from support.saved_adapters import load_adapter, resolve_slots, save_adapter
-from support.tiny_models import attach_lora, full_logits, tiny_documents, tiny_model
+from tests.support.parity import decoder_like, relative_error
+from tests.support.saved_adapters import load_adapter, resolve_slots, save_adapter
+from tests.support.tiny_models import attach_lora, full_logits, tiny_documents, tiny_model
 
 PREFIX = "base_model.model."
 

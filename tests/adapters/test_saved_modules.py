@@ -14,8 +14,8 @@ from torch import nn
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import InjectedAdapter, inject
 from backhand.errors import UsageError
-from support.any_models import PREFIX, outputs, randomise, word_ids
-from support.tiny_models import tiny_model
+from tests.support.any_models import PREFIX, outputs, randomise, word_ids
+from tests.support.tiny_models import tiny_model
 
 HEAD = "lm_head.weight"
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from backhand.adapters.config import LoRAConfig
 from backhand.errors import UsageError
-from support.saved_adapters import resolve_slots
-from support.tiny_models import tiny_model
+from tests.support.saved_adapters import resolve_slots
+from tests.support.tiny_models import tiny_model
 
 
 def build(kind: str) -> nn.Module:

@@ -14,11 +14,11 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from adapters.test_inject_trainer import classifier, losses, rows, trainer
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import InjectedAdapter, inject, inject_from
 from backhand.adapters.trainer_callback import AdapterCallback
 from backhand.errors import ArtifactError, BackhandError, ResourceError, UsageError
+from tests.adapters.test_inject_trainer import classifier, losses, rows, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 

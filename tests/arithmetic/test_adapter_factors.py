@@ -17,7 +17,7 @@ from backhand.arithmetic.adapter_factors import base_weight, read_factors
 from backhand.arithmetic.findings import kind_of, layer_of
 from backhand.errors import ArtifactError
 from backhand.nn.loading import open_model
-from support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_models import save_tiny, tiny_model
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT about itself and about transformers
     "ignore:Setting `save_embedding_layers`:UserWarning", "ignore:`is_gradient_checkpointing`:FutureWarning"

@@ -21,8 +21,8 @@ from backhand.arithmetic.combine import Combination, combine, reduced, side_by_s
 from backhand.arithmetic.options import CombineOptions
 from backhand.cli.main import main
 from backhand.errors import ArtifactError, UsageError
-from support.peft_adapters import FloatArray, save_with_peft, updates_by_peft
-from support.tiny_models import tiny_model
+from tests.support.peft_adapters import FloatArray, save_with_peft, updates_by_peft
+from tests.support.tiny_models import tiny_model
 
 PREFIX = "base_model.model."
 

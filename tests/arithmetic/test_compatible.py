@@ -20,8 +20,8 @@ from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import LoRAParameters
-from support.saved_adapters import resolve_slots, save_adapter
-from support.tiny_models import save_tiny, tiny_model
+from tests.support.saved_adapters import resolve_slots, save_adapter
+from tests.support.tiny_models import save_tiny, tiny_model
 
 BOTH = ("q_proj", "v_proj")
 

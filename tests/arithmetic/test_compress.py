@@ -18,8 +18,8 @@ from backhand.arithmetic.compress import compress_adapter
 from backhand.arithmetic.options import CombineOptions, CompressOptions
 from backhand.cli.main import main
 from backhand.errors import UsageError
-from support.peft_adapters import FloatArray, save_with_peft, updates_by_peft
-from support.tiny_models import tiny_model
+from tests.support.peft_adapters import FloatArray, save_with_peft, updates_by_peft
+from tests.support.tiny_models import tiny_model
 
 
 @pytest.fixture(scope="module")

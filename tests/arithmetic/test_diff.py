@@ -18,8 +18,8 @@ from backhand.arithmetic.diff import diff_adapters, diff_command
 from backhand.arithmetic.options import CombineOptions, CompressOptions, DiffOptions
 from backhand.cli.main import main
 from backhand.errors import ArtifactError, CheckError
-from support.peft_adapters import FloatArray, save_with_peft, updates_by_peft
-from support.tiny_models import tiny_model
+from tests.support.peft_adapters import FloatArray, save_with_peft, updates_by_peft
+from tests.support.tiny_models import tiny_model
 
 
 @pytest.fixture(scope="module")

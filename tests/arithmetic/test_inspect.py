@@ -22,8 +22,8 @@ from backhand.arithmetic.options import InspectOptions
 from backhand.cli.main import main
 from backhand.errors import ArtifactError, UsageError
 from backhand.nn.loading import open_model
-from support.peft_adapters import save_with_peft, updates_by_peft
-from support.tiny_models import save_tiny, tiny_model
+from tests.support.peft_adapters import save_with_peft, updates_by_peft
+from tests.support.tiny_models import save_tiny, tiny_model
 
 
 @pytest.fixture(scope="module")

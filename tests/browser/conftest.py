@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from support.finished_runs import finished, finished_once, tiny
+from tests.support.finished_runs import finished, finished_once, tiny
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-    from support.open_page import OpenPage
+    from tests.support.open_page import OpenPage
 
 __all__ = ["browser", "finished", "finished_once", "open_page", "tiny"]
 _NAMES = ("chromium", "chromium-browser", "google-chrome")

@@ -12,13 +12,13 @@ from backhand.report.command import write_report
 from backhand.report.page import SECTIONS, run_page
 from backhand.report.run_record import read_run
 from backhand.report.train import train
-from support.poison import ATTACKS, poison_adapter, poison_run
-from support.tiny_run import TinyRun, with_options
+from tests.support.poison import ATTACKS, poison_adapter, poison_run
+from tests.support.tiny_run import TinyRun, with_options
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-    from support.open_page import OpenPage
+    from tests.support.open_page import OpenPage
 
 pytestmark = pytest.mark.browser
 

@@ -22,9 +22,9 @@ import pytest
 
 from backhand.cli.main import main
 from backhand.runs.status import read_status
-from support.poison import ATTACKS, poison_adapter, poison_run
-from support.studio_client import until
-from support.tiny_run import TinyRun
+from tests.support.poison import ATTACKS, poison_adapter, poison_run
+from tests.support.studio_client import until
+from tests.support.tiny_run import TinyRun
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page

@@ -15,8 +15,8 @@ from backhand.cli.main import main, run_prepared
 from backhand.errors import UsageError
 from backhand.options.config import TrainConfig
 from backhand.options.config_file import load_config
-from support import cli_commands
-from support.cli_commands import Files, Inner, Outer, end, files
+from tests.support import cli_commands
+from tests.support.cli_commands import Files, Inner, Outer, end, files
 
 
 def run(function: object, *words: str) -> object:

@@ -15,12 +15,12 @@ from backhand.cli import commands
 from backhand.cli import main as cli
 from backhand.cli.exit_status import exit_status
 from backhand.errors import UsageError
-from support.cli_commands import END
+from tests.support.cli_commands import END
 
 SCRIPT = (
     # A test run in the background of a shell has Ctrl-C ignored, and hands that down.
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "import sys; from backhand.cli import commands, main as cli; from support.cli_commands import END; "
+    "import sys; from backhand.cli import commands, main as cli; from tests.support.cli_commands import END; "
     "commands.COMMANDS = (END,); "
     "sys.exit(cli.main(sys.argv[1:]))"
 )
@@ -40,7 +40,7 @@ def end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 
 
 def start(*words: str, **options: object) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     return subprocess.Popen([sys.executable, "-c", SCRIPT, "end", *words], env=environment, text=True, **pipes)  # type: ignore[call-overload]
 
@@ -228,7 +228,7 @@ def test_standard_error_that_cannot_be_written_changes_no_exit_code(how: str, er
     os.close(reading)
     stderr = os.open("/dev/full", os.O_WRONLY) if errors == "full" else writing
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    environment |= {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", SCRIPT, "end", "--how", how]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, check=False)
     assert (done.returncode, done.stdout) == ((0, b"the answer\n") if how == "note" else (2, b""))

@@ -23,7 +23,7 @@ from backhand.cli import commands
 from backhand.cli.commands import COMMANDS
 from backhand.cli.entry import Command
 from backhand.cli.main import main, make_app
-from support import cli_commands
+from tests.support import cli_commands
 
 PROJECT = Path(__file__).parents[2]
 names = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
@@ -186,7 +186,7 @@ def test_closed_standard_streams(closed: str) -> None:
     script = (
         "import sys\n"
         "from backhand.cli import commands, main\n"
-        "from support.cli_commands import END\n"
+        "from tests.support.cli_commands import END\n"
         "commands.COMMANDS = (END,)\n"
         "sys.exit(main.main(['end', '--how', 'print']) or sys.stdin.closed)\n"
     )
@@ -197,7 +197,7 @@ def test_closed_standard_streams(closed: str) -> None:
         capture_output=True,
         text=True,
         timeout=60,
-        cwd=PROJECT / "tests",
+        cwd=PROJECT,
     )
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
 

@@ -18,8 +18,8 @@ from backhand.nn import compute
 from backhand.nn.compute import compute_settings
 from backhand.nn.model_options import BaseModelOptions
 from backhand.system import affinity_cores
-from support.for_each import for_each
-from support.tiny_models import save_tiny, tiny_model
+from tests.support.for_each import for_each
+from tests.support.tiny_models import save_tiny, tiny_model
 
 TEXT = "what is the sum of all the numbers " * 16
 DETAILS = ["--dtype", "bfloat16", "--pooling", "mean"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from backhand.cli.main import main
-from support.tiny_models import save_tiny, tiny_model
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 NEW = "<|new|>"
 

@@ -27,8 +27,8 @@ from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare
 from backhand.data.workers import Worker, parallel_map
 from backhand.errors import ArtifactError, DataError, ResourceError
-from support import tokenizer_kinds
-from support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
+from tests.support import tokenizer_kinds
+from tests.support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "be brief, é 🙂"},

@@ -11,8 +11,8 @@ from backhand.data.options import TemplateOptions
 from backhand.data.rows import Conversation
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import ArtifactError, DataError, UsageError
-from support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
-from support.tokenizer_kinds import (
+from tests.support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
+from tests.support.tokenizer_kinds import (
     ALTERNATING,
     INSTRUCTION_BRACKETS,
     RETHINKING,

@@ -46,7 +46,7 @@ from backhand.options.command_options import (
     RankOptions,
 )
 from backhand.options.config import ModelOptions, TrainConfig
-from support.tokenizer_kinds import byte_level
+from tests.support.tokenizer_kinds import byte_level
 
 
 def asked(path: Path, purpose: Purpose | None = "answers", **given: Any) -> tuple[list[Prompt], tuple[str, ...]]:

@@ -21,8 +21,8 @@ from backhand.data.packing import RowPacker
 from backhand.data.prepare import prepare
 from backhand.data.stored_examples import PreparedData
 from backhand.errors import DataError, UsageError
-from support.tiny_tokenizer import tiny_tokenizer
-from support.trl_templates import tokenizer_for
+from tests.support.tiny_tokenizer import tiny_tokenizer
+from tests.support.trl_templates import tokenizer_for
 
 TEAM = {"type": "choice", "instructions": "Which team?", "criteria": {"sales": None, "billing": "money"}}
 URGENT = {"type": "noul", "instructions": "Urgent?", "criteria": {"true": "within the hour"}}

@@ -21,7 +21,7 @@ from backhand.data.demo_task import (
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare
 from backhand.errors import ResourceError
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 VALUES = ("first_names", "last_names", "adjectives", "nouns", "cities", "quantities")
 

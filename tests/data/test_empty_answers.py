@@ -11,8 +11,8 @@ from backhand.data.lint import lint
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare, prepare_prompts
 from backhand.errors import DataError
-from support.tiny_models import save_tiny, tiny_model
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 _ASKED = {"role": "user", "content": "q"}
 _CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}

@@ -10,7 +10,7 @@ from backhand.data.options import DataOptions
 from backhand.data.stored_examples import with_totals
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import DataError
-from support.tokenizer_kinds import byte_level, sentence_pieces
+from tests.support.tokenizer_kinds import byte_level, sentence_pieces
 
 
 def example(length: int, *supervised: int, source: str = "f:1") -> Example:

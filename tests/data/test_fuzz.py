@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare
 from backhand.errors import DataError
-from support.tokenizer_kinds import ALTERNATING, RETHINKING, WITH_TOOLS, byte_level
+from tests.support.tokenizer_kinds import ALTERNATING, RETHINKING, WITH_TOOLS, byte_level
 
 TOKENIZER = byte_level()
 SUFFIXES = st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".txt"])

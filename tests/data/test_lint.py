@@ -20,8 +20,8 @@ from backhand.data.rows import Purpose
 from backhand.data.template_report import default_system, describe_template
 from backhand.data.token_view import token_lines, token_texts, view_tokens
 from backhand.errors import DataError
-from support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
-from support.tokenizer_kinds import (
+from tests.support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
+from tests.support.tokenizer_kinds import (
     ALTERNATING,
     INSTRUCTION_BRACKETS,
     RETHINKING,

@@ -12,7 +12,7 @@ import pytest
 from backhand.cli.main import main
 from backhand.data.lint import FIRST_CHECKS, LAST_CHECKS
 from backhand.data.row_kind import row_kinds
-from support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_models import save_tiny, tiny_model
 
 GOOD = [{"prompt": f"question {i}", "completion": "yes"} for i in range(3)]
 Lint = Callable[..., tuple[int, str, str]]

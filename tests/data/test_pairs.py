@@ -20,7 +20,7 @@ from backhand.data.prepare import prepare
 from backhand.data.raw_rows import RawRow
 from backhand.data.rows import Completion, Conversation, Pair, UnpairedRow
 from backhand.errors import DataError
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 ASKED = {"role": "user", "content": "the user asks"}
 GOOD = {"role": "assistant", "content": "a name"}

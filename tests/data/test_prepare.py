@@ -11,7 +11,7 @@ from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare, prepare_prompts
 from backhand.data.stored_examples import PreparedData
 from backhand.errors import DataError, UsageError
-from support.tokenizer_kinds import RETHINKING, THINKING, WITH_TOOLS, byte_level, normalizing, sentence_pieces
+from tests.support.tokenizer_kinds import RETHINKING, THINKING, WITH_TOOLS, byte_level, normalizing, sentence_pieces
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}]}
 

@@ -18,8 +18,8 @@ from backhand.data import prepared_cache, stored_examples
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare
 from backhand.data.stored_examples import RECORD
-from support.tiny_tokenizer import tiny_tokenizer
-from support.tokenizer_kinds import byte_level
+from tests.support.tiny_tokenizer import tiny_tokenizer
+from tests.support.tokenizer_kinds import byte_level
 
 ROWS = [{"prompt": f"the user asks {i}", "completion": "yes" if i % 3 else "no"} for i in range(30)]
 PAIRS = [{"prompt": f"q {i}", "chosen": "good", "rejected": "bad"} for i in range(9)]

@@ -14,7 +14,7 @@ from backhand.data.prepare import prepare, prepare_prompts
 from backhand.data.rows import Conversation
 from backhand.data.template_probe import switches
 from backhand.data.text_encoder import TextEncoder
-from support.tokenizer_kinds import byte_level
+from tests.support.tokenizer_kinds import byte_level
 
 _TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 _ASKS = "{% if add_generation_prompt %}<|im_start|>assistant\n"

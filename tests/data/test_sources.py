@@ -14,7 +14,7 @@ from backhand.data.prepare import prepare, prepare_prompts
 from backhand.data.raw_rows import RowErrors
 from backhand.data.sources import expand, neighbouring_held_out, read_rows
 from backhand.errors import DataError, UsageError
-from support.tokenizer_kinds import byte_level
+from tests.support.tokenizer_kinds import byte_level
 
 
 def make(folder: Path, *names: str) -> None:

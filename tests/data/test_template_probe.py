@@ -7,7 +7,7 @@ import pytest
 
 from backhand.data.template_probe import TemplateProbe
 from backhand.data.text_encoder import TextEncoder
-from support.tokenizer_kinds import ALTERNATING, WITH_TOOLS, WITHOUT_END, byte_level
+from tests.support.tokenizer_kinds import ALTERNATING, WITH_TOOLS, WITHOUT_END, byte_level
 
 _CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": "é"}}}
 MESSAGES: list[dict[str, Any]] = [

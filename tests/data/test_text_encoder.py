@@ -12,7 +12,7 @@ from tokenizers import processors
 from backhand.data.chat import Document
 from backhand.data.text_encoder import TextEncoder, unused_mark
 from backhand.errors import ArtifactError, DataError
-from support.tokenizer_kinds import WITH_TOOLS, byte_level, normalizing, sentence_pieces
+from tests.support.tokenizer_kinds import WITH_TOOLS, byte_level, normalizing, sentence_pieces
 
 KINDS = {"byte_level": byte_level, "sentence_pieces": sentence_pieces}
 PIECES = [

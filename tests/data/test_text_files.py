@@ -16,7 +16,7 @@ from backhand.data.raw_rows import RawRow, RowErrors, number_of
 from backhand.data.sources import read_rows
 from backhand.errors import DataError
 from backhand.loop.embed import rows_of
-from support.tokenizer_kinds import byte_level
+from tests.support.tokenizer_kinds import byte_level
 
 
 def read(path: Path, *, skip_bad: bool = False) -> list[RawRow]:

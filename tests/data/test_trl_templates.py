@@ -14,7 +14,7 @@ from backhand.data.options import TemplateOptions
 from backhand.data.rows import Conversation
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import DataError
-from support.trl_templates import marked_spans, pair_names, template_names, template_source, tokenizer_for
+from tests.support.trl_templates import marked_spans, pair_names, template_names, template_source, tokenizer_for
 
 _TOOLS = [
     {

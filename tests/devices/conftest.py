@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.tiny_run import TinyRun
+from tests.support.tiny_run import TinyRun
 
 
 def pytest_ignore_collect() -> bool | None:
@@ -24,7 +24,7 @@ def device() -> Iterator[torch.device]:
     if name != "pretend":
         yield torch.device(name)
         return
-    from support.pretend_card import card
+    from tests.support.pretend_card import card
 
     with card() as found:
         yield found

@@ -10,7 +10,7 @@ from backhand.kernels.builds import torch_form
 from backhand.verify.runner import PROOF_FILES, load_proofs
 from backhand.verify.runner import on_device as moved
 from backhand.verify.scaffold import Case, OpProof
-from support.some_cases import some_cases
+from tests.support.some_cases import some_cases
 
 
 @pytest.mark.parametrize("name", PROOF_FILES)

@@ -13,7 +13,7 @@ from backhand.data.packing import RowPacker
 from backhand.engines import machine
 from backhand.options.config import TrainConfig
 from backhand.training.run import train
-from support.tiny_run import StopAfter, TinyRun, final_bits, with_options, write_pairs
+from tests.support.tiny_run import StopAfter, TinyRun, final_bits, with_options, write_pairs
 
 KINDS: dict[str, dict[str, Any]] = {
     "rows": {},

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from backhand.cli.main import make_app
-from support.doc_blocks import PAGES, Block, blocks, parse
-from support.doc_world import World
+from tests.support.doc_blocks import PAGES, Block, blocks, parse
+from tests.support.doc_world import World
 
 LISTED: dict[str, Any] = tomllib.loads((Path(__file__).parent / "blocks.toml").read_text(encoding="utf-8"))
 NOT_RUN: list[dict[str, str]] = LISTED["not_run"]

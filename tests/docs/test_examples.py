@@ -9,7 +9,7 @@ import pytest
 
 from backhand.cli.commands import COMMANDS
 from backhand.cli.entry import Command
-from support.doc_world import World
+from tests.support.doc_world import World
 
 # No model: these take seconds.
 QUICK = {"convert", "verify"}

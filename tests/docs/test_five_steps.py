@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.doc_blocks import PROJECT
+from tests.support.doc_blocks import PROJECT
 
 OP = '''"""Soft cap: values pressed into (-κ, κ).
 

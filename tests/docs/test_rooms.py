@@ -7,7 +7,7 @@ import tomllib
 
 import pytest
 
-from support.doc_blocks import PAGES, PROJECT
+from tests.support.doc_blocks import PAGES, PROJECT
 
 (CONTRACT,) = (
     contract

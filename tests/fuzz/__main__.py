@@ -1,8 +1,8 @@
-"""`python -m fuzz`: draw files of every kind, let commands read them, and keep what did not end as it should.
+"""`python -m tests.fuzz`: draw files of every kind, let commands read them, and keep what did not end as it should.
 
-    make fuzz                                    a minute, on two cores
-    make fuzz FUZZ_ARGS='--seconds 3600'         an hour
-    python -m fuzz --kind gguf --seed 41 --files 1    the one case again
+    make fuzz                                          a minute, on two cores
+    make fuzz FUZZ_ARGS='--seconds 3600'               an hour
+    python -m tests.fuzz --kind gguf --seed 41 --files 1    the one case again
 
 Case N of a kind is drawn from the seed "kind/N" alone: it is the same on every machine and after every other case.
 """
@@ -25,11 +25,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from fuzz import kinds as file_kinds
-from fuzz import read_back
-from fuzz.child import Attempt, run_attempts
-from fuzz.kinds import World, lay_out, make_world
-from fuzz.searches import make_search, search_case, yaml_case
+from tests.fuzz import kinds as file_kinds
+from tests.fuzz import read_back
+from tests.fuzz.child import Attempt, run_attempts
+from tests.fuzz.kinds import World, lay_out, make_world
+from tests.fuzz.searches import make_search, search_case, yaml_case
 
 KINDS = {**file_kinds.KINDS, **read_back.KINDS, "search": search_case, "yaml": yaml_case}
 AT_ONCE = 56

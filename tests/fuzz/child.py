@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from backhand.printing import visible
 from backhand.system import peak_rss_bytes, rss_bytes
-from support.addresses import limit_addresses
+from tests.support.addresses import limit_addresses
 
 MEMORY_BYTES = 3 * 2**30
 """Of address space, above what the parent has."""

@@ -15,13 +15,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fuzz.mutate import ODD_NAMES, ODD_TEXTS, mutated_bytes, mutated_gguf, mutated_json
-from support import tokenizer_kinds
-from support.tiny_adapters import save_tiny_adapter
-from support.tiny_gguf import add_sentencepiece_tokenizer, write_tiny_gguf, write_vocabulary_gguf
-from support.tiny_models import save_tiny, tiny_model
-from support.tiny_run import write_rows
-from support.tiny_tokenizer import CHAT_TEMPLATE
+from tests.fuzz.mutate import ODD_NAMES, ODD_TEXTS, mutated_bytes, mutated_gguf, mutated_json
+from tests.support import tokenizer_kinds
+from tests.support.tiny_adapters import save_tiny_adapter
+from tests.support.tiny_gguf import add_sentencepiece_tokenizer, write_tiny_gguf, write_vocabulary_gguf
+from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_run import write_rows
+from tests.support.tiny_tokenizer import CHAT_TEMPLATE
 
 ASK = ("--prompt", "what is", "--max-new-tokens", "2", "--greedy", "--threads", "1", "--dtype", "float32")
 

@@ -19,9 +19,9 @@ from backhand.data.stored_examples import RECORD
 from backhand.options.objectives import ObjectiveOptions
 from backhand.report.train import train
 from backhand.training.reference import _checksum
-from fuzz.kinds import Case, World
-from fuzz.mutate import ODD_NUMBERS, mutated_bytes, mutated_json
-from support.tiny_run import StopAfter, TinyRun, write_pairs
+from tests.fuzz.kinds import Case, World
+from tests.fuzz.mutate import ODD_NUMBERS, mutated_bytes, mutated_json
+from tests.support.tiny_run import StopAfter, TinyRun, write_pairs
 
 RUN_FILES = ("status.json", "facts.json", "summary.json", "metrics.jsonl", "proofs.jsonl", "answers.jsonl")
 _RUN, _STOPPED, _ROWS_CACHE = "finished", "stopped", "rows_cache"

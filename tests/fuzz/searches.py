@@ -6,8 +6,8 @@ import json
 import random
 from pathlib import Path
 
-from fuzz.kinds import Case, World, text_bytes
-from fuzz.mutate import ODD_TEXTS, mutated_bytes, mutated_json
+from tests.fuzz.kinds import Case, World, text_bytes
+from tests.fuzz.mutate import ODD_TEXTS, mutated_bytes, mutated_json
 
 _SEARCH = "search"
 

@@ -10,9 +10,9 @@ from backhand.adapters.config import LoRAConfig
 from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.lora_parameters import LoRAParameters
-from support.saved_adapters import resolve_slots, save_adapter
-from support.tiny_models import save_tiny, tiny_model
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.saved_adapters import resolve_slots, save_adapter
+from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 
 def model_of_tiny_tokenizer(**overrides: Any) -> Any:

@@ -25,9 +25,9 @@ from backhand.loop.certain_replies import CERTAIN_NATS, certain_replies
 from backhand.nn.model_options import BaseModelOptions
 from backhand.options.command_options import EvaluateRunOptions
 from backhand.training.run import train
-from support.tiny_models import save_tiny, tiny_model
-from support.tiny_run import TinyRun
-from support.tokenizer_kinds import THINKING, WITH_TOOLS, byte_level
+from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_run import TinyRun
+from tests.support.tokenizer_kinds import THINKING, WITH_TOOLS, byte_level
 
 NEW_TOKENS = 8
 

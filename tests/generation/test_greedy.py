@@ -11,9 +11,9 @@ from backhand.generation import completer as batch
 from backhand.generation.completer import EngineCompleter, complete_greedily, shared_length
 from backhand.nn.decoder import decoding
 from backhand.nn.decoder.decoder import Decoder
-from support.in_memory import InMemoryModel
-from support.parity import decoder_like
-from support.tiny_models import FAMILIES, attach_lora, tiny_documents, tiny_model
+from tests.support.in_memory import InMemoryModel
+from tests.support.parity import decoder_like
+from tests.support.tiny_models import FAMILIES, attach_lora, tiny_documents, tiny_model
 
 NEW_TOKENS = 12
 

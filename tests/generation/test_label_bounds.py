@@ -10,9 +10,9 @@ import pytest
 
 from backhand.cli.main import main
 from backhand.generation.options import AnswerOptions, GenerateOptions
-from support.limited import limited
-from support.tiny_models import save_tiny, tiny_model
-from support.tiny_run import write_rows
+from tests.support.limited import limited
+from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_run import write_rows
 
 CONTEXT = 64
 

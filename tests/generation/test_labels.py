@@ -33,8 +33,8 @@ from backhand.runs.summary import LabelFigures, read_summary
 from backhand.training.console import closing_lines
 from backhand.training.run import train
 from backhand.words import interval_range, share_interval
-from support.page import Page
-from support.tiny_run import TinyRun
+from tests.support.page import Page
+from tests.support.tiny_run import TinyRun
 
 STOP = 9
 

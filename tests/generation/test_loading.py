@@ -26,10 +26,10 @@ from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
 from backhand.nn.loading.stores import MINILM, MINILM_HUB_ID, SMOLLM2, SMOLLM2_HUB_ID
 from backhand.nn.model_options import BaseModelOptions
-from support.saved_adapters import load_adapter, save_adapter
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import save_tiny, tiny_model
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.saved_adapters import load_adapter, save_adapter
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 PROMPTS = [[5, 9, 40], [7, 100, 22, 60, 8]]
 

@@ -10,7 +10,7 @@ from backhand.cli.main import main
 from backhand.data.options import TemplateOptions
 from backhand.generation.loading import loaded_model
 from backhand.nn.model_options import BaseModelOptions
-from support.tiny_tokenizer import CHAT_TEMPLATE, TURN_START, tiny_tokenizer
+from tests.support.tiny_tokenizer import CHAT_TEMPLATE, TURN_START, tiny_tokenizer
 
 _ENDLESS = CHAT_TEMPLATE.replace("+ '<|im_end|>' + '\n'", "")
 

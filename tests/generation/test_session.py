@@ -14,7 +14,7 @@ from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.generation.options import SamplingOptions
 from backhand.generation.session import GenerationSession
 from backhand.nn.model_options import BaseModelOptions
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 SAMPLED = SamplingOptions(temperature=1.1, top_p=0.95, top_k=50, seed=5, max_new_tokens=20)
 GREEDY = SamplingOptions(greedy=True, max_new_tokens=20)

@@ -14,7 +14,7 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import inject
 from backhand.generation.completer import complete_greedily
 from backhand.generation.transformers_completer import TransformersCompleter
-from support.tiny_models import tiny_documents, tiny_model
+from tests.support.tiny_models import tiny_documents, tiny_model
 
 
 def tiny_gpt2() -> Any:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from support.tiny_adapters import save_tiny_adapter
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import save_tiny, tiny_model
-from support.tiny_run import write_rows
+from tests.support.tiny_adapters import save_tiny_adapter
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_run import write_rows
 
 
 class World:

@@ -17,9 +17,9 @@ from backhand.cli.main import main
 from backhand.errors import ArtifactError, BackhandError
 from backhand.nn.loading import open_model
 from backhand.nn.loading.tokenizer_patterns import may_backtrack_exponentially
-from fuzz.child import Attempt, run_attempts
-from fuzz.kinds import KINDS, Case, lay_out, make_world
-from fuzz.kinds import World as Files
+from tests.fuzz.child import Attempt, run_attempts
+from tests.fuzz.kinds import KINDS, Case, lay_out, make_world
+from tests.fuzz.kinds import World as Files
 
 SEEDS = st.integers(0, 10**9)
 

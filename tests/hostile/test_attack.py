@@ -18,11 +18,11 @@ from backhand.errors import ArtifactError
 from backhand.nn.decoder.weights import load_weights
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
-from fuzz.mutate import LooseGGUF
-from hostile.conftest import World, linked
-from support.limited import Ended, limited
-from support.tiny_gguf import add_sentencepiece_tokenizer, write_tiny_gguf, write_vocabulary_gguf
-from support.tiny_models import tiny_model
+from tests.fuzz.mutate import LooseGGUF
+from tests.hostile.conftest import World, linked
+from tests.support.limited import Ended, limited
+from tests.support.tiny_gguf import add_sentencepiece_tokenizer, write_tiny_gguf, write_vocabulary_gguf
+from tests.support.tiny_models import tiny_model
 
 # ---- what a file is ----------------------------------------------------------------------------------------------
 

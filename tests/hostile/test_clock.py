@@ -23,9 +23,9 @@ from backhand.runs.status import read_status
 from backhand.search.command import search_command
 from backhand.search.options import SearchConfig, SearchOptions
 from backhand.training.run import train
-from support.processes import start
-from support.ranks import bits_of_several, start_ranks
-from support.tiny_run import KillAfter, TinyRun, final_bits, with_options
+from tests.support.processes import start
+from tests.support.ranks import bits_of_several, start_ranks
+from tests.support.tiny_run import KillAfter, TinyRun, final_bits, with_options
 
 YEAR_S = 365 * 86_400.0
 Clock = Callable[[float], float]
@@ -123,7 +123,7 @@ def test_a_run_is_killed_and_goes_on_by_another_clock(
 
 def held_run(config: TrainConfig, kind: str) -> None:
     """In a process of its own: train by this clock, and wait in the first step."""
-    from support.held_runs import before_pass
+    from tests.support.held_runs import before_pass
 
     def wait(*_: object) -> None:
         (config.run.output.parent / "there").touch()

@@ -27,13 +27,13 @@ from backhand.kernels.builds import usable
 from backhand.loop.state import Saver
 from backhand.options.config import TrainConfig
 from backhand.training.run import train
-from hostile.conftest import World
-from support.faulty_files import InterceptedFiles, half_written
-from support.faulty_runs import observed_saves
-from support.limited import Ended, limited
-from support.processes import run, start
-from support.ranks import free_port
-from support.tiny_run import TinyRun, final_bits, with_options
+from tests.hostile.conftest import World
+from tests.support.faulty_files import InterceptedFiles, half_written
+from tests.support.faulty_runs import observed_saves
+from tests.support.limited import Ended, limited
+from tests.support.processes import run, start
+from tests.support.ranks import free_port
+from tests.support.tiny_run import TinyRun, final_bits, with_options
 
 # ---- a compiled library that is not as it was built --------------------------------------------------------------
 
@@ -278,7 +278,7 @@ def changed_meanwhile(words: list[str], place: str, change: str, model: str) -> 
     os.chdir(place)
     os.dup2(os.open("said", os.O_WRONLY | os.O_CREAT, 0o600), 2)
     from backhand.cli.main import main
-    from support.held_runs import before_pass
+    from tests.support.held_runs import before_pass
 
     calls = []
 
@@ -342,7 +342,7 @@ def held_writer(words: list[str], place: str) -> None:
     """In a process of its own: a run that waits in its first step until a file is there."""
     os.chdir(place)
     from backhand.cli.main import main
-    from support.held_runs import before_pass
+    from tests.support.held_runs import before_pass
 
     def wait(*_: object) -> None:
         Path("started").touch()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hostile.conftest import World
+from tests.hostile.conftest import World
 
 SRC = str(Path(__file__).parents[2] / "src")
 TRAP = "import os\nopen(os.environ['TRAP'], 'a').write(__name__ + '\\n')\nraise SystemExit(77)\n"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from backhand.runs.directory import CHECKPOINTS, REPLACED, opened
-from hostile.conftest import World
-from support.limited import limited
-from support.processes import start
+from tests.hostile.conftest import World
+from tests.support.limited import limited
+from tests.support.processes import start
 
 
 def contents(directory: Path) -> dict[str, bytes]:

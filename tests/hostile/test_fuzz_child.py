@@ -14,10 +14,10 @@ from unittest import mock
 
 import pytest
 
-import fuzz.__main__
-from fuzz import child
-from fuzz.child import Attempt, Outcome, run_attempts
-from support.processes import start
+from tests.fuzz import __main__ as program
+from tests.fuzz import child
+from tests.fuzz.child import Attempt, Outcome, run_attempts
+from tests.support.processes import start
 
 
 def _turn() -> int:
@@ -95,11 +95,11 @@ def test_a_process_that_is_killed_ends_the_whole(tmp_path: Path) -> None:
 def _with_shares_that_die(place: Path) -> None:
     names: dict[str, Any] = {"make_world": lambda _: None, "_warm_up": lambda *_: None, "_share": _die}
     with (
-        mock.patch.multiple(fuzz.__main__, **names),
+        mock.patch.multiple(program, **names),
         mock.patch("sys.argv", ["fuzz", "--keep", str(place), "--processes", "2"]),
     ):
         try:
-            fuzz.__main__.main()
+            program.main()
         except BrokenProcessPool:
             sys.exit(3)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from backhand.cli.main import main
-from hostile.conftest import World
-from support.tiny_hub import Answer, Request, lead_to, tiny_hub
+from tests.hostile.conftest import World
+from tests.support.tiny_hub import Answer, Request, lead_to, tiny_hub
 
 Push = Callable[..., int]
 

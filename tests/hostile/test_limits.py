@@ -13,10 +13,10 @@ import pytest
 from backhand.options.config_file import dump_config
 from backhand.runs.status import read_status
 from backhand.training.run import train
-from hostile.conftest import World
-from support.faulty_runs import temporary
-from support.limited import Ended, limited
-from support.tiny_run import TinyRun, final_bits, with_options
+from tests.hostile.conftest import World
+from tests.support.faulty_runs import temporary
+from tests.support.limited import Ended, limited
+from tests.support.tiny_run import TinyRun, final_bits, with_options
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="not run: limits are Linux's")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hostile.conftest import World
+from tests.hostile.conftest import World
 
 NO_UTF_8 = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 LOCALES: dict[str, dict[str, str]] = {

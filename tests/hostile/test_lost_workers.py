@@ -16,10 +16,10 @@ from backhand.files import FileLayer
 from backhand.options.config import TrainConfig
 from backhand.runs.status import read_status
 from backhand.training.run import train
-from support.faulty_runs import temporary
-from support.held_runs import before
-from support.ranks import bits_of_several, start_and_kill, start_ranks
-from support.tiny_run import TinyRun, with_options
+from tests.support.faulty_runs import temporary
+from tests.support.held_runs import before
+from tests.support.ranks import bits_of_several, start_and_kill, start_ranks
+from tests.support.tiny_run import TinyRun, with_options
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from backhand.training.run import train
-from hostile.conftest import World
-from support.faulty_runs import temporary
-from support.limited import Ended, limited
-from support.tiny_run import StopAfter, TinyRun
+from tests.hostile.conftest import World
+from tests.support.faulty_runs import temporary
+from tests.support.limited import Ended, limited
+from tests.support.tiny_run import StopAfter, TinyRun
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="not run: making files of another user takes root"

@@ -17,12 +17,12 @@ from gguf import GGMLQuantizationType
 from backhand.errors import UsageError
 from backhand.options.config import TrainConfig
 from backhand.training.run import train
-from hostile.conftest import World
-from support.limited import limited
-from support.ranks import bits_of_several, start_ranks
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import tiny_model
-from support.tiny_run import TinyRun, final_bits, with_options, write_pairs
+from tests.hostile.conftest import World
+from tests.support.limited import limited
+from tests.support.ranks import bits_of_several, start_ranks
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import tiny_model
+from tests.support.tiny_run import TinyRun, final_bits, with_options, write_pairs
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from backhand.cli.exit_status import exit_status
 from backhand.errors import DataError
 from backhand.printing import show_what_libraries_say, visible, write_answer
 from backhand.terminal import console
-from fuzz.child import Attempt, run_attempts
-from hostile.conftest import World
+from tests.fuzz.child import Attempt, run_attempts
+from tests.hostile.conftest import World
 
 TEXTS = {
     "colour": "\x1b[31mred\x1b[0m",

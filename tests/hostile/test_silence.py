@@ -20,9 +20,9 @@ from backhand.distributed import rendezvous as meeting
 from backhand.errors import ResourceError, UsageError
 from backhand.nn.loading.stores import models_on_this_machine
 from backhand.options.config_file import parse_toml, read_table
-from fuzz.child import Attempt, run_attempts
-from hostile.conftest import World
-from support.limited import limited
+from tests.fuzz.child import Attempt, run_attempts
+from tests.hostile.conftest import World
+from tests.support.limited import limited
 
 
 @pytest.fixture

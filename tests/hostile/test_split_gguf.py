@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from backhand.cli.main import main
-from fuzz.mutate import LooseGGUF
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import tiny_model
+from tests.fuzz.mutate import LooseGGUF
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import tiny_model
 
 
 def written(place: Path, *, layers: int = 2, parts: int = 3) -> Path:

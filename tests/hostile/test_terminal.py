@@ -21,11 +21,11 @@ from backhand.options.config import TrainConfig
 from backhand.options.config_file import dump_config
 from backhand.runs.checkpoint import load_checkpoint
 from backhand.training.run import train
-from hostile.conftest import World
-from support.held_runs import PLACES, held_train
-from support.limited import limited
-from support.processes import start
-from support.tiny_run import TinyRun, final_bits, with_options
+from tests.hostile.conftest import World
+from tests.support.held_runs import PLACES, held_train
+from tests.support.limited import limited
+from tests.support.processes import start
+from tests.support.tiny_run import TinyRun, final_bits, with_options
 
 
 @pytest.fixture(scope="module")

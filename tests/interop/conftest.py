@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from support.tiny_adapters import SCALINGS, save_tiny_adapter
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_adapters import SCALINGS, save_tiny_adapter
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import save_tiny, tiny_model
 
 
 @dataclass(frozen=True)

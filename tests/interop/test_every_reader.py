@@ -24,7 +24,7 @@ from backhand.interop.opened_adapter import open_adapter
 from backhand.interop.options import ExportOptions
 from backhand.nn.loading import open_model
 from backhand.nn.model_options import BaseModelOptions
-from support.saved_adapters import save_adapter
+from tests.support.saved_adapters import save_adapter
 
 ADAPTER = "every-pattern"
 

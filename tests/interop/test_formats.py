@@ -24,8 +24,8 @@ from backhand.interop.opened_adapter import open_adapter
 from backhand.interop.options import ExportOptions, Format
 from backhand.interop.other_formats import kohya_name, ollama_base
 from backhand.interop.proving import factor_error
-from support.tiny_adapters import SCALINGS, save_tiny_adapter
-from support.tiny_models import full_logits, save_tiny, tiny_documents, tiny_model
+from tests.support.tiny_adapters import SCALINGS, save_tiny_adapter
+from tests.support.tiny_models import full_logits, save_tiny, tiny_documents, tiny_model
 
 
 def export(tiny: Any, scaling: str, to: Format, output: Path, **options: Any) -> Path:

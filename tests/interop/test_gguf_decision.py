@@ -23,10 +23,10 @@ from backhand.nn.model_options import BaseModelOptions
 from backhand.options.config import TrainConfig
 from backhand.options.objectives import ObjectiveOptions
 from backhand.training.run import train
-from support.finished_runs import tiny
-from support.tiny_models import save_tiny, tiny_model
-from support.tiny_run import TinyRun, with_options
-from support.trl_templates import template_source
+from tests.support.finished_runs import tiny
+from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_run import TinyRun, with_options
+from tests.support.trl_templates import template_source
 
 __all__ = ["tiny"]
 

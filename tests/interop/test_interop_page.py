@@ -14,8 +14,8 @@ from backhand.cli.main import main
 from backhand.errors import ArtifactError
 from backhand.interop.command import export_command
 from backhand.interop.options import FLOAT32_TOLERANCE, FORMATS, ROUNDED_TOLERANCE, ExportOptions
-from support.doc_blocks import PROJECT, blocks
-from support.tiny_adapters import save_tiny_adapter
+from tests.support.doc_blocks import PROJECT, blocks
+from tests.support.tiny_adapters import save_tiny_adapter
 
 PAGE = "docs/interop.md"
 TEXT = (PROJECT / PAGE).read_text(encoding="utf-8")

@@ -23,13 +23,13 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_layouts import StoredSizes
 from backhand.nn.loading.gguf_model import GGUFModel
-from support import tiny_gguf
-from support.boundary_tokenizers import spaced_tokenizer
-from support.llama_cpp import FAMILIES, LlamaCpp
-from support.odd_texts import ODD_TEXTS
-from support.tiny_adapters import SCALINGS, save_tiny_adapter
-from support.tiny_gguf import rewritten, write_tiny_gguf, write_tiny_gguf_with_prediction
-from support.tiny_models import VOCAB_SIZE, save_tiny, tiny_documents, tiny_model
+from tests.support import tiny_gguf
+from tests.support.boundary_tokenizers import spaced_tokenizer
+from tests.support.llama_cpp import FAMILIES, LlamaCpp
+from tests.support.odd_texts import ODD_TEXTS
+from tests.support.tiny_adapters import SCALINGS, save_tiny_adapter
+from tests.support.tiny_gguf import rewritten, write_tiny_gguf, write_tiny_gguf_with_prediction
+from tests.support.tiny_models import VOCAB_SIZE, save_tiny, tiny_documents, tiny_model
 
 _LENGTHS = (1, 9, 20, 33)
 # Whose adapters say nothing that others do not.

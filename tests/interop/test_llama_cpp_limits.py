@@ -19,10 +19,10 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_file import GGUFFile
-from support.llama_cpp import LlamaCpp
-from support.tiny_adapters import adapted, save_tiny_adapter
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import VOCAB_SIZE, WINDOW, full_logits, save_tiny, tiny_documents, tiny_model
+from tests.support.llama_cpp import LlamaCpp
+from tests.support.tiny_adapters import adapted, save_tiny_adapter
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import VOCAB_SIZE, WINDOW, full_logits, save_tiny, tiny_documents, tiny_model
 
 _LLAMA3 = {
     "rope_type": "llama3",

@@ -31,10 +31,10 @@ from backhand.nn.families.family import split_layer
 from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.runs.directory import run_of
-from support.tiny_adapters import SCALINGS, adapted, save_tiny_adapter
-from support.tiny_encoders import ENCODERS, states_of, tiny_encoder
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import FAMILIES, full_logits, save_tiny, tiny_documents, tiny_model
+from tests.support.tiny_adapters import SCALINGS, adapted, save_tiny_adapter
+from tests.support.tiny_encoders import ENCODERS, states_of, tiny_encoder
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import FAMILIES, full_logits, save_tiny, tiny_documents, tiny_model
 
 
 def merge(model: Path, adapter: Path, output: Path, **options: Any) -> Path:

@@ -19,9 +19,9 @@ from backhand.interop.options import ExportOptions, MergeOptions
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
-from support.tiny_adapters import SCALINGS, save_tiny_adapter
-from support.tiny_encoders import tiny_encoder
-from support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_adapters import SCALINGS, save_tiny_adapter
+from tests.support.tiny_encoders import tiny_encoder
+from tests.support.tiny_models import save_tiny, tiny_model
 
 IDS = [5, 9, 3, 77, 101, 2, 8, 44]
 

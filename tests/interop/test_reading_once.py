@@ -26,10 +26,10 @@ from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import gguf_values, huggingface, open_model
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.quantizing import QuantizingSource
-from support.tiny_adapters import save_tiny_adapter
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import GPT_OSS_OF_LLAMA_CPP, save_tiny, tiny_model
-from support.tiny_mxfp4 import IN_BLOCKS, save_packed
+from tests.support.tiny_adapters import save_tiny_adapter
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import GPT_OSS_OF_LLAMA_CPP, save_tiny, tiny_model
+from tests.support.tiny_mxfp4 import IN_BLOCKS, save_packed
 
 _SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16, "num_hidden_layers": 3}
 _TARGETS = ["q_proj", "v_proj", "down_proj"]

@@ -28,9 +28,9 @@ from backhand.interop.options import ExportOptions, MergeOptions
 from backhand.nn.loading import open_model
 from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
 from backhand.training.run import train
-from support.answers import Agreement, Answers, demo_prompts
-from support.llama_cpp import LlamaCpp
-from support.smollm2 import NAME
+from tests.support.answers import Agreement, Answers, demo_prompts
+from tests.support.llama_cpp import LlamaCpp
+from tests.support.smollm2 import NAME
 
 MEAN_BOUND, LARGEST_BOUND = 5e-5, 2e-3
 """Of the float32 file; a tenth and a twentieth of what the unpermuted adapter makes."""

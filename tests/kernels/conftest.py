@@ -7,7 +7,7 @@ import torch
 
 from backhand.kernels.builds import load, using
 from backhand.kernels.library import proving_kernels
-from support.product_builds import ALIKE, PRODUCT_BUILDS, build_id
+from tests.support.product_builds import ALIKE, PRODUCT_BUILDS, build_id
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

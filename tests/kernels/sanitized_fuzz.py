@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from sanitized_loops import LOOPS, Draw, parallel_for
 
 from backhand.kernels.builds import Library, library_path, usable
 from backhand.kernels.library import DOUBLE, INT, INT64, POINTER
+from tests.kernels.sanitized_loops import LOOPS, Draw, parallel_for
 
 TYPES = (INT, POINTER, INT64, INT64, POINTER, INT64, INT64, INT64, POINTER, INT64, INT)
 _MATRIX = (POINTER, INT64)

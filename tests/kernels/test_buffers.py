@@ -10,7 +10,7 @@ from backhand.kernels.library import proving_kernels
 from backhand.nn.batch import document_runs
 from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta_rule_forward
 from backhand.verify.runner import cast, load_proofs
-from support.guarded import guarded_allocations
+from tests.support.guarded import guarded_allocations
 
 OPS = [proof.op for proof in load_proofs() if proof.compiled]
 

@@ -18,9 +18,9 @@ from backhand.kernels.dense_product import MOST_UPDATES, LowRankUpdate, amx_avai
 from backhand.kernels.library import proving_kernels
 from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear, uses_amx
 from backhand.ops.weight_tiles import drop_scratch
-from support.for_each import for_each
-from support.gapped import MARK, gapped, marks_intact
-from support.product_builds import PRODUCT_BUILDS, build_id
+from tests.support.for_each import for_each
+from tests.support.gapped import MARK, gapped, marks_intact
+from tests.support.product_builds import PRODUCT_BUILDS, build_id
 
 LONGEST_PART, WAITING_ROWS = 1536, 1024  # as in native/dense_product.h
 UNIT = 2.0**-8  # of rounding to bfloat16

@@ -13,7 +13,7 @@ from backhand.kernels.dequantize import block_shape
 from backhand.kernels.few_rows import QUICK_ROW, few_rows_product
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.ops.frozen_matrix import frozen_linear
-from support.gapped import gapped, marks_intact
+from tests.support.gapped import gapped, marks_intact
 
 pytestmark = pytest.mark.skipif("amx" not in usable(), reason="this processor has no AMX")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from backhand.kernels import large_pages
-from support.processes import run
+from tests.support.processes import run
 
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 pytestmark = pytest.mark.skipif(

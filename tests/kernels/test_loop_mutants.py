@@ -15,8 +15,8 @@ from backhand.kernels.builds import Library, torch_form, usable, using
 from backhand.kernels.library import POINTER, proving_kernels
 from backhand.verify.measure import autograd_gradients, relative_error
 from backhand.verify.runner import FLOAT64_BOUND, load_proofs
-from support.decode_steps import adapted, stepped
-from support.made_once import made_once
+from tests.support.decode_steps import adapted, stepped
+from tests.support.made_once import made_once
 
 OPS_OF = {
     "rms_norm": ("rms_norm",),

@@ -28,8 +28,8 @@ from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backwar
 from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
 from backhand.verify.measure import autograd_gradients, relative_error
 from backhand.verify.runner import FLOAT64_BOUND, load_proofs
-from support.for_each import for_each
-from support.gapped import gapped, marks_intact
+from tests.support.for_each import for_each
+from tests.support.gapped import gapped, marks_intact
 
 WITH_LOOPS = (
     *("rms_norm", "glu", "adapted_glu", "rotary", "linear_cross_entropy", "attention", "frozen_linear"),

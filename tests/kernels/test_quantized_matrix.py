@@ -10,7 +10,7 @@ from backhand.kernels.builds import load, usable, using
 from backhand.kernels.dequantize import block_shape
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.ops.frozen_matrix import frozen_linear
-from support.for_each import for_each
+from tests.support.for_each import for_each
 
 KINDS = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"),

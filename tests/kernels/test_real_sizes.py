@@ -13,8 +13,8 @@ from backhand.kernels.builds import torch_form, usable, using
 from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.verify import real_sizes
 from backhand.verify.measure import relative_error
-from kernels.test_loop_mutants import NAIVE, compiled
-from support.decode_steps import adapted
+from tests.kernels.test_loop_mutants import NAIVE, compiled
+from tests.support.decode_steps import adapted
 
 # By op and a word of the case's name: each naive sum, and the tensor in which it shows.
 SHOWN_IN = {

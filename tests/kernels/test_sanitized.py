@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from backhand.kernels import build
-from support.sanitizer import environment, runtime
+from tests.support.sanitizer import environment, runtime
 
-FUZZ = Path(__file__).with_name("sanitized_fuzz.py")
+FUZZ = "tests.kernels.sanitized_fuzz"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def sanitized(tmp_path_factory):
 
 def fuzz(folder, rounds):
     return subprocess.run(
-        [sys.executable, str(FUZZ), str(folder), str(rounds)],
+        [sys.executable, "-m", FUZZ, str(folder), str(rounds)],
         env=environment(),
         capture_output=True,
         text=True,

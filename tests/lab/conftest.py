@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support.tiny_run import TinyRun
+from tests.support.tiny_run import TinyRun
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from backhand.lab.demo import _proved
-from support.finished_runs import finished, finished_once, tiny
+from tests.support.finished_runs import finished, finished_once, tiny
 
 __all__ = ["finished", "finished_once", "tiny"]
 

@@ -11,7 +11,7 @@ import pytest
 from backhand.cli.main import main
 from backhand.files import FileLayer
 from backhand.training.run import train
-from support.tiny_run import TinyRun
+from tests.support.tiny_run import TinyRun
 
 
 @pytest.mark.parametrize("command", ["paper", "inspect", "sine"])

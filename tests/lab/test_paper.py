@@ -17,8 +17,8 @@ from backhand.lab.paper import memory as paper_memory
 from backhand.lab.paper.command import paper_command
 from backhand.lab.paper.options import PaperOptions, PaperRunOptions, SweepOptions
 from backhand.training.run import train
-from support.tiny_models import save_tiny, tiny_model
-from support.tiny_run import TinyRun
+from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_run import TinyRun
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.nn.lora_parameters import LoRAParameters
-from support.saved_adapters import resolve_slots
-from support.tiny_run import TinyRun
+from tests.support.saved_adapters import resolve_slots
+from tests.support.tiny_run import TinyRun
 
 
 def decoder(tiny: TinyRun) -> Decoder:

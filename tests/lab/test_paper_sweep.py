@@ -17,7 +17,7 @@ from backhand.loop.evaluate import evaluate
 from backhand.nn.loading import open_model
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.runs.interruption import Interrupted
-from support.tiny_run import TinyRun
+from tests.support.tiny_run import TinyRun
 
 SHAPES = {
     f"model.layers.{layer}.self_attn.{name}": shape

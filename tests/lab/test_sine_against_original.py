@@ -11,7 +11,7 @@ import torch
 from backhand.lab.sine.experiment import run_sine
 from backhand.lab.sine.network import draw_start
 from backhand.lab.sine.options import ShiftedTargetOptions, SineOptions
-from support.original_script import original_losses, original_start
+from tests.support.original_script import original_losses, original_start
 
 ONLY_PARTS = ShiftedTargetOptions(shifted=False)
 

@@ -13,11 +13,11 @@ from backhand.engines.engine import BoundModel
 from backhand.files import write_together
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.class_head import class_gradients, class_logits
-from support.class_models import bound_model, class_model, their_gradients, their_model, wider
-from support.no_autograd import autograd_raises
-from support.parity import relative_error, wholly_in_float64
-from support.tiny_models import tiny_documents
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.class_models import bound_model, class_model, their_gradients, their_model, wider
+from tests.support.no_autograd import autograd_raises
+from tests.support.parity import relative_error, wholly_in_float64
+from tests.support.tiny_models import tiny_documents
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 LENGTHS = (23, 9, 9, 1, 18)
 LABELS = 3

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from backhand.nn.compute import gc_frozen, medium_precision_pays
-from support.processes import forked_well, run
+from tests.support.processes import forked_well, run
 
 
 class Cycle:

@@ -17,7 +17,7 @@ from backhand.nn.families.config_fields import READ_OUTSIDE_CLASS, config_class
 from backhand.nn.families.family_parsing import FAMILIES, FIXED, NEUTRAL, QUANTIZED, UnsupportedModel, decoder_config
 from backhand.nn.families.mixed_families import OF_MAMBA, UNUSED_BY_NEMOTRON, WITHOUT_EXPERTS
 from backhand.nn.families.rotary import _READ_BY_A_RULE, SCALING_RULES
-from support.tiny_models import full_logits, tiny_config, tiny_documents, tiny_model
+from tests.support.tiny_models import full_logits, tiny_config, tiny_documents, tiny_model
 
 FOREIGN: dict[str, Any] = {
     "max_sequence_length": 4096,

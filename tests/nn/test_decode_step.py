@@ -17,11 +17,11 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.nn.loading import open_model
 from backhand.nn.lora_parameters import LoRAParameters
-from support.decode_steps import adapted, peft_model, stepped
-from support.parity import decoder_like, relative_error
-from support.product_builds import ALIKE
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import VARIANTS, tiny_documents, tiny_model
+from tests.support.decode_steps import adapted, peft_model, stepped
+from tests.support.parity import decoder_like, relative_error
+from tests.support.product_builds import ALIKE
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import VARIANTS, tiny_documents, tiny_model
 
 # Experts, sinks, gates, other mixers than attention, angles of neighbouring features, layers of several sizes.
 BLOCK_BY_BLOCK = (

@@ -16,12 +16,12 @@ from backhand.nn.decoder import group_extras
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor
-from support.any_models import their_factors
-from support.in_memory import InMemoryModel
-from support.no_autograd import autograd_raises
-from support.parity import peft_loss, relative_error, supervise
-from support.saved_adapters import load_adapter
-from support.tiny_models import attach_lora, tiny_documents, tiny_model
+from tests.support.any_models import their_factors
+from tests.support.in_memory import InMemoryModel
+from tests.support.no_autograd import autograd_raises
+from tests.support.parity import peft_loss, relative_error, supervise
+from tests.support.saved_adapters import load_adapter
+from tests.support.tiny_models import attach_lora, tiny_documents, tiny_model
 
 LENGTHS = (23, 9, 9, 1, 18)
 SEEN = tiny_documents(LENGTHS)[0][[4, 0, 9]].tolist()

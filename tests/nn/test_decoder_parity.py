@@ -18,8 +18,8 @@ from backhand.nn.lora_parameters import LoRAParameters
 from backhand.verify.decoder_op import LOSS_SCALING, DecoderInputs
 from backhand.verify.packed_tokens import unshare_prefixes
 from backhand.verify.runner import MISTAKE_BOUND, load_proofs
-from support.no_autograd import autograd_raises
-from support.parity import (
+from tests.support.no_autograd import autograd_raises
+from tests.support.parity import (
     decoder_like,
     our_gradients,
     peft_gradients,
@@ -28,7 +28,7 @@ from support.parity import (
     supervise,
     wholly_in_float64,
 )
-from support.tiny_models import VARIANTS, attach_lora, tiny_documents, tiny_model
+from tests.support.tiny_models import VARIANTS, attach_lora, tiny_documents, tiny_model
 
 # Longer than the sliding window (8) and the original rope length (16), two of equal length, one of a single token.
 LENGTHS = (23, 9, 9, 1, 18)

@@ -14,8 +14,8 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.nn.decoder.kv_cache import PAGE
 from backhand.ops.rms_norm import rms_norm_forward
-from support.parity import decoder_like, relative_error
-from support.tiny_models import VARIANTS, attach_lora, tiny_documents, tiny_model
+from tests.support.parity import decoder_like, relative_error
+from tests.support.tiny_models import VARIANTS, attach_lora, tiny_documents, tiny_model
 
 SCALING = 8.5 / 5
 TOLERANCE = 1e-5

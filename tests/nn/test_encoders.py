@@ -30,13 +30,13 @@ from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.stores import MINILM, minilm_directory
 from backhand.nn.lora_parameters import LoRAParameters
-from support.in_memory import InMemoryModel
-from support.no_autograd import autograd_raises
-from support.parity import decoder_like, our_gradients, peft_gradients, relative_error, wholly_in_float64
-from support.saved_adapters import load_adapter
-from support.tiny_encoders import ENCODERS, drawn_config, random_encoder, states_of, tiny_encoder
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import attach_lora, tiny_documents
+from tests.support.in_memory import InMemoryModel
+from tests.support.no_autograd import autograd_raises
+from tests.support.parity import decoder_like, our_gradients, peft_gradients, relative_error, wholly_in_float64
+from tests.support.saved_adapters import load_adapter
+from tests.support.tiny_encoders import ENCODERS, drawn_config, random_encoder, states_of, tiny_encoder
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import attach_lora, tiny_documents
 
 # Longer than the window to both sides, two of equal length, one of a single token; some are padded as one group.
 LENGTHS = (23, 9, 9, 1, 18)

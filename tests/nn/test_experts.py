@@ -21,10 +21,10 @@ from backhand.nn.decoder.experts import ExpertMatrices
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
 from backhand.nn.loading.expert_tensors import expert_parameter, hub_name, parse_expert_name
-from support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error, supervise
-from support.tiny_adapters import save_tiny_adapter
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import attach_lora, full_logits, save_tiny, tiny_config, tiny_documents, tiny_model
+from tests.support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error, supervise
+from tests.support.tiny_adapters import save_tiny_adapter
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import attach_lora, full_logits, save_tiny, tiny_config, tiny_documents, tiny_model
 
 VARIANTS = ("qwen3_moe", "qwen3_moe-shares", "mixtral", "gpt_oss")
 

@@ -18,7 +18,7 @@ from backhand.nn.families.family import LayerConfig, RotaryConfig, ShortConv
 from backhand.nn.families.family_parsing import FAMILIES, UnsupportedModel, decoder_config, predicts_tokens
 from backhand.nn.families.mixed_families import OF_MAMBA, WITHOUT_EXPERTS
 from backhand.nn.families.neutral_fields import NEUTRAL
-from support.tiny_models import VARIANTS, full_logits, randomise, tiny_config, tiny_documents, tiny_model
+from tests.support.tiny_models import VARIANTS, full_logits, randomise, tiny_config, tiny_documents, tiny_model
 
 
 def _changed(value: object) -> object:

@@ -13,8 +13,8 @@ from torch import Tensor
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.verify.packed_tokens import unshare_prefixes
-from support.parity import decoder_like, relative_error
-from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
+from tests.support.parity import decoder_like, relative_error
+from tests.support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
 
 # Attention, with windows, caps, sinks and experts; convolutions; the delta rule; Mamba-2, alone and next to attention;
 # keys of other layers.

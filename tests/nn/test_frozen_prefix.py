@@ -7,7 +7,7 @@ import torch
 
 from backhand.kernels.builds import using
 from backhand.nn.decoder.frozen_prefix import FrozenPrefix
-from support.decode_steps import adapted
+from tests.support.decode_steps import adapted
 
 
 @pytest.mark.parametrize(("usual", "tokens"), [(64, 7), (64, 1), (5, 64), (3, 2)])

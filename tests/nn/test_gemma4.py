@@ -18,8 +18,8 @@ from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family import PER_LAYER_MODEL
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
-from support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error, supervise
-from support.tiny_models import attach_lora, full_logits, save_tiny, tiny_config, tiny_documents, tiny_model
+from tests.support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error, supervise
+from tests.support.tiny_models import attach_lora, full_logits, save_tiny, tiny_config, tiny_documents, tiny_model
 
 RANK, ALPHA = 5, 8.5
 LENGTHS = (23, 9, 9, 1, 18)

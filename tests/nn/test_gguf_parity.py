@@ -14,9 +14,9 @@ from torch import Tensor
 from backhand.kernels.builds import torch_form
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
-from support.llama_cpp import FAMILIES, LlamaCpp
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import VOCAB_SIZE, WINDOW, tiny_documents, tiny_model
+from tests.support.llama_cpp import FAMILIES, LlamaCpp
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import VOCAB_SIZE, WINDOW, tiny_documents, tiny_model
 
 _LENGTHS = (1, WINDOW - 1, WINDOW + 1, 20, 33, 60)
 """Prompts shorter and longer than the sliding window (8) and the original rope length (16)."""

@@ -23,10 +23,10 @@ from backhand.nn.families.rotary_frequencies import inverse_frequencies
 from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.quantizing import QuantizingSource
-from support.llama_cpp import LlamaCpp
-from support.parity import decoder_like, relative_error, supervise
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import (
+from tests.support.llama_cpp import LlamaCpp
+from tests.support.parity import decoder_like, relative_error, supervise
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import (
     GPT_OSS_OF_LLAMA_CPP,
     VOCAB_SIZE,
     attach_lora,
@@ -34,7 +34,7 @@ from support.tiny_models import (
     tiny_documents,
     tiny_model,
 )
-from support.tiny_mxfp4 import IN_BLOCKS, QUANTIZATION, save_packed
+from tests.support.tiny_mxfp4 import IN_BLOCKS, QUANTIZATION, save_packed
 
 _PUBLISHED: dict[str, Any] = {
     "architectures": ["GptOssForCausalLM"],

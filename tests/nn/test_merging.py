@@ -12,9 +12,9 @@ from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.merging import merge_into, merged_logits
 from backhand.nn.lora_parameters import LoRAParameters
-from support.in_memory import InMemoryModel
-from support.saved_adapters import resolve_slots
-from support.tiny_models import tiny_model
+from tests.support.in_memory import InMemoryModel
+from tests.support.saved_adapters import resolve_slots
+from tests.support.tiny_models import tiny_model
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -24,9 +24,9 @@ from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.nn.loading import open_model
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.weight_tiles import frozen_dense, tiles_of
-from support.parity import supervise
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import (
+from tests.support.parity import supervise
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import (
     VARIANTS,
     VOCAB_SIZE,
     save_tiny,

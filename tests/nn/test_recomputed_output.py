@@ -24,8 +24,8 @@ from backhand.ops.document_groups import SegmentRun
 from backhand.ops.lora_group import LoRAGroup, group_A_gradients, group_gradients, group_input_gradient
 from backhand.ops.lora_linear import Dropout, lora_linear_backward, lora_linear_forward, multiplier
 from backhand.ops.low_rank import LoRAFactors, h_gradient
-from support.parity import relative_error, supervise
-from support.tiny_models import tiny_config, tiny_documents
+from tests.support.parity import relative_error, supervise
+from tests.support.tiny_models import tiny_config, tiny_documents
 
 needs_loops = pytest.mark.skipif(not kernels_available(), reason="no compiled kernels here")
 RUNS = (SegmentRun(0, 2, 9), SegmentRun(18, 1, 5))

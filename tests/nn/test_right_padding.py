@@ -16,7 +16,7 @@ from backhand.engines.transformers_engine import TransformersModel
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.nn.right_padding import head_on_positions, padded_groups, padding_obstacle, reset_dynamic_rope
-from support.tiny_models import randomise, tiny_model
+from tests.support.tiny_models import randomise, tiny_model
 
 LENGTHS = (13, 12, 9, 9, 5)
 VOCAB = 97

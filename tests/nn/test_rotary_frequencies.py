@@ -10,7 +10,7 @@ import torch
 from backhand.nn.families.family import RotaryConfig
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.families.rotary_frequencies import inverse_frequencies, llama3_factors
-from support.tiny_models import ORIGINAL_LENGTH, tiny_model
+from tests.support.tiny_models import ORIGINAL_LENGTH, tiny_model
 
 _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 

@@ -10,8 +10,8 @@ import torch
 from backhand.kernels.builds import kernels_available
 from backhand.nn.decoder.adapted_group import block_adapter
 from backhand.nn.decoder.block import BlockSaved, block_forward
-from support.parity import decoder_like, supervise
-from support.tiny_models import attach_lora, tiny_documents, tiny_model
+from tests.support.parity import decoder_like, supervise
+from tests.support.tiny_models import attach_lora, tiny_documents, tiny_model
 
 RANK = 5
 # torch's attention saves a log-sum-exp per head of short documents; the compiled kernel saves none.

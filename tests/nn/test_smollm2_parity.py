@@ -15,10 +15,10 @@ from backhand.nn.compute import default_dtype
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.options.config import OptimizationOptions
-from support.in_memory import InMemoryModel
-from support.no_autograd import autograd_raises
-from support.parity import our_gradients, peft_gradients, peft_loss, relative_error, supervise
-from support.smollm2 import NAME, smollm2_decoder, smollm2_peft, text_documents
+from tests.support.in_memory import InMemoryModel
+from tests.support.no_autograd import autograd_raises
+from tests.support.parity import our_gradients, peft_gradients, peft_loss, relative_error, supervise
+from tests.support.smollm2 import NAME, smollm2_decoder, smollm2_peft, text_documents
 
 pytestmark = pytest.mark.smollm2
 # Where torch emulates bfloat16 a batch takes ten times as long.

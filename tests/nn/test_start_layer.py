@@ -11,8 +11,8 @@ from backhand.nn.batch import StartStates
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.families.family import PER_LAYER_MODEL
 from backhand.nn.lora_parameters import LoRAParameters
-from support.parity import decoder_like, supervise
-from support.tiny_models import VARIANTS, attach_lora, tiny_documents, tiny_model
+from tests.support.parity import decoder_like, supervise
+from tests.support.tiny_models import VARIANTS, attach_lora, tiny_documents, tiny_model
 
 LOWEST = 1
 

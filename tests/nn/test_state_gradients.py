@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from support.no_autograd import autograd_raises
-from support.parity import decoder_like, our_gradients, peft_gradients, relative_error, supervise
-from support.tiny_models import attach_lora, tiny_documents, tiny_model
+from tests.support.no_autograd import autograd_raises
+from tests.support.parity import decoder_like, our_gradients, peft_gradients, relative_error, supervise
+from tests.support.tiny_models import attach_lora, tiny_documents, tiny_model
 
 RANK, ALPHA = 5, 8.5
 LENGTHS = (23, 9, 9, 1, 18)

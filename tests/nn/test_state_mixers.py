@@ -12,10 +12,10 @@ from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.ops.chunk_steps import CHUNK_TOKENS
-from support.float64_reference import without_float32_casts
-from support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error, supervise
-from support.tiny_gguf import write_tiny_gguf_with_prediction
-from support.tiny_models import attach_lora, full_logits, save_tiny, tiny_documents, tiny_model
+from tests.support.float64_reference import without_float32_casts
+from tests.support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error, supervise
+from tests.support.tiny_gguf import write_tiny_gguf_with_prediction
+from tests.support.tiny_models import attach_lora, full_logits, save_tiny, tiny_documents, tiny_model
 
 VARIANTS = ("qwen3_5_text", "qwen3_5_text-tied", "granite4-h", "bamba-steps", "falcon_h1", "nemotron_h")
 LENGTHS = (2 * CHUNK_TOKENS + 22, 9, CHUNK_TOKENS + 6, 1)

@@ -12,8 +12,8 @@ from backhand.ops.head_factors import HeadFactors
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_reference
 from backhand.ops.logits_rule import LogitsRule
 from backhand.ops.target_logits import exact_targets_forward
-from support.parity import decoder_like, our_gradients, peft_gradients, relative_error, supervise
-from support.tiny_models import attach_lora, tiny_documents, tiny_model
+from tests.support.parity import decoder_like, our_gradients, peft_gradients, relative_error, supervise
+from tests.support.tiny_models import attach_lora, tiny_documents, tiny_model
 
 RANK, ALPHA = 5, 8.5
 LENGTHS = (23, 9, 9, 1, 18)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import InjectedAdapter, inject
-from support.any_models import distance, outputs, randomise, state, word_ids
-from support.tiny_models import tiny_model
+from tests.support.any_models import distance, outputs, randomise, state, word_ids
+from tests.support.tiny_models import tiny_model
 
 ROWS = "model.embed_tokens.trainable_tokens"
 CONFIG = LoRAConfig(rank=2, target_modules=("q_proj",), trainable_token_indices=(3, 5))

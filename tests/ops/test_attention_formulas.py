@@ -10,7 +10,7 @@ import torch
 from backhand.ops import attention_blocks
 from backhand.verify import runner
 from backhand.verify.runner import load_proofs, prove_case, reject_mutants
-from support.allocations import held_at_most
+from tests.support.allocations import held_at_most
 
 (PROOF,) = load_proofs("attention")
 

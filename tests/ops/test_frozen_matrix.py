@@ -28,8 +28,8 @@ from backhand.ops.weight_tiles import (
 )
 from backhand.verify.cases.frozen_matrix import CASES, random_blocks
 from backhand.verify.scaffold import Draw
-from support.for_each import for_each
-from support.products_by_rows import by_library
+from tests.support.for_each import for_each
+from tests.support.products_by_rows import by_library
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from support.finished_runs import finished, finished_once, tiny
+from tests.support.finished_runs import finished, finished_once, tiny
 
 __all__ = ["finished", "finished_once", "tiny"]

@@ -17,8 +17,8 @@ from backhand.report import command as writing
 from backhand.report.comparison import comparison_page, short_names
 from backhand.report.run_record import RunRecord, read_run
 from backhand.report.train import train
-from support.page import Page
-from support.tiny_run import TinyRun
+from tests.support.page import Page
+from tests.support.tiny_run import TinyRun
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.runs.status import read_status
 from backhand.runs.summary import read_summary
-from fuzz.read_back import run_file
-from support.page import Page
+from tests.fuzz.read_back import run_file
+from tests.support.page import Page
 
 WRONG: dict[str, Any] = {
     "null": None,

@@ -12,9 +12,9 @@ from backhand.report.headline import headline
 from backhand.report.run_record import read_run
 from backhand.report.train import train
 from backhand.runs.summary import read_summary
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import save_tiny, tiny_model
-from support.tiny_run import TinyRun
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_run import TinyRun
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 

@@ -19,9 +19,9 @@ from backhand.report.page import run_page
 from backhand.report.rendering import environment
 from backhand.report.run_record import read_run
 from backhand.report.train import train
-from support.page import Page
-from support.poison import ATTACKS, poison_adapter, poison_run
-from support.tiny_run import TinyRun
+from tests.support.page import Page
+from tests.support.poison import ATTACKS, poison_adapter, poison_run
+from tests.support.tiny_run import TinyRun
 
 
 def elements(page: Page) -> Counter[tuple[str, frozenset[str]]]:

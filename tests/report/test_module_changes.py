@@ -13,8 +13,8 @@ from backhand.report.adapter_changes import changes_of
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.report.train import train
-from support.page import Page
-from support.tiny_run import TinyRun
+from tests.support.page import Page
+from tests.support.tiny_run import TinyRun
 
 
 def test_norms_of_a_real_run_are_those_of_its_base(finished: Path, tiny: TinyRun) -> None:

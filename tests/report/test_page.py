@@ -24,8 +24,8 @@ from backhand.report.run_record import read_run
 from backhand.report.train import train
 from backhand.runs.interruption import Interrupted
 from backhand.words import interval_text, upper_first
-from support.page import Page
-from support.tiny_run import TinyRun
+from tests.support.page import Page
+from tests.support.tiny_run import TinyRun
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ from backhand.report.run_record import read_run
 from backhand.report.train import train
 from backhand.verify.command import verify_command
 from backhand.verify.options import VerifyOptions
-from support.page import Page
-from support.tiny_run import TinyRun
+from tests.support.page import Page
+from tests.support.tiny_run import TinyRun
 
 
 def kinds_not_run(run: Path, page: bytes | None = None) -> set[str | None]:

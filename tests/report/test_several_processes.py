@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from backhand.studio.command import serving
-from support.page import Page
-from support.ranks import start_ranks
-from support.studio_client import Client
-from support.tiny_run import TinyRun
+from tests.support.page import Page
+from tests.support.ranks import start_ranks
+from tests.support.studio_client import Client
+from tests.support.tiny_run import TinyRun
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,5 @@
 """One tiny model and its rows for all tests of this room."""
 
-from support.finished_runs import tiny
+from tests.support.finished_runs import tiny
 
 __all__ = ["tiny"]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from backhand.errors import ArtifactError, BackhandError, ResourceError
 from backhand.files import FileLayer
 from backhand.runs.checkpoint import CheckpointStore, load_checkpoint
-from support.faulty_files import CALLS, InterceptedFiles, LosingFiles, failing, in_child, killing
+from tests.support.faulty_files import CALLS, InterceptedFiles, LosingFiles, failing, in_child, killing
 
 OLD = {"state.safetensors": b"old" * 50, "progress.json": b"{}", "empty": b""}
 NEW = {"state.safetensors": b"new" * 70, "progress.json": b"[1]", "empty": b""}

@@ -14,7 +14,7 @@ from backhand.runs.pair_results import answers_got_worse, chosen_change, held_ou
 from backhand.runs.summary import AnswerLengths, RunSummary
 from backhand.training.advice import answer_advice
 from backhand.words import mean_interval
-from support.tiny_run import with_options
+from tests.support.tiny_run import with_options
 
 PAIRS = {
     "rewards/accuracies": 1.0,

@@ -17,9 +17,9 @@ from backhand.errors import BackhandError, DataError, ResourceError, UsageError
 from backhand.options.config import TrainConfig
 from backhand.runs.directory import opened
 from backhand.training.run import train
-from support.fault_table import documented
-from support.processes import run
-from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
+from tests.support.fault_table import documented
+from tests.support.processes import run
+from tests.support.tiny_run import StopAfter, TinyRun, final_bits, with_options
 
 
 def a_file(place: Path) -> Path:

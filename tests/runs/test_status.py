@@ -21,7 +21,7 @@ from backhand.runs.directory import opened
 from backhand.runs.interruption import Interrupted
 from backhand.runs.status import RunStatus, read_status, resume_command, status_kept
 from backhand.training.run import train
-from support.tiny_run import StopAfter, TinyRun, with_options
+from tests.support.tiny_run import StopAfter, TinyRun, with_options
 
 
 def status_after(error: BaseException, place: Path) -> RunStatus:

@@ -6,9 +6,9 @@ import pytest
 
 from backhand.search.command import search_command
 from backhand.search.result import SearchResult
-from support.finished_runs import tiny
-from support.searches import search_config
-from support.tiny_run import TinyRun
+from tests.support.finished_runs import tiny
+from tests.support.searches import search_config
+from tests.support.tiny_run import TinyRun
 
 __all__ = ["tiny"]
 

@@ -18,10 +18,10 @@ from backhand.search.command import search_command
 from backhand.search.result import SearchResult
 from backhand.search.space import parse_dimensions
 from backhand.search.study import Study
-from fuzz.searches import damaged_file
-from support.fault_table import documented
-from support.searches import OVER, search_config
-from support.tiny_run import TinyRun
+from tests.fuzz.searches import damaged_file
+from tests.support.fault_table import documented
+from tests.support.searches import OVER, search_config
+from tests.support.tiny_run import TinyRun
 
 DAMAGES = 40
 

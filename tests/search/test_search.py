@@ -41,9 +41,9 @@ from backhand.search.study import Study, Trial
 from backhand.training.calibration import Speed
 from backhand.training.plan import RunPlan, plan_run
 from backhand.training.run import train
-from support.processes import start
-from support.searches import search_config
-from support.tiny_run import TinyRun
+from tests.support.processes import start
+from tests.support.searches import search_config
+from tests.support.tiny_run import TinyRun
 
 
 def result_bits(run: Path) -> dict[str, bytes]:

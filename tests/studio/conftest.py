@@ -9,9 +9,9 @@ import pytest
 
 from backhand.studio.command import serving
 from backhand.studio.workspace import Workspace
-from support.finished_runs import finished, finished_once, tiny
-from support.studio_client import Client
-from support.tiny_run import TinyRun
+from tests.support.finished_runs import finished, finished_once, tiny
+from tests.support.studio_client import Client
+from tests.support.tiny_run import TinyRun
 
 __all__ = ["client", "finished", "finished_once", "space", "tiny"]
 

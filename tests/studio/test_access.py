@@ -23,7 +23,7 @@ from backhand.studio import access, command, server
 from backhand.studio.command import serving
 from backhand.studio.options import LOOPBACK, StudioOptions
 from backhand.studio.workspace import Workspace
-from support.studio_client import Client, until
+from tests.support.studio_client import Client, until
 
 PLACES = ("", "new", "new/rows", "runs/one", "runs/one/report", "static/studio.js", "part/models", "upload")
 

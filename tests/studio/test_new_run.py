@@ -34,10 +34,10 @@ from backhand.studio.first_rows import first_rows
 from backhand.studio.runs import STATES, Progress, all_runs, run_of
 from backhand.studio.workspace import Workspace
 from backhand.system import process_start
-from support.page import Page
-from support.poison import ATTACKS
-from support.studio_client import Client, until
-from support.tiny_run import TinyRun
+from tests.support.page import Page
+from tests.support.poison import ATTACKS
+from tests.support.studio_client import Client, until
+from tests.support.tiny_run import TinyRun
 
 TABLE = b"question,answer\n" + b"".join(b"the user asks for %d names,a list of %d\n" % (n, n % 3) for n in range(12))
 

@@ -15,7 +15,7 @@ from backhand.errors import UsageError
 from backhand.studio import queue
 from backhand.studio.runs import run_of
 from backhand.studio.workspace import Workspace
-from support.studio_client import until
+from tests.support.studio_client import until
 
 Start = Callable[[], subprocess.Popen[bytes]]
 

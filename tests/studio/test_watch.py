@@ -20,9 +20,9 @@ from backhand.studio import app
 from backhand.studio.command import serving
 from backhand.studio.commands import Commands, Outcome
 from backhand.studio.workspace import Workspace
-from support.page import Page
-from support.poison import ATTACKS, poison_run
-from support.studio_client import Client
+from tests.support.page import Page
+from tests.support.poison import ATTACKS, poison_run
+from tests.support.studio_client import Client
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from backhand.studio.commands import Commands, Outcome
 from backhand.studio.queue import Job
 from backhand.studio.runs import run_of
 from backhand.studio.workspace import Workspace, checked_name
-from support.page import Page
-from support.studio_client import Client, until
-from support.tiny_run import TinyRun
+from tests.support.page import Page
+from tests.support.studio_client import Client, until
+from tests.support.tiny_run import TinyRun
 
 ROWS = b"prompt,completion\na,b\n"
 

@@ -15,7 +15,7 @@ from backhand.generation.completer import EngineCompleter, complete_greedily
 from backhand.interop.opened_adapter import open_adapter
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
-from support.llama_cpp import LlamaCpp
+from tests.support.llama_cpp import LlamaCpp
 
 MAX_NEW_TOKENS = 56
 

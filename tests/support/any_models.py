@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import InjectedAdapter, inject
-from support.tiny_models import tiny_model
+from tests.support.tiny_models import tiny_model
 
 PREFIX = "base_model.model."
 

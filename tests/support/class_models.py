@@ -15,8 +15,8 @@ from backhand.engines.engine import BoundModel, RunCache
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading.opening import open_model
 from backhand.nn.lora_parameters import LoRAParameters
-from support.tiny_encoders import ENCODERS
-from support.tiny_models import randomise, tiny_config
+from tests.support.tiny_encoders import ENCODERS
+from tests.support.tiny_models import randomise, tiny_config
 
 
 def class_model(name: str, labels: int, **overrides: Any) -> Any:

@@ -136,8 +136,8 @@ END = Command(
     "end",
     "End in some way.",
     "backhand end",
-    "support.cli_commands:Outer",
-    "support.cli_commands:run_end",
+    "tests.support.cli_commands:Outer",
+    "tests.support.cli_commands:run_end",
     file=_load,
 )
 end = command(END)

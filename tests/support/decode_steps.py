@@ -11,8 +11,8 @@ from torch import Tensor
 from backhand.kernels.builds import torch_form
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.decoding import IncrementalDecoder
-from support.parity import decoder_like
-from support.tiny_models import attach_lora, tiny_documents, tiny_model
+from tests.support.parity import decoder_like
+from tests.support.tiny_models import attach_lora, tiny_documents, tiny_model
 
 SCALING = 8.5 / 5
 SEEN = 21

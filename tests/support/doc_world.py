@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from support.doc_blocks import PROJECT, Block
+from tests.support.doc_blocks import PROJECT, Block
 
 ROWS = [
     {"prompt": f"How many {thing} are in the box?", "completion": f"There are {number} {thing} in the box."}

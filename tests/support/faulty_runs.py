@@ -22,8 +22,8 @@ from backhand.loop.state import Saver
 from backhand.options.config import TrainConfig
 from backhand.runs.directory import STATUS
 from backhand.training.run import train
-from support.faulty_files import InterceptedFiles, half_written
-from support.tiny_run import with_options
+from tests.support.faulty_files import InterceptedFiles, half_written
+from tests.support.tiny_run import with_options
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from backhand.report.train import train
-from support.tiny_run import TinyRun
+from tests.support.tiny_run import TinyRun
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from backhand.cli import commands
 from backhand.engines import memory_probe as probe
 from backhand.kernels.builds import chosen, usable
 from backhand.report.rendering import environment
-from support.measured_once import step_bytes
+from tests.support.measured_once import step_bytes
 
 # Otherwise each process would parse the docstrings of `train`'s options for itself, and compile the report's templates.
 _train = commands.train

@@ -23,8 +23,8 @@ from backhand.nn.decoder.frozen_prefix import FrozenPrefix
 from backhand.nn.decoder.weights import DecoderWeights
 from backhand.options.config import TrainConfig
 from backhand.training.run import train
-from support.tiny_models import save_tiny, tiny_model
-from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
+from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_run import StopAfter, TinyRun, final_bits, with_options
 
 _BEGINNING = "the user asks an assistant and the assistant answers in json a list of names and one number is for what "
 KEPT = "cached hidden states equal the computed ones, bit by bit"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.processes import start
+from tests.support.processes import start
 
 _PATIENCE_S = 240
 """A busy machine is slow; what hangs, hangs for ever."""

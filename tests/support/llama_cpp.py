@@ -15,7 +15,7 @@ import xllamacpp
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-from support.tiny_models import GPT_OSS_OF_LLAMA_CPP
+from tests.support.tiny_models import GPT_OSS_OF_LLAMA_CPP
 
 # llama.cpp reads no sliding window for mistral, no layer without experts for qwen3moe, no head_dim for qwen2, olmo2,
 # exaone4 and glm, no bias for olmo2, no windows in exaone4's models of other than 64 layers, it derives Gemma's scale

@@ -14,8 +14,8 @@ from backhand.kernels.builds import kernels_available
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
-from support.in_memory import InMemoryModel
-from support.tiny_models import expert_count
+from tests.support.in_memory import InMemoryModel
+from tests.support.tiny_models import expert_count
 
 _PREFIX = "base_model.model."
 

@@ -70,7 +70,7 @@ def _forked(executable: str, arguments: list[str], passed: list[int]) -> int:
             warnings.simplefilter("ignore", category)
         faulthandler.disable()
         os.environ["OMP_NUM_THREADS"] = "1"
-        importlib.import_module("support.forked")
+        importlib.import_module("tests.support.forked")
         forkserver._forkserver.__init__()  # its lock is held here
         util.spawnv_passfds = _SPAWNED
         exec(arguments[arguments.index("-c") + 1], {})
@@ -103,7 +103,7 @@ def forked_well() -> None:
 
     Where forking it fails, multiprocessing starts a plain one without a word.
     """
-    all_there = "support.forked" in sys.modules and gc.isenabled() and gc.get_freeze_count() > 1_000
+    all_there = "tests.support.forked" in sys.modules and gc.isenabled() and gc.get_freeze_count() > 1_000
     plain = threading.excepthook is threading.__excepthook__ and sys.unraisablehook is sys.__unraisablehook__
     sys.exit(not (all_there and plain))
 

@@ -25,10 +25,10 @@ from backhand.loop.step import AdapterOptimizer
 from backhand.nn.decoder.decoder import Decoder
 from backhand.options.config import TrainConfig
 from backhand.options.config_file import dump_config
-from support.held_runs import before, hold
-from support.kept_runs import watched
-from support.processes import start
-from support.tiny_run import final_bits
+from tests.support.held_runs import before, hold
+from tests.support.kept_runs import watched
+from tests.support.processes import start
+from tests.support.tiny_run import final_bits
 
 _WAIT_S = 300
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from backhand.kernels import build
 
+PROJECT = Path(__file__).resolve().parents[2]
+
 
 def runtime(name: str) -> str | None:
     """The sanitizer's shared library next to the compiler, if it has one."""
@@ -26,5 +28,5 @@ def environment() -> dict[str, str]:
         # The sanitizer's own copies of stack frames are aligned to 32 bytes, where AVX-512 code counts on 64.
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "PYTHONMALLOC": "malloc",
-        "PYTHONPATH": str(Path(build.__file__).parents[2]),
+        "PYTHONPATH": os.pathsep.join((str(Path(build.__file__).parents[2]), str(PROJECT))),
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 from backhand.options.config import TrainConfig
 from backhand.search.options import SearchConfig, SearchOptions
-from support.tiny_run import TinyRun
+from tests.support.tiny_run import TinyRun
 
 OVER = ("learning_rate=1e-3:1e-1:log", "rank=2,4")
 

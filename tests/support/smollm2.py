@@ -10,7 +10,7 @@ import torch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.nn.loading.transformers_model import load_transformers_model
-from support.parity import decoder_like
+from tests.support.parity import decoder_like
 
 NAME = "smollm2-135m"
 RANK, ALPHA = 16, 32

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from support.tiny_models import attach_lora
+from tests.support.tiny_models import attach_lora
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "plain": {"alpha": 10},

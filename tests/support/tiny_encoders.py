@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from support.tiny_models import VOCAB_SIZE, randomise, tiny_model
+from tests.support.tiny_models import VOCAB_SIZE, randomise, tiny_model
 
 BERT_LINEAR = r"encoder\.layer\..*\.(query|key|value|dense)"
 MODERNBERT_LINEAR = r"layers\..*\.(Wqkv|Wo|Wi)"

@@ -16,10 +16,10 @@ import torch
 from gguf import GGMLQuantizationType as StorageType
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from support.llama_cpp import quantized_rows
-from support.tiny_gemma4 import NAMES, SCALAR, add_gemma4, gemma4_frequencies
-from support.tiny_models import expert_count
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.llama_cpp import quantized_rows
+from tests.support.tiny_gemma4 import NAMES, SCALAR, add_gemma4, gemma4_frequencies
+from tests.support.tiny_models import expert_count
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 _ARCHITECTURE = {
     "llama": "llama",

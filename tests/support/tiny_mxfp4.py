@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_models import save_tiny, tiny_model
 
 IN_BLOCKS: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 2}
 """Sizes that divide into blocks of 32."""

@@ -17,7 +17,7 @@ from backhand.loop.state import PROGRESS_FILE, STATE_FILE
 from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
 from backhand.runs.checkpoint import load_checkpoint
 from backhand.training.run import train
-from support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_models import save_tiny, tiny_model
 
 _WORDS = "the user asks assistant answers in json a list of names and one number is for what"
 

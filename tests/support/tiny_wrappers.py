@@ -10,8 +10,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from support.tiny_models import randomise, tiny_config
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.tiny_models import randomise, tiny_config
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 _VISION: dict[str, Any] = {
     "hidden_size": 16,

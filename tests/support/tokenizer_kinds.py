@@ -8,7 +8,7 @@ from functools import cache
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 _CORPUS = (
     "the user asks and the assistant answers",

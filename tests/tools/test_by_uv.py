@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
-from by_uv import settings
+from tools.by_uv import settings
 
 LISTED = r"""
 :env:.find-links='/wheels'

@@ -8,15 +8,15 @@ import re
 from pathlib import Path
 
 import pytest
-from docsite import build
-from docsite.command_pages import command_pages, toml_page
-from docsite.error_page import CLASSES, raised_errors
-from docsite.mathematics import derivation, typeset
 
 from backhand.cli.commands import COMMANDS
 from backhand.cli.option_fields import option_fields
 from backhand.ops.registry import OPS
 from backhand.options.config import TrainConfig
+from tools.docsite import build
+from tools.docsite.command_pages import command_pages, toml_page
+from tools.docsite.error_page import CLASSES, raised_errors
+from tools.docsite.mathematics import derivation, typeset
 
 PACKAGE = build.PACKAGE
 FILES = [

@@ -5,8 +5,9 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-import prose
 import pytest
+
+from tools import prose
 
 LONG = "the gradient " * 20
 

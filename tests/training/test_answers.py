@@ -12,7 +12,7 @@ from backhand.data.examples import Example
 from backhand.loop import answers
 from backhand.loop.evaluate import EvaluationRows
 from backhand.options.config import TrainConfig
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 
 def row(prompt: int) -> Example:

@@ -16,7 +16,7 @@ from backhand.engines.decoder_engine import DecoderEngine
 from backhand.nn.loading import open_model
 from backhand.training.attention_time import Attention
 from backhand.training.calibration import Seconds
-from support.tiny_run import TinyRun, write_rows
+from tests.support.tiny_run import TinyRun, write_rows
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ from backhand.nn.loading import open_model
 from backhand.options.config import TrainConfig
 from backhand.runs.checkpoint import load_checkpoint, manifest_bytes
 from backhand.training.run import train
-from support.tiny_gguf import rewritten, write_tiny_gguf
-from support.tiny_models import VOCAB_SIZE, save_tiny, tiny_model
-from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.tiny_gguf import rewritten, write_tiny_gguf
+from tests.support.tiny_models import VOCAB_SIZE, save_tiny, tiny_model
+from tests.support.tiny_run import StopAfter, TinyRun, final_bits, with_options
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 
 def edited(model: Path, **changes: Any) -> Path:

@@ -16,10 +16,10 @@ from backhand.loop.observers import Observer
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.huggingface import HuggingFaceDirectory
 from backhand.training.run import train
-from support.processes import run
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import tiny_model
-from support.tiny_run import TinyRun, final_bits
+from tests.support.processes import run
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import tiny_model
+from tests.support.tiny_run import TinyRun, final_bits
 
 _SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16, "num_hidden_layers": 4}
 CASES = [

@@ -18,9 +18,9 @@ from backhand.engines.transformers_engine import TransformersModel
 from backhand.loop.observers import Observer
 from backhand.nn.batch import PackedBatch, bucket_size, pad_to_bucket
 from backhand.training.run import train
-from support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error
-from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
-from support.tiny_run import TinyRun
+from tests.support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error
+from tests.support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
+from tests.support.tiny_run import TinyRun
 
 PROMPT = 24
 OWN = (6, 9, 9, 13, 7)

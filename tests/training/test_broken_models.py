@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from backhand.errors import BackhandError
 from backhand.training.run import train
-from support.fault_table import documented
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import save_tiny, tiny_model
-from support.tiny_run import TinyRun
+from tests.support.fault_table import documented
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_run import TinyRun
 
 WEIGHTS = "model.safetensors"
 

@@ -48,11 +48,11 @@ from backhand.training.plan import plan_run
 from backhand.training.run import train
 from backhand.verify.command import prove_run
 from backhand.words import interval_text, share_interval
-from support.page import Page
-from support.ranks import bits_of_several, start_ranks
-from support.tiny_encoders import tiny_encoder
-from support.tiny_models import save_tiny
-from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
+from tests.support.page import Page
+from tests.support.ranks import bits_of_several, start_ranks
+from tests.support.tiny_encoders import tiny_encoder
+from tests.support.tiny_models import save_tiny
+from tests.support.tiny_run import StopAfter, TinyRun, final_bits, with_options
 
 SHAPES: dict[ProblemType, Any] = {
     SINGLE: lambda words: "json" if "json" in words else "list" if "list" in words else "other",

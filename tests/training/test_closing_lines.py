@@ -41,10 +41,10 @@ from backhand.training.advice import Curves, answer_advice
 from backhand.training.console import closing_lines
 from backhand.training.run import train
 from backhand.words import share_interval
-from support.page import Page
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import tiny_model
-from support.tiny_run import TinyRun, write_pairs
+from tests.support.page import Page
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import tiny_model
+from tests.support.tiny_run import TinyRun, write_pairs
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from backhand.loop.forecast import Forecast
 from backhand.loop.observers import RunStart
 from backhand.training.console import TerminalObserver, sparkline
 from backhand.training.run import train
-from support.tiny_run import TinyRun
+from tests.support.tiny_run import TinyRun
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 

@@ -27,7 +27,7 @@ from backhand.runs.interruption import Interrupted
 from backhand.runs.summary import read_summary
 from backhand.training.plan import plan_run
 from backhand.training.run import train
-from support.tiny_run import TinyRun, with_options
+from tests.support.tiny_run import TinyRun, with_options
 
 TEXTS = {
     "list.txt": "the assistant answers in json and names a list of one number",

@@ -48,14 +48,14 @@ from backhand.training.plan import plan_run
 from backhand.training.run import train
 from backhand.verify.command import prove_run, verify
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
-from support.class_models import bound_model, class_model, their_gradients, their_model, wider
-from support.no_autograd import autograd_raises
-from support.page import Page
-from support.parity import relative_error, wholly_in_float64
-from support.tiny_encoders import tiny_encoder
-from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
-from support.tiny_tokenizer import pair_tokenizer
-from training.test_rankings import LOSSES, TARGETS, options_of, write_rows
+from tests.support.class_models import bound_model, class_model, their_gradients, their_model, wider
+from tests.support.no_autograd import autograd_raises
+from tests.support.page import Page
+from tests.support.parity import relative_error, wholly_in_float64
+from tests.support.tiny_encoders import tiny_encoder
+from tests.support.tiny_run import StopAfter, TinyRun, final_bits, with_options
+from tests.support.tiny_tokenizer import pair_tokenizer
+from tests.training.test_rankings import LOSSES, TARGETS, options_of, write_rows
 
 SCORES = {"labels": ["LABEL_0"], "problem_type": None}
 

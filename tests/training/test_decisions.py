@@ -58,13 +58,13 @@ from backhand.training.run import train
 from backhand.verify.command import prove_run
 from backhand.verify.report import MODEL
 from backhand.words import share_interval
-from support.float64_reference import without_float32_casts
-from support.page import Page
-from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
-from support.ranks import bits_of_several, start_ranks
-from support.smollm2 import NAME, smollm2_decoder, smollm2_peft
-from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
-from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
+from tests.support.float64_reference import without_float32_casts
+from tests.support.page import Page
+from tests.support.parity import decoder_like, our_gradients, peft_gradients, relative_error
+from tests.support.ranks import bits_of_several, start_ranks
+from tests.support.smollm2 import NAME, smollm2_decoder, smollm2_peft
+from tests.support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
+from tests.support.tiny_run import StopAfter, TinyRun, final_bits, with_options
 
 RANK, ALPHA = 5, 8.5
 

@@ -39,10 +39,10 @@ from backhand.ops.linear_divergence import (
 from backhand.runs.interruption import Interrupted
 from backhand.runs.summary import read_summary
 from backhand.training.run import train
-from support.float64_reference import without_float32_casts
-from support.parity import decoder_like, our_gradients, peft_gradients, relative_error, supervise
-from support.tiny_models import attach_lora, tiny_documents, tiny_model
-from support.tiny_run import TinyRun
+from tests.support.float64_reference import without_float32_casts
+from tests.support.parity import decoder_like, our_gradients, peft_gradients, relative_error, supervise
+from tests.support.tiny_models import attach_lora, tiny_documents, tiny_model
+from tests.support.tiny_run import TinyRun
 
 RANK, ALPHA = 5, 8.5
 LENGTHS = (23, 9, 9, 1, 18)

@@ -23,10 +23,10 @@ from backhand.options.config import TrainConfig
 from backhand.runs.checkpoint import load_checkpoint
 from backhand.runs.interruption import Interruption
 from backhand.training.run import train
-from support.ranks import KILLED, PAUSE_S, Ranks, bits_of_several, start_and_kill, start_ranks
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import tiny_model
-from support.tiny_run import TinyRun, with_options, write_rows
+from tests.support.ranks import KILLED, PAUSE_S, Ranks, bits_of_several, start_and_kill, start_ranks
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import tiny_model
+from tests.support.tiny_run import TinyRun, with_options, write_rows
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from backhand.options.config import TrainConfig
 from backhand.options.config_file import dump_config
 from backhand.runs.status import read_status
 from backhand.training.run import train
-from support.ranks import KILLED, bits_of_several, free_port, start_and_kill, start_ranks
-from support.smollm2 import NAME
-from support.tiny_run import TinyRun, with_options, write_rows
+from tests.support.ranks import KILLED, bits_of_several, free_port, start_and_kill, start_ranks
+from tests.support.smollm2 import NAME
+from tests.support.tiny_run import TinyRun, with_options, write_rows
 
 pytestmark = pytest.mark.slow
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]

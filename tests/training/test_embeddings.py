@@ -72,14 +72,14 @@ from backhand.training.plan import plan_run
 from backhand.training.run import train
 from backhand.verify.command import prove_run
 from backhand.words import share_interval
-from support.float64_reference import without_float32_casts
-from support.page import Page
-from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
-from support.ranks import bits_of_several, start_ranks
-from support.tiny_encoders import tiny_encoder
-from support.tiny_models import VOCAB_SIZE, attach_lora, save_tiny, tiny_model
-from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
-from support.tiny_tokenizer import word_piece_tokenizer
+from tests.support.float64_reference import without_float32_casts
+from tests.support.page import Page
+from tests.support.parity import decoder_like, our_gradients, peft_gradients, relative_error
+from tests.support.ranks import bits_of_several, start_ranks
+from tests.support.tiny_encoders import tiny_encoder
+from tests.support.tiny_models import VOCAB_SIZE, attach_lora, save_tiny, tiny_model
+from tests.support.tiny_run import StopAfter, TinyRun, final_bits, with_options
+from tests.support.tiny_tokenizer import word_piece_tokenizer
 
 RANK, ALPHA, ROWS = 5, 8.5, 7
 NOT_THE_HEAD = r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"

@@ -10,11 +10,11 @@ import pytest
 
 from backhand.options.config import TrainConfig
 from backhand.training.run import train
-from support.fault_table import documented
-from support.faulty_files import LosingFiles
-from support.faulty_runs import calls_of_save, distinct, leave_faulty_saves, observed_saves, temporary
-from support.processes import run
-from support.tiny_run import TinyRun, final_bits, with_options
+from tests.support.fault_table import documented
+from tests.support.faulty_files import LosingFiles
+from tests.support.faulty_runs import calls_of_save, distinct, leave_faulty_saves, observed_saves, temporary
+from tests.support.processes import run
+from tests.support.tiny_run import TinyRun, final_bits, with_options
 
 STEP = 4
 """Of the save that goes wrong. It follows saves of steps 1 to 3, publishes a better adapter, and removes step 2."""

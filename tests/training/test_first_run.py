@@ -35,7 +35,7 @@ from backhand.training.advice import Curves, Until, advice, first_finding, rates
 from backhand.training.console import closing_lines
 from backhand.training.inputs import scaled_matrices, weight_scale
 from backhand.training.run import train
-from support.tiny_run import TinyRun, with_options, write_pairs, write_rows
+from tests.support.tiny_run import TinyRun, with_options, write_pairs, write_rows
 
 
 class Heard(Observer):

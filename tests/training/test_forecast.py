@@ -16,7 +16,7 @@ from backhand.loop.observers import Observer, RunStart
 from backhand.options.config import RunOptions, TrainConfig
 from backhand.training import calibration
 from backhand.training.run import train
-from support.tiny_run import StopAfter, TinyRun, write_pairs
+from tests.support.tiny_run import StopAfter, TinyRun, write_pairs
 
 
 @pytest.fixture

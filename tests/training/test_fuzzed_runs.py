@@ -26,8 +26,8 @@ from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.runs.checkpoint import load_checkpoint, manifest_bytes
 from backhand.training.run import train
-from support.fault_table import documented
-from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
+from tests.support.fault_table import documented
+from tests.support.tiny_run import StopAfter, TinyRun, final_bits, with_options
 
 RUNS, CONFIGURATIONS, DAMAGES, CHECKPOINTS = 40, 150, 40, 150
 

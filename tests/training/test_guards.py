@@ -23,10 +23,10 @@ from backhand.nn.loading import open_model
 from backhand.options.config import TrainConfig
 from backhand.runs.checkpoint import load_checkpoint
 from backhand.training.run import train
-from support.fault_table import documented
-from support.held_runs import in_a_step
-from support.tiny_models import save_tiny, tiny_model
-from support.tiny_run import TinyRun, with_options
+from tests.support.fault_table import documented
+from tests.support.held_runs import in_a_step
+from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_run import TinyRun, with_options
 
 
 class Notes(Observer):

@@ -26,11 +26,11 @@ from backhand.runs.interruption import Interrupted
 from backhand.runs.status import read_status
 from backhand.training.run import train
 from backhand.training.trainer import Trainer
-from support.fault_table import documented
-from support.faulty_runs import temporary
-from support.held_runs import PLACES, held_train
-from support.processes import start
-from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
+from tests.support.fault_table import documented
+from tests.support.faulty_runs import temporary
+from tests.support.held_runs import PLACES, held_train
+from tests.support.processes import start
+from tests.support.tiny_run import StopAfter, TinyRun, final_bits, with_options
 
 CASES = [
     (place, times, number)

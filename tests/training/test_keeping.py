@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from backhand.training.run import train
-from support.faulty_files import InterceptedFiles, half_written
-from support.kept_runs import Notes, config_of, resumed, stopped, watched
-from support.tiny_run import TinyRun, final_bits
+from tests.support.faulty_files import InterceptedFiles, half_written
+from tests.support.kept_runs import Notes, config_of, resumed, stopped, watched
+from tests.support.tiny_run import TinyRun, final_bits
 
 
 @pytest.fixture(scope="module")

@@ -23,13 +23,13 @@ from backhand.nn.batch import PackedBatch
 from backhand.ops import frozen_matrix
 from backhand.runs.directory import Proof
 from backhand.training.run import train
-from support.faulty_files import InterceptedFiles
-from support.kept_runs import begin_alike, config_of, proofs, resumed, run_of_layers, stopped, watched
-from support.products_by_rows import ProductsByRows, by_library
-from support.ranks import start_ranks
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import save_tiny, tiny_model
-from support.tiny_run import TinyRun, final_bits
+from tests.support.faulty_files import InterceptedFiles
+from tests.support.kept_runs import begin_alike, config_of, proofs, resumed, run_of_layers, stopped, watched
+from tests.support.products_by_rows import ProductsByRows, by_library
+from tests.support.ranks import start_ranks
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_run import TinyRun, final_bits
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The same bits.

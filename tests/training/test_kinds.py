@@ -27,10 +27,10 @@ from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.opening import open_model
 from backhand.nn.model_options import BaseModelOptions
 from backhand.training.run import train
-from support.parity import relative_error
-from support.saved_adapters import load_adapter
-from support.tiny_models import full_logits, tiny_documents
-from support.tiny_run import TinyRun, final_bits, with_options
+from tests.support.parity import relative_error
+from tests.support.saved_adapters import load_adapter
+from tests.support.tiny_models import full_logits, tiny_documents
+from tests.support.tiny_run import TinyRun, final_bits, with_options
 
 Trained = Callable[[str, str], Path]
 

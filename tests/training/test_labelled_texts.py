@@ -34,8 +34,8 @@ from backhand.options.config import TrainConfig
 from backhand.options.objectives import ObjectiveOptions
 from backhand.runs.summary import read_summary
 from backhand.training.run import train
-from support.tiny_run import TinyRun, with_options
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.tiny_run import TinyRun, with_options
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 _LABELS = ("json", "list", "names")
 

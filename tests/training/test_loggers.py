@@ -19,7 +19,7 @@ from backhand.loop.loggers import LoggerObserver, figures
 from backhand.loop.observers import Observer, RunStart
 from backhand.options.config import Logger
 from backhand.training.run import train
-from support.tiny_run import TinyRun
+from tests.support.tiny_run import TinyRun
 
 Kept = dict[tuple[str, int], float]
 

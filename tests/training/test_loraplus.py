@@ -12,7 +12,7 @@ from backhand.loop.step import AdapterOptimizer
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.training.run import train
-from support.tiny_run import TinyRun, with_options
+from tests.support.tiny_run import TinyRun, with_options
 
 SLOTS = (
     LoRASlot("a", 6, 10, 3, 2.0),

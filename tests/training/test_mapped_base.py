@@ -17,9 +17,9 @@ from backhand.loop.observers import Observer
 from backhand.options.config import TrainConfig
 from backhand.training import trainer as run_module
 from backhand.training.run import train
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import tiny_model
-from support.tiny_run import TinyRun, final_bits, with_options
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import tiny_model
+from tests.support.tiny_run import TinyRun, final_bits, with_options
 
 SIZES = {
     "hidden_size": 64,

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from backhand.cli.main import main
-from support.peak_memory import WITHIN, peak_of, planned
-from support.tiny_models import EXPERT_PARAMETERS, save_tiny, tiny_model
-from support.tiny_run import write_rows
+from tests.support.peak_memory import WITHIN, peak_of, planned
+from tests.support.tiny_models import EXPERT_PARAMETERS, save_tiny, tiny_model
+from tests.support.tiny_run import write_rows
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="measured and modelled on Linux")
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from support.peak_memory import WITHIN, peak_of
-from support.tiny_run import write_rows
+from tests.support.peak_memory import WITHIN, peak_of
+from tests.support.tiny_run import write_rows
 
 pytestmark = [
     pytest.mark.smollm2,

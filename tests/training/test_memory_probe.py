@@ -40,8 +40,8 @@ from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.weight_tiles import drop_scratch
 from backhand.options.config import Recompute
-from support.allocations import held_at_most
-from support.tiny_models import EXPERT_PARAMETERS, tiny_config
+from tests.support.allocations import held_at_most
+from tests.support.tiny_models import EXPERT_PARAMETERS, tiny_config
 
 SHAPES = {
     "short-rows": StepShape(160, 60, (40,) * 4),

@@ -28,8 +28,8 @@ from backhand.nn.loading import open_model
 from backhand.options.config import ModelOptions
 from backhand.training import calibration
 from backhand.training.calibration import mean_block, whole
-from support.tiny_models import WINDOW, save_tiny, tiny_model
-from support.tiny_run import TinyRun
+from tests.support.tiny_models import WINDOW, save_tiny, tiny_model
+from tests.support.tiny_run import TinyRun
 
 BELOW, STEP = FrozenLayers(20, 576, 1152), MemoryPlan(4, "none", StepShape(16, 8), {"process": 1 << 30})
 NEEDED = 1152 << 20

@@ -28,11 +28,11 @@ from backhand.nn.loading import open_model
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward
 from backhand.options.config import OptimizationOptions
 from backhand.options.objectives import ObjectiveOptions
-from support.float64_reference import without_float32_casts
-from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
-from support.smollm2 import NAME, smollm2_decoder, smollm2_peft
-from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.float64_reference import without_float32_casts
+from tests.support.parity import decoder_like, our_gradients, peft_gradients, relative_error
+from tests.support.smollm2 import NAME, smollm2_decoder, smollm2_peft
+from tests.support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 RANK, ALPHA = 5, 8.5
 FORMS = (

@@ -30,12 +30,12 @@ from backhand.training.run import train
 from backhand.verify.model_gradients import GradientProofs
 from backhand.verify.model_setup import load_setup
 from backhand.words import interval_text, share_interval
-from support.kept_runs import config_of
-from support.page import Page
-from support.ranks import bits_of_several, start_ranks
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import tiny_model
-from support.tiny_run import StopAfter, TinyRun, final_bits, with_options, write_pairs
+from tests.support.kept_runs import config_of
+from tests.support.page import Page
+from tests.support.ranks import bits_of_several, start_ranks
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import tiny_model
+from tests.support.tiny_run import StopAfter, TinyRun, final_bits, with_options, write_pairs
 
 KEPT = "the reference's log-probabilities, as stored, equal the computed ones"
 SHOWN = {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")} | {

@@ -18,8 +18,8 @@ from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.training.calibration import Seconds
-from support.tiny_models import save_tiny, tiny_model
-from support.tiny_run import TinyRun, write_rows
+from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_run import TinyRun, write_rows
 
 Plan = Callable[..., tuple[int, str, str]]
 

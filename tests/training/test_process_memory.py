@@ -14,7 +14,7 @@ from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.training.console import closing_lines
 from backhand.training.run import train
-from support.tiny_run import TinyRun
+from tests.support.tiny_run import TinyRun
 
 SCRIPT = """
 import torch

@@ -37,9 +37,9 @@ from backhand.training.run import train
 from backhand.verify.command import verify
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
 from backhand.verify.report import MODEL
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import save_tiny, tiny_model
-from support.tiny_run import TinyRun, with_options
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_run import TinyRun, with_options
 
 _SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
 

@@ -52,14 +52,14 @@ from backhand.training.run import train
 from backhand.verify.command import prove_run
 from backhand.verify.report import MODEL
 from backhand.words import share_interval
-from support.float64_reference import without_float32_casts
-from support.page import Page
-from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
-from support.ranks import bits_of_several, start_ranks
-from support.tiny_models import VOCAB_SIZE, attach_lora, save_tiny, tiny_model
-from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
-from support.tiny_tokenizer import tiny_tokenizer
-from support.trl_templates import tokenizer_for
+from tests.support.float64_reference import without_float32_casts
+from tests.support.page import Page
+from tests.support.parity import decoder_like, our_gradients, peft_gradients, relative_error
+from tests.support.ranks import bits_of_several, start_ranks
+from tests.support.tiny_models import VOCAB_SIZE, attach_lora, save_tiny, tiny_model
+from tests.support.tiny_run import StopAfter, TinyRun, final_bits, with_options
+from tests.support.tiny_tokenizer import tiny_tokenizer
+from tests.support.trl_templates import tokenizer_for
 
 RANK, ALPHA, YES, NO = 5, 8.5, 5, 6
 TARGETS = ((1.0, 0.0, 0.0), (1.0, 0.25), (0.0, 1.0, 0.5, 0.0), (0.75, 0.0))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.fault_table import rows
+from tests.support.fault_table import rows
 
 ROOT = Path(__file__).parents[2]
 

@@ -22,11 +22,11 @@ from backhand.options.config import ModelOptions, OptimizationOptions, RunOption
 from backhand.options.config_file import load_config
 from backhand.runs.checkpoint import load_checkpoint, manifest_bytes
 from backhand.training.run import train
-from support.fault_table import documented
-from support.processes import run
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import save_tiny, tiny_model
-from support.tiny_run import StopAfter, TinyRun, final_bits, train_until_killed, with_options, write_rows
+from tests.support.fault_table import documented
+from tests.support.processes import run
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_run import StopAfter, TinyRun, final_bits, train_until_killed, with_options, write_rows
 
 
 def stopped(config: TrainConfig, step: int) -> None:

@@ -41,8 +41,8 @@ from backhand.training import plan as run_plan
 from backhand.training.console import closing_lines
 from backhand.training.plan_command import plan
 from backhand.training.run import train
-from support.ranks import bits_of_several, start_ranks
-from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
+from tests.support.ranks import bits_of_several, start_ranks
+from tests.support.tiny_run import StopAfter, TinyRun, final_bits, with_options
 
 FUNCTIONS = """
 import math, os, time

@@ -30,10 +30,10 @@ from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.nn.decoder.kv_cache import PAGE
 from backhand.ops.grpo import answer_weights, group_advantages
 from backhand.options.rewards import RewardOptions
-from support.float64_reference import without_float32_casts
-from support.parity import decoder_like, lora_from_peft, our_gradients, peft_gradients, relative_error
-from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_documents, tiny_model
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.float64_reference import without_float32_casts
+from tests.support.parity import decoder_like, lora_from_peft, our_gradients, peft_gradients, relative_error
+from tests.support.tiny_models import VOCAB_SIZE, attach_lora, tiny_documents, tiny_model
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 RANK, ALPHA, GROUP, LONGEST = 5, 8.5, 3, 7
 TEMPERATURE = 0.8

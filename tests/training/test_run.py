@@ -21,9 +21,9 @@ from backhand.options.config_file import load_config
 from backhand.training.console import closing_lines
 from backhand.training.identity import settings_digest
 from backhand.training.run import train
-from support.no_autograd import autograd_raises
-from support.tiny_models import save_tiny, tiny_model
-from support.tiny_run import TinyRun
+from tests.support.no_autograd import autograd_raises
+from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_run import TinyRun
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

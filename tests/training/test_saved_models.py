@@ -14,10 +14,10 @@ from backhand.nn.families.family_parsing import FAMILIES, decoder_config
 from backhand.nn.loading import open_model
 from backhand.nn.loading.transformers_model import load_transformers_model
 from backhand.training.run import train
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import save_tiny, tiny_model
-from support.tiny_run import TinyRun
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_run import TinyRun
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 FOREIGN: dict[str, Any] = {
     "max_sequence_length": 4096,

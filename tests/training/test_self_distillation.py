@@ -47,11 +47,11 @@ from backhand.runs.summary import read_summary
 from backhand.training.console import closing_lines
 from backhand.training.plan import plan_run
 from backhand.training.run import train
-from support.page import Page
-from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
-from support.ranks import bits_of_several, start_ranks
-from support.tiny_models import attach_lora, tiny_model
-from support.tiny_run import TinyRun, with_options
+from tests.support.page import Page
+from tests.support.parity import decoder_like, our_gradients, peft_gradients, relative_error
+from tests.support.ranks import bits_of_several, start_ranks
+from tests.support.tiny_models import attach_lora, tiny_model
+from tests.support.tiny_run import TinyRun, with_options
 
 CONTEXT = "the assistant answers in json and names a list of one number"
 PROMPTS, CONTEXT_TOKENS = (7, 4, 9), 11

@@ -11,7 +11,7 @@ import pytest
 from backhand.cli.main import main
 from backhand.errors import UsageError
 from backhand.training.run import train
-from support.tiny_run import TinyRun
+from tests.support.tiny_run import TinyRun
 
 SAME: dict[str, Any] = {"rank": 2, "alpha": 5.0, "target_modules": ("v_proj", "q_proj")}
 

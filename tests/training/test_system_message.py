@@ -23,9 +23,9 @@ from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.training.console import closing_lines
 from backhand.training.run import train
-from support.page import Page
-from support.tiny_run import TinyRun
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.page import Page
+from tests.support.tiny_run import TinyRun
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 SYSTEM = "answer in the user's list\nof names"
 

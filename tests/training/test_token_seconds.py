@@ -12,7 +12,7 @@ from backhand.nn.decoder.weights import empty_weights, named_views
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.training import models_command as models
 from backhand.training.models_command import TokenSeconds, multiplications
-from support.tiny_models import tiny_config
+from tests.support.tiny_models import tiny_config
 
 
 def test_time_follows_the_multiplications(monkeypatch: pytest.MonkeyPatch) -> None:

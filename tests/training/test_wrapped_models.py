@@ -26,9 +26,9 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.nn.loading.wrappers import Wrapper
 from backhand.training.run import train
-from support.tiny_models import full_logits, tiny_documents
-from support.tiny_run import TinyRun
-from support.tiny_wrappers import save_wrapper, tiny_wrapper
+from tests.support.tiny_models import full_logits, tiny_documents
+from tests.support.tiny_run import TinyRun
+from tests.support.tiny_wrappers import save_wrapper, tiny_wrapper
 
 DOCUMENT = tiny_documents([17], vocab_size=299)[0]
 WRAPPER = Wrapper("gemma3", "model.language_model")

@@ -31,7 +31,7 @@ from backhand.verify.model_gradients import GradientProofs
 from backhand.verify.model_setup import choose_documents, load_setup
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
 from backhand.verify.report import MODEL, statement
-from support.tiny_models import FAMILIES, attach_lora, save_tiny, tiny_config, tiny_model
+from tests.support.tiny_models import FAMILIES, attach_lora, save_tiny, tiny_config, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from backhand.kernels.builds import torch_form
 from backhand.kernels.library import proving_kernels
 from backhand.verify.measure import norm, relative_error
 from backhand.verify.runner import COMPILED, FLOAT64_BOUND, PROOF_FILES, forms, load_proofs, reject_mutants
-from support.some_cases import some_cases
+from tests.support.some_cases import some_cases
 
 ADDING = ("lora_group", "adapted_glu", "expert_linear")
 WHERE_TO_WRITE = ("out", "output_buffer")

@@ -1,4 +1,4 @@
-"""Put the site together: `python -m docsite.build` fills build/site/pages and build/site/zensical.toml.
+"""Put the site together: `python -m tools.docsite.build` fills build/site/pages and build/site/zensical.toml.
 
 Every docs/*.md is a page; a page that the navigation below does not list is under "Guides". Links that leave
 docs/ are turned to the page of the same thing: an op's file to its derivation, other files to their bare name.
@@ -11,10 +11,10 @@ import re
 import shutil
 from pathlib import Path
 
-from docsite.command_pages import command_pages, toml_page
-from docsite.error_page import error_page
-from docsite.op_pages import op_pages
-from docsite.python_page import python_page
+from tools.docsite.command_pages import command_pages, toml_page
+from tools.docsite.error_page import error_page
+from tools.docsite.op_pages import op_pages
+from tools.docsite.python_page import python_page
 
 PROJECT = Path(__file__).resolve().parents[2]
 PACKAGE = PROJECT / "src" / "backhand"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from backhand.ops.registry import OPS
 from backhand.verify.runner import proofs_in
-from docsite.mathematics import derivation
+from tools.docsite.mathematics import derivation
 
 # LoRA first, then what a decoder is made of from bottom to top, then the ops for other nets.
 READING_ORDER = (

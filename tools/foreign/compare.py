@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sanitized_loops  # type: ignore[import-not-found]
 import torch
 from torch import Tensor
 
@@ -22,7 +21,8 @@ from backhand.kernels.builds import Library, using
 from backhand.kernels.dequantize import block_shape, dequantize, is_compiled
 from backhand.kernels.library import proving_kernels
 from backhand.verify.runner import PROOF_FILES, load_proofs
-from foreign.kernels import IN_PLACE
+from tests.kernels import sanitized_loops
+from tools.foreign.kernels import IN_PLACE
 
 PROBLEMS = 40
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float64: 1e-11}

@@ -24,10 +24,10 @@ from backhand.errors import BackhandError
 from backhand.kernels import build
 from backhand.kernels.dequantize import block_shape
 from backhand.nn.loading.gguf_model import GGUFModel
-from support.fault_table import documented
-from support.sanitizer import environment, runtime
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import tiny_model
+from tests.support.fault_table import documented
+from tests.support.sanitizer import environment, runtime
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import tiny_model
 
 PLACES = 200
 VALUES = {  # by a field's size: edges, and what a cut or a turned byte makes of a number

@@ -22,9 +22,9 @@ from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.nn.loading.gguf_metadata import NEUTRAL, NEUTRAL_VALUES, declared_keys
 from backhand.nn.loading.gguf_tensors import huggingface_name
 from backhand.nn.loading.transformers_model import load_transformers_model
-from support.llama_cpp import LlamaCpp
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import VOCAB_SIZE, tiny_config, tiny_documents, tiny_model
+from tests.support.llama_cpp import LlamaCpp
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import VOCAB_SIZE, tiny_config, tiny_documents, tiny_model
 
 Mixture = Callable[[str], StorageType]
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from backhand.errors import ArtifactError
 from backhand.nn.loading.gguf_file import GGUFFile
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import tiny_model
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.families.rotary_frequencies import inverse_frequencies
 from backhand.nn.loading import open_model
-from support.llama_cpp import LlamaCpp
-from support.parity import relative_error
-from support.tiny_gguf import rewritten, write_tiny_gguf
-from support.tiny_models import VOCAB_SIZE, full_logits, tiny_documents, tiny_model
+from tests.support.llama_cpp import LlamaCpp
+from tests.support.parity import relative_error
+from tests.support.tiny_gguf import rewritten, write_tiny_gguf
+from tests.support.tiny_models import VOCAB_SIZE, full_logits, tiny_documents, tiny_model
 
 _AS_LLAMA_CPP: dict[str, Any] = {"num_hidden_layers": 4, "num_kv_shared_layers": 2}
 _SCALING = {"gemma4.rope.scaling.type": "linear", "gemma4.rope.scaling.factor": 4.0}

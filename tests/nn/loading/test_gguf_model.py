@@ -24,10 +24,10 @@ from backhand.nn.families.rotary_frequencies import inverse_frequencies
 from backhand.nn.loading import fill, open_model
 from backhand.nn.loading.gguf_config import huggingface_config
 from backhand.nn.loading.gguf_file import GGUFFile
-from support.in_memory import experts_apart
-from support.llama_cpp import LlamaCpp
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import (
+from tests.support.in_memory import experts_apart
+from tests.support.llama_cpp import LlamaCpp
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import (
     GPT_OSS_OF_LLAMA_CPP,
     ORIGINAL_LENGTH,
     VARIANTS,

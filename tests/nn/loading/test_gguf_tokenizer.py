@@ -11,18 +11,18 @@ from gguf import GGUFWriter
 from backhand.errors import ArtifactError
 from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_pretokenizers import PRE_TOKENIZERS
-from support.boundary_tokenizers import boundary_tokenizer, sentencepiece_pieces, spaced_tokenizer
-from support.llama_cpp import LlamaCpp
-from support.odd_texts import ODD_TEXTS
-from support.tiny_gemma4 import add_gemma4_tokenizer
-from support.tiny_gguf import (
+from tests.support.boundary_tokenizers import boundary_tokenizer, sentencepiece_pieces, spaced_tokenizer
+from tests.support.llama_cpp import LlamaCpp
+from tests.support.odd_texts import ODD_TEXTS
+from tests.support.tiny_gemma4 import add_gemma4_tokenizer
+from tests.support.tiny_gguf import (
     add_byte_level_tokenizer,
     add_sentencepiece_tokenizer,
     write_tiny_gguf,
     write_vocabulary_gguf,
 )
-from support.tiny_models import tiny_model
-from support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
+from tests.support.tiny_models import tiny_model
+from tests.support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 # llama.cpp takes a combining mark for punctuation here, the models' own tokenizers for part of the word.
 _MARKS = ("e\u0301 combining a\u0308\u0308", "नमस्ते दुनिया ไทย")

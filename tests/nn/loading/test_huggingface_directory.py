@@ -17,10 +17,10 @@ from backhand.nn.decoder.weights import empty_weights, named_views
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import fill, open_model
 from backhand.nn.loading.huggingface import HuggingFaceDirectory
-from support.in_memory import InMemoryModel, experts_apart
-from support.odd_texts import ODD_TEXTS
-from support.tiny_models import VARIANTS, save_tiny, tiny_model
-from support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
+from tests.support.in_memory import InMemoryModel, experts_apart
+from tests.support.odd_texts import ODD_TEXTS
+from tests.support.tiny_models import VARIANTS, save_tiny, tiny_model
+from tests.support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

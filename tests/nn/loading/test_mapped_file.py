@@ -17,9 +17,9 @@ from backhand.errors import ArtifactError
 from backhand.kernels.builds import usable
 from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.nn.loading.mapped_file import MappedFile
-from nn.loading import mapped_read
-from support.fault_table import documented
-from support.processes import run
+from tests.nn.loading import mapped_read
+from tests.support.fault_table import documented
+from tests.support.processes import run
 
 ROWS, ROW_BYTES = 4096, 288  # Q4_K, rows of 512: more than a megabyte, so that no read-ahead has all of it
 

@@ -12,8 +12,8 @@ from gguf import GGMLQuantizationType
 from backhand.adapters.record import base_digest
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import save_tiny, tiny_model
 
 SMAPS = Path("/proc/self/smaps")
 pytestmark = pytest.mark.skipif(not SMAPS.exists(), reason="only Linux tells what is resident of a file")

@@ -16,8 +16,8 @@ from backhand.errors import ArtifactError
 from backhand.nn.loading import hub, open_model
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.huggingface import HuggingFaceDirectory
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import save_tiny, tiny_model
 
 _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from backhand.adapters.record import base_digest, text_digest, tokenizer_digest
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import ModelSource, open_model
-from support.in_memory import InMemoryModel
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import save_tiny, tiny_documents, tiny_model
+from tests.support.in_memory import InMemoryModel
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import save_tiny, tiny_documents, tiny_model
 
 
 def _sources(model: PreTrainedModel, directory: Path) -> dict[str, ModelSource]:

@@ -16,8 +16,8 @@ from backhand.loop.embed import embed
 from backhand.nn.loading.sentence_transformers import EmbeddingFiles, read_embedding_files
 from backhand.nn.model_options import BaseModelOptions
 from backhand.options.command_options import EmbedOptions, VectorOptions
-from support.tiny_encoders import tiny_encoder
-from support.tiny_models import save_tiny
+from tests.support.tiny_encoders import tiny_encoder
+from tests.support.tiny_models import save_tiny
 
 TEXTS = ["user asks json", "a list of names and one number is what the user asks for"]
 MEAN, MAX = {"pooling_mode_mean_tokens": True}, {"pooling_mode_max_tokens": True}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backhand.nn.loading.stop_tokens import stop_token_ids
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 
 def test_stated_own_and_known_ends() -> None:

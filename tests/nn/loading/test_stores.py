@@ -22,9 +22,9 @@ from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.stores import models_on_this_machine, packaged_models, stored_path
 from backhand.options.command_options import ModelsOptions
 from backhand.training.models_command import ListedModel, TokenSeconds, models
-from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import tiny_model
-from support.tiny_tokenizer import tiny_tokenizer
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_models import tiny_model
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 MODEL, ADAPTER = "application/vnd.ollama.image.model", "application/vnd.ollama.image.adapter"
 DIGEST = "sha256:" + "0" * 64

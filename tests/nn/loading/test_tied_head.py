@@ -17,9 +17,9 @@ from backhand.interop.options import MergeOptions
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model, tied_head
-from support.in_memory import InMemoryModel
-from support.tiny_adapters import adapted, save_tiny_adapter
-from support.tiny_models import full_logits, save_tiny, tiny_documents, tiny_model
+from tests.support.in_memory import InMemoryModel
+from tests.support.tiny_adapters import adapted, save_tiny_adapter
+from tests.support.tiny_models import full_logits, save_tiny, tiny_documents, tiny_model
 
 _EMBEDDING = "model.embed_tokens.weight"
 _TIED = {"llama-tied": {}, "gemma3_text": {"query_pre_attn_scalar": 14, "tie_word_embeddings": True}}

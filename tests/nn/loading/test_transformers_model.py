@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from backhand.errors import ArtifactError
 from backhand.nn.loading import open_model
 from backhand.nn.loading.transformers_model import load_transformers_model
-from support.in_memory import InMemoryModel
-from support.tiny_models import full_logits, save_tiny, tiny_documents, tiny_model
+from tests.support.in_memory import InMemoryModel
+from tests.support.tiny_models import full_logits, save_tiny, tiny_documents, tiny_model
 
 DOCUMENT = tiny_documents([9])[0]
 

@@ -13,8 +13,8 @@ from backhand.nn.families.family_parsing import FAMILIES, decoder_config
 from backhand.nn.loading import open_model
 from backhand.nn.loading.transformers_model import load_transformers_model
 from backhand.nn.loading.wrappers import WRAPPERS, text_name, unwrap_config
-from support.tiny_models import full_logits, tiny_config, tiny_documents
-from support.tiny_wrappers import KINDS, save_wrapper, tiny_wrapper
+from tests.support.tiny_models import full_logits, tiny_config, tiny_documents
+from tests.support.tiny_wrappers import KINDS, save_wrapper, tiny_wrapper
 
 DOCUMENT = tiny_documents([21], vocab_size=299)[0]
 
