@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from backhand.data.examples import Example
-from backhand.loop import answers
 from backhand.loop.evaluate import EvaluationRows
+from backhand.objectives.kinds import free_answers as answers
 from backhand.options.config import TrainConfig
 from tests.support.tiny_tokenizer import tiny_tokenizer
 

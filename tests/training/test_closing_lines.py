@@ -20,10 +20,10 @@ from backhand.data.options import DataOptions
 from backhand.generation.command import generate_command
 from backhand.generation.options import AnswerOptions, GenerateOptions
 from backhand.loop import evaluate as evaluation
-from backhand.loop.answers import rows_to_show
 from backhand.loop.evaluate import Evaluation, Score, evaluate
 from backhand.loop.label_scores import label_score
 from backhand.nn.model_options import BaseModelOptions, pretrained_arguments
+from backhand.objectives.kinds.free_answers import rows_to_show
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.config import ModelOptions
 from backhand.options.config_file import load_config

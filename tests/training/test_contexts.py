@@ -18,8 +18,8 @@ from backhand.data.rows import Completion
 from backhand.engines.machine import resolve_machine
 from backhand.errors import DataError, UsageError
 from backhand.generation import sampling
-from backhand.loop.distillation import DistilledPacker, Lesson
 from backhand.nn.loading import open_model
+from backhand.objectives.distillation.packers import DistilledPacker, Lesson
 from backhand.ops.linear_divergence import Divergence
 from backhand.options.config import TrainConfig
 from backhand.report.train import train_command
@@ -68,7 +68,7 @@ def test_each_row_has_the_context_that_it_names(tiny: TinyRun) -> None:
     assert {frozenset(row % 2 for row in group) for group in passes} == {frozenset({0}), frozenset({1})}
     assert sorted(np.concatenate(passes).tolist()) == list(range(len(rows.examples)))
     most = max(packer._teacher_packer.packed_tokens(group) for group in passes)
-    assert most <= packer.teacher_pass_tokens(4)
+    assert most <= packer.teacher_pass.tokens(4)
 
 
 def test_one_adapter_learns_all_contexts_and_resumes_with_the_same_command(tiny: TinyRun, tmp_path: Path) -> None:

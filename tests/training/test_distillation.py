@@ -23,13 +23,13 @@ from backhand.distributed.communicator import Communicator
 from backhand.errors import BackhandError, DataError, UsageError
 from backhand.generation.command import generate_command
 from backhand.generation.options import AnswerOptions, GenerateOptions, SamplingOptions
-from backhand.loop.distillation import DistilledPacker, Lesson
 from backhand.loop.hidden_state_cache import DiskStateStore, MemoryStateStore
 from backhand.loop.measuring import HeldOut
 from backhand.nn.batch import PackedBatch, TeacherStates
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.nn.model_options import BaseModelOptions
+from backhand.objectives.distillation.packers import DistilledPacker, Lesson
 from backhand.ops.linear_divergence import (
     DIVERGENCES,
     Divergence,

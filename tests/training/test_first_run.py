@@ -33,8 +33,8 @@ from backhand.runs.interruption import Interrupted
 from backhand.runs.row_changes import recorded_rise, training_reward_words
 from backhand.training.advice import Curves, Until, advice, first_finding, rates_until, too_few_rows
 from backhand.training.console import closing_lines
-from backhand.training.inputs import scaled_matrices, weight_scale
 from backhand.training.run import train
+from backhand.training.run_inputs import scaled_matrices, weight_scale
 from tests.support.tiny_run import TinyRun, with_options, write_pairs, write_rows
 
 

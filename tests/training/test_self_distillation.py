@@ -27,12 +27,12 @@ from backhand.data.stored_examples import with_totals
 from backhand.distributed.communicator import Communicator
 from backhand.engines.machine import resolve_machine
 from backhand.errors import BackhandError, CheckError, DataError, UsageError
-from backhand.loop.distillation import DistilledPacker, DistilledPrompts, Lesson, agreement
-from backhand.loop.distilled_steps import DistilledSteps
 from backhand.loop.hidden_state_cache import MemoryStateStore
 from backhand.loop.observers import Observer
 from backhand.loop.sampled_answers import AnswerSampler
 from backhand.loop.step import AdapterOptimizer
+from backhand.objectives.distillation.packers import DistilledPacker, DistilledPrompts, Lesson, agreement
+from backhand.objectives.distillation.steps import DistilledSteps
 from backhand.ops.linear_divergence import Divergence, DivergenceKind
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.options.objectives import DEMONSTRATION_TEMPLATE

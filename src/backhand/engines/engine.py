@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from backhand.adapters.record import AdapterRecord
 from backhand.engines.memory.hidden_states import FrozenLayers
 from backhand.engines.memory.parts import ModelSize
 from backhand.engines.memory.plan import HeldBase
+from backhand.errors import not_none
 from backhand.generation.completer import Completer, LanguageModel
 from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.decoder.frozen_prefix import FrozenPrefix
@@ -271,3 +273,23 @@ class Engine(ABC):
     @abstractmethod
     def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase) -> ShortModel:
         """Return a model of a few blocks, which is measured instead of the whole model."""
+
+
+@contextmanager
+def computing_with(model: Trainable, values: Tensor | None) -> Iterator[None]:
+    """Compute with other values of the attached adapter inside the context, or without the adapter for None."""
+    lora = not_none(model.lora)
+    own = None if values is None else lora.values.clone()
+    try:
+        if values is None:
+            model.detach()
+        else:
+            lora.values.copy_(values)
+            lora.refresh_compute(model.dtype)
+        yield
+    finally:
+        if own is None:
+            model.attach(lora)
+        else:
+            lora.values.copy_(own)
+            lora.refresh_compute(model.dtype)

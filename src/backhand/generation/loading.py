@@ -24,6 +24,7 @@ from backhand.nn.compute import compute_settings, resolve_device, resolve_dtype,
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family import DecoderConfig
+from backhand.nn.loading.source import ModelSource
 from backhand.nn.model_options import BaseModelOptions
 from backhand.printing import going_on
 from backhand.runs.status import unfinished
@@ -168,7 +169,7 @@ def loaded_model(
             used_template = replace(used_template, chat_template=NO_TEMPLATE)
             said = "the adapter was trained on texts without a chat template, and prompts get none either"
             notes = (*notes, f"{said}; for the tokenizer's own: --chat-template {OWN_TEMPLATE}")
-        stop_ids = (*source.stop_token_ids(), *stopping_role_ids(tokenizer, used_template))
+        stops = stop_ids(source, used_template)
         if (left := unfinished(adapter)) is not None:
             notes = (left.note, *notes)
         labels = {} if record is None else record.labels
@@ -178,7 +179,7 @@ def loaded_model(
         columns = None if record is None else columns_of(record)
         reading.close()
         yield LoadedModel(
-            *(model, tokenizer, stop_ids, notes, labels if known else {}, system, decisions, embedding),
+            *(model, tokenizer, stops, notes, labels if known else {}, system, decisions, embedding),
             ranking={} if record is None else ranking_of(record),
             classification=classification,
             padding_id=padding_id(source),
@@ -188,6 +189,11 @@ def loaded_model(
             objective=None if record is None else record.config.get("objective.objective"),
             template=used_template,
         )
+
+
+def stop_ids(source: ModelSource, template: TemplateOptions) -> tuple[int, ...]:
+    """Return the tokens that end an answer."""
+    return (*source.stop_token_ids(), *stopping_role_ids(source.tokenizer(), template))
 
 
 def classification_of(loaded: LoadedAdapter, config: DecoderConfig) -> Mapping[str, Any]:

@@ -13,9 +13,8 @@ from torch import Tensor
 from backhand.data.embedding_examples import EmbeddingFormat
 from backhand.data.text_encoder import TextEncoder
 from backhand.distributed.communicator import Communicator, sequential_sum
-from backhand.engines.engine import BoundModel, Trainable
+from backhand.engines.engine import BoundModel, Trainable, computing_with
 from backhand.errors import CheckError, not_none
-from backhand.loop.distillation import computing_with
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.measuring import HeldOut
 from backhand.loop.objectives.embed import EmbedObjective, embed_rows
@@ -62,7 +61,7 @@ class HeldOutEmbeddings(HeldOut):
         hidden_states: HiddenStateCache | None = None,
     ) -> None:
         super().__init__(objective.packer.examples, micro_batch_rows, hidden_states)
-        self._objective = objective
+        self.objective = objective
         self._was_apart = False
 
     def loss(self, model: Trainable, processes: Communicator, *, interruptible: bool = True) -> float | None:
@@ -73,8 +72,8 @@ class HeldOutEmbeddings(HeldOut):
         """
         embeddings = embed_rows(
             model,
-            self._objective.packer,
-            self._objective.pooling,
+            self.objective.packer,
+            self.objective.pooling,
             self._micro_batch_rows,
             processes,
             hidden_states=self._hidden_states,
@@ -102,22 +101,22 @@ class HeldOutEmbeddings(HeldOut):
             shown: number of anchors whose nearest texts are listed.
             start: values of the adapter that the run started from; None for the base model.
         """
-        examples, identities = self._examples, self._objective.identities(range(len(self._examples)))
+        examples, identities = self._examples, self.objective.identities(range(len(self._examples)))
         counts = [len(row.texts) for row in identities]
         texts = [
             tokenizer.decode(document.input_ids[:-1].tolist(), skip_special_tokens=True)
             for example in examples
             for document in example.documents
         ]
-        options = self._objective.options
-        text_format = EmbeddingFormat(self._objective.pooling, "", options.document_prompt or "")
+        options = self.objective.options
+        text_format = EmbeddingFormat(self.objective.pooling, "", options.document_prompt or "")
         assert isinstance(bound.model, Decoder), "other engines are refused before"
         longest = min(_NEUTRAL_TOKENS, bound.model.config.max_position_embeddings)
         neutral = neutral_packer(TextEncoder(tokenizer), text_format, longest)
         of_rows = [*dict.fromkeys(np.linspace(0, len(examples) - 1, max(1, shown)).astype(int).tolist())][:shown]
         scores, histograms, nearest, of_neutral = {}, [], [], []
         for name in ("base", "adapted"):
-            objective, rows = self._objective, self._micro_batch_rows
+            objective, rows = self.objective, self._micro_batch_rows
             with computing_with(bound.model, start) if name == "base" else nullcontext():
                 embeddings, neutral_vectors = (
                     not_none(embed_rows(bound.model, packer, objective.pooling, rows, Communicator()))
@@ -138,12 +137,12 @@ class HeldOutEmbeddings(HeldOut):
         return {**result, "neutral_drift": drift(*of_neutral)}
 
     def _losses(self, rows: Sequence[int], embeddings: Tensor) -> list[float]:
-        documents = torch.tensor(self._objective.packer.documents(rows))
-        of_rows: list[float] = self._objective.losses(rows, embeddings[documents]).losses.tolist()
+        documents = torch.tensor(self.objective.packer.documents(rows))
+        of_rows: list[float] = self.objective.losses(rows, embeddings[documents]).losses.tolist()
         return of_rows
 
     def _scores(self, embeddings: Tensor) -> VectorScores:
-        return score_vectors(self._objective.identities(range(len(self._examples))), embeddings)
+        return score_vectors(self.objective.identities(range(len(self._examples))), embeddings)
 
     def _check(self, cosine: float) -> None:
         if self._was_apart and not cosine <= COLLAPSED:

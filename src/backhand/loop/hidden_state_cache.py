@@ -35,6 +35,7 @@ from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -293,3 +294,10 @@ def _ends(batch: PackedBatch) -> list[int]:
 def _bits(states: Tensor) -> Tensor:
     """Return the states as integers. As integers, -0 differs from 0, and NaN equals itself."""
     return states.view(torch.int16 if states.dtype.itemsize == 2 else torch.int32)
+
+
+class HiddenStateCaches(NamedTuple):
+    """The caches of training and held-out rows; None for rows without a cache."""
+
+    train: HiddenStateCache | None = None
+    held_out: HiddenStateCache | None = None

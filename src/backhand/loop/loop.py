@@ -52,6 +52,9 @@ class SampledSteps(Protocol):
     ) -> StepResult:
         """Train on the answers of the step. Raises CheckError if a guard fails."""
 
+    def finished(self) -> None:
+        """Log the proofs of the whole run, after its last step."""
+
     def repeated(self) -> SampledSteps:
         """Return an object that repeats steps of the run, to check that a resumed run would give the same bits.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from backhand.adapters.record import AdapterRecord
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
 from backhand.distributed.communicator import Communicator, sequential_sum
@@ -44,6 +45,7 @@ class HeldOut:
         said: sampled answers of a few rows in the most recent `loss`, by the row's source; empty unless rewards are
             measured.
         by_row: values of each row in the most recent `loss`, with the names of metrics.jsonl.
+        fitted: numbers fitted to the rows in the most recent `loss`, with which the adapter is used, by name.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class HeldOut:
         self.measured: dict[str, float] = {}
         self.said: dict[str, str] = {}
         self.by_row: dict[str, list[float]] = {}
+        self.fitted: Mapping[Any, float] = {}
         self._examples = examples
         self._micro_batch_rows = micro_batch_rows
         self._hidden_states = hidden_states
@@ -107,11 +110,14 @@ class HeldOut:
     @property
     def results(self) -> tuple[Any, ...]:
         """All values of the most recent `loss` except the loss. They can be set to those of an earlier one."""
-        return self.measured, self.said, self.by_row
+        return self.measured, self.said, self.by_row, self.fitted
 
     @results.setter
     def results(self, results: tuple[Any, ...]) -> None:
-        self.measured, self.said, self.by_row = results
+        self.measured, self.said, self.by_row, self.fitted = results
+
+    def restore(self, record: AdapterRecord) -> None:
+        """Take `fitted` from the record of a checkpoint."""
 
     def token_losses(self, model: LanguageModel) -> Iterator[tuple[Example, Tensor]]:
         """Yield every document with the losses of its supervised tokens, (supervised,) in nats, float32 or wider.

@@ -30,6 +30,7 @@ class Traits(NamedTuple):
     rows: str = "answers"  # its kind of rows, a key of `Spec.row_kinds`
     predicts_tokens: bool = True  # the loss is one of tokens, so that the model answers texts afterwards
     has_targets: bool = True  # tokens of the rows are targets; False if the loss is one of vectors or scores of texts
+    head: Literal["always", "encoders"] | None = None  # the models that get a head on hidden states with the adapter
     has_reference: bool = False  # the loss compares with the model that the run starts from
     has_teacher: bool = False  # the loss is a distance from a teacher's distributions
     answers_from: AnswersFrom | None = None  # origin of the answers of a distilled run

@@ -20,9 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from backhand.data.held_out import neutral_prompts
 from backhand.data.packing import RowPacker
-from backhand.data.stored_examples import StoredExamples
 from backhand.distributed.gradient_sums import assign
 from backhand.engines.decoder_engine import DecoderEngine
 from backhand.engines.engine import ShortModel, Trainable
@@ -30,9 +28,6 @@ from backhand.engines.machine import Machine
 from backhand.engines.memory_probe import trial_pass
 from backhand.errors import not_none
 from backhand.generation.sampling import ROWS_AT_ONCE
-from backhand.loop.answers import EXTRA_TOKENS, MOST_ROWS, SHORT_TOKENS, answered_at_once, answered_rows, are_long
-from backhand.loop.distillation import DistilledPacker, DistilledPrompts
-from backhand.loop.distilled_figures import MOST_ANSWERED, TIMED
 from backhand.loop.forecast import Busy, Forecast
 from backhand.loop.step import AdapterOptimizer
 from backhand.loop.step_plan import five_times
@@ -41,7 +36,6 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.options.config import OptimizationOptions
 from backhand.printing import going_on
-from backhand.runs.records import MAX_NEW_TOKENS
 from backhand.training.attention_time import Attention
 from backhand.training.plan import RunPlan
 
@@ -145,18 +139,17 @@ def _forecast(plan: RunPlan, machine: Machine, seconds: Seconds, evaluated: floa
         evaluated: work of an evaluation, see `_held_out_work`.
     """
     inputs, config = plan.inputs, plan.inputs.config
-    total, sampled = inputs.total_steps, config.objective.traits.trains_on_samples
+    total, group = inputs.total_steps, plan.work.group
     counted = [inputs.sampler.rows_of(step) for step in range(min(total, _STEPS_COUNTED))]
     busiest = [largest for _, largest in _work_of(plan, machine, counted, seconds.pair)]
     busiest += [sum(busiest) / len(busiest)] * (total - len(busiest))
     cached_from = inputs.sampler.steps_before_repeats if plan.hidden_states.where != "off" else total
     sampling_s = 0.0
-    if sampled:
-        group = config.rewards.group if config.objective.objective == "grpo" else 1
+    if group:
         answers = config.optimization.batch_rows * group / machine.world_size
         sampling_s = seconds.sampled(answers, config.rewards.max_new_tokens)
     trained = seconds.trained
-    if config.objective.traits.rows == "embeddings" and plan.memory.micro_batch_rows < config.optimization.batch_rows:
+    if config.objective.traits.compares_rows and plan.memory.micro_batch_rows < config.optimization.batch_rows:
         trained *= 1 + _FORWARD_SHARE  # vectors of several micro-batches are computed before the loss
     steps_s = [
         work * (trained + (seconds.below if step < cached_from else 0.0)) + seconds.update + sampling_s
@@ -167,7 +160,7 @@ def _forecast(plan: RunPlan, machine: Machine, seconds: Seconds, evaluated: floa
     evaluations = _evaluations_s(plan, machine, seconds, evaluated)
     save_s = _SAVED_BYTES * plan.size.adapter_elements / _WRITTEN_PER_S
     pauses = {step: evaluations.get(step, 0.0) + (save_s if step else 0.0) for step in sorted({*evaluations, *saves})}
-    return Forecast(steps_s, pauses, _end_s(plan, seconds, evaluated), full_length=sampled, busy=seconds.busy)
+    return Forecast(steps_s, pauses, _end_s(plan, seconds, evaluated), full_length=group > 0, busy=seconds.busy)
 
 
 _SAVED_BYTES, _WRITTEN_PER_S = 16, 1e8
@@ -193,8 +186,8 @@ def _evaluations_s(plan: RunPlan, machine: Machine, seconds: Seconds, work: floa
     forward = _FORWARD_SHARE * seconds.trained
     first = work * (forward + seconds.below)
     later = work * (forward + (0.0 if plan.hidden_states.where != "off" else seconds.below))
-    if config.objective.traits.rows == "prompts":
-        first = later = seconds.sampled(rows, config.rewards.max_new_tokens)
+    if plan.work.evaluation_answers:
+        first = later = seconds.sampled(plan.work.evaluation_answers, config.rewards.max_new_tokens)
     if config.optimization.average_share:
         later *= 2  # the average and the newest values
     neutral = 2 * _SHORT_TEXTS * sum(inputs.neutral.lengths) * (forward + seconds.below)
@@ -210,81 +203,21 @@ _SHORT_TEXTS = 2
 
 def _end_s(plan: RunPlan, seconds: Seconds, work: float) -> float:
     """Predict the seconds of the answers, the scores and the report at the end of a run."""
-    inputs, config, held_out = plan.inputs, plan.inputs.config, plan.inputs.held_out_examples
-    objective, report_s = config.objective, _REPORT_PER_MODULE_S * len(inputs.layout.slots)
-    if not held_out:
-        return report_s
-    evaluation_s = work * (_FORWARD_SHARE * seconds.trained + seconds.below)
-    if objective.traits.rows in ("embeddings", "rankings", "classes"):
-        return report_s + 2 * evaluation_s  # of base and adapter
-    if not config.run.answers:
-        return report_s
-    if objective.traits.rows == "decisions":  # the neutral prompts alone are answered
-        return report_s + 2 * (evaluation_s + MAX_NEW_TOKENS * seconds.decode)
-    # Of each model, one batch has the neutral prompts, whose answers are long. Those of the adapter end like the rows.
-    answered = [min(len(held_out), rows) + len(neutral_prompts()) for rows in answered_rows(held_out, config)]
-    micro_batch_rows = plan.memory.micro_batch_rows
-    adapted, base = (-(-rows // answered_at_once(micro_batch_rows)) for rows in answered)
-    longest = max(example.supervised_tokens for example in held_out)
-    shown = config.rewards.max_new_tokens if objective.traits.samples else longest  # tokens of an answer like the rows'
-    passes = (adapted - 1) * min(shown, MAX_NEW_TOKENS) + (1 + base) * MAX_NEW_TOKENS
-    if objective.traits.rows == "pairs" and config.run.from_adapter is not None:
-        passes += base * MAX_NEW_TOKENS
-    end_s = report_s
-    if objective.traits.has_teacher:
-        # The answers of both models and of the teacher to up to all rows, and the agreement of both models.
-        batches = -(-min(len(held_out), MOST_ANSWERED) // max(micro_batch_rows, TIMED))
-        passes += batches * (2 * MAX_NEW_TOKENS + min(shown, MAX_NEW_TOKENS))
-        end_s += 2 * evaluation_s + _prompts_s(plan, seconds)
-    if (objective.objective == "sft" or objective.traits.answers_from == "rows") and longest <= SHORT_TOKENS:
-        # Exact match: losses, prompts and free answers, of both models. Those to texts end at the first difference.
-        rows, texts = min(len(held_out), MOST_ROWS), are_long(example.supervised_tokens for example in held_out)
-        end_s += (_OF_TEXTS if texts else _OF_LABELS) * rows / len(held_out) * evaluation_s
-        passes += 2 * -(-rows // micro_batch_rows) * (_EQUAL_TOKENS if texts else longest + EXTRA_TOKENS)
-    return end_s + passes * seconds.decode
+    end, tokens_s = plan.work, _FORWARD_SHARE * seconds.trained + seconds.below
+    end_s = _REPORT_PER_MODULE_S * len(plan.inputs.layout.slots)
+    if not plan.inputs.held_out_examples:
+        return end_s
+    passes = sum(answers.passes(plan.memory.micro_batch_rows) for answers in end.end_answers)
+    return end_s + (end.end_evaluations * work + end.end_tokens) * tokens_s + passes * seconds.decode
 
 
 def _teacher_s(plan: RunPlan, machine: Machine, seconds: Seconds) -> float:
     """Predict the seconds of the teacher before the first step: answers of full length, and states at their tokens."""
-    answers, tokens, config = 0, 0, plan.inputs.config
-    packers = plan.inputs.packer, plan.inputs.held_out_packer
-    for packer in packers:
-        if not isinstance(packer, DistilledPacker | DistilledPrompts):
-            continue
-        sampled = isinstance(packer, DistilledPrompts)
-        if sampled and packer is packers[0] and config.objective.traits.trains_on_samples:
-            continue
-        answers += len(packer.examples) * sampled
-        tokens += packer.teacher_pass_tokens(len(packer.examples))
-    sampled_s = seconds.sampled(answers, config.rewards.max_new_tokens) / machine.world_size
-    return sampled_s + tokens * (_FORWARD_SHARE * seconds.trained + seconds.below)
+    work, longest = plan.work, plan.inputs.config.rewards.max_new_tokens
+    sampled_s = seconds.sampled(work.teacher_answers, longest) / machine.world_size
+    return sampled_s + work.teacher_tokens * (_FORWARD_SHARE * seconds.trained + seconds.below)
 
 
-def _prompts_s(plan: RunPlan, seconds: Seconds) -> float:
-    """Predict the seconds for the prompts of student and teacher that are answered at the end of a distilled run.
-
-    Both models and the teacher read up to `MOST_ANSWERED` prompts, the teacher's context once. Then student and teacher
-    read `TIMED` prompts, and one before them, one at a time.
-    """
-    packer = plan.inputs.held_out_packer
-    if not isinstance(packer, DistilledPacker | DistilledPrompts):
-        return 0.0
-    student, teacher = (
-        sum(_prompt_lengths(examples)) / len(examples) for examples in (packer.examples, packer.teachers)
-    )
-    asked = min(len(packer.examples), MOST_ANSWERED)
-    tokens = 3 * asked * student + len(packer.groups) * teacher + (TIMED + 1) * (student + teacher)
-    return tokens * (_FORWARD_SHARE * seconds.trained + seconds.below)
-
-
-def _prompt_lengths(examples: StoredExamples) -> list[int]:
-    return [example.last_answer[0] for example in examples]
-
-
-_OF_TEXTS, _OF_LABELS = 3, 5
-"""Exact match of both models in evaluations: losses and prompts, and the probabilities of labels."""
-_EQUAL_TOKENS = 4
-"""Tokens after which a generated text differs from the row's own. Of labels, all tokens may be equal."""
 _REPORT_PER_MODULE_S = 0.002
 """Seconds for reading, measuring and drawing one module's factors."""
 

@@ -19,7 +19,6 @@ from backhand.data.answer_lint import label_spellings
 from backhand.data.held_out import FEWEST_ROWS, USUAL_SHARE
 from backhand.data.label_names import unlearned_note
 from backhand.data.options import system_option
-from backhand.data.ranking_examples import documents_of_texts
 from backhand.distributed.communicator import Communicator
 from backhand.kernels.builds import describe, library
 from backhand.loop.forecast import Forecast
@@ -511,10 +510,6 @@ def opening_facts(
     objective = run.config.objective
     unit = objective.traits.unit
     facts += [f"data: {reworded(line)}" for line in report.lines(unit)]
-    if objective.traits.rows == "pairs" and report.documents == 2 * report.rows:
-        facts.append("data: each row has two documents, with the chosen and with the rejected answer")
-    if objective.traits.rows == "rankings":
-        facts.append(f"data: {documents_of_texts(head=run.inputs.trains_head)}")
     if run.inputs.held_out is not None:
         facts.append(f"held out: {reworded('; '.join(run.inputs.held_out.report.lines(unit)))}")
     facts.append(

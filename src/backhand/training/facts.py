@@ -41,8 +41,8 @@ from backhand.runs.row_changes import recorded_gain, recorded_loss_change
 from backhand.runs.summary import RunSummary, constant_name, forgotten_nats, loss_unit
 from backhand.system import memory_bytes, peak_rss_bytes
 from backhand.training.advice import too_few_rows
-from backhand.training.inputs import RunInputs
 from backhand.training.loaded_run import LoadedRun
+from backhand.training.run_inputs import RunInputs
 from backhand.words import apart
 
 SHOWN_ROWS = 3

@@ -9,26 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
 from backhand.data.packing import RowPacker
 from backhand.engines.engine import RunCache
-from backhand.loop.hidden_state_cache import DiskStateStore, HiddenStateCache, MemoryStateStore, StateStore
+from backhand.loop.hidden_state_cache import (
+    DiskStateStore,
+    HiddenStateCache,
+    HiddenStateCaches,
+    MemoryStateStore,
+    StateStore,
+)
 from backhand.nn.batch import bucket_size
 from backhand.runs.directory import ProofLog, RunDirectory
 from backhand.training.loaded_run import LoadedRun
 
 _TOKENS_PER_PASS = 2048
 """Number of tokens at which reading, unpacking and packing the weights is a small part of a pass."""
-
-
-class HiddenStateCaches(NamedTuple):
-    """The caches of training and held-out rows; None for rows without a cache."""
-
-    train: HiddenStateCache | None = None
-    held_out: HiddenStateCache | None = None
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from backhand.data.chat import read_template
 from backhand.data.decisions import PROMPT_VERSION, QuestionType
 from backhand.data.stored_examples import PreparedData
 from backhand.generation.labels import Labels, found_labels
-from backhand.loop.answers import stop_ids
+from backhand.generation.loading import stop_ids
 from backhand.nn.decoder.config_facts import config_facts, recorded_facts
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.source import ModelSource

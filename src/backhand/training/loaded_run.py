@@ -16,9 +16,10 @@ from backhand.loop.step_plan import default_warmup_steps, five_times
 from backhand.options.config import TrainConfig
 from backhand.printing import going_on
 from backhand.system import peak_rss_bytes
+from backhand.training.hooks import Training
 from backhand.training.identity import Identity
-from backhand.training.inputs import RunInputs, scaled_matrices
 from backhand.training.plan import RunPlan, plan_run
+from backhand.training.run_inputs import RunInputs, scaled_matrices
 from backhand.training.starting_adapter import set_values
 
 
@@ -51,6 +52,7 @@ def load_run(
     typed: frozenset[str] = frozenset(),
     processes: Communicator | None = None,
     run_cache: RunCache | None = None,
+    training: Training | None = None,
 ) -> LoadedRun:
     """Plan a run and load its weights. Nothing is written.
 
@@ -60,6 +62,7 @@ def load_run(
         typed: names of the options that the user gave explicitly.
         processes: of the run. Rank 0 chooses micro-batch, recomputation and base before any process reads weights.
         run_cache: shared with other runs of this process.
+        training: as for `plan_run`.
 
     Raises:
         UsageError, DataError, ArtifactError, ResourceError: each says what to do.
@@ -71,7 +74,7 @@ def load_run(
         optimization = replace(config.optimization, micro_batch_rows=rows)
         model = replace(config.model, recompute=recompute, base=base)
         config = replace(config, optimization=optimization, model=model)
-    plan = plan_run(config, machine, typed=typed, run_cache=run_cache)
+    plan = plan_run(config, machine, typed=typed, run_cache=run_cache, training=training)
     inputs, memory = plan.inputs, plan.memory
     if processes.is_main_process:
         processes.broadcast_object([memory.micro_batch_rows, memory.recompute, memory.base])

@@ -17,14 +17,14 @@ from backhand.engines.memory.plan import BaseChoice, HeldBase, MemoryPlan, choos
 from backhand.engines.memory.shapes import StepShape, gradient_copies, largest_shapes
 from backhand.engines.memory_probe import MeasuredMemory, ProcessBytes
 from backhand.files import free_bytes
-from backhand.generation.sampling import ROWS_AT_ONCE
-from backhand.loop.distillation import DistilledPacker, DistilledPrompts
 from backhand.loop.process_memory import settled_rss_bytes
-from backhand.loop.sampled_answers import PromptPacker
 from backhand.loop.step_plan import rate_note
 from backhand.options.config import Recompute, TrainConfig
 from backhand.printing import going_on
-from backhand.training.inputs import RunInputs, read_inputs
+from backhand.training.hooks import Training, training_of
+from backhand.training.inputs import read_inputs
+from backhand.training.run_inputs import RunInputs
+from backhand.training.work import Work
 
 _STEPS_EXAMINED = 2000
 
@@ -40,6 +40,8 @@ class RunPlan:
     bases: BaseChoice  # memory with a dense and with a quantized base
     hidden_states: HiddenStatePlan  # cache of the hidden states that enter the lowest adapted layer
     notes: tuple[str, ...]  # messages for the user
+    training: Training  # what the objective does
+    work: Work  # in addition to the passes of the steps
 
 
 def plan_run(
@@ -51,6 +53,7 @@ def plan_run(
     typed: frozenset[str] = frozenset(),
     run_cache: RunCache | None = None,
     row_factor: float = 1.0,
+    training: Training | None = None,
 ) -> RunPlan:
     """Plan a run. Nothing is written.
 
@@ -62,18 +65,23 @@ def plan_run(
         typed: names of the options that the user gave explicitly.
         run_cache: shared with other runs of this process.
         row_factor: number of rows in the run per row of `config`, if these are a sample.
+        training: what the objective does, with its resources; None for an objective that needs no resources.
 
     Raises:
         UsageError, DataError, ArtifactError, ResourceError: each says what to do.
     """
-    run_cache = run_cache or RunCache()
+    run_cache, training = run_cache or RunCache(), training or training_of(config)
     with going_on("reading the rows"):
         are_sample = row_factor != 1.0
-        inputs = read_inputs(config, machine, typed, run_cache, assumed_rows=assumed_rows, are_sample=are_sample)
-    engine = inputs.engine
+        inputs = read_inputs(
+            config, training, machine, typed, run_cache, assumed_rows=assumed_rows, are_sample=are_sample
+        )
+    engine, rows_per_process = inputs.engine, _rows_per_process(inputs, machine)
+    work = training.work(inputs, rows_per_process)
+    shapes = _step_shapes(inputs, machine, work, rows_per_process)
     with going_on("planning the memory of a step"):
         held = engine.bases if assumed_rows else ()
-        bases, budget_bytes = _plan_bases(inputs, machine, run_cache, held, watched=watched)
+        bases, budget_bytes = _plan_bases(inputs, machine, run_cache, shapes, held, watched=watched)
     hidden_states = _plan_hidden_states(inputs, machine, bases.chosen, budget_bytes, row_factor)
     notes = list(inputs.notes)
     if note := rate_note(config.optimization.learning_rate, inputs.config.objective):
@@ -92,6 +100,8 @@ def plan_run(
         bases=bases,
         hidden_states=hidden_states,
         notes=tuple(notes),
+        training=training,
+        work=work,
     )
 
 
@@ -121,18 +131,25 @@ def _plan_hidden_states(
 
 
 def _plan_bases(
-    inputs: RunInputs, machine: Machine, run_cache: RunCache, others: Sequence[HeldBase], *, watched: bool
+    inputs: RunInputs,
+    machine: Machine,
+    run_cache: RunCache,
+    shapes: Mapping[int, StepShape],
+    others: Sequence[HeldBase],
+    *,
+    watched: bool,
 ) -> tuple[BaseChoice, int | None]:
     """Choose how the base is held and how a step is divided: the fastest way that fits.
 
     Args:
+        shapes: the largest micro-batch for each possible number of rows.
         others: further ways to hold the base, to report their memory.
         watched: include the memory of a second model that answers prompts.
 
     Returns:
         the choice, and the bytes that the process may use in total.
     """
-    config, source, engine, shapes = inputs.config, inputs.source, inputs.engine, _step_shapes(inputs, machine)
+    config, source, engine = inputs.config, inputs.source, inputs.engine
     dtype = machine.dtype
     measure = partial(settled_rss_bytes, dtype)
     process = run_cache.get_or_create("process", dtype, lambda: ProcessBytes(measure, lambda: run_cache.holds_weights))
@@ -182,28 +199,21 @@ def _smaller_base(inputs: RunInputs, base: HeldBase) -> str | None:
     return "--base quantized" if inputs.source.quantized else "--quantize q4_0"
 
 
-def _step_shapes(inputs: RunInputs, machine: Machine) -> Mapping[int, StepShape]:
+def _rows_per_process(inputs: RunInputs, machine: Machine) -> int:
+    """Return the number of rows of a step per process, so that every process has a micro-batch."""
+    return -(-min(inputs.config.optimization.batch_rows, len(inputs.train.examples)) // machine.world_size)
+
+
+def _step_shapes(inputs: RunInputs, machine: Machine, work: Work, rows_per_process: int) -> Mapping[int, StepShape]:
     """Return the largest micro-batch of the run for each possible number of rows."""
     config, packer, sampler = inputs.config, inputs.packer, inputs.sampler
     options = config.optimization
-    step_rows = min(options.batch_rows, len(inputs.train.examples))
-    rows_per_process = -(-step_rows // machine.world_size)  # so that every process has a micro-batch
     powers = {1 << power for power in range(rows_per_process.bit_length()) if 1 << power <= rows_per_process}
     rows_options = powers | {rows_per_process}
     if options.micro_batch_rows is not None:
         rows_options = {1, options.micro_batch_rows}
     examined = min(inputs.total_steps, max(sampler.steps_per_epoch, _STEPS_EXAMINED))
     shapes = largest_shapes((sampler.rows_of(step) for step in range(examined)), packer, rows_options)
-    sampled_rows = sampled_tokens = 0
-    distilled = [one for one in (packer, inputs.held_out_packer) if isinstance(one, DistilledPacker | DistilledPrompts)]
-    if isinstance(packer, DistilledPrompts):
-        sampled_rows = min(ROWS_AT_ONCE, max(len(one.lengths) for one in distilled))
-        sampled_tokens = packer.sampled_tokens(sampled_rows)
-    elif isinstance(packer, PromptPacker):
-        sampled_rows = min(ROWS_AT_ONCE, rows_per_process * config.rewards.group)
-        answer = config.rewards.max_new_tokens
-        prompt = inputs.longest_prompt_and_answer() - answer
-        sampled_tokens = min(rows_per_process, sampled_rows) * prompt + sampled_rows * answer
     ordered = config.run.reduce == "ordered"
     # An average of the values, and the newest values while the model computes with the average.
     averages = 2 if options.average_share or config.objective.teacher_update_rate else 0
@@ -212,9 +222,9 @@ def _step_shapes(inputs: RunInputs, machine: Machine) -> Mapping[int, StepShape]
             shape,
             adapter_copies=gradient_copies(shape.micro_batches, machine.world_size, ordered=ordered) + averages,
             neutral_tokens=max(inputs.neutral.lengths, default=0),
-            sampled_rows=sampled_rows,
-            sampled_tokens=sampled_tokens,
-            teacher_tokens=max((one.teacher_pass_tokens(rows) for one in distilled), default=0),
+            sampled_rows=work.sampled_rows,
+            sampled_tokens=work.sampled_tokens,
+            teacher_tokens=max((one.tokens(rows) for one in work.teacher), default=0),
         )
         for rows, shape in shapes.items()
     }

@@ -13,19 +13,20 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from backhand.data.ranking_examples import documents_of_texts
+from backhand.data.row_kind import row_kind
 from backhand.data.row_sample import RowSample, sampled
 from backhand.data.stored_examples import StoredExamples, tokens_of_documents
+from backhand.distributed.communicator import Communicator
 from backhand.engines.machine import Machine, resolve_machine
 from backhand.engines.memory.plan import LIVE_VIEW, HeldBase
 from backhand.errors import BackhandError, not_none
 from backhand.loop.forecast import BUSY, FULL_LENGTH, between
-from backhand.loop.rewards.process import RewardProcess
 from backhand.nn.compute import compute_settings
 from backhand.options.command_options import PlanOptions
 from backhand.printing import duration, reworded
 from backhand.terminal import console, table_of, working
 from backhand.training.calibration import Speed, calibrate
+from backhand.training.hooks import training_of
 from backhand.training.plan import RunPlan, plan_run
 from backhand.words import count_of, in_words
 
@@ -104,30 +105,24 @@ def plan(options: PlanOptions) -> PlanReport:
     sample = None
     if options.plan.sample is not None and config.data.data:
         most = max(options.plan.sample, 2 * config.optimization.batch_rows)  # the memory is that of whole steps
-        sample = sampled(config.data, most, splits=config.objective.traits.rows != "prompts")
+        sample = sampled(config.data, most, splits=row_kind(config.objective.traits.rows).has_answers)
         config = config if sample is None else replace(config, data=sample.options)
-    rewards = config.rewards
-    machine = resolve_machine(config)
+    machine, training = resolve_machine(config), training_of(config)
     with (
         _naming_files(sample),
-        RewardProcess(rewards.reward, rewards.reward_timeout) if rewards.reward else nullcontext() as functions,
+        training.resources(config, Communicator()),
         compute_settings(config.model, machine.threads, machine.dtype, machine.device),
     ):
         factor = 1.0 if sample is None else sample.factor
-        run_plan = plan_run(config, machine, assumed_rows=True, watched=options.plan.watch, row_factor=factor)
-        if functions is not None and config.data.data:
-            functions.check_parameters(run_plan.inputs.train.examples)
+        watched = options.plan.watch
+        run_plan = plan_run(config, machine, assumed_rows=True, watched=watched, row_factor=factor, training=training)
         speed = calibrate(run_plan, machine) if options.plan.calibrate else None
     notes = [*([run_plan.inputs.engine.note] if run_plan.inputs.engine.note else []), *run_plan.inputs.engine.notes]
     if not config.data.data:
-        notes.append(_ASSUMED.format(length=config.data.max_length))
-        if config.objective.traits.rows == "embeddings":
-            texts = len(run_plan.inputs.train.examples[0].documents)
-            notes[-1] += f"; a row has {texts} texts, and each further negative adds one"
+        assumed = _ASSUMED.format(length=config.data.max_length)
+        notes.append("; ".join([assumed, *run_plan.inputs.train.report.notes]))
     else:
         notes += run_plan.inputs.train.report.lines(config.objective.traits.unit)
-        if config.objective.traits.rows == "rankings":
-            notes.append(documents_of_texts(head=run_plan.inputs.trains_head))
         if run_plan.inputs.held_out is not None:
             held_out = run_plan.inputs.held_out.report.lines(config.objective.traits.unit)
             notes.append(_HELD_OUT + "; ".join(held_out))

@@ -1,4 +1,4 @@
-"""The objective of a run, and the reference model's log-probabilities, which are computed once and stored.
+"""Log-probabilities under the reference model, which are computed once and stored.
 
 The reference model is the model that the run starts from: the base, or the base with the adapter of `--from-adapter`.
 
@@ -17,155 +17,71 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from backhand.data.decisions import DecisionRow
 from backhand.data.packing import RowPacker
-from backhand.distributed.communicator import Communicator
 from backhand.distributed.launch import versions
-from backhand.engines.engine import BoundModel
+from backhand.engines.engine import computing_with
 from backhand.errors import CheckError, not_none
 from backhand.json_shape import ShapeError, convert, load
 from backhand.kernels.builds import describe
-from backhand.loop.decision_scores import answer_counts
-from backhand.loop.distillation import computing_with
-from backhand.loop.guards import tensor_digest
 from backhand.loop.hidden_state_cache import HiddenStateCache
-from backhand.loop.objectives.classify import ClassifyObjective
-from backhand.loop.objectives.compared import KTOObjective, PairObjective, mismatched
-from backhand.loop.objectives.decide import DecideObjective
-from backhand.loop.objectives.embed import EmbedObjective
-from backhand.loop.objectives.objective import Objective, document_sums
-from backhand.loop.objectives.rank import CrossEncoderObjective, RankObjective
+from backhand.loop.objectives.objective import document_sums
 from backhand.printing import counting
 from backhand.reading import read_plain
-from backhand.runs.directory import REFERENCE, Proof, ProofLog, RunDirectory
-from backhand.training.hidden_states import HiddenStateCaches
-from backhand.training.loaded_run import LoadedRun
+from backhand.runs.directory import REFERENCE, Proof, RunDirectory
+from backhand.training.hooks import RunContext
 from backhand.words import name_list
 
-
-class Start(NamedTuple):
-    """The model that a run starts from: the base, with the adapter of `--from-adapter` if there is one."""
-
-    frozen_digest: str  # SHA-256 of the frozen tensors
-    values: Tensor | None  # the values of that adapter, (elements,) float32; None without one
-
-    @property
-    def adapter_digest(self) -> str | None:
-        """SHA-256 of the adapter's values in hexadecimal, or None without one."""
-        return None if self.values is None else tensor_digest(self.values).hex()
-
-
-_Set = tuple[RowPacker, HiddenStateCache | None]
+RowSet = tuple[RowPacker, HiddenStateCache | None]
 """Rows for the reference model, and the cache of their hidden states, or None."""
 
 
-def run_objectives(
-    run: LoadedRun,
-    directory: RunDirectory,
-    processes: Communicator,
-    start: Start,
-    caches: HiddenStateCaches,
-    log: ProofLog,
-    notify: Callable[[str], None],
-) -> tuple[Objective | None, Objective | None]:
-    """Return the objectives of the training rows and of the held-out rows; None for cross-entropy and without rows.
+def packed_sets(run: RunContext) -> dict[str, RowSet]:
+    """Return the training rows, and the held-out rows if there are any."""
+    sets: dict[str, RowSet] = {"train": (run.inputs.packer, run.caches.train)}
+    if run.inputs.held_out_packer is not None:
+        sets["held_out"] = run.inputs.held_out_packer, run.caches.held_out
+    return sets
 
-    Args:
-        run: the loaded run. Its model and adapter are restored afterwards.
-        directory: the run directory.
-        processes: the processes that share the computation.
-        start: the model that the run starts from.
-        caches: caches of hidden states.
-        log: receives the result of comparing stored with computed values.
-        notify: receives a sentence if stored values are computed again.
+
+def reference_sums(run: RunContext, sets: Mapping[str, RowSet]) -> dict[str, Tensor]:
+    """Return s of every document of every set under the reference model, (documents,) float64 each.
 
     Raises:
         CheckError: stored values differ from computed ones, or the adapter that the run started from has changed.
     """
-    options, inputs = run.config.objective, run.inputs
-    if options.traits.rows in ("answers", "prompts"):
-        return None, None
-    packed = partial(RowPacker, share_prefixes=inputs.engine.shares_prefixes)
-    sets: dict[str, _Set] = {"train": (inputs.packer, caches.train)}
-    if inputs.held_out_packer is not None:
-        sets["held_out"] = inputs.held_out_packer, caches.held_out
-    if options.form == "kto":
-        for name, (rows, _) in list(sets.items()):
-            sets[f"{name}_others"] = packed(mismatched(rows.examples, run.config.data.max_length)), None
-    sums: dict[str, Tensor] = {}
-    if options.traits.has_reference:
-        with computing_with(run.bound.model, start.values):
-            sums = _reference(run, directory, processes, sets, _digests(run, start), log, notify)
-
-    def objective(name: str) -> Objective | None:
-        if name not in sets:
-            return None
-        packer, reference, others_name = sets[name][0], sums.get(name), f"{name}_others"
-        if options.objective == "decide":
-            if name == "train":
-                return DecideObjective(packer, label_smoothing=options.label_smoothing)
-            return DecideObjective(packer, usual=answer_counts(inputs.packer.examples.facts(DecisionRow)))
-        if options.objective == "embed":
-            return EmbedObjective(packer, options=options)
-        if options.objective == "rank" and inputs.trains_head:
-            return CrossEncoderObjective(packer, options=options)
-        if options.objective == "rank":
-            return RankObjective(packer, options=options)
-        if options.objective == "classify":
-            return ClassifyObjective(packer, options=options)
-        if options.objective != "kto":
-            return PairObjective(packer, reference, options=options)
-        others, _ = sets.get(others_name, (None, None))
-        return KTOObjective(packer, reference, options=options, others=others, others_reference=sums.get(others_name))
-
-    return objective("train"), objective("held_out")
+    with computing_with(run.bound.model, run.start.values):
+        return _stored_or_computed(run, sets)
 
 
-def start_values(bound: BoundModel, start_adapter: str | None, allow_pickle: bool) -> Tensor | None:
-    """Return the values of the adapter that a run starts from, (elements,) float32; None for a fresh adapter.
-
-    Args:
-        bound: the model. Its adapter has its own values again afterwards.
-        start_adapter: the adapter's directory or file, or None.
-        allow_pickle: as for `BoundModel.fill`.
-    """
-    if start_adapter is None:
-        return None
-    with computing_with(bound.model, bound.lora.values):
-        bound.fill(start_adapter, allow_pickle)
-        return bound.lora.values.clone()
-
-
-def remember_start(run: LoadedRun, directory: RunDirectory, processes: Communicator, start: Start) -> None:
+def remember_start(run: RunContext) -> None:
     """Write the digest of the adapter that the run starts from to `reference.json`, or compare it with the stored one.
 
     Raises:
         CheckError: the adapter that the run started from has changed.
     """
-    digests = _digests(run, start)
-    if processes.is_main_process and _read_stored(directory, digests, {}, lambda _: None) is None:
-        _write_stored(directory, digests, {})
+    digests = _digests(run)
+    if run.processes.is_main_process and _read_stored(run.directory, digests, {}, lambda _: None) is None:
+        _write_stored(run.directory, digests, {})
 
 
-def _digests(run: LoadedRun, start: Start) -> tuple[str, str | None]:
+def _digests(run: RunContext) -> tuple[str, str | None]:
     """Return the digests of `_pass_digest` and of the adapter that the run starts from, or None without one."""
-    return _pass_digest(run, start.frozen_digest), start.adapter_digest
+    return _pass_digest(run), run.start.adapter_digest
 
 
-def _pass_digest(run: LoadedRun, frozen_digest: str) -> str:
+def _pass_digest(run: RunContext) -> str:
     """Return the SHA-256 of everything that determines the bits of a forward pass over the rows, and of the options."""
     identity = run.identity.facts
     facts = {
-        "frozen": frozen_digest,
+        "frozen": run.start.frozen_digest,
         "model_config": identity["model_config"],
         **{name: identity[f"{name}_digest"] for name in ("data", "held_out", "settings")},
-        "dtype": str(run.dtype),
+        "dtype": str(run.bound.model.dtype),
         "threads": run.config.model.threads,
         "versions": versions(),
         "loops": describe(),
@@ -173,23 +89,15 @@ def _pass_digest(run: LoadedRun, frozen_digest: str) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _reference(
-    run: LoadedRun,
-    directory: RunDirectory,
-    processes: Communicator,
-    sets: Mapping[str, _Set],
-    digests: tuple[str, str | None],
-    log: ProofLog,
-    notify: Callable[[str], None],
-) -> dict[str, Tensor]:
-    """Return s of every document of every set, (documents,) float64 each, from the file or computed and stored."""
+def _stored_or_computed(run: RunContext, sets: Mapping[str, RowSet]) -> dict[str, Tensor]:
+    directory, processes, digests = run.directory, run.processes, _digests(run)
     counts = {name: len(packer.by_document.lengths) for name, (packer, _) in sets.items()}
-    on_main = _read_stored(directory, digests, counts, notify) if processes.is_main_process else None
+    on_main = _read_stored(directory, digests, counts, run.notify) if processes.is_main_process else None
     stored_values: dict[str, list[float]] | None = processes.broadcast_object(on_main)
-    rows = run.plan.memory.micro_batch_rows
+    rows = run.micro_batch_rows
     if stored_values is not None:
         sums = {name: torch.tensor(values, dtype=torch.float64) for name, values in stored_values.items()}
-        _compare_sample(run, sets, sums, processes, log)
+        _compare_sample(run, sets, sums)
         return sums
     sums = {}
     for name, (packer, cache) in sets.items():
@@ -267,15 +175,13 @@ _COMPARED_MICRO_BATCHES = 8
 """Number of compared micro-batches per set, evenly spaced over its rows in the order of length."""
 
 
-def _compare_sample(
-    run: LoadedRun, sets: Mapping[str, _Set], stored: Mapping[str, Tensor], processes: Communicator, log: ProofLog
-) -> None:
+def _compare_sample(run: RunContext, sets: Mapping[str, RowSet], stored: Mapping[str, Tensor]) -> None:
     """Compute the values of some micro-batches of every set and compare them with the stored values.
 
     Raises:
         CheckError: a value differs.
     """
-    difference, max_rows = 0.0, run.plan.memory.micro_batch_rows
+    difference, max_rows, processes = 0.0, run.micro_batch_rows, run.processes
     for name, (packer, states) in sets.items():
         groups = packer.micro_batches(range(len(packer.lengths)), max_rows)
         count = min(len(groups), _COMPARED_MICRO_BATCHES)
@@ -283,7 +189,8 @@ def _compare_sample(
         rows = [row for number in numbers for row in groups[number]]
         sums = not_none(document_sums(run.bound.model, packer, rows, max_rows, processes, hidden_states=states))
         difference = max(difference, float((sums - stored[name][packer.documents(rows)]).abs().max()))
-    log(Proof("the reference's log-probabilities, as stored, equal the computed ones", difference == 0, difference, 0))
+    claim = "the reference's log-probabilities, as stored, equal the computed ones"
+    run.log(Proof(claim, difference == 0, difference, 0))
     if difference:
         raise CheckError(
             f"the reference's log-probabilities are off by {difference:.3g} nats from those in {REFERENCE}",

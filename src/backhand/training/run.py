@@ -33,7 +33,6 @@ from backhand.errors import RESUME_STEP, BackhandError
 from backhand.files import FileLayer
 from backhand.loop.loggers import chosen_loggers
 from backhand.loop.observers import Callback, MetricsFile, Observers, as_observers
-from backhand.loop.rewards.process import RewardProcess
 from backhand.loop.state import PROGRESS_FILE, Progress, restore_adapter
 from backhand.nn.compute import compute_settings
 from backhand.options.config import TrainConfig
@@ -45,6 +44,7 @@ from backhand.runs.interruption import Interruption
 from backhand.runs.status import by_signal, read_status
 from backhand.runs.summary import RunSummary, read_summary
 from backhand.training.console import TerminalObserver
+from backhand.training.hooks import training_of
 from backhand.training.identity import decisive_settings
 from backhand.training.loaded_run import load_run
 from backhand.training.resume import original_adapter, resumed_config, unread_sources
@@ -207,17 +207,12 @@ class RunProcess:
         config, processes = beginning.config, self.processes
         machine = resolve_machine(config, processes)
         run_cache = self.run_cache or RunCache()
-        # The functions are loaded first, so that one that cannot be loaded leaves no directory.
-        rewarded = config.objective.traits.rows == "prompts" and processes.is_main_process
-        options = config.rewards
-        reward_process = RewardProcess(options.reward, options.reward_timeout) if rewarded else nullcontext()
+        training = training_of(config)
         with (
             compute_settings(config.model, machine.threads, machine.dtype, machine.device),
-            reward_process as functions,
+            training.resources(config, processes),  # first, so that what cannot be opened leaves no directory
         ):
-            loaded = load_run(config, machine, self.typed, processes, run_cache)
-            if functions is not None:
-                functions.check_parameters(loaded.inputs.train.examples)
+            loaded = load_run(config, machine, self.typed, processes, run_cache, training)
             trainer = Trainer(
                 loaded,
                 directory,
@@ -227,7 +222,6 @@ class RunProcess:
                 processes,
                 run_cache,
                 self.pause_at,
-                functions,
             )
             try:
                 return trainer.train()

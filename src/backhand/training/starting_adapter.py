@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,26 +12,21 @@ import torch
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import AdapterContents, UnusableAdapterError
-from backhand.adapters.loading import check_source, checked_adapter, match_linear_adapter, read_adapter
+from backhand.adapters.loading import check_source, checked_adapter, read_adapter
 from backhand.adapters.targets import layer_numbers
 from backhand.data.chat import read_template
 from backhand.data.options import TemplateOptions
-from backhand.engines.decoder_engine import DecoderEngine
 from backhand.engines.engine import BoundModel, Engine
 from backhand.errors import UsageError
 from backhand.loop.step_plan import derived_seed
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.config import TrainConfig
-from backhand.options.objectives import ObjectiveOptions
-from backhand.training.class_inputs import StartingHead
 from backhand.words import name_list, shorten
 
 _OWN_OPTIONS = frozenset({"dropout"})
 """Options of the run itself, on which no value of the adapter depends."""
 _LAYERS = frozenset({"layers", "layers_to_transform"})
-_OF_VECTORS = ("pooling", "query_prompt", "document_prompt", "matryoshka_dims")
-"""Options of `embed` that the record of an adapter contains."""
 
 
 @dataclass(frozen=True)
@@ -58,35 +53,6 @@ class StartingAdapter:
         taken = replace(self.contents.described.config, dropout=given.dropout)
         _check_options(given, taken, engine, self.origin, typed)
         return taken
-
-    def objective(self, given: ObjectiveOptions, typed: frozenset[str]) -> tuple[ObjectiveOptions, tuple[str, ...]]:
-        """Return the options with the adapter's own way from a text to its vector, and notes on what differs from it.
-
-        Raises:
-            UsageError: another pooling is given.
-        """
-        known: Mapping[str, Any] = {} if self.contents.record is None else self.contents.record.embedding
-        if given.objective != "embed" or not known:
-            return given, ()
-        notes, taken = [], {name: value for name in _OF_VECTORS if (value := known.get(name)) is not None}
-        if "matryoshka_dims" in taken:
-            taken["matryoshka_dims"] = tuple(taken["matryoshka_dims"])
-        for name, stored in list(taken.items()):
-            value = getattr(given, name)
-            if (not value and name not in typed) or value == stored:
-                continue
-            if name == "pooling":
-                raise UsageError(
-                    f"{self.origin} differs from the options given: "
-                    f"pooling: {stored!r} in the adapter, {value!r} given",
-                    where="from_adapter",
-                    why="its vectors are those of its own pooling",
-                    next_step="leave out --pooling, or leave out --from-adapter for a fresh adapter",
-                )
-            option = "--" + name.replace("_", "-")
-            notes.append(f"the adapter was trained with {option} {_shown(stored)}, and goes on with {_shown(value)}")
-            taken[name] = value
-        return dataclasses.replace(given, **taken), tuple(notes)
 
     def check(
         self, engine: Engine, layout: AdapterLayout, template: TemplateOptions, *, force_base: bool
@@ -120,28 +86,6 @@ class StartingAdapter:
             next_step=f"give --objective {own}, or leave out --from-adapter for a fresh adapter",
         )
 
-    def head(self, engine: DecoderEngine, objective: str) -> StartingHead:
-        """Return the adapter's head. Raises UsageError if it has none, or none for this objective."""
-        record = self.contents.record
-        known = {} if record is None else record.classification
-        loaded = match_linear_adapter(self.contents, engine.module_shapes())
-        outputs = engine.config.class_head.labels_of({one.name: one.shape for one in loaded.trained})
-        if not outputs:
-            raise UsageError(
-                f"{self.origin} has no classification head",
-                where="from_adapter",
-                why="training continues with the adapter's own modules and values",
-                next_step=f"give one of --objective {objective} with a head, or leave it out for a fresh adapter",
-            )
-        if objective == "rank" and outputs > 1:
-            raise UsageError(
-                f"the head of {self.origin} has {outputs} outputs",
-                where="from_adapter",
-                why="a score head has one",
-                next_step="give an adapter of --objective rank, or leave out --from-adapter for a fresh adapter",
-            )
-        return StartingHead(self.origin, outputs, known.get("problem_type"), tuple(known.get("labels", ())))
-
 
 def _check_options(given: LoRAConfig, taken: LoRAConfig, engine: Engine, origin: str, typed: frozenset[str]) -> None:
     """Check that the given options describe the adapter to start from.
@@ -169,7 +113,7 @@ def _check_options(given: LoRAConfig, taken: LoRAConfig, engine: Engine, origin:
         changed = replace(taken, **{name: value})
         if _in_any_order(value) != _in_any_order(stored) and engine.layout(taken) != engine.layout(changed):
             own_value = _modules_shown(stored) if name == "target_modules" else repr(stored)
-            differences.append(f"{name}: {own_value} in the adapter, {_shown(value)} given")
+            differences.append(f"{name}: {own_value} in the adapter, {shown_option(value)} given")
     if differences:
         raise UsageError(
             f"{origin} differs from the options given: " + "; ".join(differences),
@@ -196,11 +140,12 @@ def _layers_of(paths: Iterable[str]) -> str:
 def _modules_shown(targets: str | tuple[str, ...]) -> str:
     """Format the targeted modules. Full paths in layers are named by their last parts and the numbers of the layers."""
     if isinstance(targets, str) or not all(layer_numbers([path]) for path in targets):
-        return _shown(targets)
+        return shown_option(targets)
     return f"{name_list(sorted({*map(_kind, targets)}))} (layers {_layers_of(targets)})"
 
 
-def _shown(value: object) -> str:
+def shown_option(value: object) -> str:
+    """Format the value of an option."""
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "none"
     return shorten(repr(value))

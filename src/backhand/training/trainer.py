@@ -11,53 +11,32 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-
-from torch import Tensor
+from typing import Any
 
 from backhand.adapters.contents import RECORD_FILE
 from backhand.adapters.record import read_record
 from backhand.data.class_lint import scale_note
-from backhand.data.decisions import QuestionType
 from backhand.data.label_names import unlearned_note
 from backhand.data.rows import NUMBER, ClassLabel
 from backhand.distributed.communicator import Communicator
 from backhand.distributed.launch import broadcast_checkpoint, comparable_settings
-from backhand.engines.engine import RunCache
+from backhand.engines.engine import RunCache, computing_with
 from backhand.engines.machine import MemoryKeeper, crowded_note
 from backhand.errors import ArtifactError, not_none
 from backhand.kernels.quantized_matrix import QuantizedMatrix
-from backhand.loop.answers import decided_answers, free_answers, measured_answers, stop_ids
-from backhand.loop.class_scores import add_texts
-from backhand.loop.distillation import DistilledPacker
-from backhand.loop.distilled_figures import distilled_figures
 from backhand.loop.evaluator import Evaluator
 from backhand.loop.guards import BaseGuard, LearningGuard
-from backhand.loop.held_out_vectors import HeldOutEmbeddings
-from backhand.loop.hidden_state_cache import HiddenStateCache
-from backhand.loop.loop import SampledSteps, TrainingLoop
-from backhand.loop.measuring import HeldOut
-from backhand.loop.objectives.classify import ClassifyObjective
-from backhand.loop.objectives.decide import DecideObjective, decision_figures
-from backhand.loop.objectives.embed import EmbedObjective
-from backhand.loop.objectives.head import HeadObjective, HeldOutHead
-from backhand.loop.objectives.objective import AnswerObjective, HeldOutObjective, Objective
-from backhand.loop.objectives.rank import RankObjective
+from backhand.loop.loop import TrainingLoop
 from backhand.loop.observers import Observers, RunStart
-from backhand.loop.rewards.guards import BOUNDS, LogprobCheck, RewardGuard
-from backhand.loop.rewards.process import RewardProcess
-from backhand.loop.rewards.rollout import Rollout
-from backhand.loop.rewards.steps import HeldOutRewards, RewardedSteps
-from backhand.loop.sampled_answers import share_cut_off
 from backhand.loop.state import Progress, RunState, Saver
 from backhand.loop.step import AdapterOptimizer
-from backhand.loop.step_plan import StepPlan, derived_seed
+from backhand.loop.step_plan import StepPlan
 from backhand.nn.compute import gc_frozen
-from backhand.nn.decoder.decoder import Decoder
 from backhand.options.config_file import config_table, dump_config, load_config
 from backhand.printing import going_on, reworded
 from backhand.reading import uploaded_name
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
-from backhand.runs.directory import ANSWERS, CONFIG, FACTS, METRICS, SUMMARY, Proof, ProofLog, RunDirectory, proof_log
+from backhand.runs.directory import CONFIG, FACTS, METRICS, SUMMARY, Proof, ProofLog, RunDirectory, proof_log
 from backhand.runs.interruption import Interrupted, Interruption
 from backhand.runs.row_changes import recorded_rise
 from backhand.runs.status import resume_command, status_kept
@@ -66,12 +45,11 @@ from backhand.runs.uses import OWN_COMMANDS, TrainedAdapter
 from backhand.system import available_bytes
 from backhand.training.advice import Curves, advice, answer_advice, has_rows_in_memory, too_few_rows
 from backhand.training.calibration import forecast_run
-from backhand.training.class_inputs import not_learned
 from backhand.training.console import opening_facts
 from backhand.training.facts import held_out_card, run_facts, summarise
-from backhand.training.hidden_states import HiddenStateCaches, hidden_state_caches
+from backhand.training.hidden_states import hidden_state_caches
+from backhand.training.hooks import Losses, RunContext, Start
 from backhand.training.loaded_run import LoadedRun
-from backhand.training.reference import Start, run_objectives, start_values
 from backhand.training.resume import (
     frozen_differences,
     original_adapter,
@@ -81,7 +59,6 @@ from backhand.training.resume import (
     run_differences,
     state_digests,
 )
-from backhand.training.teaching import distilled_steps, teach
 from backhand.words import label_text, name_list
 
 
@@ -97,11 +74,9 @@ class Trainer:
     processes: Communicator
     run_cache: RunCache = field(default_factory=RunCache)  # shared with other runs of this process
     pause_at: int | None = None  # step to stop after, with a checkpoint; None to run to the end
-    functions: RewardProcess | None = None  # the reward functions, loaded; None without rewards and in other processes
     owns_directory: bool = False  # True once the directory's contents are this run's
     _frozen_digest: str | None = None
-    _held_out_objective: Objective | None = None
-    _started: Tensor | None = None  # values of the adapter that the run starts from, for comparisons; None without one
+    _losses: Losses = field(default_factory=Losses)
 
     def train(self) -> RunSummary:
         """Train to the end. Returns and raises the same as `run.train`."""
@@ -120,7 +95,7 @@ class Trainer:
                 self.directory,
                 store,
                 state,
-                lambda: run.bound.adapter_files(run.identity.record(self._temperatures()), self._card(state.progress)),
+                lambda: run.bound.adapter_files(run.identity.record(self._fitted), self._card(state.progress)),
                 lambda step: {
                     **run.identity.facts,
                     "frozen_digest": self._frozen_digest,
@@ -147,30 +122,29 @@ class Trainer:
             if self.checkpoint is not None and self.processes.is_main_process:
                 self._refuse(frozen_differences(self.checkpoint.facts, digest))
             self._assert_equal_processes(state)
-            start = self._start(digest)
-            self._started = start.values
-            run = self.run = teach(run, self.directory, self.processes, start, self.observer.noted, resources)
+            context = RunContext(
+                *(config, run.inputs, run.bound, run.identity, self.directory, self.processes, self._start(digest)),
+                *(log, self.observer.noted, resources),
+            )
+            inputs = run.plan.training.begin(context)
+            run = self.run = replace(run, plan=replace(run.plan, inputs=inputs))
             caches = resources.enter_context(
                 hidden_state_caches(
                     run, self.directory, digest, log=log, notify=self.observer.noted, run_cache=self.run_cache
                 )
             )
-            objective, self._held_out_objective = run_objectives(
-                run, self.directory, self.processes, start, caches, log, self.observer.noted
-            )
-            self._restore_temperatures()
-            sampled = self._sampled(log, start)
+            context = replace(context, inputs=inputs, caches=caches)
+            losses = self._losses = run.plan.training.losses(context)
+            if self.checkpoint is not None and losses.held_out is not None:  # for checkpoints before an evaluation
+                losses.held_out.restore(read_record(json.loads(self.checkpoint.contents[RECORD_FILE]), RECORD_FILE))
             evaluator = Evaluator(
                 run.bound.model,
                 state,
                 plan,
-                held_out=self._held_out(caches, self._held_out_objective, sampled),
+                held_out=losses.held_out,
                 meter=run.inputs.neutral if run.inputs.neutral.documents else None,
                 base_guard=base_guard,
-                learning_guard=LearningGuard(
-                    *(run.bound.lora, optimizer, log),
-                    not_learned=not_learned(run.config.objective, run.inputs.engine),
-                ),
+                learning_guard=LearningGuard(run.bound.lora, optimizer, log, not_learned=losses.not_learned),
                 check_model_files=self._check_model_files(),
                 observer=self.observer,
                 save_checkpoint=partial(self._save, saver, state),
@@ -187,8 +161,8 @@ class Trainer:
                 memory=memory,
                 processes=self.processes,
                 hidden_states=caches.train,
-                objective=objective,
-                sampled=sampled,
+                objective=losses.train,
+                sampled=losses.sampled,
             )
             if memory is not None:
                 memory.make_room()  # loading and digests fragment the heap
@@ -208,12 +182,13 @@ class Trainer:
             self.observer.started(opening)
             if not self._run_loop(loop, proof_start):
                 raise self._interrupted(state.progress.step, f"continue with {self._resume_command()}")
-            if isinstance(sampled, RewardedSteps) and not finished_before:
-                sampled.logprob_check.finished()
-            summary = self._summary(state, keep=finished_before)
+            if losses.sampled is not None and not finished_before:
+                losses.sampled.finished()
+            with_start = context.start.values is not None
+            summary = self._summary(state, with_start=with_start, keep=finished_before)
             if proof_start is not None:
                 self._prove_resume(loop, store, proof_start, log)
-            summary = self._answer(summary)
+            summary = self._measured(context, summary)
         self.observer.ended(summary)
         return summary
 
@@ -228,17 +203,10 @@ class Trainer:
             {**facts, "base model": self._frozen_digest, "adapter": state_digests(state)["adapter"]}
         )
 
-    def _temperatures(self) -> Mapping[QuestionType, float]:
-        """Return the temperatures of the most recent evaluation; empty unless questions are decided."""
-        objective = self._held_out_objective
-        return objective.temperatures if isinstance(objective, DecideObjective) else {}
-
-    def _restore_temperatures(self) -> None:
-        """Take the temperatures of a resumed run from its checkpoint, for checkpoints before the next evaluation."""
-        objective = self._held_out_objective
-        if self.checkpoint is not None and isinstance(objective, DecideObjective):
-            record = read_record(json.loads(self.checkpoint.contents[RECORD_FILE]), RECORD_FILE)
-            objective.temperatures = record.decisions["temperatures"]
+    @property
+    def _fitted(self) -> Mapping[Any, float]:
+        """The numbers that the most recent evaluation fitted to the held-out rows."""
+        return {} if self._losses.held_out is None else self._losses.held_out.fitted
 
     def _save(self, saver: Saver, state: RunState, *, is_best: bool) -> None:
         """Save a checkpoint in rank 0, after checking that all processes have the same adapter."""
@@ -247,60 +215,23 @@ class Trainer:
             saver.save(is_best=is_best)
             self.directory.settle()
 
-    def _answer(self, summary: RunSummary) -> RunSummary:
-        """Generate answers with base and adapter, or score vectors. Then the adapter of `adapter/` is attached.
+    def _measured(self, context: RunContext, summary: RunSummary) -> RunSummary:
+        """Measure answers or scores of held-out rows with the adapter of `adapter/`, which is attached afterwards.
 
         Returns:
-            the summary with the measurements of the answers.
+            the summary with the measurements.
 
         Raises:
             Interrupted: a signal stopped the measurement. A resumed run makes up for it.
         """
-        run, objective = self.run, self._held_out_objective
-        if isinstance(objective, EmbedObjective | RankObjective | HeadObjective) and self.processes.is_main_process:
-            run.bound.fill(str(self.directory.adapter))
-            if isinstance(objective, EmbedObjective):
-                vectors, tokenizer = self._held_out_vectors(objective), run.inputs.source.tokenizer()
-                scores = vectors.scores(run.bound, tokenizer, run.config.run.answers, self._started)
-            else:
-                scores = objective.held_out_scores(run.bound, run.plan.memory.micro_batch_rows, self._started)
-            if isinstance(objective, ClassifyObjective):
-                add_texts(scores, objective.packer.examples)
-            return self._advised(replace(summary, **scores))
-        if not self._measures_answers() or not self.processes.is_main_process:
+        if not self._measures_held_out() or not self.processes.is_main_process:
             return summary
-        if self.processes.stop_requested:
-            raise self._unmeasured(summary)
-        run.bound.fill(str(self.directory.adapter))
-        arguments = run.bound, run.inputs.source, not_none(run.inputs.held_out).examples, run.config
-        prompted: Mapping[int, str] = {}
-        if isinstance(packer := run.inputs.held_out_packer, DistilledPacker) and isinstance(run.bound.model, Decoder):
-            figures, prompted = distilled_figures(
-                *(run.bound.model, packer, self._started, run.inputs.source.tokenizer()),
-                *(stop_ids(run.inputs.source, run.config.data), run.plan.memory.micro_batch_rows),
-                shown=run.config.run.answers,
-            )
-            if figures is not None and run.config.objective.traits.samples:
-                own = [example.input_ids[-1:].tolist() for example in packer.examples]
-                figures["teacher_cut_off"] = share_cut_off(own, stop_ids(run.inputs.source, run.config.data))
-            summary = replace(summary, distilled=figures)
-        if isinstance(objective, DecideObjective):
-            decisions = objective.held_out_outcomes(run.bound, run.plan.memory.micro_batch_rows, self._started)
-            summary = replace(summary, **decision_figures(decisions, objective.usual))
-            answers = free_answers(run.bound, run.inputs.source, (), run.config, start=self._started)
-            answers = replace(answers, held_out=decided_answers(*decisions, run.config.run.answers))
-        else:
-            answers = free_answers(*arguments, prompted, self._started)
-            summary = replace(summary, same_answer=answers.same)
-        self.directory.write(ANSWERS, answers.file(run.config.run.answers))
-        summary = replace(summary, free_answers=answers.lengths, neutral_answers=answers.neutral)
-        if summary.adapted_exact_match is None:
-            labels, stopped = run.identity.labels, lambda: self.processes.stop_requested
-            measured = measured_answers(*arguments, labels, summary.tokens, stopped, self._started)
-            if not measured and self.processes.stop_requested:
-                raise self._unmeasured(summary)
-            summary = replace(summary, **measured)
-        return self._advised(summary)
+        self.run.bound.fill(str(self.directory.adapter))
+        scores = self.run.plan.training.scores(context, self._losses, summary)
+        if scores is None:
+            next_step = f"the answers of held-out rows are not measured yet: continue with {self._resume_command()}"
+            raise self._interrupted(summary.steps, next_step)
+        return self._advised(replace(summary, **scores))
 
     def _advised(self, summary: RunSummary) -> RunSummary:
         """Write and return the summary, with other advice if the answers or scores of held-out rows ask for it."""
@@ -317,14 +248,10 @@ class Trainer:
         self.directory.write(SUMMARY, summary.to_json())
         return summary
 
-    def _measures_answers(self) -> bool:
+    def _measures_held_out(self) -> bool:
         """Return True if answers or scores of held-out rows are measured after the last step."""
-        scored = isinstance(self._held_out_objective, EmbedObjective | RankObjective | HeadObjective)
-        return scored or (self.run.inputs.held_out is not None and self.run.config.run.answers > 0)
-
-    def _unmeasured(self, summary: RunSummary) -> Interrupted:
-        next_step = f"the answers of held-out rows are not measured yet: continue with {self._resume_command()}"
-        return self._interrupted(summary.steps, next_step)
+        scored = not self.run.config.objective.traits.has_targets
+        return self.run.inputs.held_out is not None and (scored or self.run.config.run.answers > 0)
 
     def _prepare(self, store: CheckpointStore, state: RunState, saver: Saver) -> None:
         """Prepare the directory, and restore the state if the run is resumed."""
@@ -405,9 +332,9 @@ class Trainer:
     def _interrupted(self, step: int, next_step: str) -> Interrupted:
         return Interrupted(self.interruption.requested or 0, step, next_step)
 
-    def _summary(self, state: RunState, *, keep: bool) -> RunSummary:
+    def _summary(self, state: RunState, *, with_start: bool, keep: bool) -> RunSummary:
         """Write and return the summary. Keep the stored one of a run that was already finished."""
-        path, with_start = self.directory.path / SUMMARY, self._started is not None
+        path = self.directory.path / SUMMARY
         if keep and (stored := read_summary(path)) is not None:
             return replace(stored, compared_with_start=with_start)
         summary = summarise(self.run, state, self.directory, self.processes.world_size)
@@ -416,7 +343,7 @@ class Trainer:
             summary,
             compared_with_start=with_start,
             unlearned_rows=unlearned,
-            unmeasured=self._measures_answers(),
+            unmeasured=self._measures_held_out(),
         )
         if self.processes.is_main_process:
             summary = self._with_advice(summary, Curves.of(self.directory.lines(METRICS), summary.constant_loss))
@@ -471,8 +398,12 @@ class Trainer:
         learns_from_it = objective.traits.has_reference or objective.traits.has_teacher
         measures_it = run.inputs.held_out is not None
         adapter = started_from if learns_from_it or measures_it else None
+        if adapter is None:
+            return Start(frozen_digest)
         try:
-            return Start(frozen_digest, start_values(run.bound, adapter, run.config.model.allow_pickle))
+            with computing_with(run.bound.model, run.bound.lora.values):
+                run.bound.fill(adapter, run.config.model.allow_pickle)
+                return Start(frozen_digest, run.bound.lora.values.clone())
         except ArtifactError as error:
             if learns_from_it:
                 raise
@@ -480,61 +411,7 @@ class Trainer:
                 f"{error.where}: {error.what}, so the scores and answers are not compared with those of the adapter "
                 "that the run started from, but with the base model's"
             )
-            return Start(frozen_digest, None)
-
-    def _sampled(self, log: ProofLog, start: Start) -> SampledSteps | None:
-        """Return the steps on sampled answers, or None if the rows contain the answers."""
-        run, processes = self.run, self.processes
-        if not run.config.objective.traits.trains_on_samples:
-            return None
-        if run.config.objective.objective != "grpo":
-            return distilled_steps(run, processes, start)
-        options, seed = run.config.rewards, run.config.run.seed
-        rollout = Rollout(
-            options,
-            options.group,
-            stop_ids(run.inputs.source, run.config.data),
-            lambda step, row, number: derived_seed(seed, "answer", step, row, number),
-            processes,
-            functions=self.functions,
-            tokenizer=run.inputs.source.tokenizer(),
-        )
-        guard = RewardGuard(self.observer.noted, options.reward)
-        lines = self.directory.lines(METRICS) if processes.is_main_process else []
-        earlier = [line for line in lines if "no_gradient_groups" in line]  # steps of a resumed run
-        for measured in processes.broadcast_object(earlier):
-            guard.remember(measured)
-        return RewardedSteps(
-            rollout,
-            run.inputs.train.examples,
-            run.config.objective.strength,
-            run.plan.memory.micro_batch_rows,
-            LogprobCheck(BOUNDS[run.dtype], log),
-            guard,
-        )
-
-    def _held_out(
-        self, caches: HiddenStateCaches, objective: Objective | None, sampled: SampledSteps | None
-    ) -> HeldOut | None:
-        run = self.run
-        if run.inputs.held_out is None:
-            return None
-        if isinstance(sampled, RewardedSteps):
-            return HeldOutRewards(run.inputs.held_out.examples, sampled.rollout, run.config.run.answers)
-        if isinstance(objective, EmbedObjective):
-            return self._held_out_vectors(objective, caches.held_out)
-        if isinstance(objective, HeadObjective):
-            return HeldOutHead(objective, run.plan.memory.micro_batch_rows, caches.held_out)
-        if isinstance(objective, AnswerObjective):
-            return HeldOutObjective(objective, run.plan.memory.micro_batch_rows, caches.held_out)
-        rows, packer = run.inputs.held_out.examples, run.inputs.held_out_packer
-        return HeldOut(rows, run.plan.memory.micro_batch_rows, caches.held_out, packer)
-
-    def _held_out_vectors(
-        self, objective: EmbedObjective, hidden_states: HiddenStateCache | None = None
-    ) -> HeldOutEmbeddings:
-        rows = not_none(self.run.config.optimization.micro_batch_rows)
-        return HeldOutEmbeddings(objective, rows, hidden_states)
+            return Start(frozen_digest)
 
     def _card(self, progress: Progress) -> dict[str, object]:
         model, train = self.run.config.model, self.run.inputs.train

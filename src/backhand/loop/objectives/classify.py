@@ -21,10 +21,9 @@ from backhand.data.class_examples import target_of
 from backhand.data.packing import RowPacker
 from backhand.data.rows import MULTI, NUMBER, ClassLabel, ProblemType
 from backhand.distributed.communicator import Communicator
-from backhand.engines.engine import BoundModel, Trainable
+from backhand.engines.engine import BoundModel, Trainable, computing_with
 from backhand.errors import not_none
 from backhand.loop.class_scores import ClassScores, constant_logits, row_losses, score_classes
-from backhand.loop.distillation import computing_with
 from backhand.loop.objectives.head import HeadLoss, HeadObjective, head_logits
 from backhand.loop.objectives.objective import Measured
 from backhand.ops.binary_cross_entropy import binary_cross_entropy_backward, binary_cross_entropy_forward

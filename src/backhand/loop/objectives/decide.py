@@ -22,9 +22,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.data.decisions import Asked, DecisionRow
+from backhand.adapters.record import AdapterRecord
+from backhand.data.decisions import Asked, DecisionRow, QuestionType
 from backhand.distributed.communicator import Communicator
-from backhand.engines.engine import BoundModel
+from backhand.engines.engine import BoundModel, Trainable, computing_with
 from backhand.errors import not_none
 from backhand.loop.decision_scores import (
     Counts,
@@ -35,13 +36,12 @@ from backhand.loop.decision_scores import (
     right_answers,
     score_questions,
 )
-from backhand.loop.distillation import computing_with
-from backhand.loop.objectives.objective import AnswerObjective, Documents, RowLosses, document_sums
+from backhand.loop.objectives.objective import AnswerObjective, Documents, HeldOutObjective, RowLosses, document_sums
 from backhand.ops.decide import decide_backward, decide_forward
 from backhand.runs.row_changes import row_scores
 
 
-class HeldOutDecisions(NamedTuple):
+class Decided(NamedTuple):
     """Rows, and the outcome of each of their questions."""
 
     rows: list[DecisionRow]
@@ -61,6 +61,8 @@ class DecideObjective(AnswerObjective):
     compares_documents: ClassVar[bool] = True
     label_smoothing: float = 0.0
     usual: Counts = field(default_factory=dict)
+    # fitted in the most recent evaluation, by type of question; empty before it
+    temperatures: Mapping[QuestionType, float] = field(default_factory=dict)
 
     def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
         """Compute the losses of the rows. Their metrics are the accuracy and the probability of all labels together."""
@@ -106,9 +108,7 @@ class DecideObjective(AnswerObjective):
         """Return the questions of these rows."""
         return self.packer.examples.facts(DecisionRow, rows)
 
-    def held_out_outcomes(
-        self, bound: BoundModel, micro_batch_rows: int, start: Tensor | None = None
-    ) -> HeldOutDecisions:
+    def held_out_outcomes(self, bound: BoundModel, micro_batch_rows: int, start: Tensor | None = None) -> Decided:
         """Return the outcomes of these rows, before the run and of the adapted model.
 
         Args:
@@ -126,7 +126,7 @@ class DecideObjective(AnswerObjective):
 
         with computing_with(bound.model, start):
             base = outcomes()
-        return HeldOutDecisions(rows, base, outcomes())
+        return Decided(rows, base, outcomes())
 
     def evaluated(self, rows: Sequence[int], sums: Tensor, losses: Tensor) -> tuple[Tensor, Mapping[str, float]]:
         """Fit the temperatures to the held-out rows, and return the calibrated losses and further metrics.
@@ -147,11 +147,24 @@ class DecideObjective(AnswerObjective):
         return calibrated, {"uncalibrated_loss": float(losses.mean()), **question_shares(outcomes, self.usual)}
 
 
+class HeldOutQuestions(HeldOutObjective[DecideObjective]):
+    """Held-out decisions. The temperatures are fitted to them."""
+
+    def loss(self, model: Trainable, processes: Communicator, *, interruptible: bool = True) -> float | None:
+        loss = super().loss(model, processes, interruptible=interruptible)
+        if loss is not None:
+            self.fitted = self.objective.temperatures
+        return loss
+
+    def restore(self, record: AdapterRecord) -> None:
+        self.fitted = record.decisions["temperatures"]
+
+
 def _even(asked: Asked) -> list[float]:
     return [1 / len(asked.question.keys)] * len(asked.question.keys)
 
 
-def decision_figures(decisions: HeldOutDecisions, usual: Counts) -> dict[str, Any]:
+def decision_figures(decisions: Decided, usual: Counts) -> dict[str, Any]:
     """Return the fields of summary.json. The temperatures are fitted to these rows, and are 1 for the base model.
 
     Args:

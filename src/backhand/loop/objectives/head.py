@@ -117,11 +117,11 @@ class HeldOutHead(HeldOut):
         self, objective: HeadObjective, micro_batch_rows: int, hidden_states: HiddenStateCache | None = None
     ) -> None:
         super().__init__(objective.packer.examples, micro_batch_rows, hidden_states)
-        self._objective = objective
+        self.objective = objective
 
     def loss(self, model: Trainable, processes: Communicator, *, interruptible: bool = True) -> float | None:
         """Return the mean loss of a row, or None if the evaluation was interrupted."""
-        objective, cache = self._objective, self._hidden_states
+        objective, cache = self.objective, self._hidden_states
         logits = objective.base_logits(model) if model.lora is None else None
         if logits is None:
             rows = self._micro_batch_rows

@@ -17,12 +17,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from backhand.data.decisions import QuestionType
 from backhand.data.packing import RowPacker
 from backhand.distributed.communicator import Communicator, sequential_sum
 from backhand.engines.engine import Trainable
@@ -113,8 +112,6 @@ class AnswerObjective(Objective):
     compares_documents: ClassVar[bool] = False
     # s of every document of the rows under the model that the run starts from; None without a reference
     reference: Tensor | None = None
-    # of decisions: fitted in the most recent evaluation, by type of question; empty before it, and for other objectives
-    temperatures: Mapping[QuestionType, float] = field(default_factory=dict)
 
     @abstractmethod
     def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
@@ -189,7 +186,10 @@ def means(measured: Iterable[Mapping[str, Sequence[float]]]) -> dict[str, float]
     return shown
 
 
-class HeldOutObjective(HeldOut):
+Answered = TypeVar("Answered", bound=AnswerObjective)
+
+
+class HeldOutObjective(HeldOut, Generic[Answered]):
     """Held-out rows under an objective of answers.
 
     Args:
@@ -199,22 +199,14 @@ class HeldOutObjective(HeldOut):
     """
 
     def __init__(
-        self, objective: AnswerObjective, micro_batch_rows: int, hidden_states: HiddenStateCache | None = None
+        self, objective: Answered, micro_batch_rows: int, hidden_states: HiddenStateCache | None = None
     ) -> None:
         super().__init__(objective.packer.examples, micro_batch_rows, hidden_states)
-        self._objective = objective
-
-    @property
-    def results(self) -> tuple[Any, ...]:
-        return self.measured, self.said, self.by_row, self._objective.temperatures
-
-    @results.setter
-    def results(self, results: tuple[Any, ...]) -> None:
-        self.measured, self.said, self.by_row, self._objective.temperatures = results
+        self.objective = objective
 
     def loss(self, model: Trainable, processes: Communicator, *, interruptible: bool = True) -> float | None:
         """Return the mean loss of a row, or None if the evaluation was interrupted."""
-        objective, rows = self._objective, range(len(self._examples))
+        objective, rows = self.objective, range(len(self._examples))
         objective.prepare(model, rows, processes, self._micro_batch_rows)
         sums = document_sums(
             model,

@@ -29,9 +29,8 @@ from backhand.data.ranking_lint import target_fault
 from backhand.data.rows import RankedTexts
 from backhand.data.stored_examples import StoredExamples
 from backhand.distributed.communicator import Communicator
-from backhand.engines.engine import BoundModel, Trainable
+from backhand.engines.engine import BoundModel, Trainable, computing_with
 from backhand.errors import CheckError, DataError, not_none
-from backhand.loop.distillation import computing_with
 from backhand.loop.objectives.head import HeadLoss, HeadObjective, head_logits
 from backhand.loop.objectives.objective import AnswerObjective, Documents, RowLosses, document_sums, means
 from backhand.loop.ranking_scores import RankingScores, score_rankings

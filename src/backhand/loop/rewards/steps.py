@@ -238,6 +238,9 @@ class RewardedSteps:
             self.guard.judge(step + 1, self.measured)
         return results[0] if results and results[0].grad_norm != 0 else _NOT_TRAINED
 
+    def finished(self) -> None:
+        self.logprob_check.finished()
+
     def repeated(self) -> RewardedSteps:
         """Return a copy without a guard that logs no proofs, to repeat steps and compare the results."""
         return replace(self, guard=None, logprob_check=LogprobCheck(self.logprob_check.bounds, lambda _: None))

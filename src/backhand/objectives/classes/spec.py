@@ -12,12 +12,13 @@ from backhand.objective.spec import Spec, Traits
 
 class _Classify(Spec):
     name = "classify"
+    training = "backhand.objectives.classes.training:ClassifyTraining"
     options = "backhand.objectives.classes.options:ClassOptions"
     reads = ("problem_type", "class_labels")
     row_kinds = {"classes": "backhand.objectives.classes.rows:CLASSES"}
 
     def traits(self, options: Any) -> Traits:
-        return Traits(rows="classes", predicts_tokens=False, has_targets=False, is_supervised=True)
+        return Traits(rows="classes", predicts_tokens=False, has_targets=False, head="always", is_supervised=True)
 
     def check(self, config: Any) -> None:
         super().check(config)

@@ -12,6 +12,7 @@ from backhand.objective.spec import Spec, Traits
 
 class _Decide(Spec):
     name = "decide"
+    training = "backhand.objectives.decisions.training:DecideTraining"
     options = "backhand.objectives.decisions.options:DecisionOptions"
     reads = ("label_smoothing",)
     row_kinds = {

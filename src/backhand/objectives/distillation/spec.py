@@ -29,6 +29,7 @@ class _Distilled(Spec):
 
 class _Bake(_Distilled):
     name = "bake"
+    training = "backhand.objectives.distillation.training:DistilledTraining"
     reads = ("context", "context_column", "answers_from", *_OF_DIVERGENCE)
 
     def traits(self, options: Any) -> Traits:
@@ -55,6 +56,7 @@ class _Bake(_Distilled):
 
 class _SDFT(_Distilled):
     name = "sdft"
+    training = "backhand.objectives.distillation.training:DistilledTraining"
     reads = ("teacher_prompt_template", "teacher_update_rate", *_OF_DIVERGENCE)
 
     def traits(self, options: Any) -> Traits:

@@ -28,6 +28,7 @@ class _Compared(Spec):
         "labelled": "backhand.objectives.pairs.rows:LABELLED",
     }
     options = "backhand.objectives.pairs.options:PairOptions"
+    training = "backhand.objectives.pairs.training:PairTraining"
 
     def __init__(
         self, name: str, traits: Traits, reads: tuple[str, ...], forms: tuple[str, ...], usual_beta: float = 0.1
@@ -51,13 +52,17 @@ class _Compared(Spec):
             check_smoothing(options)
 
 
+class _Labelled(_Compared):
+    training = "backhand.objectives.pairs.training:LabelledTraining"
+
+
 DPO = _Compared(
     "dpo", Traits(rows="pairs", has_reference=True), ("loss_type", "label_smoothing", "discopop_tau"), OF_PAIRS
 )
 IPO = _Compared("ipo", Traits(rows="pairs", has_reference=True), (), ("ipo",))
 ORPO = _Compared("orpo", Traits(rows="pairs", is_supervised=True), (), ("orpo",))  # its loss is mainly that of answers
 SIMPO = _Compared("simpo", Traits(rows="pairs"), ("simpo_gamma", "label_smoothing"), ("sigmoid",), 2.0)
-KTO = _Compared(
+KTO = _Labelled(
     "kto",
     Traits(rows="labels", has_reference=True),
     ("loss_type", "desirable_weight", "undesirable_weight"),

@@ -14,6 +14,7 @@ from backhand.objectives.rankings.options import check_weight
 
 class _Rank(Spec):
     name = "rank"
+    training = "backhand.objectives.rankings.training:RankTraining"
     options = "backhand.objectives.rankings.options:RankingOptions"
     reads = ("ranking_loss", "positive_weight", "instruction")
     row_kinds = {
@@ -22,7 +23,7 @@ class _Rank(Spec):
     }
 
     def traits(self, options: Any) -> Traits:
-        return Traits(rows="rankings", has_targets=False, is_supervised=True, fewest_steps=100)
+        return Traits(rows="rankings", has_targets=False, head="encoders", is_supervised=True, fewest_steps=100)
 
     def check_options(self, options: Any) -> None:
         check_weight(options)

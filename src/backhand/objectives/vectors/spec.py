@@ -14,6 +14,7 @@ from backhand.objectives.vectors.options import check_loss
 
 class _Embed(Spec):
     name = "embed"
+    training = "backhand.objectives.vectors.training:EmbedTraining"
     options = "backhand.objectives.vectors.options:VectorOptions"
     reads = (
         *("pooling", "embedding_loss", "similarity_scale", "triplet_margin", "matryoshka_dims"),

@@ -1,46 +1,130 @@
-"""Choices and checks of a run on vectors or rankings that depend on its model and its rows."""
+"""Training of vectors of texts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
+
+from backhand.data.data_report import DataReport
 from backhand.data.embedding_examples import EmbeddingFormat
-from backhand.data.ranking_examples import RankingFormat
-from backhand.data.ranking_lint import have_one_target
-from backhand.data.row_encoder import TextFormat
-from backhand.data.rows import PoolingName, RankedTexts, TextIdentities
-from backhand.data.stored_examples import PreparedData
-from backhand.engines.decoder_engine import DecoderEngine, with_hidden_states
-from backhand.engines.engine import Engine
+from backhand.data.examples import Example
+from backhand.data.rows import PoolingName, TextIdentities
+from backhand.data.stored_examples import PreparedData, with_totals
+from backhand.engines.decoder_engine import with_hidden_states
 from backhand.errors import DataError, UsageError, not_none
-from backhand.loop.objectives.embed import check_pooling
-from backhand.loop.objectives.rank import check_targets
+from backhand.loop.held_out_vectors import HeldOutEmbeddings
+from backhand.loop.objectives.embed import EmbedObjective, check_pooling
 from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.loading.sentence_transformers import EmbeddingFiles, read_embedding_files
-from backhand.nn.loading.source import ModelSource
-from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.objectives import ObjectiveOptions
+from backhand.runs.summary import RunSummary
+from backhand.training.hooks import KnownModel, KnownRows, Losses, RunContext, Training
+from backhand.training.starting_adapter import StartingAdapter, shown_option
+
+_OF_VECTORS = ("pooling", "query_prompt", "document_prompt", "matryoshka_dims")
+"""Options of `embed` that the record of an adapter contains."""
 
 
-def with_pooling(
-    options: ObjectiveOptions, source: ModelSource, engine: Engine, layout: AdapterLayout
-) -> ObjectiveOptions:
+class EmbedTraining(Training):
+    """Training of vectors."""
+
+    def with_model(self, model: KnownModel) -> KnownModel:
+        options, notes = model.config.objective, model.notes
+        if model.start is not None:
+            options, said = _of_adapter(options, model.start, model.typed)
+            notes = (*notes, *said)
+        options = _with_pooling(options, model)
+        prompts = not_none(options.query_prompt), not_none(options.document_prompt)
+        text_format = EmbeddingFormat(not_none(options.pooling), *prompts)
+        return replace(model, config=replace(model.config, objective=options), text_format=text_format, notes=notes)
+
+    def assumed_rows(self, model: KnownModel, row: Example, count: int) -> PreparedData:
+        options, length = model.config.objective, len(row)
+        if options.pooling == "last":
+            row = replace(row, supervised=np.arange(length) == length - 1)
+        texts = 3 if options.embedding_loss == "triplet" else 2
+
+        def text(number: int) -> Example:  # no two texts begin alike, so that none share a prefix
+            return replace(row, input_ids=np.full(length, number, dtype=np.int32))
+
+        identities = TextIdentities(tuple(range(texts)), None)
+        rows = [[text(number * texts + place) for place in range(texts)] for number in range(count)]
+        examples = [replace(first, others=tuple(others), facts=identities) for first, *others in rows]
+        note = f"a row has {texts} texts, and each further negative adds one"
+        return with_totals(examples, DataReport()).with_note(note)
+
+    def with_rows(self, rows: KnownRows) -> KnownRows:
+        options = _with_loss(rows.config.objective, rows.train, rows.held_out)
+        notes = _equal_text_notes(options, rows.train, has_dropout=rows.has_dropout)
+        config = replace(rows.config, objective=options)
+        return replace(rows, config=config, notes=(*rows.notes, *notes))
+
+    def losses(self, run: RunContext) -> Losses:
+        options, packer = run.config.objective, run.inputs.held_out_packer
+        train = EmbedObjective(run.inputs.packer, options=options)
+        if packer is None:
+            return Losses(train)
+        held_out = EmbedObjective(packer, options=options)
+        return Losses(train, HeldOutEmbeddings(held_out, run.micro_batch_rows, run.caches.held_out))
+
+    def scores(self, run: RunContext, losses: Losses, summary: RunSummary) -> dict[str, Any]:
+        assert isinstance(losses.held_out, HeldOutEmbeddings)
+        tokenizer = run.inputs.source.tokenizer()
+        return losses.held_out.scores(run.bound, tokenizer, run.config.run.answers, run.start.values)
+
+
+def _of_adapter(
+    given: ObjectiveOptions, start: StartingAdapter, typed: frozenset[str]
+) -> tuple[ObjectiveOptions, tuple[str, ...]]:
+    """Return the options with the adapter's own way from a text to its vector, and notes on what differs from it.
+
+    Raises:
+        UsageError: another pooling is given.
+    """
+    known: Mapping[str, Any] = {} if start.contents.record is None else start.contents.record.embedding
+    if not known:
+        return given, ()
+    notes, taken = [], {name: value for name in _OF_VECTORS if (value := known.get(name)) is not None}
+    if "matryoshka_dims" in taken:
+        taken["matryoshka_dims"] = tuple(taken["matryoshka_dims"])
+    for name, stored in list(taken.items()):
+        value = getattr(given, name)
+        if (not value and name not in typed) or value == stored:
+            continue
+        if name == "pooling":
+            raise UsageError(
+                f"{start.origin} differs from the options given: pooling: {stored!r} in the adapter, {value!r} given",
+                where="from_adapter",
+                why="its vectors are those of its own pooling",
+                next_step="leave out --pooling, or leave out --from-adapter for a fresh adapter",
+            )
+        option = "--" + name.replace("_", "-")
+        notes.append(
+            f"the adapter was trained with {option} {shown_option(stored)}, and goes on with {shown_option(value)}"
+        )
+        taken[name] = value
+    return replace(given, **taken), tuple(notes)
+
+
+def _with_pooling(options: ObjectiveOptions, model: KnownModel) -> ObjectiveOptions:
     """Return the options with pooling and prompts filled in, from the files of the model if they are not given.
 
     Raises:
         UsageError: the model or the adapter cannot be trained on vectors.
         ArtifactError: the files cannot be read.
     """
-    engine = with_hidden_states(engine, "vectors need the hidden states of the model")
-    if any(name.startswith(HEAD) for name in layout.names):
+    engine = with_hidden_states(model.engine, "vectors need the hidden states of the model")
+    if any(name.startswith(HEAD) for name in model.layout.names):
         raise UsageError(
             f"the adapter trains {HEAD}, which vectors do not depend on",
             where="target_modules",
             next_step="leave it out of the adapter",
         )
     given = options.pooling, options.query_prompt, options.document_prompt
-    files = read_embedding_files(source.path) if None in given else None
+    files = read_embedding_files(model.source.path) if None in given else None
     files = files or EmbeddingFiles("last" if engine.config.causal else "mean", "", "")
     options = replace(
         options,
@@ -59,31 +143,7 @@ def with_pooling(
     return options
 
 
-def check_positions(engine: Engine, longest: int) -> None:
-    """Raise UsageError if the longest text has more tokens than an encoder has learned positions."""
-    if not isinstance(engine, DecoderEngine) or engine.config.inputs is None:
-        return
-    positions = engine.config.max_position_embeddings
-    if engine.config.inputs.positions is not None and longest > positions:
-        raise UsageError(
-            f"the longest text has {longest:,} tokens, and the model takes {positions:,}",
-            where="max_length",
-            next_step=f"give --max-length {positions} or lower",
-        )
-
-
-def check_scores_differ(train: PreparedData) -> None:
-    """Raise DataError if the rows rank nothing."""
-    if have_one_target(train.examples.facts(RankedTexts)):
-        raise DataError(
-            "all documents of the rows have the same score, so there is nothing to rank",
-            why="a model that says yes to everything has a loss of 0",
-            next_step="add negatives, which backhand mine --data FILE finds; or train vectors, which need none: "
-            "--objective embed",
-        )
-
-
-def equal_text_notes(options: ObjectiveOptions, train: PreparedData, *, has_dropout: bool) -> tuple[str, ...]:
+def _equal_text_notes(options: ObjectiveOptions, train: PreparedData, *, has_dropout: bool) -> tuple[str, ...]:
     """Return a note if every positive is its anchor, whose vectors then differ by dropout alone.
 
     Args:
@@ -107,28 +167,13 @@ def equal_text_notes(options: ObjectiveOptions, train: PreparedData, *, has_drop
     return ("every positive is its anchor: their vectors differ by the masks of dropout, as in SimCSE",)
 
 
-def format_of(options: ObjectiveOptions) -> TextFormat | None:
-    """Return the way from texts to tokens of a run on vectors or rankings; None for other objectives."""
-    if options.objective == "rank":
-        return RankingFormat(options.instruction)
-    if options.objective != "embed":
-        return None
-    prompts = not_none(options.query_prompt), not_none(options.document_prompt)
-    return EmbeddingFormat(not_none(options.pooling), *prompts)
-
-
-def with_loss(options: ObjectiveOptions, train: PreparedData, held_out: PreparedData | None) -> ObjectiveOptions:
+def _with_loss(options: ObjectiveOptions, train: PreparedData, held_out: PreparedData | None) -> ObjectiveOptions:
     """Return the options with the loss filled in.
 
     Raises:
         UsageError: an option does not fit the loss.
         DataError: the rows do not fit the loss.
     """
-    if options.objective == "rank":
-        for data in (train, held_out):
-            if data is not None:
-                check_targets(options, data.examples)
-        return options
     sets = [data.examples for data in (train, held_out) if data is not None]
     rows = [row for examples in sets for row in examples.facts(TextIdentities)]
     scored = [row.score is not None for row in rows]

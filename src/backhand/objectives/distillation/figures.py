@@ -16,11 +16,12 @@ from typing import Any
 from torch import Tensor
 
 from backhand.data.examples import Example
+from backhand.engines.engine import computing_with
 from backhand.generation.completer import complete_greedily
 from backhand.generation.session import decode
-from backhand.loop.distillation import DistilledPacker, agreement, computing_with
 from backhand.loop.measuring import evenly_spaced
 from backhand.nn.decoder.decoder import Decoder
+from backhand.objectives.distillation.packers import DistilledPacker, agreement
 from backhand.runs.distilled_results import top_1_gain
 from backhand.runs.records import MAX_NEW_TOKENS
 from backhand.runs.summary import DistilledFigures

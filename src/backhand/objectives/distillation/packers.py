@@ -11,13 +11,12 @@ share, so it is computed once per pass.
 
 If the rows contain the answers, or the teacher has sampled them, the teacher's states are computed once. A teacher pass
 then always contains the same rows, whatever the order of the steps and the number of processes, so a resumed run
-computes the same bits. If the adapted model samples the answers of each step, see `distilled_steps`.
+computes the same bits. If the adapted model samples the answers of each step, see `steps`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -28,7 +27,6 @@ from torch import Tensor
 from backhand.data.packing import RowPacker
 from backhand.data.prefix_forest import split_by_prefix
 from backhand.data.stored_examples import PreparedData, StoredExamples, with_totals
-from backhand.engines.engine import Trainable
 from backhand.errors import ResourceError, not_none
 from backhand.loop.hidden_state_cache import StateStore
 from backhand.loop.sampled_answers import PromptPacker, answered
@@ -36,6 +34,7 @@ from backhand.nn.batch import PackedBatch, TeacherStates
 from backhand.nn.decoder.decoder import Decoder
 from backhand.ops.linear_divergence import Divergence, DivergenceKind
 from backhand.options.objectives import ObjectiveOptions
+from backhand.training.work import TeacherPass
 
 
 @dataclass(frozen=True)
@@ -51,26 +50,6 @@ class Lesson:
         """Return the loss that the options describe, with a teacher that has this number of contexts."""
         kind: DivergenceKind = options.resolved().divergence or "forward"
         return cls(Divergence(kind, options.divergence_share), options.divergence_temperature, contexts)
-
-
-@contextmanager
-def computing_with(model: Trainable, values: Tensor | None) -> Iterator[None]:
-    """Compute with other values of the attached adapter inside the context, or without the adapter for None."""
-    lora = not_none(model.lora)
-    own = None if values is None else lora.values.clone()
-    try:
-        if values is None:
-            model.detach()
-        else:
-            lora.values.copy_(values)
-            lora.refresh_compute(model.dtype)
-        yield
-    finally:
-        if own is None:
-            model.attach(lora)
-        else:
-            lora.values.copy_(own)
-            lora.refresh_compute(model.dtype)
 
 
 def _student_and_teacher(rows: PreparedData) -> tuple[PreparedData, StoredExamples]:
@@ -100,11 +79,11 @@ class _TeacherPacker(RowPacker):
             return [list(range(len(self.examples)))]
         return split_by_prefix([example.input_ids for example in self.examples], self._contexts)
 
-    def pass_tokens(self, rows: int, new_tokens: int = 0) -> int:
-        """Return an upper bound of the tokens in a pass over this number of documents, each with further tokens."""
+    def teacher_pass(self, new_tokens: int = 0) -> TeacherPass:
+        """Return the size of passes over these documents, each with further tokens."""
         prefixes = sorted((part.common_prefix for part in self._parts), reverse=True)
         rest = max(int(np.max(part.lengths, initial=0)) - part.common_prefix for part in self._parts)
-        return sum(prefixes[:rows]) + rows * (rest + new_tokens)
+        return TeacherPass(tuple(prefixes), rest + new_tokens)
 
     @cached_property
     def _parts(self) -> list[RowPacker]:
@@ -165,11 +144,12 @@ class DistilledPrompts(PromptPacker):
 
         A prefix that all prompts of the teacher share is stored once.
         """
-        return max(rows * super().longest, self.teacher_pass_tokens(rows))
+        return max(rows * super().longest, self.teacher_pass.tokens(rows))
 
-    def teacher_pass_tokens(self, rows: int) -> int:
-        """Return an upper bound of the tokens in a pass of the teacher over this number of rows."""
-        return self._teacher_packer.pass_tokens(rows, self._new)
+    @property
+    def teacher_pass(self) -> TeacherPass:
+        """Size of the teacher's passes over the prompts with their answers."""
+        return self._teacher_packer.teacher_pass(self._new)
 
 
 class DistilledPacker(RowPacker):
@@ -199,9 +179,10 @@ class DistilledPacker(RowPacker):
         """The rows of each context of the teacher."""
         return self._teacher_packer.groups
 
-    def teacher_pass_tokens(self, rows: int) -> int:
-        """Return an upper bound of the tokens in a pass of the teacher over this number of rows."""
-        return self._teacher_packer.pass_tokens(rows)
+    @property
+    def teacher_pass(self) -> TeacherPass:
+        """Size of the teacher's passes over the rows."""
+        return self._teacher_packer.teacher_pass()
 
     def teacher_passes(self, rows_per_pass: int) -> list[Sequence[int]]:
         """Return the rows of each pass of the teacher over all rows. The rows of a pass have the same context."""

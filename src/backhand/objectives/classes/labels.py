@@ -1,95 +1,19 @@
-"""Choices and checks of a run with a classification head or a score head that depend on its model and its rows."""
+"""The labels of a classification run: their kind and order, and checks of the rows against them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from backhand.adapters.classifier_config import padding_id
-from backhand.data.class_examples import ClassFormat, decimal_comma_note, names_of, not_numbers, problem_of, target_of
+from backhand.data.class_examples import decimal_comma_note, names_of, not_numbers, problem_of, target_of
 from backhand.data.class_lint import check_names, scale_note, texts_at
 from backhand.data.label_names import integers_note, unlearned_note, unlearned_rows
-from backhand.data.rows import INSTRUCTION, NUMBER, SINGLE, ClassLabel, ProblemType
+from backhand.data.rows import NUMBER, SINGLE, ClassLabel, ProblemType
 from backhand.data.stored_examples import PreparedData
-from backhand.engines.decoder_engine import DecoderEngine, with_hidden_states
-from backhand.engines.engine import Engine
 from backhand.errors import DataError, UsageError
-from backhand.loop.objectives.rank import pair_format
-from backhand.loop.rank import no_instruction
-from backhand.nn.decoder.adapted_group import HEAD
-from backhand.nn.loading.source import ModelSource
-from backhand.nn.lora_parameters import AdapterLayout
-from backhand.options.config import TrainConfig
+from backhand.objectives.kinds.head_training import StartingHead
 from backhand.options.objectives import ObjectiveOptions
 from backhand.words import count_of, label_text, name_list
-
-_WITHOUT_CLASS = ("bamba", "falcon_h1", "gemma4_text", "granite", "granitemoehybrid", "lfm2", "nemotron_h")
-"""Model types for which transformers has no class for sequence classification."""
-
-
-@dataclass(frozen=True)
-class StartingHead:
-    """The classification head of the adapter that a run starts from."""
-
-    origin: str  # the adapter
-    outputs: int
-    problem: ProblemType | None = None  # None for an adapter that PEFT wrote
-    labels: tuple[str, ...] = ()  # in the order of the outputs; empty for an adapter that PEFT wrote
-
-
-def trains_head(objective: ObjectiveOptions, engine: Engine) -> bool:
-    """Return True if the objective trains a head on hidden states: labels, or the scores of an encoder."""
-    if objective.objective == "rank":
-        return isinstance(engine, DecoderEngine) and not engine.config.causal
-    return bool(objective.objective == "classify")
-
-
-def not_learned(objective: ObjectiveOptions, engine: Engine) -> tuple[str, ...]:
-    """Return the names of the head's parameters on which the loss does not depend.
-
-    A loss of the softmax over the documents of a query does not change if the same bias is added to all scores.
-    """
-    listed = objective.objective == "rank" and objective.ranking_loss in ("listwise", "listnet")
-    if not listed or not trains_head(objective, engine):
-        return ()
-    names = with_hidden_states(engine, "a score head").config.class_head.parameters
-    return tuple(name for argument, name in names.items() if argument == "output_bias")
-
-
-def head_format(config: TrainConfig, source: ModelSource, engine: Engine, layout: AdapterLayout) -> ClassFormat:
-    """Return the way from a text, or from a query and a document, to its tokens for the head of this model.
-
-    Raises:
-        UsageError: the model or the adapter cannot be trained with a head, or an option does not fit one.
-    """
-    if config.objective.objective == "rank":
-        config.check_states()
-        if config.objective.instruction != INSTRUCTION:
-            raise no_instruction()
-        return pair_format(with_hidden_states(engine, "a score head").config, padding_id(source))
-    decoder = with_hidden_states(engine, "a classification head needs the hidden states of the model").config
-    if any(name.startswith(HEAD) for name in layout.names):
-        raise UsageError(
-            f"the adapter trains {HEAD}, which a classification head does not depend on",
-            where="target_modules",
-            next_step="leave it out of the adapter",
-        )
-    if source.wrapper is not None:
-        raise UsageError(
-            f"a classification head of a {source.wrapper.model_type} model is not supported",
-            where="model",
-            why="the class of the whole model and that of its text model have other names for the head",
-            next_step="choose a text model, or train answers with --objective decide",
-        )
-    return ClassFormat(decoder.class_head.pooling, padding_id(source), config.objective.problem_type)
-
-
-def class_notes(source: ModelSource) -> tuple[str, ...]:
-    """Return a note if transformers cannot load the adapter."""
-    kind = source.config.get("model_type")
-    if kind not in _WITHOUT_CLASS:
-        return ()
-    return (f"transformers has no class for sequence classification of {kind} models; Backhand alone reads the head",)
 
 
 def with_labels(
@@ -197,14 +121,3 @@ def _check_start(start: StartingHead, problem: ProblemType, labels: Sequence[str
             why="training continues with the adapter's own labels, in their order",
             next_step="leave out these options or rows, or leave out from_adapter for a fresh head",
         )
-
-
-def output_count(options: ObjectiveOptions) -> int:
-    """Return the number of outputs of the head."""
-    return len(options.class_labels) or 1
-
-
-def set_outputs(engine: Engine, outputs: int) -> None:
-    """Give the engine's adapters a head with this number of outputs."""
-    assert isinstance(engine, DecoderEngine), "other engines are refused before"
-    engine.labels = outputs

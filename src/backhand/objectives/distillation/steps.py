@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from backhand.engines.engine import Trainable
+from backhand.engines.engine import Trainable, computing_with
 from backhand.generation.sampling import Sampled, at_temperature
-from backhand.loop.distillation import DistilledPrompts, computing_with
 from backhand.loop.hidden_state_cache import MemoryStateStore
 from backhand.loop.sampled_answers import AnswerSampler, answer_measures
 from backhand.loop.step import AdapterOptimizer, StepResult, StepWork, training_step
 from backhand.nn.decoder.decoder import Decoder
+from backhand.objectives.distillation.packers import DistilledPrompts
 
 
 @dataclass(eq=False)
@@ -54,7 +54,7 @@ class DistilledSteps:
         self,
         model: Trainable,
         optimizer: AdapterOptimizer,
-        step: int,  # noqa: ARG002 - the protocol has it for messages
+        step: int,
         rows: Sequence[int],
         rate: float,
     ) -> StepResult:
@@ -79,6 +79,9 @@ class DistilledSteps:
             mean_over=supervised,
         )
         return training_step(model, optimizer, work, processes, rate)
+
+    def finished(self) -> None:
+        """Do nothing: there are no proofs."""
 
     def repeated(self) -> DistilledSteps:
         """Return these steps, which have no guards."""

@@ -13,26 +13,22 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from backhand.data.chat import stopping_role_ids
-from backhand.data.decisions import DecisionRow
 from backhand.data.examples import Example
 from backhand.data.held_out import neutral_prompts
 from backhand.data.options import TemplateOptions
 from backhand.data.row_encoder import Prompt
 from backhand.data.rows import PromptRow
-from backhand.engines.engine import BoundModel
-from backhand.errors import CheckError, DataError, UsageError, not_none
+from backhand.engines.engine import BoundModel, computing_with
+from backhand.errors import CheckError, DataError, UsageError
 from backhand.generation.completer import complete_greedily
 from backhand.generation.labels import Labels, longest_label
-from backhand.generation.loading import LoadedModel
+from backhand.generation.loading import LoadedModel, stop_ids
 from backhand.generation.session import GenerationSession
-from backhand.loop.decision_scores import Outcome, fit_temperatures
-from backhand.loop.distillation import computing_with
 from backhand.loop.evaluate import EvaluationRows, score
 from backhand.loop.measuring import HeldOut, evenly_spaced
 from backhand.nn.loading.source import ModelSource
@@ -41,8 +37,7 @@ from backhand.options.config import TrainConfig
 from backhand.printing import counting
 from backhand.runs.records import MAX_NEW_TOKENS
 from backhand.runs.row_changes import row_scores, share_gain
-from backhand.runs.summary import AnswerLengths, NeutralAnswer
-from backhand.words import mean_interval
+from backhand.runs.summary import NeutralAnswer
 
 _LONGEST_PROMPT = 1024
 
@@ -66,13 +61,24 @@ class HeldOutAnswer:
     adapted_p: dict[str, float] | None = None
 
 
+class GeneratedAnswers(NamedTuple):
+    """Greedy answers to held-out rows as token ids."""
+
+    examples: Sequence[Example]  # the rows
+    base: Sequence[Sequence[int]]  # empty if the run started from an adapter and no `compared_rows` are given
+    adapted: Sequence[Sequence[int]]
+    start: Sequence[Sequence[int]] | None  # of the adapter that the run started from; None without one
+    stops: Collection[int]  # tokens that end an answer
+    limit: int  # largest number of tokens of an answer
+
+
 @dataclass(frozen=True)
 class FreeAnswers:
     """Greedy answers at the end of a run, of the model before the run and with the adapter."""
 
     held_out: tuple[HeldOutAnswer, ...]
-    lengths: AnswerLengths | None  # None if the rows are no pairs
     neutral: tuple[NeutralAnswer, ...]  # empty if the chat template refuses the prompts
+    generated: GeneratedAnswers
 
     @property
     def same(self) -> str | None:
@@ -86,27 +92,17 @@ class FreeAnswers:
         return "".join(json.dumps(asdict(answer)) + "\n" for answer in shown)
 
 
-def stop_ids(source: ModelSource, template: TemplateOptions) -> tuple[int, ...]:
-    """Return the tokens that end an answer."""
-    return (*source.stop_token_ids(), *stopping_role_ids(source.tokenizer(), template))
-
-
-_MEASURED_PAIRS = 8
-"""Number of pairs whose free answers are measured, if the report shows fewer."""
-
-
 def answered_rows(examples: Sequence[Example], config: TrainConfig, *, fixed: bool = False) -> tuple[int, int]:
     """Return the largest number of rows that `free_answers` answers with the adapter, and with the model before it.
 
     Args:
         examples: the held-out rows.
         config: the configuration of the run.
-        fixed: True if other files have answers of evenly spaced rows, so that the same rows are shown.
+        fixed: True if the rows shown are evenly spaced, as in other files.
     """
-    pairs = config.objective.traits.rows == "pairs"
-    count = max(config.run.answers, _MEASURED_PAIRS if pairs else 0)
+    count = config.run.answers
     fixed = fixed or config.objective.traits.trains_on_samples
-    short = not pairs and not fixed and all(0 < end - begin <= _LABEL_TOKENS for begin, end in _spans(examples))
+    short = not fixed and all(0 < end - begin <= _LABEL_TOKENS for begin, end in spans_of(examples))
     return _CANDIDATES * count if short else count, count
 
 
@@ -115,7 +111,7 @@ def answered_at_once(micro_batch_rows: int) -> int:
 
     The memory plan covers as many rows as a micro-batch has. A few short answers take less than a step.
     """
-    return max(_FEW_ROWS, micro_batch_rows)
+    return max(FEW_ROWS, micro_batch_rows)
 
 
 def free_answers(
@@ -123,8 +119,10 @@ def free_answers(
     source: ModelSource,
     examples: Sequence[Example],
     config: TrainConfig,
+    *,
     prompted: Mapping[int, str] = MappingProxyType({}),
     start: Tensor | None = None,
+    compared_rows: int | None = None,
 ) -> FreeAnswers:
     """Answer evenly spaced held-out rows and the neutral prompts.
 
@@ -136,16 +134,15 @@ def free_answers(
         examples: the held-out rows.
         config: the configuration of the run, with the number of rows that the report shows.
         prompted: answers of the teacher in distillation, by row.
-        start: values of the adapter that the run started from, whose answers come first; None for the base model. Of
-            pairs, the base model's answers are measured as well.
+        start: values of the adapter that the run started from, whose answers come first; None for the base model.
+        compared_rows: answer this number of evenly spaced rows, also with the base model; None for those to show.
     """
     model, tokenizer, stops = bound.completer(), source.tokenizer(), stop_ids(source, config.data)
     new_tokens = max(1, min(MAX_NEW_TOKENS, model.context_tokens // 2))
     longest = min(_LONGEST_PROMPT, model.context_tokens - new_tokens)
-    pairs = config.objective.traits.rows == "pairs"
-    if config.objective.traits.rows == "labels":  # an undesirable answer is no reference
-        examples = [example for example in examples if example.desirable] or examples
-    candidates, count = answered_rows(examples, config, fixed=bool(prompted))
+    candidates = count = compared_rows or 0
+    if compared_rows is None:
+        candidates, count = answered_rows(examples, config, fixed=bool(prompted))
     chosen = {number: examples[number] for number in evenly_spaced(len(examples), candidates)}
     of_teacher = {example.source: prompted.get(number) for number, example in chosen.items()}
     every = ((example, *_parts(example, longest)) for example in chosen.values())
@@ -174,7 +171,9 @@ def free_answers(
         if start is not None:
             with computing_with(bound.model, start):
                 started = completions(adapter=True, who="adapter that the run started from")
-        base = completions(adapter=False, others=start is None) if pairs or start is None else []
+        base = []
+        if compared_rows is not None or start is None:
+            base = completions(adapter=False, others=start is None)
         before = base if started is None else started
     finally:
         bound.model.attach(bound.lora)
@@ -194,42 +193,14 @@ def free_answers(
         )
         for (question, _), old, new in zip(questions, before[first:], adapted[first:], strict=True)
     ]
-    paired = [example for example, _, _ in parts] if pairs else []
-    of_start = None if started is None else started[:first]
-    lengths = _lengths(paired, base[:first], adapted[:first], of_start, frozenset(stops), new_tokens)
-    return FreeAnswers(tuple(held_out), lengths, tuple(neutral))
+    generated = GeneratedAnswers(
+        *([example for example, _, _ in parts], base[:first], adapted[:first]),
+        *(None if started is None else started[:first], frozenset(stops), new_tokens),
+    )
+    return FreeAnswers(tuple(held_out), tuple(neutral), generated)
 
 
-def decided_answers(
-    rows: Iterable[DecisionRow], base: Sequence[Outcome], adapted: Sequence[Outcome], count: int
-) -> tuple[HeldOutAnswer, ...]:
-    """Return the decisions of base and adapter on up to `count` questions of rows, about half of them mistakes.
-
-    Args:
-        rows: the held-out rows.
-        base, adapted: the outcome of every question of every row. The temperatures are fitted to those of the adapter.
-        count: number of questions to return.
-    """
-    prompts = [one.question.prompt(row.state, one.question.canonical_order) for row in rows for one in row.asked]
-    temperatures = fit_temperatures(adapted)
-    answers = []
-    for prompt, before, after in zip(prompts, base, adapted, strict=True):
-        names = after.question.option_names
-        p = before.probabilities(1.0), after.probabilities(temperatures.get(after.question.type, 1.0))
-        reference, of_base, of_adapted = (names[int(one.argmax())] for one in (after.targets, *p))
-        base_p, adapted_p = (dict(zip(names, one.tolist(), strict=True)) for one in p)
-        answers.append(
-            HeldOutAnswer(
-                *(after.source, prompt, ((prompt, False),), reference, of_base, of_adapted),
-                base_p=base_p,
-                adapted_p=adapted_p,
-            )
-        )
-    numbers = rows_to_show([one.reference for one in answers], [one.adapted for one in answers], count)
-    return tuple(answers[number] for number in numbers)
-
-
-_FEW_ROWS = 4
+FEW_ROWS = 4
 _LABEL_TOKENS = 16
 """Largest number of tokens of answers that are cheap to generate for more rows than are shown."""
 _CANDIDATES = 4
@@ -251,7 +222,8 @@ def rows_to_show(references: Sequence[str], answers: Sequence[str], count: int) 
     return sorted((first + others)[:count])
 
 
-def _spans(examples: Iterable[Example]) -> Iterator[tuple[int, int]]:
+def spans_of(examples: Iterable[Example]) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of each row's last answer, in tokens."""
     return (example.last_answer for example in examples)
 
 
@@ -291,46 +263,6 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def _lengths(
-    pairs: Sequence[Example],
-    base: Sequence[Sequence[int]],
-    adapted: Sequence[Sequence[int]],
-    started: Sequence[Sequence[int]] | None,
-    stops: Collection[int],
-    limit: int,
-) -> AnswerLengths | None:
-    """Return the mean lengths of free answers and of the answers in pairs; None if no pair was answered."""
-    if not pairs:
-        return None
-
-    def mean(counts: Iterable[int]) -> float:
-        return sum(counts) / len(pairs)
-
-    def tokens(example: Example) -> int:
-        begin, end = example.last_answer
-        return sum(1 for _ in itertools.takewhile(lambda token: token not in stops, example.input_ids[begin:end]))
-
-    def cut_off(answers: Sequence[Sequence[int]]) -> float:
-        return mean(len(ids) >= limit for ids in answers)
-
-    lengths = AnswerLengths(
-        rows=len(pairs),
-        limit=limit,
-        base=mean(map(len, base)),
-        adapted=mean(map(len, adapted)),
-        chosen=mean(map(tokens, pairs)),
-        rejected=mean(tokens(not_none(example.rejected)) for example in pairs),
-        base_cut_off=cut_off(base),
-        adapted_cut_off=cut_off(adapted),
-    )
-    if started is not None:
-        lengths |= {"start": mean(map(len, started)), "start_cut_off": cut_off(started)}
-    before = base if started is None else started
-    changes = [len(new) - len(old) for old, new in zip(before, adapted, strict=True)]
-    lengths["length_change"] = mean_interval(changes) if len(changes) > 1 else None
-    return lengths
-
-
 SHORT_TOKENS = 128
 EXTRA_TOKENS = 8
 """Number of tokens that an answer may be longer than the longest reference, to detect answers that do not end."""
@@ -352,7 +284,7 @@ def measured_answers(
     """Return the fields of summary.json on exact match and label scores, before the run and of the adapted model.
 
     The rows are evenly spaced among the held-out rows whose prompt leaves room for an answer. The result is empty if
-    an answer is long, if the rows are plain text, or if the objective compares or samples answers.
+    an answer is long, or if the rows are plain text.
 
     Args:
         bound: the model with the adapter to answer with, which is attached again afterwards.
@@ -364,9 +296,8 @@ def measured_answers(
         stopped: returns True if the measurement is to stop. It is called before each of the two models.
         start: values of the adapter that the run started from; None for the base model.
     """
-    spans = list(_spans(examples))
-    own_answers = config.objective.objective == "sft" or config.objective.traits.answers_from == "rows"
-    if not own_answers or not all(0 < end - begin <= SHORT_TOKENS for begin, end in spans):
+    spans = list(spans_of(examples))
+    if not all(0 < end - begin <= SHORT_TOKENS for begin, end in spans):
         return {}
     model, new_tokens = bound.completer(), max(end - begin for begin, end in spans) + EXTRA_TOKENS
     examples = [
@@ -403,7 +334,7 @@ def measured_answers(
         bound.model.attach(bound.lora)
     return {
         "exact_match_rows": len(chosen),
-        "free_texts": _are_free_texts(prompts, [end - begin for begin, end in _spans(chosen)]),
+        "free_texts": _are_free_texts(prompts, [end - begin for begin, end in spans_of(chosen)]),
         "base_exact_match": base.exact_match,
         "adapted_exact_match": adapted.exact_match,
         "exact_match_gain": share_gain(base.row_matches, adapted.row_matches) if base.row_matches else None,

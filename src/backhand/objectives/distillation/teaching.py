@@ -11,100 +11,79 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 from backhand.data.packing import RowPacker
-from backhand.distributed.communicator import Communicator
+from backhand.engines.engine import computing_with
 from backhand.errors import not_none
+from backhand.generation.loading import stop_ids
 from backhand.generation.sampling import at_temperature
 from backhand.generation.session import decode
 from backhand.json_shape import ShapeError, convert, load
-from backhand.loop.answers import stop_ids
-from backhand.loop.distillation import DistilledPacker, DistilledPrompts, computing_with
-from backhand.loop.distilled_steps import DistilledSteps
 from backhand.loop.hidden_state_cache import DiskStateStore, MemoryStateStore, StateStore
 from backhand.loop.sampled_answers import AnswerSampler, share_cut_off
 from backhand.loop.step_plan import derived_seed
 from backhand.nn.decoder.decoder import Decoder
+from backhand.objectives.distillation.packers import DistilledPacker, DistilledPrompts
+from backhand.objectives.distillation.steps import DistilledSteps
 from backhand.printing import counting
 from backhand.reading import read_plain
 from backhand.runs.directory import TEACHER_ANSWERS, RunDirectory
-from backhand.training.loaded_run import LoadedRun
-from backhand.training.reference import Start, remember_start
+from backhand.training.hooks import RunContext
+from backhand.training.reference import remember_start
+from backhand.training.run_inputs import RunInputs
 from backhand.words import count_of
 
 _Answers = dict[str, list[list[int]]]
 """Token ids of the answers to the prompts of each set, `train` and `held_out`."""
 
 
-def teach(
-    run: LoadedRun,
-    directory: RunDirectory,
-    processes: Communicator,
-    start: Start,
-    notify: Callable[[str], None],
-    resources: ExitStack,
-) -> LoadedRun:
-    """Return the run with the teacher's answers as rows and with the teacher's states.
+def teach(run: RunContext) -> RunInputs:
+    """Return the inputs with the teacher's answers as rows and with the teacher's states.
 
-    Held-out prompts are always answered by the teacher, unless the rows contain the answers. A run without a teacher,
-    and training prompts that the adapted model answers, are returned unchanged.
-
-    Args:
-        run: the loaded run.
-        directory: the run directory.
-        processes: the processes that share the sampling.
-        start: the model that the run starts from, which is the teacher.
-        notify: receives a sentence if stored answers are sampled again, many were cut off, or states do not fit on the
-            disk.
-        resources: closes files at the end of the run.
+    Held-out prompts are always answered by the teacher, unless the rows contain the answers. Training prompts that the
+    adapted model answers are returned unchanged.
 
     Raises:
         CheckError: the adapter that the run started from has changed.
         ResourceError: there is no room for the states.
     """
-    inputs = run.inputs
+    inputs, model = run.inputs, run.bound.model
     packers: dict[str, RowPacker | None] = {"train": inputs.packer, "held_out": inputs.held_out_packer}
-    if not isinstance(inputs.packer, DistilledPacker | DistilledPrompts):
-        return run
-    remember_start(run, directory, processes, start)
-    model = run.bound.model
+    remember_start(run)
     assert isinstance(model, Decoder)
     prompts = {name: one for name, one in packers.items() if isinstance(one, DistilledPrompts)}
     if run.config.objective.traits.trains_on_samples:
         prompts.pop("train", None)
-    with computing_with(model, start.values):
+    with computing_with(model, run.start.values):
         if prompts:
-            answers = _answers(run, directory, processes, start, prompts, notify)
-            _warn_of_cut_off(run, [answer for of_set in answers.values() for answer in of_set], notify)
+            answers = _answers(run, prompts)
+            _warn_of_cut_off(run, [answer for of_set in answers.values() for answer in of_set])
             packers |= {name: one.answered(range(len(one.examples)), answers[name]) for name, one in prompts.items()}
         for packer in packers.values():
             if isinstance(packer, DistilledPacker):
-                _compute_states(run, packer, directory, notify, resources)
+                _compute_states(run, packer)
     train, held_out = packers["train"], packers["held_out"]
-    inputs = replace(
+    return replace(
         inputs,
         packer=not_none(train),
         train=train.rows if isinstance(train, DistilledPacker) else inputs.train,
         held_out_packer=held_out,
         held_out=held_out.rows if isinstance(held_out, DistilledPacker) else None,
     )
-    return replace(run, plan=replace(run.plan, inputs=inputs))
 
 
-def distilled_steps(run: LoadedRun, processes: Communicator, start: Start) -> DistilledSteps:
+def distilled_steps(run: RunContext) -> DistilledSteps:
     """Return the steps of a run in which the adapted model samples the answers."""
     assert isinstance(run.inputs.packer, DistilledPrompts)
-    sampler = _sampler(run, processes, "answer")
-    return DistilledSteps(sampler, run.inputs.packer, start.values, run.plan.memory.micro_batch_rows)
+    return DistilledSteps(_sampler(run, "answer"), run.inputs.packer, run.start.values, run.micro_batch_rows)
 
 
-def _sampler(run: LoadedRun, processes: Communicator, purpose: str) -> AnswerSampler:
+def _sampler(run: RunContext, purpose: str) -> AnswerSampler:
     seed, stops = run.config.run.seed, stop_ids(run.inputs.source, run.config.data)
     return AnswerSampler(
-        run.config.rewards, 1, stops, lambda *numbers: derived_seed(seed, purpose, *numbers), processes
+        run.config.rewards, 1, stops, lambda *numbers: derived_seed(seed, purpose, *numbers), run.processes
     )
 
 
@@ -112,13 +91,7 @@ _STATES_IN_MEMORY_BYTES = 2**28
 """Largest total size of the teacher's states of a set of rows in memory; larger ones are on the run's disk."""
 
 
-def _compute_states(
-    run: LoadedRun,
-    packer: DistilledPacker,
-    directory: RunDirectory,
-    notify: Callable[[str], None],
-    resources: ExitStack,
-) -> None:
+def _compute_states(run: RunContext, packer: DistilledPacker) -> None:
     model = run.bound.model
     assert isinstance(model, Decoder)
     shape = packer.state_tokens, model.config.hidden_size, model.dtype
@@ -126,29 +99,22 @@ def _compute_states(
     if sum(packer.state_tokens) * model.config.hidden_size * model.dtype.itemsize <= _STATES_IN_MEMORY_BYTES:
         store = MemoryStateStore(*shape)
     else:
-        store = DiskStateStore(directory.files, directory.path, *shape, notify)
-        resources.callback(store.close)
-    passes = packer.teacher_passes(run.plan.memory.micro_batch_rows)
+        store = DiskStateStore(run.directory.files, run.directory.path, *shape, run.notify)
+        run.resources.callback(store.close)
+    passes = packer.teacher_passes(run.micro_batch_rows)
     with counting("teacher's states", len(passes), "passes") as done:
         packer.learn_from(model, store, passes, done)
 
 
-def _answers(
-    run: LoadedRun,
-    directory: RunDirectory,
-    processes: Communicator,
-    start: Start,
-    prompts: Mapping[str, DistilledPrompts],
-    notify: Callable[[str], None],
-) -> _Answers:
+def _answers(run: RunContext, prompts: Mapping[str, DistilledPrompts]) -> _Answers:
     """Return the teacher's answers to all prompts, from the file or sampled and stored."""
-    digest = _digest(run, start)
+    digest, directory, processes = _digest(run), run.directory, run.processes
     counts = {name: len(one.examples) for name, one in prompts.items()}
-    on_main = _read(directory, digest, counts, notify) if processes.is_main_process else None
+    on_main = _read(directory, digest, counts, run.notify) if processes.is_main_process else None
     stored: _Answers | None = processes.broadcast_object(on_main)
     if stored is not None:
         return stored
-    sampler, model = _sampler(run, processes, "teacher's answer"), run.bound.model
+    sampler, model = _sampler(run, "teacher's answer"), run.bound.model
     assert isinstance(model, Decoder)
     answers: _Answers = {}
     with at_temperature(model, run.config.rewards.temperature):
@@ -168,21 +134,21 @@ _MOST_CUT_OFF = 0.1
 """Largest share of the teacher's answers that may be cut off without a warning."""
 
 
-def _warn_of_cut_off(run: LoadedRun, answers: Sequence[Sequence[int]], notify: Callable[[str], None]) -> None:
+def _warn_of_cut_off(run: RunContext, answers: Sequence[Sequence[int]]) -> None:
     share = share_cut_off(answers, stop_ids(run.inputs.source, run.config.data))
     if share > _MOST_CUT_OFF:
         limit = run.config.rewards.max_new_tokens
-        notify(
+        run.notify(
             f"warning: {share:.0%} of the teacher's {count_of(len(answers), 'answer')} were cut off at {limit} tokens, "
             "so that the adapter learns no end from them: give a larger --max-new-tokens, or ask for shorter answers"
         )
 
 
-def _digest(run: LoadedRun, start: Start) -> str:
+def _digest(run: RunContext) -> str:
     """Return the SHA-256 of everything that the answers depend on, apart from the machine."""
     identity = run.identity.facts
     facts = {name: identity[f"{name}_digest"] for name in ("data", "held_out", "settings")}
-    facts |= {"frozen": start.frozen_digest, "start": start.adapter_digest}
+    facts |= {"frozen": run.start.frozen_digest, "start": run.start.adapter_digest}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
