@@ -47,8 +47,8 @@ class _ObjectiveName(Options):
 
     @property
     def strength(self) -> float:
-        """`beta`, or its default."""
-        return float(self.resolved().beta)
+        """`beta`, or its default; 0 for objectives without it."""
+        return float(self.resolved().beta or 0.0)
 
     def resolved(self) -> ObjectiveOptions:
         """Return the options with all defaults filled in."""
