@@ -53,7 +53,7 @@ def _form(rows: str, **options: Any) -> dict[str, Any]:
 
 
 def _baked(**options: Any) -> dict[str, Any]:
-    return _form("contexts", **{"context": "the assistant answers in json", "max_new_tokens": 6, **options})
+    return _form("contexts", **{"context": "the assistant answers in json", **options})
 
 
 def _rewarded(**options: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def _rewarded(**options: Any) -> dict[str, Any]:
 
 FORMS = {
     "sft": _form("answers"),
-    "sft/chats": _form("chats", weight_decay=0.1, micro_batch_rows=2),
+    "sft/chats": _form("chats", weight_decay=0.1, micro_batch_rows=3),
     "sft/texts": _form("texts"),
     "sft/labels": _form("named"),
     "dpo": _form("pairs"),
@@ -81,19 +81,19 @@ FORMS = {
     "decide/random": _form("choices", state="text", question={"team": "Which?"}, option_order="random", option_rows=0),
     "decide/shares": _form("shares"),
     "decide/smooth": _form("named", label_smoothing=0.1),
-    "bake": _baked(),
-    "bake/student": _baked(answers_from="student"),
+    "bake": _baked(max_new_tokens=6),
+    "bake/student": _baked(answers_from="student", max_new_tokens=6),
     "bake/rows": _baked(answers_from="rows", divergence="reverse"),
     "bake/mixture": _baked(answers_from="rows", divergence="jensen-shannon", divergence_temperature=2.0),
-    "bake/column": _baked(context="contexts", context_column="file"),
+    "bake/column": _baked(context="contexts", context_column="file", max_new_tokens=6),
     "sdft": _form("answers", max_new_tokens=6),
     "sdft/moving": _form("answers", max_new_tokens=6, teacher_update_rate=0.5, divergence="forward"),
     "embed": _form("vectors"),
     "embed/symmetric": _form("vectors", embedding_loss="symmetric", pooling="mean"),
-    "embed/triplet": _form("vectors", embedding_loss="triplet", pooling="cls"),
+    "embed/triplet": _form("vectors", embedding_loss="triplet", pooling="cls", model="encoder"),
     "embed/cosent": _form("scored"),
     "embed/labels": _form("labelled"),
-    "embed/matryoshka": _form("vectors", matryoshka_dims=(16, 30), query_prompt="asks: ", micro_batch_rows=2),
+    "embed/matryoshka": _form("vectors", matryoshka_dims=(16, 30), query_prompt="asks: ", micro_batch_rows=3),
     "embed/encoder": _form("vectors", model="encoder"),
     "rank": _form("ranked", positive_weight=2.0),
     "rank/listwise": _form("ranked", ranking_loss="listwise", instruction="find it"),
@@ -111,7 +111,7 @@ _QUICK = {*FORMS} - {"sft", "dpo", "ipo", "orpo", "simpo", "kto", "grpo", "decid
                      "embed", "rank", "rank/encoder", "classify"}  # fmt: skip
 _OPTIONS = {
     "model": "decoder", "dtype": "float32", "threads": 1, "rank": 3, "learning_rate": 3e-3, "max_steps": 4,
-    "batch_rows": 4, "eval_every": 2, "save_every": 2,
+    "batch_rows": 4, "micro_batch_rows": 2, "eval_every": 2, "save_every": 2,
 }  # fmt: skip
 _DIGESTED = (
     "adapter_model.safetensors", "adapter_config.json", "backhand.json", "metrics.jsonl", "summary.json",
@@ -394,6 +394,10 @@ def main() -> int:
         keep = (given.keep or Path(directory, "runs")).resolve()
         found = record(names, given.source.resolve(), keep, given.jobs)
     target.write_text(json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, ways in found.items():
+        for way in {"resumed", "two"} & {*ways} if "one" in ways else ():
+            if changed := [file for file in ways[way]["bits"] if ways[way]["bits"][file] != ways["one"]["bits"][file]]:
+                print(f"{name}: {way} differs from one in {' '.join(changed)}")
     print(f"{len(names)} forms recorded in {time.monotonic() - began:.0f} s")
     return 0
 
