@@ -712,7 +712,9 @@ def test_columns_suggest_what_to_learn(header: str, row: str, suggested: dict[st
     ]
     (tmp_path / "rows.csv").write_text("\n".join([header, *rows]))
     first = first_rows(str(tmp_path / "rows.csv"))
-    assert {name: first.get(name) for name in suggested} == suggested and len(first["rows"]) == 5
+    objective, columns = next(iter(first["suggested"].items()))
+    found = {"objective": objective, **columns}
+    assert {name: found.get(name) for name in suggested} == suggested and len(first["rows"]) == 5
     assert first["columns"] == re.split("[,;]", header)
 
 
@@ -723,7 +725,7 @@ def test_numbers_with_a_few_blemishes_are_no_part_of_the_text(blemish: str, tmp_
     rows[7] = rows[7].replace("up", "Up")
     rows[11] = rows[11].replace("down", "")
     (tmp_path / "rows.csv").write_text("\n".join(["Mean;Tweet;Verdict", *rows]))
-    assert first_rows(str(tmp_path / "rows.csv"))["state"] == "Tweet"
+    assert first_rows(str(tmp_path / "rows.csv"))["suggested"]["decide"]["state"] == "Tweet"
 
 
 def test_the_page_says_that_it_proposes_a_text_of_several_columns(client: Client) -> None:

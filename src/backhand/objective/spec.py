@@ -54,6 +54,7 @@ class Spec:
     Attributes:
         name: value of `--objective`.
         row_kinds: kinds of rows that this objective defines, by name, each the text `module:name` of its `RowKind`.
+        page: text `module:name` of its `objective.page.Page`; "" if the studio does not offer it.
         options: text `module:name` of the class of its options; "" without any.
         has_rewards: the options of rewards are read.
         reads: names of the options that it reads, of those that not all objectives read.
@@ -62,6 +63,7 @@ class Spec:
 
     name: str
     row_kinds: Mapping[str, str] = MappingProxyType({})
+    page: str = ""
     options: str = ""
     has_rewards = False
     reads: tuple[str, ...] = ()

@@ -34,11 +34,7 @@ from backhand.studio import queue
 from backhand.studio.access import SANDBOX_POLICY, Refused, refusal
 from backhand.studio.commands import CommandError
 from backhand.studio.draft import (
-    CHECKS,
     MORE,
-    OBJECTIVES,
-    OF_ENCODERS,
-    ROLES,
     Draft,
     FieldError,
     can_be_tried,
@@ -49,7 +45,10 @@ from backhand.studio.draft import (
     is_owned,
     more_for,
     of_answers,
+    offered,
     other_objective,
+    pages,
+    roles_of,
 )
 from backhand.studio.runs import (
     MAX_NEW_TOKENS,
@@ -193,6 +192,7 @@ async def _run_page(site: Site, request: Request) -> Response:
                 if (one.to, one.options) in usable
             },
             "objective": "" if record is None else record.objective,
+            "offered": offered("" if record is None else record.objective),
             "trained_on": "" if record is None else _text_of_training(record),
             "can_try": record is not None and _can_be_tried(run, record.summary.get("try_next") or ""),
             "made": site.space.exported(run.name) if site.workspace is not None else [],
@@ -212,7 +212,7 @@ def _form_of(run: ListedRun) -> Draft:
 
 def _text_of_training(record: RunRecord) -> str:
     """Return the column of the texts of a run, or the text with columns in braces; "" if none is named."""
-    text = record.config.get("data", {}).get("state" if record.objective == "decide" else "prompt")
+    text = record.config.get("data", {}).get(offered(record.objective).text_option)
     if not isinstance(text, str) or not text:
         return ""
     return f"the text {text}, with the columns in braces filled in" if has_columns(text) else f"the column {text}"
@@ -415,15 +415,13 @@ async def _first_rows_part(site: Site, request: Request) -> Response:
         first = outcome.json()
     except CommandError as error:
         return site.failure(request, error, _steps(draft, ["data"]))
-    objectives = OBJECTIVES
+    possible = pages()
     if await _is_encoder(site, request, draft):
-        objectives = {name: OBJECTIVES[name] for name in OF_ENCODERS}
-        if first["objective"] == "decide":  # it has no answers to compare, but a head
-            first |= {"objective": "classify", "prompt": first["state"], "completion": first["question"]}
-        elif first["objective"] not in objectives:
-            first |= {"objective": "embed"}
+        possible = {name: page for name, page in possible.items() if page.fits_encoders}
+    objective = next(name for name in first["suggested"] if name in possible)
+    first |= {"objective": objective, **first["suggested"][objective]}
     context = site.space.context(draft.get("context")).read_text("utf-8") if draft.get("context") else ""
-    values = {"first": first, "draft": draft, "objectives": objectives, "roles": ROLES, "checks": CHECKS}
+    values = {"first": first, "draft": draft, "pages": possible, "roles": roles_of()}
     values["errors"] = draft.errors() | draft.missing_columns(first["columns"])
     is_table = data_suffix(path) in (".csv", ".tsv")
     return site.part("rows", **values, context=context, is_table=is_table)
@@ -482,6 +480,7 @@ async def _lint_part(site: Site, request: Request) -> Response:
         "leave_out": leave_out,
         "other_file": draft.query(data=""),
         "objective": draft.objective,
+        "offered": offered(draft.objective),
         "complete": complete,
     }
     can_leave_out = report["errors"] and report["skip_with"] and (complete or not mostly_bad)
@@ -544,7 +543,9 @@ async def _plan_part(site: Site, request: Request) -> Response:
         return _not_possible(site, request, draft, error)
     site.planned.add(tuple(words))
     busy = any(run.at_work for run in all_runs(site.space))
-    return site.part("plan", plan=outcome.json(), words=words, busy=busy, objective=draft.objective)
+    return site.part(
+        "plan", plan=outcome.json(), words=words, busy=busy, objective=draft.objective, traits=draft.traits
+    )
 
 
 def _not_possible(site: Site, request: Request, draft: Draft, error: CommandError) -> Response:

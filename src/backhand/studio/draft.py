@@ -13,74 +13,42 @@ from dataclasses import MISSING, dataclass, is_dataclass
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 from urllib.parse import urlencode
 
 from backhand.bounds import Bound, Count, check_value, hints_of, split_hint, union_members
 from backhand.cli.commands import COMMANDS
 from backhand.cli.option_fields import OptionField, option_fields
-from backhand.data.options import columns_named
+from backhand.data.options import LintRunOptions, columns_named
 from backhand.errors import UsageError
 from backhand.nn.model_options import is_hub_id
+from backhand.objective.page import Page, Role
+from backhand.objective.registry import names, objectives, part, recorded_traits
+from backhand.objective.spec import Traits
 from backhand.options.config import TrainConfig
 from backhand.options.objectives import objectives_with
-from backhand.options.rewards import SAMPLING
 from backhand.studio.workspace import Workspace
-from backhand.words import nearest_names, shorten
-
-OBJECTIVES = {
-    "sft": "Answers: the model learns to answer as the rows do",
-    "decide": "Decisions: the model chooses between fixed answers, with a probability for each",
-    "dpo": "Pairs (DPO): the model learns which of two answers is better",
-    "orpo": "Pairs (ORPO): the model learns the better answers themselves, and which of two is better",
-    "simpo": "Pairs (SimPO): as DPO, without comparing with the base model",
-    "kto": "Good and bad answers: each answer has a label (KTO)",
-    "embed": "Vectors for search: texts that belong together get similar vectors",
-    "rank": "Rankings: each document gets a score for a query",
-    "classify": "Labels or a number: a head on the model gives them, also on encoders such as BERT",
-    "grpo": "Rewards: the model tries answers, and checks reward the right ones (GRPO)",
-    "bake": "A long prompt: the model answers without it as it answers with it",
-}
-"""Objectives of the page, with a description."""
-OF_ENCODERS = ("embed", "rank", "classify")
-"""Objectives that an encoder can learn, which has no language-model head."""
+from backhand.words import nearest_names
 
 
-class Role(NamedTuple):
-    """A column that an objective reads."""
-
-    name: str  # `prompt` and `completion` have options of their own; any other name is one of `--columns`
-    label: str
-    optional: bool = False  # rows need no such column
+def pages() -> dict[str, Page]:
+    """Return the objectives that the page offers, by name."""
+    return {spec.name: part(spec.page) for spec in objectives() if spec.page}
 
 
-_QUESTION = Role("prompt", "Question")
-ROLES: Mapping[str, tuple[Role, ...]] = {
-    "sft": (_QUESTION, Role("completion", "Answer")),
-    "dpo orpo simpo": (_QUESTION, Role("chosen", "Better answer"), Role("rejected", "Worse answer")),
-    "kto": (_QUESTION, Role("completion", "Answer"), Role("label", "Is it good? (true or false, yes or no, 1 or 0)")),
-    "embed": (
-        Role("prompt", "First text, such as a question"),
-        Role("completion", "Text that belongs to it"),
-        Role("negative", "Similar text that does not belong to it", optional=True),
-        Role("score", "How much both belong together (a number, or yes and no)", optional=True),
-    ),
-    "rank": (
-        Role("prompt", "Query"),
-        Role("completion", "Document"),
-        Role("negative", "Document that does not fit", optional=True),
-        Role("score", "How well the document fits (a number, or yes and no)", optional=True),
-    ),
-    "classify": (Role("prompt", "Text"), Role("completion", "Label, or number to predict")),
-    "grpo": (_QUESTION, Role("answer", "Right answer, for the checks that compare with it", optional=True)),
-    "bake": (_QUESTION,),
-}
-"""Columns of each objective other than `decide`, by the names of the objectives that have the same."""
+def offered(objective: str) -> Page:
+    """Return an objective on the page; no objective yet is the first one."""
+    known = pages()
+    return known.get(objective) or next(iter(known.values()))
 
 
-def _roles(objective: str) -> tuple[Role, ...]:
-    """Return the columns of an objective, () for `decide`; no objective yet is `sft`."""
-    return next((roles for names, roles in ROLES.items() if (objective or "sft") in names.split()), ())
+def roles_of() -> dict[str, tuple[Role, ...]]:
+    """Return columns by the names of the objectives that have the same ones."""
+    names: dict[tuple[Role, ...], str] = {}
+    for name, page in pages().items():
+        if page.roles:
+            names[page.roles] = f"{names.get(page.roles, '')} {name}".strip()
+    return {joined: roles for roles, joined in names.items()}
 
 
 _LABELS = {
@@ -88,15 +56,6 @@ _LABELS = {
     "reward_length": "the length of answers",
 }
 """Names of numbers outside "more"."""
-_OWN_OPTIONS = ("prompt", "completion")
-_OF_SCORED_TEXTS = {"prompt": "sentence1", "completion": "sentence2"}
-"""Names of the texts of a row of vectors that has a score."""
-CHECKS = {
-    "exact": "The answer is exactly that of the row",
-    "number": "The last number of the answer is the last number of the row's answer",
-}
-"""Built-in rewards without an argument. Rewards that are code or name a file are not offered."""
-
 MORE = {
     "adapter": (
         *("rank", "alpha", "dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules"),
@@ -120,7 +79,6 @@ MORE = {
 PACKAGED = ("smollm2-135m", "all-minilm-l6-v2")
 """Models inside PyPI packages. Their names in `nn.loading.stores` cannot be imported without torch."""
 _STORED_NAME = re.compile(r"(?:ollama|lmstudio):[\w./:-]+")
-_QUESTIONS = 3
 
 
 def is_owned(name: str) -> bool:
@@ -144,16 +102,11 @@ def more_for(objective: str) -> dict[str, tuple[OptionField, ...]]:
     return {section: fields for section, fields in by_section.items() if fields}
 
 
-_HAVING = {"option_order": ("decide",), "option_rows": ("decide",), "group": ("grpo",)} | dict.fromkeys(
-    SAMPLING, ("grpo", "bake")
-)
-"""Objectives of options outside the section `objective`."""
-
-
 def _is_for(objective: str, option: str) -> bool:
-    """Return True if an objective uses an option; no objective yet is `sft`."""
-    having = _HAVING.get(option) or objectives_with(option)
-    return not having or (objective or "sft") in having
+    """Return True if an objective uses an option; no objective yet is the first one."""
+    known = pages()
+    having = {*objectives_with(option), *(name for name, page in known.items() if option in page.reads)}
+    return not having or (objective or next(iter(known))) in having
 
 
 def choices_of(field: OptionField) -> tuple[str, ...]:
@@ -233,6 +186,11 @@ class Draft:
         return self.get("objective")
 
     @property
+    def traits(self) -> Traits:
+        """Facts of the objective."""
+        return recorded_traits({"objective": self.objective} if self.objective else {})
+
+    @property
     def model(self) -> str:
         """Name or path of the model."""
         return self.get("typed_model") or self.get("model") or PACKAGED[0]
@@ -245,8 +203,7 @@ class Draft:
     @property
     def learns(self) -> str:
         """Title of the objective, with the columns that are chosen for it."""
-        deciding = ("state", "question0", "question1", "question2")
-        names = deciding if self.objective == "decide" else [role.name for role in _roles(self.objective)]
+        names = offered(self.objective).column_fields()
         columns = [column for name in names if (column := self.get(f"typed_{name}") or self.get(name))]
         return _title(self.objective) + (f" ({', '.join(columns)})" if columns else "")
 
@@ -270,26 +227,14 @@ class Draft:
 
     def data_words(self, workspace: Workspace) -> list[str]:
         """Return the options of the rows. Raises FieldError: there are none, or this page may not read them."""
-        words = [f"--data={self.rows_path(workspace)}"]
-        if self.objective == "decide":
-            words += [*self._options("state"), *self._question_words()]
-        else:
-            words += self._column_words()
+        words = [f"--data={self.rows_path(workspace)}", *offered(self.objective).column_words(self)]
         if self.get("eval_fraction"):
-            words.append(f"--eval-fraction={self._number('eval_fraction')}")
+            words.append(f"--eval-fraction={self.number('eval_fraction')}")
         return words
 
-    def _question_words(self) -> list[str]:
-        """Return the options of the questions. Raises FieldError: one has no column with its answers."""
-        words = []
-        for number in range(_QUESTIONS):
-            column, asked = self.get(f"question{number}"), self.get(f"asked{number}")
-            if asked and not column:
-                step = "choose the column with its answers, or remove the question"
-                raise FieldError(f"asked{number}", f"the question “{shorten(asked)}” has no answers", next_step=step)
-            if column:
-                words.append(f"--question={column}={asked}" if asked else f"--question={column}")
-        return words
+    def refused(self, field: str, what: str, next_step: str) -> FieldError:
+        """Return the error of a field that is not possible."""
+        return FieldError(field, what, next_step=next_step)
 
     def rows_path(self, workspace: Workspace) -> Path:
         """Return the path of the rows. Raises FieldError: there are none, or this page may not read them."""
@@ -301,48 +246,24 @@ class Draft:
 
     def columns(self) -> list[str]:
         """Return the columns of the rows that the form names."""
-        names = ("state", *(f"question{number}" for number in range(_QUESTIONS)))
-        fields = names if self.objective == "decide" else [role.name for role in _roles(self.objective)]
+        fields = offered(self.objective).column_fields()
         typed = (column for name in fields for column in columns_named(self.get(f"typed_{name}")))
         chosen = (self.get(name) for name in fields if not self.get(f"typed_{name}"))
         return [*typed, *filter(None, chosen)]
 
-    def _column_words(self) -> list[str]:
-        """Return the options of the columns."""
-        given = {role.name: self.get(f"typed_{role.name}") or self.get(role.name) for role in _roles(self.objective)}
-        if self.objective == "embed" and given["score"]:
-            given = {_OF_SCORED_TEXTS.get(name, name): text for name, text in given.items() if name != "negative"}
-        columns = {name: text for name, text in given.items() if text}
-        return [
-            f"--{name}={text}" if name in _OWN_OPTIONS else f"--columns={name}={text}" for name, text in columns.items()
-        ]
-
     def _objective_words(self, workspace: Workspace) -> list[str]:
         """Return the options of the objective and of what it needs. Raises UsageError: it is incomplete."""
-        if self.objective in ("", "sft"):
+        if self.objective in ("", next(iter(pages()))):
             return []
-        words = [f"--objective={self.objective}"]
-        if self.objective == "grpo":
-            rewards = [name for name in CHECKS if self.get(f"reward_{name}")]
-            if self.get("reward_length"):
-                rewards.append(f"length:{self._number('reward_length')}")
-            if pattern := self.get("reward_regex"):
-                rewards.append(f"regex:{pattern}")
-            if not rewards:
-                raise FieldError("reward_exact", "no check is chosen", next_step="choose a check")
-            words += [f"--reward={name}" for name in rewards]
-        if self.objective == "bake":
-            if not self.get("context"):
-                raise FieldError("context_text", "there is no prompt", next_step="write or paste it")
-            words.append(f"--context={workspace.context(self.get('context'))}")
-        return words
+        return [f"--objective={self.objective}", *offered(self.objective).words(self, workspace.context)]
 
     def errors(self) -> dict[str, str]:
         """Return the errors of all numbers and questions, by their field."""
         errors = {}
-        numbers = ("eval_fraction", *(["reward_length"] if self.objective == "grpo" else []), *self._numbers())
-        checks: list[Callable[[], object]] = [self._question_words] if self.objective == "decide" else []
-        checks += [partial(self._number, name) for name in numbers if self.get(name) and self.get(name) not in _WORDS]
+        page = offered(self.objective)
+        numbers = ("eval_fraction", *page.numbers(), *self._numbers())
+        checks: list[Callable[[], object]] = [partial(page.column_words, self)]
+        checks += [partial(self.number, name) for name in numbers if self.get(name) and self.get(name) not in _WORDS]
         for check in checks:
             try:
                 check()
@@ -365,7 +286,7 @@ class Draft:
         shown = (field for fields in more_for(self.objective).values() for field in fields)
         return [f"more.{field.name}" for field in shown if {int, float} & {*union_members(field.hint)}]
 
-    def _number(self, name: str) -> str:
+    def number(self, name: str) -> str:
         """Return a number as the command line reads it: `20%` and `0,2` are 0.2.
 
         Raises:
@@ -401,9 +322,6 @@ class Draft:
 
     def lint_words(self, workspace: Workspace, listed: Iterable[str]) -> list[str]:
         """Return the words of `lint`. Raises UsageError as `model_words` and `data_words`."""
-        flags = {"decide": "--decisions", "kto": "--labels", "embed": "--embeddings", "rank": "--rankings"}
-        flags |= {"classify": "--classes"} | dict.fromkeys(("grpo", "bake"), "--prompts")
-        flags |= dict.fromkeys(("dpo", "orpo", "simpo"), "--pairs")
         self._objective_words(workspace)  # what is missing for the objective is said before the check
         more = [name for name in MORE["data"] if name not in ("option_order", "option_rows")]
         words = [
@@ -411,7 +329,8 @@ class Draft:
             *self.data_words(workspace),
             *self._more([*more, "problem_type", "ranking_loss"]),
         ]
-        return ["lint", *words, *filter(None, [flags.get(self.objective)])]
+        rows = offered(self.objective).lint_rows or self.traits.rows
+        return ["lint", *words, *([f"--{rows}"] if hasattr(LintRunOptions, rows) else [])]
 
     def run_words(self, workspace: Workspace, listed: Iterable[str]) -> list[str]:
         """Return the options of `train` and `plan`. Raises UsageError as `model_words` and `data_words`."""
@@ -430,13 +349,9 @@ class Draft:
             # An earlier choice of the objective may have left options that the page no longer shows.
             if value and value != default_of(field) and _is_for(self.objective, name):
                 if {int, float} & {*union_members(field.hint)} and value not in _WORDS:
-                    value = self._number(f"more.{name}")
+                    value = self.number(f"more.{name}")
                 words.append(f"{field.option}={value}")
         return words
-
-    def _options(self, *names: str) -> list[str]:
-        given = ((name, self.get(f"typed_{name}") or self.get(name)) for name in names)
-        return [f"--{name}={text}" for name, text in given if text]
 
 
 def changed_run(suggested: str, config: Path, output: Path) -> list[str]:
@@ -472,7 +387,7 @@ _OF_AN_OBJECTIVE = ("learning_rate", *MORE["objective"])
 def other_objective(suggested: str, form: Draft) -> Draft | None:
     """Return the draft of a run with the objective that a suggested command has, or None if it is that of the run."""
     named = re.match(r"backhand train .*--objective (\w+)", suggested)
-    if named is None or named[1] not in OBJECTIVES or named[1] == form.objective or not form.fields:
+    if named is None or named[1] not in pages() or named[1] == form.objective or not form.fields:
         return None
     left_out = {f"more.{name}" for name in _OF_AN_OBJECTIVE}
     return Draft({name: text for name, text in form.fields.items() if name not in left_out} | {"objective": named[1]})
@@ -483,7 +398,6 @@ _OPTION = re.compile(
     r"(?:(\w+)=)?('[^']*'(?:\"'\"'[^']*')*|[\w./:%]*[\w%]))?"
 )
 """An option after `add`, its name, and its value, which may be `NAME=VALUE`. A conjunction or a verb is no value."""
-_SEVERAL = re.compile(rf"--objective ((?:(?:{'|'.join(OBJECTIVES)})(?:, | or ))+(?:{'|'.join(OBJECTIVES)}))\b")
 _NAMES = "|".join(entry.name for entry in COMMANDS)
 _COMMAND = re.compile(rf"`?(?<!/)\bbackhand ({_NAMES})\b(?: --help explains every option)?`?")
 _TYPED = re.compile(r"(?:(?<=Try: )backhand train|(?<!/)\bbackhand [a-z]+(?= --(?!help))).*")
@@ -493,8 +407,7 @@ _COMMANDS = {
     "lint": "the check of the rows",
     "plan": "the prediction",
     "models": "the step “Model”",
-    **dict.fromkeys(("generate", "chat", "decide", "classify"), "“Try a prompt”"),
-    "embed": "“Compare two texts”",
+    "chat": "“Try a prompt”",
     "export": "“Use the adapter elsewhere”",
 }
 """Parts of the page that do what a command does, by its name."""
@@ -556,7 +469,7 @@ def _named_option(line: str) -> str:
 def help_on_page(text: str) -> str:
     """Return the help of an option with the names of the fields and objectives of the page."""
     by_name = {field.name: field.name.replace("_", " ") for fields in more_fields().values() for field in fields}
-    by_name |= {name: _title(name) for name in OBJECTIVES}
+    by_name |= {name: _title(name) for name in pages()}
     text = re.sub(r", see docs/\w+\.md", "", text)
     return re.sub(r"`([^`]*)`", lambda word: f"“{by_name.get(word[1], word[1])}”", text)
 
@@ -575,7 +488,7 @@ def _place_of(command: str) -> str:
     if can_be_tried(command):
         return "“Try again with the suggested change”"
     name = command.split()[1]
-    return "" if name == "train" or "--data" in command else _COMMANDS.get(name, "")
+    return "" if name == "train" or "--data" in command else _part_of_page(name)
 
 
 def _column_on_page(option: str, key: str, value: str, objective: str) -> tuple[str, str]:
@@ -586,7 +499,7 @@ def _column_on_page(option: str, key: str, value: str, objective: str) -> tuple[
     """
     own, every = (
         {role.name: f"“{role.label.partition(' (')[0]}”" for role in roles}
-        for roles in (_roles(objective), chain.from_iterable(ROLES.values()))
+        for roles in (offered(objective).roles, chain.from_iterable(page.roles for page in pages().values()))
     )
     if option == "question" and key:
         return "", "“The question that they answer”"
@@ -633,7 +546,7 @@ def _line_on_page(line: str, objective: str) -> str:
         place = name + under
         if field is not None and field.hint is bool:
             return f"set {place} to yes{f' {word}' if word else ''}" if add else f"{place}{f' {word}' if word else ''}"
-        is_value = add or word.isupper() or word in OBJECTIVES or re.search(r"^'|[\d:_]", word)
+        is_value = add or word.isupper() or word in names() or re.search(r"^'|[\d:_]", word)
         if word in ("COLUMN", "FILE"):
             return place + end
         if is_value or (field is not None and word in choices_of(field)):
@@ -643,17 +556,27 @@ def _line_on_page(line: str, objective: str) -> str:
 
     if "--eval-fraction" in line:  # the page has this field for both
         line = re.sub(r",? or --eval-data(?: FILE)?(?: with [a-z ]+)?", "", line)
-    labels = {role.name: f"“{role.label.partition(' (')[0]}”" for role in _roles(objective)}
+    labels = {role.name: f"“{role.label.partition(' (')[0]}”" for role in offered(objective).roles}
     labels = labels or {name: _PLACES[name] for name in ("state", "question")}
     line = _ROLE.sub(lambda role: labels.get(role[0], role[0]), line)
-    line = _SEVERAL.sub(lambda several: f"“What to learn” ({re.sub(r'[a-z]{3,}', _titled, several[1])})", line)
+    name = "|".join(names())
+    of_several = rf"--objective ((?:(?:{name})(?:, | or ))+(?:{name}))\b"
+    line = re.sub(of_several, lambda several: f"“What to learn” ({re.sub(r'[a-z]{3,}', _titled, several[1])})", line)
     line = re.sub(r"\b(another|larger|no) the ", r"\1 ", _OPTION.sub(named, line))
-    return _COMMAND.sub(lambda match: _COMMANDS.get(match[1], f"{match[0].strip('`')} in a terminal"), line)
+    return _COMMAND.sub(lambda match: _part_of_page(match[1]) or f"{match[0].strip('`')} in a terminal", line)
+
+
+def _part_of_page(command: str) -> str:
+    """Return the part of the page that does what a command does, or ""."""
+    tries = {page.command: page.compares for page in pages().values() if page.command}
+    if command in tries:
+        return "“Compare two texts”" if tries[command] else "“Try a prompt”"
+    return _COMMANDS.get(command, "")
 
 
 def _title(objective: str) -> str:
     """Return the short name of an objective on the page."""
-    return OBJECTIVES.get(objective, objective).partition(":")[0]
+    return pages()[objective].title.partition(":")[0] if objective in pages() else objective
 
 
 def _titled(match: re.Match[str]) -> str:

@@ -32,6 +32,7 @@ from backhand.runs.directory import (
     SUMMARY,
 )
 from backhand.runs.status import RunStatus, is_running, read_status, state_of
+from backhand.studio.draft import offered
 from backhand.studio.queue import Job, read_job, waiting
 from backhand.studio.workspace import Workspace, is_possible
 from backhand.system import terminate
@@ -268,14 +269,10 @@ def asking_words(run: ListedRun, prompt: str) -> list[str]:
     words = [f"--model={model}", f"--adapter={adapter}"]
     if run.at_work:
         words.append("--threads=1")  # training uses the others
-    if record.objective == "classify":
-        return ["classify", *words, f"--text={prompt}"]
-    if record.objective == "embed":
-        return ["embed", *words, "--data=texts.jsonl"]
     if isinstance(template := data.get("chat_template"), str):
         words.append(f"--chat-template={template}")
-    if record.objective == "decide":
-        return ["decide", *words, f"--state={prompt}"]
+    if (asked := offered(record.objective).asking(words, prompt)) is not None:
+        return asked
     if isinstance(system := record.rows.get("system"), str):
         words.append(f"--system={system}")
     labels = ["--labels=auto"] if record.summary.get("labels") else []

@@ -12,6 +12,7 @@ from backhand.objective.spec import Spec, Traits
 
 class _SFT(Spec):
     name = "sft"
+    page = "backhand.objectives.answers.page:PAGE"
     row_kinds = {"answers": "backhand.objectives.answers.rows:ANSWERS"}
 
     def traits(self, options: Any) -> Traits:

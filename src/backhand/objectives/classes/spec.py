@@ -13,6 +13,7 @@ from backhand.objective.spec import Spec, Traits
 class _Classify(Spec):
     name = "classify"
     training = "backhand.objectives.classes.training:ClassifyTraining"
+    page = "backhand.objectives.classes.page:PAGE"
     options = "backhand.objectives.classes.options:ClassOptions"
     reads = ("problem_type", "class_labels")
     row_kinds = {"classes": "backhand.objectives.classes.rows:CLASSES"}

@@ -13,6 +13,7 @@ from backhand.objective.spec import Spec, Traits
 class _Decide(Spec):
     name = "decide"
     training = "backhand.objectives.decisions.training:DecideTraining"
+    page = "backhand.objectives.decisions.page:PAGE"
     options = "backhand.objectives.decisions.options:DecisionOptions"
     reads = ("label_smoothing",)
     row_kinds = {

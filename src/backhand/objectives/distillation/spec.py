@@ -30,6 +30,7 @@ class _Distilled(Spec):
 class _Bake(_Distilled):
     name = "bake"
     training = "backhand.objectives.distillation.training:DistilledTraining"
+    page = "backhand.objectives.distillation.page:PAGE"
     reads = ("context", "context_column", "answers_from", *_OF_DIVERGENCE)
 
     def traits(self, options: Any) -> Traits:

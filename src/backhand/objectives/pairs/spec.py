@@ -35,6 +35,7 @@ class _Compared(Spec):
     ) -> None:
         self.name, self._traits, self.reads, self.usual_beta = name, traits, ("beta", *reads), usual_beta
         self.forms = forms
+        self.page = "" if name == "ipo" else f"backhand.objectives.pairs.page:{name.upper()}"
 
     def traits(self, options: Any) -> Traits:
         return self._traits

@@ -15,6 +15,7 @@ from backhand.objectives.rankings.options import check_weight
 class _Rank(Spec):
     name = "rank"
     training = "backhand.objectives.rankings.training:RankTraining"
+    page = "backhand.objectives.rankings.page:PAGE"
     options = "backhand.objectives.rankings.options:RankingOptions"
     reads = ("ranking_loss", "positive_weight", "instruction")
     row_kinds = {

@@ -16,6 +16,7 @@ from backhand.objectives.kinds.options import check_size
 class _GRPO(Spec):
     name = "grpo"
     training = "backhand.objectives.rewards.training:RewardTraining"
+    page = "backhand.objectives.rewards.page:PAGE"
     has_rewards = True
     options = "backhand.objectives.rewards.options:RewardLossOptions"
     reads = ("beta",)

@@ -15,6 +15,7 @@ from backhand.objectives.vectors.options import check_loss
 class _Embed(Spec):
     name = "embed"
     training = "backhand.objectives.vectors.training:EmbedTraining"
+    page = "backhand.objectives.vectors.page:PAGE"
     options = "backhand.objectives.vectors.options:VectorOptions"
     reads = (
         *("pooling", "embedding_loss", "similarity_scale", "triplet_margin", "matryoshka_dims"),
