@@ -61,7 +61,20 @@ USABLE: dict[str, tuple[Any, dict[str, float]]] = {
     "tree, an answer too deep to follow": (TREE, {"[" * 400 + "]" * 400: 0}),
     "answer too deep to read": (TREE, {"[" * 100_000: 0, '{"a":' * 50_000: 0}),
     "not a number": ({"type": "number"}, {"NaN": 0, "Infinity": 0, "-Infinity": 0, "1.5": 1}),
-    "number beyond float64": ({"multipleOf": 0.1}, {"1" * 400: 0, "1e999": 0}),
+    "number beyond float64": ({"multipleOf": 0.1}, {"1" * 400: 1, "1e999": 0, "1" * 400 + ".0": 0}),
+    "multiple of a decimal": (
+        {"multipleOf": 0.1},
+        {"0.3": 1, "0.7": 1, "-1.1": 1, "1e22": 1, "3": 1, "0": 1, "0.35": 0, "1e-9": 0, '"0.35"': 1},
+    ),
+    "multiple of a decimal, by draft 3 and a reference to the whole": (
+        {
+            "$schema": "http://json-schema.org/draft-03/schema#",
+            "divisibleBy": 0.01,
+            "multipleOf": 5,
+            "properties": {"price": {"$ref": "#"}},
+        },
+        {'{"price": 19.99}': 1, '{"price": 0.07}': 1, '{"price": 0.005}': 0},
+    ),
     "number of too many digits": ({"type": "integer"}, {"9" * 5000: 0, "9" * 4000: 1}),
     "half a surrogate pair": ({"type": "string", "maxLength": 1}, {'"\\ud800"': 1}),
     "names that occur twice": ({"required": ["a"]}, {'{"a": 1, "a": 2}': 1}),

@@ -23,8 +23,9 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -174,8 +175,6 @@ def _json(place: str) -> Callable[[Answer], float]:
             return 0.0
         try:
             return float(validator.is_valid(value))
-        except OverflowError:  # a number beyond float64 has no remainder
-            return 0.0
         except RecursionError:
             if _depth(value) > _DEEP:
                 return 0.0
@@ -220,7 +219,24 @@ def _validator(place: str) -> Any:
 
     whole = Resource.from_contents(schema, default_specification=DRAFT202012)
     follow(whole, REGISTRY.resolver_with_root(whole))
-    return checker(schema, registry=REGISTRY)
+    if isinstance(schema, dict):  # else a reference to the whole schema would be followed by jsonschema's own class
+        schema = {word: value for word, value in schema.items() if word != "$schema"}
+    own = {word: _multiple_of for word in ("multipleOf", "divisibleBy") if word in checker.VALIDATORS}
+    return jsonschema.validators.extend(checker, own)(schema, registry=REGISTRY)
+
+
+def _multiple_of(validator: Any, factor: float, value: Any, _: Any) -> Iterator[Exception]:
+    """Yield an error unless the decimals of `value` are a multiple of those of `factor`, as in 0.3 = 3 x 0.1."""
+    import jsonschema
+
+    if not validator.is_type(value, "number"):
+        return
+    if value in (math.inf, -math.inf) or (_fraction(value) / _fraction(factor)).denominator != 1:
+        yield jsonschema.ValidationError(f"{value!r} is not a multiple of {factor}")
+
+
+def _fraction(number: float) -> Fraction:
+    return Fraction(number if isinstance(number, int) else repr(number))
 
 
 def _no_json(constant: str) -> None:
