@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -346,8 +347,6 @@ def test_values_beyond_the_type_are_an_error(tiny: Any, tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_a_name_is_refused_for_gguf(tiny: Any, tmp_path: Path) -> None:
-    import shutil
-
     base = tmp_path / "base"
     shutil.copytree(tiny.directory, base)
     described = json.loads((base / "tokenizer.json").read_text())
@@ -359,9 +358,22 @@ def test_a_tokenizer_without_a_name_is_refused_for_gguf(tiny: Any, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-def test_proofs_go_to_the_run_that_the_adapter_belongs_to(tiny: Any, tmp_path: Path) -> None:
-    import shutil
+def test_a_gguf_file_is_compared_in_its_own_precision(tiny: Any, tmp_path: Path) -> None:
+    """transformers gives a base that it converts from a GGUF file the numbers of that file as they are in float32."""
+    base = Path(shutil.copytree(tiny.directory, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    for eps in (9.999999747378752e-06, 0.1):
+        (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": eps}))
+        output = merge(base, tiny.adapters["plain"], tmp_path / f"{eps}.gguf")
+    other = config | {"rms_norm_eps": 1e-6, "intermediate_size": 5, "rope_parameters": {"rope_theta": 7.0}}
+    (base / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ArtifactError) as caught:
+        merging.check_same_model(open_model(base), open_model(output), untied=False)
+    sizes = f"intermediate_size: 5 -> {config['intermediate_size']}"
+    assert f"differ: {sizes}, norm_eps: 1e-06 -> 0.1, rotary.0.theta: 7.0 -> 10" in str(caught.value)
 
+
+def test_proofs_go_to_the_run_that_the_adapter_belongs_to(tiny: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny.adapters["plain"], run / "adapter")
     (run / "config.toml").write_text("")

@@ -37,6 +37,7 @@ from backhand.interop.options import (
 from backhand.interop.proving import WRITING, BlockWalk, Prover, difference
 from backhand.interop.sentence_transformers import kind_of, prove_sentence_transformers, write_files
 from backhand.kernels.dequantize import native_dtype
+from backhand.nn.decoder.config_facts import changed_fields, flat_config
 from backhand.nn.families.class_heads import ClassHead
 from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family import DecoderConfig, RotaryConfig
@@ -304,8 +305,12 @@ def check_same_model(source: ModelSource, written: ModelSource, *, untied: bool,
         theirs = decoder_config(written.config)
     except UnsupportedModel as error:
         raise _cannot_hold(written, f"the written model has {'; '.join(error.problems)}") from None
-    if _comparable(ours, untied) != _comparable(theirs, untied) or not _same_angles(ours, theirs):
-        raise _cannot_hold(written, "the written model has another configuration")
+    same_angles = _same_angles(ours, theirs)
+    before, now = (flat_config(_comparable(config, untied, angles=not same_angles)) for config in (ours, theirs))
+    changed = changed_fields(before, now, in_float32=isinstance(written, GGUFModel))
+    if changed or not same_angles:
+        fields = ", ".join(changed) or "the angles of the rotary embedding"
+        raise _cannot_hold(written, f"the base and the written model differ: {fields}")
     try:
         tokenizer = source.tokenizer()
     except ArtifactError:
@@ -329,12 +334,12 @@ def _cannot_hold(written: ModelSource, why: str) -> ArtifactError:
     )
 
 
-def _comparable(config: DecoderConfig, untied: bool) -> DecoderConfig:
+def _comparable(config: DecoderConfig, untied: bool, *, angles: bool) -> DecoderConfig:
     # Without windows, the files of Llama and Mistral are equal, angles may be stated in several ways, and gate and up
     # may be one module (Granite 4). Special ids may come from the config or from the tokenizer, and do not change the
     # computation. A file does not state the form of a score head, and an architecture has only one.
     tied = config.tied_head and not untied
-    config = replace(config, family="", groups=(), rotary=(), class_head=ClassHead())
+    config = replace(config, family="", groups=(), rotary=config.rotary if angles else (), class_head=ClassHead())
     return replace(config, eos_token_ids=(), padding_id=None, tied_head=tied)
 
 

@@ -13,7 +13,10 @@ from dataclasses import MISSING, fields, is_dataclass
 from math import isinf
 from typing import Any, cast
 
+import numpy as np
+
 from backhand.nn.families.config_fields import UNREAD, UnsupportedModel
+from backhand.nn.families.family import DecoderConfig
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.families.neutral_fields import NEUTRAL
 from backhand.nn.loading.source import ModelSource
@@ -50,20 +53,39 @@ def config_differences(before: Mapping[str, Any], now: Mapping[str, Any], *, acr
     """Return the changed fields as `name: before -> now, …`, or None if the two are equal.
 
     Args:
-        across_files: leave out a rotary scaling that one side states as a rule and the other as its factors, which is
-            how a GGUF file stores the rule of its directory.
+        across_files: one side may be a GGUF file, which stores numbers in float32. A rotary scaling that one side
+            states as a rule and the other as its factors, as such a file does, is left out.
     """
     names = sorted({*before, *now})
     if across_files:
         names = [name for name in names if not _is_other_form_of_scaling(name, before, now)]
     if before.get(_PARSED_BY) != now.get(_PARSED_BY):
         names = [_PARSED_BY]  # the names of the two forms have nothing in common
-    changed = [name for name in names if before.get(name) != now.get(name)]
-    if not changed:
-        return None
-    shown = [f"{name}: {_shown(before, name)} -> {_shown(now, name)}" for name in changed[:_MOST_SHOWN]]
-    more = len(changed) - len(shown)
-    return ", ".join([*shown, f"and {more} more"] if more else shown)
+    changed = changed_fields(
+        *({name: facts.get(name) for name in names} for facts in (before, now)), in_float32=across_files
+    )
+    more = len(changed) - _MOST_SHOWN
+    return ", ".join([*changed[:_MOST_SHOWN], f"and {more} more"] if more > 0 else changed) or None
+
+
+def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any], *, in_float32: bool = False) -> list[str]:
+    """Return `name: before -> now` of each changed field, sorted. `in_float32` compares numbers in this precision."""
+    stored = _in_float32 if in_float32 else _as_json
+    changed = [name for name in sorted({*before, *now}) if stored(before.get(name)) != stored(now.get(name))]
+    return [f"{name}: {_shown(before, name)} -> {_shown(now, name)}" for name in changed]
+
+
+def flat_config(config: DecoderConfig) -> dict[str, Any]:
+    """Return the fields of a parsed configuration that are not at their default, by dotted name."""
+    return dict(_flat(config, ""))
+
+
+def _in_float32(value: Any) -> Any:
+    """Return a JSON value with its numbers rounded to float32."""
+    if isinstance(value, list | tuple):
+        return [_in_float32(one) for one in value]
+    with np.errstate(over="ignore"):
+        return float(np.float32(value)) if isinstance(value, float) else value
 
 
 def _is_other_form_of_scaling(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -73,7 +95,7 @@ def _is_other_form_of_scaling(name: str, before: Mapping[str, Any], now: Mapping
 
 
 def _shown(facts: Mapping[str, Any], name: str) -> str:
-    return str(facts[name]) if name in facts else "default"
+    return str(facts[name]) if facts.get(name) is not None else "default"
 
 
 def _flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
