@@ -946,6 +946,7 @@ def test_prompts_for_a_baked_adapter_are_answered_by_its_teacher(trained: Any, t
     shutil.copytree(trained.adapter, adapter)
     record = json.loads((adapter / "backhand.json").read_text())
     record["config"]["objective.objective"] = "bake"
+    del record["labels"]
     (adapter / "backhand.json").write_text(json.dumps(record))
     with pytest.raises(DataError) as refused:
         backhand.evaluate(data=[{"prompt": "the user asks"}], adapter=adapter, model=tiny.model)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import pytest
 
-from backhand.json_shape import ShapeError, convert, fitting, load
+from backhand.json_shape import Rule, ShapeError, convert, fitting, load
 
 
 class Point(TypedDict):
@@ -54,6 +54,19 @@ def test_a_value_of_the_shape_is_converted() -> None:
 def test_a_value_of_another_shape_is_named(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ShapeError, match=f"^{message}$"):
         convert(GOOD | changed, Drawing)
+
+
+SIZES = dict[Literal["choice", "score"], Annotated[float, Rule(lambda size: size > 0, "a number above 0")] | None]
+
+
+def test_rules_and_keys_are_checked() -> None:
+    assert convert({"choice": 1, "score": None}, SIZES) == {"choice": 1.0, "score": None}
+    with pytest.raises(ShapeError, match=r"^sizes.choice is -1, not a number above 0$"):
+        convert({"choice": -1}, SIZES, "sizes")
+    with pytest.raises(ShapeError, match=r'^the key "other" of sizes is a string, not \'choice\' or \'score\'$'):
+        convert({"other": 1}, SIZES, "sizes")
+    with pytest.raises(ShapeError, match=r"^choice is a string, not a number or null$"):
+        convert({"choice": "1"}, SIZES)
 
 
 def test_a_missing_field_and_another_kind_of_value_are_named() -> None:

@@ -1,8 +1,9 @@
 """Type checks for JSON that is read back from a file.
 
 A shape is a type: `bool`, `int`, `float`, `str`, `None`, `Any`, a `Literal`, a union of these, `list[X]`,
-`dict[str, X]`, `tuple[X, ...]`, `tuple[X, Y]`, a dataclass or a `TypedDict`. `load` accepts a value that has the shape,
-and nothing else. `fitting` keeps the parts of a value that have it.
+`dict[K, X]`, `tuple[X, ...]`, `tuple[X, Y]`, a dataclass or a `TypedDict`. `Annotated[X, Rule(…)]` adds a rule for the
+value. `load` accepts a value that has the shape, and nothing else. `fitting` keeps the parts of a value that have the
+right types.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
@@ -21,6 +22,13 @@ T = TypeVar("T")
 
 class ShapeError(ValueError):
     """A JSON value of another type than expected; the message names the place and both types."""
+
+
+class Rule(NamedTuple):
+    """A rule for a value of the right type, such as a range."""
+
+    holds: Callable[[Any], bool]
+    expected: str  # the values that it allows, after "not"
 
 
 def parse(data: bytes | str) -> Any:
@@ -36,16 +44,19 @@ def load(data: bytes | str, shape: type[T]) -> T:
     return convert(parse(data), shape)
 
 
-def convert(value: object, shape: type[T]) -> T:
+def convert(value: object, shape: type[T], place: str = "") -> T:
     """Return a JSON value as an instance of its shape: dataclasses are built, tuples and floats are made.
 
     Fields without a default must be present. Unknown fields are ignored in a dataclass and kept in a TypedDict.
     Integers must fit into 64 bits.
 
+    Args:
+        place: name of the value in an error.
+
     Raises:
-        ShapeError: some part has another type.
+        ShapeError: some part has another type, or breaks a rule.
     """
-    converted: T = _convert(value, shape, "")
+    converted: T = _convert(value, shape, place)
     return converted
 
 
@@ -72,7 +83,13 @@ def fitting(value: object, shape: Any) -> Any:
 def _convert(value: Any, shape: Any, place: str) -> Any:
     origin, arguments = get_origin(shape), get_args(shape)
     if origin is Annotated:
-        return _convert(value, arguments[0], place)
+        converted = _convert(value, arguments[0], place)
+        for rule in arguments[1:]:
+            if isinstance(rule, Rule) and not rule.holds(converted):
+                raise ShapeError(
+                    f"{place or 'it'} is {json.dumps(value, ensure_ascii=False)[:60]}, not {rule.expected}"
+                )
+        return converted
     if origin in (Union, types.UnionType):
         return _convert(value, _member(value, shape, place), place)
     if origin is list and isinstance(value, list):
@@ -85,6 +102,8 @@ def _convert(value: Any, shape: Any, place: str) -> Any:
             _convert(one, kind, f"{place}[{i}]") for i, (one, kind) in enumerate(zip(value, expected, strict=True))
         )
     if origin is dict and isinstance(value, dict):
+        for key in value:
+            _convert(key, arguments[0], f"the key {json.dumps(key)} of {place or 'it'}")
         return {key: _convert(one, arguments[1], _below(place, key)) for key, one in value.items()}
     if _is_record(shape) and isinstance(value, dict):
         found = {}
@@ -135,9 +154,9 @@ def _those_fitting(parts: typing.Iterable[tuple[Any, Any]]) -> Iterator[Any]:
 def _member(value: object, union: Any, place: str) -> Any:
     """Return the first member of a union whose kind of JSON value this is."""
     for member in get_args(union):
-        origin = get_origin(member)
+        origin = get_origin(_plain(member))
         kinds = dict if _is_record(member) else list if origin is tuple else origin
-        if isinstance(value, kinds) if kinds in (dict, list) else _is_scalar(value, member):
+        if isinstance(value, kinds) if kinds in (dict, list) else _is_scalar(value, _plain(member)):
             return member
     raise ShapeError(f"{place or 'it'} is {_name(value)}, not {_expected(union)}")
 
@@ -168,12 +187,14 @@ def _is_record(shape: Any) -> bool:
 
 @functools.cache
 def _fields(shape: Any) -> tuple[_Field, ...]:
-    hints = typing.get_type_hints(shape)
+    hints = typing.get_type_hints(shape, include_extras=True)
     if typing.is_typeddict(shape):
         # The required keys of postponed annotations contain those that are marked NotRequired.
-        marked = typing.get_type_hints(shape, include_extras=True)
-        required = {name for name in shape.__required_keys__ if get_origin(marked[name]) is not typing.NotRequired}
-        return tuple(_Field(name, hint, name in required) for name, hint in hints.items())
+        optional = {name for name, hint in hints.items() if get_origin(hint) is typing.NotRequired}
+        return tuple(
+            _Field(name, get_args(hint)[0] if name in optional else hint, name in shape.__required_keys__ - optional)
+            for name, hint in hints.items()
+        )
     missing = dataclasses.MISSING
     return tuple(
         _Field(one.name, hints[one.name], one.default is missing and one.default_factory is missing)
@@ -181,9 +202,19 @@ def _fields(shape: Any) -> tuple[_Field, ...]:
     )
 
 
+def known_keys(shape: Any) -> set[str]:
+    """Return the keys that an object of this shape can have."""
+    return {field.name for field in _fields(shape)}
+
+
 def required_keys(shape: Any) -> set[str]:
     """Return the keys that an object of this shape must have."""
     return {field.name for field in _fields(shape) if field.required}
+
+
+def _plain(shape: Any) -> Any:
+    """Return a shape without its rules."""
+    return get_args(shape)[0] if get_origin(shape) is Annotated else shape
 
 
 def _below(place: str, key: str) -> str:
@@ -203,6 +234,7 @@ def _fits_64_bits(value: int) -> bool:
 
 
 def _expected(shape: Any) -> str:
+    shape = _plain(shape)
     if get_origin(shape) in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(_expected, get_args(shape))))
     if get_origin(shape) is Literal:

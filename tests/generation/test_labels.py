@@ -252,12 +252,14 @@ def test_generate_answers_with_a_label_and_its_probability(
     assert capsys.readouterr().out.strip() in ("1", "for")
     with pytest.raises(UsageError, match="there is no adapter whose record names them"):
         generate(prompt="json", labels=("auto",))
-    for tokens, error in (([1 << 20, 2], UsageError), (["json"], ArtifactError), ([], ArtifactError)):
-        tampered = Path(shutil.copytree(run / "adapter", tmp_path / str(tokens)))
-        record = json.loads((tampered / "backhand.json").read_text()) | {"labels": {"json": tokens}}
-        (tampered / "backhand.json").write_text(json.dumps(record))
-        with pytest.raises(error):
+    record = json.loads((run / "adapter" / "backhand.json").read_text())
+    tampered = Path(shutil.copytree(run / "adapter", tmp_path / "tampered"))
+    exchanged = {"json": record["labels"]["names"], "names": record["labels"]["json"]}
+    for labels in (exchanged, {"json": [1 << 40, 2]}, {"json": ["json"]}, {"json": []}):
+        (tampered / "backhand.json").write_text(json.dumps(record | {"labels": labels}))
+        with pytest.raises(ArtifactError, match=r"labels\.json") as raised:
             generate(prompt="json", adapter=tampered, labels=("auto",))
+        assert "backhand.json" in str(raised.value)
     for wrong in (("one",), ("one", "one"), ("one", "")):
         with pytest.raises(UsageError):
             generate(prompt="json", labels=wrong)

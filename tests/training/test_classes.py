@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
@@ -179,6 +180,22 @@ def test_the_adapter_names_its_labels(straight: TrainConfig) -> None:
     assert written["id2label"] == {"0": "json", "1": "list", "2": "other"}
     assert written["label2id"] == {"json": 0, "list": 1, "other": 2} and written["problem_type"] == SINGLE
     assert json.loads((adapter / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+
+
+def test_names_of_labels_that_were_changed_are_refused(straight: TrainConfig, tiny: TinyRun, tmp_path: Path) -> None:
+    for number, (name, key, value, problem) in enumerate(
+        (
+            ("config.json", "id2label", {"0": "list", "1": "json", "2": "other"}, "config.json: not the bytes"),
+            ("backhand.json", "classification", {"problem_type": MULTI, "labels": ["json"]}, "has 3 outputs"),
+        )
+    ):
+        adapter = shutil.copytree(straight.run.output / "adapter", tmp_path / str(number))
+        contents = json.loads((adapter / name).read_text())
+        if name == "backhand.json":  # labels that the options do not contradict
+            contents["config"] = {"objective.objective": "classify"}
+        (adapter / name).write_text(json.dumps(contents | {key: value}))
+        with pytest.raises(ArtifactError, match=problem):
+            backhand.classify(prompts=["json"], adapter=adapter, model=tiny.model)
 
 
 def test_transformers_and_peft_classify_padded_texts_alike(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import backhand
 from backhand.adapters.loading import read_adapter
+from backhand.cli.main import main
 from backhand.data.decisions import Asked, DecisionRow, Question
 from backhand.data.examples import Example
 from backhand.data.given_rows import GivenRows
@@ -616,6 +617,33 @@ def test_one_state_is_answered_in_the_form_of_the_protocol(straight: TrainConfig
     assert team["choice"] == max(team["probabilities"], key=team["probabilities"].get)
     assert mood["score"] == pytest.approx(sum(int(k) * p for k, p in mood["probabilities"].items()))
     assert mood["legend"] == {"0": "0", "1": "1", "2": "2"}
+
+
+def test_every_command_refuses_a_temperature_below_zero(
+    straight: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = copytree(straight.run.output / "adapter", tmp_path / "adapter")
+    record = json.loads((adapter / "backhand.json").read_text())
+    record["decisions"]["temperatures"]["choice"] = -1
+    (adapter / "backhand.json").write_text(json.dumps(record))
+    states, output = tmp_path / "states.csv", str(tmp_path / "output")
+    states.write_text(f"text\n{STATE}\n")
+    with_model, of_rows = ["--model", str(straight.model.model), "--adapter"], ["--data", str(states)]
+    for words in (
+        ["decide", *with_model, str(adapter), "--state", STATE],
+        ["generate", *with_model, str(adapter), "--prompt", STATE],
+        ["evaluate", *with_model, str(adapter), *of_rows],
+        ["embed", *with_model, str(adapter), *of_rows, "--output", f"{output}.npy"],
+        ["export", *with_model, str(adapter), "--to", "gguf", "--output", output],
+        ["merge", *with_model, str(adapter), "--output", output],
+        ["combine", "scale", str(adapter), "--weights", "0.5", "--output", output],
+        ["inspect", str(adapter)],
+        ["train", "--model", str(straight.model.model), "--from-adapter", str(adapter), *of_rows, "--output", output],
+    ):
+        assert main(words) == 4, words
+        said = capsys.readouterr()
+        assert "backhand.json" in said.err and "decisions.temperatures.choice is -1" in said.err
+        assert not said.out
 
 
 def test_a_file_of_states_gives_a_line_per_state(

@@ -615,6 +615,8 @@ def test_an_adapter_for_another_command_is_named(
     shutil.copytree(straight.run.output / "adapter", adapter)
     record = json.loads((adapter / "backhand.json").read_text())
     record["config"]["objective.objective"] = trained
+    if trained == "embed":
+        record["embedding"] = {"pooling": "last", "query_prompt": "", "document_prompt": ""}
     (adapter / "backhand.json").write_text(json.dumps(record))
     (tmp_path / "zero.py").write_text("def reward(completions, **_):\n    return [0.0] * len(completions)\n")
     model = {"adapter": adapter, "model": straight.model.model, "dtype": "float32", "threads": 1}

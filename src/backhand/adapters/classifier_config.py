@@ -13,10 +13,8 @@ from typing import Any
 from backhand.nn.families.config_fields import token_ids
 from backhand.nn.loading.source import ModelSource
 
-NAME = "config.json"
 
-
-def config_bytes(source: ModelSource, classification: Mapping[str, Any]) -> bytes:
+def classifier_config_bytes(source: ModelSource, classification: Mapping[str, Any]) -> bytes:
     """Return the contents of the file.
 
     Args:

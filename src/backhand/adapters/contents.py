@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from backhand.adapters.peft_config import PEFTConfig, read_peft_config
-from backhand.adapters.peft_keys import factor_problems
+from backhand.adapters.peft_keys import PREFIX, factor_problems
 from backhand.adapters.record import AdapterRecord, changed_files, read_record
+from backhand.adapters.record_shapes import head_problems
 from backhand.errors import ArtifactError, first_line, short_reason
 from backhand.reading import MAX_SETTINGS_BYTES, kind_of, read_plain
 from backhand.words import name_list, nearest_names
@@ -26,6 +27,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 RECORD_FILE = "backhand.json"
+CLASSIFIER_FILE = "config.json"
 CARD_FILE = "README.md"
 _SHOWN_PROBLEMS = 40
 _OF_MODEL = ("missing", "unexpected")
@@ -188,6 +190,9 @@ def read_adapter_directory(path: Path | str, *, allow_pickle: bool = False) -> A
     try:
         record, changed = _read_record(directory)
         problems += changed
+        if record is not None and unusable is not None:
+            shapes = {key.removeprefix(PREFIX): tuple(tensor.shape) for key, tensor in tensors.items()}
+            problems += [f"{RECORD_FILE}: {one}" for one in head_problems(record.classification, shapes)]
     except ArtifactError as error:
         problems.append(error.one_line)
     return AdapterContents(directory, described, config_usable, tensors, record, tuple(problems), unusable=unusable)
@@ -262,6 +267,9 @@ def _read_record(directory: Path) -> tuple[AdapterRecord | None, list[str]]:
     for name in contents:
         with suppress(OSError):  # missing files have been reported already
             contents[name] = read_plain(directory / name)
+    with suppress(OSError):  # exports for sentence-transformers leave it out
+        if CLASSIFIER_FILE in record.files:
+            contents[CLASSIFIER_FILE] = read_plain(directory / CLASSIFIER_FILE)
     return record, changed_files(record, contents)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from backhand.adapters.base_model import recorded_bases
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.contents import AdapterContents, UnusableAdapterError, read_adapter_directory
+from backhand.adapters.contents import RECORD_FILE, AdapterContents, UnusableAdapterError, read_adapter_directory
 from backhand.adapters.gguf_adapter import is_gguf_file, read_gguf_adapter
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import PREFIX, FactorShapes, factor_of, match_tensors, slot_shapes
@@ -26,15 +27,19 @@ from backhand.adapters.record import (
     AdapterRecord,
     base_differences,
     base_digest,
+    damaged_record,
     other_model_config,
     other_template_args,
     text_digest,
     tokenizer_digest,
     wrong_base,
 )
+from backhand.adapters.record_shapes import label_problems, vector_problems
 from backhand.adapters.targets import OUTPUT_HEADS, Target, adapter_layout, module_values, resolve_targets
 from backhand.errors import ArtifactError, UsageError
 from backhand.nn.decoder.config_facts import config_facts
+from backhand.nn.families.config_fields import UnsupportedModel
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.expert_tensors import expert_matrices, may_hold_experts
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.wrappers import text_name
@@ -399,12 +404,16 @@ def check_source(
         `force_base` per difference of any kind.
 
     Raises:
-        ArtifactError: lists all differences.
+        ArtifactError: lists all differences, or the fields of the record that do not fit model and tokenizer.
     """
     different = []
     if record is not None:
         compared = module_names if record.base_digest is not None else ()
-        different += base_differences(record, source_digests(source, compared, chat_template=chat_template))
+        digests = source_digests(source, compared, chat_template=chat_template)
+        different += base_differences(record, digests)
+        same_tokenizer = record.tokenizer_digest in (None, digests["tokenizer_digest"])
+        if problems := _contradictions(record, source, same_tokenizer=same_tokenizer):
+            raise damaged_record(problems, f"{where}: {RECORD_FILE}")
     different += copy_differences(base_copies or {}, lambda module: source.load(base_weight_name(source, module)))
     if different and not force_base:
         raise wrong_base(different, where)
@@ -412,6 +421,17 @@ def check_source(
     if record is not None:
         notes = (*other_model_config(record, config_facts(source)), *other_template_args(record, template_args))
     return (*(f"used by force: {sentence}" for sentence in different), *notes)
+
+
+def _contradictions(record: AdapterRecord, source: ModelSource, *, same_tokenizer: bool) -> list[str]:
+    """Return a sentence per field of a record that the model or the tokenizer of its training contradicts."""
+    problems = []
+    if record.labels and same_tokenizer:
+        problems += label_problems(record.labels, source.tokenizer())
+    with suppress(UnsupportedModel):  # no other engine computes vectors
+        config = decoder_config(source.config)
+        problems += vector_problems(record.embedding, config.hidden_size, causal=config.causal)
+    return problems
 
 
 def source_digests(

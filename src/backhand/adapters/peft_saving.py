@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from backhand.adapters.config import ALL_LINEAR
-from backhand.adapters.contents import CARD_FILE, CONFIG_FILE, RECORD_FILE, TENSOR_FILE, tensor_bytes
+from backhand.adapters.contents import CARD_FILE, CLASSIFIER_FILE, CONFIG_FILE, RECORD_FILE, TENSOR_FILE, tensor_bytes
 from backhand.adapters.peft_config import PEFTConfig, peft_config_bytes
 from backhand.adapters.peft_keys import PREFIX, FactorShapes, slot_shapes, trained_key
 from backhand.adapters.record import AdapterRecord, bytes_digest, installed_packages, record_bytes
@@ -55,6 +55,7 @@ def adapter_files(
     card: Mapping[str, object] | None = None,
     module_names: Collection[str] | None = None,
     wrapper: Wrapper | None = None,
+    classifier_config: bytes | None = None,
 ) -> dict[str, bytes]:
     """Return the files of an adapter by name, in the order in which to write them.
 
@@ -63,6 +64,7 @@ def adapter_files(
         module_names: all linear modules of the model in transformers; see `peft_config.written_targets`.
         wrapper: the image model that contains this text model, or the class of an encoder with a head; the files then
             use its names.
+        classifier_config: config.json of an adapter with a head, see `adapters.classifier_config`.
 
     Raises:
         CheckError: if a value is not finite.
@@ -91,7 +93,9 @@ def adapter_files(
         TENSOR_FILE: tensor_bytes(tensors),
         CONFIG_FILE: peft_config_bytes(described, targets, module_names),
     }
-    described_files = {name: bytes_digest(contents[name]) for name in (CONFIG_FILE, TENSOR_FILE)}
+    if classifier_config is not None:
+        contents = {CLASSIFIER_FILE: classifier_config, **contents}
+    described_files = {name: bytes_digest(data) for name, data in contents.items() if name != CARD_FILE}
     record = replace(record or AdapterRecord(), files=described_files)
     if not record.packages:
         record = replace(record, packages=installed_packages())

@@ -12,12 +12,13 @@ import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from backhand.adapters.record_shapes import record_problems
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.config_facts import config_differences, recorded_facts
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_tiles
@@ -56,12 +57,9 @@ class AdapterRecord:
     labels: Mapping[str, Sequence[int]] = field(default_factory=dict)
     system: str | None = None  # the system message that all training rows have
     bare: bool = False  # True if all training rows were texts without a chat template, see `data.data_report`
-    # of an adapter that decides: `prompt_version`, `questions` in the protocol's form, and the fitted `temperatures`
+    # blocks of single objectives, see `record_shapes`; empty for others
     decisions: Mapping[str, Any] = field(default_factory=dict)
-    # of an adapter for vectors of texts: `pooling`, `query_prompt`, `document_prompt`, `max_length`, `matryoshka_dims`
     embedding: Mapping[str, Any] = field(default_factory=dict)
-    # of an adapter with a head: `problem_type` as in transformers (None for scores of documents), the `labels` in the
-    # order of the logits, and `max_length`
     classification: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -91,7 +89,8 @@ def read_record(raw: Mapping[str, Any], where: str) -> AdapterRecord:
     """Parse the object in backhand.json.
 
     Raises:
-        ArtifactError: if a field is missing, unknown or has another type, or the file has a newer format.
+        ArtifactError: if a field is missing or unknown, has another shape or contradicts another field, or the file has
+            a newer format.
     """
     version = raw.get("format_version")
     if isinstance(version, int) and version > RECORD_VERSION:
@@ -100,30 +99,23 @@ def read_record(raw: Mapping[str, Any], where: str) -> AdapterRecord:
             where=where,
             next_step="upgrade Backhand",
         )
-    raw = {"config": {}, **_LATER, **raw}
-    known = {one.name for one in fields(AdapterRecord)}
-    wrong = sorted((set(raw) ^ (known | {"format_version"})) | {name for name in known if not _well_typed(name, raw)})
-    if version != RECORD_VERSION or wrong:
-        raise ArtifactError(
-            f"is damaged: {', '.join(wrong) or 'format_version'}",
-            where=where,
-            next_step="restore the file; without it the adapter loads, but nothing can be compared",
-        )
-    return AdapterRecord(**{name: raw[name] for name in known})
+    if type(version) is not int or version != RECORD_VERSION:
+        problems = [f"format_version is {version!r}, not {RECORD_VERSION}"]
+    else:
+        raw = {"config": {}, **_LATER, **{name: value for name, value in raw.items() if name != "format_version"}}
+        problems = record_problems(raw)
+    if problems:
+        raise damaged_record(problems, where)
+    return AdapterRecord(**raw)
 
 
-def _well_typed(name: str, raw: Mapping[str, Any]) -> bool:
-    value = raw.get(name)
-    if name in ("config", "model_config", "decisions", "embedding", "classification"):
-        return isinstance(value, dict)
-    if name == "bare":
-        return isinstance(value, bool)
-    if name == "labels":
-        lists = list(value.values()) if isinstance(value, dict) else [None]
-        return all(isinstance(ids, list) and ids and all(isinstance(one, int) for one in ids) for ids in lists)
-    if name in ("packages", "files"):
-        return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
-    return value is None or isinstance(value, str)
+def damaged_record(problems: Sequence[str], where: str) -> ArtifactError:
+    """Return the error for a record that cannot be used, with all problems."""
+    return ArtifactError(
+        f"is damaged: {'; '.join(problems)}",
+        where=where,
+        next_step="restore the file; without it the adapter loads, but nothing can be compared",
+    )
 
 
 def changed_files(record: AdapterRecord, contents: Mapping[str, bytes]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from backhand.adapters import classifier_config
+from backhand.adapters.classifier_config import classifier_config_bytes
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.loading import match_linear_adapter, read_adapter
 from backhand.adapters.peft_config import PEFTConfig
@@ -168,10 +168,10 @@ class _BoundDecoder(BoundModel):
             wrapper = EncoderWrapper("", head.prefix) if head.prefix else wrapper
         parts = AdapterParts.of(PEFTConfig(self.config, self.base_name, task_type), self.lora)
         names = [*shapes, *shapes.outside]
-        files = adapter_files(parts, record=record, card=card, module_names=names, wrapper=wrapper)
-        if classification:  # in front, since the record is written last
-            files = {classifier_config.NAME: classifier_config.config_bytes(self.source, classification), **files}
-        return files
+        config = classifier_config_bytes(self.source, classification) if classification else None
+        return adapter_files(
+            parts, record=record, card=card, module_names=names, wrapper=wrapper, classifier_config=config
+        )
 
     def completer(self) -> EngineCompleter:
         return EngineCompleter(self._decoder)

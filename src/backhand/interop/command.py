@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from backhand.adapters import classifier_config
-from backhand.adapters.contents import read_adapter_directory
+from backhand.adapters.contents import CLASSIFIER_FILE, read_adapter_directory
 from backhand.adapters.loading import match_linear_adapter, read_adapter
 from backhand.adapters.module_factors import Factors, factors_of
 from backhand.adapters.peft_saving import loading_code
@@ -268,7 +267,7 @@ def _write(options: ExportOptions, opened: OpenedAdapter, path: Path) -> Factors
             opened = for_sentence_transformers(opened)
         files = peft_directory_files(opened, uniform=options.uniform, text_model=options.text_model)
     if options.to == "sentence-transformers":
-        files.pop(classifier_config.NAME, None)  # with it, transformers looks for the weights of a whole model
+        files.pop(CLASSIFIER_FILE, None)  # with it, transformers looks for the weights of a whole model
     for name, data in files.items():
         write_atomically(path / name, data)
     if options.to == "sentence-transformers":

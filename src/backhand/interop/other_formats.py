@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from backhand.adapters import classifier_config
+from backhand.adapters.classifier_config import classifier_config_bytes
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import AdapterContents, read_json_object, read_tensors, tensor_bytes
 from backhand.adapters.module_factors import Factors, ModuleFactors, factors_without_model
@@ -207,10 +207,15 @@ def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False, text_m
     card |= _card_of_results(loaded.directory)
     if not uniform:
         parts = AdapterParts(described, loaded.targets, loaded.shapes, loaded.factors, loaded.trained)
-        files = adapter_files(parts, record=loaded.record, card=card, module_names=names, wrapper=wrapper)
-        if classification:
-            files = {classifier_config.NAME: classifier_config.config_bytes(opened.source, classification), **files}
-        return files
+        head_config = classifier_config_bytes(opened.source, classification) if classification else None
+        return adapter_files(
+            parts,
+            record=loaded.record,
+            card=card,
+            module_names=names,
+            wrapper=wrapper,
+            classifier_config=head_config,
+        )
     rank = max(one.rank for one in opened.factors.values())
     scaling = Counter(one.scaling for one in opened.factors.values()).most_common(1)[0][0]
     alpha = round(scaling * rank, 9)
