@@ -550,3 +550,40 @@ def test_a_low_rate_is_raised_before_steps_are_added(tmp_path: Path) -> None:
         for config in (low, replace(low, optimization=OptimizationOptions(epochs=3, learning_rate=usual)))
     ]
     assert [one and one[1] and one[1].split()[3] for one in said] == ["--learning-rate", "--epochs"]
+
+
+def test_a_training_loss_that_falls_steeply_at_the_end_is_said_where_held_out_rows_tell_nothing(tmp_path: Path) -> None:
+    """Losses of runs that baked a prompt, of which 24 steps at a fifth of the best rate taught a part."""
+    low = [4.63, 4.14, 4.12, 4.36, 2.07, 1.61, 1.95, 1.86, 1.58, 1.08, 1.64, 1.37, 1.53, 1.01, 1.05, 1.1, 0.72, 0.73]
+    low += [0.68, 0.76, 0.63, 0.995, 0.81, 0.69]
+    best = [5.12, 2.88, 1.88, 1.22, 0.77, 0.62, 0.47, 0.33, 0.38, 0.43, 0.34, 0.31, 0.32, 0.26, 0.35, 0.55, 0.31, 0.15]
+    best += [0.13, 0.2, 0.16, 0.27, 0.21, 0.16]
+    config = with_options(TrainConfig(), objective="bake", context="be brief", epochs=3, learning_rate=2e-4)
+
+    def said(training: Sequence[float], held_out: Sequence[float] = (), **counts: Any) -> tuple[str, str | None] | None:
+        curves = Curves([(6 * number, loss) for number, loss in enumerate(held_out)], training)
+        return advice(config, curves, 24, 2e-4, tmp_path / "run", **counts)
+
+    expected = "The training loss was still falling steeply at the end, from 1.39 at step 13 to 0.781: more steps may"
+    found = said(low, all_rows=64)
+    assert found is not None and found[0].startswith(expected)
+    assert "--epochs 6 --eval-fraction 0.3 --output" in str(found[1])
+    assert said(best) is said(low, stopped=True) is said(low[:4]) is said([]) is said([1.0, 0.7] * 12) is None
+    few = said(low, [4.6, 2.0, 1.4, 1.1, 0.95], few_rows=13)
+    assert few is not None and "at step 13" in few[0] and "Only 13 rows are held out" in few[0]
+    assert "--epochs 6 --output" in str(few[1])
+    rose = said(low, [4.6, 2.0, 1.4, 1.1, 1.3], few_rows=13)
+    assert rose is not None and rose[0].startswith("Only 13 rows") and rose[1] is None
+
+
+def test_rewards_that_still_rise_at_the_end_are_said(tmp_path: Path) -> None:
+    config = with_options(TrainConfig(), objective="grpo", epochs=3, learning_rate=1e-3)
+
+    def said(rewards: Sequence[float], **counts: Any) -> tuple[str, str | None] | None:
+        curves = Curves([(10 * number, -reward) for number, reward in enumerate(rewards)], [])
+        return advice(config, curves, 50, 1e-3, tmp_path / "run", **counts)
+
+    rising = said([0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+    assert rising is not None and rising[0] == "The reward of held-out prompts was still rising at the end."
+    assert "--epochs 6" in str(rising[1])
+    assert said([0.2, 0.3, 0.4, 0.5, 0.6, 0.7], few_rows=5) is said([0.2, 0.5, 0.7, 0.7, 0.7, 0.7]) is None

@@ -122,6 +122,10 @@ BALANCED = 1.5
 """An answer to less than this multiple of the share of rows per option is not too frequent."""
 SEPARATED = 0.1
 """Below this held-out loss, pairs are ordered almost certainly."""
+QUARTER = 0.25
+"""Share of the sum of all rates at the end, in which a training loss may fall steeply: half of a linear schedule."""
+CERTAIN = 2.0
+"""A fall of the training loss by more than this multiple of its standard error is no chance of the batches."""
 PIECE = 0.01
 """A last piece with a smaller share of the sum of all rates is too noisy to use."""
 SPIKE = 1.3
@@ -236,7 +240,7 @@ def first_finding(curves: Curves, until: Until, share: float = 1.0) -> Finding |
     # Without an evaluation inside the last fifth, the whole last fifth is the last piece.
     between, middle = pieces[-1] if pieces else (before, losses[-1] + last)
     share_of_stretch = (1 - until(between, steps)) / (1 - until(before, steps))
-    much = last > FALLING * gain or (last > FALLING * losses[-1] and last > OF_THE_REST * gain)
+    much = last > FALLING * gain or (last > FALLING * abs(losses[-1]) and last > OF_THE_REST * gain)
     falling = curves.best[0] > before and much and middle - losses[-1] >= SLOWER * last * share_of_stretch
     few = max(1, len(curves.training) // 10)
     later = curves.training[2 * few :] if len(curves.training) >= 4 * few else ()
@@ -259,6 +263,30 @@ def first_finding(curves: Curves, until: Until, share: float = 1.0) -> Finding |
         return "forgot"
     half = curves.middle
     return "late" if half >= MIDDLE * steps and dict(curves.held_out)[half] - losses[-1] > LATE * gain else "fine"
+
+
+def steep_fall(training: Sequence[float], until: Until, steps: int) -> tuple[int, float, float] | None:
+    """Return a step and the mean training losses around it and at the end, if the loss fell steeply in between.
+
+    The step is where `QUARTER` of the sum of the rates is left. The fall is steep if it is clear in spite of the
+    differences of batches, and per unit of this sum at least half as fast as that of the whole run.
+
+    Args:
+        training: the losses of the logged steps.
+        until: the sums of the learning rates.
+        steps: number of steps.
+    """
+    ends = [(place + 1) * steps // len(training) for place in range(len(training))]
+    begin = next((place for place, step in enumerate(ends) if until(step, steps) >= 1 - QUARTER), 0)
+    few = (len(training) - begin) // 3
+    if few < 2:
+        return None
+    around, last = training[begin - few // 2 :][:few], training[-few:]
+    before, after = statistics.fmean(around), statistics.fmean(last)
+    error = math.sqrt((statistics.variance(around) + statistics.variance(last)) / few)
+    all_of_it = statistics.fmean(training[: max(1, len(training) // 10)]) - after
+    steep = before - after > max(CERTAIN * error, SLOWER * QUARTER * all_of_it) and all_of_it > 0
+    return (ends[begin], before, after) if steep else None
 
 
 def _peak(losses: Sequence[float]) -> float:
@@ -316,8 +344,12 @@ def advice(
             means = curves.rewards
             remedy = constant_rewards_remedy(config.rewards.reward, min(means), max(means), curves.cut_off)
             return f"No weight changed: in each step, all answers of each group had one reward. Next, {remedy}.", None
-        if stopped or len(curves.held_out) < 2 or curves.best[1] < curves.held_out[0][1]:
+        if stopped or len(curves.held_out) < 2:
             return None
+        if curves.best[1] < curves.held_out[0][1]:
+            rising = not few_rows and first_finding(curves, until) == "still falling"
+            said = "The reward of held-out prompts was still rising at the end."
+            return (said, _again(config, run, twice)) if rising else None
         sentence = "The reward of held-out prompts did not rise"
         if curves.no_gradient_share > FLAT:
             same = f"{sentence}: all answers had the same reward in {curves.no_gradient_share:.0%} of the groups"
@@ -327,16 +359,26 @@ def advice(
             return f"{same}, which teach nothing. Next, {other}.", None
         return f"{sentence}: more steps, or a larger --group, give more to learn from.", _again(config, run, twice)
     finding = first_finding(curves, until, relative)
+    enough = LARGEST_SHARE * all_rows >= FEWEST_ROWS
+    steep = None if stopped else steep_fall(curves.training, until, total_steps)
+    fell = ""
+    if steep is not None:
+        fell = "The training loss was still falling steeply at the end, from {1:.3g} at step {0} to {2:.3g}: more steps"
+        fell = fell.format(*steep)
     if finding is None:
-        return None
+        hold_out = f" --eval-fraction {LARGEST_SHARE}" if enough and not curves.held_out else ""
+        doubt = "may teach more, or only fit these rows more closely"
+        return (f"{fell} {doubt}.", _again(config, run, twice + hold_out)) if fell else None
     if slow and finding not in ("rose", "forgot", "fine") and _start(config, run) is None:
         return capitalized(slow), None
     more_first = total_steps < FEWEST_STEPS and finding in ("above constant", "still falling") and not stopped
     if not more_first and _may_be_chance(finding, curves, relative):
         if few_rows:
             what = f"Only {count_of(few_rows, 'row')} {'is' if few_rows == 1 else 'are'} held out"
-            enough = LARGEST_SHARE * all_rows >= FEWEST_ROWS
-            return f"{what}, too few for advice from their loss: {_holding_out_more(enough, too_long)}.", None
+            few = f"{what}, too few for advice from their loss: {_holding_out_more(enough, too_long)}."
+            if fell and curves.best[0] == curves.held_out[-1][0]:
+                return f"{fell} may teach more. {few}", _again(config, run, twice)
+            return few, None
         unclear = None
         if finding != "still falling" and change is not None and _is_unclear(change, curves.held_out[0][1]):
             unclear = "the change of their loss from chance"
