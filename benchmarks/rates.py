@@ -381,7 +381,7 @@ def tell_rule(stored: dict[str, Any]) -> None:
     """How many grids rate = c g^p n^-q suits, n steps; and what being off costs."""
     grids = list(_grids(stored))
 
-    from backhand.training.advice import rates_until
+    from backhand.training.curves import rates_until
 
     def suits(grid: dict[str, dict[str, Any]], rate: float) -> bool:
         best = min(run["best"] for run in grid.values())
@@ -455,7 +455,7 @@ def _between(grid: dict[str, dict[str, Any]], rate: float) -> dict[str, Any]:
 
 def tell_advice(stored: dict[str, Any]) -> None:
     """Return how often the advice to a run is right, judged by the other rates of its case."""
-    from backhand.training.advice import HIGH, Curves, first_finding, rates_until
+    from backhand.training.curves import HIGH, Curves, first_finding, rates_until
 
     counts: dict[tuple[str, str], list[int]] = {}
     for case, grid in _grids(stored):

@@ -43,8 +43,9 @@ from backhand.report.headline import base_and_best, classes_of, headline, verdic
 from backhand.report.page import live_values, run_page
 from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
-from backhand.training.advice import Curves, answer_advice
+from backhand.training.advice import answer_advice
 from backhand.training.console import closing_lines
+from backhand.training.curves import Curves
 from backhand.training.plan import plan_run
 from backhand.training.run import train
 from backhand.verify.command import prove_run

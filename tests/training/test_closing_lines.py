@@ -37,8 +37,9 @@ from backhand.runs.records import RowFacts
 from backhand.runs.row_changes import gain_words, mean_gain, recorded_gain, share_gain, unpaired_gain
 from backhand.runs.summary import LabelFigures, LabelRow, NeutralAnswer, RunSummary, forgotten_nats
 from backhand.terminal import _Now, console, working
-from backhand.training.advice import Curves, answer_advice
+from backhand.training.advice import answer_advice
 from backhand.training.console import closing_lines
+from backhand.training.curves import Curves
 from backhand.training.run import train
 from backhand.words import share_interval
 from tests.support.page import Page

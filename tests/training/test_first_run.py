@@ -31,8 +31,9 @@ from backhand.report.headline import headline
 from backhand.report.run_record import read_run
 from backhand.runs.interruption import Interrupted
 from backhand.runs.row_changes import recorded_rise, training_reward_words
-from backhand.training.advice import Curves, Until, advice, first_finding, rates_until, too_few_rows
+from backhand.training.advice import advice, too_few_rows
 from backhand.training.console import closing_lines
+from backhand.training.curves import Curves, Until, first_finding, rates_until
 from backhand.training.run import train
 from backhand.training.run_inputs import scaled_matrices, weight_scale
 from tests.support.tiny_run import TinyRun, with_options, write_pairs, write_rows

@@ -46,8 +46,9 @@ from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.runs.row_changes import score_words
 from backhand.runs.summary import read_summary
-from backhand.training.advice import Curves, answer_advice
+from backhand.training.advice import answer_advice
 from backhand.training.console import closing_lines
+from backhand.training.curves import Curves
 from backhand.training.run import train
 from backhand.verify.command import prove_run
 from backhand.verify.report import MODEL

@@ -43,9 +43,10 @@ from backhand.runs.status import resume_command, status_kept
 from backhand.runs.summary import RunSummary, read_summary, rows_trained_on
 from backhand.runs.uses import OWN_COMMANDS, TrainedAdapter
 from backhand.system import available_bytes
-from backhand.training.advice import Curves, advice, answer_advice, has_rows_in_memory, too_few_rows
+from backhand.training.advice import advice, answer_advice, has_rows_in_memory, too_few_rows
 from backhand.training.calibration import forecast_run
 from backhand.training.console import opening_facts
+from backhand.training.curves import Curves
 from backhand.training.facts import held_out_card, run_facts, summarise
 from backhand.training.hidden_states import hidden_state_caches
 from backhand.training.hooks import Losses, RunContext, Start
