@@ -8,7 +8,7 @@ Options are checked as on the command line. An unknown name is answered with the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -225,7 +225,7 @@ def generate(prompt: str, *, adapter: Place | None = None, model: Place | None =
 def generate(
     *, prompts: Iterable[str], adapter: Place | None = None, model: Place | None = None, **options: Any
 ) -> list[str]: ...
-@errors_in_python(GenerateOptions)
+@errors_in_python(GenerateOptions, takes_text=True)
 def generate(
     prompt: str | None = None,
     *,
@@ -252,15 +252,15 @@ def generate(
     Raises:
         UsageError, DataError, ArtifactError: an option, a prompt, the model or the adapter cannot be used.
     """
-    rows = _prompts("generate", prompt, prompts, data)
+    rows = _prompts(generate, prompt, prompts, data)
     given = _named(adapter=adapter, model=model) | options
     if data is not None:
-        return _answers("generate", rows, given | _named(prompt=prompt))
+        return _answers(generate, rows, given | _named(prompt=prompt))
     if given.get("compare"):
         raise UsageError(
             "compare is for rows", where="compare", next_step="give data=…, or call it without the adapter as well"
         )
-    lines = _answers("generate", rows, given)
+    lines = _answers(generate, rows, given)
     answers = [str(line["completion"]) for line in lines]
     return answers if prompt is None else answers[0]
 
@@ -293,7 +293,7 @@ def classify(
     model: Place | None = None,
     **options: Any,
 ) -> list[dict[str, float]]: ...
-@errors_in_python(GenerateOptions)
+@errors_in_python(GenerateOptions, takes_text=True)
 def classify(
     prompt: str | None = None,
     *,
@@ -321,7 +321,7 @@ def classify(
         UsageError, DataError, ArtifactError: an option, a prompt, the model or the adapter cannot be used.
     """
     given = {"labels": ("auto",)} | _named(labels=labels, adapter=adapter, model=model) | options
-    rows = _prompts("classify", prompt, prompts, data)
+    rows = _prompts(classify, prompt, prompts, data)
     for option in ("compare", "as_rows"):
         if given.get(option):
             raise UsageError(
@@ -329,7 +329,7 @@ def classify(
                 where=option,
                 next_step=f"leave {option} out, or call backhand.generate(data=…, labels=…, {option}=True)",
             )
-    lines = _answers("classify", rows, given if data is None else given | _named(prompt=prompt))
+    lines = _answers(classify, rows, given if data is None else given | _named(prompt=prompt))
     probabilities = [dict(line["probabilities"]) for line in lines]
     return probabilities if prompt is None or data is not None else probabilities[0]
 
@@ -362,7 +362,7 @@ def decide(
     model: Place | None = ...,
     **options: Any,
 ) -> list[dict[str, Any]]: ...
-@errors_in_python(DecideOptions)
+@errors_in_python(DecideOptions, takes_text=True)
 def decide(
     state: State | None = None,
     *,
@@ -406,12 +406,12 @@ def decide(
             return []
         given |= {"data": GivenRows.of([{"state": one, **own} for one in texts], option=option), "state": "state"}
     built = _options(DecideOptions, given)
-    _check_returned("decide", "answers", built.run.output)
+    _check_returned(decide, "answers", built.run.output)
     answers = [line["answers"] for line in decide_states(built)]
     return answers if state is None or "data" in options else answers[0]
 
 
-@errors_in_python(RankOptions)
+@errors_in_python(RankOptions, takes_text=True)
 def rank(
     query: str,
     documents: Iterable[str],
@@ -437,7 +437,7 @@ def rank(
     texts = list_of_texts("documents", documents, next_step)
     rows = GivenRows.of([{"query": query, "documents": texts}], option="documents")
     built = _options(RankOptions, _named(adapter=adapter, model=model) | options | {"data": rows})
-    _check_returned("rank", "scores", built.run.output)
+    _check_returned(rank, "scores", built.run.output)
     if built.run.top is not None:
         raise UsageError(
             "backhand.rank returns the scores of all documents, in their order",
@@ -448,7 +448,7 @@ def rank(
     return scores
 
 
-@errors_in_python(EmbedOptions)
+@errors_in_python(EmbedOptions, takes_text=True)
 def embed(
     texts: str | Iterable[str] | None = None,
     *,
@@ -480,27 +480,29 @@ def embed(
     if data is None and rows == ():
         raise UsageError("there are no texts", where="texts", next_step=next_step)
     built = _options(EmbedOptions, _named(adapter=adapter, model=model) | options | {"data": rows})
-    _check_returned("embed", "vectors", built.run.output)
+    _check_returned(embed, "vectors", built.run.output)
     vectors: NDArray[np.float32] = embed_texts(built).numpy()
     return vectors if several else vectors[0]
 
 
-def _check_returned(function: str, what: str, output: Path | None) -> None:
+def _check_returned(function: Callable[..., object], what: str, output: Path | None) -> None:
     """Raise UsageError if a function that returns its results is given a file for them."""
     if output is not None:
-        raise UsageError(f"backhand.{function} returns the {what}", where="output", next_step="leave output out")
+        raise UsageError(
+            f"backhand.{function.__name__} returns the {what}", where="output", next_step="leave output out"
+        )
 
 
-def _prompts(function: str, prompt: str | None, prompts: Iterable[str] | None, data: Rows | None) -> Rows:
+def _prompts(
+    function: Callable[..., object], prompt: str | None, prompts: Iterable[str] | None, data: Rows | None
+) -> Rows:
     """Return `data`, whose column `prompt` may name, or the rows of one prompt or of several.
 
     Raises:
         UsageError: none of them is given, or `prompts` and another.
     """
-    next_step = (
-        f"backhand.{function}('…') for one prompt, backhand.{function}(prompts=['…', '…']) for several, "
-        f"backhand.{function}(data=FILE) for rows"
-    )
+    name = f"backhand.{function.__name__}"
+    next_step = f"{name}('…') for one prompt, {name}(prompts=['…', '…']) for several, {name}(data=FILE) for rows"
     if (prompt is not None or data is not None) + (prompts is not None) != 1:
         raise UsageError("give either prompt, prompts or data", where="prompts", next_step=next_step)
     if data is not None:
@@ -516,12 +518,12 @@ def _rows(option: str, given: Any, column: str, next_step: str, *, plural: str |
     return GivenRows.of(rows, option=option) if rows else ()
 
 
-def _answers(function: str, data: Any, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _answers(function: Callable[..., object], data: Any, given: Mapping[str, Any]) -> list[dict[str, Any]]:
     if isinstance(data, list | tuple) and not data:
         return []
     options = _options(GenerateOptions, {**given, "data": data}).validate()
     _check_returned(function, "answers", options.answer.output)
-    if function == "classify" and not options.answer.labels:
+    if function is classify and not options.answer.labels:
         raise UsageError(
             "there are no labels", where="labels", next_step='give labels=["yes", "no"], or leave labels out'
         )
@@ -532,7 +534,7 @@ def _answers(function: str, data: Any, given: Mapping[str, Any]) -> list[dict[st
         options.answer.adapter,
         template=options.template,
         one_at_a_time=len(rows) == 1,
-        takes_heads=function == "classify",
+        takes_heads=function is classify,
     ) as loaded:
         if not options.answer.quiet:
             show_notes([*loaded.notes, *([] if loaded.classification else loaded.purpose_notes())])
@@ -650,5 +652,5 @@ def mine(
         UsageError, DataError, ArtifactError: an option, the rows, the model or the adapter cannot be used.
     """
     built = _options(MineOptions, _named(data=data, adapter=adapter, model=model) | options)
-    _check_returned("mine", "rows", built.run.output)
+    _check_returned(mine, "rows", built.run.output)
     return mine_negatives(built)

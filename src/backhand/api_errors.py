@@ -55,7 +55,7 @@ _ROWS = ("data", "eval_data")
 """Options that take rows."""
 _ROWS_MEANT = " (a path, a list of dicts or a data frame)"
 """Explanation of rows. A call in a sentence leaves it out."""
-_TEXT_ARGUMENTS = {"classify": "prompt", "decide": "state", "embed": "texts", "generate": "prompt", "rank": "query"}
+_TEXT_ARGUMENTS: dict[str, str] = {}
 """The argument that takes one text, by function."""
 _HINTS: dict[str, dict[str, Any]] = {}
 """The type of each option by its name with dashes, by function."""
@@ -63,10 +63,14 @@ _REQUIRED: dict[str, set[str]] = {}
 """The arguments without which a call is only a part of one, by function: the first and those without a default."""
 
 
-def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def errors_in_python(*kinds: type, takes_text: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator: errors and notes of a function name the options of these dataclasses as keyword arguments.
 
     A long call prints its progress as a command does, unless it is quiet, and its threads wait like those of one.
+
+    Args:
+        kinds: the dataclasses.
+        takes_text: the first argument of the function is a text.
     """
     of_options = {as_option(field.name): field.hint for kind in kinds for field in option_fields(kind)}
 
@@ -74,6 +78,8 @@ def errors_in_python(*kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]
         named = [one for one in inspect.signature(function).parameters.values() if one.kind is not one.VAR_KEYWORD]
         arguments = {as_option(one.name): str for one in named}  # some are no options of the command
         _HINTS[function.__name__] = hints = arguments | of_options
+        if takes_text:
+            _TEXT_ARGUMENTS[function.__name__] = named[0].name
         _REQUIRED[function.__name__] = {
             one.name for place, one in enumerate(named) if one.default is one.empty or not place
         }

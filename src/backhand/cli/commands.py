@@ -117,6 +117,7 @@ COMMANDS = (
         'backhand generate --adapter runs/mine/adapter --prompt "What is the capital of France?"',
         "backhand.generation.options:GenerateOptions",
         "backhand.generation.command:generate_command",
+        text="prompt",
     ),
     Command(
         "chat",
@@ -124,6 +125,7 @@ COMMANDS = (
         "backhand chat --adapter runs/mine/adapter",
         "backhand.generation.options:ChatOptions",
         "backhand.generation.chat:chat_command",
+        text="prompt",
     ),
     Command(
         "decide",
@@ -131,6 +133,7 @@ COMMANDS = (
         'backhand decide --adapter runs/decided/adapter --state "My card was charged twice."',
         "backhand.options.command_options:DecideOptions",
         "backhand.loop.decide:decide_command",
+        text="state",
     ),
     Command(
         "classify",
@@ -138,6 +141,7 @@ COMMANDS = (
         'backhand classify --adapter runs/classes/adapter --text "My card was charged twice."',
         "backhand.options.command_options:ClassifyOptions",
         "backhand.loop.classify:classify_command",
+        text="text",
     ),
     Command(
         "embed",
@@ -159,6 +163,7 @@ COMMANDS = (
         'backhand rank --adapter runs/ranked/adapter --query "How do I pay?" --data texts.jsonl',
         "backhand.options.command_options:RankOptions",
         "backhand.loop.rank:rank_command",
+        text="query",
     ),
     Command(
         "verify",

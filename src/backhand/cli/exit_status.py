@@ -187,8 +187,11 @@ def _not_converted(match: re.Match[str]) -> str:
     return f"{match[1]} is not {' or '.join(filter(None, types))}." if all(types) else match[0]
 
 
-_TEXT_OPTIONS = {"chat": "prompt", "classify": "text", "decide": "state", "generate": "prompt", "rank": "query"}
-"""The option that takes one text, by command."""
+def _text_option(command: str) -> str | None:
+    """Return the option of a command that takes one text, or None."""
+    from backhand.cli.commands import COMMANDS
+
+    return next((entry.text or None for entry in COMMANDS if entry.name == command), None)
 
 
 def _by_option(words: Sequence[str], command: str, arguments: Sequence[str]) -> str:
@@ -202,13 +205,13 @@ def _by_option(words: Sequence[str], command: str, arguments: Sequence[str]) -> 
 
     options = next((imported(entry.options) for entry in COMMANDS if entry.name == command), None)
     typed, files = shlex.quote(" ".join(words)), [*filter(os.path.isfile, words)]
-    ways, text = [], f"--{_TEXT_OPTIONS.get(command)}"
+    ways, text = [], f"--{_text_option(command)}"
     for place, argument in enumerate(arguments):
         option, *value = argument.split("=", 1)
         spoken = [*value, *takewhile(lambda word: not word.startswith("-"), arguments[place + 1 :])]
         if option == text and spoken[1:] == words:
             return f" Give the text in quotes: {text} {shlex.quote(' '.join(spoken))}"
-    if command in _TEXT_OPTIONS and not files:
+    if _text_option(command) and not files:
         ways.append(f"a text: {text} {typed}")
     if options is not None and any(field.name == "data" for field in option_fields(options)):
         ways.append(f"a file of rows: --data {' '.join(map(shlex.quote, files)) or typed}")
@@ -225,9 +228,9 @@ def _unknown_option(typed: str, value: str, options: Set[str], command: str) -> 
     known = {name[2:].replace("-", "_") for name in options}
     # The dashes are left out, since they make any two short options similar.
     plain = typed.strip("-").replace("-", "_")
-    if text := text_meant(typed, _TEXT_OPTIONS.get(command), known):
+    if text := text_meant(typed, _text_option(command), known):
         return f"Unknown option: {typed}. Did you mean {as_option(text)}?"
-    if command == "embed" and is_text(plain):
+    if "data" in known and _text_option(command) is None and is_text(plain):
         rows = 'Write texts as rows, such as {"text": "…"}'
         return f"Unknown option: {typed}. {rows}, and give them with --data FILE, or with --data - on standard input."
     if nearest := nearest_names(plain, known, count=1, cutoff=0.9):

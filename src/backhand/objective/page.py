@@ -83,11 +83,12 @@ class Page:
         fields: template of further fields in which the rows are chosen, or "".
         reads: options outside the section `objective` that not all objectives read.
         fits_encoders: an encoder without a language-model head can learn it.
-        lint_rows: kind of rows that the check of the rows is told of; "" for that of the objective.
+        lint_rows: kind of rows that are checked; "" for that of the objective.
         text_option: option of the text of a row.
         needs_held_out: a run without held-out rows measures nothing.
         document_note: explanation of the number of documents, with a space in front.
         command: command that answers a prompt, or "" if the page has none.
+        asked: column of a prompt on standard input, and the options of the command that read it.
         answering: sentence on the answers, and the words of the button.
         compares: the page asks for two texts, which are compared.
     """
@@ -102,6 +103,7 @@ class Page:
     needs_held_out = True
     document_note = ""
     command = "generate"
+    asked: tuple[str, ...] = ("prompt",)
     answering = ("Base model and adapter answer, one after the other.", "Ask both")
     compares = False
 

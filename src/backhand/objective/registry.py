@@ -19,17 +19,17 @@ from backhand.words import name_list
 
 GROUP = "backhand.objectives"
 _FOLDERS = {
-    "answers": ("sft",),
-    "pairs": ("dpo", "ipo", "orpo", "simpo", "kto"),
-    "rewards": ("grpo",),
-    "decisions": ("decide",),
-    "distillation": ("bake", "sdft"),
-    "vectors": ("embed",),
-    "rankings": ("rank",),
-    "classes": ("classify",),
+    "answers": "sft",
+    "pairs": "dpo ipo orpo simpo kto",
+    "rewards": "grpo",
+    "decisions": "decide",
+    "distillation": "bake sdft",
+    "vectors": "embed",
+    "rankings": "rank",
+    "classes": "classify",
 }
 """Names of objectives by folder, in the order in which help and errors list them."""
-_OWN = {name: f"{GROUP}.{folder}.spec:{name.upper()}" for folder, names in _FOLDERS.items() for name in names}
+_OWN = {name: f"{GROUP}.{folder}.spec:{name.upper()}" for folder, names in _FOLDERS.items() for name in names.split()}
 _added: dict[str, Spec] = {}  # by `registered`
 
 

@@ -88,12 +88,6 @@ EXPORTS = {
     "ollama": Download("Adapter with a Modelfile for Ollama (zip)", "ollama", "zip"),
 }
 """Formats of the export form, by name."""
-_ASKED = {
-    "decide": ("state", "--state=state"),
-    "classify": ("text", "--prompt=text"),
-    "embed": ("text", "--prompt=text"),
-}
-"""Column and option for a prompt from standard input, by command; `generate` needs no option."""
 _SHOWN_ROWS = 3
 _MAX_SHOWN_TOKENS = 600
 _PLANNED_ROWS = 2000
@@ -269,11 +263,11 @@ async def _try(site: Site, request: Request) -> Response:
     texts = [str(form[name]) for name in ("prompt", "other") if name in form]  # the other text is one to compare
     if not texts or not all(map(str.strip, texts)):
         raise UsageError(f"the {'text' if len(texts) > 1 else 'prompt'} is empty")
-    words = asking_words(run, texts[0])
-    if len(texts) != (2 if words[0] == "embed" else 1):
+    words, page = asking_words(run, texts[0]), offered(read_run(run.path).objective)
+    if len(texts) != (2 if page.compares else 1):
         raise UsageError("two texts are compared, and one prompt is answered", next_step="reload the page")
     # The prompt goes to standard input, because other users can see the words of a process.
-    column, *options = _ASKED.get(words[0], ("prompt",))
+    column, *options = page.asked
     text = "".join(json.dumps({column: one}) + "\n" for one in texts)
     try:
         outcome = await site.commands.checked([*words[:-1], "--data=-", *options], request.is_disconnected, text=text)

@@ -253,9 +253,9 @@ class Draft:
 
     def _objective_words(self, workspace: Workspace) -> list[str]:
         """Return the options of the objective and of what it needs. Raises UsageError: it is incomplete."""
-        if self.objective in ("", next(iter(pages()))):
-            return []
-        return [f"--objective={self.objective}", *offered(self.objective).words(self, workspace.context)]
+        page = offered(self.objective)
+        given = [f"--objective={self.objective}"] if page is not offered("") else []
+        return [*given, *page.words(self, workspace.context)]
 
     def errors(self) -> dict[str, str]:
         """Return the errors of all numbers and questions, by their field."""
@@ -387,7 +387,7 @@ _OF_AN_OBJECTIVE = ("learning_rate", *MORE["objective"])
 def other_objective(suggested: str, form: Draft) -> Draft | None:
     """Return the draft of a run with the objective that a suggested command has, or None if it is that of the run."""
     named = re.match(r"backhand train .*--objective (\w+)", suggested)
-    if named is None or named[1] not in pages() or named[1] == form.objective or not form.fields:
+    if named is None or named[1] not in pages() or named[1] == form.get("objective") or not form.fields:
         return None
     left_out = {f"more.{name}" for name in _OF_AN_OBJECTIVE}
     return Draft({name: text for name, text in form.fields.items() if name not in left_out} | {"objective": named[1]})
@@ -576,7 +576,8 @@ def _part_of_page(command: str) -> str:
 
 def _title(objective: str) -> str:
     """Return the short name of an objective on the page."""
-    return pages()[objective].title.partition(":")[0] if objective in pages() else objective
+    page = pages().get(objective)
+    return objective if page is None else page.title.partition(":")[0]
 
 
 def _titled(match: re.Match[str]) -> str:

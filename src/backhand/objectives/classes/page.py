@@ -14,6 +14,7 @@ class _Classes(Page):
     roles = (Role("prompt", "Text"), Role("completion", "Label, or number to predict"))
     fits_encoders = True
     command = "classify"
+    asked = ("text", "--prompt=text")
     answering = ("The head of the adapter answers.", "Classify")
 
     def fits(self, first: FirstColumns) -> Fit | None:

@@ -19,6 +19,7 @@ class _Decisions(Page):
     text_option = "state"
     document_note = " (each option of a question is one)"
     command = "decide"
+    asked = ("state", "--state=state")
     answering = ("The adapter decides.", "Decide")
 
     def fits(self, first: FirstColumns) -> Fit | None:

@@ -28,6 +28,7 @@ class _Vectors(Page):
     )
     fits_encoders = True
     command = "embed"
+    asked = ("text", "--prompt=text")
     answering = ("The adapter computes a vector of each text, without the prompt of queries.", "Compare")
     compares = True
 
