@@ -39,7 +39,7 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 AVX2_TESTS := tests/ops tests/kernels/test_quantized_matrix.py $(patsubst %,tests/nn/test_%.py,compute decode_step \
 	decoding encoders forest frozen_prefix quantized_base state_gradients state_mixers)
 
-.PHONY: help set-up packages kernels kernels-sanitize wheels test-install test-foreign demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser test-cuda test-mps fuzz check lint format-check types imports docstrings prose readme docs size format bench clean
+.PHONY: help set-up packages kernels kernels-sanitize wheels test-install test-foreign demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser test-cuda test-mps fuzz check lint format-check types imports objectives docstrings prose readme docs size format bench clean
 
 help:
 	@sed -n '3,4s/^#   /  /p' Makefile
@@ -210,7 +210,7 @@ bench: $(VENV)/.bench $(VENV)/.test $(VENV)/.model kernels
 
 # ---- checks ------------------------------------------------------------------------------------------------------
 
-check: lint format-check types imports docstrings prose
+check: lint format-check types imports objectives docstrings prose
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -225,6 +225,10 @@ types: $(VENV)/.dev
 
 imports: $(VENV)/.dev
 	$(BIN)/lint-imports --no-logo --no-cache
+
+# Which places of the core know an objective: fewer with each change.
+objectives: $(VENV)/.dev
+	$(BIN)/python tools/objective_branches.py
 
 docstrings: $(VENV)/.dev
 	$(BIN)/ruff check --select D --ignore D102,D105,D107,D208,D403,D417 src tools
