@@ -258,12 +258,12 @@ def _run(way: str, options: dict[str, Any], quick: bool) -> int:
     return code
 
 
-def _constant(value: Any) -> Any:
+def constant(value: Any) -> Any:
     """Return a JSON value without entries that differ between two equal runs."""
     if isinstance(value, dict):
-        constant = [name for name in value if name not in _VARIABLE and not name.endswith(_VARIABLE_ENDINGS)]
-        return {name: _constant(value[name]) for name in constant}
-    return [_constant(one) for one in value] if isinstance(value, list) else value
+        kept = [name for name in value if name not in _VARIABLE and not name.endswith(_VARIABLE_ENDINGS)]
+        return {name: constant(value[name]) for name in kept}
+    return [constant(one) for one in value] if isinstance(value, list) else value
 
 
 def _digests(run: Path, place: str) -> dict[str, str]:
@@ -276,7 +276,7 @@ def _digests(run: Path, place: str) -> dict[str, str]:
         if path.suffix != ".safetensors":
             text = content.decode().replace(place, ".")
             lines = [text] if path.suffix == ".json" else text.splitlines()
-            content = "\n".join(json.dumps(_constant(json.loads(line))) for line in lines).encode()
+            content = "\n".join(json.dumps(constant(json.loads(line))) for line in lines).encode()
         found[path.name] = hashlib.sha256(content).hexdigest()[:16]
     return found
 
