@@ -117,7 +117,15 @@ _DIGESTED = (
     "adapter_model.safetensors", "adapter_config.json", "backhand.json", "metrics.jsonl", "summary.json",
     "reference.json", "teacher_answers.jsonl", "answers.jsonl", "state.safetensors", "evaluated.json",
 )  # fmt: skip
-_VARIABLE = ("computed_tokens", "first_token_ratios", "output", "adapter", "try_next", "packages")
+_VARIABLE = (
+    "computed_tokens",
+    "first_token_ratios",
+    "output",
+    "adapter",
+    "try_next",
+    "packages",
+    "adapter_config.json",
+)
 _VARIABLE_ENDINGS = ("_s", "_bytes")
 _AMOUNT = re.compile(r"(about |above )?\d[\d,.]*(e-?\d+)? ?(s|ms|min|h|tokens/s|KiB|MiB|GiB)\b")
 _RATES = re.compile(r"(  [\d,]+ tokens/s|; peak memory about|(?<=^Peak memory)).*")
@@ -289,9 +297,9 @@ def _elements(page: Path, tag: str, kind: str) -> list[str]:
 
 
 def _printed(path: Path, place: str) -> list[str]:
-    """Return the lines of a file without amounts of time and memory, and without the rates of each step."""
+    """Return the lines of a file without amounts of time and memory, rates of steps and signs of life."""
     lines = path.read_text(encoding="utf-8", errors="replace").replace(place, ".").splitlines()
-    return [_AMOUNT.sub("#", _RATES.sub("", line)) for line in lines]
+    return [_AMOUNT.sub("#", _RATES.sub("", line)) for line in lines if not line.startswith("still at work")]
 
 
 def _recorded(name: str, inputs: Path) -> dict[str, Any]:
