@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from backhand.errors import BackhandError
     from backhand.loop.embed import VectorEvaluation
     from backhand.loop.evaluate import Evaluation
-    from backhand.loop.evaluate_rewards import RewardEvaluation
     from backhand.loop.observers import Observer, RunStart
+    from backhand.objectives.rewards.evaluation import RewardEvaluation
     from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
     from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
     from backhand.options.objectives import ObjectiveOptions
@@ -68,7 +68,7 @@ _NAMES = {
     "backhand.options.config": "ModelOptions OptimizationOptions RunOptions TrainConfig",
     "backhand.options.objectives": "ObjectiveOptions",
     "backhand.loop.observers": "Observer RunStart",
-    "backhand.loop.evaluate_rewards": "RewardEvaluation",
+    "backhand.objectives.rewards.evaluation": "RewardEvaluation",
     "backhand.options.rewards": "RewardOptions",
     "backhand.runs.summary": "RunSummary",
     "backhand.loop.embed": "VectorEvaluation",

@@ -38,9 +38,9 @@ from backhand.loop.decide import decide as decide_states
 from backhand.loop.embed import VectorEvaluation
 from backhand.loop.embed import embed as embed_texts
 from backhand.loop.embed import mine as mine_negatives
-from backhand.loop.evaluate_rewards import RewardEvaluation, evaluate_rewards
 from backhand.loop.observers import Callback
 from backhand.loop.rank import rank as rank_rows
+from backhand.objectives.rewards.evaluation import RewardEvaluation, evaluate_rewards
 from backhand.options.command_options import (
     DecideOptions,
     EmbedOptions,

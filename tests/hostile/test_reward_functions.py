@@ -11,8 +11,8 @@ import pytest
 
 from backhand.data.rows import Completion, PromptRow
 from backhand.errors import BackhandError, CheckError, UsageError
-from backhand.loop.rewards.functions import load_function
-from backhand.loop.rewards.process import RewardInput, RewardProcess
+from backhand.objectives.rewards.functions import load_function
+from backhand.objectives.rewards.process import RewardInput, RewardProcess
 from backhand.options.rewards import RewardOptions
 
 

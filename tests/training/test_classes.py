@@ -32,9 +32,9 @@ from backhand.interop.options import ExportOptions, MergeOptions
 from backhand.loop.class_scores import constant_logits, row_losses, score_classes
 from backhand.loop.classify import Classifier, classify, classify_command, print_classes
 from backhand.loop.evaluate import Evaluation, evaluate_command
-from backhand.loop.objectives.classify import loss_and_gradient
 from backhand.nn.loading.opening import open_model
 from backhand.nn.model_options import BaseModelOptions
+from backhand.objectives.classes.loss import loss_and_gradient
 from backhand.options.command_options import ClassifyOptions, ClassifyRunOptions, EvaluateOptions, EvaluateRunOptions
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions

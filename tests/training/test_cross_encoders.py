@@ -33,9 +33,10 @@ from backhand.interop.command import export_command
 from backhand.interop.merging import merge_command
 from backhand.interop.options import ExportOptions, MergeOptions
 from backhand.loop.evaluate import evaluate_command
-from backhand.loop.objectives.head import head_logits
-from backhand.loop.objectives.rank import CrossEncoderObjective
+from backhand.loop.row_passes import head_logits
+from backhand.loop.step import MicroBatch
 from backhand.nn.loading.opening import open_model
+from backhand.objectives.rankings.loss import CrossEncoderObjective
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
@@ -148,7 +149,7 @@ def test_scores_and_gradients_equal_transformers_and_peft(name: str, loss: str, 
         with autograd_raises():
             for number, part in enumerate(parts):
                 batch = packer.packed(part, "cpu")
-                total += float(objective.gradients(parts, model, number, batch, 1 / 4, None))
+                total += float(objective.gradients(model, part, MicroBatch(number, batch, 1 / 4, None)))
         assert total / 4 == pytest.approx(expected_loss.item(), rel=bound_of)
         gradients = their_gradients(theirs, decoder.config.class_head.prefix)
         for tensor, _ in model.lora.named_tensors():

@@ -30,11 +30,11 @@ from backhand.loop.classify import classify
 from backhand.loop.decide import about_score, decide, decide_command
 from backhand.loop.decision_scores import Outcome, score_questions
 from backhand.loop.evaluate import evaluate_command
-from backhand.loop.objectives.decide import DecideObjective
-from backhand.loop.objectives.objective import document_sums
+from backhand.loop.row_passes import document_sums
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.nn.model_options import BaseModelOptions
+from backhand.objectives.decisions.loss import DecideObjective
 from backhand.options.command_options import (
     ClassifyOptions,
     ClassifyRunOptions,

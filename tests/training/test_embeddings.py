@@ -42,14 +42,15 @@ from backhand.interop.command import export_command
 from backhand.interop.options import ExportOptions
 from backhand.loop.embed import VectorEvaluation, embed, embed_command, hardest, mine_command, print_vectors
 from backhand.loop.evaluate import evaluate_command
-from backhand.loop.held_out_vectors import HeldOutEmbeddings
-from backhand.loop.objectives.embed import EmbedObjective, embed_batch, embed_rows, excluded_pairs
 from backhand.loop.retrieval_scores import score_vectors, scores_text, spearman
-from backhand.loop.step import StepWork
-from backhand.loop.vector_changes import BINS, cosine_histogram, drift, nearest_texts
+from backhand.loop.row_passes import embed_batch, embed_rows
+from backhand.loop.step import MicroBatch, StepWork
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.nn.model_options import BaseModelOptions
+from backhand.objectives.vectors.changes import BINS, cosine_histogram, drift, nearest_texts
+from backhand.objectives.vectors.held_out import HeldOutEmbeddings
+from backhand.objectives.vectors.loss import EmbedObjective, excluded_pairs
 from backhand.options.command_options import (
     EmbedOptions,
     EmbedRunOptions,
@@ -131,8 +132,8 @@ def our_step(decoder: Decoder, objective: EmbedObjective, rows: int, seeds: bool
     )
     objective.prepare_step(decoder, every, Communicator(), work, parts)
     results = (
-        objective.gradients(parts, decoder, n, work.packed(n), 1 / ROWS, work.dropout_seeds[n])
-        for n in range(len(parts))
+        objective.gradients(decoder, part, MicroBatch(n, work.packed(n), 1 / ROWS, work.dropout_seeds[n]))
+        for n, part in enumerate(parts)
     )
     return sum(map(float, results)) / ROWS
 
@@ -258,7 +259,7 @@ def test_both_passes_have_the_same_dropout_masks(monkeypatch: pytest.MonkeyPatch
 
         return wrapped, positions
 
-    monkeypatch.setattr("backhand.loop.objectives.embed.embed_batch", embedded)
+    monkeypatch.setattr("backhand.objectives.vectors.loss.embed_batch", embedded)
     monkeypatch.setattr(EmbedObjective, "state_loss", recorded)
     our_step(decoder, objective, 2, seeds=True)
     assert len(first) == len(second) == 4
@@ -363,7 +364,7 @@ def test_collapsed_vectors_stop_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     objective = objective_of("infonce", "last", share=True)
     held_out = HeldOutEmbeddings(objective, 4)
     vectors = [torch.randn(ROWS * 3, 8, generator=torch.Generator().manual_seed(1)), torch.ones(ROWS * 3, 8)]
-    monkeypatch.setattr("backhand.loop.held_out_vectors.embed_rows", lambda *_, **__: vectors.pop(0))
+    monkeypatch.setattr("backhand.objectives.vectors.held_out.embed_rows", lambda *_, **__: vectors.pop(0))
     decoder = decoder_like(attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA), ALPHA / RANK)
     assert held_out.loss(decoder, Communicator()) is not None
     with pytest.raises(CheckError, match="collapsed"):
@@ -373,12 +374,12 @@ def test_collapsed_vectors_stop_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_batch_of_held_out_rows_is_a_single_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would have no negatives, and a loss of 0. Seven rows are divided into four and three, for 6 rows and for 4."""
     vectors = torch.randn(ROWS * 3, 8, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr("backhand.loop.held_out_vectors.embed_rows", lambda *_, **__: vectors)
+    monkeypatch.setattr("backhand.objectives.vectors.held_out.embed_rows", lambda *_, **__: vectors)
     decoder = decoder_like(attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA), ALPHA / RANK)
     objective = objective_of("infonce", "last", share=True)
     losses = []
     for size in (6, 4):
-        monkeypatch.setattr("backhand.loop.held_out_vectors.EVALUATED_ROWS", size)
+        monkeypatch.setattr("backhand.objectives.vectors.held_out.EVALUATED_ROWS", size)
         losses.append(HeldOutEmbeddings(objective, 4).loss(decoder, Communicator()))
     assert losses[0] == losses[1]
 

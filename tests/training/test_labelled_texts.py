@@ -25,10 +25,10 @@ from backhand.data.rows import TextIdentities
 from backhand.errors import DataError, not_none
 from backhand.loop.embed import mine
 from backhand.loop.evaluate import evaluate
-from backhand.loop.objectives.embed import EmbedObjective, labels_of
 from backhand.loop.retrieval_scores import score_vectors
-from backhand.loop.vector_changes import nearest_texts
 from backhand.nn.model_options import BaseModelOptions
+from backhand.objectives.vectors.changes import nearest_texts
+from backhand.objectives.vectors.loss import EmbedObjective, labels_of
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions, MineOptions
 from backhand.options.config import TrainConfig
 from backhand.options.objectives import ObjectiveOptions

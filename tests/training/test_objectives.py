@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +19,12 @@ from backhand.data.packing import RowPacker, micro_batches
 from backhand.data.prepare import prepare
 from backhand.distributed.communicator import Communicator
 from backhand.errors import UsageError
-from backhand.loop.objectives.compared import KTOObjective, PairObjective, mismatched
-from backhand.loop.objectives.objective import Objective, document_sums
+from backhand.loop.objective import Objective
+from backhand.loop.row_passes import document_sums
 from backhand.loop.step import AdapterOptimizer, LearningRate, StepWork, training_step
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
+from backhand.objectives.pairs.loss import KTOObjective, PairObjective, mismatched
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward
 from backhand.options.config import OptimizationOptions
 from backhand.options.objectives import ObjectiveOptions
@@ -181,7 +181,7 @@ def our_steps(decoder: Decoder, objective: Objective, rate: float) -> Iterator[t
             packer.supervised_tokens(rows),
             [None] * len(groups),
             len(rows),
-            partial(objective.gradients, groups),
+            lambda model, part: objective.gradients(model, groups[part.number], part),
         )
         result = training_step(decoder, optimizer, work, Communicator(), schedule.at(step))
         yield result.loss, objective.measured(Communicator())

@@ -33,11 +33,11 @@ from backhand.errors import ArtifactError, CheckError, DataError, UsageError, no
 from backhand.interop.command import export_command
 from backhand.interop.options import ExportOptions
 from backhand.loop.evaluate import Evaluation, evaluate, evaluate_command
-from backhand.loop.objectives.rank import RankObjective
 from backhand.loop.rank import rank, rank_command
 from backhand.loop.ranking_scores import score_rankings
 from backhand.loop.retrieval_scores import scores_text
 from backhand.nn.loading import open_model
+from backhand.objectives.rankings.loss import RankObjective
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions, RankOptions, RankRunOptions
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions

@@ -26,8 +26,8 @@ from backhand.errors import CheckError, DataError, UsageError
 from backhand.generation import sampling
 from backhand.loop.evaluate import evaluate_command
 from backhand.loop.observers import Observer
-from backhand.loop.rewards.guards import RewardGuard
-from backhand.loop.rewards.process import RewardInput, RewardProcess
+from backhand.objectives.rewards.guards import RewardGuard
+from backhand.objectives.rewards.process import RewardInput, RewardProcess
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions, PlanOptions, PlanRunOptions
 from backhand.options.config import TrainConfig
 from backhand.options.objectives import ObjectiveOptions
@@ -634,7 +634,7 @@ def test_a_function_that_hangs_ends_with_a_run_that_is_killed(hangs: str, tmp_pa
     )
     script = (
         "from backhand.data.rows import PromptRow, Completion\n"
-        "from backhand.loop.rewards.process import RewardProcess, RewardInput\n"
+        "from backhand.objectives.rewards.process import RewardProcess, RewardInput\n"
         "asked = PromptRow(Completion('a', None, '', None, 'rows:1'), 'a', {}, 'rows:1')\n"
         f"with RewardProcess([{str(tmp_path / 'hanging.py') + ':hangs'!r}], 600.0) as process:\n"
         "    process.rewards([RewardInput(asked, 'a', [1])])\n"

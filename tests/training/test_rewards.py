@@ -20,14 +20,14 @@ from backhand.data.examples import Example
 from backhand.distributed.communicator import Communicator
 from backhand.errors import CheckError
 from backhand.generation import completer
-from backhand.generation.sampling import Sampled, at_temperature, draw, sample
+from backhand.generation.sampling import GAP_BOUNDS, Sampled, at_temperature, draw, sample
 from backhand.kernels.builds import load, usable, using
-from backhand.loop.rewards.guards import BOUNDS, LogprobCheck
-from backhand.loop.rewards.rollout import Judged, Rollout
-from backhand.loop.rewards.steps import AnswerBatch, RewardedSteps
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.nn.decoder.kv_cache import PAGE
+from backhand.objectives.rewards.guards import LogprobCheck
+from backhand.objectives.rewards.rollout import Judged, Rollout
+from backhand.objectives.rewards.steps import AnswerBatch, RewardedSteps
 from backhand.ops.grpo import answer_weights, group_advantages
 from backhand.options.rewards import RewardOptions
 from tests.support.float64_reference import without_float32_casts
@@ -69,7 +69,7 @@ def batch_of(
         epsilon_high=0.09,  # type: ignore[arg-type]
     ).resolved()
     asked = [row for row in rows for _ in range(GROUP)]
-    logprob_check = LogprobCheck(BOUNDS[decoder.dtype], lambda _: None)
+    logprob_check = LogprobCheck(GAP_BOUNDS[decoder.dtype], lambda _: None)
     judged = Judged(answers, [], rewards[None], rewards)
     rollout = Rollout(options, options.group, (), lambda *_: 0, Communicator(), functions=None, tokenizer=None)
     with at_temperature(decoder, TEMPERATURE):

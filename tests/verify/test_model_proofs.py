@@ -15,12 +15,12 @@ from backhand.data.examples import Example
 from backhand.data.options import DataOptions
 from backhand.data.pack import pack
 from backhand.errors import ArtifactError, CheckError
-from backhand.loop.objectives import decide as decide_objective
 from backhand.nn.decoder import adapted_head, block, projections
 from backhand.nn.decoder import forward_backward as forward_backward_module
 from backhand.nn.decoder.merging import merge_into
 from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.families.family_parsing import decoder_config
+from backhand.objectives.decisions import loss as decide_objective
 from backhand.ops.document_groups import SegmentRun
 from backhand.verify import blockwise_step
 from backhand.verify import merging as merged_model

@@ -32,6 +32,14 @@ from backhand.ops.linear_cross_entropy import losses_of_logits
 from backhand.ops.logits_rule import LogitsRule
 
 ROWS_AT_ONCE = 64
+GAP_BOUNDS: dict[torch.dtype, tuple[float, float]] = {
+    torch.float64: (1e-9, 1e-9),
+    torch.float32: (1e-4, 1e-4),
+    torch.bfloat16: (2.0, 0.1),
+}
+"""Largest allowed gap between the log-probabilities of sampler and trainer in nats: of any token, and of the mean.
+
+In bfloat16 a logit between 16 and 32 is rounded to steps of 1/8, and both sides also round before that."""
 
 
 @dataclass

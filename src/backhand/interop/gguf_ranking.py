@@ -35,8 +35,8 @@ from backhand.interop.llama_cpp_server import start_server
 from backhand.interop.merged_weights import MergedWeights
 from backhand.interop.opened_adapter import OpenedAdapter
 from backhand.interop.proving import Prover
-from backhand.loop.objectives.rank import pair_format
 from backhand.loop.rank import Reranker
+from backhand.loop.ranking_loss import pair_format
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.families.class_heads import BERT_CLASS_HEAD, ClassHead
 from backhand.nn.loading.gguf_tensors import SCORE_HEAD, gguf_architecture

@@ -1,1 +1,1 @@
-"""Training loop: steps, evaluations, checks during a run, checkpoints, logging, objectives and rewards."""
+"""Training loop: steps, evaluations, checks during a run, checkpoints and logging."""

@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from backhand.data.class_examples import target_of
 from backhand.data.examples import Example
+from backhand.data.packing import RowPacker
 from backhand.data.rows import MULTI, NUMBER, ClassLabel, ProblemType
 from backhand.loop.label_scores import Gain, RowScores, label_score
 from backhand.loop.retrieval_scores import Floats, resampled, resampled_spearman, spearman
@@ -177,3 +179,16 @@ def _macro_f1(given: Tensor, targets: Tensor) -> float:
     both, either = (given * targets).sum(0), given.sum(0) + targets.sum(0)
     occurs = either > 0
     return float((2 * both[occurs] / either[occurs]).mean()) if bool(occurs.any()) else 1.0
+
+
+def targets_of(packer: RowPacker, problem: ProblemType, labels: Sequence[str]) -> Tensor:
+    """Return the targets of all rows, (rows, outputs) float64. Raises DataError for a label that does not fit.
+
+    The rows of a run have been checked before it, so that an error is one of rows for a trained head.
+    """
+    examples = packer.examples
+    found = [
+        target_of(label, problem, labels, examples[row].source, trained=True)
+        for row, label in enumerate(examples.facts(ClassLabel))
+    ]
+    return torch.tensor(found, dtype=torch.float64)

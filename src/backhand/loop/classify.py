@@ -26,10 +26,9 @@ from backhand.errors import UsageError, not_none
 from backhand.generation.command import check_output, rounded, write_lines
 from backhand.generation.completer import EngineCompleter, require_finite
 from backhand.generation.loading import LoadedModel, loaded_model
-from backhand.loop.class_scores import ClassScores, constant_logits, score_classes
+from backhand.loop.class_scores import ClassScores, constant_logits, score_classes, targets_of
 from backhand.loop.embed import texts_of
-from backhand.loop.objectives.classify import targets_of
-from backhand.loop.objectives.head import head_logits
+from backhand.loop.row_passes import head_logits
 from backhand.options.command_options import ClassifyOptions
 from backhand.printing import counting
 from backhand.runs.label_results import never_given

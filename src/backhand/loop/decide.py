@@ -28,7 +28,7 @@ from backhand.generation.command import check_output, rounded, write_lines
 from backhand.generation.completer import require_finite
 from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.loop.decision_scores import DecisionScore, Outcome, outcomes_of, score_questions
-from backhand.loop.objectives.objective import document_sums
+from backhand.loop.row_passes import document_sums
 from backhand.nn.compute import resolve_device, resolve_dtype
 from backhand.options.command_options import DecideOptions
 from backhand.printing import counting, in_rounds

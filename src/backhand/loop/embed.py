@@ -34,8 +34,8 @@ from backhand.errors import DataError, UsageError, not_none
 from backhand.generation.command import check_output, write_lines, write_output
 from backhand.generation.completer import EngineCompleter, require_finite
 from backhand.generation.loading import LoadedModel, loaded_model
-from backhand.loop.objectives.embed import check_pooling, embed_rows
 from backhand.loop.retrieval_scores import score_vectors, with_changes
+from backhand.loop.row_passes import check_pooling, embed_rows
 from backhand.nn.loading.sentence_transformers import read_embedding_files
 from backhand.ops.info_nce import BLOCK_SCORES
 from backhand.ops.normalize import normalize_forward

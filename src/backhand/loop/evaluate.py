@@ -16,7 +16,7 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
@@ -28,12 +28,10 @@ from backhand.bounds import check_kind
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.options import DataOptions
-from backhand.data.packing import RowPacker
 from backhand.data.prepare import check_first_rows, prepare
 from backhand.data.row_encoder import Prompt
 from backhand.data.rows import NUMBER, Purpose
 from backhand.data.stored_examples import count_sources
-from backhand.distributed.communicator import Communicator
 from backhand.errors import CheckError, DataError, UsageError, not_none
 from backhand.generation.completer import EngineCompleter, complete_greedily
 from backhand.generation.labels import (
@@ -54,18 +52,15 @@ from backhand.loop.classify import evaluate_classes, print_classes
 from backhand.loop.decide import evaluate_decisions, print_decisions
 from backhand.loop.decision_scores import DecisionScore
 from backhand.loop.embed import VectorEvaluation, evaluate_vectors, print_vectors
-from backhand.loop.evaluate_rewards import RewardEvaluation, evaluate_rewards_command
 from backhand.loop.label_scores import LabelScore, label_score, print_labels
 from backhand.loop.measuring import HeldOut
-from backhand.loop.objectives.compared import PairObjective
-from backhand.loop.objectives.objective import document_sums, means
 from backhand.loop.rank import evaluate_rankings
 from backhand.loop.retrieval_scores import scores_text
+from backhand.objective.registry import part
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
-from backhand.options.objectives import ObjectiveOptions
 from backhand.printing import counting, in_rounds
 from backhand.runs.label_results import Accuracies, constant_answer, verdict_words
-from backhand.runs.pair_results import ROW_ANSWERS, change_bounds, pair_clauses
+from backhand.runs.pair_results import pair_clauses
 from backhand.runs.row_changes import (
     as_loss,
     loss_change,
@@ -299,36 +294,6 @@ def _no_label(other: Prompt | None, labels: Sequence[str]) -> DataError:
     )
 
 
-def compared(
-    loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, scores: Sequence[Score]
-) -> list[Score]:
-    """Return the scores of the base model and, if present, of the adapted model with `Score.pairs` filled in."""
-    packer = RowPacker(rows.pairs, share_prefixes=loaded.model.shares_prefixes)
-    with_pairs: list[Score] = []
-    reference: Tensor | None = None
-    by_row: list[Mapping[str, Tensor]] = []
-    for number, one in enumerate(scores):
-        loaded.model.use_adapter(bool(number))
-        every = range(len(rows.pairs))
-        with counting(f"{'adapted' if number else 'base'} model: pairs", len(every)) as done:
-            sums = not_none(
-                document_sums(loaded.model, packer, every, run.micro_batch_rows, Communicator(), on_row=done)
-            )
-        objective = PairObjective(packer, sums if reference is None else reference, options=ObjectiveOptions("dpo"))
-        result = objective.of_sums(every, sums)
-        measured = means([result.measured])
-        by_row.append(result.by_row)
-        shown = {name: value for name, value in measured.items() if number or name.startswith("logps/")}
-        interval = None
-        if number:
-            interval = share_interval(shown["rewards/accuracies"], len(rows.pairs))
-            before, after = by_row
-            shown |= change_bounds([(before[name].tolist(), after[name].tolist()) for name in ROW_ANSWERS])
-        with_pairs.append(replace(one, pairs=shown, pairs_interval=interval))
-        reference = sums if reference is None else reference
-    return with_pairs
-
-
 def score(
     loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, *, adapter: bool, answered: int = 64
 ) -> Score:
@@ -514,7 +479,8 @@ def evaluate(options: EvaluateOptions) -> Evaluation | VectorEvaluation:
         costs = (1.0,) if run.adapter is None else (1.0, 1.0 + of_pairs)
         with in_rounds((False, True)[: len(costs)], costs) as models:
             scores = [score(loaded, rows, run, adapter=adapter) for adapter in models]
-            scores = compared(loaded, rows, run, scores) if rows.pairs else scores
+            if rows.pairs:
+                scores = part("backhand.objectives.pairs.evaluation:compared")(loaded, rows, run, scores)
     return Evaluation(rows.rows, *_compared(*scores), undesirable=rows.undesirable)
 
 
@@ -537,10 +503,10 @@ def _perplexity(nats: float) -> float:
         return math.inf  # a float64 cannot hold it
 
 
-def evaluate_command(options: EvaluateOptions) -> Evaluation | RewardEvaluation | VectorEvaluation:
+def evaluate_command(options: EvaluateOptions) -> Any:
     """Run `evaluate` and print a table, or one JSON object with `json`; or measure rewards instead."""
     if options.run.reward:
-        return evaluate_rewards_command(options.validate())
+        return part("backhand.objectives.rewards.evaluation:evaluate_rewards_command")(options.validate())
     with working("evaluating"):
         result = evaluate(options)
     if options.run.json:

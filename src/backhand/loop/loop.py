@@ -18,7 +18,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from functools import partial
 from typing import Protocol
 
 from backhand.data.packing import RowPacker, Sampler
@@ -28,7 +27,7 @@ from backhand.engines.machine import MemoryKeeper
 from backhand.errors import CheckError, not_none
 from backhand.loop.evaluator import Evaluator
 from backhand.loop.hidden_state_cache import HiddenStateCache
-from backhand.loop.objectives.objective import Objective
+from backhand.loop.objective import Objective
 from backhand.loop.observers import Observer
 from backhand.loop.state import RunState
 from backhand.loop.step import AdapterOptimizer, StepResult, StepWork, training_step
@@ -159,7 +158,9 @@ class TrainingLoop:
             supervised_tokens=supervised,
             dropout_seeds=[derived_seed(seed, "dropout", step, i) if self._uses_dropout else None for i in numbers],
             mean_over=supervised if objective is None else len(rows),
-            loss_and_gradients=None if objective is None else partial(objective.gradients, parts),
+            loss_and_gradients=None
+            if objective is None
+            else lambda model, part: objective.gradients(model, parts[part.number], part),
         )
 
     def _parts(self, rows: Sequence[int]) -> list[list[int]]:

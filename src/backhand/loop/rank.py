@@ -31,10 +31,9 @@ from backhand.generation.command import check_output, write_lines
 from backhand.generation.completer import EngineCompleter, require_finite
 from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.loop.embed import rows_of, texts_of
-from backhand.loop.objectives.head import head_logits
-from backhand.loop.objectives.objective import document_sums
-from backhand.loop.objectives.rank import RankingLoss, check_targets, pair_format, scores_of
+from backhand.loop.ranking_loss import RankingLoss, check_targets, pair_format, scores_of
 from backhand.loop.retrieval_scores import with_changes
+from backhand.loop.row_passes import document_sums, head_logits
 from backhand.nn.decoder.class_head import has_score_head
 from backhand.nn.decoder.decoder import Decoder
 from backhand.options.command_options import RankOptions

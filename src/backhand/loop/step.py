@@ -28,6 +28,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +54,15 @@ class StepResult:
     computed_tokens: tuple[int, ...]  # number of packed tokens that each process computed
 
 
+class MicroBatch(NamedTuple):
+    """A micro-batch of a step."""
+
+    number: int  # its index in the step
+    batch: PackedBatch
+    loss_scaling: float  # factor of the gradients
+    dropout_seed: int | None  # seed of the dropout masks, or None
+
+
 @dataclass(frozen=True)
 class StepWork:
     """The micro-batches of a step. Every process knows their sizes and packs only those that it computes."""
@@ -62,9 +72,9 @@ class StepWork:
     supervised_tokens: int  # of all micro-batches; a supervised token in a shared prefix counts once per document
     dropout_seeds: Sequence[int | None]  # seed of each micro-batch, or None without dropout
     mean_over: int  # n, the divisor of the loss: number of supervised tokens, or of rows
-    # None for cross-entropy. For other losses: a function of (model, i, micro-batch i, loss scaling, dropout seed). It
-    # adds the gradients of (loss scaling · loss) to the gradient buffer, and returns the loss without the scaling.
-    loss_and_gradients: Callable[[Trainable, int, PackedBatch, float, int | None], Tensor] | None = None
+    # None for cross-entropy. For other losses: a function that adds the gradients of (loss scaling · loss) to the
+    # gradient buffer, and returns the loss without the scaling.
+    loss_and_gradients: Callable[[Trainable, MicroBatch], Tensor] | None = None
 
 
 def training_step(
@@ -98,7 +108,7 @@ def training_step(
         if work.loss_and_gradients is None:
             loss = model.loss_and_gradients(batch, scaling, seed)
         else:
-            loss = work.loss_and_gradients(model, number, batch, scaling, seed)
+            loss = work.loss_and_gradients(model, MicroBatch(number, batch, scaling, seed))
         results.append(MicroBatchResult(number, float(loss), batch.supervised_tokens, batch.uses_attention))
         gradient_sum.add()  # adds the buffer to the sum, and sets the buffer to zero for the next micro-batch
     totals = processes.reduce_step(gradient_sum, results, time.perf_counter() - start_s)

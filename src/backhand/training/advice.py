@@ -22,8 +22,8 @@ from backhand.data.label_names import integers_note, unlearned_note
 from backhand.data.options import shell_quoted
 from backhand.data.raw_rows import any_in_memory
 from backhand.errors import not_none
-from backhand.loop.rewards.guards import constant_rewards_remedy
 from backhand.loop.step_plan import five_times, short_run_factor
+from backhand.objective.registry import part
 from backhand.options.config import TrainConfig
 from backhand.runs.directory import CONFIG
 from backhand.runs.label_results import (
@@ -126,7 +126,8 @@ def advice(
     if objective == "grpo":
         if curves.without_gradient:
             means = curves.rewards
-            remedy = constant_rewards_remedy(config.rewards.reward, min(means), max(means), curves.cut_off)
+            remedy_of = part("backhand.objectives.rewards.guards:constant_rewards_remedy")
+            remedy = remedy_of(config.rewards.reward, min(means), max(means), curves.cut_off)
             return f"No weight changed: in each step, all answers of each group had one reward. Next, {remedy}.", None
         if stopped or len(curves.held_out) < 2:
             return None

@@ -20,11 +20,11 @@ from backhand.data.held_out import FEWEST_ROWS, USUAL_SHARE
 from backhand.data.label_names import unlearned_note
 from backhand.data.options import system_option
 from backhand.distributed.communicator import Communicator
+from backhand.generation.sampling import GAP_BOUNDS
 from backhand.kernels.builds import describe, library
 from backhand.loop.forecast import Forecast
 from backhand.loop.observers import Observer, RunStart
 from backhand.loop.retrieval_scores import scores_text
-from backhand.loop.rewards.guards import BOUNDS
 from backhand.objective.registry import recorded_traits
 from backhand.printing import duration, going_on, line_due, may_be_silent, now, reworded, say, visible
 from backhand.runs.distilled_results import distilled_sentences
@@ -123,7 +123,9 @@ class TerminalObserver(Observer):
             self._print(fact)
         self._total = start.total_steps
         dtype = start.config.get("model.dtype")
-        self._gap_bound = next((token for one, (token, _) in BOUNDS.items() if str(one) == f"torch.{dtype}"), math.inf)
+        self._gap_bound = next(
+            (token for one, (token, _) in GAP_BOUNDS.items() if str(one) == f"torch.{dtype}"), math.inf
+        )
         self._step, self._forecast = start.step, start.forecast
         self._plain_every = max(1, start.total_steps // _PLAIN_LINES)
         self._silent.enter_context(going_on(self._doing))

@@ -36,7 +36,7 @@ from backhand.loop.guards import tensor_digest
 from backhand.loop.hidden_state_cache import HiddenStateCaches
 from backhand.loop.loop import SampledSteps
 from backhand.loop.measuring import HeldOut
-from backhand.loop.objectives.objective import Objective
+from backhand.loop.objective import Objective
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.objective.registry import objective, part

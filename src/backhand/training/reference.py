@@ -29,7 +29,7 @@ from backhand.errors import CheckError, not_none
 from backhand.json_shape import ShapeError, convert, load
 from backhand.kernels.builds import describe
 from backhand.loop.hidden_state_cache import HiddenStateCache
-from backhand.loop.objectives.objective import document_sums
+from backhand.loop.row_passes import document_sums
 from backhand.printing import counting
 from backhand.reading import read_plain
 from backhand.runs.directory import REFERENCE, Proof, RunDirectory

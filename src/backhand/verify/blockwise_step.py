@@ -14,10 +14,8 @@ from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
 from backhand.data.rows import RankedTexts
 from backhand.errors import not_none
-from backhand.loop.objectives.compared import PairObjective
-from backhand.loop.objectives.decide import DecideObjective
-from backhand.loop.objectives.objective import token_owners
-from backhand.loop.objectives.rank import RankObjective, scores_of
+from backhand.loop.ranking_loss import scores_of
+from backhand.loop.row_passes import token_owners
 from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.decoder.adapted_group import HEAD, block_adapter
 from backhand.nn.decoder.block import block_backward, block_forward
@@ -29,6 +27,9 @@ from backhand.nn.decoder.pooled_states import read_positions
 from backhand.nn.decoder.projections import norm_backward, norm_forward
 from backhand.nn.decoder.weights import BlockWeights, PerLayerWeights, named_views
 from backhand.nn.lora_parameters import LoRAParameters
+from backhand.objectives.decisions.loss import DecideObjective
+from backhand.objectives.pairs.loss import PairObjective
+from backhand.objectives.rankings.loss import RankObjective
 from backhand.ops.binary_cross_entropy import binary_cross_entropy_reference
 from backhand.ops.decide import decide_reference
 from backhand.ops.layer_norm import NormSaved

@@ -33,7 +33,7 @@ from backhand.data.text_encoder import TextEncoder
 from backhand.errors import ArtifactError, DataError, UsageError
 from backhand.generation.held_base import stays_quantized
 from backhand.generation.loading import classification_of, columns_of, ranking_of
-from backhand.loop.objectives.rank import pair_format
+from backhand.loop.ranking_loss import pair_format
 from backhand.nn.compute import resolve_device, resolve_dtype
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.weights import module_shapes

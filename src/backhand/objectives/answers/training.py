@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from backhand.data.answer_lint import numbers_note
-from backhand.objectives.kinds import answers
-from backhand.objectives.kinds.answers import exact_match, exact_match_work
+from backhand.objectives.kinds import answer_training
+from backhand.objectives.kinds.answer_training import exact_match, exact_match_work
 from backhand.runs.summary import RunSummary
 from backhand.training.hooks import KnownRows, RunContext
 from backhand.training.run_inputs import RunInputs
 from backhand.training.work import Work
 
 
-class AnswerTraining(answers.AnswerTraining):
+class AnswerTraining(answer_training.AnswerTraining):
     """Training on the answers of the rows, which the model should give exactly if they are short."""
 
     def with_rows(self, rows: KnownRows) -> KnownRows:

@@ -11,7 +11,7 @@ from backhand.data.label_names import integers_note, unlearned_note, unlearned_r
 from backhand.data.rows import NUMBER, SINGLE, ClassLabel, ProblemType
 from backhand.data.stored_examples import PreparedData
 from backhand.errors import DataError, UsageError
-from backhand.objectives.kinds.head_training import StartingHead
+from backhand.objectives.kinds.head import StartingHead
 from backhand.options.objectives import ObjectiveOptions
 from backhand.words import count_of, label_text, name_list
 

@@ -16,10 +16,10 @@ from backhand.data.stored_examples import PreparedData, with_totals
 from backhand.engines.decoder_engine import with_hidden_states
 from backhand.errors import UsageError
 from backhand.loop.class_scores import add_texts
-from backhand.loop.objectives.classify import ClassifyObjective
 from backhand.nn.decoder.adapted_group import HEAD
 from backhand.objectives.classes.labels import with_labels
-from backhand.objectives.kinds.head_training import class_notes, head_losses, head_scores, starting_head
+from backhand.objectives.classes.loss import ClassifyObjective
+from backhand.objectives.kinds.head import class_notes, head_losses, head_scores, starting_head
 from backhand.runs.summary import RunSummary
 from backhand.training.hooks import KnownModel, KnownRows, Losses, RunContext, Training
 

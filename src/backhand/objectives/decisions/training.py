@@ -10,8 +10,8 @@ from backhand.data.packing import RowPacker
 from backhand.data.stored_examples import PreparedData
 from backhand.errors import UsageError
 from backhand.loop.decision_scores import answer_counts, fit_temperatures
-from backhand.loop.objectives.decide import Decided, DecideObjective, HeldOutQuestions, decision_figures
-from backhand.objectives.kinds.answers import AnswerTraining, answer_losses
+from backhand.objectives.decisions.loss import Decided, DecideObjective, HeldOutQuestions, decision_figures
+from backhand.objectives.kinds.answer_training import AnswerTraining, answer_losses
 from backhand.objectives.kinds.free_answers import FreeAnswers, HeldOutAnswer, free_answers, rows_to_show
 from backhand.runs.records import MAX_NEW_TOKENS
 from backhand.training.hooks import KnownRows, Losses, RunContext

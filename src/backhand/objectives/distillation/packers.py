@@ -29,9 +29,9 @@ from backhand.data.prefix_forest import split_by_prefix
 from backhand.data.stored_examples import PreparedData, StoredExamples, with_totals
 from backhand.errors import ResourceError, not_none
 from backhand.loop.hidden_state_cache import StateStore
-from backhand.loop.sampled_answers import PromptPacker, answered
 from backhand.nn.batch import PackedBatch, TeacherStates
 from backhand.nn.decoder.decoder import Decoder
+from backhand.objectives.kinds.sampled_answers import PromptPacker, answered
 from backhand.ops.linear_divergence import Divergence, DivergenceKind
 from backhand.options.objectives import ObjectiveOptions
 from backhand.training.work import TeacherPass

@@ -20,10 +20,10 @@ from torch import Tensor
 from backhand.engines.engine import Trainable, computing_with
 from backhand.generation.sampling import Sampled, at_temperature
 from backhand.loop.hidden_state_cache import MemoryStateStore
-from backhand.loop.sampled_answers import AnswerSampler, answer_measures
 from backhand.loop.step import AdapterOptimizer, StepResult, StepWork, training_step
 from backhand.nn.decoder.decoder import Decoder
 from backhand.objectives.distillation.packers import DistilledPrompts
+from backhand.objectives.kinds.sampled_answers import AnswerSampler, answer_measures
 
 
 @dataclass(eq=False)

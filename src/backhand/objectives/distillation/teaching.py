@@ -22,11 +22,11 @@ from backhand.generation.sampling import at_temperature
 from backhand.generation.session import decode
 from backhand.json_shape import ShapeError, convert, load
 from backhand.loop.hidden_state_cache import DiskStateStore, MemoryStateStore, StateStore
-from backhand.loop.sampled_answers import AnswerSampler, share_cut_off
 from backhand.loop.step_plan import derived_seed
 from backhand.nn.decoder.decoder import Decoder
 from backhand.objectives.distillation.packers import DistilledPacker, DistilledPrompts
 from backhand.objectives.distillation.steps import DistilledSteps
+from backhand.objectives.kinds.sampled_answers import AnswerSampler, share_cut_off
 from backhand.printing import counting
 from backhand.reading import read_plain
 from backhand.runs.directory import TEACHER_ANSWERS, RunDirectory

@@ -13,14 +13,14 @@ from backhand.engines.decoder_engine import DecoderEngine, with_hidden_states
 from backhand.errors import UsageError
 from backhand.generation.loading import stop_ids
 from backhand.generation.sampling import ROWS_AT_ONCE
-from backhand.loop.sampled_answers import check_context, share_cut_off
 from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.decoder.decoder import Decoder
 from backhand.objectives.distillation.figures import MOST_ANSWERED, TIMED, distilled_figures
 from backhand.objectives.distillation.packers import DistilledPacker, DistilledPrompts, Lesson
 from backhand.objectives.distillation.teaching import distilled_steps, teach
-from backhand.objectives.kinds.answers import AnswerTraining, exact_match, exact_match_work
+from backhand.objectives.kinds.answer_training import AnswerTraining, exact_match, exact_match_work
 from backhand.objectives.kinds.free_answers import FreeAnswers, free_answers
+from backhand.objectives.kinds.sampled_answers import check_context, share_cut_off
 from backhand.runs.records import MAX_NEW_TOKENS
 from backhand.runs.summary import RunSummary
 from backhand.training.contexts import count_contexts, with_context_text

@@ -1,1 +1,1 @@
-"""What several objectives share: losses of answers, heads on hidden states, and texts."""
+"""Parts of several objectives: losses of answers, heads on hidden states, and texts."""

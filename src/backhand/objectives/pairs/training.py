@@ -14,9 +14,9 @@ from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
 from backhand.data.stored_examples import PreparedData, with_totals
 from backhand.errors import not_none
-from backhand.loop.objectives.compared import KTOObjective, PairObjective, check_answers_differ, mismatched
-from backhand.objectives.kinds.answers import AnswerTraining, answer_losses
+from backhand.objectives.kinds.answer_training import AnswerTraining, answer_losses
 from backhand.objectives.kinds.free_answers import FEW_ROWS, FreeAnswers, GeneratedAnswers, free_answers
+from backhand.objectives.pairs.loss import KTOObjective, PairObjective, check_answers_differ, mismatched
 from backhand.runs.records import MAX_NEW_TOKENS
 from backhand.runs.summary import AnswerLengths
 from backhand.training.hooks import KnownModel, KnownRows, Losses, RunContext

@@ -17,11 +17,12 @@ from backhand.data.rows import INSTRUCTION, RankedTexts
 from backhand.data.stored_examples import PreparedData, with_totals
 from backhand.engines.decoder_engine import with_hidden_states
 from backhand.errors import DataError, UsageError
-from backhand.loop.objectives.objective import HeldOutObjective
-from backhand.loop.objectives.rank import CrossEncoderObjective, RankObjective, check_targets, pair_format
 from backhand.loop.rank import no_instruction
-from backhand.objectives.kinds.answers import answer_losses
-from backhand.objectives.kinds.head_training import class_notes, head_losses, head_scores, starting_head
+from backhand.loop.ranking_loss import check_targets, pair_format
+from backhand.objectives.kinds.answer_loss import HeldOutObjective
+from backhand.objectives.kinds.answer_training import answer_losses
+from backhand.objectives.kinds.head import class_notes, head_losses, head_scores, starting_head
+from backhand.objectives.rankings.loss import CrossEncoderObjective, RankObjective
 from backhand.runs.summary import RunSummary
 from backhand.training.hooks import KnownModel, KnownRows, Losses, RunContext, Training
 

@@ -11,14 +11,14 @@ from backhand.distributed.communicator import Communicator
 from backhand.engines.decoder_engine import DecoderEngine
 from backhand.errors import UsageError
 from backhand.generation.loading import stop_ids
-from backhand.generation.sampling import ROWS_AT_ONCE
-from backhand.loop.rewards.guards import BOUNDS, LogprobCheck, RewardGuard
-from backhand.loop.rewards.process import RewardProcess, check_references
-from backhand.loop.rewards.rollout import Rollout
-from backhand.loop.rewards.steps import HeldOutRewards, RewardedSteps
-from backhand.loop.sampled_answers import PromptPacker, check_context, prompt_of
+from backhand.generation.sampling import GAP_BOUNDS, ROWS_AT_ONCE
 from backhand.loop.step_plan import derived_seed
-from backhand.objectives.kinds.answers import AnswerTraining
+from backhand.objectives.kinds.answer_training import AnswerTraining
+from backhand.objectives.kinds.sampled_answers import PromptPacker, check_context, prompt_of
+from backhand.objectives.rewards.guards import LogprobCheck, RewardGuard
+from backhand.objectives.rewards.process import RewardProcess, check_references
+from backhand.objectives.rewards.rollout import Rollout
+from backhand.objectives.rewards.steps import HeldOutRewards, RewardedSteps
 from backhand.options.config import TrainConfig
 from backhand.runs.directory import METRICS
 from backhand.training.hooks import KnownModel, KnownRows, Losses, Packing, RunContext
@@ -103,7 +103,7 @@ class RewardTraining(AnswerTraining):
             run.inputs.train.examples,
             run.config.objective.strength,
             run.micro_batch_rows,
-            LogprobCheck(BOUNDS[run.bound.model.dtype], run.log),
+            LogprobCheck(GAP_BOUNDS[run.bound.model.dtype], run.log),
             guard,
         )
         held_out = run.inputs.held_out_examples

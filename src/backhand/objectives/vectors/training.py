@@ -15,10 +15,11 @@ from backhand.data.rows import PoolingName, TextIdentities
 from backhand.data.stored_examples import PreparedData, with_totals
 from backhand.engines.decoder_engine import with_hidden_states
 from backhand.errors import DataError, UsageError, not_none
-from backhand.loop.held_out_vectors import HeldOutEmbeddings
-from backhand.loop.objectives.embed import EmbedObjective, check_pooling
+from backhand.loop.row_passes import check_pooling
 from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.loading.sentence_transformers import EmbeddingFiles, read_embedding_files
+from backhand.objectives.vectors.held_out import HeldOutEmbeddings
+from backhand.objectives.vectors.loss import EmbedObjective
 from backhand.options.objectives import ObjectiveOptions
 from backhand.runs.summary import RunSummary
 from backhand.training.hooks import KnownModel, KnownRows, Losses, RunContext, Training

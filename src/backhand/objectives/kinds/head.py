@@ -1,4 +1,4 @@
-"""Objectives of the logits of a head on the pooled hidden states: one vector of logits per document.
+"""Runs that train a head on the pooled hidden states: objectives of its logits, one vector per document.
 
 The head is trained in full together with the adapter (`nn.decoder.class_head`). The losses of rows do not depend on one
 another, so a micro-batch is one forward and backward pass.
@@ -9,22 +9,29 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from backhand.adapters.loading import match_linear_adapter
 from backhand.data.packing import RowPacker
+from backhand.data.rows import ProblemType
 from backhand.distributed.communicator import Communicator, sequential_sum
+from backhand.engines.decoder_engine import DecoderEngine
 from backhand.engines.engine import BoundModel, Trainable
-from backhand.generation.completer import LanguageModel
+from backhand.errors import UsageError
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.measuring import HeldOut
-from backhand.loop.objectives.objective import Measured, Objective, RowPasses
-from backhand.loop.step import StepWork
-from backhand.nn.batch import PackedBatch
-from backhand.nn.decoder.class_head import class_gradients, class_logits
+from backhand.loop.objective import Measured, Objective
+from backhand.loop.row_passes import head_logits
+from backhand.loop.step import MicroBatch
+from backhand.nn.decoder.class_head import class_gradients
 from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.loading.source import ModelSource
+from backhand.training.hooks import KnownRows, Losses, RunContext
+
+_WITHOUT_CLASS = ("bamba", "falcon_h1", "gemma4_text", "granite", "granitemoehybrid", "lfm2", "nemotron_h")
+"""Model types for which transformers has no class for sequence classification."""
 
 
 class HeadLoss(NamedTuple):
@@ -73,33 +80,15 @@ class HeadObjective(Objective):
             start: values of the adapter that the run started from; None for the base model.
         """
 
-    def prepare_step(
-        self,
-        model: Trainable,
-        rows: Sequence[int],
-        processes: Communicator,
-        work: StepWork,
-        parts: Sequence[Sequence[int]],
-    ) -> None:
-        """Do nothing: the losses of rows do not depend on one another."""
-
-    def gradients(
-        self,
-        parts: Sequence[Sequence[int]],
-        model: Trainable,
-        number: int,
-        batch: PackedBatch,
-        loss_scaling: float,
-        dropout_seed: int | None,
-    ) -> Tensor:
+    def gradients(self, model: Trainable, rows: Sequence[int], part: MicroBatch) -> Tensor:
         assert isinstance(model, Decoder), "other engines are refused before"
 
         def loss(logits: Tensor) -> tuple[Tensor, Tensor]:
-            result = self.loss_of(parts[number], logits.double().cpu())
-            self._measured[number] = result.measured
-            return result.loss, (loss_scaling * result.d_logits).to(logits)
+            result = self.loss_of(rows, logits.double().cpu())
+            self._measured[part.number] = result.measured
+            return result.loss, (part.loss_scaling * result.d_logits).to(logits)
 
-        return class_gradients(model, batch, loss, dropout_seed)
+        return class_gradients(model, part.batch, loss, part.dropout_seed)
 
 
 class HeldOutHead(HeldOut):
@@ -136,38 +125,53 @@ class HeldOutHead(HeldOut):
         return sequential_sum(objective.row_losses(logits).tolist()) / len(self._examples)
 
 
-def head_logits(
-    model: LanguageModel,
-    packer: RowPacker,
-    micro_batch_rows: int,
-    processes: Communicator,
-    *,
-    hidden_states: HiddenStateCache | None = None,
-    interruptible: bool = False,
-    done: Callable[[], object] = lambda: None,
-) -> Tensor | None:
-    """Return the logits of all documents, (documents, outputs) float64, equal for any number of processes.
+@dataclass(frozen=True)
+class StartingHead:
+    """The head of the adapter that a run starts from."""
 
-    Args:
-        packer: of the rows.
-        micro_batch_rows: largest number of rows per forward pass.
-        hidden_states: cache of the rows' hidden states.
-        interruptible: return None if a process has been asked to stop.
-        done: called once per row.
-    """
-    every = range(len(packer.lengths))
-    groups, tokens, batch = RowPasses.of(packer, every, micro_batch_rows, processes, hidden_states)
+    origin: str  # the adapter
+    outputs: int
+    problem: ProblemType | None = None  # None for an adapter that PEFT wrote
+    labels: tuple[str, ...] = ()  # in the order of the outputs; empty for an adapter that PEFT wrote
 
-    def logits(number: int) -> list[list[float]]:
-        assert isinstance(model, Decoder), "other engines are refused before"
-        found = class_logits(model, batch(number).to(model.device)).double().tolist()
-        for _ in groups[number]:
-            done()
-        return cast("list[list[float]]", found)
 
-    parts = processes.parallel_map(tokens, logits, interruptible=interruptible)
-    if parts is None:
+def starting_head(rows: KnownRows) -> StartingHead | None:
+    """Return the head of the adapter that a run starts from, or None without one. Raises UsageError if it has none."""
+    start, engine = rows.start, rows.engine
+    if start is None or not isinstance(engine, DecoderEngine):
         return None
-    places = [document for group in groups for document in packer.documents(group)]
-    by_document = dict(zip(places, (values for part in parts for values in part), strict=True))
-    return torch.tensor([by_document[place] for place in range(len(places))], dtype=torch.float64)
+    record = start.contents.record
+    known = {} if record is None else record.classification
+    loaded = match_linear_adapter(start.contents, engine.module_shapes())
+    outputs = engine.config.class_head.labels_of({one.name: one.shape for one in loaded.trained})
+    if not outputs:
+        raise UsageError(
+            f"{start.origin} has no classification head",
+            where="from_adapter",
+            why="training continues with the adapter's own modules and values",
+            next_step=f"give one of --objective {rows.config.objective.objective} with a head, or leave it out for a "
+            "fresh adapter",
+        )
+    return StartingHead(start.origin, outputs, known.get("problem_type"), tuple(known.get("labels", ())))
+
+
+def class_notes(source: ModelSource) -> tuple[str, ...]:
+    """Return a note if transformers cannot load the adapter."""
+    kind = source.config.get("model_type")
+    if kind not in _WITHOUT_CLASS:
+        return ()
+    return (f"transformers has no class for sequence classification of {kind} models; Backhand alone reads the head",)
+
+
+def head_losses(run: RunContext, made: Callable[[RowPacker], HeadObjective]) -> Losses:
+    """Return the losses of objectives of a head, which `made` makes of the packer of a set of rows."""
+    train, packer = made(run.inputs.packer), run.inputs.held_out_packer
+    if packer is None:
+        return Losses(train)
+    return Losses(train, HeldOutHead(made(packer), run.micro_batch_rows, run.caches.held_out))
+
+
+def head_scores(run: RunContext, losses: Losses) -> dict[str, Any]:
+    """Return fields of summary.json on the held-out rows."""
+    assert isinstance(losses.held_out, HeldOutHead)
+    return losses.held_out.objective.held_out_scores(run.bound, run.micro_batch_rows, run.start.values)

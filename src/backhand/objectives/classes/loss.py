@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backhand.data.class_examples import target_of
-from backhand.data.packing import RowPacker
-from backhand.data.rows import MULTI, NUMBER, ClassLabel, ProblemType
+from backhand.data.rows import MULTI, NUMBER, ProblemType
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import BoundModel, Trainable, computing_with
 from backhand.errors import not_none
-from backhand.loop.class_scores import ClassScores, constant_logits, row_losses, score_classes
-from backhand.loop.objectives.head import HeadLoss, HeadObjective, head_logits
-from backhand.loop.objectives.objective import Measured
+from backhand.loop.class_scores import ClassScores, constant_logits, row_losses, score_classes, targets_of
+from backhand.loop.objective import Measured
+from backhand.loop.row_passes import head_logits
+from backhand.objectives.kinds.head import HeadLoss, HeadObjective
 from backhand.ops.binary_cross_entropy import binary_cross_entropy_backward, binary_cross_entropy_forward
 from backhand.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from backhand.ops.mse import mse_backward, mse_forward
@@ -57,7 +56,7 @@ class ClassifyObjective(HeadObjective):
             measured["accuracy"] = float(right_rows(logits, targets, self.problem).sum()), len(targets)
         return HeadLoss(value, d_logits, measured)
 
-    def base_logits(self, model: Trainable) -> Tensor:  # noqa: ARG002 - no head of the base is used
+    def base_logits(self, model: Trainable) -> Tensor:
         """Return the logits of the best constant answer."""
         return constant_logits(self.targets, self.problem)
 
@@ -106,19 +105,6 @@ class ClassifyObjective(HeadObjective):
                     gain = adapted.gain_over(scored().row_scores)
             fields["loss_change"] = gain and as_loss(gain)
         return fields
-
-
-def targets_of(packer: RowPacker, problem: ProblemType, labels: Sequence[str]) -> Tensor:
-    """Return the targets of all rows, (rows, outputs) float64. Raises DataError for a label that does not fit.
-
-    The rows of a run have been checked before it, so that an error is one of rows for a trained head.
-    """
-    examples = packer.examples
-    found = [
-        target_of(label, problem, labels, examples[row].source, trained=True)
-        for row, label in enumerate(examples.facts(ClassLabel))
-    ]
-    return torch.tensor(found, dtype=torch.float64)
 
 
 def loss_and_gradient(logits: Tensor, targets: Tensor, problem: ProblemType) -> tuple[Tensor, Tensor]:

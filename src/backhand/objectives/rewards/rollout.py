@@ -14,8 +14,8 @@ from backhand.data.rows import PromptRow
 from backhand.errors import CheckError
 from backhand.generation.sampling import Sampled
 from backhand.generation.session import decode
-from backhand.loop.rewards.process import RewardInput, RewardProcess
-from backhand.loop.sampled_answers import AnswerSampler, answer_measures
+from backhand.objectives.kinds.sampled_answers import AnswerSampler, answer_measures
+from backhand.objectives.rewards.process import RewardInput, RewardProcess
 from backhand.ops.grpo import scale_down
 from backhand.options.rewards import shown_names
 

@@ -9,7 +9,7 @@ from backhand.data.held_out import neutral_prompts
 from backhand.data.packing import RowPacker
 from backhand.generation.labels import Labels
 from backhand.loop.measuring import HeldOut
-from backhand.loop.objectives.objective import AnswerObjective, HeldOutObjective
+from backhand.objectives.kinds.answer_loss import AnswerObjective, HeldOutObjective
 from backhand.objectives.kinds.free_answers import (
     EXTRA_TOKENS,
     FEW_ROWS,

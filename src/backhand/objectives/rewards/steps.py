@@ -30,13 +30,13 @@ from backhand.errors import CheckError, not_none
 from backhand.generation.completer import Completer, complete_greedily
 from backhand.generation.sampling import Sampled, at_temperature
 from backhand.loop.measuring import HeldOut, evenly_spaced
-from backhand.loop.objectives.objective import token_owners
-from backhand.loop.rewards.guards import LogprobCheck, RewardGuard
-from backhand.loop.rewards.rollout import Judged, Rollout
-from backhand.loop.sampled_answers import answered, prompt_of
+from backhand.loop.row_passes import token_owners
 from backhand.loop.step import AdapterOptimizer, StepResult, StepWork, training_step
 from backhand.nn.batch import TokenLoss
 from backhand.nn.decoder.decoder import Decoder
+from backhand.objectives.kinds.sampled_answers import answered, prompt_of
+from backhand.objectives.rewards.guards import LogprobCheck, RewardGuard
+from backhand.objectives.rewards.rollout import Judged, Rollout
 from backhand.ops.grpo import GRPORule, answer_weights, group_advantages, grpo_backward, grpo_forward
 from backhand.printing import counting
 from backhand.runs.row_changes import ROW_REWARDS
@@ -109,9 +109,7 @@ class AnswerBatch:
             self._packer.supervised_tokens(self.trained),
             [None] * len(self._micro_batches),
             1,
-            lambda model, number, batch, scaling, seed: model.loss_and_gradients(
-                batch, scaling, seed, self._token_loss(number)
-            ),
+            lambda model, part: model.loss_and_gradients(*part[1:], self._token_loss(part.number)),
         )
 
     def measured(self) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The process that runs reward functions, a user's and the built-in ones. It never runs a model's text.
 
-    python -P -m backhand.loop.rewards.functions
+    python -P -m backhand.objectives.rewards.functions
 
 It is started by `process.RewardProcess` and reads two kinds of requests, one per line:
 

@@ -17,22 +17,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from backhand.distributed.communicator import Communicator, sequential_sum
 from backhand.errors import CheckError
 from backhand.runs.directory import Proof, ProofLog
 from backhand.words import name_list
-
-BOUNDS: dict[torch.dtype, tuple[float, float]] = {
-    torch.float64: (1e-9, 1e-9),
-    torch.float32: (1e-4, 1e-4),
-    torch.bfloat16: (2.0, 0.1),
-}
-"""Largest allowed gap between the log-probabilities of sampler and trainer in nats: of any token, and of the mean.
-
-In bfloat16 a logit between 16 and 32 is rounded to steps of 1/8, and both sides also round before that."""
 
 
 @dataclass

@@ -20,26 +20,24 @@ positive of any row with the same anchor. If rows have labels, neither are texts
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.data.packing import RowPacker
 from backhand.data.rows import TextIdentities
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
-from backhand.errors import UsageError, not_none
-from backhand.generation.completer import LanguageModel
-from backhand.loop.hidden_state_cache import HiddenStateCache
-from backhand.loop.objectives.objective import Measured, Objective, RowPasses, means
+from backhand.errors import not_none
+from backhand.loop.objective import Measured, Objective, means
 from backhand.loop.retrieval_scores import mean_cosine
-from backhand.loop.step import StepWork
+from backhand.loop.row_passes import embed_batch, gathered
+from backhand.loop.step import MicroBatch, StepWork
 from backhand.nn.batch import PackedBatch, StateLoss
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.pooled_states import loss_of_states, pooled_states
+from backhand.nn.decoder.pooled_states import loss_of_states
 from backhand.ops.cosent import cosent_backward, cosent_forward
 from backhand.ops.info_nce import InfoNCERule, Labels, info_nce_backward, info_nce_forward
 from backhand.ops.normalize import normalize_backward, normalize_forward
@@ -102,7 +100,7 @@ class EmbedObjective(Objective):
     def prepare_step(
         self,
         model: Trainable,
-        rows: Sequence[int],  # noqa: ARG002 - those of `parts`
+        rows: Sequence[int],
         processes: Communicator,
         work: StepWork,
         parts: Sequence[Sequence[int]],
@@ -118,23 +116,15 @@ class EmbedObjective(Objective):
         in_order = [row for part in parts for row in part]
         places = {document: place for place, document in enumerate(self.packer.documents(in_order))}
         of_parts = [[places[document] for document in self.packer.documents(part)] for part in parts]
-        embeddings = not_none(_gathered(model, processes, work.packed_tokens, of_parts, embed))
+        embeddings = not_none(gathered(model, processes, work.packed_tokens, of_parts, embed))
         result = self.losses(in_order, embeddings)
         self._step = _Step(dict(zip(in_order, result.losses.tolist(), strict=True)), places, result.d_embeddings)
         self._measured = {0: result.measured}
 
-    def gradients(
-        self,
-        parts: Sequence[Sequence[int]],
-        model: Trainable,
-        number: int,
-        batch: PackedBatch,
-        loss_scaling: float,
-        dropout_seed: int | None,
-    ) -> Tensor:
+    def gradients(self, model: Trainable, rows: Sequence[int], part: MicroBatch) -> Tensor:
         assert isinstance(model, Decoder), "other engines are refused before"
-        loss, positions = self.state_loss(parts[number], batch, loss_scaling)
-        return model.state_loss_and_gradients(batch, loss, positions, dropout_seed)
+        loss, positions = self.state_loss(rows, part.batch, part.loss_scaling)
+        return model.state_loss_and_gradients(part.batch, loss, positions, part.dropout_seed)
 
     def state_loss(
         self, rows: Sequence[int], batch: PackedBatch, loss_scaling: float
@@ -204,7 +194,7 @@ class EmbedObjective(Objective):
         d_units[anchors], d_units[candidates] = info_nce_backward(ones, saved)
         return losses, d_units
 
-    def measured(self, processes: Communicator) -> dict[str, float]:  # noqa: ARG002 - all processes have the same
+    def measured(self, processes: Communicator) -> dict[str, float]:
         """Return the metrics of the step's rows, and forget them."""
         mine, self._measured = self._measured, {}
         return means(mine.values())
@@ -239,87 +229,3 @@ def labels_of(rows: Sequence[TextIdentities]) -> Labels | None:
     labels = [numbers.setdefault(row.label, len(numbers)) for row in rows]
     negatives = [label for label, row in zip(labels, rows, strict=True) for _ in row.texts[2:]]
     return Labels(torch.tensor(labels, dtype=torch.int64), torch.tensor([*labels, *negatives], dtype=torch.int64))
-
-
-def check_pooling(pooling: Pooling, *, causal: bool) -> None:
-    """Raise UsageError if the vectors of all texts would be equal.
-
-    Args:
-        causal: the attention of the model is causal.
-    """
-    if pooling == "cls" and causal:
-        raise UsageError(
-            "the first token of a text does not see the others in this model",
-            where="pooling",
-            why="its attention is causal, so that all texts would have the same vector",
-            next_step="give --pooling last or --pooling mean",
-        )
-
-
-def embed_batch(model: object, batch: PackedBatch, pooling: Pooling, dropout_seed: int | None = None) -> Tensor:
-    """Return the vectors of a batch, (documents, hidden) float32 or wider on the CPU, without gradients."""
-    assert isinstance(model, Decoder), "other engines are refused before"
-    return pooled_states(model, batch, pooling, dropout_seed).cpu()
-
-
-def embed_rows(
-    model: LanguageModel | Decoder,
-    packer: RowPacker,
-    pooling: Pooling,
-    micro_batch_rows: int,
-    processes: Communicator,
-    *,
-    hidden_states: HiddenStateCache | None = None,
-    interruptible: bool = False,
-    done: Callable[[], object] = lambda: None,
-) -> Tensor | None:
-    """Return the vectors of all documents of the packer, (documents, hidden), in the order of its rows.
-
-    Args:
-        micro_batch_rows: largest number of rows per forward pass.
-        hidden_states: cache of the rows' hidden states.
-        interruptible: return None if a process has been asked to stop.
-        done: called once per row.
-    """
-    every = range(len(packer.lengths))
-    groups, tokens, batch = RowPasses.of(packer, every, micro_batch_rows, processes, hidden_states)
-
-    def embed(number: int) -> Tensor:
-        vectors = embed_batch(model, batch(number).to(model.device), pooling)
-        for _ in groups[number]:
-            done()
-        return vectors
-
-    return _gathered(model, processes, tokens, list(map(packer.documents, groups)), embed, interruptible=interruptible)
-
-
-def _gathered(
-    model: object,
-    processes: Communicator,
-    tokens: Sequence[int],
-    places: Sequence[list[int]],
-    embed: Callable[[int], Tensor],
-    *,
-    interruptible: bool = False,
-) -> Tensor | None:
-    """Return the vectors of all micro-batches, (documents, hidden), from all processes.
-
-    Args:
-        tokens: number of tokens of each micro-batch, in descending order.
-        places: rows of the result that each micro-batch computes.
-        embed: returns the vectors of a micro-batch.
-        interruptible: return None if a process has been asked to stop.
-    """
-    assert isinstance(model, Decoder), "other engines are refused before"
-    shares, complete = processes.assign(tokens), True
-    wide = torch.promote_types(model.dtype, torch.float32)
-    vectors = torch.empty(sum(map(len, places)), model.config.hidden_size, dtype=wide)
-    for number in shares[processes.rank]:
-        if interruptible and processes.stop_requested:
-            complete = False
-            break
-        vectors[places[number]] = embed(number)
-    if not all(processes.all_gather_object(complete)):
-        return None
-    processes.share_rows(vectors, [[place for number in share for place in places[number]] for share in shares])
-    return vectors

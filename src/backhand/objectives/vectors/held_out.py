@@ -17,9 +17,10 @@ from backhand.engines.engine import BoundModel, Trainable, computing_with
 from backhand.errors import CheckError, not_none
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.measuring import HeldOut
-from backhand.loop.objectives.embed import EmbedObjective, embed_rows
 from backhand.loop.retrieval_scores import VectorScores, score_vectors, summary_scores
-from backhand.loop.vector_changes import (
+from backhand.loop.row_passes import embed_rows
+from backhand.nn.decoder.decoder import Decoder
+from backhand.objectives.vectors.changes import (
     SHOWN_LETTERS,
     cosine_histogram,
     drift,
@@ -27,7 +28,7 @@ from backhand.loop.vector_changes import (
     nearest_texts,
     neutral_packer,
 )
-from backhand.nn.decoder.decoder import Decoder
+from backhand.objectives.vectors.loss import EmbedObjective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

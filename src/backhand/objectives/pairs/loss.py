@@ -32,7 +32,9 @@ from backhand.data.stored_examples import LABELS, PreparedData
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
 from backhand.errors import DataError, not_none
-from backhand.loop.objectives.objective import AnswerObjective, Documents, Measured, RowLosses, document_sums
+from backhand.loop.objective import Measured, RowLosses
+from backhand.loop.row_passes import document_sums
+from backhand.objectives.kinds.answer_loss import AnswerObjective, Documents
 from backhand.ops.preference import PreferenceRule, log_odds, preference_backward, preference_forward
 from backhand.options.objectives import ObjectiveOptions
 from backhand.runs.pair_results import ROW_ANSWERS

@@ -27,7 +27,7 @@ from backhand.data.examples import Example
 from backhand.data.rows import REFERENCES, PromptRow
 from backhand.errors import RESUME_STEP, CheckError, DataError, ResourceError, UsageError
 from backhand.generation.session import REPLACEMENT
-from backhand.loop.rewards.functions import GIVEN, last_number
+from backhand.objectives.rewards.functions import GIVEN, last_number
 from backhand.options.rewards import GYM, NO_PROCESS, PLAIN, WITH_ARGUMENT, parse_name
 from backhand.printing import LONGEST_LINE, bounded, say
 from backhand.safe_path import python_words, safe_environment
@@ -258,7 +258,7 @@ class RewardProcess:
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
-            python_words("backhand.loop.rewards.functions"),
+            python_words("backhand.objectives.rewards.functions"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

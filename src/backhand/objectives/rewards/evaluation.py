@@ -13,10 +13,10 @@ from backhand.data.prepare import prepare
 from backhand.data.rows import PromptRow
 from backhand.distributed.communicator import Communicator
 from backhand.generation.loading import loaded_model
-from backhand.loop.rewards.process import RewardProcess, check_references
-from backhand.loop.rewards.rollout import Rollout
-from backhand.loop.rewards.steps import HeldOutRewards
-from backhand.loop.sampled_answers import check_context, prompt_of
+from backhand.objectives.kinds.sampled_answers import check_context, prompt_of
+from backhand.objectives.rewards.process import RewardProcess, check_references
+from backhand.objectives.rewards.rollout import Rollout
+from backhand.objectives.rewards.steps import HeldOutRewards
 from backhand.options.command_options import EvaluateOptions
 from backhand.options.rewards import RewardOptions
 from backhand.runs.row_changes import ROW_REWARDS, gain_words, mean_gain

@@ -36,7 +36,9 @@ from backhand.loop.decision_scores import (
     right_answers,
     score_questions,
 )
-from backhand.loop.objectives.objective import AnswerObjective, Documents, HeldOutObjective, RowLosses, document_sums
+from backhand.loop.objective import RowLosses
+from backhand.loop.row_passes import document_sums
+from backhand.objectives.kinds.answer_loss import AnswerObjective, Documents, HeldOutObjective
 from backhand.ops.decide import decide_backward, decide_forward
 from backhand.runs.row_changes import row_scores
 
