@@ -44,9 +44,10 @@ MEAN, PAGE = Mean(), MeanPage()
 def training() -> Any:
     """Return the part in a run, which needs torch."""
     import torch
-    from backhand.loop.objectives.objective import AnswerObjective, Documents, RowLosses
-    from backhand.objectives.kinds.answers import AnswerTraining, answer_losses
 
+    from backhand.loop.objective import RowLosses
+    from backhand.objectives.kinds.answer_loss import AnswerObjective, Documents
+    from backhand.objectives.kinds.answer_training import AnswerTraining, answer_losses
     from backhand.training.hooks import Losses, RunContext
 
     @dataclass
