@@ -193,6 +193,7 @@ def test_the_rate_follows_the_weights() -> None:
     assert rate(1.0) == RATE and rate(6.25) == 2.5 * RATE
     assert rate(100.0) == HIGHEST_RATE
     assert rate(100.0, "dpo") == COMPARING_RATE
+    assert rate(6.25, "bake") == rate(6.25, "sdft") == 2.5 * RATE, "2e-4 left them far from their teachers"
     of_decide = [rate(6.25, "decide", steps) for steps in (1, 100, 130, 200, 1000)]
     assert of_decide == [2.6e-3, 2.6e-3, 2e-3, 1.3e-3, 1.3e-3], "labels must be learned in few steps"
 

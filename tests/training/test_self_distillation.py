@@ -30,12 +30,12 @@ from backhand.errors import BackhandError, CheckError, DataError, UsageError
 from backhand.loop.hidden_state_cache import MemoryStateStore
 from backhand.loop.observers import Observer
 from backhand.loop.step import AdapterOptimizer
+from backhand.objectives.distillation.options import DEMONSTRATION_TEMPLATE
 from backhand.objectives.distillation.packers import DistilledPacker, DistilledPrompts, Lesson, agreement
 from backhand.objectives.distillation.steps import DistilledSteps
 from backhand.objectives.kinds.sampled_answers import AnswerSampler
 from backhand.ops.linear_divergence import Divergence, DivergenceKind
 from backhand.options.config import OptimizationOptions, TrainConfig
-from backhand.options.objectives import DEMONSTRATION_TEMPLATE
 from backhand.options.rewards import RewardOptions
 from backhand.report.comparison import comparison_page
 from backhand.report.headline import headline, verdict

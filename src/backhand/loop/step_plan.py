@@ -48,7 +48,7 @@ def chosen_rate(
     rate = options.learning_rate
     if rate != "auto":
         return rate, None
-    if not objective.traits.is_supervised:
+    if not objective.traits.rate_rule:
         usual = f"{COMPARING_RATE:g}, the usual one for {objective.objective}; another by --learning-rate"
         return COMPARING_RATE, usual
     factor = short_run_factor(objective, total_steps)
@@ -65,7 +65,7 @@ def short_run_factor(objective: ObjectiveOptions, total_steps: int) -> float:
 
 def rate_note(rate: float | str, objective: ObjectiveOptions) -> str | None:
     """Return a warning of a given rate that is far from those that train an adapter, or None."""
-    lowest, highest = _RATES if objective.traits.is_supervised else _COMPARING_RATES
+    lowest, highest = _RATES if objective.traits.rate_rule else _COMPARING_RATES
     if isinstance(rate, str) or lowest <= rate <= highest:
         return None
     far = "above the usual ones of {}, so that training probably diverges"

@@ -37,7 +37,7 @@ class Traits(NamedTuple):
     samples: bool = False  # the model samples answers
     trains_on_samples: bool = False  # the adapted model samples the answers of each step
     compares_rows: bool = False  # the loss of a row depends on the other rows of its step
-    is_supervised: bool = False  # learns the answers of the rows, so that the measured rule chooses its learning rate
+    rate_rule: bool = False  # the rule of `loop.step_plan` chooses its learning rate, else it is a fixed one
     short_run_factor: float = 1.0  # largest factor of that rate in short runs, see `loop.step_plan`
     fewest_steps: int = 0  # steps that the default number of epochs makes, see `TrainConfig.epochs_of`
     average_share: float = 0.0  # default of `average_share` in long runs

@@ -121,7 +121,7 @@ def advice(
     rate, objective = float(config.optimization.learning_rate), config.objective.objective
     until = rates_until(config.optimization, total_steps)
     continued = config.objective.traits.rows == "pairs" and _start(config, run) is not None  # a low rate is on purpose
-    relative = rate / auto_rate if config.objective.traits.is_supervised and not continued else 1.0
+    relative = rate / auto_rate if config.objective.traits.rate_rule and not continued else 1.0
     options, twice = config.optimization, _twice_as_long(config, total_steps)
     if objective == "grpo":
         if curves.without_gradient:

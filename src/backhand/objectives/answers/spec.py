@@ -16,7 +16,7 @@ class _SFT(Spec):
     row_kinds = {"answers": "backhand.objectives.answers.rows:ANSWERS"}
 
     def traits(self, options: Any) -> Traits:
-        return Traits(is_supervised=True)
+        return Traits(rate_rule=True)
 
     def check(self, config: Any) -> None:
         """Accept all options: prompts and whole texts can be trained on as well."""

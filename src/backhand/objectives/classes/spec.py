@@ -19,7 +19,7 @@ class _Classify(Spec):
     row_kinds = {"classes": "backhand.objectives.classes.rows:CLASSES"}
 
     def traits(self, options: Any) -> Traits:
-        return Traits(rows="classes", predicts_tokens=False, has_targets=False, head="always", is_supervised=True)
+        return Traits(rows="classes", predicts_tokens=False, has_targets=False, head="always", rate_rule=True)
 
     def check(self, config: Any) -> None:
         super().check(config)

@@ -23,7 +23,7 @@ class _Decide(Spec):
 
     def traits(self, options: Any) -> Traits:
         # The labels mean nothing to a model before it is trained, and few steps leave it close to guessing.
-        return Traits(rows="decisions", is_supervised=True, short_run_factor=2.0, fewest_steps=100, average_share=0.6)
+        return Traits(rows="decisions", rate_rule=True, short_run_factor=2.0, fewest_steps=100, average_share=0.6)
 
 
 DECIDE = _Decide()

@@ -35,10 +35,8 @@ class _Bake(_Distilled):
 
     def traits(self, options: Any) -> Traits:
         origin: AnswersFrom = options.answers_from or "teacher"
-        samples = origin != "rows"
-        return Traits(
-            has_teacher=True, answers_from=origin, samples=samples, trains_on_samples=samples and origin != "teacher"
-        )
+        samples, own = origin != "rows", origin == "student"
+        return Traits(has_teacher=True, answers_from=origin, samples=samples, trains_on_samples=own, rate_rule=True)
 
     def defaults(self, options: Any) -> dict[str, Any]:
         return {
@@ -61,7 +59,7 @@ class _SDFT(_Distilled):
     reads = ("teacher_prompt_template", "teacher_update_rate", *_OF_DIVERGENCE)
 
     def traits(self, options: Any) -> Traits:
-        return Traits(has_teacher=True, answers_from="student", samples=True, trains_on_samples=True)
+        return Traits(has_teacher=True, answers_from="student", samples=True, trains_on_samples=True, rate_rule=True)
 
     def defaults(self, options: Any) -> dict[str, Any]:
         template = options.teacher_prompt_template or DEMONSTRATION_TEMPLATE

@@ -61,7 +61,7 @@ DPO = _Compared(
     "dpo", Traits(rows="pairs", has_reference=True), ("loss_type", "label_smoothing", "discopop_tau"), OF_PAIRS
 )
 IPO = _Compared("ipo", Traits(rows="pairs", has_reference=True), (), ("ipo",))
-ORPO = _Compared("orpo", Traits(rows="pairs", is_supervised=True), (), ("orpo",))  # its loss is mainly that of answers
+ORPO = _Compared("orpo", Traits(rows="pairs", rate_rule=True), (), ("orpo",))  # its loss is mainly that of answers
 SIMPO = _Compared("simpo", Traits(rows="pairs"), ("simpo_gamma", "label_smoothing"), ("sigmoid",), 2.0)
 KTO = _Labelled(
     "kto",

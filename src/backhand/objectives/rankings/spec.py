@@ -24,7 +24,7 @@ class _Rank(Spec):
     }
 
     def traits(self, options: Any) -> Traits:
-        return Traits(rows="rankings", has_targets=False, head="encoders", is_supervised=True, fewest_steps=100)
+        return Traits(rows="rankings", has_targets=False, head="encoders", rate_rule=True, fewest_steps=100)
 
     def check_options(self, options: Any) -> None:
         check_weight(options)
