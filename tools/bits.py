@@ -128,7 +128,7 @@ _VARIABLE = (
 )
 _VARIABLE_ENDINGS = ("_s", "_bytes")
 _AMOUNT = re.compile(r"(about |above )?\d[\d,.]*(e-?\d+)? ?(s|ms|min|h|tokens/s|KiB|MiB|GiB)\b")
-_RATES = re.compile(r"(  [\d,]+ tokens/s|; peak memory about|(?<=^Peak memory)).*")
+_RATES = re.compile(r"(  [\d,]+ tokens/s|; peak memory about|(?<=^Peak memory)|, and [^,]+ to the first token).*")
 _VARIABLE_ROWS = ("time in steps", "tokens/s", "peak memory")
 
 
