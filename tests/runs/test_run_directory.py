@@ -15,6 +15,7 @@ import pytest
 
 from backhand.errors import BackhandError, DataError, ResourceError, UsageError
 from backhand.options.config import TrainConfig
+from backhand.options.config_file import dump_config
 from backhand.runs.directory import opened
 from backhand.training.run import train
 from tests.support.fault_table import documented
@@ -62,6 +63,38 @@ def files_of_somebody(place: Path) -> Path:
     return place / "run"
 
 
+def names_of_a_run(place: Path) -> Path:
+    for name in (
+        "logs/mine.log",
+        "checkpoints/step-1/weights.pt",
+        "report.html",
+        ".tmp-mine",
+        ".replaced/adapter/mine",
+    ):
+        (place / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / "run" / name).write_text("mine")
+    return place / "run"
+
+
+def another_program(place: Path) -> Path:
+    (place / "run").mkdir()
+    (place / "run" / "config.toml").write_text('[model]\nname = "mine"\n')
+    (place / "run" / ".lock").write_text("12345")
+    return place / "run"
+
+
+def a_copied_configuration(place: Path) -> Path:
+    (place / "run").mkdir()
+    (place / "run" / "config.toml").write_text(dump_config(TrainConfig()))
+    return place / "run"
+
+
+def a_lock_of_another_program(place: Path) -> Path:
+    (place / "run").mkdir()
+    (place / "run" / ".lock").write_text("held by 12345\n")
+    return place / "run"
+
+
 def where_nobody_may_write(place: Path) -> Path:
     return Path("/proc/run")
 
@@ -75,6 +108,10 @@ OUTPUTS: tuple[tuple[Make, int], ...] = (
     (a_link_inside, 2),
     (a_linked_lock, 2),
     (files_of_somebody, 2),
+    (names_of_a_run, 2),
+    (another_program, 2),
+    (a_copied_configuration, 2),
+    (a_lock_of_another_program, 2),
     (where_nobody_may_write, 5),
 )
 
@@ -88,8 +125,6 @@ def test_an_output_that_cannot_be(make: Make, code: int, tiny: TinyRun, tmp_path
     output = make(tmp_path)
     before = tree(tmp_path)
     for overwrite in (False, True):
-        if make is files_of_somebody and overwrite:
-            continue  # writes next to them: test_run.py
         with pytest.raises(BackhandError) as caught:
             train(tiny.config(output, overwrite=overwrite, model="absent, and never looked at"))
         assert caught.value.exit_code == code, str(caught.value)
@@ -116,6 +151,25 @@ def test_a_linked_output_is_followed(tiny: TinyRun, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "there")
     train(tiny.config(tmp_path / "link", max_steps=1))
     assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "adapter").is_dir()
+
+
+@pytest.mark.parametrize("lost", ["", "facts.json", "config.toml", ".lock"])
+def test_a_run_is_replaced_without_a_part_of_its_mark(lost: str, tiny: TinyRun, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "run", max_steps=1)
+    train(config)
+    (tmp_path / "run" / lost).unlink() if lost else None
+    assert train(with_options(config, overwrite=True)).steps == 1
+
+
+@pytest.mark.parametrize("name", ["adapter/notes.md", "checkpoints/step-1/best.pt", "logs/mine.log"])
+def test_a_file_among_those_of_a_run_is_not_removed(name: str, tiny: TinyRun, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "run", max_steps=1)
+    train(config)
+    (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "run" / name).write_text("mine")
+    with pytest.raises(UsageError) as refused:
+        train(with_options(config, overwrite=True))
+    assert refused.value.why == name and (tmp_path / "run" / name).read_text() == "mine"
 
 
 def open_as_nobody(path: Path, overwrite: bool = False) -> None:
@@ -223,9 +277,9 @@ def test_a_fault_of_the_data_is_reported_before_a_taken_directory(
         with pytest.raises(error) as refused:
             train(with_options(TrainConfig(), data=data, quiet=True))
         assert "already contains" not in str(refused.value)
-    with pytest.raises(UsageError, match="already contains a run") as refused:
+    with pytest.raises(UsageError, match="already contains files") as refused:
         train(with_options(TrainConfig(), data=("rows.csv",), quiet=True))
-    assert str(refused.value.next_step).endswith("or give --output run-3")
+    assert refused.value.next_step == "give --output run-3"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX alone has named pipes")

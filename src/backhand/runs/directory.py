@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import stat
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -13,7 +15,7 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from backhand.errors import UsageError, not_utf8
 from backhand.files import (
@@ -26,11 +28,11 @@ from backhand.files import (
     write_all,
     write_file,
 )
-from backhand.json_shape import fitting, parse
-from backhand.reading import read_plain
+from backhand.json_shape import convert, fitting, parse
+from backhand.reading import read_json, read_plain, read_settings
 from backhand.runs.records import AnswerLine, metrics_line
 from backhand.system import NO_LINK, PLAIN, lock
-from backhand.words import nearest_names
+from backhand.words import name_list, nearest_names
 
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
@@ -55,6 +57,42 @@ OWNED = (
     *(CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, PROOFS, FACTS, STATUS, ANSWERS, REPORT, LOGS, REFERENCE),
     TEACHER_ANSWERS,
 )
+_ADAPTER_FILES = r"(adapter_config\.json|adapter_model\.safetensors|backhand\.json|README\.md)"
+_CHECKPOINT_FILES = rf"({_ADAPTER_FILES}|manifest\.json|progress\.json|state\.safetensors)"
+_WRITTEN = re.compile(
+    rf"{ADAPTER}/{_ADAPTER_FILES}|{CHECKPOINTS}/(latest|step-\d+(\.old)?(/{_CHECKPOINT_FILES})?)"
+    rf"|{LOGS}/(tensorboard|wandb|mlflow[^/]*)(/.*)?|[^/]+|(.*/)?{re.escape(TEMPORARY)}.*"
+)
+"""Paths of the files that a run writes below the names of `OWNED`, and those names."""
+
+
+class _Facts(TypedDict):
+    """Values that the facts.json of every run has."""
+
+    began: str
+    total_steps: int
+    digests: dict[str, Any]
+    packages: dict[str, Any]
+
+
+class _RunTable(TypedDict):
+    """Options that a run writes although they have their defaults."""
+
+    output: str
+    keep: int
+    resume: bool
+    overwrite: bool
+    max_bad_steps: int
+
+
+class _Configuration(TypedDict):
+    """Tables that the config.toml of every run has."""
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    adapter: dict[str, Any]
+    optimization: dict[str, Any]
+    run: _RunTable
 
 
 class RunDirectory:
@@ -78,10 +116,10 @@ class RunDirectory:
             ResourceError: a file cannot be moved.
         """
         with save_errors("the run directory", self.path, 0):
-            self._remove_temporary()
             names = [name for name in OWNED if (self.path / name).exists()]
             if not names:
                 return
+            self._remove_temporary()
             self.files.make_directory(self.path / _MOVING)
             for name in names:
                 self.files.rename(self.path / name, self.path / _MOVING / name)
@@ -253,8 +291,8 @@ def opened(output: Path, *, resume: bool, overwrite: bool, files: FileLayer | No
 
     Raises:
         UsageError: the name is not UTF-8, or the path is a file or a dangling link. The directory contains links; it
-            contains a run or other files, without `resume` or `overwrite`; it contains no run to resume; or another
-            process writes to it.
+            contains a run, without `resume` or `overwrite`; it contains other files, without `resume`; it contains no
+            run to resume; its lock is another program's; or another process writes to it.
         ResourceError: it cannot be created or is not writable.
     """
     path = _real_directory(output)
@@ -342,7 +380,6 @@ def _check_contents(path: Path, *, resume: bool, overwrite: bool) -> None:
     with directory_errors(path):
         names = sorted(child.name for child in path.iterdir())
     children = [name for name in names if name != LOCK and not name.startswith(TEMPORARY)]
-    replaced = any(name in (REPLACED, _MOVING) for name in names)
     links = [name for name in (*OWNED, LOCK, REPLACED, _MOVING) if (path / name).is_symlink()]
     if links:
         raise UsageError(
@@ -350,17 +387,58 @@ def _check_contents(path: Path, *, resume: bool, overwrite: bool) -> None:
             where="output",
             next_step="remove the link, or give another directory",
         )
-    if resume and not (path / CONFIG).exists() and not replaced:
-        raise _no_run(path)
-    if children and not resume and not overwrite:
-        run = replaced or any(name in OWNED for name in children)
+    run = is_run(path)
+    if resume:
+        if not run and not (path / CONFIG).exists():
+            raise _no_run(path)
+    elif children and not run:
         raise UsageError(
-            f"{path} already contains {'a run' if run else 'files'}",
+            f"{path} already contains files" + (", and only a run is replaced" if overwrite else ""),
             where="output",
-            next_step=f"continue it with --resume, replace it with --overwrite, or give --output {free_name(path)}"
-            if run
-            else f"give --output {free_name(path)}, or --overwrite to add to them",
+            why=f"it has no mark of a run, and contains {name_list(children)}",
+            next_step=f"give --output {free_name(path)}",
         )
+    elif run and not overwrite:
+        raise UsageError(
+            f"{path} already contains a run",
+            where="output",
+            next_step=f"continue it with --resume, replace it with --overwrite, or give --output {free_name(path)}",
+        )
+    elif foreign := _foreign(path):
+        raise UsageError(
+            f"the run in {path} contains files that no run writes",
+            where="output",
+            why=name_list(foreign),
+            next_step=f"move them to another place, or give --output {free_name(path)}",
+        )
+
+
+def is_run(path: Path) -> bool:
+    """Return True if a directory has the mark of a run: its facts, or its lock and its whole configuration.
+
+    A run writes its facts after its configuration. Both may be in a part of the directory that is being replaced.
+    """
+    places = (path, path / REPLACED, path / _MOVING)
+    return any(map(_has_facts, places)) or ((path / LOCK).is_file() and any(map(_has_configuration, places)))
+
+
+def _has_facts(place: Path) -> bool:
+    with suppress(OSError, ValueError):
+        return bool(read_json(place / FACTS, _Facts))
+    return False
+
+
+def _has_configuration(place: Path) -> bool:
+    with suppress(OSError, ValueError, RecursionError):
+        return bool(convert(tomllib.loads(read_settings(place / CONFIG)), _Configuration))
+    return False
+
+
+def _foreign(path: Path) -> list[str]:
+    """Return the files below the names of a run that no run writes, as paths in the directory."""
+    below = (child for name in OWNED for child in sorted((path / name).rglob("*")))
+    names = (child.relative_to(path).as_posix() for child in below)
+    return [name for name in names if not _WRITTEN.fullmatch(name)]
 
 
 def run_of(adapter: Path | None) -> Path | None:
@@ -385,8 +463,16 @@ def _locked(path: Path) -> int:
     """Lock the lock file; return its descriptor. The system releases the lock when the process ends."""
     while True:
         descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | PLAIN | NO_LINK, 0o666)
+        holder = os.read(descriptor, 64).decode("ascii", "replace")
+        if holder and not holder.isdecimal():
+            os.close(descriptor)
+            raise UsageError(
+                f"{LOCK} in {path} is no lock of a run",
+                where="output",
+                why="it contains more than the number of a process",
+                next_step=f"give --output {free_name(path)}, or move that file",
+            )
         if not lock(descriptor):
-            holder = os.read(descriptor, 64).decode("ascii", "replace").strip()
             os.close(descriptor)
             raise UsageError(
                 f"another process is writing to {path}",
@@ -397,6 +483,7 @@ def _locked(path: Path) -> int:
         with suppress(FileNotFoundError):
             if os.fstat(descriptor).st_ino == (path / LOCK).stat().st_ino:
                 os.ftruncate(descriptor, 0)
+                os.lseek(descriptor, 0, os.SEEK_SET)
                 os.write(descriptor, str(os.getpid()).encode())
                 return descriptor
         os.close(descriptor)  # its holder has removed the file in between: lock the new one
