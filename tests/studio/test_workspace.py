@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -9,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import quote
@@ -17,7 +20,7 @@ import pytest
 
 from backhand.errors import UsageError
 from backhand.studio import access, workspace
-from backhand.studio.command import Address
+from backhand.studio.command import Address, serving
 from backhand.studio.commands import Commands, Outcome
 from backhand.studio.queue import Job
 from backhand.studio.runs import run_of
@@ -41,7 +44,7 @@ def test_an_upload_has_a_name_of_our_own(client: Client, space: Workspace, name:
     assert (status, stored) == (200, "rows-1.csv")
     assert (space.rows / stored).read_bytes() == ROWS
     assert files_of(space.root.parent) == {
-        f"studio/{one}" for one in ("studio.json", "rows/rows-1.csv", "rows/rows-1.csv.name")
+        f"studio/{one}" for one in ("server.lock", "studio.json", "rows/rows-1.csv", "rows/rows-1.csv.name")
     }
     _, page, _ = client.get("new/rows")
     assert "rows-1.csv" in page and "<script>." not in page
@@ -118,6 +121,34 @@ def test_uploads_are_bounded_in_size_and_number(
     assert status == 409 and "1 files of rows already" in text
 
 
+def test_a_directory_has_one_server(client: Client, space: Workspace) -> None:
+    receiving = space.rows / ".tmp-upload"
+    receiving.write_bytes(ROWS)
+    with (
+        pytest.raises(UsageError, match="has a server already") as refused,
+        serving(Workspace(space.root), host="127.0.0.1", port=0),
+    ):
+        pass
+    assert refused.value.why == f"process {os.getpid()} answers at {client.origin}"
+    assert receiving.exists() and client.get("new/rows")[0] == 200
+    lock = space.root / "server.lock"
+    assert space.token not in lock.read_text() and lock.stat().st_mode & 0o77 == 0
+
+
+def test_uploads_at_once_have_names_of_their_own(space: Workspace) -> None:
+    async def rows(number: int) -> AsyncIterator[bytes]:
+        yield b"%d" % number
+
+    def upload(number: int) -> str:
+        return asyncio.run(Workspace(space.root).save_upload(f"{number}.csv", rows(number)))
+
+    with ThreadPoolExecutor(8) as threads:
+        names = list(threads.map(upload, range(60)))
+    assert [(space.rows / name).read_bytes() for name in names] == [b"%d" % number for number in range(60)]
+    labels = space.uploads()
+    assert [labels[name].label for name in names] == [f"{number}.csv" for number in range(60)]
+
+
 def test_a_server_that_is_killed_during_an_upload_leaves_nothing_of_it(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "backhand", "studio", "--directory", str(tmp_path / "studio"), "--no-browser"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
@@ -140,8 +171,8 @@ def test_a_server_that_is_killed_during_an_upload_leaves_nothing_of_it(tmp_path:
         process.communicate()
     again = Workspace(tmp_path / "studio")
     assert again.uploads() == {}
-    again.remove_unfinished()
-    assert not any(rows.iterdir())
+    with again.locked():
+        assert not any(rows.iterdir())
     assert again.port == int(port) and again.token == token
 
 

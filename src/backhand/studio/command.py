@@ -13,7 +13,7 @@ import threading
 import webbrowser
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,22 +36,26 @@ class Address:
     token: str
 
     @property
+    def origin(self) -> str:
+        """Host and port, without the token."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    @property
     def url(self) -> str:
         """The address for the browser, with the token."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}{self.root}/?token={self.token}"
+        return f"{self.origin}{self.root}/?token={self.token}"
 
 
 def studio_command(options: StudioOptions) -> None:
     """Print the address, open the browser, and serve until Ctrl-C.
 
     Raises:
-        UsageError: the directory contains other files, or the port is taken.
+        UsageError: the directory contains other files, it has a server already, or the port is taken.
         ResourceError: the directory cannot be written.
     """
     options.validate()
     workspace = Workspace(options.directory, options.allow)
-    workspace.remove_unfinished()
     with _ended_by_ctrl_c(), serving(workspace, host=options.host, port=options.port or workspace.port) as address:
         workspace.remember(address.port)
         say(f"Studio: {address.url}", f"Directory: {shlex.quote(str(workspace.root))}", file=sys.stdout)
@@ -116,7 +120,8 @@ def serving(shown: Workspace | Path, *, host: str, port: int) -> Iterator[Addres
         host, port: where to listen. If the port of a workspace is taken, any free one is used.
 
     Raises:
-        UsageError: the port or host cannot be used, or the packages of the extra are missing.
+        UsageError: the port or host cannot be used, the packages of the extra are missing, or the workspace has a
+            server already.
     """
     try:
         from backhand.studio.access import Access, root_of
@@ -127,21 +132,28 @@ def serving(shown: Workspace | Path, *, host: str, port: int) -> Iterator[Addres
         raise UsageError(
             f"the package {error.name} is not installed", next_step=install("'backhand[studio]'")
         ) from None
-    token = secrets.token_urlsafe(24) if isinstance(shown, Path) else shown.token
-    last_time = isinstance(shown, Workspace) and port == shown.port
-    listener = _listener(host, port, any_port=last_time)
-    address = Address(host, int(listener.getsockname()[1]), root_of(token), token)
-    site = Site(address.root, shown)
-    app = Access(make_app(site), token=token, host=host, port=address.port)
-    stopping: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
-    thread = threading.Thread(target=lambda: asyncio.run(_until_stopped(serve(app, listener), stopping)), daemon=True)
-    thread.start()
-    loop, stop = stopping.result()
-    try:
-        yield address
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join()
+    with shown.locked() if isinstance(shown, Workspace) else nullcontext(_unannounced) as announce:
+        token = secrets.token_urlsafe(24) if isinstance(shown, Path) else shown.token
+        last_time = isinstance(shown, Workspace) and port == shown.port
+        listener = _listener(host, port, any_port=last_time)
+        address = Address(host, int(listener.getsockname()[1]), root_of(token), token)
+        announce(address.origin)
+        site = Site(address.root, shown)
+        app = Access(make_app(site), token=token, host=host, port=address.port)
+        stopping: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+        server = serve(app, listener)
+        thread = threading.Thread(target=lambda: asyncio.run(_until_stopped(server, stopping)), daemon=True)
+        thread.start()
+        loop, stop = stopping.result()
+        try:
+            yield address
+        finally:
+            loop.call_soon_threadsafe(stop.set)
+            thread.join()
+
+
+def _unannounced(_origin: str) -> None:
+    """Write the address nowhere: a run may have several pages."""
 
 
 async def _until_stopped(

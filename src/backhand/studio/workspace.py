@@ -1,5 +1,6 @@
 """The studio's directory. Other users can read none of it.
 
+- `server.lock`: locked by the one server of the directory, with its address without the token.
 - `studio.json`: token and port of the address. `open.html` sends the browser to this address.
 - `rows/`: uploads, and prompts to be baked, under names of our own.
 - `runs/NAME/`: run directories, the only state of a run.
@@ -18,21 +19,23 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 from backhand.data.sources import SUFFIXES, data_suffix
 from backhand.errors import DataError, ResourceError, UsageError, short_reason
-from backhand.files import FileLayer, remove_tree, replace_file, save_errors
+from backhand.files import FileLayer, remove_tree, replace_file, save_errors, write_file
 from backhand.reading import name_file, read_json, uploaded_name
 from backhand.runs.directory import TEMPORARY
-from backhand.system import PLAIN, others_can_write
+from backhand.system import NO_LINK, PLAIN, lock, others_can_write
 
 MAX_UPLOADS = 200
 _FREE_BYTES = 2**28
 """Space that an upload leaves on the disk."""
+_LOCK = "server.lock"
 _SETTINGS = "studio.json"
 _OPENER = "open.html"
 _UNREADABLE = ".unreadable"
@@ -91,8 +94,42 @@ class Workspace:
             settings = read_json(self.root / _SETTINGS, _Settings)
             self.token, self.port = settings["token"], settings["port"]
         except (OSError, ValueError):
-            self.token = secrets.token_urlsafe(24)
-            self.remember(0)
+            self.token, self.port = secrets.token_urlsafe(24), 0
+
+    @contextmanager
+    def locked(self) -> Iterator[Callable[[str], None]]:
+        """Lock the directory for a server, and remove the uploads during which an earlier one was killed.
+
+        Yields:
+            a function that writes the server's address, without the token, for those who try to start another one.
+
+        Raises:
+            UsageError: the directory has a server already; names its address.
+            ResourceError: the lock or the token cannot be written.
+        """
+        with save_errors(_LOCK, self.root, 0, again="give another --directory"):
+            descriptor = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | PLAIN | NO_LINK, 0o600)
+        try:
+            if not lock(descriptor):
+                raise UsageError(
+                    f"{self.root} has a server already",
+                    where="directory",
+                    why=os.read(descriptor, 1000).decode("utf-8", "replace") or "another process has locked it",
+                    next_step=f"open {self.root / _OPENER} in a browser, or stop it, or give another directory",
+                )
+
+            def announce(address: str) -> None:
+                os.ftruncate(descriptor, 0)
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                os.write(descriptor, f"process {os.getpid()} answers at {address}".encode())
+
+            os.ftruncate(descriptor, 0)
+            self.remember(self.port)
+            for unfinished in self.rows.glob(f"{TEMPORARY}*"):
+                unfinished.unlink()
+            yield announce
+        finally:
+            os.close(descriptor)
 
     def remember(self, port: int) -> None:
         """Store the token and the port for the next start. Raises ResourceError."""
@@ -125,18 +162,13 @@ class Workspace:
                 next_step="give another directory, or take the permission away: chmod go-w",
             )
         names = {path.name for path in self.root.iterdir() if not path.name.startswith(TEMPORARY)}
-        if _SETTINGS not in names and not names.issubset((*_PARTS, _OPENER)):
+        if _SETTINGS not in names and not names.issubset((*_PARTS, _OPENER, _LOCK)):
             raise UsageError(
                 f"{self.root} contains other files",
                 where="directory",
                 why="everything in the studio's directory becomes unreadable for others",
                 next_step="give a new directory, such as ~/backhand",
             )
-
-    def remove_unfinished(self) -> None:
-        """Remove the uploads during which an earlier server was killed."""
-        for unfinished in self.rows.glob(f"{TEMPORARY}*"):
-            unfinished.unlink()
 
     def uploads(self) -> dict[str, Upload]:
         """Return the uploads by the name of their file, the newest first."""
@@ -174,14 +206,21 @@ class Workspace:
                         file.write(part)
                     file.flush()
                     os.fsync(file.fileno())
-                names = (_UPLOAD.fullmatch(path.name) for path in self.rows.iterdir())
-                number = max((int(name[1]) for name in names if name), default=0) + 1
-                stored = self.rows / f"rows-{number}{suffix}"
-                replace_file(FileLayer(), name_file(stored), name[:200].encode("utf-8", "replace"))
+                stored = self._take_name(suffix, name[:200])
                 temporary.rename(stored)
             finally:
                 temporary.unlink(missing_ok=True)
         return stored.name
+
+    def _take_name(self, suffix: str, label: str) -> Path:
+        """Return the path for an upload. Its label is created exclusively, so that no other upload gets the name."""
+        while True:
+            names = (_UPLOAD.fullmatch(path.name) for path in self.rows.iterdir())
+            number = max((int(name[1]) for name in names if name), default=0) + 1
+            stored = self.rows / f"rows-{number}{suffix}"
+            with suppress(FileExistsError):
+                write_file(FileLayer(), name_file(stored), label.encode("utf-8", "replace"))
+                return stored
 
     def delete_upload(self, name: str) -> None:
         """Delete an upload. Raises UsageError if there is none of this name."""
