@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow.parquet import ParquetFile
 
 from backhand.cli.main import main
+from backhand.data import external_rows
 from backhand.data.options import DataOptions, RowSources, TemplateOptions
 from backhand.data.prepare import prepare, prepare_prompts
 from backhand.data.raw_rows import RowErrors
@@ -93,6 +96,44 @@ def test_parquet_rows(tmp_path: Path) -> None:
     assert rows[2999].values["n"] == 2999
     assert rows[2999].values["messages"][1] == {"role": "assistant", "content": "yo"}
     assert rows[2999].source == f"{path} row 3000"
+
+
+def parquet_of(path: Path, texts: list[str], **options: Any) -> str:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"text": texts}), path, compression="zstd", **options)
+    return str(path)
+
+
+def test_a_row_that_unpacks_to_too_much_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(external_rows, "LONGEST_ROW_BYTES", 10**6)
+    path = tmp_path / "rows.parquet"
+    large = "x" * 3 * 10**6
+    for texts, place in (([large], "row 1"), (["a"] * 9 + [large, "b"], "row 10"), ([large] * 2, "rows 1 to 2")):
+        with pytest.raises(DataError, match=r"a row takes .* when it is unpacked") as refused:
+            list(read_rows(parquet_of(path, texts), RowErrors(skip_bad=True)))
+        assert refused.value.where == f"{path} {place}" and path.stat().st_size < 2000
+    parquet_of(path, ["a", large, large], use_dictionary=False)
+    monkeypatch.setattr(ParquetFile, "iter_batches", None)  # the average is compared before the rows are unpacked
+    with pytest.raises(DataError, match="a row takes") as refused:
+        list(read_rows(str(path), RowErrors()))
+    assert refused.value.where == f"{path} rows 1 to 3"
+
+
+def test_repeated_values_are_unpacked_a_few_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    original = ParquetFile.iter_batches
+
+    def observed(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for batch in original(*arguments, **options):
+            sizes.append(batch.nbytes)
+            yield batch
+
+    monkeypatch.setattr(ParquetFile, "iter_batches", observed)
+    path = parquet_of(tmp_path / "rows.parquet", ["x" * 2**20] * 600)
+    assert sum(1 for _ in read_rows(path, RowErrors())) == 600
+    assert max(sizes) <= 2**28 and sum(sizes) > 2**29
 
 
 def test_arguments_that_only_other_rows_have_are_not_padded_with_nulls(tmp_path: Path) -> None:

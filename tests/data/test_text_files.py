@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from backhand.data import text_files
 from backhand.data.class_examples import ClassFormat
 from backhand.data.options import DataOptions, NamedColumns
 from backhand.data.prepare import prepare
@@ -60,6 +63,36 @@ def test_line_separators_inside_text_end_no_row(tmp_path: Path) -> None:
 def test_a_row_of_ten_megabytes(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", json.dumps({"text": "x" * 10_000_000}) + '\n{"text": "y"}\n')
     assert [len(row.values["text"]) for row in read(path)] == [10_000_000, 1]
+
+
+def test_a_row_too_long_for_its_template_gets_the_blame(tmp_path: Path) -> None:
+    large = "x" * (2**23 + 1)
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tools = [{"type": "function", "function": {"name": "f", "description": large}}]
+    template = "{{ (messages | tojson ~ tools | tojson) * 150 }}"
+    for row in ({"prompt": large, "completion": "b"}, {"messages": talk, "tools": tools}):
+        path = write(tmp_path / "rows.jsonl", json.dumps(row))
+        with pytest.raises(DataError, match=r"this row makes a text of 8,388,[\d,]+ characters") as refused:
+            prepare(DataOptions(data=(str(path),), chat_template=template), byte_level())
+        assert refused.value.where == f"{path}:1"
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_a_line_without_end_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_files, "LONGEST_ROW_BYTES", 20_000)
+    row = {"rows.csv": "text\n", "rows.jsonl": '{"text": "a"}\n'}[name]
+    path = write(tmp_path / name, gzip.compress(f"{row}{'x' * 40_000}".encode()))
+    assert failure(path, skip_bad=True).where == f"{path}:2"
+
+
+def test_the_time_to_read_many_columns_is_proportional_to_their_number(tmp_path: Path) -> None:
+    began, names = time.process_time(), [f"c{number}" for number in range(40_000)]
+    for header in (["prompt", "completion", *names], ["prompt", *names], names):
+        table = [header, *([str(len(name) % 3) for name in header],) * 5]
+        path = write(tmp_path / "rows.csv", "\n".join(map(",".join, table)))
+        with contextlib.suppress(DataError):
+            prepare(DataOptions(data=(str(path),)), byte_level())
+    assert time.process_time() - began < 30
 
 
 @pytest.mark.parametrize(

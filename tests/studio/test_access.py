@@ -200,9 +200,9 @@ def test_a_connection_that_sends_no_request_is_closed(client: Client, monkeypatc
     assert time.monotonic() - began < 20
 
 
-def test_other_users_read_neither_directory_nor_token(space: Workspace) -> None:
+def test_other_users_read_neither_directory_nor_token(space: Workspace, client: Client) -> None:
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (space.root, *space.root.iterdir())}
-    assert modes.pop("studio.json") == 0o600 and set(modes.values()) == {0o700}
+    assert modes.pop("studio.json") == modes.pop("server.lock") == 0o600 and set(modes.values()) == {0o700}
     assert Workspace(space.root).token == space.token  # an open tab survives a new start
 
 
@@ -217,11 +217,12 @@ def test_the_browser_is_sent_to_the_address_by_a_file_that_others_cannot_read(
     assert opened == [(space.root / "open.html").as_uri()]
     text = (space.root / "open.html").read_text()
     assert stat.S_IMODE((space.root / "open.html").stat().st_mode) == 0o600
-    assert f"/?token={space.token}" in text and 'http-equiv="refresh"' in text
+    assert f"/?token={Workspace(space.root).token}" in text and 'http-equiv="refresh"' in text
 
 
 def test_without_its_settings_the_directory_has_another_token(space: Workspace) -> None:
-    space.opener("http://127.0.0.1:1/")
+    with space.locked():
+        space.opener("http://127.0.0.1:1/")
     (space.root / "studio.json").unlink()
     (space.root / ".tmp-studio.json-1").touch()  # the start was killed
     assert Workspace(space.root).token != space.token
@@ -239,8 +240,8 @@ def test_a_directory_of_others_is_refused(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "mine").stat().st_mode) != 0o700
 
 
-def test_a_port_that_is_taken_is_named(space: Workspace, client: Client, tmp_path: Path) -> None:
-    port = client.address.port
+def test_a_port_that_is_taken_is_named(client: Client, tmp_path: Path) -> None:
+    port, space = client.address.port, Workspace(tmp_path / "other")
     with pytest.raises(UsageError, match=f"port {port} of"), serving(tmp_path, host=LOOPBACK, port=port):
         pass
     space.port = port  # that of the last time: another one is taken

@@ -64,7 +64,9 @@ class ClassEncoder:
         """Encode rows: an example each, an error for an unusable text or label, None if a text is too long."""
         encoded = iter(self._encoder.ids_of([row.text for row in rows if len(row.text) <= LONGEST_TEXT]))
         return [
-            too_long(row.text, row.source) if len(row.text) > LONGEST_TEXT else self._example(row, next(encoded), stats)
+            too_long(len(row.text), row.source)
+            if len(row.text) > LONGEST_TEXT
+            else self._example(row, next(encoded), stats)
             for row in rows
         ]
 

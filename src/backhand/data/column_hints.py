@@ -38,8 +38,8 @@ def suggestion(
         constant: columns with the same value in all rows, which are not suggested.
         likely: the answer if no column has the name of one; the last column if it is None.
     """
-    read = {column for text in given.values() for column in columns_named(text)}
-    unread = [name for name in others if name not in (*read, *given, *prompts, *constant)]
+    skipped = {*given, *prompts, *constant, *(column for text in given.values() for column in columns_named(text))}
+    unread = [name for name in others if name not in skipped]
     small, free = {name: _in_lower_case(name) for name in unread}, _usable(unread)
     answer, template = given.get("completion"), given.get("prompt")
     if answer is None and free:
@@ -77,7 +77,8 @@ def naming_advice(
     known = "completion" in given or any(
         _in_lower_case(name) in ANSWERS | CLASSES for name in _usable(others) if name not in useless
     )
-    classes = [] if known else [name for name in values.names(rows) if name in others]
+    among = set(others)
+    classes = [] if known else [name for name in values.names(rows) if name in among]
     sure = known or bool(classes and not values.has_long_texts(others[-1]))
     answers = [class_of(classes)] if classes else []
     options = [
@@ -134,7 +135,8 @@ def decision_options(
         needs_state: False if an option names the state, which stays.
     """
     answers = [name for name in _usable(classes) if "=" not in name]
-    state = state_option(name for name in columns if name not in (*classes, *without)) if needs_state else ""
+    read = {*classes, *without}
+    state = state_option(name for name in columns if name not in read) if needs_state else ""
     return f"{state} --question {shlex.quote(class_of(answers))}".strip() if answers and state is not None else None
 
 
@@ -239,19 +241,18 @@ class ClassColumns:
         """Return True if a value of a column is longer than the name of a class."""
         return max(map(len, self._seen.get(name, ())), default=0) > _LONGEST
 
-    def uninformative(self, rows: int) -> list[str]:
+    def uninformative(self, rows: int) -> set[str]:
         """Return the columns that a prompt need not contain.
 
         These are the constant columns, lists and tables, columns that determine the answer, and numbers and dates if
         other columns contain a text and an answer.
         """
-        constant, classes = list(dict.fromkeys([*self.constant(rows), *self._no_texts])), self.names(rows)
+        constant, classes = {*self.constant(rows), *self._no_texts}, self.names(rows)
         answer = class_of(classes) if classes else None
         others = [name for name in _usable(self._seen) if name not in constant and name != answer]
         texts = [name for name in others if not self._has_numbers(name)]
-        constant += self.determining(answer, texts)
-        numbers = [name for name in others if name not in texts]
-        return constant + numbers if texts and len(texts) + len(classes[:1]) > 1 else constant
+        constant.update(self.determining(answer, texts))
+        return constant | ({*others} - {*texts}) if texts and len(texts) + len(classes[:1]) > 1 else constant
 
     def determining(self, answer: str | None, columns: Sequence[str]) -> list[str]:
         """Return the columns of repeating short values that each have one answer, [] if no other column remains.
@@ -298,7 +299,7 @@ class ClassColumns:
 
         Columns with gaps are first, and then columns of numbers, because the last one is the most likely class.
         """
-        sparse, complete = self._sparse(rows), self.complete(rows)
+        sparse, complete = set(self._sparse(rows)), set(self.complete(rows))
         found = [
             name
             for name, seen in self._seen.items()

@@ -11,8 +11,8 @@ from backhand.data.bounded_template import exceeded
 from backhand.data.chat import NO_TEMPLATE, OWN_TEMPLATE, ChatRenderer, Document, RenderingCounts, read_template
 from backhand.data.examples import encode_document
 from backhand.data.options import TemplateOptions
-from backhand.data.rows import Completion, Conversation, Message, OneText, PlainText
-from backhand.data.text_encoder import TextEncoder
+from backhand.data.rows import Completion, Conversation, Message, OneText, PlainText, characters_of
+from backhand.data.text_encoder import LONGEST_TEXT, TextEncoder, too_long
 from backhand.data.workers import WorkerEndedError
 from backhand.errors import BackhandError, DataError, ResourceError, UsageError
 from backhand.system import lift_limits
@@ -182,6 +182,8 @@ class RowRenderer:
         return tuple(notes)
 
     def _renderer(self, row: OneText) -> ChatRenderer:
+        if (characters := characters_of(row)) > LONGEST_TEXT:  # its template would get the blame
+            raise too_long(characters, row.source)
         if self._chat is not None:
             return self._chat
         default = f" or {OWN_TEMPLATE}" if self._rendered_already else ""

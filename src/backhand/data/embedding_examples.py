@@ -79,7 +79,9 @@ class EmbeddingEncoder:
         ]
         encoded = iter(self._encoder.ids_of(texts))
         return [
-            self._example(row, [next(encoded) for _ in row.texts], stats) if one is None else too_long(one, row.source)
+            self._example(row, [next(encoded) for _ in row.texts], stats)
+            if one is None
+            else too_long(len(one), row.source)
             for row, one in zip(rows, long, strict=True)
         ]
 

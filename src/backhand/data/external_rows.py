@@ -11,10 +11,10 @@ from typing import Any
 
 from backhand.bounds import comma_list
 from backhand.data.options import named_value
-from backhand.data.raw_rows import RawRow, RowErrors, checked_row, without_padding
+from backhand.data.raw_rows import LONGEST_ROW_BYTES, RawRow, RowErrors, checked_row, repeated, without_padding
 from backhand.errors import DataError, UsageError, first_line, not_none
 from backhand.system import install
-from backhand.words import shorten
+from backhand.words import in_words, shorten
 
 
 def _needed(package: str, what: str, extra: str, where: str) -> Any:
@@ -57,7 +57,8 @@ def read_gym(name: str) -> Iterator[RawRow]:
         ) from None
 
 
-BATCH_ROWS = 1024
+_BATCH_ROWS = 1024
+_BATCH_BYTES = 2**28
 
 
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<config>[^:]+))?(:(?P<split>.+))?")
@@ -75,13 +76,13 @@ def read_parquet(path: str | Path, bad: RowErrors) -> Iterator[RawRow]:
     try:
         with parquet.ParquetFile(str(path)) as file:
             names = file.schema_arrow.names
-            if len(set(names)) < len(names):
-                twice = next(name for name in names if names.count(name) > 1)
-                raise DataError(f"two columns are named {shorten(twice)!r}", where=str(path))
-            for batch in file.iter_batches(batch_size=BATCH_ROWS):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield from _checked(values, f"{path} row {number}", bad)
+            if twice := repeated(names):
+                raise DataError(f"two columns are named {shorten(twice[0])!r}", where=str(path))
+            for group in range(file.num_row_groups):
+                for batch in _batches(file, group, path, number):
+                    for values in batch.to_pylist():
+                        number += 1
+                        yield from _checked(values, f"{path} row {number}", bad)
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - the library raises whatever its codecs and conversions raise
@@ -91,6 +92,39 @@ def read_parquet(path: str | Path, bad: RowErrors) -> Iterator[RawRow]:
             why=first_line(error),
             next_step="download or write the file again",
         ) from None
+
+
+def _batches(file: Any, group: int, path: str | Path, before: int) -> Iterator[Any]:
+    """Yield the batches of a row group of a Parquet file, within limits of memory.
+
+    No value of a column takes more than the column does before it is unpacked from its dictionary. This bounds the rows
+    of a batch.
+
+    Args:
+        before: number of rows in earlier groups.
+
+    Raises:
+        DataError: a row is too large. The average of a group is compared before the group is read.
+    """
+    described = file.metadata.row_group(group)
+    rows, size = described.num_rows, described.total_byte_size
+    if size > rows * LONGEST_ROW_BYTES:
+        place = f"row {before + 1}" if rows == 1 else f"rows {before + 1} to {before + rows}"
+        raise _too_large(f"{path} {place}", size // rows)
+    most = min(_BATCH_ROWS, max(1, _BATCH_BYTES // max(1, size)))
+    for batch in file.iter_batches(batch_size=most, row_groups=[group]):
+        large = batch.nbytes > LONGEST_ROW_BYTES
+        for part in (batch.slice(place, 1) for place in range(batch.num_rows)) if large else (batch,):
+            if part.num_rows == 1 and part.nbytes > LONGEST_ROW_BYTES:
+                raise _too_large(f"{path} row {before + 1}", part.nbytes)
+            yield part
+            before += part.num_rows
+
+
+def _too_large(source: str, size: int) -> DataError:
+    most = in_words(LONGEST_ROW_BYTES)
+    what = f"a row takes {in_words(size)} when it is unpacked, and at most {most} of a row are read"
+    return DataError(what, where=source, next_step="divide it into several rows, or leave it out")
 
 
 def read_hub(name: str, bad: RowErrors, default_splits: Sequence[str]) -> Iterator[RawRow]:

@@ -226,7 +226,8 @@ class _Columns(UnfitColumns):
         known = {form.answer_columns[0] for form in FORMS if len(form.columns) > 1} - {answer}
         answers = sorted(self.present & known)
         read = {column for text in self.given.values() for column in columns_named(text)}
-        others = [name for name in self.raw.values if name in self.present - {*asking.columns, *self.given, *read}]
+        unread = self.present - {*asking.columns, *self.given, *read}
+        others = [name for name in self.raw.values if name in unread]
         texts = [name for name in others if not isinstance(self.raw.values[name], list | Mapping)]
         by_name = naming_advice(asking.columns, texts, self.given, *self.values, with_answer=self.answers)
         state = "an empty" if answer in self.raw.values else "no"

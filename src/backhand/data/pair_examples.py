@@ -68,7 +68,9 @@ class PairEncoder:
         short = [text for of_row, one in zip(texts, long, strict=True) if one is None for text in of_row]
         encoded = iter(self._encoder.ids_of(short))
         return [
-            self._example(row, [next(encoded) for _ in of_row], stats) if one is None else too_long(one, row.source)
+            self._example(row, [next(encoded) for _ in of_row], stats)
+            if one is None
+            else too_long(len(one), row.source)
             for row, of_row, one in zip(rows, texts, long, strict=True)
         ]
 

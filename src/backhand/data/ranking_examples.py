@@ -144,7 +144,7 @@ class RankingEncoder:
 
     def _rendered(self, row: RankingRow) -> list[Document]:
         if long := next((text for text in (row.query, *row.documents) if len(text) > LONGEST_TEXT), None):
-            raise too_long(long, row.source)
+            raise too_long(len(long), row.source)
         texts = (self.text(row.query, document, row.source) for document in row.documents)
         return [document for text in texts for document in self._renderer.documents(text)]
 

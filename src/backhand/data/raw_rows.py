@@ -16,6 +16,8 @@ from backhand.words import shorten
 TABLE = (dict, Mapping)
 """Types of tables. Nearly all are dicts, and `isinstance` is slow for Mapping."""
 _LISTS = (list, tuple)
+LONGEST_ROW_BYTES = 2**28
+"""Largest size of a row in a file."""
 IN_MEMORY = "python:"
 """Start of the names of rows that a program gives."""
 NO_TITLE = "remove it: the first row must have the column names"
@@ -134,6 +136,11 @@ def strings_of(value: object) -> list[str]:
             stack.extend(item)
             stack.extend(item.values())
     return strings
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """Return the names that occur more than once, in the order of their first occurrences."""
+    return [name for name, times in Counter(names).items() if times > 1]
 
 
 def describe(value: object) -> str:

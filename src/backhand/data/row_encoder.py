@@ -15,7 +15,7 @@ from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, encode_document
 from backhand.data.options import DataOptions
 from backhand.data.row_kind import row_kind
-from backhand.data.rows import Conversation, OneText, PlainText, Row
+from backhand.data.rows import OneText, Row
 from backhand.data.stored_examples import StoredExamples, stored
 from backhand.data.text_encoder import TokenIds
 from backhand.errors import BackhandError, DataError
@@ -188,19 +188,6 @@ class RowEncoder:
             text = self._teacher.of(text)
         document, reply = self._prompts.prompt(text)
         return _RenderedRow(row, parts, [document], reply if row.has_reference_reply else None)
-
-
-def size_of(row: Row) -> int:
-    """Return the number of characters of the texts of a row."""
-    total = 0
-    for text in row.parts:
-        if isinstance(text, PlainText):
-            total += len(text.text)
-        elif isinstance(text, Conversation):
-            total += sum(len(message["content"]) for message in text.messages)
-        else:
-            total += len(text.prompt) + len(text.completion or "")
-    return total
 
 
 def _as_prompt(rendered: _RenderedRow, input_ids: TokenIds) -> Prompt:

@@ -15,13 +15,14 @@ from backhand.data.forms import check_options
 from backhand.data.mojibake import find_mojibake
 from backhand.data.options import NamedColumns, RowSources
 from backhand.data.raw_rows import IN_MEMORY, RowErrors
-from backhand.data.row_encoder import EncodedRows, RowEncoder, size_of
+from backhand.data.row_encoder import EncodedRows, RowEncoder
 from backhand.data.row_kind import row_kind
 from backhand.data.rows import (
     Conversation,
     PlainText,
     Purpose,
     Row,
+    characters_of,
     system_of,
 )
 from backhand.data.sources import expand, read_rows
@@ -179,7 +180,7 @@ class RowPipeline:
                         more = row is not None
                         if row is not None:
                             batch.append(row)
-                            characters += size_of(row)
+                            characters += sum(map(characters_of, row.parts))
                 except DataError as error:
                     failure = error
                 bad.waiting = None

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
+from backhand.data.raw_rows import strings_of
 from backhand.errors import DataError
 
 Message = dict[str, Any]
@@ -336,6 +337,15 @@ NUMBER: ProblemType = "regression"
 
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 """Instruction of Qwen3-Reranker for a task that is not described otherwise."""
+
+
+def characters_of(text: OneText) -> int:
+    """Return the number of characters that a row gives to the chat template or the tokenizer."""
+    if isinstance(text, PlainText):
+        return len(text.text)
+    if isinstance(text, Conversation):
+        return sum(map(len, strings_of((text.messages, text.tools))))
+    return len(text.system or "") + len(text.prompt) + len(text.completion or "")
 
 
 def with_answer(row: OneText, answer: str) -> dict[str, Any]:

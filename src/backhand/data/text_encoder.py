@@ -213,7 +213,7 @@ class TextEncoder:
             DataError: the tokenizer turns other characters into a control token.
         """
         if len(text) > LONGEST_TEXT:
-            raise too_long(text, source)
+            raise too_long(len(text), source)
         if mark is None and not breaks:
             encoded = _encoded_text(self._backend.encode(text, add_special_tokens=False))
         else:
@@ -259,10 +259,10 @@ def _token_ids(ids: Sequence[int]) -> TokenIds:
         ) from None
 
 
-def too_long(text: str, source: str) -> DataError:
+def too_long(characters: int, source: str) -> DataError:
     """Return the error for a text of more than `LONGEST_TEXT` characters."""
     return DataError(
-        f"this row makes a text of {len(text):,} characters; at most {LONGEST_TEXT:,} can be encoded at once",
+        f"this row makes a text of {characters:,} characters; at most {LONGEST_TEXT:,} can be encoded at once",
         where=source,
         why="a tokenizer needs some three hundred bytes per character",
         next_step="divide it into several rows",

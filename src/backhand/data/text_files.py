@@ -6,13 +6,12 @@ import csv
 import io
 import json
 import re
-import sys
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from backhand.data.raw_rows import NO_TITLE, RawRow, RowErrors, checked_row, latin1_error
+from backhand.data.raw_rows import LONGEST_ROW_BYTES, NO_TITLE, RawRow, RowErrors, checked_row, latin1_error, repeated
 from backhand.errors import DataError
 from backhand.printing import going_on
 from backhand.words import in_words, shorten
@@ -20,7 +19,6 @@ from backhand.words import in_words, shorten
 _DELIMITERS = ",;\t|"
 _TABLE_LINES = 4
 _SEPARATOR_LINE = re.compile(r'"?sep=([^\w\s"]|\t)"?\r?', re.IGNORECASE)
-LONGEST_LINE_BYTES = 2**28
 LONGEST_LIST_BYTES = 2**30
 _SPACE = re.compile(r"[ \t\r\n]+")
 
@@ -33,7 +31,7 @@ def read_json_lines(reader: io.BufferedReader, path: str | Path, bad: RowErrors)
     """
     number = 0
     with going_on(lambda: f"reading {path}, line {number:,}"):
-        while line := reader.readline(LONGEST_LINE_BYTES + 1):
+        while line := reader.readline(LONGEST_ROW_BYTES + 1):
             number += 1
             source = f"{path}:{number}"
             if line.isspace():
@@ -41,12 +39,8 @@ def read_json_lines(reader: io.BufferedReader, path: str | Path, bad: RowErrors)
                 number += empty
                 bad.empty_lines += empty + 1
                 continue
-            if len(line) > LONGEST_LINE_BYTES:
-                raise DataError(
-                    f"this line is longer than {in_words(LONGEST_LINE_BYTES)}",
-                    where=source,
-                    next_step="write one row per line",
-                )
+            if len(line) > LONGEST_ROW_BYTES:
+                raise _too_long(source)
             try:
                 text = line.decode("utf-8").strip()
                 if text:
@@ -55,6 +49,11 @@ def read_json_lines(reader: io.BufferedReader, path: str | Path, bad: RowErrors)
                 bad.add(latin1_error(source, line[error.start]))
             except DataError as error:
                 bad.add(error)
+
+
+def _too_long(source: str) -> DataError:
+    what = f"this line is longer than {in_words(LONGEST_ROW_BYTES)}"
+    return DataError(what, where=source, next_step="write one row per line")
 
 
 def _skip_empty_lines(reader: io.BufferedReader) -> int:
@@ -90,8 +89,7 @@ class _TwiceError(ValueError):
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice, *_ = repeated(name for name, _ in pairs)
         raise _TwiceError(f"the name {shorten(twice)!r} occurs twice in this JSON object")
     return values
 
@@ -228,7 +226,7 @@ def read_csv(
     Raises:
         DataError: the header is unusable, or a row is malformed and `bad` does not count it.
     """
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    csv.field_size_limit(LONGEST_ROW_BYTES)
     head = reader.peek(1 << 16).decode("utf-8", "replace")
     stated = _SEPARATOR_LINE.fullmatch(head.partition("\n")[0])
     if stated is not None:
@@ -236,12 +234,23 @@ def read_csv(
         reader.readline()
     delimiter = _delimiter_of(head) if delimiter is None else delimiter
     lines = io.TextIOWrapper(reader, encoding="utf-8", errors="surrogateescape", newline="")
-    cells = csv.reader(lines, delimiter=delimiter, strict=True)
+    cells = csv.reader(_bounded_lines(lines, path, stated is not None), delimiter=delimiter, strict=True)
     try:
         with going_on(lambda: f"reading {path}, line {cells.line_num:,}"):
             yield from _csv_rows(cells, path, bad, lines_before=stated is not None)
     finally:
         lines.detach()
+
+
+def _bounded_lines(lines: io.TextIOWrapper, path: str | Path, lines_before: int) -> Iterator[str]:
+    """Yield the lines. Raises DataError for one that is too long, without reading to its end."""
+    for number in count(1 + lines_before):
+        line = lines.readline(LONGEST_ROW_BYTES + 1)
+        if len(line) > LONGEST_ROW_BYTES:
+            raise _too_long(f"{path}:{number}")
+        if not line:
+            return
+        yield line
 
 
 def _delimiter_of(head: str) -> str:
@@ -316,7 +325,7 @@ def _lines_of_row(first: int, last: int) -> str:
 
 def _checked_header(row: list[str], source: str) -> list[str]:
     header = [name.strip() for name in row]
-    twice = sorted({name for name in header if header.count(name) > 1})
+    twice = sorted(repeated(header))
     if twice == [""]:
         raise DataError(
             f"{header.count('')} columns of the header have no name",
