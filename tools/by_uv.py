@@ -1,4 +1,4 @@
-"""Install packages into this interpreter's environment by uv, in a fifth of pip's time; where uv fails, by pip.
+"""Install packages into this interpreter's environment by uv, in a fifth of pip's time; where it fails, by pip.
 
     python tools/by_uv.py --editable '.[test]'
 
@@ -43,7 +43,6 @@ def main() -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
     uv = Path(sys.executable).with_name("uv.exe" if os.name == "nt" else "uv")
     command: list[str | Path] = [uv, "pip", "install", "--quiet", "--python", sys.executable, *sys.argv[1:]]
-    subprocess.run([*pip, "uv"], check=False)
     there = settings(Path(sys.executable))
     # On the command line, these constraints are added to those of the arguments instead of replacing them.
     command += [word for file in there.pop("UV_CONSTRAINT", "").split() for word in ("--constraint", file)]

@@ -18,6 +18,7 @@ from backhand.nn.families.family import LayerConfig, RotaryConfig, ShortConv
 from backhand.nn.families.family_parsing import FAMILIES, UnsupportedModel, decoder_config, predicts_tokens
 from backhand.nn.families.mixed_families import OF_MAMBA, WITHOUT_EXPERTS
 from backhand.nn.families.neutral_fields import NEUTRAL
+from tests.support.peer_faults import COMPUTED_VARIANTS
 from tests.support.tiny_models import VARIANTS, full_logits, randomise, tiny_config, tiny_documents, tiny_model
 
 
@@ -100,7 +101,7 @@ def test_no_field_of_transformers_is_ignored_unless_neutral(variant: str, overri
     assert silent <= {*NEUTRAL, *(OF_MAMBA if variant == "granitemoehybrid" else ())}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", COMPUTED_VARIANTS)
 def test_what_is_neutral_leaves_the_logits_of_transformers_alone(variant: str) -> None:
     document = tiny_documents([11])[0]
     expected = full_logits(tiny_model(variant), document)
