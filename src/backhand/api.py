@@ -104,7 +104,7 @@ def train(
         model: the base model: a directory, a GGUF file or a hub id.
         callbacks: one or several. Each is a function that is called with a record per step and evaluation, or an
             `Observer`. A callback that returns False ends the run after the step, as early stopping does, and
-            `resume=True` goes on. An exception in a callback ends the run at once.
+            `resume=True` goes on. An exception in a callback ends the run, and removes a run without a checkpoint.
         options: any other option of `backhand train`, by its name.
 
     Returns:

@@ -305,7 +305,7 @@ def test_a_run_stopped_by_a_check_says_why(tiny: TinyRun, tmp_path: Path) -> Non
                 raise CheckError("the loss is above what I allow")
 
     with pytest.raises(CheckError):
-        train(tiny.config(tmp_path / "run"), callbacks=[Check()])
+        train(tiny.config(tmp_path / "run", save_every=1), callbacks=[Check()])
     page = Page((tmp_path / "run" / "report.html").read_bytes())
     assert page.one("p", class_="state bad").text == "Stopped by an error: the loss is above what I allow."
     assert "2 of 6 steps until a check or an error stopped it" in page.one("p", class_="lead").text

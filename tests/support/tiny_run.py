@@ -82,8 +82,8 @@ def write_pairs(path: Path, count: int, seed: int = 0, *, labelled: bool = False
 class StopAfter(Observer):
     """Ends a run like a crash: an exception out of nowhere once a step is done."""
 
-    class Stopped(Exception):
-        """Not one of ours."""
+    class Stopped(BaseException):
+        """Not one of ours, and no error of a callback, after which a run without a checkpoint is removed."""
 
     def __init__(self, step: int) -> None:
         self.step = step

@@ -62,16 +62,27 @@ _METHODS = tuple(name for name in vars(Observer) if not name.startswith("_"))
 
 
 class Observers(Observer):
-    """Several observers as one. Each event is passed to them in order."""
+    """Several observers as one. Each event is passed to them in order.
+
+    Attributes:
+        failed: the observer that has raised an exception, or None.
+    """
 
     def __init__(self, observers: Iterable[Observer]) -> None:
         self.observers = tuple(observers)
+        self.failed: Observer | None = None
         for method in _METHODS:
             setattr(self, method, partial(self._notify, method))
 
     def _notify(self, method: str, *args: object) -> bool:
         """Return False if an observer has returned False."""
-        results = [getattr(observer, method)(*args) for observer in self.observers]
+        results = []
+        for observer in self.observers:
+            try:
+                results.append(getattr(observer, method)(*args))
+            except Exception:
+                self.failed = observer
+                raise
         return all(plain_value(result) is not False for result in results)
 
 

@@ -16,6 +16,7 @@ from backhand.errors import BackhandError, UsageError, error_text
 from backhand.loop.observers import Callback, Observer, RunStart, as_callbacks
 from backhand.options.config import TrainConfig
 from backhand.printing import going_on, say, visible
+from backhand.runs.directory import CONFIG
 from backhand.runs.summary import RunSummary
 from backhand.training.contexts import runs_per_context
 from backhand.training.run import train as train_without_report
@@ -34,7 +35,7 @@ class _ReportWriter(Observer):
 
     def closed(self) -> None:
         """Write the page. An error is printed and does not end the run, which is saved."""
-        if self._directory is None:
+        if self._directory is None or not (self._directory / CONFIG).exists():  # removed after an error in a callback
             return
         from backhand.report.command import write_report
 

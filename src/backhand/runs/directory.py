@@ -154,6 +154,16 @@ class RunDirectory:
             self.files.sync_directory(self.path)
             return True
 
+    def discard(self) -> bool:
+        """Remove the run, unless it has a checkpoint; return True if it is removed. Raises ResourceError."""
+        if self._has_checkpoint():
+            return False
+        with save_errors("the run directory", self.path, 0):
+            for name in OWNED:
+                remove_tree(self.files, self.path / name)
+            self._remove_temporary()
+        return True
+
     def recover(self, *, resume: bool) -> None:
         """Repair a directory whose process was killed while it replaced a run. Raises ResourceError."""
         if not resume or not (self.path / CONFIG).exists() or not (self.path / REPLACED).exists():

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,11 +32,11 @@ from backhand.engines.machine import resolve_machine
 from backhand.errors import RESUME_STEP, BackhandError
 from backhand.files import FileLayer
 from backhand.loop.loggers import chosen_loggers
-from backhand.loop.observers import Callback, MetricsFile, Observers, as_observers
+from backhand.loop.observers import Callback, MetricsFile, Observer, Observers, as_observers
 from backhand.loop.state import PROGRESS_FILE, Progress, restore_adapter
 from backhand.nn.compute import compute_settings
 from backhand.options.config import TrainConfig
-from backhand.printing import going_on
+from backhand.printing import going_on, reworded
 from backhand.reading import refuse_inputs_inside
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import OWNED, SUMMARY, RunDirectory, opened
@@ -114,13 +114,15 @@ class RunProcess:
     run_cache: RunCache | None = None  # shared with other runs of this process
     pause_at: int | None = None  # step to stop after, as after a signal
     terminal: TerminalObserver = field(init=False)
+    _called: Sequence[Observer] = field(init=False)  # the callbacks as observers
 
     def train(self) -> RunSummary:
         """Train to the end. Returns and raises the same as `train`."""
         self._agree()
         run, is_main = self.config.run, self.processes.is_main_process
         terminal = self.terminal = TerminalObserver(quiet=run.quiet)
-        observers = [terminal, *chosen_loggers(run.report_to, terminal.noted), *as_observers(self.callbacks)]
+        self._called = as_observers(self.callbacks)
+        observers = [terminal, *chosen_loggers(run.report_to, terminal.noted), *self._called]
         try:
             if is_main and os.path.lexists(run.output) and not (run.resume or run.overwrite):
                 check_readable(self.config.data)
@@ -235,6 +237,10 @@ class RunProcess:
                             error.next_step = f"the former run was put back; {step}"
                         if by_signal(error) and (restored or trainer.owns_directory):
                             self.terminal.noted(trainer.stop_message(restored=restored))
+                        if observer.failed in self._called and not (restored or self.config.run.resume):
+                            removed = directory.discard()
+                            note = "the run had no checkpoint yet, and its directory was removed"
+                            error.add_note(note if removed else reworded(trainer.stop_message(restored=False)))
                 raise
 
 
