@@ -56,6 +56,20 @@ class _Configuration(TypedDict, total=False):
     objective: _Objective
 
 
+class _Question(TypedDict, total=False):
+    instructions: str
+
+
+class _Decisions(TypedDict, total=False):
+    questions: dict[str, _Question]
+
+
+class _AdapterRecord(TypedDict, total=False):
+    """The part of the adapter's backhand.json that the report shows. `adapters.record` would import torch."""
+
+    decisions: _Decisions
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """The contents of one run's files."""
@@ -80,6 +94,13 @@ class RunRecord:
     def adapter(self) -> Path:
         """Path of the published adapter, which may not exist yet."""
         return self.path / ADAPTER
+
+    @property
+    def questions(self) -> dict[str, str]:
+        """Instructions of the questions that the adapter decides, by name; empty for other adapters."""
+        record = _parts(self.adapter / "backhand.json", _AdapterRecord)
+        questions = record.get("decisions", {}).get("questions", {})
+        return {name: one["instructions"] for name, one in questions.items() if one.get("instructions")}
 
     @property
     def state(self) -> str:
