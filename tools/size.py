@@ -50,9 +50,9 @@ BAR_LINES, BAR_CODE, BAR_TESTS = 57_500, 34_500, 45_000
 """The size that the package is to have without later objectives, and that of the tests. They are goals, not marks."""
 LATER: dict[str, tuple[str, ...]] = {
     "decide": ("*decide.py", "*decision*.py", "loop/value_average.py"),
-    "bake": ("*distill*.py", "*linear_divergence.py", "*/context.py", "*/contexts.py", "*/objectives/distillation/*"),
+    "bake": ("*distill*.py", "*linear_divergence.py", "*/context.py", "*/contexts.py", "objectives/distillation/*"),
     "embed": (
-        "*/embed.py", "*/embedding_*.py", "*/label_pairs.py", "*vectors.py", "*vector_*.py",
+        "*/embed.py", "*/embedding_*.py", "*/label_pairs.py", "*vectors.py", "objectives/vectors/*",
         "*retrieval_*.py", "*sentence_transformers.py", "*llama_cpp_server.py", "*info_nce.py", "*cosent.py",
         "*triplet.py", "*normalize.py", "*pooling.py", "*pooled_states.py",
     ),

@@ -960,7 +960,7 @@ DECIDED = {"type": "choice", "choice": ATTACK, "probabilities": {ATTACK: 0.5, "x
     [
         (
             "part/rows",
-            {"columns": [ATTACK], "rows": [{ATTACK: ATTACK}], "objective": "decide", "state": ATTACK}
+            {"columns": [ATTACK], "rows": [{ATTACK: ATTACK}], "suggested": {"decide": {"state": ATTACK}}}
             | {"unread": 1, "first_unread": ATTACK},
         ),
         ("part/lint", LINTED),

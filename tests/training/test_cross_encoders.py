@@ -33,8 +33,8 @@ from backhand.interop.command import export_command
 from backhand.interop.merging import merge_command
 from backhand.interop.options import ExportOptions, MergeOptions
 from backhand.loop.evaluate import evaluate_command
+from backhand.loop.objective import MicroBatch
 from backhand.loop.row_passes import head_logits
-from backhand.loop.step import MicroBatch
 from backhand.nn.loading.opening import open_model
 from backhand.objectives.rankings.loss import CrossEncoderObjective
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions

@@ -42,9 +42,10 @@ from backhand.interop.command import export_command
 from backhand.interop.options import ExportOptions
 from backhand.loop.embed import VectorEvaluation, embed, embed_command, hardest, mine_command, print_vectors
 from backhand.loop.evaluate import evaluate_command
+from backhand.loop.objective import MicroBatch
 from backhand.loop.retrieval_scores import score_vectors, scores_text, spearman
 from backhand.loop.row_passes import embed_batch, embed_rows
-from backhand.loop.step import MicroBatch, StepWork
+from backhand.loop.step import StepWork
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.nn.model_options import BaseModelOptions

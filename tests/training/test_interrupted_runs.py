@@ -259,16 +259,16 @@ def test_a_signal_after_the_last_step_ends_the_program_after_the_run(
 def test_answers_that_a_signal_prevented_are_measured_by_resuming(
     place: str, tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from backhand.training import trainer
+    from backhand.objectives.kinds import answer_training
 
-    original = getattr(trainer, place)
+    original = getattr(answer_training, place)
 
-    def terminated(*arguments: Any) -> Any:
+    def terminated(*arguments: Any, **named: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments)
+        return original(*arguments, **named)
 
     config = tiny.config(tmp_path / "run", max_steps=2, answers=2)
-    monkeypatch.setattr(trainer, place, terminated)
+    monkeypatch.setattr(answer_training, place, terminated)
     with pytest.raises(Interrupted) as stopped:
         train(config)
     monkeypatch.undo()

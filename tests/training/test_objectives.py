@@ -19,7 +19,7 @@ from backhand.data.packing import RowPacker, micro_batches
 from backhand.data.prepare import prepare
 from backhand.distributed.communicator import Communicator
 from backhand.errors import UsageError
-from backhand.loop.objective import Objective
+from backhand.loop.objective import MicroBatch, Objective
 from backhand.loop.row_passes import document_sums
 from backhand.loop.step import AdapterOptimizer, LearningRate, StepWork, training_step
 from backhand.nn.decoder.decoder import Decoder
@@ -181,7 +181,7 @@ def our_steps(decoder: Decoder, objective: Objective, rate: float) -> Iterator[t
             packer.supervised_tokens(rows),
             [None] * len(groups),
             len(rows),
-            lambda model, part: objective.gradients(model, groups[part.number], part),
+            lambda model, *part: objective.gradients(model, groups[part[0]], MicroBatch(*part)),
         )
         result = training_step(decoder, optimizer, work, Communicator(), schedule.at(step))
         yield result.loss, objective.measured(Communicator())

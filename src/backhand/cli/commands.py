@@ -149,6 +149,7 @@ COMMANDS = (
         "backhand embed --adapter runs/vectors/adapter --data texts.jsonl --output vectors.npy",
         "backhand.options.command_options:EmbedOptions",
         "backhand.loop.embed:embed_command",
+        text="data",
     ),
     Command(
         "mine",

@@ -20,7 +20,7 @@ class Command:
     options: str | type
     function: str | Callable[..., object]
     positional: tuple[str, ...] = ()
-    text: str = ""  # option that takes one text
+    text: str = ""  # option that takes one text, or `data` if it takes texts as rows alone
     file: Callable[[Path], Any] | None = None  # reads a TOML file, the command's first argument
     tell_typed: bool = False  # pass the names of the typed fields to the function, as `typed`
     # Returns the run that the command proves something about, or None. Its report is updated.

@@ -191,7 +191,15 @@ def _text_option(command: str) -> str | None:
     """Return the option of a command that takes one text, or None."""
     from backhand.cli.commands import COMMANDS
 
-    return next((entry.text or None for entry in COMMANDS if entry.name == command), None)
+    option = next((entry.text for entry in COMMANDS if entry.name == command), "")
+    return None if option in ("", "data") else option
+
+
+def _reads_rows_alone(command: str) -> bool:
+    """Return True for a command that takes texts as rows alone."""
+    from backhand.cli.commands import COMMANDS
+
+    return any(entry.text == "data" for entry in COMMANDS if entry.name == command)
 
 
 def _by_option(words: Sequence[str], command: str, arguments: Sequence[str]) -> str:
@@ -230,7 +238,7 @@ def _unknown_option(typed: str, value: str, options: Set[str], command: str) -> 
     plain = typed.strip("-").replace("-", "_")
     if text := text_meant(typed, _text_option(command), known):
         return f"Unknown option: {typed}. Did you mean {as_option(text)}?"
-    if "data" in known and _text_option(command) is None and is_text(plain):
+    if _reads_rows_alone(command) and is_text(plain):
         rows = 'Write texts as rows, such as {"text": "…"}'
         return f"Unknown option: {typed}. {rows}, and give them with --data FILE, or with --data - on standard input."
     if nearest := nearest_names(plain, known, count=1, cutoff=0.9):

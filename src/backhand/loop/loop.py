@@ -27,7 +27,7 @@ from backhand.engines.machine import MemoryKeeper
 from backhand.errors import CheckError, not_none
 from backhand.loop.evaluator import Evaluator
 from backhand.loop.hidden_state_cache import HiddenStateCache
-from backhand.loop.objective import Objective
+from backhand.loop.objective import MicroBatch, Objective
 from backhand.loop.observers import Observer
 from backhand.loop.state import RunState
 from backhand.loop.step import AdapterOptimizer, StepResult, StepWork, training_step
@@ -160,7 +160,7 @@ class TrainingLoop:
             mean_over=supervised if objective is None else len(rows),
             loss_and_gradients=None
             if objective is None
-            else lambda model, part: objective.gradients(model, parts[part.number], part),
+            else lambda model, *part: objective.gradients(model, parts[part[0]], MicroBatch(*part)),
         )
 
     def _parts(self, rows: Sequence[int]) -> list[list[int]]:

@@ -13,10 +13,20 @@ from torch import Tensor
 from backhand.data.packing import RowPacker
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
-from backhand.loop.step import MicroBatch, StepWork
+from backhand.loop.step import StepWork
+from backhand.nn.batch import PackedBatch
 
 Measured = dict[str, tuple[float, int]]
 """Metrics of rows under TRL's names: each a sum and the number of rows in it."""
+
+
+class MicroBatch(NamedTuple):
+    """A micro-batch of a step."""
+
+    number: int  # its index in the step
+    batch: PackedBatch
+    loss_scaling: float  # factor of the gradients
+    dropout_seed: int | None  # seed of the dropout masks, or None
 
 
 class RowLosses(NamedTuple):

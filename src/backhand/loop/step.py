@@ -28,7 +28,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,15 +53,6 @@ class StepResult:
     computed_tokens: tuple[int, ...]  # number of packed tokens that each process computed
 
 
-class MicroBatch(NamedTuple):
-    """A micro-batch of a step."""
-
-    number: int  # its index in the step
-    batch: PackedBatch
-    loss_scaling: float  # factor of the gradients
-    dropout_seed: int | None  # seed of the dropout masks, or None
-
-
 @dataclass(frozen=True)
 class StepWork:
     """The micro-batches of a step. Every process knows their sizes and packs only those that it computes."""
@@ -74,7 +64,7 @@ class StepWork:
     mean_over: int  # n, the divisor of the loss: number of supervised tokens, or of rows
     # None for cross-entropy. For other losses: a function that adds the gradients of (loss scaling · loss) to the
     # gradient buffer, and returns the loss without the scaling.
-    loss_and_gradients: Callable[[Trainable, MicroBatch], Tensor] | None = None
+    loss_and_gradients: Callable[[Trainable, int, PackedBatch, float, int | None], Tensor] | None = None
 
 
 def training_step(
@@ -104,11 +94,8 @@ def training_step(
     start_s = time.perf_counter()
     for number in assigned[processes.rank]:
         batch = work.packed(number)
-        scaling, seed = 1.0 / work.mean_over, work.dropout_seeds[number]
-        if work.loss_and_gradients is None:
-            loss = model.loss_and_gradients(batch, scaling, seed)
-        else:
-            loss = work.loss_and_gradients(model, MicroBatch(number, batch, scaling, seed))
+        part, compute = (batch, 1.0 / work.mean_over, work.dropout_seeds[number]), work.loss_and_gradients
+        loss = model.loss_and_gradients(*part) if compute is None else compute(model, number, *part)
         results.append(MicroBatchResult(number, float(loss), batch.supervised_tokens, batch.uses_attention))
         gradient_sum.add()  # adds the buffer to the sum, and sets the buffer to zero for the next micro-batch
     totals = processes.reduce_step(gradient_sum, results, time.perf_counter() - start_s)

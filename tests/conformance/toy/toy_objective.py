@@ -35,7 +35,7 @@ class Mean(Spec):
     page = "toy_objective:PAGE"
 
     def traits(self, options: Any) -> Traits:
-        return Traits(is_supervised=True)
+        return Traits(rate_rule=True)
 
 
 MEAN, PAGE = Mean(), MeanPage()

@@ -9,7 +9,7 @@ with the directory it was converted from.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
 from math import isinf
 from typing import Any, cast
 
@@ -76,8 +76,8 @@ def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any], *, in_floa
 
 
 def flat_config(config: DecoderConfig) -> dict[str, Any]:
-    """Return the fields of a parsed configuration that are not at their default, by dotted name."""
-    return dict(_flat(config, ""))
+    """Return the compared fields of a parsed configuration that are not at their default, by dotted name."""
+    return dict(_flat(replace(config, notes=()), ""))
 
 
 def _in_float32(value: Any) -> Any:

@@ -25,9 +25,9 @@ from backhand.distributed.communicator import Communicator, sequential_sum
 from backhand.engines.engine import Trainable
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.measuring import HeldOut
-from backhand.loop.objective import Objective, RowLosses, means
+from backhand.loop.objective import MicroBatch, Objective, RowLosses, means
 from backhand.loop.row_passes import document_sums, token_owners
-from backhand.loop.step import MicroBatch, StepWork
+from backhand.loop.step import StepWork
 from backhand.nn.batch import TokenLoss
 
 

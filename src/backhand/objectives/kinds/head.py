@@ -22,9 +22,8 @@ from backhand.engines.engine import BoundModel, Trainable
 from backhand.errors import UsageError
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.measuring import HeldOut
-from backhand.loop.objective import Measured, Objective
+from backhand.loop.objective import Measured, MicroBatch, Objective
 from backhand.loop.row_passes import head_logits
-from backhand.loop.step import MicroBatch
 from backhand.nn.decoder.class_head import class_gradients
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading.source import ModelSource

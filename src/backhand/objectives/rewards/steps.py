@@ -109,7 +109,7 @@ class AnswerBatch:
             self._packer.supervised_tokens(self.trained),
             [None] * len(self._micro_batches),
             1,
-            lambda model, part: model.loss_and_gradients(*part[1:], self._token_loss(part.number)),
+            lambda model, number, *part: model.loss_and_gradients(*part, self._token_loss(number)),
         )
 
     def measured(self) -> dict[str, float]:

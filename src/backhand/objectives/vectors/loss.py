@@ -31,10 +31,10 @@ from backhand.data.rows import TextIdentities
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
 from backhand.errors import not_none
-from backhand.loop.objective import Measured, Objective, means
+from backhand.loop.objective import Measured, MicroBatch, Objective, means
 from backhand.loop.retrieval_scores import mean_cosine
 from backhand.loop.row_passes import embed_batch, gathered
-from backhand.loop.step import MicroBatch, StepWork
+from backhand.loop.step import StepWork
 from backhand.nn.batch import PackedBatch, StateLoss
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.pooled_states import loss_of_states
