@@ -171,8 +171,8 @@ def lint(
     malformed = [*_malformed(needs_option, "error"), *_malformed(unusable, "error")]
     malformed += _malformed(bad, "warning" if options.skip_bad else "error")
     unit = train.report.cut_unit
-    told = ((checks[name], unit, name, *rest) for name, *rest in problems if rest[0] and name in checks)
-    findings = [*malformed, *(_finding(*one) for one in told)]
+    named = ((checks[name], unit, name, *rest) for name, *rest in problems if rest[0] and name in checks)
+    findings = [*malformed, *(_finding(*one) for one in named)]
     lengths = {"tokens": tokens}
     if train.report.supervised_tokens:
         lengths["supervised tokens"] = documents.column("supervised")

@@ -104,7 +104,7 @@ class UnfitColumns:
 
 
 class SettleContext(NamedTuple):
-    """What the rows of a run are settled with."""
+    """Context in which the rows of a run are settled."""
 
     options: DataOptions
     tokenizer: Any
